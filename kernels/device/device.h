@@ -1,0 +1,118 @@
+/* The compute device: an arena of exactly the vram budget, streams, events and asynchronous copies.
+ *
+ * Role: everything about a device that is not math. Kinds: `cpu` (VRAM is a host arena; compute runs on the calling
+ * thread and the worker pool; each copy stream has a thread), `cuda`, and `sim` (no bytes, a virtual clock and
+ * a machine profile: addresses may be computed with, never dereferenced).
+ *
+ * Streams are first in, first out. Work on the compute stream is launched by kernels (kernels/ops.h). Launches and
+ * copies may be asynchronous; only events order them between streams. Nothing here allocates after open.
+ *
+ * Threading: each stream has one launching thread at a time; event queries are for any thread.
+ */
+#ifndef FLAP_KERNELS_DEVICE_DEVICE_H
+#define FLAP_KERNELS_DEVICE_DEVICE_H
+
+#include "base/clock.h"
+#include "base/pool.h"
+#include "base/status.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum flap_device_kind { FLAP_DEVICE_CPU, FLAP_DEVICE_CUDA, FLAP_DEVICE_SIM } flap_device_kind;
+
+typedef enum flap_stream { FLAP_STREAM_COMPUTE, FLAP_STREAM_H2D, FLAP_STREAM_D2H, FLAP_STREAM_COUNT } flap_stream;
+
+/* Measured or assumed rates of a machine; what the simulator and the bound calculate with. All per second. */
+typedef struct flap_machine {
+  char name[64];
+  double flops_bf16, flops_f32;    /* matmul rate with that storage type */
+  double device_bytes;             /* memory traffic of element-wise kernels */
+  double h2d_bytes, d2h_bytes;
+  double disk_read_bytes, disk_write_bytes; /* of all disks together */
+  double host_bytes;               /* read + write by the host's cores */
+  uint64_t launch_ns;              /* fixed cost of a kernel, a copy, a disk request */
+  uint64_t copy_ns;
+  uint64_t disk_ns;
+  bool synchronous;                /* compute blocks the launching thread (the cpu device) */
+  uint32_t shared_cores;           /* > 0: lanes share this many cores (the cpu device) */
+} flap_machine;
+
+/* Typical rates for a kind, before anything was measured. */
+void flap_device_default_machine(flap_device_kind kind, flap_machine *machine_out);
+
+typedef struct flap_device_config {
+  flap_device_kind kind;
+  uint64_t vram_bytes;  /* the budget: on cpu and sim the arena has exactly this size; on cuda the arena is what is left
+                           after the context and library workspaces */
+  uint32_t events_max;
+  flap_pool *pool;      /* cpu: who computes; must outlive the device */
+  void (*notify)(void *context); /* after an event recorded with notify completed; any thread; must not block */
+  void *notify_context;
+  flap_clock *clock;    /* sim */
+  flap_machine machine; /* sim */
+} flap_device_config;
+
+typedef struct flap_device flap_device;
+typedef uint32_t flap_event; /* an index below events_max; an event that was never recorded is complete */
+
+/* FLAP_NO_MEMORY, FLAP_DEVICE (no driver, too old a card), FLAP_UNSUPPORTED (a kind this build has not). */
+FLAP_CHECKED flap_status flap_device_open(const flap_device_config *config, flap_device **device_out);
+flap_device_kind flap_device_get_kind(const flap_device *device);
+/* For people: "cpu, 2 threads", "NVIDIA H100 80GB HBM3". */
+const char *flap_device_describe(const flap_device *device);
+/* The arena: its address in device memory (aligned to at least 4096; a made-up one in sim) and its size. */
+void *flap_device_arena(const flap_device *device, uint64_t *bytes_out);
+bool flap_device_has_bytes(const flap_device *device); /* false in sim */
+flap_pool *flap_device_pool(const flap_device *device);
+
+/* Pins host memory for asynchronous copies (nothing to do on cpu and sim). Undone by close. */
+FLAP_CHECKED flap_status flap_device_pin_host(flap_device *device, void *memory, uint64_t bytes);
+
+/* Copies on a stream; H2D and D2H streams carry that direction only. At least 1024 copies and records may be queued per
+ * stream; past that the call blocks. */
+void flap_device_copy(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes);
+
+/* The event completes when everything launched on the stream before has. Recording again moves it. */
+void flap_device_event_record(flap_device *device, flap_event event, flap_stream stream, bool notify);
+bool flap_device_event_done(flap_device *device, flap_event event);
+/* Blocks the calling thread (in sim: advances the clock) until the event is complete. */
+void flap_device_event_wait(flap_device *device, flap_event event);
+/* Later work on `stream` starts after the event. On a stream whose work runs on the calling thread this blocks. */
+void flap_device_stream_wait(flap_device *device, flap_stream stream, flap_event event);
+/* Waits for every stream, then tells whether the device failed since open. Device errors are sticky. */
+FLAP_CHECKED flap_status flap_device_synchronize(flap_device *device);
+
+/* Small transfers in order with the compute stream; `download` returns when the bytes are there. In sim both only take
+ * time, and `download` fills with zeros. */
+FLAP_CHECKED flap_status flap_device_upload(flap_device *device, void *to, const void *from, uint64_t bytes);
+FLAP_CHECKED flap_status flap_device_download(flap_device *device, void *to, const void *from, uint64_t bytes);
+
+/* sim: a kernel of so many operations and bytes of device-memory traffic on the compute stream; the dtype chooses the
+ * matmul rate. Elsewhere a mistake. */
+void flap_device_sim_kernel(flap_device *device, double flops, double bytes, bool bf16);
+/* Busy time of a stream so far, ns: virtual in sim, measured elsewhere (for cpu compute: as told by
+ * flap_device_note_compute). */
+uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);
+void flap_device_note_compute(flap_device *device, uint64_t ns);
+
+/* Observes copies for the trace: called with start and end (flap_units_now_ns or virtual) of every copy, on the copying
+ * thread; NULL turns it off. */
+typedef void (*flap_device_trace_fn)(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
+                                     uint64_t bytes);
+void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *context);
+
+/* What the driver charges to this process now, and the highest so far; on cpu and sim the arena. */
+uint64_t flap_device_memory_peak(const flap_device *device);
+
+/* Waits for the streams and gives everything back. NULL is fine. */
+void flap_device_close(flap_device *device);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
