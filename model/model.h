@@ -1,0 +1,179 @@
+/* Model families: what tensors a model has, and its forward and backward over resolved pointers.
+ *
+ * Role: the math of an architecture, as calls of kernels/ops.h on device pointers that the caller resolved. It knows no
+ * pages, disks, files or schedules, and holds no state. A family is one file that fills a flap_family table.
+ *
+ * A model is a chain of parts: the embedding, `layers` equal layers, and the head (final norm, and the output
+ * projection unless tied). A part's weights are one contiguous run of memory; each of its tensors starts at a
+ * multiple of FLAP_OPS_BLOCK elements, and the gap up to the next one is zero and stays zero. The gradient sums
+ * of a part have the same layout in fp32.
+ *
+ * Shapes: T = B·S tokens of a micro-batch, D hidden, F intermediate, V vocabulary. Device pointers are never dereferenced
+ * here, so everything also runs on the sim device.
+ */
+#ifndef FLAP_MODEL_MODEL_H
+#define FLAP_MODEL_MODEL_H
+
+#include "kernels/ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct flap_family flap_family; /* private to model/ */
+
+/* Names as in a Hugging Face config.json. */
+typedef struct flap_model_config {
+  const flap_family *family;
+  uint32_t vocab_size, hidden_size, intermediate_size, num_hidden_layers;
+  uint32_t num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings;
+  double rms_norm_eps, initializer_range;
+  bool tie_word_embeddings, attention_bias;
+  flap_rope rope; /* rope_theta and rope_scaling */
+} flap_model_config;
+
+/* ---- configuration --------------------------------------------------------------------------------------- */
+
+typedef enum flap_key_kind {
+  FLAP_KEY_COUNT,   /* a positive integer, uint32_t */
+  FLAP_KEY_NUMBER,  /* double */
+  FLAP_KEY_BOOL,    /* bool */
+  FLAP_KEY_ROPE,    /* the `rope_scaling` mapping or null, into flap_rope */
+  FLAP_KEY_MUST_BE, /* a string, number or bool that must equal `must_be` (as JSON text) or be absent: "\"silu\"", "false" */
+  FLAP_KEY_IGNORED  /* allowed, without effect on training */
+} flap_key_kind;
+
+/* One config.json key that a family reads; the reader of JSON lives elsewhere and fills the struct by this table. */
+typedef struct flap_model_key {
+  const char *name;
+  flap_key_kind kind;
+  size_t offset; /* of the field in flap_model_config */
+  bool required;
+  double fallback; /* for absent keys that are not required; NAN: derived by flap_model_finish_config */
+  const char *must_be;
+} flap_model_key;
+
+/* The family of a config.json's `model_type` ("llama", "mistral" without sliding window...); NULL if there is none. */
+const flap_family *flap_model_find_family(const char *model_type);
+/* "llama, ..." for messages. */
+const char *flap_model_families(void);
+const char *flap_model_family_name(const flap_family *family);
+/* The `architectures` entry for export: "LlamaForCausalLM". */
+const char *flap_model_architecture(const flap_family *family);
+const flap_model_key *flap_model_keys(const flap_family *family, uint32_t *count_out);
+
+/* Derives what was absent (num_key_value_heads, head_dim) and checks that everything fits together: FLAP_INVALID names the
+ * key, its value and what it must be. */
+FLAP_CHECKED flap_status flap_model_finish_config(flap_model_config *config);
+
+/* ---- tensors --------------------------------------------------------------------------------------------- */
+
+typedef enum flap_part { FLAP_PART_EMBEDDING, FLAP_PART_LAYER, FLAP_PART_HEAD, FLAP_PART_COUNT } flap_part;
+typedef enum flap_init { FLAP_INIT_NORMAL, FLAP_INIT_ONES, FLAP_INIT_ZEROS } flap_init;
+
+#define FLAP_MODEL_NAME_MAX 96
+#define FLAP_MODEL_TENSORS_MAX 16 /* of one part */
+
+typedef struct flap_model_tensor {
+  char name[FLAP_MODEL_NAME_MAX]; /* Hugging Face's: "model.layers.3.self_attn.q_proj.weight" */
+  uint32_t rank;
+  uint64_t shape[2];
+  uint64_t elements;
+  uint64_t offset;   /* elements from the start of the part; a multiple of FLAP_OPS_BLOCK */
+  flap_init init;    /* normal: mean 0, deviation initializer_range */
+  bool decays;       /* weight decay applies: not to norms and biases, as in Hugging Face's Trainer */
+} flap_model_tensor;
+
+/* The tensors of a part; `layer` matters for FLAP_PART_LAYER only. Returns the count; fills up to
+ * FLAP_MODEL_TENSORS_MAX entries unless `tensors_out` is NULL. */
+uint32_t flap_model_tensors(const flap_model_config *config, flap_part part, uint32_t layer,
+                            flap_model_tensor *tensors_out);
+/* Elements of the part's weights, gaps included: a multiple of FLAP_OPS_BLOCK. */
+uint64_t flap_model_part_elements(const flap_model_config *config, flap_part part);
+/* Trainable parameters, gaps not included. */
+uint64_t flap_model_parameters(const flap_model_config *config);
+
+/* ---- sizes and costs ------------------------------------------------------------------------------------- */
+
+/* The shape of one micro-batch. */
+typedef struct flap_model_shape {
+  flap_dtype dtype; /* storage of weights and activations */
+  uint32_t batch, sequence;
+} flap_model_shape;
+
+/* Hidden states (T, D): what passes between parts. */
+uint64_t flap_model_hidden_bytes(const flap_model_config *config, const flap_model_shape *shape);
+
+/* A tensor that a layer's forward can leave for its backward, or the backward can compute again. */
+typedef struct flap_saved_tensor {
+  const char *name;
+  uint64_t offset, bytes;    /* in the layer's saved block; offsets are multiples of 256 */
+  double recompute_flops;
+} flap_saved_tensor;
+#define FLAP_MODEL_SAVED_MAX 16
+uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_model_shape *shape,
+                                  flap_saved_tensor *tensors_out);
+/* The whole block, a multiple of 4096. The layer's input is not in it. */
+uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape);
+
+/* Scratch in device memory that the functions below need, a multiple of 4096. */
+uint64_t flap_model_workspace_bytes(const flap_model_config *config, const flap_model_shape *shape);
+/* The KV cache of one layer for so many positions (keys, then values), a multiple of 4096. */
+uint64_t flap_model_cache_bytes(const flap_model_config *config, flap_dtype dtype, uint32_t positions);
+/* Bytes of the rope table for so many positions: (positions, head_dim) fp32. */
+uint64_t flap_model_rope_bytes(const flap_model_config *config, uint32_t positions);
+
+/* Floating-point operations of one micro-batch: matmuls and causal attention (half of S×S). */
+double flap_model_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part);
+/* Bounds for kernels/ops.h. */
+void flap_model_ops_limits(const flap_model_config *config, const flap_model_shape *shape, uint32_t threads,
+                           flap_ops_limits *limits_out);
+
+/* ---- forward and backward -------------------------------------------------------------------------------- */
+
+/* What every call needs; pointers are device memory. */
+typedef struct flap_model_run {
+  const flap_model_config *config;
+  flap_model_shape shape;
+  flap_ops *ops;
+  const float *rope_table; /* of at least shape.sequence (or the cache's) positions */
+  void *workspace;
+} flap_model_run;
+
+/* x (T, D) = rows of the embedding. */
+void flap_model_embed(const flap_model_run *run, const void *embedding, const int32_t *tokens, void *x);
+
+/* One layer: x_out (T, D) from x_in (T, D); `saved` receives the layer's saved block (scratch if nobody needs it).
+ * x_out NULL: recompute, which stops before the down-projection. x_out must not be x_in. The same bits either way. */
+void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *x_out);
+
+/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) +=. */
+void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, const void *saved,
+                               void *dx, float *dweights);
+
+/* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead and dprojection fp32 +=.
+ * `projection` is the (V, D) output matrix: flap_model_head_projection says where it is. dx NULL: losses only. */
+void flap_model_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
+                          const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
+                          float *dprojection);
+/* Elements from the start of the head part (untied) or of the embedding part (tied). */
+uint64_t flap_model_head_projection(const flap_model_config *config);
+
+/* dembedding (V, D) fp32 +=; `order` as flap_ops_embedding_backward wants it. */
+void flap_model_embed_backward(const flap_model_run *run, const int32_t *tokens, const int32_t *order, const void *dx,
+                               float *dembedding);
+
+/* ---- sampling -------------------------------------------------------------------------------------------- */
+
+/* x (tokens, D) in place, for new tokens at first_position..; their keys and values are written to `cache` (laid out for
+ * cache_positions) first. tokens <= T of the shape. Uses saved-block-sized scratch `saved`. */
+void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+                             uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
+/* logits (V) fp32 of row `row` of x (·, D); leaves x as it is. */
+void flap_model_logits(const flap_model_run *run, const void *head, const void *projection, const void *x, uint32_t row,
+                       float *logits);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
