@@ -1,0 +1,86 @@
+/* JSON files: a thin layer over jansson that says what is wrong, where, in which file and under which key.
+ *
+ * Not for the step loop: jansson allocates. Threading: as jansson (different roots are independent).
+ */
+#ifndef FLAP_FORMATS_JSON_FILE_H
+#define FLAP_FORMATS_JSON_FILE_H
+
+#include "base/status.h"
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLAP_JSON_BYTES_MAX ((uint64_t)256 << 20) /* a limit that suits every file but data */
+#define FLAP_JSON_PATH_MAX 192u
+
+/* ---- loading and writing ------------------------------------------------------------------------------- */
+
+/* Loads a file of at most `bytes_max` bytes. Keys that repeat, and NaN and Infinity (which Python writes, but which are
+ * not JSON), are refused. Whole numbers past 64 bits, as in many tokenizer_config.json, make all numbers of the file
+ * doubles; the getters below take those too. Errors: FLAP_NOT_FOUND, FLAP_IO, FLAP_INVALID with "file:line:column".
+ * The caller owns the root: json_decref. */
+FLAP_CHECKED flap_status flap_json_load_file(const char *path, uint64_t bytes_max, json_t **root_out);
+/* The same from memory; `name` stands for the file in messages. */
+FLAP_CHECKED flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out);
+
+/* Writes durably, indented by 2, keys in their order, doubles with the fewest digits (15 to 17, one for the file) that
+ * read back equal. Jansson cannot hold NaN or infinity: use flap_json_real. */
+FLAP_CHECKED flap_status flap_json_write_file(const char *path, const json_t *root);
+
+/* A new number, or null for NaN and the infinities, which JSON has no words for. */
+json_t *flap_json_real(double value);
+
+/* ---- typed access -------------------------------------------------------------------------------------- */
+
+/* An object in a file, and the way to it for messages: "config.json: rope_scaling.factor: ...". Holds no reference: it
+ * lives as long as the root, and `file` as long as the caller's string. */
+typedef struct flap_json_object {
+  const json_t *json;
+  const char *file;
+  char path[FLAP_JSON_PATH_MAX]; /* "" at the root, else "rope_scaling" */
+} flap_json_object;
+
+/* FLAP_INVALID when the root is no object. */
+FLAP_CHECKED flap_status flap_json_root(const json_t *root, const char *file, flap_json_object *object_out);
+
+/* There, and not null. */
+bool flap_json_has(const flap_json_object *object, const char *key);
+
+/* Required keys. A missing key, a null, a wrong type or a value out of [min, max] is FLAP_INVALID and is named.
+ * Integers may be written as whole doubles (2.0). Strings live as long as the root. */
+FLAP_CHECKED flap_status flap_json_get_object(const flap_json_object *object, const char *key,
+                                              flap_json_object *object_out);
+FLAP_CHECKED flap_status flap_json_get_array(const flap_json_object *object, const char *key, const json_t **array_out);
+FLAP_CHECKED flap_status flap_json_get_string(const flap_json_object *object, const char *key, const char **value_out);
+FLAP_CHECKED flap_status flap_json_get_integer(const flap_json_object *object, const char *key, int64_t min,
+                                               int64_t max, int64_t *value_out);
+FLAP_CHECKED flap_status flap_json_get_number(const flap_json_object *object, const char *key, double min, double max,
+                                              double *value_out);
+FLAP_CHECKED flap_status flap_json_get_bool(const flap_json_object *object, const char *key, bool *value_out);
+/* At most `count_max` integers, each in [min, max]. */
+FLAP_CHECKED flap_status flap_json_get_integers(const flap_json_object *object, const char *key, int64_t min,
+                                                int64_t max, int64_t *values_out, size_t count_max, size_t *count_out);
+
+/* Optional keys: a missing key or a null stores `fallback`; everything else as above. */
+FLAP_CHECKED flap_status flap_json_opt_string(const flap_json_object *object, const char *key, const char *fallback,
+                                              const char **value_out);
+FLAP_CHECKED flap_status flap_json_opt_integer(const flap_json_object *object, const char *key, int64_t min,
+                                               int64_t max, int64_t fallback, int64_t *value_out);
+FLAP_CHECKED flap_status flap_json_opt_number(const flap_json_object *object, const char *key, double min, double max,
+                                              double fallback, double *value_out);
+FLAP_CHECKED flap_status flap_json_opt_bool(const flap_json_object *object, const char *key, bool fallback,
+                                            bool *value_out);
+
+/* "file: way.to.key: <text>" as FLAP_INVALID, for checks that the getters do not have. `key` may be NULL. */
+flap_status flap_json_error(const flap_json_object *object, const char *key, const char *format, ...) FLAP_PRINTF(3, 4);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

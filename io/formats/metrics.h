@@ -1,0 +1,60 @@
+/* metrics.jsonl: one JSON object per line, appended while a run goes on.
+ *
+ *   flap_metrics_begin_line(metrics);
+ *   flap_metrics_add_integer(metrics, "step", 12);
+ *   flap_metrics_add_float(metrics, "loss", loss);
+ *   flap_metrics_open_object(metrics, "stall_seconds");
+ *   flap_metrics_add_number(metrics, "h2d", 0.25);
+ *   flap_metrics_close_object(metrics);
+ *   FLAP_TRY(flap_metrics_end_line(metrics));
+ *
+ * Numbers read back to the same bits (%.9g for floats, %.17g for doubles); NaN and the infinities are null, which every
+ * JSON reader takes. Lines are built in a buffer that open takes: after that nothing is allocated. A line is handed to
+ * the system in one write, so a killed run leaves at most one torn line, which the next open drops.
+ * Threading: one user.
+ */
+#ifndef FLAP_FORMATS_METRICS_H
+#define FLAP_FORMATS_METRICS_H
+
+#include "base/status.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLAP_METRICS_LINE_BYTES_MAX 16384u
+#define FLAP_METRICS_DEPTH_MAX 8u
+
+typedef struct flap_metrics flap_metrics;
+
+/* keep_to_step < 0 starts an empty file. Otherwise a file that is there keeps its lines whose integer "step" is at most
+ * keep_to_step, and objects without a "step"; later, torn and malformed lines are dropped (the file is rewritten under
+ * a temporary name and renamed, only if something is dropped). So a resumed run repeats no step. */
+FLAP_CHECKED flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metrics **metrics_out);
+
+/* Begin and end come in pairs, as do open and close of objects; keys are escaped if they need it. */
+void flap_metrics_begin_line(flap_metrics *metrics);
+void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t value);
+void flap_metrics_add_float(flap_metrics *metrics, const char *key, float value);
+void flap_metrics_add_number(flap_metrics *metrics, const char *key, double value);
+void flap_metrics_add_bool(flap_metrics *metrics, const char *key, bool value);
+void flap_metrics_add_string(flap_metrics *metrics, const char *key, const char *value); /* UTF-8 */
+void flap_metrics_open_object(flap_metrics *metrics, const char *key);
+void flap_metrics_close_object(flap_metrics *metrics);
+
+/* Appends the line. FLAP_INVALID, and nothing written, when it grew past FLAP_METRICS_LINE_BYTES_MAX. When the write
+ * fails (FLAP_NO_SPACE, FLAP_IO) what was written of the line is taken back, so the next line is sound. */
+FLAP_CHECKED flap_status flap_metrics_end_line(flap_metrics *metrics);
+
+/* fsync, for commits. */
+FLAP_CHECKED flap_status flap_metrics_sync(flap_metrics *metrics);
+/* Closes; does not sync. NULL is fine. */
+void flap_metrics_close(flap_metrics *metrics);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
