@@ -19,6 +19,8 @@
 extern "C" {
 #endif
 
+#define FLAP_ARENA_ALIGN_MAX ((uint64_t)2 << 20) /* the largest alignment that may be asked for */
+
 typedef struct flap_arena {
   const char *name;    /* "ram", for messages; static storage */
   unsigned char *base; /* NULL while measuring */
@@ -35,11 +37,11 @@ void flap_arena_measure(flap_arena *arena, const char *name);
  * FLAP_NO_MEMORY names the arena and the size. */
 FLAP_CHECKED flap_status flap_arena_open(flap_arena *arena, const char *name, uint64_t bytes);
 
-/* An arena over memory that somebody else owns. */
+/* An arena over memory that somebody else owns, aligned as much as anything that will be taken from it. */
 void flap_arena_borrow(flap_arena *arena, const char *name, void *base, uint64_t bytes);
 
-/* The next `bytes`, aligned to `align` (a power of two), zeroed if nobody wrote there before. NULL only
- * while measuring, or for 0 bytes. Lives until flap_arena_close. */
+/* The next `bytes`, aligned to `align` (a power of two, at most FLAP_ARENA_ALIGN_MAX), zeroed if nobody wrote there
+ * before. NULL only while measuring, or for 0 bytes. Lives until flap_arena_close. */
 void *flap_arena_take(flap_arena *arena, uint64_t bytes, uint64_t align);
 
 /* flap_arena_take for an array of `count` elements; asserts on overflow. */

@@ -19,7 +19,8 @@ extern "C" {
 typedef struct flap_clock flap_clock;
 typedef void (*flap_clock_fn)(void *context);
 
-/* The queue grows as needed; a clock is for planning and tests, never for the step loop. */
+/* The queue grows as needed (and asserts when the system refuses those few bytes); a clock is for planning
+ * and tests, never for the step loop. */
 FLAP_CHECKED flap_status flap_clock_open(flap_clock **clock_out);
 uint64_t flap_clock_now_ns(const flap_clock *clock);
 

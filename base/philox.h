@@ -16,10 +16,15 @@ typedef struct flap_philox {
 /* The stream of `name` under `seed`; the same pair gives the same stream on every machine. */
 flap_philox flap_philox_stream(uint64_t seed, const char *name);
 
-/* Four uniform 32-bit words for a counter. */
+/* The bare generator: ten rounds over a 128-bit counter under a 64-bit key, least significant word first. */
+void flap_philox_4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t words_out[4]);
+
+/* Four uniform 32-bit words for a counter, which fills the two lower words of the generator's; the upper two are 0. */
 void flap_philox_block(const flap_philox *stream, uint64_t counter, uint32_t words_out[4]);
 
-/* Element `index` of the stream: uniform in [0, 1) with 24 bits; standard normal (Box-Muller in fp64, element
+/* A stream serves one of the three kinds below, because they read the same blocks.
+ *
+ * Element `index` of the stream: uniform in [0, 1) with 24 bits; standard normal (Box-Muller in fp64, element
  * pairs share a block); uniform integer below `bound` (> 0, unbiased enough for bound < 2^32: multiply-shift on 64 bits). */
 float flap_philox_uniform(const flap_philox *stream, uint64_t index);
 float flap_philox_normal(const flap_philox *stream, uint64_t index);
