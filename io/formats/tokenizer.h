@@ -1,0 +1,101 @@
+/* Text to token ids and back: a built-in byte tokenizer, and byte-level BPE from a Hugging Face tokenizer.json.
+ *
+ * Role: the same ids as the `tokenizers` library for the files that this reader accepts; everything else in a
+ * tokenizer.json is refused with FLAP_UNSUPPORTED, the file and the key named, so no text is ever tokenised in
+ * another way than its model expects. Accepted: model BPE (merges as "a b" or ["a", "b"], ignore_merges);
+ * pre_tokenizer ByteLevel, or a Sequence of Split and Digits that ends with ByteLevel; normalizer none or NFC;
+ * added tokens; post_processor ByteLevel and TemplateProcessing; decoder ByteLevel.
+ *
+ * It knows nothing of models or devices. Threading: one thread at a time per tokenizer (encode keeps a word
+ * cache); the functions that take a const tokenizer may run on several threads at once while nobody encodes.
+ */
+#ifndef FLAP_IO_FORMATS_TOKENIZER_H
+#define FLAP_IO_FORMATS_TOKENIZER_H
+
+#include "base/status.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct flap_tokenizer flap_tokenizer;
+
+/* A list of ids that grows. Start with {0}; set count to 0 to use it again. */
+typedef struct flap_ids {
+  int32_t *ids;
+  uint64_t count;
+  uint64_t capacity;
+} flap_ids;
+
+void flap_ids_free(flap_ids *ids);
+
+/* Ids 0 to 255 are the bytes, 256 is the end token "<|endoftext|>"; vocabulary 257. */
+FLAP_CHECKED flap_status flap_tokenizer_open_bytes(flap_tokenizer **tokenizer_out);
+
+/* `path` is a tokenizer.json or a folder that holds one. tokenizer_config.json, special_tokens_map.json and
+ * config.json beside a file of that name are read for the begin and end tokens, where they exist. FLAP_NOT_FOUND,
+ * FLAP_INVALID (malformed) and FLAP_UNSUPPORTED name the file and the key. */
+FLAP_CHECKED flap_status flap_tokenizer_open(const char *path, flap_tokenizer **tokenizer_out);
+void flap_tokenizer_close(flap_tokenizer *tokenizer); /* NULL is fine */
+
+/* The path it came from, or "bytes". Lives as long as the tokenizer. */
+const char *flap_tokenizer_name(const flap_tokenizer *tokenizer);
+
+/* The largest id + 1. */
+uint32_t flap_tokenizer_vocabulary(const flap_tokenizer *tokenizer);
+
+/* The tokens that end and begin a document, -1 where there is none. End: eos_token of tokenizer_config.json,
+ * then of special_tokens_map.json, then eos_token_id of config.json, then the first of "<|endoftext|>",
+ * "<|end_of_text|>", "</s>", "<eos>" that exists. Begin: likewise with bos, then the first token that the
+ * post-processor puts before a text. */
+int32_t flap_tokenizer_end(const flap_tokenizer *tokenizer);
+int32_t flap_tokenizer_begin(const flap_tokenizer *tokenizer);
+
+/* The id of a token as tokenizer.json spells it ("<|im_end|>", or "Ġthe"); -1 if there is none. */
+int32_t flap_tokenizer_find(const flap_tokenizer *tokenizer, const char *token);
+
+/* Whether the token is marked special in added_tokens: to be hidden from readers of generated text. */
+bool flap_tokenizer_is_special(const flap_tokenizer *tokenizer, int32_t id);
+
+typedef enum flap_tokenizer_flags {
+  FLAP_TOKENIZER_BEGIN = 1,    /* first what the post-processor's template puts before a text */
+  FLAP_TOKENIZER_END = 2,      /* last what it puts after a text */
+  FLAP_TOKENIZER_SPECIAL = 3,  /* both: add_special_tokens=True of the library */
+  FLAP_TOKENIZER_LITERAL = 4,  /* special tokens spelt out in the text are plain text */
+  FLAP_TOKENIZER_CONTINUE = 8, /* the text continues an earlier piece: no add_prefix_space at its start */
+} flap_tokenizer_flags;
+
+/* Appends the ids of `bytes` bytes of text (NUL bytes are text; need not be terminated). Bytes that are not UTF-8
+ * are kept: each run of them is a word of its own. FLAP_NO_MEMORY; FLAP_INVALID when the pre-tokenizer's pattern gives
+ * up. */
+FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const char *text, uint64_t bytes,
+                                               unsigned flags, flap_ids *ids);
+
+/* Where a long text may be cut so that the pieces, encoded one after the other (all but the first with
+ * FLAP_TOKENIZER_CONTINUE), give the ids of the whole. Returns how many of the `bytes` bytes at `text` make the
+ * next piece: all of them if bytes <= piece_bytes and `last` (nothing follows). Otherwise, in this order: the last
+ * safe cut within piece_bytes; the first one after it; the last newline; the last whole character. A cut is safe
+ * between a newline that follows a character that is no white space and a character that is none: there the published
+ * GPT-2, Llama-3 and Qwen2 patterns always split. It depends on the text alone, so pieces are the same
+ * whatever way the text was read, if the caller shows min(rest, FLAP_TOKENIZER_WINDOW_BYTES) bytes each time. */
+#define FLAP_TOKENIZER_PIECE_BYTES ((uint64_t)1 << 20)
+#define FLAP_TOKENIZER_WINDOW_BYTES ((uint64_t)8 << 20)
+uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t piece_bytes,
+                            bool last);
+
+/* The bytes that the token stands for; not terminated, not necessarily whole UTF-8 characters. NULL and 0 for ids
+ * that do not exist. Lives as long as the tokenizer. */
+const char *flap_tokenizer_decode(const flap_tokenizer *tokenizer, int32_t id, uint64_t *bytes_out);
+
+/* Writes into an existing folder what `transformers` needs to give the same ids: copies of tokenizer.json,
+ * tokenizer_config.json and special_tokens_map.json as they were opened (a missing tokenizer_config.json is
+ * written), or new ones for the byte tokenizer. Each file is written under a temporary name, synced and renamed. */
+FLAP_CHECKED flap_status flap_tokenizer_save(const flap_tokenizer *tokenizer, const char *folder);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
