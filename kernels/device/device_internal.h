@@ -1,0 +1,56 @@
+/* What the front (device.c) and the kinds of device share; private to kernels/device.
+ *
+ * A kind is one table of functions and one struct that begins with struct flap_device. The front checks arguments,
+ * keeps the trace and the busy counters, and calls the table; it never looks at the kind otherwise.
+ */
+#ifndef FLAP_KERNELS_DEVICE_DEVICE_INTERNAL_H
+#define FLAP_KERNELS_DEVICE_DEVICE_INTERNAL_H
+
+#include "kernels/device/device.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+typedef struct flap_device_table {
+  size_t struct_bytes; /* of the kind's struct */
+  bool has_bytes;
+
+  /* Fills arena and description, and takes everything that the device will need. A failure leaves nothing taken. */
+  flap_status (*open)(flap_device *device);
+  /* Waits for the streams and gives back what open took. */
+  void (*close)(flap_device *device);
+  flap_status (*pin_host)(flap_device *device, void *memory, uint64_t bytes);
+  void (*copy)(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes);
+  void (*event_record)(flap_device *device, flap_event event, flap_stream stream, bool notify);
+  bool (*event_done)(flap_device *device, flap_event event);
+  void (*event_wait)(flap_device *device, flap_event event);
+  void (*stream_wait)(flap_device *device, flap_stream stream, flap_event event);
+  flap_status (*synchronize)(flap_device *device);
+  flap_status (*upload)(flap_device *device, void *to, const void *from, uint64_t bytes);
+  flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
+  void (*note_compute)(flap_device *device, uint64_t ns); /* NULL where the device measures its own kernels */
+  void (*sim_kernel)(flap_device *device, double flops, double bytes, bool bf16); /* NULL but in sim */
+  uint64_t (*memory_peak)(const flap_device *device);
+} flap_device_table;
+
+extern const flap_device_table flap_device_cpu_table;
+extern const flap_device_table flap_device_sim_table;
+
+struct flap_device {
+  const flap_device_table *table;
+  flap_device_config config;
+  char description[128];
+  void *arena;
+  uint64_t arena_bytes;
+  _Atomic uint64_t busy_ns[FLAP_STREAM_COUNT];
+  pthread_mutex_t trace_lock; /* held during a call of trace_fn, so that set_trace(NULL) returns after the last one */
+  flap_device_trace_fn trace_fn;
+  void *trace_context;
+};
+
+/* Tells the observer, if there is one, and adds to the stream's busy time. */
+void flap_device_copied(flap_device *device, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
+                        uint64_t bytes);
+
+#endif

@@ -1,0 +1,276 @@
+/* The simulated device: no bytes, a virtual clock, and the rates of a machine profile.
+ *
+ * 1. A stream is a lane, first come first served: `free_ns` is when everything launched on it so far has ended. Work
+ *    starts at max(now, free_ns), and its end is known when it is launched. So an event is a time.
+ * 2. machine.synchronous: whoever launches on the compute stream lives through it: the clock stands at the end of the
+ *    work when the launch returns, and ran everything else that happened meanwhile. Otherwise launches run ahead.
+ * 3. machine.shared_cores: a copy of duration d takes d / shared_cores of the compute lane, charged at the moment when
+ *    the copy starts, so that a copy that ran while nothing was computed delays nothing that comes later. A launch that
+ *    is being lived through is stretched; one that ran ahead keeps the end that was promised. Copies are never slowed.
+ * 4. A notify is scheduled on the clock at the time of its event. Close waits for all of them.
+ */
+#include "kernels/device/device_internal.h"
+
+#include "base/assert.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SIM_ARENA ((uintptr_t)1 << 46) /* nobody's address; may be computed with */
+#define SIM_TIME_MAX 4e18              /* ns; a launch that long is a mistake in the profile */
+
+/* What a copy on a lane will take from the compute lane when it starts; copies of a lane start in order. */
+typedef struct charges {
+  uint64_t *ns;
+  uint32_t first, count, capacity;
+} charges;
+
+typedef struct sim_device {
+  flap_device base;
+  uint64_t *events; /* the time of each event */
+  uint64_t free_ns[FLAP_STREAM_COUNT];
+  charges charges[FLAP_STREAM_COUNT];
+  uint32_t scheduled; /* functions that the clock still holds for us */
+} sim_device;
+
+static sim_device *self(flap_device *device) {
+  return (sim_device *)device;
+}
+static uint64_t now(const sim_device *sim) {
+  return flap_clock_now_ns(sim->base.config.clock);
+}
+static uint64_t later(uint64_t a, uint64_t b) {
+  return a > b ? a : b;
+}
+
+static uint64_t duration(double amount, double per_second) {
+  double ns = amount / per_second * 1e9;
+  flap_assert(ns >= 0 && ns < SIM_TIME_MAX);
+  return (uint64_t)llround(ns);
+}
+
+/* ---- open and close ------------------------------------------------------------------------------------- */
+
+static flap_status check_machine(const flap_machine *machine) {
+  const struct {
+    const char *name;
+    double rate;
+  } rates[] = {
+      {"flops_bf16", machine->flops_bf16}, {"flops_f32", machine->flops_f32}, {"device_bytes", machine->device_bytes},
+      {"h2d_bytes", machine->h2d_bytes},   {"d2h_bytes", machine->d2h_bytes},
+  };
+  for (size_t i = 0; i < sizeof rates / sizeof rates[0]; i++)
+    if (!(rates[i].rate > 0) || !isfinite(rates[i].rate))
+      return flap_error_set(FLAP_INVALID, "machine \"%.63s\": %s is %g; a rate per second above 0 is needed",
+                            machine->name, rates[i].name, rates[i].rate);
+  return FLAP_OK;
+}
+
+static flap_status sim_open(flap_device *base) {
+  sim_device *sim = self(base);
+  const flap_device_config *config = &base->config;
+  flap_assert(config->clock);
+  FLAP_TRY(check_machine(&config->machine));
+  if (config->vram_bytes > SIM_ARENA)
+    return flap_error_set(FLAP_INVALID, "vram: %llu bytes are more than the simulated device can address",
+                          (unsigned long long)config->vram_bytes);
+  sim->events = calloc(config->events_max ? config->events_max : 1, sizeof *sim->events);
+  if (!sim->events)
+    return flap_error_set(FLAP_NO_MEMORY, "device sim: no memory for %u events", config->events_max);
+  snprintf(base->description, sizeof base->description, "sim of %.63s", config->machine.name);
+  base->arena = (void *)SIM_ARENA; /* never dereferenced */
+  base->arena_bytes = config->vram_bytes;
+  return FLAP_OK;
+}
+
+static flap_status sim_pin_host(flap_device *device, void *memory, uint64_t bytes) {
+  (void)device, (void)memory, (void)bytes;
+  return FLAP_OK;
+}
+
+/* ---- shared cores --------------------------------------------------------------------------------------- */
+
+static void charge(sim_device *sim, uint64_t ns) {
+  uint64_t *free_ns = &sim->free_ns[FLAP_STREAM_COMPUTE];
+  *free_ns = later(*free_ns, now(sim)) + ns;
+}
+
+static void charge_next(sim_device *sim, flap_stream stream) {
+  charges *c = &sim->charges[stream];
+  flap_assert(c->count > 0 && sim->scheduled > 0);
+  sim->scheduled--;
+  charge(sim, c->ns[c->first]);
+  c->first = (c->first + 1) % c->capacity;
+  c->count--;
+}
+
+static void charge_h2d(void *context) {
+  charge_next(context, FLAP_STREAM_H2D);
+}
+static void charge_d2h(void *context) {
+  charge_next(context, FLAP_STREAM_D2H);
+}
+
+static bool charges_push(charges *c, uint64_t ns) {
+  if (c->count == c->capacity) {
+    uint32_t capacity = c->capacity ? c->capacity * 2 : 64;
+    uint64_t *grown = malloc(capacity * sizeof *grown);
+    if (!grown)
+      return false;
+    for (uint32_t i = 0; i < c->count; i++)
+      grown[i] = c->ns[(c->first + i) % c->capacity];
+    free(c->ns);
+    *c = (charges){.ns = grown, .count = c->count, .capacity = capacity};
+  }
+  c->ns[(c->first + c->count++) % c->capacity] = ns;
+  return true;
+}
+
+static void share_cores(sim_device *sim, flap_stream stream, uint64_t start_ns, uint64_t copy_ns) {
+  uint32_t cores = sim->base.config.machine.shared_cores;
+  if (cores == 0)
+    return;
+  uint64_t ns = copy_ns / cores;
+  if (start_ns <= now(sim) || !charges_push(&sim->charges[stream], ns)) {
+    charge(sim, ns); /* it starts now; or there is no memory to remember it by, and early is better than never */
+    return;
+  }
+  sim->scheduled++;
+  flap_clock_schedule(sim->base.config.clock, start_ns, stream == FLAP_STREAM_H2D ? charge_h2d : charge_d2h, sim);
+}
+
+/* ---- launches ------------------------------------------------------------------------------------------- */
+
+/* Appends work to the compute lane; returns its end, at which the clock stands if the machine is synchronous. */
+static void compute(sim_device *sim, uint64_t ns) {
+  uint64_t *free_ns = &sim->free_ns[FLAP_STREAM_COMPUTE];
+  *free_ns = later(*free_ns, now(sim)) + ns;
+  atomic_fetch_add_explicit(&sim->base.busy_ns[FLAP_STREAM_COMPUTE], ns, memory_order_relaxed);
+  if (sim->base.config.machine.synchronous)
+    while (*free_ns > now(sim)) /* copies that start meanwhile move the end */
+      flap_clock_advance_to(sim->base.config.clock, *free_ns);
+}
+
+static void sim_kernel(flap_device *device, double flops, double bytes, bool bf16) {
+  const flap_machine *machine = &device->config.machine;
+  uint64_t math_ns = duration(flops, bf16 ? machine->flops_bf16 : machine->flops_f32);
+  uint64_t memory_ns = duration(bytes, machine->device_bytes);
+  compute(self(device), machine->launch_ns + later(math_ns, memory_ns));
+}
+
+static void sim_copy(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes) {
+  (void)to, (void)from;
+  sim_device *sim = self(device);
+  const flap_machine *machine = &device->config.machine;
+  if (stream == FLAP_STREAM_COMPUTE) {
+    sim_kernel(device, 0, 2.0 * (double)bytes, false); /* read and written in device memory */
+    return;
+  }
+  double rate = stream == FLAP_STREAM_H2D ? machine->h2d_bytes : machine->d2h_bytes;
+  uint64_t ns = machine->copy_ns + duration((double)bytes, rate);
+  uint64_t start_ns = later(sim->free_ns[stream], now(sim));
+  sim->free_ns[stream] = start_ns + ns;
+  share_cores(sim, stream, start_ns, ns);
+  flap_device_copied(device, stream, start_ns, start_ns + ns, bytes);
+}
+
+/* ---- events --------------------------------------------------------------------------------------------- */
+
+static void notify(void *context) {
+  sim_device *sim = context;
+  flap_assert(sim->scheduled > 0);
+  sim->scheduled--;
+  sim->base.config.notify(sim->base.config.notify_context);
+}
+
+static void sim_event_record(flap_device *device, flap_event event, flap_stream stream, bool with_notify) {
+  sim_device *sim = self(device);
+  sim->events[event] = later(sim->free_ns[stream], now(sim));
+  if (!with_notify)
+    return;
+  sim->scheduled++;
+  flap_clock_schedule(device->config.clock, sim->events[event], notify, sim);
+}
+
+static bool sim_event_done(flap_device *device, flap_event event) {
+  return self(device)->events[event] <= now(self(device));
+}
+
+/* What happens on the way may record the event again; this waits for what was asked for. */
+static void sim_event_wait(flap_device *device, flap_event event) {
+  sim_device *sim = self(device);
+  uint64_t at_ns = sim->events[event];
+  if (at_ns > now(sim))
+    flap_clock_advance_to(device->config.clock, at_ns);
+}
+
+static void sim_stream_wait(flap_device *device, flap_stream stream, flap_event event) {
+  sim_device *sim = self(device);
+  sim->free_ns[stream] = later(sim->free_ns[stream], sim->events[event]);
+  if (stream == FLAP_STREAM_COMPUTE && device->config.machine.synchronous)
+    sim_event_wait(device, event);
+}
+
+/* A notify on the way may launch more, so the end is looked at again until nothing is left. */
+static flap_status sim_synchronize(flap_device *device) {
+  sim_device *sim = self(device);
+  for (;;) {
+    uint64_t end_ns = now(sim);
+    for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+      end_ns = later(end_ns, sim->free_ns[i]);
+    if (end_ns == now(sim) && sim->scheduled == 0)
+      return FLAP_OK;
+    flap_clock_advance_to(device->config.clock, end_ns);
+  }
+}
+
+static void sim_close(flap_device *device) {
+  sim_device *sim = self(device);
+  (void)sim_synchronize(device); /* never fails */
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    free(sim->charges[i].ns);
+  free(sim->events);
+}
+
+/* In order with the compute stream means: of its time. */
+static flap_status sim_upload(flap_device *device, void *to, const void *from, uint64_t bytes) {
+  (void)to, (void)from;
+  const flap_machine *machine = &device->config.machine;
+  compute(self(device), machine->copy_ns + duration((double)bytes, machine->h2d_bytes));
+  return FLAP_OK;
+}
+
+static flap_status sim_download(flap_device *device, void *to, const void *from, uint64_t bytes) {
+  (void)from;
+  sim_device *sim = self(device);
+  const flap_machine *machine = &device->config.machine;
+  compute(sim, machine->copy_ns + duration((double)bytes, machine->d2h_bytes));
+  if (sim->free_ns[FLAP_STREAM_COMPUTE] > now(sim))
+    flap_clock_advance_to(device->config.clock, sim->free_ns[FLAP_STREAM_COMPUTE]);
+  memset(to, 0, bytes);
+  return FLAP_OK;
+}
+
+static uint64_t sim_memory_peak(const flap_device *device) {
+  return device->arena_bytes;
+}
+
+const flap_device_table flap_device_sim_table = {
+    .struct_bytes = sizeof(sim_device),
+    .has_bytes = false,
+    .open = sim_open,
+    .close = sim_close,
+    .pin_host = sim_pin_host,
+    .copy = sim_copy,
+    .event_record = sim_event_record,
+    .event_done = sim_event_done,
+    .event_wait = sim_event_wait,
+    .stream_wait = sim_stream_wait,
+    .synchronize = sim_synchronize,
+    .upload = sim_upload,
+    .download = sim_download,
+    .sim_kernel = sim_kernel,
+    .memory_peak = sim_memory_peak,
+};
