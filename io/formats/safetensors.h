@@ -28,7 +28,7 @@ extern "C" {
 #define FLAP_SAFETENSORS_RANK_MAX 8u
 #define FLAP_SAFETENSORS_HEADER_BYTES_MAX 100000000u /* as the reference implementation */
 #define FLAP_SAFETENSORS_SHARD_BYTES 5000000000u     /* what Hugging Face calls "5GB" */
-#define FLAP_SAFETENSORS_SHARD_NAME_MAX 40u          /* "model-00001-of-00002.safetensors" and its NUL */
+#define FLAP_SAFETENSORS_SHARD_NAME_MAX 48u          /* "model-00001-of-00002.safetensors", numbers of 10 digits */
 #define FLAP_SAFETENSORS_FILE "model.safetensors"
 #define FLAP_SAFETENSORS_INDEX "model.safetensors.index.json"
 

@@ -1,0 +1,252 @@
+/* Folders that appear and disappear whole.
+ *
+ *            begin_folder           commit_folder (no final yet)
+ *   nothing ──────────────▶ x.tmp ───────────────────────────────▶ x
+ *                             │     commit_folder (replace)
+ *                             ├───────────────▶ x and x.tmp exchange names ──▶ the old one, x.tmp, is removed
+ *                             │     where names cannot be exchanged
+ *                             └───────────────▶ x to x.old, x.tmp to x ──▶ x.old is removed
+ *
+ * A crash on any edge leaves x whole, old or new, or else x.old, which recover_folder renames back.
+ */
+#include "io/formats/durable.h"
+#include "io/formats/durable_internal.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static atomic_bool exchange_refused;
+
+void flap_durable_refuse_exchange(bool refuse) {
+  atomic_store(&exchange_refused, refuse);
+}
+
+/* ---- walking ------------------------------------------------------------------------------------------- */
+
+typedef enum walk_action { WALK_CHECK, WALK_SYNC, WALK_REMOVE } walk_action;
+
+static flap_status walk(int fd, const char *path, int levels_below, walk_action action);
+
+static flap_status walk_file(int folder, const char *name, const char *path, walk_action action) {
+  if (action == WALK_REMOVE && unlinkat(folder, name, 0) != 0)
+    return flap_error_set_os(errno, "cannot remove %s/%s", path, name);
+  if (action == WALK_SYNC) {
+    int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+      return flap_error_set_os(errno, "cannot open %s/%s to make it durable", path, name);
+    int os_error = fsync(fd) != 0 ? errno : 0;
+    (void)close(fd);
+    if (os_error) {
+      flap_status status = flap_durable_write_error(os_error, name);
+      return flap_error_prefix(status, "%s", path);
+    }
+  }
+  return FLAP_OK;
+}
+
+static flap_status walk_subfolder(int folder, const char *name, const char *path, int levels_below,
+                                  walk_action action) {
+  char below[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_join(below, path, name));
+  if (levels_below == 0)
+    return flap_error_set(FLAP_INVALID, "%s: folders this deep were not put there by FLAP; remove it by hand", below);
+  int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0)
+    return flap_error_set_os(errno, "cannot open the folder %s", below);
+  FLAP_TRY(walk(fd, below, levels_below - 1, action));
+  if (action == WALK_REMOVE && unlinkat(folder, name, AT_REMOVEDIR) != 0)
+    return flap_error_set_os(errno, "cannot remove the folder %s", below);
+  return FLAP_OK;
+}
+
+static flap_status walk_entry(int folder, const char *name, const char *path, int levels_below, walk_action action) {
+  struct stat about;
+  if (fstatat(folder, name, &about, AT_SYMLINK_NOFOLLOW) != 0)
+    return flap_error_set_os(errno, "cannot look at %s/%s", path, name);
+  if (S_ISDIR(about.st_mode))
+    return walk_subfolder(folder, name, path, levels_below, action);
+  if (S_ISREG(about.st_mode))
+    return walk_file(folder, name, path, action);
+  if (!S_ISLNK(about.st_mode))
+    return flap_error_set(FLAP_INVALID, "%s/%s: neither a file nor a folder; remove it by hand", path, name);
+  return action == WALK_REMOVE ? walk_file(folder, name, path, action) : FLAP_OK;
+}
+
+/* Does `action` to everything in the folder, then (for WALK_SYNC) to the folder itself. Takes the descriptor. */
+static flap_status walk(int fd, const char *path, int levels_below, walk_action action) {
+  DIR *folder = fdopendir(fd);
+  if (!folder) {
+    flap_status failed = flap_error_set_os(errno, "cannot list the folder %s", path);
+    (void)close(fd);
+    return failed;
+  }
+  flap_status status = FLAP_OK;
+  while (status == FLAP_OK) {
+    errno = 0;
+    struct dirent *entry = readdir(folder);
+    if (!entry) {
+      if (errno)
+        status = flap_error_set_os(errno, "cannot list the folder %s", path);
+      break;
+    }
+    if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+      status = walk_entry(fd, entry->d_name, path, levels_below, action);
+  }
+  if (status == FLAP_OK && action == WALK_SYNC && fsync(fd) != 0 && errno != EINVAL)
+    status = flap_durable_write_error(errno, path);
+  (void)closedir(folder);
+  return status;
+}
+
+static flap_status walk_path(const char *path, walk_action action) {
+  int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0) {
+    int os_error = errno;
+    if (os_error == ENOTDIR || os_error == ELOOP)
+      return flap_error_set(FLAP_INVALID, "%s: not a folder", path);
+    return flap_error_set_os(os_error, "cannot open the folder %s", path);
+  }
+  return walk(fd, path, 1, action);
+}
+
+static bool is_there(const char *path) {
+  struct stat about;
+  return lstat(path, &about) == 0;
+}
+
+/* Removes all or, when it holds something of others, nothing. */
+static flap_status remove_tree(const char *path) {
+  FLAP_TRY(walk_path(path, WALK_CHECK));
+  FLAP_TRY(walk_path(path, WALK_REMOVE));
+  if (rmdir(path) != 0)
+    return flap_error_set_os(errno, "cannot remove the folder %s", path);
+  return FLAP_OK;
+}
+
+static flap_status rename_durably(const char *from, const char *to) {
+  if (rename(from, to) != 0)
+    return flap_error_set_os(errno, "cannot rename %s to %s", from, to);
+  return flap_durable_sync_parent(to);
+}
+
+/* ---- public -------------------------------------------------------------------------------------------- */
+
+flap_status flap_durable_make_folder(const char *path) {
+  char partial[FLAP_DURABLE_PATH_MAX];
+  struct stat about;
+  FLAP_TRY(flap_durable_sibling(partial, path, ""));
+  for (char *at = partial + 1;; at++) {
+    char kept = *at;
+    if (kept != '/' && kept != '\0')
+      continue;
+    *at = '\0';
+    if (mkdir(partial, 0777) == 0)
+      FLAP_TRY(flap_durable_sync_parent(partial));
+    else if (errno != EEXIST)
+      return flap_error_set_os(errno, "cannot make the folder %s", partial);
+    else if (stat(partial, &about) != 0 || !S_ISDIR(about.st_mode))
+      return flap_error_set(FLAP_INVALID, "cannot make the folder %s: a file of that name is in the way", partial);
+    *at = kept;
+    if (kept == '\0')
+      return FLAP_OK;
+  }
+}
+
+flap_status flap_durable_recover_folder(const char *final_path) {
+  char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX], old[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_sibling(final, final_path, ""));
+  FLAP_TRY(flap_durable_sibling(temporary, final_path, ".tmp"));
+  FLAP_TRY(flap_durable_sibling(old, final_path, ".old"));
+  if (is_there(old)) {
+    if (is_there(final))
+      FLAP_TRY(remove_tree(old));
+    else
+      FLAP_TRY(rename_durably(old, final));
+  }
+  return is_there(temporary) ? remove_tree(temporary) : FLAP_OK;
+}
+
+flap_status flap_durable_begin_folder(const char *final_path, char temporary_out[FLAP_DURABLE_PATH_MAX]) {
+  FLAP_TRY(flap_durable_sibling(temporary_out, final_path, ".tmp"));
+  FLAP_TRY(flap_durable_recover_folder(final_path));
+  if (mkdir(temporary_out, 0777) != 0)
+    return flap_error_set_os(errno, "cannot make the folder %s", temporary_out);
+  return FLAP_OK;
+}
+
+static int exchange(const char *a, const char *b) {
+  if (atomic_load(&exchange_refused)) {
+    errno = EINVAL;
+    return -1;
+  }
+  return renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE);
+}
+
+/* Puts `temporary` in the place of the folder `final`, and removes the old one. */
+static flap_status replace_folder(const char *temporary, const char *final) {
+  char old[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_sibling(old, final, ".old"));
+  FLAP_TRY(walk_path(final, WALK_CHECK));
+  const char *rest = temporary;
+  if (exchange(temporary, final) != 0) {
+    int os_error = errno;
+    if (os_error != EINVAL && os_error != ENOSYS)
+      return flap_error_set_os(os_error, "cannot put %s in the place of %s", temporary, final);
+    if (is_there(old))
+      FLAP_TRY(remove_tree(old));
+    FLAP_TRY(rename_durably(final, old));
+    if (rename(temporary, final) != 0) {
+      os_error = errno;
+      (void)rename(old, final);
+      return flap_error_set_os(os_error, "cannot rename %s to %s", temporary, final);
+    }
+    rest = old;
+  }
+  FLAP_TRY(flap_durable_sync_parent(final));
+  /* The new folder is in place. What cannot be removed of the old one waits for the next recovery. */
+  if (remove_tree(rest) != FLAP_OK)
+    flap_error_clear();
+  return FLAP_OK;
+}
+
+flap_status flap_durable_commit_folder(const char *final_path, bool replace) {
+  char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_sibling(final, final_path, ""));
+  FLAP_TRY(flap_durable_sibling(temporary, final_path, ".tmp"));
+  FLAP_TRY(walk_path(temporary, WALK_SYNC));
+  if (!is_there(final)) {
+    if (renameat2(AT_FDCWD, temporary, AT_FDCWD, final, RENAME_NOREPLACE) == 0)
+      return flap_durable_sync_parent(final);
+    /* Without RENAME_NOREPLACE a plain rename does: it puts a folder over nothing but an empty folder. */
+    if (errno == EINVAL || errno == ENOSYS)
+      return rename_durably(temporary, final);
+    if (errno != EEXIST)
+      return flap_error_set_os(errno, "cannot rename %s to %s", temporary, final);
+  }
+  if (!replace)
+    return flap_error_set(FLAP_INVALID, "%s: already there; remove it or choose another folder", final);
+  return replace_folder(temporary, final);
+}
+
+void flap_durable_abort_folder(const char *final_path) {
+  char temporary[FLAP_DURABLE_PATH_MAX];
+  if (flap_durable_sibling(temporary, final_path, ".tmp") == FLAP_OK && is_there(temporary))
+    (void)!remove_tree(temporary);
+}
+
+flap_status flap_durable_remove_folder(const char *path) {
+  char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_sibling(final, path, ""));
+  FLAP_TRY(flap_durable_sibling(temporary, path, ".tmp"));
+  FLAP_TRY(walk_path(final, WALK_CHECK));
+  if (is_there(temporary))
+    FLAP_TRY(remove_tree(temporary));
+  FLAP_TRY(rename_durably(final, temporary));
+  return remove_tree(temporary);
+}

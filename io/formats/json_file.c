@@ -1,0 +1,276 @@
+/* JSON files with errors for people, over jansson. */
+#include "io/formats/json_file.h"
+
+#include "io/formats/durable.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MESSAGE_BYTES 512
+#define WHOLE_DOUBLE_MAX 9007199254740992.0 /* 2^53: beyond it a double does not name one integer */
+
+/* ---- loading ------------------------------------------------------------------------------------------- */
+
+/* Python writes these by default; people then ask why a file that Python reads is refused. */
+static bool is_about_nan(const char *text) {
+  return strstr(text, "near 'NaN") || strstr(text, "near 'Infinity") || strstr(text, "near '-Infinity") ||
+         strstr(text, "near '-'");
+}
+
+flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out) {
+  json_error_t error;
+  size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
+  json_t *root = json_loadb(text, bytes, flags, &error);
+  if (!root && json_error_code(&error) == json_error_numeric_overflow)
+    root = json_loadb(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
+  if (!root) {
+    if (json_error_code(&error) == json_error_out_of_memory)
+      return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, bytes);
+    return flap_error_set(FLAP_INVALID, "%s:%d:%d: %s%s", name, error.line, error.column, error.text,
+                          is_about_nan(error.text) ? " (NaN and Infinity are not JSON: write null or a number)" : "");
+  }
+  *root_out = root;
+  return FLAP_OK;
+}
+
+static flap_status load_open_file(int fd, const char *path, uint64_t bytes_max, json_t **root_out) {
+  struct stat about;
+  if (fstat(fd, &about) != 0)
+    return flap_error_set_os(errno, "cannot look at %s", path);
+  if (!S_ISREG(about.st_mode))
+    return flap_error_set(FLAP_INVALID, "%s: not a regular file", path);
+  uint64_t bytes = (uint64_t)about.st_size;
+  if (bytes > bytes_max)
+    return flap_error_set(FLAP_INVALID, "%s: %llu bytes, but at most %llu are read as JSON", path,
+                          (unsigned long long)bytes, (unsigned long long)bytes_max);
+  char *text = malloc(bytes > 0 ? (size_t)bytes : 1);
+  if (!text)
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read %llu bytes", path, (unsigned long long)bytes);
+  flap_status status = flap_durable_read_all(fd, path, 0, text, bytes);
+  if (status == FLAP_OK)
+    status = flap_json_load_text(path, text, (size_t)bytes, root_out);
+  free(text);
+  return status;
+}
+
+flap_status flap_json_load_file(const char *path, uint64_t bytes_max, json_t **root_out) {
+  int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  if (fd < 0)
+    return flap_error_set_os(errno, "cannot open %s", path);
+  flap_status status = load_open_file(fd, path, bytes_max, root_out);
+  (void)close(fd);
+  return status;
+}
+
+/* ---- writing ------------------------------------------------------------------------------------------- */
+
+json_t *flap_json_real(double value) {
+  return isfinite(value) ? json_real(value) : json_null();
+}
+
+/* 15 digits are enough for what people write (1e-05); 17 are enough for every double. */
+static char *dump_briefly(const json_t *root) {
+  for (size_t digits = 15;; digits++) {
+    char *text = json_dumps(root, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
+    if (!text || digits == 17)
+      return text;
+    json_t *again = json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    bool same = again && json_equal(root, again);
+    json_decref(again);
+    if (same)
+      return text;
+    free(text);
+  }
+}
+
+flap_status flap_json_write_file(const char *path, const json_t *root) {
+  char *text = dump_briefly(root);
+  if (!text)
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for its JSON text", path);
+  size_t length = strlen(text);
+  text[length] = '\n'; /* in the place of the NUL */
+  flap_status status = flap_durable_write_file(path, text, length + 1);
+  free(text);
+  return status;
+}
+
+/* ---- typed access -------------------------------------------------------------------------------------- */
+
+flap_status flap_json_error(const flap_json_object *object, const char *key, const char *format, ...) {
+  char text[MESSAGE_BYTES];
+  va_list arguments;
+  va_start(arguments, format);
+  (void)vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  const char *dot = object->path[0] && key ? "." : "";
+  if (!object->path[0] && !key)
+    return flap_error_set(FLAP_INVALID, "%s: %s", object->file, text);
+  return flap_error_set(FLAP_INVALID, "%s: %s%s%.100s: %s", object->file, object->path, dot, key ? key : "", text);
+}
+
+static const char *kind_name(const json_t *value) {
+  switch (json_typeof(value)) {
+  case JSON_OBJECT:
+    return "an object";
+  case JSON_ARRAY:
+    return "an array";
+  case JSON_STRING:
+    return "a string";
+  case JSON_INTEGER:
+  case JSON_REAL:
+    return "a number";
+  case JSON_TRUE:
+  case JSON_FALSE:
+    return "true or false";
+  case JSON_NULL:
+    return "null";
+  }
+  return "something else";
+}
+
+flap_status flap_json_root(const json_t *root, const char *file, flap_json_object *object_out) {
+  object_out->json = root;
+  object_out->file = file;
+  object_out->path[0] = '\0';
+  if (!json_is_object(root))
+    return flap_error_set(FLAP_INVALID, "%s: must hold an object, not %s", file, root ? kind_name(root) : "nothing");
+  return FLAP_OK;
+}
+
+bool flap_json_has(const flap_json_object *object, const char *key) {
+  const json_t *value = json_object_get(object->json, key);
+  return value && !json_is_null(value);
+}
+
+static flap_status find(const flap_json_object *object, const char *key, const json_t **value_out) {
+  *value_out = json_object_get(object->json, key);
+  return *value_out ? FLAP_OK : flap_json_error(object, key, "this key is missing");
+}
+
+static flap_status wrong_kind(const flap_json_object *object, const char *key, const char *wanted,
+                              const json_t *value) {
+  return flap_json_error(object, key, "must be %s, not %s", wanted, kind_name(value));
+}
+
+flap_status flap_json_get_object(const flap_json_object *object, const char *key, flap_json_object *object_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  if (!json_is_object(value))
+    return wrong_kind(object, key, "an object", value);
+  flap_json_object below = {.json = value, .file = object->file};
+  int length = snprintf(below.path, sizeof below.path, "%s%s%s", object->path, object->path[0] ? "." : "", key);
+  if (length < 0 || (size_t)length >= sizeof below.path)
+    memcpy(below.path + sizeof below.path - 4, "...", 4);
+  *object_out = below;
+  return FLAP_OK;
+}
+
+flap_status flap_json_get_array(const flap_json_object *object, const char *key, const json_t **array_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  if (!json_is_array(value))
+    return wrong_kind(object, key, "an array", value);
+  *array_out = value;
+  return FLAP_OK;
+}
+
+flap_status flap_json_get_string(const flap_json_object *object, const char *key, const char **value_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  if (!json_is_string(value))
+    return wrong_kind(object, key, "a string", value);
+  *value_out = json_string_value(value);
+  return FLAP_OK;
+}
+
+static flap_status take_integer(const flap_json_object *object, const char *key, const json_t *value, int64_t min,
+                                int64_t max, int64_t *value_out) {
+  int64_t integer;
+  if (json_is_integer(value)) {
+    integer = json_integer_value(value);
+  } else if (json_is_real(value)) {
+    double real = json_real_value(value);
+    if (!(fabs(real) <= WHOLE_DOUBLE_MAX) || real != floor(real))
+      return flap_json_error(object, key, "must be an integer, not %.17g", real);
+    integer = (int64_t)real;
+  } else {
+    return wrong_kind(object, key, "an integer", value);
+  }
+  if (integer < min || integer > max)
+    return flap_json_error(object, key, "%lld is not within %lld and %lld", (long long)integer, (long long)min,
+                           (long long)max);
+  *value_out = integer;
+  return FLAP_OK;
+}
+
+flap_status flap_json_get_integer(const flap_json_object *object, const char *key, int64_t min, int64_t max,
+                                  int64_t *value_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  return take_integer(object, key, value, min, max, value_out);
+}
+
+flap_status flap_json_get_number(const flap_json_object *object, const char *key, double min, double max,
+                                 double *value_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  if (!json_is_number(value))
+    return wrong_kind(object, key, "a number", value);
+  double number = json_number_value(value);
+  if (!(number >= min && number <= max))
+    return flap_json_error(object, key, "%.9g is not within %.9g and %.9g", number, min, max);
+  *value_out = number;
+  return FLAP_OK;
+}
+
+flap_status flap_json_get_bool(const flap_json_object *object, const char *key, bool *value_out) {
+  const json_t *value;
+  FLAP_TRY(find(object, key, &value));
+  if (!json_is_boolean(value))
+    return wrong_kind(object, key, "true or false", value);
+  *value_out = json_is_true(value);
+  return FLAP_OK;
+}
+
+flap_status flap_json_get_integers(const flap_json_object *object, const char *key, int64_t min, int64_t max,
+                                   int64_t *values_out, size_t count_max, size_t *count_out) {
+  const json_t *array;
+  FLAP_TRY(flap_json_get_array(object, key, &array));
+  size_t count = json_array_size(array);
+  if (count > count_max)
+    return flap_json_error(object, key, "has %zu integers, but at most %zu are allowed", count, count_max);
+  for (size_t i = 0; i < count; i++)
+    FLAP_TRY(take_integer(object, key, json_array_get(array, i), min, max, &values_out[i]));
+  *count_out = count;
+  return FLAP_OK;
+}
+
+flap_status flap_json_opt_string(const flap_json_object *object, const char *key, const char *fallback,
+                                 const char **value_out) {
+  *value_out = fallback;
+  return flap_json_has(object, key) ? flap_json_get_string(object, key, value_out) : FLAP_OK;
+}
+
+flap_status flap_json_opt_integer(const flap_json_object *object, const char *key, int64_t min, int64_t max,
+                                  int64_t fallback, int64_t *value_out) {
+  *value_out = fallback;
+  return flap_json_has(object, key) ? flap_json_get_integer(object, key, min, max, value_out) : FLAP_OK;
+}
+
+flap_status flap_json_opt_number(const flap_json_object *object, const char *key, double min, double max,
+                                 double fallback, double *value_out) {
+  *value_out = fallback;
+  return flap_json_has(object, key) ? flap_json_get_number(object, key, min, max, value_out) : FLAP_OK;
+}
+
+flap_status flap_json_opt_bool(const flap_json_object *object, const char *key, bool fallback, bool *value_out) {
+  *value_out = fallback;
+  return flap_json_has(object, key) ? flap_json_get_bool(object, key, value_out) : FLAP_OK;
+}

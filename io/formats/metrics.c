@@ -1,0 +1,227 @@
+/* metrics.jsonl: lines built in a fixed buffer and handed over in one write. */
+#include "io/formats/metrics.h"
+
+#include "base/assert.h"
+#include "io/formats/durable.h"
+#include "io/formats/durable_internal.h"
+#include "io/formats/json_escape.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define NUMBER_BYTES 40
+
+struct flap_metrics {
+  char *path;
+  int fd;
+  uint32_t depth; /* 0: no line begun */
+  bool needs_comma;
+  bool overflowed;
+  size_t used;
+  char line[FLAP_METRICS_LINE_BYTES_MAX];
+};
+
+/* ---- resuming ------------------------------------------------------------------------------------------ */
+
+static bool is_kept(const char *text, size_t length, int64_t keep_to_step) {
+  json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, NULL);
+  const json_t *step = json_object_get(root, "step");
+  bool kept = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
+  json_decref(root);
+  return kept;
+}
+
+/* Copies the lines to keep to `to` (NULL: nowhere); tells whether the copy differs from the file. */
+static flap_status filter_lines(FILE *from, const char *path, int64_t keep_to_step, flap_durable_file *to,
+                                bool *differs_out) {
+  char *line = NULL;
+  size_t capacity = 0;
+  ssize_t length;
+  flap_status status = FLAP_OK;
+  bool differs = false;
+  errno = 0;
+  while (status == FLAP_OK && (length = getline(&line, &capacity, from)) > 0) {
+    bool whole = line[length - 1] == '\n';
+    bool kept = is_kept(line, (size_t)length, keep_to_step);
+    differs = differs || !whole || !kept;
+    if (kept && to)
+      status = flap_durable_append(to, line, (uint64_t)length);
+    if (kept && to && !whole && status == FLAP_OK)
+      status = flap_durable_append(to, "\n", 1);
+  }
+  if (status == FLAP_OK && !feof(from))
+    status = flap_error_set_os(errno ? errno : EIO, "cannot read %s", path);
+  free(line);
+  *differs_out = differs;
+  return status;
+}
+
+static flap_status rewrite(FILE *from, const char *path, int64_t keep_to_step) {
+  flap_durable_file file;
+  bool differs;
+  FLAP_TRY(flap_durable_begin_file(&file, path));
+  flap_status status = filter_lines(from, path, keep_to_step, &file, &differs);
+  if (status != FLAP_OK) {
+    flap_durable_abort_file(&file);
+    return status;
+  }
+  return flap_durable_commit_file(&file);
+}
+
+static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
+  FILE *from = fopen(path, "re");
+  if (!from)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot open %s", path);
+  bool differs = false;
+  flap_status status = filter_lines(from, path, keep_to_step, NULL, &differs);
+  if (status == FLAP_OK && differs) {
+    rewind(from);
+    status = rewrite(from, path, keep_to_step);
+  }
+  (void)fclose(from);
+  return status;
+}
+
+flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metrics **metrics_out) {
+  if (keep_to_step >= 0)
+    FLAP_TRY(drop_later_lines(path, keep_to_step));
+  flap_metrics *metrics = calloc(1, sizeof *metrics);
+  if (!metrics || !(metrics->path = strdup(path))) {
+    free(metrics);
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a line", path);
+  }
+  int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (keep_to_step < 0 ? O_TRUNC : 0);
+  metrics->fd = open(path, flags, 0666);
+  if (metrics->fd < 0) {
+    flap_status status = flap_error_set_os(errno, "cannot open %s", path);
+    flap_metrics_close(metrics);
+    return status;
+  }
+  *metrics_out = metrics;
+  return FLAP_OK;
+}
+
+void flap_metrics_close(flap_metrics *metrics) {
+  if (!metrics)
+    return;
+  if (metrics->fd >= 0)
+    (void)close(metrics->fd);
+  free(metrics->path);
+  free(metrics);
+}
+
+/* ---- building a line ----------------------------------------------------------------------------------- */
+
+static void append(flap_metrics *metrics, const char *text, size_t length) {
+  if (metrics->overflowed || length >= sizeof metrics->line - metrics->used) {
+    metrics->overflowed = true;
+    return;
+  }
+  memcpy(metrics->line + metrics->used, text, length);
+  metrics->used += length;
+}
+
+static void append_quoted(flap_metrics *metrics, const char *text) {
+  size_t length = flap_json_escape(text, metrics->line + metrics->used, sizeof metrics->line - metrics->used);
+  if (length == 0)
+    metrics->overflowed = true;
+  metrics->used += length;
+}
+
+static void append_key(flap_metrics *metrics, const char *key) {
+  flap_assert(metrics->depth > 0);
+  if (metrics->needs_comma)
+    append(metrics, ", ", 2);
+  append_quoted(metrics, key);
+  append(metrics, ": ", 2);
+  metrics->needs_comma = true;
+}
+
+static void append_real(flap_metrics *metrics, const char *key, int digits, double value) {
+  char text[NUMBER_BYTES];
+  append_key(metrics, key);
+  if (!isfinite(value)) {
+    append(metrics, "null", 4);
+    return;
+  }
+  int length = snprintf(text, sizeof text, "%.*g", digits, value);
+  /* A program that set a locale may have another decimal point. */
+  for (char *at = text; *at; at++)
+    if (!strchr("0123456789+-e", *at))
+      *at = '.';
+  append(metrics, text, (size_t)length);
+}
+
+void flap_metrics_begin_line(flap_metrics *metrics) {
+  flap_assert(metrics->depth == 0);
+  metrics->used = 0;
+  metrics->overflowed = false;
+  metrics->needs_comma = false;
+  metrics->depth = 1;
+  append(metrics, "{", 1);
+}
+
+void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t value) {
+  char text[NUMBER_BYTES];
+  append_key(metrics, key);
+  append(metrics, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)value));
+}
+
+void flap_metrics_add_float(flap_metrics *metrics, const char *key, float value) {
+  append_real(metrics, key, 9, (double)value);
+}
+
+void flap_metrics_add_number(flap_metrics *metrics, const char *key, double value) {
+  append_real(metrics, key, 17, value);
+}
+
+void flap_metrics_add_bool(flap_metrics *metrics, const char *key, bool value) {
+  append_key(metrics, key);
+  append(metrics, value ? "true" : "false", value ? 4 : 5);
+}
+
+void flap_metrics_add_string(flap_metrics *metrics, const char *key, const char *value) {
+  append_key(metrics, key);
+  append_quoted(metrics, value);
+}
+
+void flap_metrics_open_object(flap_metrics *metrics, const char *key) {
+  append_key(metrics, key);
+  append(metrics, "{", 1);
+  metrics->needs_comma = false;
+  metrics->depth++;
+  flap_assert(metrics->depth <= FLAP_METRICS_DEPTH_MAX);
+}
+
+void flap_metrics_close_object(flap_metrics *metrics) {
+  flap_assert(metrics->depth > 1);
+  append(metrics, "}", 1);
+  metrics->needs_comma = true;
+  metrics->depth--;
+}
+
+flap_status flap_metrics_end_line(flap_metrics *metrics) {
+  flap_assert(metrics->depth == 1);
+  append(metrics, "}\n", 2);
+  metrics->depth = 0;
+  if (metrics->overflowed)
+    return flap_error_set(FLAP_INVALID, "%s: a line is over %u bytes", metrics->path, FLAP_METRICS_LINE_BYTES_MAX);
+  off_t end = lseek(metrics->fd, 0, SEEK_END);
+  if (end < 0)
+    return flap_error_set_os(errno, "cannot append to %s", metrics->path);
+  flap_status status = flap_durable_write_all(metrics->fd, metrics->path, metrics->line, metrics->used);
+  if (status != FLAP_OK && ftruncate(metrics->fd, end) != 0)
+    status = flap_error_prefix(status, "the last line of %s is torn", metrics->path);
+  return status;
+}
+
+flap_status flap_metrics_sync(flap_metrics *metrics) {
+  return fsync(metrics->fd) == 0 ? FLAP_OK : flap_durable_write_error(errno, metrics->path);
+}
