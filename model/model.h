@@ -8,8 +8,8 @@
  * multiple of FLAP_OPS_BLOCK elements, and the gap up to the next one is zero and stays zero. The gradient sums
  * of a part have the same layout in fp32.
  *
- * Shapes: T = B·S tokens of a micro-batch, D hidden, F intermediate, V vocabulary. Device pointers are never dereferenced
- * here, so everything also runs on the sim device.
+ * Shapes: T = B·S tokens of a micro-batch, D hidden, F intermediate, V vocabulary. Device pointers are never
+ * dereferenced here, so everything also runs on the sim device.
  */
 #ifndef FLAP_MODEL_MODEL_H
 #define FLAP_MODEL_MODEL_H
@@ -38,18 +38,23 @@ typedef enum flap_key_kind {
   FLAP_KEY_COUNT,   /* a positive integer, uint32_t */
   FLAP_KEY_NUMBER,  /* double */
   FLAP_KEY_BOOL,    /* bool */
-  FLAP_KEY_ROPE,    /* the `rope_scaling` mapping or null, into flap_rope */
-  FLAP_KEY_MUST_BE, /* a string, number or bool that must equal `must_be` (as JSON text) or be absent: "\"silu\"", "false" */
+  FLAP_KEY_ROPE,    /* the `rope_scaling` or `rope_parameters` mapping or null, into flap_rope: see below */
+  FLAP_KEY_MUST_BE, /* a value that must equal `must_be` (JSON text, as in "\"silu\"", "0.0", "null") or be absent */
   FLAP_KEY_IGNORED  /* allowed, without effect on training */
 } flap_key_kind;
 
-/* One config.json key that a family reads; the reader of JSON lives elsewhere and fills the struct by this table. */
+/* One config.json key that a family reads; the reader of JSON lives elsewhere and fills the struct by this table, in
+ * its order. A null counts as absent. A FLAP_KEY_ROPE mapping may hold `rope_type` (or `type`: "default", "llama3",
+ * "linear"), `rope_theta`, `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`; it
+ * sets the fields that it holds, leaves the others as they are, and anything else in it is an error. Absent, it changes
+ * nothing. */
 typedef struct flap_model_key {
   const char *name;
   flap_key_kind kind;
   size_t offset; /* of the field in flap_model_config */
   bool required;
-  double fallback; /* for absent keys that are not required; NAN: derived by flap_model_finish_config */
+  double fallback; /* for absent keys that are not required; NAN: stored as NAN (a count as 0), and
+                      flap_model_finish_config derives it */
   const char *must_be;
 } flap_model_key;
 
@@ -62,8 +67,8 @@ const char *flap_model_family_name(const flap_family *family);
 const char *flap_model_architecture(const flap_family *family);
 const flap_model_key *flap_model_keys(const flap_family *family, uint32_t *count_out);
 
-/* Derives what was absent (num_key_value_heads, head_dim) and checks that everything fits together: FLAP_INVALID names the
- * key, its value and what it must be. */
+/* Derives what was absent (num_key_value_heads, head_dim) and checks that everything fits together: FLAP_INVALID names
+ * the key, its value and what it must be. */
 FLAP_CHECKED flap_status flap_model_finish_config(flap_model_config *config);
 
 /* ---- tensors --------------------------------------------------------------------------------------------- */
@@ -79,9 +84,9 @@ typedef struct flap_model_tensor {
   uint32_t rank;
   uint64_t shape[2];
   uint64_t elements;
-  uint64_t offset;   /* elements from the start of the part; a multiple of FLAP_OPS_BLOCK */
-  flap_init init;    /* normal: mean 0, deviation initializer_range */
-  bool decays;       /* weight decay applies: not to norms and biases, as in Hugging Face's Trainer */
+  uint64_t offset; /* elements from the start of the part; a multiple of FLAP_OPS_BLOCK */
+  flap_init init;  /* normal: mean 0, deviation initializer_range */
+  bool decays;     /* weight decay applies: not to norms and biases, as in Hugging Face's Trainer */
 } flap_model_tensor;
 
 /* The tensors of a part; `layer` matters for FLAP_PART_LAYER only. Returns the count; fills up to
@@ -107,7 +112,7 @@ uint64_t flap_model_hidden_bytes(const flap_model_config *config, const flap_mod
 /* A tensor that a layer's forward can leave for its backward, or the backward can compute again. */
 typedef struct flap_saved_tensor {
   const char *name;
-  uint64_t offset, bytes;    /* in the layer's saved block; offsets are multiples of 256 */
+  uint64_t offset, bytes; /* in the layer's saved block; offsets are multiples of 256 */
   double recompute_flops;
 } flap_saved_tensor;
 #define FLAP_MODEL_SAVED_MAX 16
@@ -145,11 +150,13 @@ void flap_model_embed(const flap_model_run *run, const void *embedding, const in
 
 /* One layer: x_out (T, D) from x_in (T, D); `saved` receives the layer's saved block (scratch if nobody needs it).
  * x_out NULL: recompute, which stops before the down-projection. x_out must not be x_in. The same bits either way. */
-void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *x_out);
+void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
+                              void *x_out);
 
-/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) +=. */
-void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, const void *saved,
-                               void *dx, float *dweights);
+/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) +=.
+ * Uses up `saved`: parts of it are overwritten with gradients, so a saved block serves one backward. */
+void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
+                               float *dweights);
 
 /* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead and dprojection fp32 +=.
  * `projection` is the (V, D) output matrix: flap_model_head_projection says where it is. dx NULL: losses only. */
@@ -165,8 +172,8 @@ void flap_model_embed_backward(const flap_model_run *run, const int32_t *tokens,
 
 /* ---- sampling -------------------------------------------------------------------------------------------- */
 
-/* x (tokens, D) in place, for new tokens at first_position..; their keys and values are written to `cache` (laid out for
- * cache_positions) first. tokens <= T of the shape. Uses saved-block-sized scratch `saved`. */
+/* x (tokens, D) in place, for new tokens at first_position..; their keys and values are written to `cache` (laid out
+ * for cache_positions) first. tokens <= T of the shape. Uses saved-block-sized scratch `saved`. */
 void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
                              uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
 /* logits (V) fp32 of row `row` of x (·, D); leaves x as it is. */

@@ -1,0 +1,728 @@
+/* The Llama family: RMSNorm, rotary grouped-query attention, SwiGLU (Touvron et al. 2023; Dubey et al. 2024), with the
+ * tensors and the places of rounding of transformers' LlamaForCausalLM.
+ *
+ * Invariants:
+ *   1. Every value that passes between two calls of kernels/ops.h is stored in the run's dtype (softmax and norm
+ * statistics and losses in fp32), so a value is the same whether it was kept or computed again.
+ *   2. A layer's saved block holds what backward cannot cheaply compute from the layer's input: rotated q, k and v,
+ *      attention's result and statistics, the residual stream between the two halves, and gate and up. Normalised
+ * inputs and silu(gate)·up are computed again in the workspace.
+ *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
+ *      last time before it writes the gradients of q, k and v there (where they fit).
+ *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
+ *      shapes: each one's size is a multiple of FLAP_OPS_BLOCK elements.
+ */
+#include "model/family_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <stdio.h>
+
+/* ---- configuration --------------------------------------------------------------------------------------- */
+
+#define LLAMA_WIDTH_MAX (1u << 20) /* hidden, intermediate, heads · head_dim: keeps every row stride within uint32 */
+#define LLAMA_VOCABULARY_MAX (1u << 24)
+#define LLAMA_LAYERS_MAX (1u << 16)
+#define LLAMA_POSITIONS_MAX (1u << 30)
+
+#define FIELD(name) offsetof(flap_model_config, name)
+#define COUNT_KEY(key) \
+  { #key, FLAP_KEY_COUNT, FIELD(key), true, 0, NULL }
+#define COUNT_KEY_OR(key, fallback) \
+  { #key, FLAP_KEY_COUNT, FIELD(key), false, fallback, NULL }
+#define NUMBER_KEY_OR(key, fallback) \
+  { #key, FLAP_KEY_NUMBER, FIELD(key), false, fallback, NULL }
+#define BOOL_KEY(key) \
+  { #key, FLAP_KEY_BOOL, FIELD(key), false, 0, NULL }
+#define MUST_BE_KEY(key, text) \
+  { key, FLAP_KEY_MUST_BE, 0, false, 0, text }
+#define IGNORED_KEY(key) \
+  { key, FLAP_KEY_IGNORED, 0, false, 0, NULL }
+
+/* What both model types have, with transformers' fallbacks. `rope_theta` stands before the mappings: newer files have
+ * it inside `rope_parameters`, which then wins. */
+#define LLAMA_COMMON_KEYS                                                                                       \
+  COUNT_KEY(vocab_size), COUNT_KEY(hidden_size), COUNT_KEY(intermediate_size), COUNT_KEY(num_hidden_layers),    \
+      COUNT_KEY(num_attention_heads), COUNT_KEY_OR(num_key_value_heads, NAN), COUNT_KEY_OR(head_dim, NAN),      \
+      NUMBER_KEY_OR(rms_norm_eps, 1e-6), NUMBER_KEY_OR(initializer_range, 0.02), BOOL_KEY(tie_word_embeddings), \
+      {"rope_theta", FLAP_KEY_NUMBER, FIELD(rope.theta), false, 10000.0, NULL},                                 \
+      {"rope_scaling", FLAP_KEY_ROPE, FIELD(rope), false, 0, NULL},                                             \
+      {"rope_parameters", FLAP_KEY_ROPE, FIELD(rope), false, 0, NULL}, MUST_BE_KEY("hidden_act", "\"silu\""),   \
+      MUST_BE_KEY("attention_dropout", "0.0"), MUST_BE_KEY("partial_rotary_factor", "1.0")
+
+/* Keys that say nothing about training this model: who made it, how to sample from it, how to hold it. */
+#define LLAMA_IGNORED_KEYS                                                                                             \
+  IGNORED_KEY("model_type"), IGNORED_KEY("architectures"), IGNORED_KEY("_name_or_path"),                               \
+      IGNORED_KEY("transformers_version"), IGNORED_KEY("torch_dtype"), IGNORED_KEY("dtype"), IGNORED_KEY("use_cache"), \
+      IGNORED_KEY("bos_token_id"), IGNORED_KEY("eos_token_id"), IGNORED_KEY("pad_token_id"),                           \
+      IGNORED_KEY("unk_token_id"), IGNORED_KEY("sep_token_id"), IGNORED_KEY("max_window_layers"),                      \
+      IGNORED_KEY("output_attentions"), IGNORED_KEY("output_hidden_states"), IGNORED_KEY("return_dict"),               \
+      IGNORED_KEY("id2label"), IGNORED_KEY("label2id"), IGNORED_KEY("chunk_size_feed_forward"),                        \
+      IGNORED_KEY("is_encoder_decoder"), IGNORED_KEY("problem_type"), IGNORED_KEY("attn_implementation"),              \
+      IGNORED_KEY("_attn_implementation"), IGNORED_KEY("_attn_implementation_autoset"), IGNORED_KEY("auto_map")
+
+static const flap_model_key LLAMA_KEYS[] = {
+    LLAMA_COMMON_KEYS,
+    COUNT_KEY_OR(max_position_embeddings, 2048),
+    BOOL_KEY(attention_bias),
+    MUST_BE_KEY("mlp_bias", "false"),
+    MUST_BE_KEY("pretraining_tp", "1"),
+    LLAMA_IGNORED_KEYS,
+};
+
+static const flap_model_key MISTRAL_KEYS[] = {
+    LLAMA_COMMON_KEYS,
+    COUNT_KEY_OR(max_position_embeddings, 131072),
+    MUST_BE_KEY("sliding_window", "null"),
+    LLAMA_IGNORED_KEYS,
+};
+
+static flap_status finish_heads(flap_model_config *config) {
+  if (config->num_key_value_heads == 0)
+    config->num_key_value_heads = config->num_attention_heads;
+  FLAP_TRY(flap_model_check_count("num_key_value_heads", config->num_key_value_heads, LLAMA_WIDTH_MAX));
+  if (config->num_attention_heads % config->num_key_value_heads != 0)
+    return flap_error_set(FLAP_INVALID, "num_key_value_heads is %u; it must divide num_attention_heads, which is %u",
+                          config->num_key_value_heads, config->num_attention_heads);
+
+  if (config->head_dim == 0) {
+    if (config->hidden_size % config->num_attention_heads != 0)
+      return flap_error_set(FLAP_INVALID,
+                            "hidden_size is %u; it must be a multiple of num_attention_heads, which is %u, unless "
+                            "head_dim is given",
+                            config->hidden_size, config->num_attention_heads);
+    config->head_dim = config->hidden_size / config->num_attention_heads;
+  }
+  FLAP_TRY(flap_model_check_count("head_dim", config->head_dim, LLAMA_WIDTH_MAX));
+  if (config->head_dim % 2 != 0)
+    return flap_error_set(FLAP_INVALID, "head_dim is %u; it must be even, because rotary embeddings turn pairs",
+                          config->head_dim);
+  if ((uint64_t)config->num_attention_heads * config->head_dim > LLAMA_WIDTH_MAX)
+    return flap_error_set(FLAP_INVALID, "num_attention_heads is %u and head_dim %u; their product must be at most %u",
+                          config->num_attention_heads, config->head_dim, LLAMA_WIDTH_MAX);
+  return FLAP_OK;
+}
+
+static flap_status check_rope(const flap_rope *rope) {
+  FLAP_TRY(flap_model_check_number("rope_theta", rope->theta, 0, 1e18));
+  if (rope->kind == FLAP_ROPE_DEFAULT)
+    return FLAP_OK;
+  if (rope->kind != FLAP_ROPE_LLAMA3 && rope->kind != FLAP_ROPE_LINEAR)
+    return flap_error_set(FLAP_INVALID, "rope_scaling.rope_type is unknown; it must be default, llama3 or linear");
+  FLAP_TRY(flap_model_check_number("rope_scaling.factor", rope->factor, 0, 1e6));
+  if (rope->kind == FLAP_ROPE_LINEAR)
+    return FLAP_OK;
+  FLAP_TRY(flap_model_check_number("rope_scaling.low_freq_factor", rope->low_freq_factor, 0, 1e6));
+  FLAP_TRY(
+      flap_model_check_number("rope_scaling.high_freq_factor", rope->high_freq_factor, rope->low_freq_factor, 1e6));
+  return flap_model_check_count("rope_scaling.original_max_position_embeddings", rope->original_max_position,
+                                LLAMA_POSITIONS_MAX);
+}
+
+static flap_status llama_finish_config(flap_model_config *config) {
+  FLAP_TRY(flap_model_check_count("vocab_size", config->vocab_size, LLAMA_VOCABULARY_MAX));
+  FLAP_TRY(flap_model_check_count("hidden_size", config->hidden_size, LLAMA_WIDTH_MAX));
+  FLAP_TRY(flap_model_check_count("intermediate_size", config->intermediate_size, LLAMA_WIDTH_MAX));
+  FLAP_TRY(flap_model_check_count("num_hidden_layers", config->num_hidden_layers, LLAMA_LAYERS_MAX));
+  FLAP_TRY(flap_model_check_count("num_attention_heads", config->num_attention_heads, LLAMA_WIDTH_MAX));
+  FLAP_TRY(finish_heads(config));
+  FLAP_TRY(flap_model_check_count("max_position_embeddings", config->max_position_embeddings, LLAMA_POSITIONS_MAX));
+  FLAP_TRY(flap_model_check_number("rms_norm_eps", config->rms_norm_eps, 0, 1));
+  FLAP_TRY(flap_model_check_number("initializer_range", config->initializer_range, 0, 100));
+  return check_rope(&config->rope);
+}
+
+/* ---- tensors --------------------------------------------------------------------------------------------- */
+
+typedef enum llama_role {
+  LLAMA_INPUT_NORM,
+  LLAMA_Q,
+  LLAMA_K,
+  LLAMA_V,
+  LLAMA_O,
+  LLAMA_Q_BIAS,
+  LLAMA_K_BIAS,
+  LLAMA_V_BIAS,
+  LLAMA_O_BIAS,
+  LLAMA_POST_NORM,
+  LLAMA_GATE,
+  LLAMA_UP,
+  LLAMA_DOWN,
+  LLAMA_ROLES
+} llama_role;
+#define LLAMA_BIAS_OF (LLAMA_Q_BIAS - LLAMA_Q) /* from a projection's role to its bias's */
+
+static const char *const LAYER_NAMES[LLAMA_ROLES] = {
+    [LLAMA_INPUT_NORM] = "input_layernorm.weight", [LLAMA_Q] = "self_attn.q_proj.weight",
+    [LLAMA_K] = "self_attn.k_proj.weight",         [LLAMA_V] = "self_attn.v_proj.weight",
+    [LLAMA_O] = "self_attn.o_proj.weight",         [LLAMA_Q_BIAS] = "self_attn.q_proj.bias",
+    [LLAMA_K_BIAS] = "self_attn.k_proj.bias",      [LLAMA_V_BIAS] = "self_attn.v_proj.bias",
+    [LLAMA_O_BIAS] = "self_attn.o_proj.bias",      [LLAMA_POST_NORM] = "post_attention_layernorm.weight",
+    [LLAMA_GATE] = "mlp.gate_proj.weight",         [LLAMA_UP] = "mlp.up_proj.weight",
+    [LLAMA_DOWN] = "mlp.down_proj.weight",
+};
+
+/* Widths that everything else is made of. */
+typedef struct llama_dims {
+  uint32_t d, f;  /* hidden, intermediate */
+  uint32_t q, kv; /* all query heads, all key heads: heads · head_dim */
+  uint32_t qkv;   /* a row of queries, keys and values */
+  uint32_t hd, hq, hkv;
+} llama_dims;
+
+static llama_dims dims_of(const flap_model_config *config) {
+  llama_dims dims = {.d = config->hidden_size,
+                     .f = config->intermediate_size,
+                     .hd = config->head_dim,
+                     .hq = config->num_attention_heads,
+                     .hkv = config->num_key_value_heads};
+  dims.q = dims.hq * dims.hd;
+  dims.kv = dims.hkv * dims.hd;
+  dims.qkv = dims.q + 2 * dims.kv;
+  return dims;
+}
+
+/* Output and input width of a projection; norms and biases have their width as outputs and no inputs. */
+static void role_shape(const llama_dims *dims, llama_role role, uint32_t *outputs_out, uint32_t *inputs_out) {
+  static const uint32_t none = 0;
+  const uint32_t *const shapes[LLAMA_ROLES][2] = {
+      [LLAMA_INPUT_NORM] = {&dims->d, &none}, [LLAMA_Q] = {&dims->q, &dims->d},    [LLAMA_K] = {&dims->kv, &dims->d},
+      [LLAMA_V] = {&dims->kv, &dims->d},      [LLAMA_O] = {&dims->d, &dims->q},    [LLAMA_Q_BIAS] = {&dims->q, &none},
+      [LLAMA_K_BIAS] = {&dims->kv, &none},    [LLAMA_V_BIAS] = {&dims->kv, &none}, [LLAMA_O_BIAS] = {&dims->d, &none},
+      [LLAMA_POST_NORM] = {&dims->d, &none},  [LLAMA_GATE] = {&dims->f, &dims->d}, [LLAMA_UP] = {&dims->f, &dims->d},
+      [LLAMA_DOWN] = {&dims->d, &dims->f},
+  };
+  *outputs_out = *shapes[role][0];
+  *inputs_out = *shapes[role][1];
+}
+
+static bool has_role(const flap_model_config *config, llama_role role) {
+  return config->attention_bias || role < LLAMA_Q_BIAS || role > LLAMA_O_BIAS;
+}
+
+static void fill_tensor(flap_model_tensor *tensor, uint64_t rows, uint64_t columns, flap_init init) {
+  tensor->rank = columns ? 2 : 1;
+  tensor->shape[0] = rows;
+  tensor->shape[1] = columns;
+  tensor->init = init;
+  tensor->decays = tensor->rank == 2;
+}
+
+static uint32_t layer_tensors(const flap_model_config *config, uint32_t layer, flap_model_tensor *tensors_out) {
+  llama_dims dims = dims_of(config);
+  uint32_t count = 0;
+  for (llama_role role = 0; role < LLAMA_ROLES; role++) {
+    if (!has_role(config, role))
+      continue;
+    flap_model_tensor *tensor = &tensors_out[count++];
+    uint32_t outputs, inputs;
+    role_shape(&dims, role, &outputs, &inputs);
+    bool norm = role == LLAMA_INPUT_NORM || role == LLAMA_POST_NORM;
+    fill_tensor(tensor, outputs, inputs, norm ? FLAP_INIT_ONES : inputs ? FLAP_INIT_NORMAL : FLAP_INIT_ZEROS);
+    snprintf(tensor->name, sizeof tensor->name, "model.layers.%u.%s", layer, LAYER_NAMES[role]);
+  }
+  return count;
+}
+
+static uint32_t llama_tensors(const flap_model_config *config, flap_part part, uint32_t layer,
+                              flap_model_tensor *tensors_out) {
+  if (part == FLAP_PART_LAYER)
+    return layer_tensors(config, layer, tensors_out);
+
+  if (part == FLAP_PART_EMBEDDING) {
+    snprintf(tensors_out->name, sizeof tensors_out->name, "model.embed_tokens.weight");
+    fill_tensor(tensors_out, config->vocab_size, config->hidden_size, FLAP_INIT_NORMAL);
+    return 1;
+  }
+  snprintf(tensors_out->name, sizeof tensors_out->name, "model.norm.weight");
+  fill_tensor(tensors_out, config->hidden_size, 0, FLAP_INIT_ONES);
+  if (config->tie_word_embeddings)
+    return 1;
+  snprintf(tensors_out[1].name, sizeof tensors_out[1].name, "lm_head.weight");
+  fill_tensor(&tensors_out[1], config->vocab_size, config->hidden_size, FLAP_INIT_NORMAL);
+  return 2;
+}
+
+/* ---- sizes and costs ------------------------------------------------------------------------------------- */
+
+typedef enum llama_saved { LLAMA_QKV, LLAMA_ATTENTION, LLAMA_LSE, LLAMA_RESIDUAL, LLAMA_GATE_UP } llama_saved;
+
+static double matmul_flops(uint64_t m, uint64_t n, uint64_t k) {
+  return 2.0 * (double)m * (double)n * (double)k;
+}
+
+/* Scores and their product with the values, for the lower half of each S×S square. */
+static double attention_flops(const flap_model_config *config, const flap_model_shape *shape) {
+  llama_dims dims = dims_of(config);
+  return matmul_flops((uint64_t)shape->batch * shape->sequence, shape->sequence, dims.q);
+}
+
+static uint32_t llama_saved_tensors(const flap_model_config *config, const flap_model_shape *shape,
+                                    flap_saved_tensor *out) {
+  llama_dims dims = dims_of(config);
+  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
+  uint64_t element = flap_dtype_bytes(shape->dtype);
+  out[LLAMA_QKV] = (flap_saved_tensor){.name = "qkv",
+                                       .bytes = tokens * dims.qkv * element, // (T, HQ·HD + 2·HKV·HD), rotated
+                                       .recompute_flops = matmul_flops(tokens, dims.qkv, dims.d)};
+  out[LLAMA_ATTENTION] = (flap_saved_tensor){.name = "attention",
+                                             .bytes = tokens * dims.q * element, // (T, HQ·HD)
+                                             .recompute_flops = attention_flops(config, shape)};
+  /* The statistics come out of the same kernel as `attention`: they cost nothing more. */
+  out[LLAMA_LSE] = (flap_saved_tensor){.name = "lse", .bytes = tokens * dims.hq * sizeof(float)}; // (B, HQ, S)
+  out[LLAMA_RESIDUAL] = (flap_saved_tensor){.name = "residual",
+                                            .bytes = tokens * dims.d * element, // (T, D)
+                                            .recompute_flops = matmul_flops(tokens, dims.d, dims.q)};
+  out[LLAMA_GATE_UP] = (flap_saved_tensor){.name = "gate_up",
+                                           .bytes = tokens * 2 * dims.f * element, // (T, 2·F)
+                                           .recompute_flops = matmul_flops(tokens, 2 * (uint64_t)dims.f, dims.d)};
+  return LLAMA_GATE_UP + 1;
+}
+
+static double llama_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part) {
+  llama_dims dims = dims_of(config);
+  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
+  if (part == FLAP_PART_EMBEDDING)
+    return 0;
+  if (part == FLAP_PART_HEAD)
+    return matmul_flops(tokens, config->vocab_size, dims.d);
+  return matmul_flops(tokens, (uint64_t)dims.qkv + dims.q, dims.d) + attention_flops(config, shape) +
+         matmul_flops(tokens, 3 * (uint64_t)dims.f, dims.d);
+}
+
+/* Byte offsets in the workspace. `first` holds, one after the other, everything of one row per token that dies before
+ * the next comes: normalised inputs, silu(gate)·up and its gradient, the gradient of attention. */
+typedef struct llama_workspace {
+  uint64_t rstd;   /* (T) fp32 */
+  uint64_t first;  /* (T, max(D, F, HQ·HD)) */
+  uint64_t second; /* (T, D), while `first` holds no more than that */
+  uint64_t dqkv;   /* (T, qkv), beside `first` and `second`; unused where the saved gate and up are wide enough */
+  uint64_t bytes;
+} llama_workspace;
+
+static bool dqkv_fits_saved(const llama_dims *dims) {
+  return dims->qkv <= 2 * (uint64_t)dims->f;
+}
+
+static llama_workspace workspace_of(const flap_model_config *config, const flap_model_shape *shape) {
+  llama_dims dims = dims_of(config);
+  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
+  uint64_t row = tokens * flap_dtype_bytes(shape->dtype); /* bytes of one column of activations */
+  uint64_t hidden = flap_units_round_up(row * dims.d, FLAP_MODEL_ALIGN);
+  uint64_t inner = flap_units_round_up(row * dims.f, FLAP_MODEL_ALIGN);
+  uint64_t heads = flap_units_round_up(row * dims.q, FLAP_MODEL_ALIGN);
+  llama_workspace space = {.rstd = 0, .first = flap_units_round_up(tokens * sizeof(float), FLAP_MODEL_ALIGN)};
+  space.second = space.first + hidden;
+  space.dqkv = space.first + (2 * hidden > heads ? 2 * hidden : heads);
+  space.bytes = space.dqkv;
+  if (!dqkv_fits_saved(&dims))
+    space.bytes += row * dims.qkv;
+  if (space.first + inner > space.bytes)
+    space.bytes = space.first + inner;
+  return space;
+}
+
+static uint64_t llama_workspace_bytes(const flap_model_config *config, const flap_model_shape *shape) {
+  return workspace_of(config, shape).bytes;
+}
+
+/* ---- projections ----------------------------------------------------------------------------------------- */
+
+/* Where everything of one layer is during one call. */
+typedef struct llama_layer {
+  const flap_model_run *run;
+  flap_ops *ops;
+  flap_dtype dtype;
+  uint32_t tokens;
+  llama_dims dims;
+  const char *weights;
+  float *dweights;
+  uint64_t offset[LLAMA_ROLES]; /* of each tensor, in elements; UINT64_MAX for absent ones */
+  float *rstd;
+  void *first, *second, *dqkv; /* workspace */
+  char *qkv, *gate_up;         /* saved block */
+  void *attention, *residual;
+  float *lse;
+} llama_layer;
+
+static llama_layer open_layer(const flap_model_run *run, const void *weights, void *saved, float *dweights) {
+  const flap_model_config *config = run->config;
+  llama_layer layer = {.run = run,
+                       .ops = run->ops,
+                       .dtype = run->shape.dtype,
+                       .tokens = run->shape.batch * run->shape.sequence,
+                       .dims = dims_of(config),
+                       .weights = weights,
+                       .dweights = dweights};
+
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  (void)flap_model_tensors(config, FLAP_PART_LAYER, 0, tensors);
+  uint32_t index = 0;
+  for (llama_role role = 0; role < LLAMA_ROLES; role++)
+    layer.offset[role] = has_role(config, role) ? tensors[index++].offset : UINT64_MAX;
+
+  flap_saved_tensor kept[FLAP_MODEL_SAVED_MAX];
+  (void)flap_model_saved_tensors(config, &run->shape, kept);
+  layer.qkv = (char *)saved + kept[LLAMA_QKV].offset;
+  layer.attention = (char *)saved + kept[LLAMA_ATTENTION].offset;
+  layer.lse = (float *)(void *)((char *)saved + kept[LLAMA_LSE].offset);
+  layer.residual = (char *)saved + kept[LLAMA_RESIDUAL].offset;
+  layer.gate_up = (char *)saved + kept[LLAMA_GATE_UP].offset;
+
+  llama_workspace space = workspace_of(config, &run->shape);
+  char *workspace = run->workspace;
+  layer.rstd = (float *)(void *)(workspace + space.rstd);
+  layer.first = workspace + space.first;
+  layer.second = workspace + space.second;
+  layer.dqkv = dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
+  return layer;
+}
+
+static const void *weight_of(const llama_layer *layer, llama_role role) {
+  return layer->weights + layer->offset[role] * flap_dtype_bytes(layer->dtype);
+}
+
+static float *gradient_of(const llama_layer *layer, llama_role role) {
+  return layer->dweights + layer->offset[role];
+}
+
+static bool has_bias(const llama_layer *layer, llama_role role) {
+  return role >= LLAMA_Q && role <= LLAMA_O && layer->offset[role + LLAMA_BIAS_OF] != UINT64_MAX;
+}
+
+/* Activations: rows of `columns`-wide steps through memory, in the layer's dtype. */
+static char *column(const llama_layer *layer, const void *rows, uint64_t index) {
+  return (char *)(uintptr_t)rows + index * flap_dtype_bytes(layer->dtype);
+}
+
+/* A projection, or several that read the same input and whose outputs stand side by side in a row. */
+typedef struct llama_group {
+  llama_role role; /* the first */
+  uint32_t count;
+  uint32_t outputs, inputs; /* of all, of each */
+  bool fused;
+} llama_group;
+
+static llama_group open_group(const llama_layer *layer, llama_role first, uint32_t count) {
+  llama_group group = {.role = first, .count = count, .fused = count == 1 || !has_bias(layer, first)};
+  for (uint32_t i = 0; i < count; i++) {
+    uint32_t outputs;
+    role_shape(&layer->dims, first + i, &outputs, &group.inputs);
+    if (i + 1 < count && layer->offset[first + i] + (uint64_t)outputs * group.inputs != layer->offset[first + i + 1])
+      group.fused = false;
+    group.outputs += outputs;
+  }
+  return group;
+}
+
+/* One matmul over the group's member `index`, or over all of it. */
+typedef struct llama_member {
+  llama_role role;
+  uint32_t outputs, column;
+} llama_member;
+
+static uint32_t member_count(const llama_group *group) {
+  return group->fused ? 1 : group->count;
+}
+
+static llama_member member_of(const llama_layer *layer, const llama_group *group, uint32_t index) {
+  llama_member member = {.role = group->role, .outputs = group->outputs};
+  if (group->fused)
+    return member;
+  for (uint32_t i = 0; i <= index; i++) {
+    uint32_t inputs;
+    if (i > 0)
+      member.column += member.outputs;
+    member.role = group->role + i;
+    role_shape(&layer->dims, member.role, &member.outputs, &inputs);
+  }
+  return member;
+}
+
+/* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ + bias. */
+static void project(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs, uint32_t tokens,
+                    const void *x, void *y, uint32_t ldy) {
+  flap_matmul matmul = {.transpose = FLAP_NT,
+                        .m = tokens,
+                        .n = outputs,
+                        .k = inputs,
+                        .a = x,
+                        .b = weight_of(layer, role),
+                        .c = y,
+                        .lda = inputs,
+                        .ldb = inputs,
+                        .ldc = ldy,
+                        .bias = has_bias(layer, role) ? weight_of(layer, role + LLAMA_BIAS_OF) : NULL,
+                        .dtype = layer->dtype,
+                        .c_dtype = layer->dtype};
+  flap_ops_matmul(layer->ops, &matmul);
+}
+
+/* y (tokens, all outputs of the group) from x (tokens, inputs). */
+static void project_group(const llama_layer *layer, const llama_group *group, uint32_t tokens, const void *x, void *y) {
+  for (uint32_t i = 0; i < member_count(group); i++) {
+    llama_member member = member_of(layer, group, i);
+    project(layer, member.role, member.outputs, group->inputs, tokens, x, column(layer, y, member.column),
+            group->outputs);
+  }
+}
+
+/* Weight and bias gradients of a group from x (T, inputs) and dy (T, all outputs). */
+static void group_weight_gradient(const llama_layer *layer, const llama_group *group, const void *x, const void *dy) {
+  for (uint32_t i = 0; i < member_count(group); i++) {
+    llama_member member = member_of(layer, group, i);
+    flap_matmul matmul = {.transpose = FLAP_TN,
+                          .m = member.outputs,
+                          .n = group->inputs,
+                          .k = layer->tokens,
+                          .a = column(layer, dy, member.column),
+                          .b = x,
+                          .c = gradient_of(layer, member.role),
+                          .lda = group->outputs,
+                          .ldb = group->inputs,
+                          .ldc = group->inputs,
+                          .dtype = layer->dtype,
+                          .c_dtype = FLAP_F32,
+                          .accumulate = true};
+    flap_ops_matmul(layer->ops, &matmul);
+    if (has_bias(layer, member.role))
+      flap_ops_bias_backward(layer->ops, layer->dtype, gradient_of(layer, member.role + LLAMA_BIAS_OF), matmul.a,
+                             layer->tokens, member.outputs, group->outputs);
+  }
+}
+
+/* dx (T, inputs) from dy (T, all outputs). Members that cannot be multiplied as one are added up in dtype, as PyTorch
+ * does, with `spare` (T, inputs) for the second one's share. */
+static void group_input_gradient(const llama_layer *layer, const llama_group *group, const void *dy, void *dx,
+                                 void *spare) {
+  for (uint32_t i = 0; i < member_count(group); i++) {
+    llama_member member = member_of(layer, group, i);
+    flap_matmul matmul = {.transpose = FLAP_NN,
+                          .m = layer->tokens,
+                          .n = group->inputs,
+                          .k = member.outputs,
+                          .a = column(layer, dy, member.column),
+                          .b = weight_of(layer, member.role),
+                          .c = i == 0 ? dx : spare,
+                          .lda = group->outputs,
+                          .ldb = group->inputs,
+                          .ldc = group->inputs,
+                          .dtype = layer->dtype,
+                          .c_dtype = layer->dtype};
+    flap_ops_matmul(layer->ops, &matmul);
+    if (i > 0)
+      flap_ops_add(layer->ops, layer->dtype, dx, dx, spare, (uint64_t)layer->tokens * group->inputs);
+  }
+}
+
+/* ---- one layer ------------------------------------------------------------------------------------------- */
+
+static void normalize(const llama_layer *layer, void *out, void *sum_out, const void *x, const void *residual,
+                      llama_role norm, uint32_t tokens) {
+  flap_ops_rmsnorm(layer->ops, layer->dtype, out, layer->rstd, sum_out, x, residual, weight_of(layer, norm), tokens,
+                   layer->dims.d, (float)layer->run->config->rms_norm_eps);
+}
+
+static void rotate(const llama_layer *layer, void *qkv, bool inverse) {
+  /* Queries and keys are neighbours in a row, so one call turns both. */
+  flap_ops_rope(layer->ops, layer->dtype, qkv, layer->run->rope_table, layer->tokens, layer->run->shape.sequence, 0,
+                layer->dims.hq + layer->dims.hkv, layer->dims.hd, layer->dims.qkv, inverse);
+}
+
+static flap_attention attention_of(const llama_layer *layer) {
+  const llama_dims *dims = &layer->dims;
+  return (flap_attention){.batch = layer->run->shape.batch,
+                          .sequence = layer->run->shape.sequence,
+                          .heads = dims->hq,
+                          .kv_heads = dims->hkv,
+                          .head_size = dims->hd,
+                          .q_stride = dims->qkv,
+                          .kv_stride = dims->qkv,
+                          .q = layer->qkv,
+                          .k = column(layer, layer->qkv, dims->q),
+                          .v = column(layer, layer->qkv, dims->q + dims->kv),
+                          .out = layer->attention,
+                          .lse = layer->lse,
+                          .dtype = layer->dtype};
+}
+
+/* out (tokens, F) = silu(gate) · up of gate_up (tokens, 2·F). */
+static void activate(const llama_layer *layer, void *out, uint32_t tokens) {
+  uint32_t f = layer->dims.f;
+  flap_ops_swiglu(layer->ops, layer->dtype, out, layer->gate_up, column(layer, layer->gate_up, f), tokens, f, 2 * f);
+}
+
+/* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals. `x_in` is read
+ * before x_out is written, so they may be the same. x_out NULL stops at gate and up. */
+static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
+  llama_group output = open_group(layer, LLAMA_O, 1);
+  llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
+  llama_group down = open_group(layer, LLAMA_DOWN, 1);
+  project_group(layer, &output, tokens, layer->attention, layer->first); // (T, D)
+  normalize(layer, layer->second, layer->residual, layer->first, x_in, LLAMA_POST_NORM, tokens);
+  project_group(layer, &gate_up, tokens, layer->second, layer->gate_up); // (T, 2·F)
+  if (!x_out)
+    return;
+  activate(layer, layer->first, tokens);                    // (T, F)
+  project_group(layer, &down, tokens, layer->first, x_out); // (T, D)
+  flap_ops_add(layer->ops, layer->dtype, x_out, x_out, layer->residual, (uint64_t)tokens * layer->dims.d);
+}
+
+static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
+                                void *x_out) {
+  llama_layer layer = open_layer(run, weights, saved, NULL);
+  llama_group qkv = open_group(&layer, LLAMA_Q, 3);
+  normalize(&layer, layer.first, NULL, x_in, NULL, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
+  project_group(&layer, &qkv, layer.tokens, layer.first, layer.qkv);                // (T, qkv)
+  rotate(&layer, layer.qkv, false);
+  flap_attention attention = attention_of(&layer);
+  flap_ops_attention(layer.ops, &attention);
+  finish_layer(&layer, layer.tokens, x_in, x_out);
+}
+
+static void normalize_backward(const llama_layer *layer, void *dx, const void *dy, const void *x, llama_role norm) {
+  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), dy, x, weight_of(layer, norm),
+                            layer->rstd, dx, layer->tokens, layer->dims.d);
+}
+
+/* dx: from the gradient of the layer's output to that of the residual stream between the halves. */
+static void mlp_backward(const llama_layer *layer, void *dx) {
+  uint32_t f = layer->dims.f;
+  void *gate = layer->gate_up, *up = column(layer, layer->gate_up, f);
+  llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
+  llama_group down = open_group(layer, LLAMA_DOWN, 1);
+
+  activate(layer, layer->first, layer->tokens); // silu(gate)·up (T, F), again
+  group_weight_gradient(layer, &down, layer->first, dx);
+  group_input_gradient(layer, &down, dx, layer->first, NULL); // its gradient, over it
+  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, layer->first, gate, up, 2 * f, layer->tokens, f);
+
+  normalize(layer, layer->first, NULL, layer->residual, NULL, LLAMA_POST_NORM, layer->tokens); // (T, D), again
+  group_weight_gradient(layer, &gate_up, layer->first, layer->gate_up);
+  group_input_gradient(layer, &gate_up, layer->gate_up, layer->first, layer->second);
+  normalize_backward(layer, dx, layer->first, layer->residual, LLAMA_POST_NORM);
+}
+
+/* dx: on to the gradient of the layer's input. Gate and up are dead by now: their place may hold dqkv. */
+static void attention_backward(const llama_layer *layer, const void *x_in, void *dx) {
+  const llama_dims *dims = &layer->dims;
+  llama_group output = open_group(layer, LLAMA_O, 1);
+  llama_group qkv = open_group(layer, LLAMA_Q, 3);
+  group_weight_gradient(layer, &output, layer->attention, dx);
+  group_input_gradient(layer, &output, dx, layer->first, NULL); // (T, HQ·HD)
+  flap_attention attention = attention_of(layer);
+  flap_ops_attention_backward(layer->ops, &attention, layer->dqkv, column(layer, layer->dqkv, dims->q),
+                              column(layer, layer->dqkv, dims->q + dims->kv), layer->first);
+  rotate(layer, layer->dqkv, true);
+
+  normalize(layer, layer->first, NULL, x_in, NULL, LLAMA_INPUT_NORM, layer->tokens); // (T, D), again
+  group_weight_gradient(layer, &qkv, layer->first, layer->dqkv);
+  group_input_gradient(layer, &qkv, layer->dqkv, layer->first, layer->second);
+  normalize_backward(layer, dx, layer->first, x_in, LLAMA_INPUT_NORM);
+}
+
+static void llama_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
+                                 void *dx, float *dweights) {
+  llama_layer layer = open_layer(run, weights, saved, dweights);
+  mlp_backward(&layer, dx);
+  attention_backward(&layer, x_in, dx);
+}
+
+/* ---- embedding and head ---------------------------------------------------------------------------------- */
+
+static uint32_t tokens_of(const flap_model_run *run) {
+  return run->shape.batch * run->shape.sequence;
+}
+
+static void llama_embed(const flap_model_run *run, const void *embedding, const int32_t *tokens, void *x) {
+  flap_ops_embedding(run->ops, run->shape.dtype, x, tokens, embedding, tokens_of(run), run->config->hidden_size);
+}
+
+static void llama_embed_backward(const flap_model_run *run, const int32_t *tokens, const int32_t *order, const void *dx,
+                                 float *dembedding) {
+  flap_ops_embedding_backward(run->ops, run->shape.dtype, dembedding, tokens, order, dx, tokens_of(run),
+                              run->config->hidden_size);
+}
+
+static void llama_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
+                            const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
+                            float *dprojection) {
+  const flap_model_config *config = run->config;
+  flap_dtype dtype = run->shape.dtype;
+  uint32_t tokens = tokens_of(run), d = config->hidden_size;
+  llama_workspace space = workspace_of(config, &run->shape);
+  float *rstd = (float *)(void *)((char *)run->workspace + space.rstd);
+  void *normalized = (char *)run->workspace + space.first; // (T, D)
+  /* The final norm is the head's first tensor. */
+  flap_ops_rmsnorm(run->ops, dtype, normalized, rstd, NULL, x_in, NULL, head, tokens, d, (float)config->rms_norm_eps);
+  flap_ops_head_loss(run->ops, dtype, losses, dx ? normalized : NULL, dprojection, normalized, projection, targets,
+                     loss_scale, tokens, d, config->vocab_size);
+  if (dx)
+    flap_ops_rmsnorm_backward(run->ops, dtype, dx, dhead, normalized, x_in, head, rstd, NULL, tokens, d);
+}
+
+/* ---- sampling -------------------------------------------------------------------------------------------- */
+
+static void llama_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+                               uint32_t cache_positions, uint32_t tokens, uint32_t first_position) {
+  llama_layer layer = open_layer(run, weights, saved, NULL);
+  const llama_dims *dims = &layer.dims;
+  char *keys = cache, *values = keys + flap_model_cache_values(run->config, layer.dtype, cache_positions);
+  char *new_keys = column(&layer, keys, (uint64_t)first_position * dims->kv);
+  char *new_values = column(&layer, values, (uint64_t)first_position * dims->kv);
+
+  normalize(&layer, layer.first, NULL, x, NULL, LLAMA_INPUT_NORM, tokens);
+  project(&layer, LLAMA_Q, dims->q, dims->d, tokens, layer.first, layer.qkv, dims->q); // (tokens, HQ·HD)
+  project(&layer, LLAMA_K, dims->kv, dims->d, tokens, layer.first, new_keys, dims->kv);
+  project(&layer, LLAMA_V, dims->kv, dims->d, tokens, layer.first, new_values, dims->kv);
+  flap_ops_rope(layer.ops, layer.dtype, layer.qkv, run->rope_table, tokens, tokens, first_position, dims->hq, dims->hd,
+                dims->q, false);
+  flap_ops_rope(layer.ops, layer.dtype, new_keys, run->rope_table, tokens, tokens, first_position, dims->hkv, dims->hd,
+                dims->kv, false);
+  flap_ops_attention_decode(layer.ops, layer.dtype, layer.attention, layer.qkv, dims->q, keys, values, tokens,
+                            first_position, dims->hq, dims->hkv, dims->hd);
+  finish_layer(&layer, tokens, x, x);
+}
+
+static void llama_logits(const flap_model_run *run, const void *head, const void *projection, const void *x,
+                         uint32_t row, float *logits) {
+  const flap_model_config *config = run->config;
+  flap_dtype dtype = run->shape.dtype;
+  uint32_t d = config->hidden_size;
+  llama_workspace space = workspace_of(config, &run->shape);
+  float *rstd = (float *)(void *)((char *)run->workspace + space.rstd);
+  void *normalized = (char *)run->workspace + space.first; // (1, D)
+  const char *x_row = (const char *)x + (uint64_t)row * d * flap_dtype_bytes(dtype);
+  flap_ops_rmsnorm(run->ops, dtype, normalized, rstd, NULL, x_row, NULL, head, 1, d, (float)config->rms_norm_eps);
+  flap_matmul matmul = {.transpose = FLAP_NT,
+                        .m = 1,
+                        .n = config->vocab_size,
+                        .k = d,
+                        .a = normalized,
+                        .b = projection,
+                        .c = logits,
+                        .lda = d,
+                        .ldb = d,
+                        .ldc = config->vocab_size,
+                        .dtype = dtype,
+                        .c_dtype = FLAP_F32};
+  flap_ops_matmul(run->ops, &matmul);
+}
+
+/* ---- the tables ------------------------------------------------------------------------------------------ */
+
+#define LLAMA_FAMILY(type, class, table)                                                                        \
+  {                                                                                                             \
+    .name = type, .architecture = class, .keys = table, .key_count = sizeof table / sizeof *table,              \
+    .finish_config = llama_finish_config, .tensors = llama_tensors, .head_projection_index = 1,                 \
+    .saved_tensors = llama_saved_tensors, .workspace_bytes = llama_workspace_bytes,                             \
+    .forward_flops = llama_forward_flops, .embed = llama_embed, .embed_backward = llama_embed_backward,         \
+    .layer_forward = llama_layer_forward, .layer_backward = llama_layer_backward, .head_loss = llama_head_loss, \
+    .layer_decode = llama_layer_decode, .logits = llama_logits,                                                 \
+  }
+
+const flap_family flap_model_llama = LLAMA_FAMILY("llama", "LlamaForCausalLM", LLAMA_KEYS);
+const flap_family flap_model_mistral = LLAMA_FAMILY("mistral", "MistralForCausalLM", MISTRAL_KEYS);
