@@ -204,6 +204,34 @@ static void lane_close(lane *l) {
 
 /* ---- open and close ------------------------------------------------------------------------------------- */
 
+/* The number after `key` in a small file of the system, or UINT64_MAX where there is none ("max", no file). */
+static uint64_t read_number(const char *path, const char *key) {
+  FILE *file = fopen(path, "re");
+  if (!file)
+    return UINT64_MAX;
+  char line[128];
+  unsigned long long number = 0;
+  bool found = false;
+  while (!found && fgets(line, sizeof line, file))
+    found = strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%llu", &number) == 1;
+  fclose(file);
+  return found ? number : UINT64_MAX;
+}
+
+/* What the system could give now without swapping; UINT64_MAX if it does not say. Linux promises more than it has, and
+ * ends a process that believes it, so the arena asks before it takes. */
+static uint64_t memory_available(void) {
+  uint64_t available_kib = read_number("/proc/meminfo", "MemAvailable:");
+  uint64_t available = available_kib > UINT64_MAX / 1024 ? UINT64_MAX : available_kib * 1024;
+  uint64_t limit = read_number("/sys/fs/cgroup/memory.max", ""),
+           used = read_number("/sys/fs/cgroup/memory.current", "");
+  if (limit != UINT64_MAX && used != UINT64_MAX) {
+    uint64_t left = limit > used ? limit - used : 0;
+    available = left < available ? left : available;
+  }
+  return available;
+}
+
 /* Reserves addresses, aligns within them and opens exactly the pages of the budget; what lies around stays
  * inaccessible, so running out of the arena faults instead of corrupting. The pages are taken now, not at first touch:
  * a run that starts does not run out. */
@@ -211,9 +239,14 @@ static flap_status map_arena(cpu_device *device) {
   flap_device *base = &device->base;
   uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
   uint64_t budget = base->config.vram_bytes;
-  if (budget > (uint64_t)1 << 46)
-    return flap_error_set(FLAP_NO_MEMORY, "vram: %llu bytes are more than this system can address",
-                          (unsigned long long)budget);
+  uint64_t available = memory_available();
+  if (budget > available || budget > (uint64_t)1 << 46) {
+    char wanted[FLAP_UNITS_TEXT_MAX], there[FLAP_UNITS_TEXT_MAX];
+    return flap_error_set(FLAP_NO_MEMORY,
+                          "vram: the cpu device takes its %s from host memory, of which %s are available; lower vram",
+                          flap_units_format_bytes(budget, wanted, sizeof wanted),
+                          flap_units_format_bytes(available, there, sizeof there));
+  }
   uint64_t bytes = flap_units_round_up(budget, page);
   device->mapping_bytes = (size_t)(bytes + ARENA_ALIGN + page);
   device->mapping = mmap(NULL, device->mapping_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
