@@ -1,0 +1,105 @@
+/* The cpu ops as an object: workspace, instruction set, table. */
+#include "kernels/cpu/cpu_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <cblas.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint64_t max_of(uint64_t a, uint64_t b) {
+  return a > b ? a : b;
+}
+
+static uint64_t worker_bytes(const flap_ops_limits *limits) {
+  const uint64_t bytes = max_of(flap_cpu_matmul_worker_bytes(), flap_cpu_attention_worker_bytes(limits));
+  return flap_units_round_up(bytes, FLAP_OPS_ALIGN);
+}
+
+/* Operations run one after another, so they take turns in one shared part. */
+static uint64_t shared_bytes(const flap_ops_limits *limits) {
+  uint64_t bytes = flap_cpu_attention_shared_bytes(limits);
+  bytes = max_of(bytes, flap_cpu_norm_shared_bytes(limits));
+  bytes = max_of(bytes, flap_cpu_head_shared_bytes(limits));
+  return flap_units_round_up(bytes, FLAP_OPS_ALIGN);
+}
+
+static uint64_t cpu_workspace_bytes(const flap_ops_limits *limits) {
+  return limits->threads * worker_bytes(limits) + shared_bytes(limits);
+}
+
+/* "0.3.21" out of "OpenBLAS 0.3.21 DYNAMIC_ARCH ...". */
+static void blas_version(char *version, size_t bytes) {
+  const char *config = openblas_get_config();
+  const char *start = strchr(config, ' ');
+  start = start != NULL ? start + 1 : config;
+  const size_t length = strcspn(start, " ");
+  (void)snprintf(version, bytes, "%.*s", (int)length, start);
+}
+
+static flap_status cpu_open(flap_ops *ops) {
+  const flap_ops_limits *limits = &ops->limits;
+  flap_pool *pool = flap_device_pool(ops->device);
+  flap_assert(pool != NULL);
+  if (limits->dtype != FLAP_F32 && limits->dtype != FLAP_BF16)
+    return flap_error_set(FLAP_UNSUPPORTED, "kernels: the cpu device computes bfloat16 and float32, not %s",
+                          flap_dtype_name(limits->dtype));
+  if (flap_pool_threads(pool) > limits->threads)
+    return flap_error_set(FLAP_INVALID, "kernels: workspace is for %u threads, but the pool has %u", limits->threads,
+                          flap_pool_threads(pool));
+  flap_cpu_ops *cpu = calloc(1, sizeof *cpu);
+  if (cpu == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "kernels: no memory for the cpu operations");
+  const flap_cpu_vector *tables[3];
+  (void)flap_cpu_vector_list(tables);
+  cpu->vector = tables[0];
+  cpu->pool = pool;
+  cpu->threads = flap_pool_threads(pool);
+  cpu->worker_bytes = worker_bytes(limits);
+  cpu->workers = ops->workspace;
+  cpu->shared = cpu->workers + limits->threads * cpu->worker_bytes;
+  cpu->shared_bytes = shared_bytes(limits);
+  ops->state = cpu;
+  openblas_set_num_threads(1); /* the pool is the only runtime that runs threads */
+  char version[32];
+  blas_version(version, sizeof version);
+  (void)snprintf(ops->numerics, sizeof ops->numerics, "cpu %s openblas-%s-%s", cpu->vector->name, version,
+                 openblas_get_corename());
+  return FLAP_OK;
+}
+
+static void cpu_close(flap_ops *ops) {
+  free(ops->state);
+}
+
+void flap_cpu_run(const flap_cpu_ops *cpu, uint64_t items, flap_pool_fn fn, void *context) {
+  if (items == 1)
+    fn(context, 0, 0);
+  else if (items > 1)
+    flap_pool_run(cpu->pool, items, fn, context);
+}
+
+const flap_ops_table flap_ops_cpu_table = {
+    .workspace_bytes = cpu_workspace_bytes,
+    .open = cpu_open,
+    .close = cpu_close,
+    .matmul = flap_cpu_matmul,
+    .bias_backward = flap_cpu_bias_backward,
+    .zero = flap_cpu_zero,
+    .copy = flap_cpu_copy,
+    .embedding = flap_cpu_embedding,
+    .embedding_backward = flap_cpu_embedding_backward,
+    .rmsnorm = flap_cpu_rmsnorm,
+    .rmsnorm_backward = flap_cpu_rmsnorm_backward,
+    .add = flap_cpu_add,
+    .rope = flap_cpu_rope,
+    .swiglu = flap_cpu_swiglu,
+    .swiglu_backward = flap_cpu_swiglu_backward,
+    .attention = flap_cpu_attention,
+    .attention_backward = flap_cpu_attention_backward,
+    .attention_decode = flap_cpu_attention_decode,
+    .head_loss = flap_cpu_head_loss,
+    .gradient_store = flap_cpu_gradient_store,
+    .adamw = flap_cpu_adamw,
+};

@@ -1,0 +1,100 @@
+/* Gradient rounding and AdamW, in blocks of FLAP_OPS_BLOCK elements. */
+#include "kernels/cpu/cpu_internal.h"
+
+#include "base/assert.h"
+
+#define BLOCKS_PER_ITEM 4u
+
+typedef struct optimizer_job {
+  const flap_cpu_ops *cpu;
+  uint64_t blocks;
+  flap_dtype weight_dtype, grad_dtype;
+  void *grad_out;
+  float *block_squares;
+  const float *sum;
+  const flap_adamw *scalars;
+  void *weight;
+  int16_t *low;
+  float *m, *v;
+  const void *grad;
+  const uint8_t *decay_blocks;
+  int32_t *fault;
+} optimizer_job;
+
+static uint64_t last_block(const optimizer_job *job, uint64_t item) {
+  const uint64_t end = (item + 1) * BLOCKS_PER_ITEM;
+  return end < job->blocks ? end : job->blocks;
+}
+
+static void gradient_item(void *context, uint64_t item, uint32_t worker) {
+  (void)worker;
+  const optimizer_job *job = context;
+  const flap_cpu_vector *vector = job->cpu->vector;
+  float rounded[FLAP_CPU_CHUNK];
+  for (uint64_t block = item * BLOCKS_PER_ITEM; block < last_block(job, item); ++block) {
+    float sums[FLAP_CPU_LANES] = {0};
+    for (uint64_t i = block * FLAP_OPS_BLOCK; i < (block + 1) * FLAP_OPS_BLOCK; i += FLAP_CPU_CHUNK) {
+      const float *values = job->sum + i;
+      if (job->grad_dtype != FLAP_F32) {
+        memcpy(rounded, values, sizeof rounded);
+        vector->round_bf16(rounded, FLAP_CPU_CHUNK);
+        values = rounded;
+      }
+      vector->squares(sums, values, FLAP_CPU_CHUNK);
+      if (job->grad_out != NULL)
+        flap_cpu_store(job->cpu, job->grad_dtype, job->grad_out, i, values, FLAP_CPU_CHUNK);
+    }
+    job->block_squares[block] = flap_cpu_fold(sums);
+  }
+}
+
+void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
+                             uint64_t elements) {
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  optimizer_job job = {.cpu = flap_cpu_state(ops), .blocks = elements / FLAP_OPS_BLOCK, .grad_dtype = grad_dtype};
+  job.grad_out = grad;
+  job.block_squares = block_squares;
+  job.sum = sum;
+  flap_cpu_run(job.cpu, flap_cpu_ceil(job.blocks, BLOCKS_PER_ITEM), gradient_item, &job);
+}
+
+static void adamw_item(void *context, uint64_t item, uint32_t worker) {
+  (void)worker;
+  const optimizer_job *job = context;
+  const flap_cpu_vector *vector = job->cpu->vector;
+  float buffer[FLAP_CPU_CHUNK];
+  bool refused = false;
+  for (uint64_t block = item * BLOCKS_PER_ITEM; block < last_block(job, item); ++block) {
+    const bool decays = (job->decay_blocks[block / 8] >> (block % 8) & 1) != 0;
+    const float decay = decays ? job->scalars->decay : 1.0f; /* times 1 changes no bit */
+    for (uint64_t i = block * FLAP_OPS_BLOCK; i < (block + 1) * FLAP_OPS_BLOCK; i += FLAP_CPU_CHUNK) {
+      const float *grad = flap_cpu_load(job->cpu, job->grad_dtype, buffer, job->grad, i, FLAP_CPU_CHUNK);
+      if (job->weight_dtype == FLAP_BF16)
+        refused |= vector->adamw_split(job->scalars, decay, (uint16_t *)job->weight + i, job->low + i, job->m + i,
+                                       job->v + i, grad, FLAP_CPU_CHUNK);
+      else
+        refused |= vector->adamw_f32(job->scalars, decay, (float *)job->weight + i, job->m + i, job->v + i, grad,
+                                     FLAP_CPU_CHUNK);
+    }
+  }
+  if (refused)
+    __atomic_store_n(job->fault, 1, __ATOMIC_RELAXED);
+}
+
+void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    int32_t *fault, uint64_t elements) {
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  optimizer_job job = {.cpu = flap_cpu_state(ops), .blocks = elements / FLAP_OPS_BLOCK, .grad_dtype = grad_dtype};
+  job.weight_dtype = weight_dtype;
+  job.scalars = scalars;
+  job.weight = weight;
+  job.low = low;
+  job.m = m;
+  job.v = v;
+  job.grad = grad;
+  job.decay_blocks = decay_blocks;
+  job.fault = fault;
+  flap_cpu_run(job.cpu, flap_cpu_ceil(job.blocks, BLOCKS_PER_ITEM), adamw_item, &job);
+}

@@ -1,0 +1,241 @@
+/* The front of the ops: picks the table of the device's kind, checks arguments, times calls on the cpu device. */
+#include "kernels/ops_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+
+static const flap_ops_table *table_of(flap_device_kind kind) {
+  switch (kind) {
+  case FLAP_DEVICE_CPU:
+    return &flap_ops_cpu_table;
+  case FLAP_DEVICE_SIM:
+    return &flap_ops_sim_table;
+  case FLAP_DEVICE_CUDA:
+#ifdef FLAP_CUDA
+    return &flap_ops_cuda_table;
+#else
+    return NULL;
+#endif
+  }
+  return NULL;
+}
+
+uint64_t flap_ops_workspace_bytes(flap_device_kind kind, const flap_ops_limits *limits) {
+  const flap_ops_table *table = table_of(kind);
+  flap_assert(table != NULL && limits != NULL);
+  return flap_units_round_up(table->workspace_bytes(limits), FLAP_OPS_ALIGN);
+}
+
+static flap_status check_limits(const flap_ops_limits *limits) {
+  if (limits->tokens_max == 0 || limits->hidden == 0 || limits->vocabulary == 0 || limits->threads == 0 ||
+      limits->kv_heads == 0 || limits->heads % limits->kv_heads != 0 || limits->head_size % 2 != 0)
+    return flap_error_set(FLAP_INVALID,
+                          "kernels: %u tokens, hidden size %u, vocabulary %u, %u heads over %u key/value heads of size "
+                          "%u: sizes must be positive, heads a multiple of key/value heads, the head size even",
+                          limits->tokens_max, limits->hidden, limits->vocabulary, limits->heads, limits->kv_heads,
+                          limits->head_size);
+  return FLAP_OK;
+}
+
+flap_status flap_ops_open(flap_device *device, const flap_ops_limits *limits, void *workspace, flap_ops **ops_out) {
+  *ops_out = NULL;
+  flap_device_kind kind = flap_device_get_kind(device);
+  const flap_ops_table *table = table_of(kind);
+  if (table == NULL)
+    return flap_error_set(FLAP_UNSUPPORTED, "kernels: this build has none for the device \"%s\"; build with FLAP_CUDA",
+                          flap_device_describe(device));
+  FLAP_TRY(check_limits(limits));
+  flap_assert(((uintptr_t)workspace & (FLAP_OPS_ALIGN - 1)) == 0);
+  flap_ops *ops = calloc(1, sizeof *ops);
+  if (ops == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "kernels: no memory for the table of operations");
+  ops->table = table;
+  ops->device = device;
+  ops->limits = *limits;
+  ops->workspace = workspace;
+  ops->measured = kind == FLAP_DEVICE_CPU;
+  flap_status status = table->open(ops);
+  if (status != FLAP_OK) {
+    free(ops);
+    return status;
+  }
+  *ops_out = ops;
+  return FLAP_OK;
+}
+
+void flap_ops_close(flap_ops *ops) {
+  if (ops == NULL)
+    return;
+  ops->table->close(ops);
+  free(ops);
+}
+
+flap_device *flap_ops_device(const flap_ops *ops) {
+  return ops->device;
+}
+
+const char *flap_ops_numerics(const flap_ops *ops) {
+  return ops->numerics;
+}
+
+static uint64_t begin(const flap_ops *ops) {
+  return ops->measured ? flap_units_now_ns() : 0;
+}
+
+static void end(const flap_ops *ops, uint64_t started_ns) {
+  if (ops->measured)
+    flap_device_note_compute(ops->device, flap_units_now_ns() - started_ns);
+}
+
+void flap_ops_matmul(flap_ops *ops, const flap_matmul *matmul) {
+  const flap_matmul *x = matmul;
+  flap_assert(x->m > 0 && x->n > 0 && x->k > 0);
+  flap_assert(x->lda >= (x->transpose == FLAP_TN ? x->m : x->k));
+  flap_assert(x->ldb >= (x->transpose == FLAP_NT ? x->k : x->n));
+  flap_assert(x->ldc >= x->n && (!x->accumulate || x->c_dtype == FLAP_F32));
+  uint64_t started_ns = begin(ops);
+  ops->table->matmul(ops, matmul);
+  end(ops, started_ns);
+}
+
+void flap_ops_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens, uint32_t n,
+                            uint32_t ld) {
+  flap_assert(ld >= n);
+  uint64_t started_ns = begin(ops);
+  ops->table->bias_backward(ops, dtype, dbias, dy, tokens, n, ld);
+  end(ops, started_ns);
+}
+
+void flap_ops_zero(flap_ops *ops, void *memory, uint64_t bytes) {
+  uint64_t started_ns = begin(ops);
+  ops->table->zero(ops, memory, bytes);
+  end(ops, started_ns);
+}
+
+void flap_ops_copy(flap_ops *ops, void *to, const void *from, uint64_t bytes) {
+  uint64_t started_ns = begin(ops);
+  ops->table->copy(ops, to, from, bytes);
+  end(ops, started_ns);
+}
+
+void flap_ops_embedding(flap_ops *ops, flap_dtype dtype, void *out, const int32_t *tokens, const void *table,
+                        uint32_t token_count, uint32_t hidden) {
+  uint64_t started_ns = begin(ops);
+  ops->table->embedding(ops, dtype, out, tokens, table, token_count, hidden);
+  end(ops, started_ns);
+}
+
+void flap_ops_embedding_backward(flap_ops *ops, flap_dtype dtype, float *dtable, const int32_t *tokens,
+                                 const int32_t *order, const void *dx, uint32_t token_count, uint32_t hidden) {
+  uint64_t started_ns = begin(ops);
+  ops->table->embedding_backward(ops, dtype, dtable, tokens, order, dx, token_count, hidden);
+  end(ops, started_ns);
+}
+
+void flap_ops_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void *sum_out, const void *x,
+                      const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon) {
+  flap_assert(residual == NULL || sum_out != NULL);
+  uint64_t started_ns = begin(ops);
+  ops->table->rmsnorm(ops, dtype, out, rstd, sum_out, x, residual, weight, token_count, hidden, epsilon);
+  end(ops, started_ns);
+}
+
+void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
+                               const void *x, const void *weight, const float *rstd, const void *dresidual,
+                               uint32_t token_count, uint32_t hidden) {
+  uint64_t started_ns = begin(ops);
+  ops->table->rmsnorm_backward(ops, dtype, dx_out, dweight, dy, x, weight, rstd, dresidual, token_count, hidden);
+  end(ops, started_ns);
+}
+
+void flap_ops_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const void *b, uint64_t elements) {
+  uint64_t started_ns = begin(ops);
+  ops->table->add(ops, dtype, out, a, b, elements);
+  end(ops, started_ns);
+}
+
+void flap_ops_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, uint32_t token_count,
+                   uint32_t sequence, uint32_t first_position, uint32_t heads, uint32_t head_size, uint32_t ld,
+                   bool inverse) {
+  flap_assert(sequence > 0 && head_size % 2 == 0 && ld >= heads * head_size);
+  uint64_t started_ns = begin(ops);
+  ops->table->rope(ops, dtype, x, cos_sin, token_count, sequence, first_position, heads, head_size, ld, inverse);
+  end(ops, started_ns);
+}
+
+void flap_ops_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, const void *up, uint32_t token_count,
+                     uint32_t intermediate, uint32_t ld) {
+  flap_assert(ld >= intermediate);
+  uint64_t started_ns = begin(ops);
+  ops->table->swiglu(ops, dtype, out, gate, up, token_count, intermediate, ld);
+  end(ops, started_ns);
+}
+
+void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
+                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+                              uint32_t intermediate) {
+  flap_assert(ld >= intermediate && ld_d >= intermediate);
+  uint64_t started_ns = begin(ops);
+  ops->table->swiglu_backward(ops, dtype, dgate, dup, ld_d, dout, gate, up, ld, token_count, intermediate);
+  end(ops, started_ns);
+}
+
+static void check_attention(const flap_attention *x) {
+  flap_assert(x->kv_heads > 0 && x->heads % x->kv_heads == 0);
+  flap_assert(x->q_stride >= x->heads * x->head_size && x->kv_stride >= x->kv_heads * x->head_size);
+}
+
+void flap_ops_attention(flap_ops *ops, const flap_attention *attention) {
+  check_attention(attention);
+  uint64_t started_ns = begin(ops);
+  ops->table->attention(ops, attention);
+  end(ops, started_ns);
+}
+
+void flap_ops_attention_backward(flap_ops *ops, const flap_attention *attention, void *dq, void *dk, void *dv,
+                                 const void *dout) {
+  check_attention(attention);
+  uint64_t started_ns = begin(ops);
+  ops->table->attention_backward(ops, attention, dq, dk, dv, dout);
+  end(ops, started_ns);
+}
+
+void flap_ops_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const void *q, uint32_t q_stride,
+                               const void *k_cache, const void *v_cache, uint32_t token_count, uint32_t first_position,
+                               uint32_t heads, uint32_t kv_heads, uint32_t head_size) {
+  flap_assert(kv_heads > 0 && heads % kv_heads == 0 && q_stride >= heads * head_size);
+  uint64_t started_ns = begin(ops);
+  ops->table->attention_decode(ops, dtype, out, q, q_stride, k_cache, v_cache, token_count, first_position, heads,
+                               kv_heads, head_size);
+  end(ops, started_ns);
+}
+
+void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
+                        const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
+                        uint32_t hidden, uint32_t vocabulary) {
+  flap_assert(dx == NULL || dweight != NULL);
+  uint64_t started_ns = begin(ops);
+  ops->table->head_loss(ops, dtype, losses, dx, dweight, x, weight, targets, loss_scale, token_count, hidden,
+                        vocabulary);
+  end(ops, started_ns);
+}
+
+void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
+                             uint64_t elements) {
+  flap_assert(elements % FLAP_OPS_BLOCK == 0);
+  uint64_t started_ns = begin(ops);
+  ops->table->gradient_store(ops, grad_dtype, grad, block_squares, sum, elements);
+  end(ops, started_ns);
+}
+
+void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    int32_t *fault, uint64_t elements) {
+  flap_assert(elements % FLAP_OPS_BLOCK == 0 && elements / FLAP_OPS_BLOCK <= FLAP_OPS_ADAMW_BLOCKS_MAX);
+  flap_assert((weight_dtype == FLAP_BF16) == (low != NULL));
+  uint64_t started_ns = begin(ops);
+  ops->table->adamw(ops, scalars, weight_dtype, grad_dtype, weight, low, m, v, grad, decay_blocks, fault, elements);
+  end(ops, started_ns);
+}
