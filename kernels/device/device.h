@@ -5,7 +5,8 @@
  * a machine profile: addresses may be computed with, never dereferenced).
  *
  * Streams are first in, first out. Work on the compute stream is launched by kernels (kernels/ops.h). Launches and
- * copies may be asynchronous; only events order them between streams. Nothing here allocates after open.
+ * copies may be asynchronous; only events order them between streams. Nothing here allocates after open (but in
+ * sim, which is for planning).
  *
  * Threading: each stream has one launching thread at a time; event queries are for any thread.
  */
@@ -50,8 +51,9 @@ typedef struct flap_device_config {
   uint64_t vram_bytes;  /* the budget: on cpu and sim the arena has exactly this size; on cuda the arena is what is left
                            after the context and library workspaces */
   uint32_t events_max;
-  flap_pool *pool;      /* cpu: who computes; must outlive the device */
-  void (*notify)(void *context); /* after an event recorded with notify completed; any thread; must not block */
+  flap_pool *pool;      /* cpu: who computes; must outlive the device; NULL where only copies are made */
+  void (*notify)(void *context); /* after an event recorded with notify completed; any thread, the recording one
+                                    included (cpu: compute events, inside event_record); must not block */
   void *notify_context;
   flap_clock *clock;    /* sim */
   flap_machine machine; /* sim */
@@ -74,10 +76,11 @@ flap_pool *flap_device_pool(const flap_device *device);
 FLAP_CHECKED flap_status flap_device_pin_host(flap_device *device, void *memory, uint64_t bytes);
 
 /* Copies on a stream; H2D and D2H streams carry that direction only. At least 1024 copies and records may be queued per
- * stream; past that the call blocks. */
+ * stream; past that the call blocks. 0 bytes are no copy. */
 void flap_device_copy(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes);
 
-/* The event completes when everything launched on the stream before has. Recording again moves it. */
+/* The event completes when everything launched on the stream before has. Recording again moves it; waits that were
+ * asked for earlier stay with the earlier recording. */
 void flap_device_event_record(flap_device *device, flap_event event, flap_stream stream, bool notify);
 bool flap_device_event_done(flap_device *device, flap_event event);
 /* Blocks the calling thread (in sim: advances the clock) until the event is complete. */

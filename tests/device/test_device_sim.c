@@ -309,6 +309,38 @@ START_TEST(shared_cores_charge_many_queued_copies_as_they_start) {
 }
 END_TEST
 
+/* Copies of different lengths, some of them over before the rest is launched, against the rule written down again: a
+ * copy takes a quarter of its time from compute when it starts. */
+START_TEST(shared_cores_charge_each_copy_its_own_share) {
+  enum { FIRST = 60, COPIES = 200 };
+  open_sim(true, 4);
+  uint64_t start_ns[COPIES], ns[COPIES], lane_ns = 0;
+  for (uint32_t i = 0; i < COPIES; i++) {
+    if (i == FIRST)
+      wait_ns(0); /* of copy 29 */
+    uint64_t bytes = 4 * (uint64_t)(1 + i * 37 % 101);
+    h2d(bytes);
+    if (i == 29)
+      record(0, FLAP_STREAM_H2D);
+    start_ns[i] = lane_ns > now() ? lane_ns : now();
+    ns[i] = 100 + bytes;
+    lane_ns = start_ns[i] + ns[i];
+  }
+  uint64_t free_ns = 0, launched_ns = now();
+  uint32_t i = 0;
+  for (; i < COPIES && start_ns[i] <= launched_ns; i++)
+    free_ns = (free_ns > start_ns[i] ? free_ns : start_ns[i]) + ns[i] / 4;
+  free_ns = (free_ns > launched_ns ? free_ns : launched_ns) + 10 + 20000;
+  for (; i < COPIES && start_ns[i] <= free_ns; i++)
+    free_ns += ns[i] / 4;
+  ck_assert_uint_gt(i, 100); /* some start after the end */
+  ck_assert_uint_lt(i, COPIES);
+  kernel(20000);
+  ck_assert_uint_eq(now(), free_ns);
+  close_sim();
+}
+END_TEST
+
 static void trace_sum(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t bytes) {
   uint64_t *sum = context;
   *sum = *sum * 1099511628211u + started_ns * 31 + ended_ns * 17 + bytes + (uint64_t)stream;
@@ -390,6 +422,7 @@ int main(void) {
   tcase_add_test(tests, upload_and_download_are_in_order_with_compute);
   tcase_add_test(tests, shared_cores_stretch_a_synchronous_kernel);
   tcase_add_test(tests, shared_cores_charge_many_queued_copies_as_they_start);
+  tcase_add_test(tests, shared_cores_charge_each_copy_its_own_share);
   tcase_add_test(tests, same_program_gives_same_times);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
