@@ -1,0 +1,271 @@
+/* Invariants:
+ *  1. symbols form a doubly linked list in text order; a symbol that was merged into its left neighbour has id -1;
+ *  2. the heap may hold pairs that no longer exist; they are recognised when they come out;
+ *  3. scratch grows with the longest word and is kept, so that steady encoding allocates nothing.
+ */
+#include "io/formats/bpe.h"
+
+#include "base/assert.h"
+#include "io/formats/tokenizer_map.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define CACHE_SLOTS 16384u /* one MiB */
+#define CACHE_WORD_BYTES 30u
+#define CACHE_IDS 8u
+
+typedef struct merge {
+  uint64_t pair; /* left << 32 | right; EMPTY if there is none */
+  uint32_t rank;
+  int32_t merged;
+} merge;
+
+#define EMPTY UINT64_MAX
+
+typedef struct symbol {
+  int32_t id;
+  int32_t previous, next; /* -1 at the ends */
+} symbol;
+
+typedef struct candidate {
+  uint32_t rank;
+  int32_t position; /* of the left symbol */
+  int32_t merged;
+} candidate;
+
+typedef struct cached_word {
+  uint8_t bytes; /* 0: empty */
+  uint8_t count;
+  char word[CACHE_WORD_BYTES];
+  int32_t ids[CACHE_IDS];
+} cached_word;
+
+struct flap_bpe {
+  int32_t byte_ids[256];
+  merge *merges;
+  uint64_t merge_slots;
+  uint64_t merge_count;
+  symbol *symbols;
+  uint64_t symbols_max;
+  candidate *heap;
+  uint64_t heap_count, heap_max;
+  cached_word *cache;
+};
+
+void flap_ids_free(flap_ids *ids) {
+  free(ids->ids);
+  *ids = (flap_ids){0};
+}
+
+flap_status flap_ids_reserve(flap_ids *ids, uint64_t count) {
+  if (count <= ids->capacity - ids->count)
+    return FLAP_OK;
+  uint64_t capacity = ids->capacity < 256 ? 256 : ids->capacity;
+  while (capacity - ids->count < count)
+    capacity *= 2;
+  int32_t *grown = realloc(ids->ids, capacity * sizeof *grown);
+  if (grown == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for %llu ids", (unsigned long long)capacity);
+  ids->ids = grown;
+  ids->capacity = capacity;
+  return FLAP_OK;
+}
+
+flap_status flap_bpe_open(uint64_t merges_max, flap_bpe **bpe_out) {
+  flap_assert(merges_max < (uint64_t)1 << 40);
+  *bpe_out = NULL;
+  flap_bpe *bpe = calloc(1, sizeof *bpe);
+  if (bpe == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for the merges");
+  for (int byte = 0; byte < 256; byte++)
+    bpe->byte_ids[byte] = -1;
+  bpe->merge_slots = 16;
+  while (bpe->merge_slots < 2 * merges_max)
+    bpe->merge_slots *= 2;
+  bpe->merges = malloc(bpe->merge_slots * sizeof *bpe->merges);
+  bpe->cache = calloc(CACHE_SLOTS, sizeof *bpe->cache);
+  if (bpe->merges == NULL || bpe->cache == NULL) {
+    flap_bpe_close(bpe);
+    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for %llu merges", (unsigned long long)merges_max);
+  }
+  for (uint64_t slot = 0; slot < bpe->merge_slots; slot++)
+    bpe->merges[slot].pair = EMPTY;
+  *bpe_out = bpe;
+  return FLAP_OK;
+}
+
+void flap_bpe_close(flap_bpe *bpe) {
+  if (bpe == NULL)
+    return;
+  free(bpe->merges);
+  free(bpe->symbols);
+  free(bpe->heap);
+  free(bpe->cache);
+  free(bpe);
+}
+
+void flap_bpe_set_byte(flap_bpe *bpe, uint8_t byte, int32_t id) {
+  bpe->byte_ids[byte] = id;
+}
+
+static merge *find_merge(const flap_bpe *bpe, int32_t left, int32_t right) {
+  uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+  uint64_t hash = pair * 0x9E3779B97F4A7C15ull;
+  uint64_t slot = (hash ^ hash >> 32) & (bpe->merge_slots - 1);
+  while (bpe->merges[slot].pair != pair && bpe->merges[slot].pair != EMPTY)
+    slot = (slot + 1) & (bpe->merge_slots - 1);
+  return &bpe->merges[slot];
+}
+
+void flap_bpe_put_merge(flap_bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t merged) {
+  flap_assert(left >= 0 && right >= 0 && merged >= 0);
+  merge *entry = find_merge(bpe, left, right);
+  if (entry->pair == EMPTY) {
+    flap_assert(bpe->merge_count < bpe->merge_slots / 2);
+    bpe->merge_count++;
+    entry->pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+  }
+  entry->rank = rank;
+  entry->merged = merged;
+}
+
+/* ---- the heap: lowest rank first, then lowest position ------------------------------------------------- */
+
+static bool comes_before(const candidate *a, const candidate *b) {
+  return a->rank != b->rank ? a->rank < b->rank : a->position < b->position;
+}
+
+static void heap_push(flap_bpe *bpe, candidate item) {
+  flap_assert(bpe->heap_count < bpe->heap_max);
+  uint64_t at = bpe->heap_count++;
+  while (at > 0 && comes_before(&item, &bpe->heap[(at - 1) / 2])) {
+    bpe->heap[at] = bpe->heap[(at - 1) / 2];
+    at = (at - 1) / 2;
+  }
+  bpe->heap[at] = item;
+}
+
+static candidate heap_pop(flap_bpe *bpe) {
+  candidate top = bpe->heap[0];
+  candidate item = bpe->heap[--bpe->heap_count];
+  uint64_t at = 0;
+  for (;;) {
+    uint64_t child = 2 * at + 1;
+    if (child >= bpe->heap_count)
+      break;
+    if (child + 1 < bpe->heap_count && comes_before(&bpe->heap[child + 1], &bpe->heap[child]))
+      child++;
+    if (!comes_before(&bpe->heap[child], &item))
+      break;
+    bpe->heap[at] = bpe->heap[child];
+    at = child;
+  }
+  bpe->heap[at] = item;
+  return top;
+}
+
+static void push_pair(flap_bpe *bpe, int32_t position, int32_t next) {
+  const merge *entry = find_merge(bpe, bpe->symbols[position].id, bpe->symbols[next].id);
+  if (entry->pair != EMPTY)
+    heap_push(bpe, (candidate){.rank = entry->rank, .position = position, .merged = entry->merged});
+}
+
+/* ---- words --------------------------------------------------------------------------------------------- */
+
+static flap_status reserve_scratch(flap_bpe *bpe, uint64_t bytes) {
+  if (bytes <= bpe->symbols_max)
+    return FLAP_OK;
+  uint64_t count = bytes < 256 ? 256 : bytes + bytes / 2;
+  symbol *symbols = realloc(bpe->symbols, count * sizeof *symbols);
+  if (symbols != NULL)
+    bpe->symbols = symbols;
+  /* One candidate per neighbouring pair, and at most two more per merge. */
+  candidate *heap = realloc(bpe->heap, 3 * count * sizeof *heap);
+  if (heap != NULL)
+    bpe->heap = heap;
+  if (symbols == NULL || heap == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for a word of %llu bytes", (unsigned long long)bytes);
+  bpe->symbols_max = count;
+  bpe->heap_max = 3 * count;
+  return FLAP_OK;
+}
+
+static void merge_symbols(flap_bpe *bpe) {
+  symbol *symbols = bpe->symbols;
+  while (bpe->heap_count > 0) {
+    candidate top = heap_pop(bpe);
+    symbol *left = &symbols[top.position];
+    if (left->id < 0 || left->next < 0)
+      continue;
+    symbol *right = &symbols[left->next];
+    const merge *entry = find_merge(bpe, left->id, right->id);
+    if (entry->pair == EMPTY || entry->merged != top.merged)
+      continue;
+    left->id = top.merged;
+    left->next = right->next;
+    right->id = -1;
+    if (left->next >= 0) {
+      symbols[left->next].previous = top.position;
+      push_pair(bpe, top.position, left->next);
+    }
+    if (left->previous >= 0)
+      push_pair(bpe, left->previous, top.position);
+  }
+}
+
+static flap_status encode_word(flap_bpe *bpe, const char *word, uint64_t bytes, flap_ids *ids) {
+  FLAP_TRY(flap_ids_reserve(ids, bytes));
+  if (bpe->merge_count == 0) {
+    for (uint64_t i = 0; i < bytes; i++) {
+      int32_t id = bpe->byte_ids[(uint8_t)word[i]];
+      if (id >= 0)
+        ids->ids[ids->count++] = id;
+    }
+    return FLAP_OK;
+  }
+  FLAP_TRY(reserve_scratch(bpe, bytes));
+  int32_t count = 0;
+  for (uint64_t i = 0; i < bytes; i++) {
+    int32_t id = bpe->byte_ids[(uint8_t)word[i]];
+    if (id >= 0) {
+      bpe->symbols[count] = (symbol){.id = id, .previous = count - 1, .next = count + 1};
+      count++;
+    }
+  }
+  if (count == 0)
+    return FLAP_OK;
+  bpe->symbols[count - 1].next = -1;
+  bpe->heap_count = 0;
+  for (int32_t position = 0; position + 1 < count; position++)
+    push_pair(bpe, position, position + 1);
+  merge_symbols(bpe);
+  for (int32_t position = 0; position >= 0; position = bpe->symbols[position].next)
+    ids->ids[ids->count++] = bpe->symbols[position].id;
+  return FLAP_OK;
+}
+
+flap_status flap_bpe_encode(flap_bpe *bpe, const char *word, uint64_t bytes, flap_ids *ids) {
+  flap_assert(bytes < (uint64_t)1 << 30);
+  if (bytes == 0)
+    return FLAP_OK;
+  if (bytes > CACHE_WORD_BYTES || bpe->merge_count == 0)
+    return encode_word(bpe, word, bytes, ids);
+  cached_word *cached = &bpe->cache[flap_text_hash(word, bytes) % CACHE_SLOTS];
+  if (cached->bytes == bytes && memcmp(cached->word, word, bytes) == 0) {
+    FLAP_TRY(flap_ids_reserve(ids, cached->count));
+    memcpy(ids->ids + ids->count, cached->ids, cached->count * sizeof *ids->ids);
+    ids->count += cached->count;
+    return FLAP_OK;
+  }
+  uint64_t before = ids->count;
+  FLAP_TRY(encode_word(bpe, word, bytes, ids));
+  uint64_t count = ids->count - before;
+  if (count > 0 && count <= CACHE_IDS) {
+    cached->bytes = (uint8_t)bytes;
+    cached->count = (uint8_t)count;
+    memcpy(cached->word, word, bytes);
+    memcpy(cached->ids, ids->ids + before, count * sizeof *ids->ids);
+  }
+  return FLAP_OK;
+}
