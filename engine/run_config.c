@@ -1,0 +1,174 @@
+#include "engine/run_config.h"
+
+#include "base/units.h"
+
+#include <jansson.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SLICE_BYTES_MAX (64 * FLAP_MIB)
+#define PAGE_BYTES_MIN (4 * FLAP_KIB)
+#define PAGE_BYTES_MAX (4 * FLAP_MIB)
+#define TOKENS_MAX ((uint64_t)1 << 40)
+
+void flap_run_config_defaults(flap_run_config *config) {
+  memset(config, 0, sizeof *config);
+  config->cutoff_len = 2048;
+
+  /* Where Hugging Face's TrainingArguments have a default, it is this one; logging_steps is the exception, since people
+   * who watch a run want to see something before step 500. */
+  config->per_device_train_batch_size = 8;
+  config->gradient_accumulation_steps = 1;
+  config->num_train_epochs = 3.0;
+  config->learning_rate = 5e-5;
+  config->lr_scheduler_type = FLAP_SCHEDULER_LINEAR;
+  config->adam_beta1 = 0.9;
+  config->adam_beta2 = 0.999;
+  config->adam_epsilon = 1e-8;
+  config->max_grad_norm = 1.0;
+  config->bf16 = true;
+  config->gradient_dtype = FLAP_BF16;
+  config->activations = FLAP_ACTIVATIONS_AUTO;
+  config->seed = 42;
+
+  config->logging_steps = 10;
+  config->save_strategy = FLAP_STRATEGY_STEPS;
+  config->save_steps = 500;
+  config->export_final = true;
+
+  config->device = FLAP_RUN_DEVICE_AUTO;
+  config->vram.kind = FLAP_SIZE_MAX;
+  config->ram.kind = FLAP_SIZE_MAX;
+}
+
+static bool between(double value, double low, double high) {
+  return value >= low && value <= high;
+} /* false for NaN */
+
+static flap_status check_data(const flap_run_config *config) {
+  if (config->model && config->model_name_or_path[0])
+    return flap_error_set(FLAP_INVALID,
+                          "model_name_or_path: contradicts model: give the one to train further, or the other to "
+                          "train from scratch");
+  if (!config->model && !config->model_name_or_path[0])
+    return flap_error_set(FLAP_INVALID, "model: missing: give a mapping of config.json keys to train from scratch, "
+                                        "or model_name_or_path with a Hugging Face folder");
+  if (!between(config->val_size, 0, 1e15))
+    return flap_error_set(FLAP_INVALID, "val_size: %g is neither a share below 1 nor a number of sequences",
+                          config->val_size);
+  if (config->val_size >= 1 && config->val_size != floor(config->val_size))
+    return flap_error_set(FLAP_INVALID, "val_size: %g must be a whole number of sequences, or a share below 1",
+                          config->val_size);
+  if (config->cutoff_len < 1 || config->cutoff_len > 1u << 24)
+    return flap_error_set(FLAP_INVALID, "cutoff_len: %u tokens must be between 1 and %u", config->cutoff_len, 1u << 24);
+  return FLAP_OK;
+}
+
+static flap_status check_steps(const flap_run_config *config) {
+  if (config->per_device_train_batch_size < 1)
+    return flap_error_set(FLAP_INVALID, "per_device_train_batch_size: must be at least 1");
+  if (config->gradient_accumulation_steps < 1)
+    return flap_error_set(FLAP_INVALID, "gradient_accumulation_steps: must be at least 1");
+  uint64_t tokens = 0;
+  if (!flap_units_mul(config->per_device_train_batch_size, config->cutoff_len, &tokens) ||
+      !flap_units_mul(tokens, config->gradient_accumulation_steps, &tokens) || tokens > TOKENS_MAX)
+    return flap_error_set(FLAP_INVALID,
+                          "gradient_accumulation_steps: %u micro-batches of %u sequences of %u tokens are more than "
+                          "2^40 tokens a step",
+                          config->gradient_accumulation_steps, config->per_device_train_batch_size, config->cutoff_len);
+  if (config->max_steps == 0 && !(config->num_train_epochs > 0 && config->num_train_epochs <= 1e9))
+    return flap_error_set(FLAP_INVALID, "num_train_epochs: %g must be above 0 when max_steps is not given",
+                          config->num_train_epochs);
+  return FLAP_OK;
+}
+
+static flap_status check_optimizer(const flap_run_config *config) {
+  if (!between(config->learning_rate, 0, 1e6))
+    return flap_error_set(FLAP_INVALID, "learning_rate: %g must be 0 or more", config->learning_rate);
+  if (!between(config->warmup_ratio, 0, 1))
+    return flap_error_set(FLAP_INVALID, "warmup_ratio: %g must be between 0 and 1", config->warmup_ratio);
+  if (!between(config->weight_decay, 0, 1e6))
+    return flap_error_set(FLAP_INVALID, "weight_decay: %g must be 0 or more", config->weight_decay);
+  if (!(config->adam_beta1 >= 0 && config->adam_beta1 < 1))
+    return flap_error_set(FLAP_INVALID, "adam_beta1: %g must be at least 0 and below 1", config->adam_beta1);
+  if (!(config->adam_beta2 >= 0 && config->adam_beta2 < 1))
+    return flap_error_set(FLAP_INVALID, "adam_beta2: %g must be at least 0 and below 1", config->adam_beta2);
+  if (!between(config->adam_epsilon, 1e-30, 1e6))
+    return flap_error_set(FLAP_INVALID, "adam_epsilon: %g must be above 0 (1e-30 or more)", config->adam_epsilon);
+  if (!between(config->max_grad_norm, 0, 1e30))
+    return flap_error_set(FLAP_INVALID, "max_grad_norm: %g must be 0 (no clipping) or more", config->max_grad_norm);
+  if (config->bf16 && config->fp16)
+    return flap_error_set(FLAP_INVALID, "fp16: contradicts bf16: at most one of them can be true");
+  if (config->fp16)
+    return flap_error_set(FLAP_UNSUPPORTED,
+                          "fp16: not supported yet: use bf16: true, or set both to false to train in fp32");
+  if (config->gradient_dtype != FLAP_BF16 && config->gradient_dtype != FLAP_F32)
+    return flap_error_set(FLAP_INVALID, "gradient_dtype: must be bf16 or fp32");
+  return FLAP_OK;
+}
+
+static flap_status check_saving(const flap_run_config *config) {
+  if (config->logging_steps < 1)
+    return flap_error_set(FLAP_INVALID, "logging_steps: must be at least 1");
+  if (config->eval_steps > 0 && config->val_size == 0)
+    return flap_error_set(FLAP_INVALID, "eval_steps: nothing is held out to evaluate on: set val_size");
+  if (config->save_strategy == FLAP_STRATEGY_STEPS && config->save_steps < 1)
+    return flap_error_set(FLAP_INVALID, "save_steps: must be at least 1 (save_strategy: no turns saving off)");
+  if (!config->output_dir[0])
+    return flap_error_set(FLAP_INVALID, "output_dir: missing: name the folder for checkpoints, metrics and the "
+                                        "trained model");
+  return FLAP_OK;
+}
+
+static flap_status check_size(const char *key, flap_size size) {
+  if (size.kind == FLAP_SIZE_BYTES && size.bytes == 0)
+    return flap_error_set(FLAP_INVALID, "%s: must be more than 0 bytes, or max, or min", key);
+  return FLAP_OK;
+}
+
+static flap_status check_machine(const flap_run_config *config) {
+  FLAP_TRY(check_size("vram", config->vram));
+  FLAP_TRY(check_size("ram", config->ram));
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    if (!config->disk[i].path[0])
+      return flap_error_set(FLAP_INVALID, "disk: entry %u has no path: name an existing folder", i + 1);
+    FLAP_TRY(check_size("disk", config->disk[i].size));
+    for (uint32_t j = 0; j < i; j++)
+      if (strcmp(config->disk[i].path, config->disk[j].path) == 0)
+        return flap_error_set(FLAP_INVALID, "disk: %s is given twice", config->disk[i].path);
+  }
+  const flap_expert *expert = &config->expert;
+  if (expert->page_bytes != 0 && (expert->page_bytes < PAGE_BYTES_MIN || expert->page_bytes > PAGE_BYTES_MAX ||
+                                  (expert->page_bytes & (expert->page_bytes - 1)) != 0))
+    return flap_error_set(FLAP_INVALID, "expert.page_bytes: %llu must be a power of two between 4 KiB and 4 MiB",
+                          (unsigned long long)expert->page_bytes);
+  if (expert->slice_bytes > SLICE_BYTES_MAX || (expert->slice_bytes != 0 && expert->slice_bytes < PAGE_BYTES_MIN))
+    return flap_error_set(FLAP_INVALID, "expert.slice_bytes: %llu must be between 4 KiB and 64 MiB",
+                          (unsigned long long)expert->slice_bytes);
+  if (expert->group_micro_batches > config->gradient_accumulation_steps)
+    return flap_error_set(FLAP_INVALID, "expert.group_micro_batches: %u is more than the %u micro-batches of a step",
+                          expert->group_micro_batches, config->gradient_accumulation_steps);
+  if (expert->threads > 4096)
+    return flap_error_set(FLAP_INVALID, "expert.threads: %u is more than 4096", expert->threads);
+  return FLAP_OK;
+}
+
+flap_status flap_run_config_check(const flap_run_config *config) {
+  FLAP_TRY(check_data(config));
+  FLAP_TRY(check_steps(config));
+  FLAP_TRY(check_optimizer(config));
+  FLAP_TRY(check_saving(config));
+  return check_machine(config);
+}
+
+void flap_run_config_close(flap_run_config *config) {
+  json_decref(config->model);
+  for (uint32_t i = 0; i < config->dataset_count; i++)
+    free(config->dataset[i]);
+  memset(config, 0, sizeof *config);
+}
+
+flap_dtype flap_run_config_dtype(const flap_run_config *config) {
+  return config->bf16 ? FLAP_BF16 : config->fp16 ? FLAP_F16 : FLAP_F32;
+}

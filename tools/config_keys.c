@@ -1,0 +1,290 @@
+#include "tools/config_keys.h"
+
+#include "base/units.h"
+#include "tools/nearest.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#define COLUMNS 100
+#define FIELD(field) offsetof(flap_run_config, field)
+#define KEYS (sizeof keys / sizeof keys[0])
+
+static const flap_config_word scheduler_words[] = {
+    {"linear", FLAP_SCHEDULER_LINEAR},
+    {"cosine", FLAP_SCHEDULER_COSINE},
+    {"constant", FLAP_SCHEDULER_CONSTANT},
+    {"constant_with_warmup", FLAP_SCHEDULER_CONSTANT_WITH_WARMUP},
+    {NULL, 0},
+};
+static const flap_config_word strategy_words[] = {
+    {"no", FLAP_STRATEGY_NO}, {"steps", FLAP_STRATEGY_STEPS}, {"epoch", FLAP_STRATEGY_EPOCH}, {NULL, 0}};
+static const flap_config_word gradient_words[] = {
+    {"bf16", FLAP_BF16}, {"fp32", FLAP_F32}, {"bfloat16", FLAP_BF16}, {"float32", FLAP_F32}, {NULL, 0}};
+static const flap_config_word activation_words[] = {{"auto", FLAP_ACTIVATIONS_AUTO},
+                                                    {"keep", FLAP_ACTIVATIONS_KEEP},
+                                                    {"offload", FLAP_ACTIVATIONS_OFFLOAD},
+                                                    {"recompute", FLAP_ACTIVATIONS_RECOMPUTE},
+                                                    {NULL, 0}};
+static const flap_config_word device_words[] = {
+    {"auto", FLAP_RUN_DEVICE_AUTO}, {"cpu", FLAP_RUN_DEVICE_CPU}, {"cuda", FLAP_RUN_DEVICE_CUDA}, {NULL, 0}};
+static const flap_config_word clip_words[] = {
+    {"auto", FLAP_CLIP_AUTO}, {"fold", FLAP_CLIP_FOLD}, {"sweep", FLAP_CLIP_SWEEP}, {NULL, 0}};
+static const flap_config_word io_words[] = {
+    {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
+static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
+
+/* A key without a kind starts a section of the reference. */
+#define SECTION(title) \
+  { .help = title }
+#define PLAIN(key, key_kind, field, text) \
+  { .name = key, .kind = FLAP_CONFIG_##key_kind, .offset = FIELD(field), .help = text }
+#define WORD(key, field, list, text) \
+  { .name = key, .kind = FLAP_CONFIG_WORD, .offset = FIELD(field), .words = list, .help = text }
+#define CUSTOM(key, setter, want, dflt, text) \
+  { .name = key, .kind = FLAP_CONFIG_CUSTOM, .set = setter, .wanted = want, .fallback = dflt, .help = text }
+
+static const flap_config_key keys[] = {
+    SECTION("Model and data"),
+    CUSTOM("model", flap_config_set_model, "a mapping of config.json keys", "none",
+           "Train from scratch: the keys of a Hugging Face config.json (model_type, hidden_size, ...)."),
+    PLAIN("model_name_or_path", PATH, model_name_or_path,
+          "Train further: a Hugging Face folder with config.json and safetensors. Nothing is downloaded."),
+    PLAIN("tokenizer", PATH, tokenizer,
+          "`bytes` (one token per byte), a tokenizer.json, or a folder with one. By default that of the model folder."),
+    CUSTOM("dataset", flap_config_set_dataset, "a path, a glob, or a list of them", "none",
+           "Text (.txt), JSON lines with a `text` key (.jsonl), or llm.c token shards (.bin)."),
+    PLAIN("val_size", NUMBER, val_size,
+          "Held out for evaluation: below 1 a share of the sequences, otherwise a number of them; 0 for none."),
+    PLAIN("cutoff_len", U32, cutoff_len, "Tokens per sequence."),
+    CUSTOM(
+        "packing", flap_config_set_packing, "true", "true",
+        "Documents are joined by the end token and cut into full sequences; attention crosses them. The only way yet."),
+    CUSTOM("neat_packing", flap_config_set_packing, "false", "false",
+           "true (attention stays within a document) is not supported yet."),
+    CUSTOM("template", flap_config_set_template, "none", "none",
+           "Chat templates are not supported yet: text is trained on as it stands."),
+
+    SECTION("Training"),
+    PLAIN("per_device_train_batch_size", U32, per_device_train_batch_size,
+          "Sequences per micro-batch. Part of the numbers: the planner never changes it."),
+    PLAIN("gradient_accumulation_steps", U32, gradient_accumulation_steps, "Micro-batches per optimizer step."),
+    CUSTOM("max_steps", flap_config_set_max_steps, "a whole number, or -1", "-1",
+           "Optimizer steps to train for; -1 or 0 leaves it to num_train_epochs."),
+    PLAIN("num_train_epochs", NUMBER, num_train_epochs, "Passes over the training sequences; may be a fraction."),
+    PLAIN("learning_rate", NUMBER, learning_rate, "The highest learning rate of the schedule."),
+    WORD("lr_scheduler_type", lr_scheduler_type, scheduler_words, "How the learning rate falls after the warm-up."),
+    PLAIN("warmup_steps", U64, warmup_steps,
+          "Steps over which the learning rate rises from 0; wins over warmup_ratio."),
+    PLAIN("warmup_ratio", NUMBER, warmup_ratio, "The same as a share of all steps."),
+    CUSTOM("optim", flap_config_set_optim, "adamw", "adamw",
+           "`adamw` (`adamw_torch` is the same). `adamw_8bit` is not supported yet."),
+    PLAIN("weight_decay", NUMBER, weight_decay, "Decoupled weight decay; not on norms and biases."),
+    PLAIN("adam_beta1", NUMBER, adam_beta1, "Decay of the first moment."),
+    PLAIN("adam_beta2", NUMBER, adam_beta2, "Decay of the second moment."),
+    PLAIN("adam_epsilon", NUMBER, adam_epsilon, "Added to the root of the second moment."),
+    PLAIN("max_grad_norm", NUMBER, max_grad_norm, "Gradients are scaled down to this global norm; 0 for no clipping."),
+    PLAIN("bf16", BOOL, bf16,
+          "bfloat16 weights and activations beside exact fp32 states. With false everything is fp32."),
+    PLAIN("fp16", BOOL, fp16, "true is not supported yet."),
+    WORD("gradient_dtype", gradient_dtype, gradient_words,
+         "What finished gradients are rounded to (sums are fp32 always). fp32 where weights are fp32."),
+    WORD("activations", activations, activation_words,
+         "What happens to activations between forward and backward; auto leaves it to the planner."),
+    CUSTOM("gradient_checkpointing", flap_config_set_checkpointing, "true or false", "false",
+           "true is `activations: recompute`."),
+    PLAIN("seed", U64, seed, "Of the initial weights and of the order of the data."),
+
+    SECTION("Reporting and saving"),
+    PLAIN("logging_steps", U64, logging_steps, "A line of metrics.jsonl every so many steps."),
+    CUSTOM("eval_strategy", flap_config_set_eval, "no or steps", "no",
+           "`steps` evaluates every eval_steps steps, `no` at the start and the end only."),
+    CUSTOM("evaluation_strategy", flap_config_set_eval, "no or steps", "no", "The older name of eval_strategy."),
+    CUSTOM(
+        "eval_steps", flap_config_set_eval, "a whole number", "0",
+        "Evaluate every so many steps; 0: at the start and the end only. logging_steps with `eval_strategy: steps`."),
+    WORD("save_strategy", save_strategy, strategy_words, "When to write a checkpoint that training can continue from."),
+    PLAIN("save_steps", U64, save_steps, "With `save_strategy: steps`: a checkpoint every so many steps."),
+    PLAIN("save_total_limit", U32, save_total_limit, "Keep so many checkpoints, and delete the oldest; 0 keeps all."),
+    PLAIN("save_only_model", BOOL, save_only_model,
+          "Checkpoints hold the weights only: smaller, but no resuming from them."),
+    PLAIN("output_dir", PATH, output_dir, "Ends as a Hugging Face folder, with checkpoints and metrics beside."),
+    PLAIN("overwrite_output_dir", BOOL, overwrite_output_dir, "Start anew in an output_dir that holds an earlier run."),
+    CUSTOM("resume_from_checkpoint", flap_config_set_resume, "true, false or a checkpoint folder", "false",
+           "Continue from a checkpoint, bit for bit; true takes the newest in output_dir."),
+    {.name = "export",
+     .kind = FLAP_CONFIG_BOOL,
+     .offset = FIELD(export_final),
+     .words = export_words,
+     .help = "Whether output_dir ends with the trained model."},
+    CUSTOM("report_to", flap_config_set_report_to, "none", "none",
+           "Only none: see metrics.jsonl and trace.json in output_dir."),
+
+    SECTION("The machine"),
+    WORD("device", device, device_words, "Where to compute. This version computes on the CPU; cuda is not built yet."),
+    PLAIN("vram", SIZE, vram,
+          "Memory of the device: a size (7MiB, 24 GB), max (what is there less a reserve) or min (the least that "
+          "works)."),
+    PLAIN("ram", SIZE, ram, "Memory of the host for everything that FLAP keeps there: a size, max or min."),
+    CUSTOM("disk", flap_config_set_disk, "a list of {path, size}, a path, or a list of paths", "none",
+           "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default."),
+
+    SECTION("Expert choices, which the planner makes otherwise. None of them changes the numbers"),
+    PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),
+    PLAIN("expert.group_micro_batches", U32, expert.group_micro_batches,
+          "Micro-batches that pass the layers together."),
+    WORD("expert.clip", expert.clip, clip_words, "Update folded into the next forward, or swept after the backward."),
+    PLAIN("expert.page_bytes", BYTES, expert.page_bytes, "Unit of checksums and homes: a power of two, 4KiB to 4MiB."),
+    PLAIN("expert.slice_bytes", BYTES, expert.slice_bytes,
+          "Optimizer states move in slices of this size, at most 64MiB."),
+    WORD("expert.io", expert.io, io_words,
+         "How files are read and written; auto is io_uring where the system allows it."),
+    PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),
+};
+
+_Static_assert(KEYS <= sizeof((flap_config_reader *)0)->lines / sizeof(uint32_t), "room for a line per key");
+
+static bool is_section(const flap_config_key *key) {
+  return !key->name;
+}
+
+const flap_config_key *flap_config_key_at(size_t index) {
+  return index < KEYS ? &keys[index] : NULL;
+}
+
+size_t flap_config_key_find(const char *name) {
+  for (size_t i = 0; i < KEYS; i++)
+    if (!is_section(&keys[i]) && strcmp(keys[i].name, name) == 0)
+      return i;
+  return SIZE_MAX;
+}
+
+const char *flap_config_key_nearest(const char *name, const char *prefix) {
+  const char *names[KEYS];
+  size_t count = 0;
+  for (size_t i = 0; i < KEYS; i++)
+    if (!is_section(&keys[i]) && (!prefix || strncmp(keys[i].name, prefix, strlen(prefix)) == 0))
+      names[count++] = keys[i].name;
+  if (!prefix)
+    names[count++] = "expert";
+  return flap_nearest_word(name, names, count);
+}
+
+char *flap_config_words(const flap_config_word *words, const char *separator, char *buffer, size_t buffer_bytes) {
+  size_t used = 0;
+  buffer[0] = '\0';
+  for (; words->text && used < buffer_bytes; words++) {
+    int n = snprintf(buffer + used, buffer_bytes - used, "%s%s", used ? separator : "", words->text);
+    used += n > 0 ? (size_t)n : 0;
+  }
+  return buffer;
+}
+
+/* ---- the reference -------------------------------------------------------------------------------------- */
+
+static const char *size_text(flap_size size, char *buffer, size_t buffer_bytes) {
+  if (size.kind != FLAP_SIZE_BYTES)
+    return size.kind == FLAP_SIZE_MAX ? "max" : "min";
+  return flap_units_format_bytes(size.bytes, buffer, buffer_bytes);
+}
+
+static const char *default_text(const flap_config_key *key, const flap_run_config *defaults, char *buffer,
+                                size_t bytes) {
+  const char *field = (const char *)defaults + key->offset;
+  bool expert = strncmp(key->name, "expert.", 7) == 0;
+  uint32_t u32 = 0;
+  uint64_t u64 = 0;
+  double number = 0;
+  int word = 0;
+  switch (key->kind) {
+  case FLAP_CONFIG_U32:
+    memcpy(&u32, field, sizeof u32);
+    (void)snprintf(buffer, bytes, "%u", u32);
+    return expert && u32 == 0 ? "auto" : buffer;
+  case FLAP_CONFIG_U64:
+    memcpy(&u64, field, sizeof u64);
+    (void)snprintf(buffer, bytes, "%llu", (unsigned long long)u64);
+    return buffer;
+  case FLAP_CONFIG_NUMBER:
+    memcpy(&number, field, sizeof number);
+    (void)snprintf(buffer, bytes, "%g", number);
+    return buffer;
+  case FLAP_CONFIG_BOOL:
+    if (key->words)
+      return *(const bool *)field ? key->words[0].text : key->words[1].text;
+    return *(const bool *)field ? "true" : "false";
+  case FLAP_CONFIG_PATH:
+    return field[0] ? field : "none";
+  case FLAP_CONFIG_WORD:
+    memcpy(&word, field, sizeof word);
+    for (const flap_config_word *w = key->words; w->text; w++)
+      if (w->value == word)
+        return w->text;
+    return "?";
+  case FLAP_CONFIG_SIZE:
+    return size_text(*(const flap_size *)(const void *)field, buffer, bytes);
+  case FLAP_CONFIG_BYTES:
+    memcpy(&u64, field, sizeof u64);
+    return u64 == 0 ? "auto" : flap_units_format_bytes(u64, buffer, bytes);
+  case FLAP_CONFIG_CUSTOM:
+    break;
+  }
+  return key->fallback;
+}
+
+static const char *kind_text(const flap_config_key *key, char *buffer, size_t bytes) {
+  if (key->words)
+    return flap_config_words(key->words, "|", buffer, bytes);
+  switch (key->kind) {
+  case FLAP_CONFIG_U32:
+  case FLAP_CONFIG_U64:
+    return "whole number";
+  case FLAP_CONFIG_NUMBER:
+    return "number";
+  case FLAP_CONFIG_BOOL:
+    return "true|false";
+  case FLAP_CONFIG_PATH:
+    return "path";
+  case FLAP_CONFIG_SIZE:
+    return "size|max|min";
+  case FLAP_CONFIG_BYTES:
+    return "size";
+  default:
+    return key->wanted;
+  }
+}
+
+static void print_wrapped(FILE *out, const char *text, int indent) {
+  int column = 0;
+  while (*text) {
+    int length = (int)strcspn(text, " ");
+    if (column > 0 && column + 1 + length > COLUMNS) {
+      fputc('\n', out);
+      column = 0;
+    }
+    column += fprintf(out, "%*s%.*s", column == 0 ? indent : 1, "", length, text);
+    text += length;
+    text += strspn(text, " ");
+  }
+  fputc('\n', out);
+}
+
+void flap_config_print_reference(FILE *out) {
+  static flap_run_config defaults; /* 60 KiB of paths; the command line has one thread */
+  flap_run_config_defaults(&defaults);
+  fputs(
+      "Keys of run.yaml. `flap train run.yaml key=value` overrides one; `null` stands for the default.\n"
+      "Sizes: 7MiB, 1.5 GB, 4096 (bytes). Lists and mappings on a command line: disk='[{path: /mnt/a, size: 1TB}]'.\n",
+      out);
+  for (size_t i = 0; i < KEYS; i++) {
+    const flap_config_key *key = &keys[i];
+    if (is_section(key)) {
+      fprintf(out, "\n%s\n\n", key->help);
+      continue;
+    }
+    char kind[160], fallback[64];
+    fprintf(out, "  %s: %s (default: %s)\n", key->name, kind_text(key, kind, sizeof kind),
+            default_text(key, &defaults, fallback, sizeof fallback));
+    print_wrapped(out, key->help, 6);
+  }
+}
