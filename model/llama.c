@@ -51,7 +51,8 @@
       {"rope_theta", FLAP_KEY_NUMBER, FIELD(rope.theta), false, 10000.0, NULL},                                 \
       {"rope_scaling", FLAP_KEY_ROPE, FIELD(rope), false, 0, NULL},                                             \
       {"rope_parameters", FLAP_KEY_ROPE, FIELD(rope), false, 0, NULL}, MUST_BE_KEY("hidden_act", "\"silu\""),   \
-      MUST_BE_KEY("attention_dropout", "0.0"), MUST_BE_KEY("partial_rotary_factor", "1.0")
+      MUST_BE_KEY("attention_dropout", "0.0"), MUST_BE_KEY("partial_rotary_factor", "1.0"),                     \
+      MUST_BE_KEY("quantization_config", "null")
 
 /* Keys that say nothing about training this model: who made it, how to sample from it, how to hold it. */
 #define LLAMA_IGNORED_KEYS                                                                                             \

@@ -146,7 +146,7 @@ static void take_all(model_fixture *fixture, uint64_t ops_bytes, void **ops_work
   fixture->run.workspace = take(fixture, "workspace", flap_model_workspace_bytes(config, shape));
 }
 
-/* One operation takes one nanosecond, and nothing else takes time. */
+/* An operation takes a nanosecond, a launch one more, and nothing else takes time. */
 static flap_machine flop_counter(void) {
   return (flap_machine){.name = "one flop per ns",
                         .flops_bf16 = 1e9,
@@ -156,7 +156,8 @@ static flap_machine flop_counter(void) {
                         .d2h_bytes = 1e18,
                         .disk_read_bytes = 1e18,
                         .disk_write_bytes = 1e18,
-                        .host_bytes = 1e18};
+                        .host_bytes = 1e18,
+                        .launch_ns = 1};
 }
 
 void fixture_open(model_fixture *fixture, flap_device_kind kind, uint32_t threads, const flap_model_config *config,
