@@ -1,0 +1,118 @@
+/* Loads: a region's pages, from RAM and from disk, into its slot.
+ *
+ * Slots are served in program order. A slot takes the H2D lane first for buffers that were read for it, because that
+ * gives the buffers back, then for its RAM pages; and it asks the disk for what it can find buffers for. Nothing starts
+ * before the earlier changes of the region were released, and no chunk before its pages are home: so a load never sees
+ * an old byte.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+
+static bool chunk_is_home(const flap_pager *pager, const pager_region *region, uint32_t first_page, uint32_t count) {
+  const pager_page *page = pager_pages_of(pager, region) + first_page;
+  for (uint32_t i = 0; i < count; i++)
+    if (page[i].stores_left > 0)
+      return false;
+  return true;
+}
+
+/* Before the copy, so that whoever sees pages_left at 0 finds the event recorded: the last one records it. */
+static void enqueue(flap_pager *pager, uint32_t slot, uint32_t buffer, uint32_t first_page, uint32_t count,
+                    const void *from) {
+  pager_slot *s = &pager->slots[slot];
+  const pager_region *region = &pager->regions[s->region];
+  pager_copy copy = {.slot = slot,
+                     .buffer = buffer,
+                     .region = s->region,
+                     .first_page = first_page,
+                     .page_count = count,
+                     .bytes = pager_chunk_bytes(pager, region, first_page, count)};
+  pager_lane_copy(pager, &pager->h2d, s->memory + first_page * pager->page_bytes, from, &copy);
+  flap_assert(s->pages_left >= count);
+  s->pages_left -= count;
+  if (s->pages_left > 0)
+    return;
+  flap_device_event_record(pager->device, pager_load_event(slot), FLAP_STREAM_H2D, false);
+  pager_list_remove(pager, &pager->loading, slot);
+  s->state = SLOT_LOADED;
+}
+
+static bool load_from_buffers(flap_pager *pager, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  bool progress = false;
+  while (s->ready != PAGER_NONE && pager_lane_has_room(&pager->h2d)) {
+    uint32_t index = s->ready;
+    pager_buffer *buffer = &pager->buffers[index];
+    s->ready = buffer->next;
+    buffer->state = BUFFER_LOADING;
+    enqueue(pager, slot, index, buffer->first_page, buffer->page_count, buffer->memory);
+    progress = true;
+  }
+  return progress;
+}
+
+static bool load_from_ram(flap_pager *pager, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  const pager_region *region = &pager->regions[s->region];
+  bool progress = false;
+  while (s->ram_next < region->ram_pages && pager_lane_has_room(&pager->h2d)) {
+    uint32_t first = s->ram_next, count = pager_chunk_pages(pager, region, first);
+    if (!chunk_is_home(pager, region, first, count))
+      break;
+    s->ram_next += count;
+    enqueue(pager, slot, PAGER_NONE, first, count, region->home + first * pager->page_bytes);
+    progress = true;
+  }
+  return progress;
+}
+
+static bool load_from_disk(flap_pager *pager, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  const pager_region *region = &pager->regions[s->region];
+  bool progress = false;
+  while (s->disk_next < region->page_count && pager->read_free > 0) {
+    uint32_t first = s->disk_next, count = pager_chunk_pages(pager, region, first);
+    if (!chunk_is_home(pager, region, first, count))
+      break;
+    s->disk_next += count;
+    uint32_t index = pager_buffer_take(pager, false, s->region, first, count);
+    pager->buffers[index].slot = slot;
+    pager->buffers[index].order = s->order;
+    pager_buffer_read(pager, index);
+    progress = true;
+  }
+  return progress;
+}
+
+bool pager_loads_issue(flap_pager *pager) {
+  bool progress = false;
+  for (uint32_t slot = pager->loading.head, next; slot != PAGER_NONE; slot = next) {
+    pager_slot *s = &pager->slots[slot];
+    next = s->next; /* a slot that becomes loaded leaves the list */
+    bool lane = pager_lane_has_room(&pager->h2d);
+    if (!lane && pager->read_free == 0)
+      break;
+    const pager_region *region = &pager->regions[s->region];
+    if (region->changes_released != s->change)
+      continue;
+    if (!region->holds)
+      pager_mistake(pager,
+                    "region %u is loaded, but it holds nothing: it was never filled or created, or it was consumed",
+                    s->region);
+    progress |= load_from_disk(pager, slot);
+    progress |= load_from_buffers(pager, slot);
+    if (s->state == SLOT_LOADING)
+      progress |= load_from_ram(pager, slot);
+  }
+  return progress;
+}
+
+void pager_loads_verified(flap_pager *pager, uint32_t index) {
+  pager_buffer *buffer = &pager->buffers[index];
+  buffer->state = BUFFER_VERIFIED;
+  if (buffer->slot == PAGER_NONE)
+    return; /* a drain will come for it */
+  buffer->next = pager->slots[buffer->slot].ready;
+  pager->slots[buffer->slot].ready = index;
+}

@@ -1,0 +1,199 @@
+/* The tables: how large they are, and where every page has its home.
+ *
+ * One function takes them, on an arena that measures or on a real one, so the size that was planned is the size that is
+ * used. A region's disk pages lie adjacent in the linear space, in page order, and regions follow one another; the
+ * last page of a region may be shorter than the others. The space is written in place.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+
+static uint64_t smaller(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
+
+uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_pages) {
+  return bytes - smaller(bytes, ram_pages * page_bytes);
+}
+
+uint64_t pager_chunk_bytes(const flap_pager *pager, const pager_region *region, uint32_t first_page, uint32_t count) {
+  uint64_t first = first_page * pager->page_bytes;
+  return smaller(region->bytes - first, count * pager->page_bytes);
+}
+
+uint32_t pager_chunk_pages(const flap_pager *pager, const pager_region *region, uint32_t first_page) {
+  uint32_t end = first_page < region->ram_pages ? region->ram_pages : region->page_count;
+  return (uint32_t)smaller(pager->pages_per_transfer, end - first_page);
+}
+
+uint32_t pager_events(const flap_pager *pager) {
+  return 2 * pager->slot_count + 2 * PAGER_WINDOW;
+}
+
+/* ---- sizes --------------------------------------------------------------------------------------------- */
+
+static void check_config(const flap_pager_config *config) {
+  flap_assert(config->page_bytes > 0 && config->page_bytes % FLAP_BLOCK_ALIGN == 0);
+  flap_assert(config->transfer_bytes > 0 && config->transfer_bytes % config->page_bytes == 0);
+  flap_assert(config->transfer_bytes <= FLAP_BLOCK_REQUEST_BYTES_MAX);
+  flap_assert(config->region_count > 0 && config->leases_max > 0 && config->leases_max < PAGER_NONE / 2);
+  for (uint32_t i = 0; i < config->ring_count; i++) {
+    const flap_pager_ring *ring = &config->rings[i];
+    flap_assert(ring->name && ring->slots > 0 && ring->slot_bytes > 0 && ring->slot_bytes % FLAP_BLOCK_ALIGN == 0);
+  }
+  for (uint32_t i = 0; i < config->region_count; i++) {
+    const flap_pager_region *region = &config->regions[i];
+    flap_assert(region->bytes > 0 && region->bytes % FLAP_BLOCK_ALIGN == 0);
+    flap_assert(region->ring == FLAP_PAGER_RESIDENT ||
+                (region->ring < config->ring_count && region->bytes <= config->rings[region->ring].slot_bytes));
+  }
+}
+
+static void measure_homes(const flap_pager_config *config, flap_pager_sizes *sizes, uint64_t *pages_out) {
+  uint64_t pages = 0;
+  for (uint32_t i = 0; i < config->ring_count; i++)
+    sizes->vram_bytes += config->rings[i].slot_bytes * config->rings[i].slots;
+  for (uint32_t i = 0; i < config->region_count; i++) {
+    const flap_pager_region *region = &config->regions[i];
+    if (region->ring == FLAP_PAGER_RESIDENT) {
+      sizes->vram_bytes += region->bytes;
+      continue;
+    }
+    uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
+    sizes->disk_bytes += disk;
+    sizes->ram_home_bytes += region->bytes - disk;
+    pages += (region->bytes + config->page_bytes - 1) / config->page_bytes;
+  }
+  flap_assert(pages < PAGER_NONE && sizes->disk_bytes / FLAP_BLOCK_ALIGN < PAGER_NONE);
+  *pages_out = pages;
+}
+
+static bool has_residents(const flap_pager_config *config) {
+  for (uint32_t i = 0; i < config->region_count; i++)
+    if (config->regions[i].ring == FLAP_PAGER_RESIDENT)
+      return true;
+  return false;
+}
+
+void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {
+  flap_pager pager = {0};
+  flap_arena arena;
+  flap_arena_measure(&arena, "pager table");
+  (void)FLAP_ARENA_ARRAY(&arena, flap_pager, 1);
+  pager_lay_out(&pager, config, &arena);
+  *sizes_out = pager.sizes;
+}
+
+/* ---- tables ------------------------------------------------------------------------------------------- */
+
+static void fill_rings(flap_pager *pager, const flap_pager_config *config) {
+  uint32_t slot = 0;
+  for (uint32_t i = 0; i < pager->ring_count; i++) {
+    pager_ring *ring = &pager->rings[i];
+    ring->name = config->rings[i].name;
+    ring->slot_bytes = config->rings[i].slot_bytes;
+    ring->slots = config->rings[i].slots;
+    ring->first_slot = slot;
+    ring->queue_head = ring->queue_tail = PAGER_NONE;
+    pager_list_init(&ring->free);
+    for (uint32_t j = 0; j < ring->slots; j++, slot++) {
+      pager->slots[slot].ring = i;
+      pager->slots[slot].ready = PAGER_NONE;
+      pager_list_append(pager, &ring->free, slot);
+    }
+  }
+}
+
+static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
+  uint32_t page = 0, extent = 0;
+  for (uint32_t i = 0; i < pager->region_count; i++) {
+    pager_region *region = &pager->regions[i];
+    region->bytes = config->regions[i].bytes;
+    region->ring = config->regions[i].ring;
+    if (region->ring == FLAP_PAGER_RESIDENT)
+      continue;
+    region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
+    region->ram_pages = (uint32_t)smaller(config->regions[i].ram_pages, region->page_count);
+    region->first_page = page;
+    for (uint32_t j = 0; j < region->page_count; j++, page++) {
+      pager_page *entry = &pager->pages[page];
+      *entry = (pager_page){.extent = PAGER_NONE, .state = PAGE_IDLE};
+      if (j < region->ram_pages)
+        continue;
+      entry->extent = extent;
+      entry->stored_bytes = (uint32_t)pager_chunk_bytes(pager, region, j, 1);
+      extent += entry->stored_bytes / FLAP_BLOCK_ALIGN;
+    }
+  }
+}
+
+void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_arena *arena) {
+  check_config(config);
+  flap_pager_sizes sizes = {0};
+  uint64_t pages = 0;
+  measure_homes(config, &sizes, &pages);
+  pager->page_bytes = config->page_bytes;
+  pager->transfer_bytes = config->transfer_bytes;
+  pager->pages_per_transfer = (uint32_t)(config->transfer_bytes / config->page_bytes);
+  pager->region_count = config->region_count;
+  pager->ring_count = config->ring_count;
+  pager->page_count = (uint32_t)pages;
+  pager->leases_max = config->leases_max;
+  for (uint32_t i = 0; i < config->ring_count; i++)
+    pager->slot_count += config->rings[i].slots;
+  if (sizes.disk_bytes > 0) {
+    flap_assert(config->read_buffers > 0 && config->write_buffers > 0);
+    pager->read_buffers = config->read_buffers;
+    pager->write_buffers = config->write_buffers;
+  }
+  uint32_t buffers = pager->read_buffers + pager->write_buffers;
+  /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
+   * that. */
+  pager->bounce_bytes = buffers > 0 ? config->transfer_bytes : has_residents(config) ? config->page_bytes : 0;
+  sizes.staging_bytes = buffers > 0 ? buffers * config->transfer_bytes : pager->bounce_bytes;
+
+  pager->regions = FLAP_ARENA_ARRAY(arena, pager_region, pager->region_count);
+  pager->pages = FLAP_ARENA_ARRAY(arena, pager_page, pager->page_count);
+  pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
+  pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
+  pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, buffers);
+  pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
+  sizes.table_bytes = flap_units_round_up(arena->bytes_used, FLAP_BLOCK_ALIGN);
+  sizes.ram_bytes = sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes;
+  pager->sizes = sizes;
+  if (flap_arena_is_measuring(arena))
+    return;
+  fill_rings(pager, config);
+  fill_regions(pager, config);
+}
+
+/* ---- places ------------------------------------------------------------------------------------------- */
+
+void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging, unsigned char *vram) {
+  for (uint32_t i = 0; i < pager->region_count; i++) {
+    pager_region *region = &pager->regions[i];
+    if (region->ring == FLAP_PAGER_RESIDENT) {
+      region->home = vram;
+      vram += region->bytes;
+    } else if (region->ram_pages > 0) {
+      region->home = homes;
+      homes += pager_chunk_bytes(pager, region, 0, region->ram_pages);
+    }
+  }
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    pager->slots[i].memory = vram;
+    vram += pager->rings[pager->slots[i].ring].slot_bytes;
+  }
+  pager->staging = staging;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
+    pager_buffer *buffer = &pager->buffers[i];
+    buffer->memory = staging + i * pager->transfer_bytes;
+    buffer->slot = buffer->next = PAGER_NONE;
+  }
+  pager->bounce = staging + (pager->write_buffers > 0 ? pager->read_buffers * pager->transfer_bytes : 0);
+  pager->read_free = pager->read_buffers;
+  pager->write_free = pager->write_buffers;
+}

@@ -1,0 +1,400 @@
+/* The pager's calls. The engine thread's side of the state; the other side is transfer.c.
+ *
+ *   lease:  queued ──rings_assign──► has a slot ──pin──► pinned ──unpin──► released
+ *   slot:   free ──rings_assign──► loading ──loads_issue──► loaded ──pin──► pinned ──unpin──► released
+ *             ▲    (nothing to load: straight to loaded)                                       │ rings_release
+ *             ├───────────────────────────── nothing to store ────────────────────────────────┤
+ *             └──────────────── pager_rings_stored ◄── storing ◄───────────────────────────────┘
+ *
+ * Invariants, asserted by pager_assert_state (the first four kinds in full only when tests ask for it):
+ *  1. Slots of a ring go to its leases in program order; nobody queues beside a free slot.
+ *  2. A slot is free only when no copy touches it and the compute stream is done with it. It may be free while the
+ *     disk still writes what it held, from a write buffer.
+ *  3. A slot is loaded when all its copies are enqueued and its load event is recorded behind them.
+ *  4. A page that is not idle is carried by exactly one D2H copy or write buffer. Its `stores_left` counts that carrier
+ *     and the released slots that have not come to it; a load starts only at 0, so it reads the last bytes, once home.
+ *  5. A read buffer is held only for a slot that is owned, and moves on without waiting for anything but disk and lane;
+ * a write buffer likewise. So buffers always come back.
+ *  6. At most PAGER_WINDOW copies are under way on each lane.
+ *  7. A region's load starts only when all leases before it that change the region are released.
+ *  8. After a failure nothing new starts; what is under way is collected.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SIM_MEMORY ((uintptr_t)1 << 45) /* host memory that is not there: addresses for the sim device */
+
+/* ---- open and close ----------------------------------------------------------------------------------- */
+
+static flap_status take_memory(const flap_pager_config *config, flap_arena *ram, flap_pager **pager_out,
+                               unsigned char **homes_out) {
+  flap_pager_sizes sizes;
+  flap_pager_measure(config, &sizes);
+  unsigned char *memory = flap_arena_take(ram, sizes.ram_bytes, FLAP_BLOCK_ALIGN);
+  unsigned char *table = memory ? memory + sizes.ram_home_bytes + sizes.staging_bytes : NULL;
+  void *owned = NULL;
+  if (!memory) {
+    flap_assert(config->clock); /* only a simulation can do without memory */
+    memory = (unsigned char *)SIM_MEMORY;
+    table = owned = aligned_alloc(FLAP_BLOCK_ALIGN, sizes.table_bytes);
+    if (!table)
+      return flap_error_set(FLAP_NO_MEMORY, "pager: no memory for %llu bytes of tables",
+                            (unsigned long long)sizes.table_bytes);
+  }
+  memset(table, 0, sizes.table_bytes);
+  flap_arena arena;
+  flap_arena_borrow(&arena, "pager table", table, sizes.table_bytes);
+  flap_pager *pager = FLAP_ARENA_ARRAY(&arena, flap_pager, 1);
+  pager_lay_out(pager, config, &arena);
+  pager->owned_table = owned;
+  *pager_out = pager;
+  *homes_out = memory;
+  return FLAP_OK;
+}
+
+static void init(flap_pager *pager, const flap_pager_config *config) {
+  pager->clock = config->clock;
+  pager->trace = config->trace;
+  pager->trace_context = config->trace_context;
+  pthread_mutex_init(&pager->lock, NULL);
+  pthread_cond_init(&pager->engine_wake, NULL);
+  pthread_mutex_init(&pager->bell_lock, NULL);
+  pthread_cond_init(&pager->bell, NULL);
+  pager_list_init(&pager->loading);
+  pager_list_init(&pager->released);
+  pager_list_init(&pager->storing);
+  flap_event events = pager_events(pager);
+  pager->h2d = (pager_lane){.stream = FLAP_STREAM_H2D, .lane = FLAP_LANE_H2D, .first_event = events - 2 * PAGER_WINDOW};
+  pager->d2h = (pager_lane){.stream = FLAP_STREAM_D2H, .lane = FLAP_LANE_D2H, .first_event = events - PAGER_WINDOW};
+}
+
+static flap_status open_device(flap_pager *pager, const flap_pager_config *config, unsigned char *homes) {
+  flap_device_config device = config->device;
+  flap_assert((device.kind == FLAP_DEVICE_SIM) == (config->clock != NULL));
+  device.clock = config->clock;
+  device.events_max = pager_events(pager);
+  device.notify = pager_ring_bell;
+  device.notify_context = pager;
+  FLAP_TRY(flap_device_open(&device, &pager->device));
+  pager->has_bytes = flap_device_has_bytes(pager->device);
+  uint64_t vram_bytes = 0;
+  unsigned char *vram = flap_device_arena(pager->device, &vram_bytes);
+  if (pager->sizes.vram_bytes > vram_bytes) {
+    char need[FLAP_UNITS_TEXT_MAX], have[FLAP_UNITS_TEXT_MAX];
+    return flap_error_set(FLAP_BUDGET,
+                          "vram: regions and rings take %s, and %s of the budget are left for them on %s; raise vram",
+                          flap_units_format_bytes(pager->sizes.vram_bytes, need, sizeof need),
+                          flap_units_format_bytes(vram_bytes, have, sizeof have), flap_device_describe(pager->device));
+  }
+  pager_place(pager, homes, homes + pager->sizes.ram_home_bytes, vram);
+  uint64_t pinned = pager->sizes.ram_home_bytes + pager->sizes.staging_bytes;
+  if (pinned > 0)
+    FLAP_TRY(flap_device_pin_host(pager->device, homes, pinned));
+  if (pager->trace)
+    flap_device_set_trace(pager->device, pager_lane_traced, pager);
+  return FLAP_OK;
+}
+
+static uint32_t depth_of(const flap_block_config *disk, uint32_t depth, uint32_t buffers) {
+  uint32_t all = (depth ? depth : 16) * (disk->disk_count ? disk->disk_count : 1);
+  return all < buffers ? all : buffers;
+}
+
+/* A simulated disk has the machine's rates, unless it was given its own. */
+static void simulate_disk(flap_block_config *disk, const flap_pager_config *config, uint64_t bytes) {
+  disk->backend = FLAP_BLOCK_SIM;
+  disk->sim.clock = config->clock;
+  if (disk->sim.read_bytes_per_second <= 0)
+    disk->sim.read_bytes_per_second = config->device.machine.disk_read_bytes;
+  if (disk->sim.write_bytes_per_second <= 0)
+    disk->sim.write_bytes_per_second = config->device.machine.disk_write_bytes;
+  if (disk->sim.latency_ns == 0)
+    disk->sim.latency_ns = config->device.machine.disk_ns;
+  if (disk->stripe_bytes == 0)
+    disk->stripe_bytes = config->page_bytes;
+  if (disk->disk_count == 0) {
+    disk->disk_count = 1;
+    disk->disks[0] = (flap_block_disk){.path = "sim", .bytes = flap_units_round_up(bytes, disk->stripe_bytes)};
+  }
+}
+
+static flap_status open_disk(flap_pager *pager, const flap_pager_config *config) {
+  if (pager->sizes.disk_bytes == 0)
+    return FLAP_OK;
+  flap_block_config disk = config->disk;
+  disk.bytes = pager->sizes.disk_bytes;
+  disk.memory = pager->staging;
+  disk.memory_bytes = pager->sizes.staging_bytes;
+  disk.requests_max = pager->read_buffers + pager->write_buffers;
+  disk.notify = pager_ring_bell;
+  disk.notify_context = pager;
+  pager->read_depth = depth_of(&disk, disk.read_depth, pager->read_buffers);
+  pager->write_depth = depth_of(&disk, disk.write_depth, pager->write_buffers);
+  if (config->clock) {
+    simulate_disk(&disk, config, pager->sizes.disk_bytes);
+    pager->read_depth = pager->write_depth = 1; /* its lanes serve one request at a time */
+  }
+  return flap_block_open(&disk, &pager->block);
+}
+
+flap_status flap_pager_open(const flap_pager_config *config, flap_arena *ram, flap_pager **pager_out) {
+  flap_status status = FLAP_OK;
+  flap_pager *pager = NULL;
+  unsigned char *homes = NULL;
+  *pager_out = NULL;
+  FLAP_TRY(take_memory(config, ram, &pager, &homes));
+  init(pager, config);
+  FLAP_TRY_GOTO(status, open_device(pager, config, homes));
+  FLAP_TRY_GOTO(status, open_disk(pager, config));
+  if (!config->clock)
+    FLAP_TRY_GOTO(status, pager_thread_start(pager));
+  *pager_out = pager;
+  return FLAP_OK;
+fail:
+  flap_pager_close(pager);
+  return status;
+}
+
+static bool nothing_under_way(const flap_pager *pager) {
+  if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired)
+    return false;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+    if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_WRITING)
+      return false;
+  return true;
+}
+
+/* Events on the clock know the pager and its requests, so they happen before it goes. */
+static void wind_down_clock(flap_pager *pager) {
+  pthread_mutex_lock(&pager->lock);
+  if (pager->error == FLAP_OK)
+    pager->error = FLAP_CLOSED; /* nothing new starts */
+  for (bool advanced = true; advanced;) {
+    pager_pump(pager);
+    if (nothing_under_way(pager) && !pager->pump_scheduled)
+      break;
+    pthread_mutex_unlock(&pager->lock);
+    advanced = flap_clock_advance(pager->clock);
+    pthread_mutex_lock(&pager->lock);
+  }
+  pthread_mutex_unlock(&pager->lock);
+  pager->closing = true;
+}
+
+void flap_pager_close(flap_pager *pager) {
+  if (!pager)
+    return;
+  pager_thread_stop(pager);
+  if (pager->clock && pager->device)
+    wind_down_clock(pager);
+  /* Both wait for what is under way; the bell is rung until then. */
+  flap_block_close(pager->block);
+  flap_device_close(pager->device);
+  pthread_cond_destroy(&pager->bell);
+  pthread_mutex_destroy(&pager->bell_lock);
+  pthread_cond_destroy(&pager->engine_wake);
+  pthread_mutex_destroy(&pager->lock);
+  free(pager->owned_table);
+}
+
+flap_device *flap_pager_device(const flap_pager *pager) {
+  return pager->device;
+}
+
+void *flap_pager_vram_rest(const flap_pager *pager, uint64_t *bytes_out) {
+  uint64_t bytes = 0;
+  unsigned char *vram = flap_device_arena(pager->device, &bytes);
+  *bytes_out = bytes - pager->sizes.vram_bytes;
+  return vram + pager->sizes.vram_bytes;
+}
+
+const char *flap_pager_disk_describe(const flap_pager *pager) {
+  return pager->block ? flap_block_describe(pager->block) : "none";
+}
+
+/* ---- programs ----------------------------------------------------------------------------------------- */
+
+static bool is_streaming(const pager_region *region) {
+  return region->ring != FLAP_PAGER_RESIDENT;
+}
+
+static void queue_lease(flap_pager *pager, pager_region *region, uint32_t lease) {
+  pager_ring *ring = &pager->rings[region->ring];
+  if (ring->queue_tail == PAGER_NONE)
+    ring->queue_head = lease;
+  else
+    pager->leases[ring->queue_tail].next_in_ring = lease;
+  ring->queue_tail = lease;
+}
+
+flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32_t count) {
+  pthread_mutex_lock(&pager->lock);
+  flap_status status = pager_error(pager);
+  if (status != FLAP_OK) {
+    pthread_mutex_unlock(&pager->lock);
+    return status;
+  }
+  flap_assert(count <= pager->leases_max && pager->program_count < PAGER_PROGRAMS_MAX);
+  uint32_t place = (pager->program_first + pager->program_count) % PAGER_PROGRAMS_MAX;
+  pager->program_count++;
+  uint32_t first = place * pager->leases_max;
+  pager->programs[place] =
+      (pager_program){.leases = leases, .count = count, .first_order = pager->order_next, .first_lease = first};
+  pager->order_next += count;
+  for (uint32_t i = 0; i < count; i++) {
+    flap_assert(leases[i].region < pager->region_count && (unsigned)leases[i].mode <= FLAP_LEASE_SCRATCH);
+    pager_region *region = &pager->regions[leases[i].region];
+    pager->leases[first + i] = (pager_lease){
+        .slot = PAGER_NONE, .next_in_ring = PAGER_NONE, .change = region->changes_queued, .state = LEASE_QUEUED};
+    if (leases[i].mode != FLAP_LEASE_READ)
+      region->changes_queued++;
+    if (is_streaming(region))
+      queue_lease(pager, region, first + i);
+  }
+  pthread_mutex_unlock(&pager->lock);
+  pager_ring_bell(pager);
+  return FLAP_OK;
+}
+
+static bool lease_is_loaded(flap_pager *pager, uint32_t lease) {
+  uint32_t slot = pager->leases[lease].slot;
+  return slot != PAGER_NONE && pager->slots[slot].state == SLOT_LOADED;
+}
+
+/* What would make a pin wait for ever is a mistake of the planner's, and is told as one. */
+static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what, const pager_lease *lease) {
+  const pager_region *region = &pager->regions[what->region];
+  if (region->pinned)
+    pager_mistake(pager, "lease %u pins region %u while an earlier lease of it is pinned", index, what->region);
+  if (!is_streaming(region)) {
+    if (pager_loads(what->mode) && !region->holds)
+      pager_mistake(pager, "lease %u reads region %u, which is resident but holds nothing", index, what->region);
+    return;
+  }
+  const pager_ring *ring = &pager->rings[region->ring];
+  if (lease->slot == PAGER_NONE && ring->pinned == ring->slots)
+    pager_mistake(pager, "lease %u needs a slot of ring %s, but all %u are pinned: more leases live than slots", index,
+                  ring->name, ring->slots);
+}
+
+/* Later work on the compute stream starts after the load. Where compute runs on this thread, that waits here. */
+static void order_compute(flap_pager *pager, uint32_t slot) {
+  uint64_t started_ns = pager_now_ns(pager);
+  pthread_mutex_unlock(&pager->lock);
+  flap_device_stream_wait(pager->device, FLAP_STREAM_COMPUTE, pager_load_event(slot));
+  pthread_mutex_lock(&pager->lock);
+  pager->stats.stall_ns[FLAP_LANE_H2D] += pager_now_ns(pager) - started_ns;
+}
+
+flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out) {
+  *memory_out = NULL;
+  pthread_mutex_lock(&pager->lock);
+  flap_status status = pager_error(pager);
+  if (status != FLAP_OK)
+    goto fail;
+  pager_program *program = &pager->programs[pager->program_first];
+  flap_assert(pager->program_count > 0 && index == program->pinned && index < program->count);
+  const flap_lease *what = &program->leases[index];
+  pager_lease *lease = &pager->leases[program->first_lease + index];
+  pager_region *region = &pager->regions[what->region];
+  check_pin(pager, index, what, lease);
+  if (is_streaming(region)) {
+    pager_wait_until(pager, lease_is_loaded, program->first_lease + index, true);
+    status = pager_error(pager);
+    if (status != FLAP_OK)
+      goto fail;
+    pager->slots[lease->slot].state = SLOT_PINNED;
+    pager->rings[region->ring].pinned++;
+  }
+  region->pinned = true;
+  lease->state = LEASE_PINNED;
+  program->pinned++;
+  if (is_streaming(region) && pager_loads(what->mode))
+    order_compute(pager, lease->slot);
+  *memory_out = is_streaming(region) ? pager->slots[lease->slot].memory : region->home;
+  pthread_mutex_unlock(&pager->lock);
+  return FLAP_OK;
+fail:
+  pthread_mutex_unlock(&pager->lock);
+  return status;
+}
+
+/* The region's bytes are those of this lease from now on, wherever they are on their way. */
+static void release_region(flap_pager *pager, pager_region *region, flap_lease_mode mode) {
+  region->pinned = false;
+  if (mode == FLAP_LEASE_READ)
+    return;
+  region->changes_released++;
+  region->holds = pager_stores(mode);
+  if (!is_streaming(region) || !pager_stores(mode))
+    return;
+  pager_page *page = pager_pages_of(pager, region);
+  for (uint32_t i = 0; i < region->page_count; i++)
+    page[i].stores_left++;
+}
+
+void flap_pager_unpin(flap_pager *pager, uint32_t index) {
+  pthread_mutex_lock(&pager->lock);
+  pager_program *program = &pager->programs[pager->program_first];
+  flap_assert(pager->program_count > 0 && index < program->pinned);
+  const flap_lease *what = &program->leases[index];
+  pager_lease *lease = &pager->leases[program->first_lease + index];
+  flap_assert(lease->state == LEASE_PINNED);
+  pager_region *region = &pager->regions[what->region];
+  lease->state = LEASE_RELEASED;
+  program->released++;
+  release_region(pager, region, what->mode);
+  if (is_streaming(region)) {
+    flap_device_event_record(pager->device, pager_use_event(lease->slot), FLAP_STREAM_COMPUTE, true);
+    pager->slots[lease->slot].state = SLOT_RELEASED;
+    pager->rings[region->ring].pinned--;
+    pager_list_append(pager, &pager->released, lease->slot);
+  }
+  pthread_mutex_unlock(&pager->lock);
+  pager_ring_bell(pager);
+}
+
+flap_status flap_pager_end(flap_pager *pager) {
+  pthread_mutex_lock(&pager->lock);
+  flap_status status = pager_error(pager);
+  if (status == FLAP_OK) {
+    const pager_program *program = &pager->programs[pager->program_first];
+    flap_assert(pager->program_count > 0);
+    flap_assert(program->pinned == program->count && program->released == program->count);
+    pager->program_first = (pager->program_first + 1) % PAGER_PROGRAMS_MAX;
+    pager->program_count--;
+  }
+  pthread_mutex_unlock(&pager->lock);
+  return status;
+}
+
+flap_status flap_pager_settle(flap_pager *pager) {
+  pthread_mutex_lock(&pager->lock);
+  flap_status status = pager_error(pager);
+  if (status == FLAP_OK) {
+    flap_assert(pager->program_count == 0);
+    pager_wait_until(pager, pager_is_idle, 0, false);
+    status = pager_error(pager);
+  }
+  pthread_mutex_unlock(&pager->lock);
+  return status == FLAP_OK ? flap_device_synchronize(pager->device) : status;
+}
+
+/* ---- statistics --------------------------------------------------------------------------------------- */
+
+void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out) {
+  pthread_mutex_lock(&pager->lock);
+  *stats_out = pager->stats;
+  stats_out->busy_ns[FLAP_LANE_H2D] = flap_device_busy_ns(pager->device, FLAP_STREAM_H2D) - pager->at_rest_ns[0];
+  stats_out->busy_ns[FLAP_LANE_D2H] = flap_device_busy_ns(pager->device, FLAP_STREAM_D2H) - pager->at_rest_ns[1];
+  if (pager->block) {
+    stats_out->busy_ns[FLAP_LANE_DISK_READ] = pager->disk_ns[0] / pager->read_depth;
+    stats_out->busy_ns[FLAP_LANE_DISK_WRITE] = pager->disk_ns[1] / pager->write_depth;
+  }
+  pthread_mutex_unlock(&pager->lock);
+}

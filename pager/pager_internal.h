@@ -1,0 +1,312 @@
+/* What the files of the pager share; private to this folder and its tests.
+ *
+ * The words. A slot is a place in VRAM that holds one lease's region. A buffer is a piece of pinned RAM between disk
+ * and VRAM, and a buffer carries one disk request at a time. A copy lane is one of the device's two copy streams with a
+ * bounded window of copies under way. A chunk is a run of adjacent pages that moves as one transfer.
+ *
+ * Everything here is called with pager->lock held, except where a comment says otherwise.
+ */
+#ifndef FLAP_PAGER_PAGER_INTERNAL_H
+#define FLAP_PAGER_PAGER_INTERNAL_H
+
+#include "pager/pager.h"
+
+#include <pthread.h>
+
+#define PAGER_NONE UINT32_MAX
+#define PAGER_PROGRAMS_MAX 2u
+#define PAGER_WINDOW 16u /* copies under way on a lane: enough to keep it busy, few enough to stay in program order */
+#define PAGER_LABELS 64u /* regions of the last copies on a lane, for the trace */
+#define PAGER_MESSAGE_BYTES 768u
+
+/* ---- what is moved -------------------------------------------------------------------------------------- */
+
+typedef enum pager_page_state {
+  PAGE_IDLE,    /* nobody writes to its home */
+  PAGE_COPYING, /* a D2H copy, or the callback of a fill, writes to its home or to its buffer */
+  PAGE_WRITING  /* its buffer is full: checksum, then disk write */
+} pager_page_state;
+
+/* Per page of a streaming region. Whether there are bytes at all is the region's to know (`holds`). */
+typedef struct pager_page {
+  uint64_t checksum;     /* of what the disk holds, seeded with region, page and epoch; disk pages only */
+  uint32_t epoch;        /* writings so far */
+  uint32_t extent;       /* where on the disk, in units of FLAP_BLOCK_ALIGN; PAGER_NONE for a page in RAM */
+  uint32_t stored_bytes; /* how long it is there */
+  uint16_t stores_left;  /* released leases whose bytes of this page are not home yet */
+  uint8_t state;         /* pager_page_state */
+} pager_page;
+
+typedef struct pager_region {
+  uint64_t bytes;
+  unsigned char *home; /* the RAM pages; of a resident region: its place in VRAM */
+  uint32_t ring;       /* or FLAP_PAGER_RESIDENT */
+  uint32_t page_count, ram_pages;
+  uint32_t first_page;       /* in the page table */
+  uint32_t changes_queued;   /* leases that change it, as of the last begin (wraps) */
+  uint32_t changes_released; /* those of them that were unpinned (wraps) */
+  bool holds;                /* after all of the unpinned leases, there are bytes */
+  bool pinned;
+} pager_region;
+
+/* ---- where it is moved ---------------------------------------------------------------------------------- */
+
+typedef enum pager_slot_state {
+  SLOT_FREE,
+  SLOT_LOADING, /* copies are still to be enqueued */
+  SLOT_LOADED,  /* all enqueued, and load_event recorded behind them; or nothing to load */
+  SLOT_PINNED,
+  SLOT_RELEASED, /* unpinned; the compute stream may still use it */
+  SLOT_STORING   /* its bytes go home */
+} pager_slot_state;
+
+typedef struct pager_slot {
+  unsigned char *memory;
+  uint64_t order; /* of the lease, counted over all programs: smaller is needed earlier */
+  uint32_t ring;
+  uint32_t region;
+  uint32_t change;         /* the region's changes that must be released before the load starts */
+  uint32_t ram_next;       /* the next RAM page to enqueue, in either direction */
+  uint32_t disk_next;      /* the next disk page to ask for, in either direction */
+  uint32_t pages_left;     /* of a load: pages whose H2D copy is not enqueued */
+  uint32_t copies_left;    /* enqueued and not retired */
+  uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
+  uint32_t previous, next; /* in the one list that it is on */
+  uint8_t state;           /* pager_slot_state */
+  uint8_t mode;            /* flap_lease_mode */
+} pager_slot;
+
+typedef struct pager_list {
+  uint32_t head, tail, count;
+} pager_list;
+
+typedef struct pager_ring {
+  const char *name;
+  uint64_t slot_bytes;
+  uint32_t slots, first_slot;
+  pager_list free;
+  uint32_t pinned;
+  uint32_t queue_head, queue_tail; /* leases without a slot, in program order: indexes into pager->leases */
+} pager_ring;
+
+typedef enum pager_lease_state { LEASE_QUEUED, LEASE_PINNED, LEASE_RELEASED } pager_lease_state;
+
+typedef struct pager_lease {
+  uint32_t slot; /* or PAGER_NONE */
+  uint32_t next_in_ring;
+  uint32_t change; /* as in the slot */
+  uint8_t state;   /* pager_lease_state */
+} pager_lease;
+
+typedef struct pager_program {
+  const flap_lease *leases;
+  uint64_t first_order;
+  uint32_t count, pinned, released;
+  uint32_t first_lease; /* in pager->leases */
+} pager_program;
+
+/* ---- how it is moved ------------------------------------------------------------------------------------ */
+
+typedef enum pager_buffer_state {
+  BUFFER_FREE,
+  BUFFER_READING,  /* read buffers: at the disk */
+  BUFFER_READ,     /* to be verified */
+  BUFFER_VERIFIED, /* waits for its H2D copy, or for the drain that asked for it */
+  BUFFER_LOADING,  /* its H2D copy is under way */
+  BUFFER_STORING,  /* write buffers: a D2H copy or a fill puts bytes in */
+  BUFFER_FULL,     /* to be summed up and written */
+  BUFFER_WRITING   /* at the disk */
+} pager_buffer_state;
+
+typedef struct pager_buffer {
+  flap_block_request request;
+  unsigned char *memory;
+  uint64_t order;                          /* of the lease; 0 at rest */
+  uint32_t region, first_page, page_count; /* the chunk that it carries */
+  uint32_t slot;                           /* or PAGER_NONE: at rest, or the slot is done with it */
+  uint32_t next;                           /* in slot->ready */
+  uint8_t state;                           /* pager_buffer_state */
+  bool at_rest;                            /* fill or drain: not counted */
+} pager_buffer;
+
+typedef struct pager_copy {
+  uint32_t slot;   /* or PAGER_NONE: at rest */
+  uint32_t buffer; /* or PAGER_NONE: from or to a RAM home */
+  uint32_t region, first_page, page_count;
+  uint64_t bytes;
+} pager_copy;
+
+typedef struct pager_lane {
+  flap_stream stream;
+  flap_lane lane;
+  flap_event first_event;
+  pager_copy copies[PAGER_WINDOW]; /* copy n at n % PAGER_WINDOW */
+  uint64_t issued, retired;
+  uint32_t labels[PAGER_LABELS]; /* region of copy n at n % PAGER_LABELS: written here, read by the copying thread */
+  uint64_t traced;               /* the copying thread's own */
+} pager_lane;
+
+/* What the engine thread waits for, so that whoever pumps knows when to wake it and whom to charge. */
+typedef bool (*pager_ready_fn)(flap_pager *pager, uint32_t argument);
+typedef struct pager_wait {
+  pager_ready_fn ready; /* NULL: nobody waits */
+  uint32_t argument;
+  bool is_pin;    /* then argument is a lease, and the time is charged */
+  flap_lane lane; /* charged since since_ns; FLAP_LANE_COUNT for none */
+  uint64_t since_ns;
+} pager_wait;
+
+struct flap_pager {
+  /* fixed at open */
+  uint64_t page_bytes, transfer_bytes;
+  uint32_t pages_per_transfer;
+  uint32_t region_count, ring_count, slot_count, page_count, leases_max;
+  uint32_t read_buffers, write_buffers; /* 0 when nothing is on disk */
+  uint64_t bounce_bytes;
+  flap_pager_sizes sizes;
+  pager_region *regions;
+  pager_page *pages;
+  pager_ring *rings;
+  pager_slot *slots;
+  pager_buffer *buffers; /* the read buffers, then the write buffers */
+  pager_lease *leases;   /* leases_max for each of two programs */
+  unsigned char *staging;
+  unsigned char *bounce; /* for fill and drain of resident regions */
+  flap_device *device;
+  flap_block *block; /* NULL when nothing is on disk */
+  flap_clock *clock; /* NULL: real time, with a transfer thread */
+  flap_pager_trace_fn trace;
+  void *trace_context;
+  void *owned_table; /* what open took itself, because the arena only measured */
+  uint32_t read_depth, write_depth;
+  bool has_bytes;
+
+  /* under lock */
+  pthread_mutex_t lock;
+  pthread_cond_t engine_wake;
+  pager_wait wait;
+  pager_program programs[PAGER_PROGRAMS_MAX];
+  uint32_t program_first, program_count;
+  uint64_t order_next;
+  pager_list loading;  /* by order */
+  pager_list released; /* by unpin */
+  pager_list storing;  /* by unpin */
+  uint32_t read_free, write_free;
+  pager_lane h2d, d2h;
+  bool submitted; /* requests since the last flush */
+  flap_status error;
+  char message[PAGER_MESSAGE_BYTES];
+  flap_pager_stats stats;
+  uint64_t disk_ns[2];    /* sums of request times: read, write */
+  uint64_t at_rest_ns[2]; /* copy time of fill and drain: H2D, D2H */
+
+  /* The bell of the transfer thread: a lock of its own, under which nothing is called, because it is rung from inside
+   * the device and the block files. */
+  pthread_mutex_t bell_lock;
+  pthread_cond_t bell;
+  bool rung, stop;
+  pthread_t thread;
+  bool thread_started;
+  bool pump_scheduled; /* with clock: a pump is among its events */
+  bool closing;
+};
+
+/* ---- page_table.c: sizes, homes, extents ----------------------------------------------------------------- */
+
+/* Takes all tables from `arena` and fills them; with an arena that measures, only counts. */
+void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_arena *arena);
+/* Tells homes, slots and buffers where they are. */
+void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging, unsigned char *vram);
+uint32_t pager_events(const flap_pager *pager);
+
+uint64_t pager_chunk_bytes(const flap_pager *pager, const pager_region *region, uint32_t first_page, uint32_t count);
+/* The pages from first_page on that move together: at most transfer_bytes, all in RAM or all adjacent on disk. */
+uint32_t pager_chunk_pages(const flap_pager *pager, const pager_region *region, uint32_t first_page);
+static inline pager_page *pager_pages_of(const flap_pager *pager, const pager_region *region) {
+  return pager->pages + region->first_page;
+}
+/* Bytes of a region on disk. */
+uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_pages);
+
+/* ---- rings.c ------------------------------------------------------------------------------------------- */
+
+/* Gives free slots to the next leases of each ring. */
+bool pager_rings_assign(flap_pager *pager);
+/* Slots whose last use is over are stored, or free. */
+bool pager_rings_release(flap_pager *pager);
+/* A stored slot is free once its last copy is over. */
+void pager_rings_stored(flap_pager *pager, uint32_t slot);
+static inline flap_event pager_load_event(uint32_t slot) {
+  return 2 * slot;
+}
+static inline flap_event pager_use_event(uint32_t slot) {
+  return 2 * slot + 1;
+}
+static inline bool pager_loads(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_READ || mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CONSUME;
+}
+static inline bool pager_stores(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
+}
+
+void pager_list_init(pager_list *list);
+void pager_list_append(flap_pager *pager, pager_list *list, uint32_t slot);
+void pager_list_insert_by_order(flap_pager *pager, pager_list *list, uint32_t slot);
+void pager_list_remove(flap_pager *pager, pager_list *list, uint32_t slot);
+
+/* ---- lanes.c: copies under way ------------------------------------------------------------------------- */
+
+bool pager_lane_has_room(const pager_lane *lane);
+void pager_lane_copy(flap_pager *pager, pager_lane *lane, void *to, const void *from, const pager_copy *copy);
+bool pager_lane_retire(flap_pager *pager, pager_lane *lane);
+void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t bytes);
+
+/* ---- loads.c, stores.c --------------------------------------------------------------------------------- */
+
+bool pager_loads_issue(flap_pager *pager);
+void pager_loads_verified(flap_pager *pager, uint32_t buffer);
+bool pager_stores_issue(flap_pager *pager);
+/* A D2H copy is over. */
+void pager_stores_copied(flap_pager *pager, const pager_copy *copy);
+void pager_stores_written(flap_pager *pager, uint32_t buffer);
+
+/* ---- staging.c: buffers and disk requests --------------------------------------------------------------- */
+
+/* A free buffer for a chunk, or PAGER_NONE. */
+uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count);
+void pager_buffer_free(flap_pager *pager, uint32_t buffer);
+void pager_buffer_read(flap_pager *pager, uint32_t buffer);
+bool pager_disk_poll(flap_pager *pager);
+/* Verifies one read buffer, or sums up and submits one full write buffer. Gives the lock up meanwhile. */
+bool pager_staging_check(flap_pager *pager);
+
+/* ---- transfer.c: who pumps, who waits ------------------------------------------------------------------ */
+
+/* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
+void pager_pump(flap_pager *pager);
+/* Something may have become possible. From any thread, with or without the lock. */
+void pager_ring_bell(void *context);
+/* Waits on the engine thread until ready(argument) or until the pager has failed. */
+void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument, bool is_pin);
+/* Charges the time since the last look to the lane that the pin waits for. */
+void pager_wait_look(flap_pager *pager);
+uint64_t pager_now_ns(const flap_pager *pager);
+flap_status pager_thread_start(flap_pager *pager);
+void pager_thread_stop(flap_pager *pager);
+bool pager_is_idle(flap_pager *pager, uint32_t unused);
+
+/* ---- pager_state.c: errors, mistakes, and the invariants of pager.c in code ------------------------------- */
+
+/* Keeps the first failure: this thread's record becomes the pager's. */
+void pager_fail(flap_pager *pager, flap_status status);
+/* The sticky error, put into this thread's record. */
+flap_status pager_error(flap_pager *pager);
+/* The caller broke the contract: says what, prints the state, aborts. */
+void pager_mistake(flap_pager *pager, const char *format, ...) FLAP_PRINTF(2, 3) __attribute__((noreturn, cold));
+void pager_assert_state(flap_pager *pager);
+/* Walks everything after every pump; tests turn it on. */
+extern bool pager_full_checks;
+/* The lane that lease `lease` waits for. */
+flap_lane pager_waits_for(flap_pager *pager, uint32_t lease);
+
+#endif

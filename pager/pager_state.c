@@ -1,0 +1,254 @@
+/* The sticky error, the caller's mistakes, and the invariants of pager.c in code. */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+#include "base/log.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+bool pager_full_checks = false;
+
+/* ---- errors ------------------------------------------------------------------------------------------- */
+
+void pager_fail(flap_pager *pager, flap_status status) {
+  flap_assert(status != FLAP_OK);
+  if (pager->error != FLAP_OK)
+    return;
+  pager->error = status;
+  snprintf(pager->message, sizeof pager->message, "%s", flap_error_message());
+}
+
+flap_status pager_error(flap_pager *pager) {
+  if (pager->error == FLAP_OK)
+    return FLAP_OK;
+  return flap_error_set(pager->error, "%s", pager->message);
+}
+
+/* ---- mistakes ----------------------------------------------------------------------------------------- */
+
+static void dump_slots(const flap_pager *pager) {
+  static const char *const states[] = {"free", "loading", "loaded", "pinned", "released", "storing"};
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    const pager_slot *slot = &pager->slots[i];
+    if (slot->state == SLOT_FREE)
+      continue;
+    const pager_region *region = &pager->regions[slot->region];
+    flap_log(FLAP_LOG_ERROR,
+             "  ring %s, slot %u: %s, lease %llu, region %u, mode %u; next page %u of %u in ram, %u of %u on disk; "
+             "%u pages to load, %u copies under way; changes %u of %u",
+             pager->rings[slot->ring].name, i - pager->rings[slot->ring].first_slot, states[slot->state],
+             (unsigned long long)slot->order, slot->region, slot->mode, slot->ram_next, region->ram_pages,
+             slot->disk_next, region->page_count, slot->pages_left, slot->copies_left, region->changes_released,
+             slot->change);
+  }
+}
+
+static void dump(const flap_pager *pager) {
+  static const char *const states[] = {"free", "reading", "read", "verified", "loading", "storing", "full", "writing"};
+  for (uint32_t i = 0; i < pager->program_count; i++) {
+    const pager_program *program = &pager->programs[(pager->program_first + i) % PAGER_PROGRAMS_MAX];
+    flap_log(FLAP_LOG_ERROR, "  program: %u leases, %u pinned, %u of them released", program->count, program->pinned,
+             program->released);
+  }
+  for (uint32_t i = 0; i < pager->ring_count; i++)
+    flap_log(FLAP_LOG_ERROR, "  ring %s: %u slots, %u free, %u pinned, next lease %d", pager->rings[i].name,
+             pager->rings[i].slots, pager->rings[i].free.count, pager->rings[i].pinned,
+             (int)pager->rings[i].queue_head);
+  dump_slots(pager);
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+    if (pager->buffers[i].state != BUFFER_FREE)
+      flap_log(FLAP_LOG_ERROR, "  buffer %u: %s, region %u, pages from %u, count %u, lease %llu", i,
+               states[pager->buffers[i].state], pager->buffers[i].region, pager->buffers[i].first_page,
+               pager->buffers[i].page_count, (unsigned long long)pager->buffers[i].order);
+  flap_log(FLAP_LOG_ERROR, "  copies: %llu of %llu h2d, %llu of %llu d2h retired",
+           (unsigned long long)pager->h2d.retired, (unsigned long long)pager->h2d.issued,
+           (unsigned long long)pager->d2h.retired, (unsigned long long)pager->d2h.issued);
+}
+
+void pager_mistake(flap_pager *pager, const char *format, ...) {
+  char text[256];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  flap_log(FLAP_LOG_ERROR, "pager: %s", text);
+  dump(pager);
+  flap_assert_fail(__FILE__, __LINE__, __func__, text);
+}
+
+/* ---- what a pin waits for ------------------------------------------------------------------------------- */
+
+static bool any_buffer(const flap_pager *pager, pager_buffer_state state) {
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+    if (pager->buffers[i].state == state)
+      return true;
+  return false;
+}
+
+/* The slot comes from an earlier occupant that is on its way home. While the compute stream still uses it nobody is
+ * charged: compute is busy. */
+static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring) {
+  for (uint32_t i = 0; i < ring->slots; i++) {
+    const pager_slot *slot = &pager->slots[ring->first_slot + i];
+    if (slot->state != SLOT_STORING)
+      continue;
+    bool needs_buffer = slot->disk_next < pager->regions[slot->region].page_count && pager->write_free == 0;
+    bool at_disk = needs_buffer && (any_buffer(pager, BUFFER_WRITING) || any_buffer(pager, BUFFER_FULL));
+    return at_disk ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
+  }
+  return FLAP_LANE_COUNT;
+}
+
+/* A chunk that is not home yet holds the load up; PAGE_WRITING is the disk's part of the way. */
+static bool waits_for_pages(const flap_pager *pager, const pager_region *region, uint32_t first, flap_lane *lane_out) {
+  if (first == region->page_count)
+    return false;
+  const pager_page *page = pager_pages_of(pager, region) + first;
+  uint32_t count = pager_chunk_pages(pager, region, first);
+  for (uint32_t i = 0; i < count; i++) {
+    if (page[i].stores_left == 0)
+      continue;
+    *lane_out = page[i].state == PAGE_WRITING ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
+    return true;
+  }
+  return false;
+}
+
+flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
+  uint32_t index = pager->leases[lease].slot;
+  const pager_program *program = &pager->programs[lease / pager->leases_max];
+  if (index == PAGER_NONE) {
+    uint32_t ring = pager->regions[program->leases[lease % pager->leases_max].region].ring;
+    return waits_for_slot(pager, &pager->rings[ring]);
+  }
+  const pager_slot *slot = &pager->slots[index];
+  const pager_region *region = &pager->regions[slot->region];
+  flap_lane lane = FLAP_LANE_H2D;
+  if (slot->ram_next < region->ram_pages && waits_for_pages(pager, region, slot->ram_next, &lane))
+    return lane;
+  if (slot->disk_next < region->page_count && waits_for_pages(pager, region, slot->disk_next, &lane))
+    return lane;
+  bool reads_of_ours = false;
+  for (uint32_t i = 0; i < pager->read_buffers; i++)
+    reads_of_ours |= pager->buffers[i].slot == index &&
+                     (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_READ);
+  if (reads_of_ours || (slot->disk_next < region->page_count && any_buffer(pager, BUFFER_READING)))
+    return FLAP_LANE_DISK_READ;
+  return FLAP_LANE_H2D;
+}
+
+/* ---- invariants ---------------------------------------------------------------------------------------- */
+
+static void assert_lanes(const flap_pager *pager) {
+  const pager_lane *lanes[] = {&pager->h2d, &pager->d2h};
+  for (uint32_t i = 0; i < 2; i++) {
+    flap_assert(lanes[i]->retired <= lanes[i]->issued);
+    flap_assert(lanes[i]->issued - lanes[i]->retired <= PAGER_WINDOW); /* 6 */
+  }
+}
+
+/* 1, 2, 3: what a slot's state says about its lists, cursors and copies. */
+static void assert_slots(const flap_pager *pager) {
+  uint32_t states[SLOT_STORING + 1] = {0};
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    const pager_slot *slot = &pager->slots[i];
+    const pager_region *region = &pager->regions[slot->region];
+    states[slot->state]++;
+    switch ((pager_slot_state)slot->state) {
+    case SLOT_FREE:
+      flap_assert(slot->copies_left == 0 && slot->ready == PAGER_NONE);
+      break;
+    case SLOT_LOADING:
+      flap_assert(pager_loads(slot->mode) && slot->pages_left > 0);
+      break;
+    case SLOT_LOADED:
+      flap_assert(slot->pages_left == 0 && slot->ready == PAGER_NONE);
+      break;
+    case SLOT_PINNED:
+      flap_assert(region->pinned && slot->pages_left == 0);
+      break;
+    case SLOT_RELEASED:
+      flap_assert(slot->pages_left == 0);
+      break;
+    case SLOT_STORING:
+      flap_assert(pager_stores(slot->mode));
+      flap_assert(slot->copies_left > 0 || slot->ram_next < region->ram_pages || slot->disk_next < region->page_count);
+      break;
+    }
+    if (slot->state != SLOT_FREE)
+      flap_assert(slot->ram_next <= region->ram_pages && slot->disk_next <= region->page_count);
+  }
+  flap_assert(states[SLOT_LOADING] == pager->loading.count);
+  flap_assert(states[SLOT_RELEASED] == pager->released.count);
+  flap_assert(states[SLOT_STORING] == pager->storing.count);
+  for (uint32_t i = pager->loading.head; i != PAGER_NONE; i = pager->slots[i].next)
+    flap_assert(pager->slots[i].next == PAGER_NONE || pager->slots[i].order < pager->slots[pager->slots[i].next].order);
+}
+
+/* 4: every page that is not idle is in exactly one D2H copy or full or writing buffer; what is left to store of it is
+ * that, and one for each slot that has not come to it. */
+static void assert_pages(const flap_pager *pager) {
+  uint64_t busy = 0, left = 0, carried = 0, waiting = 0;
+  for (uint32_t i = 0; i < pager->page_count; i++) {
+    busy += pager->pages[i].state != PAGE_IDLE;
+    left += pager->pages[i].stores_left;
+    flap_assert(pager->pages[i].state == PAGE_IDLE || pager->pages[i].stores_left > 0);
+  }
+  for (uint64_t i = pager->d2h.retired; i < pager->d2h.issued; i++)
+    if (pager->d2h.copies[i % PAGER_WINDOW].slot != PAGER_NONE)
+      carried += pager->d2h.copies[i % PAGER_WINDOW].page_count;
+  for (uint32_t i = pager->read_buffers; i < pager->read_buffers + pager->write_buffers; i++) {
+    const pager_buffer *buffer = &pager->buffers[i];
+    if (buffer->state == BUFFER_FULL || buffer->state == BUFFER_WRITING ||
+        (buffer->state == BUFFER_STORING && buffer->at_rest))
+      carried += buffer->page_count;
+  }
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    const pager_slot *slot = &pager->slots[i];
+    const pager_region *region = &pager->regions[slot->region];
+    if (slot->state == SLOT_RELEASED && pager_stores(slot->mode))
+      waiting += region->page_count;
+    if (slot->state == SLOT_STORING)
+      waiting += (region->ram_pages - slot->ram_next) + (region->page_count - slot->disk_next);
+  }
+  flap_assert(busy == carried);
+  flap_assert(left == carried + waiting);
+}
+
+/* 5: free buffers are counted; a buffer that carries for a slot finds the slot loading or storing. */
+static void assert_buffers(const flap_pager *pager) {
+  uint32_t read_free = 0, write_free = 0;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
+    const pager_buffer *buffer = &pager->buffers[i];
+    bool write = i >= pager->read_buffers;
+    flap_assert(buffer->state == BUFFER_FREE || write == (buffer->state >= BUFFER_STORING));
+    if (buffer->state == BUFFER_FREE)
+      *(write ? &write_free : &read_free) += 1;
+    else if (!write && buffer->slot != PAGER_NONE && buffer->state != BUFFER_LOADING)
+      flap_assert(pager->slots[buffer->slot].state == SLOT_LOADING);
+  }
+  flap_assert(read_free == pager->read_free && write_free == pager->write_free);
+}
+
+static void assert_rings(const flap_pager *pager) {
+  for (uint32_t i = 0; i < pager->ring_count; i++) {
+    const pager_ring *ring = &pager->rings[i];
+    flap_assert(ring->free.count <= ring->slots && ring->pinned + ring->free.count <= ring->slots);
+    flap_assert((ring->queue_head == PAGER_NONE) == (ring->queue_tail == PAGER_NONE));
+    /* 1: while anything can go on, nobody queues beside a free slot. */
+    flap_assert(pager->error != FLAP_OK || ring->queue_head == PAGER_NONE || ring->free.count == 0);
+  }
+}
+
+void pager_assert_state(flap_pager *pager) {
+  flap_assert(pager->program_count <= PAGER_PROGRAMS_MAX);
+  flap_assert(pager->read_free <= pager->read_buffers && pager->write_free <= pager->write_buffers);
+  assert_lanes(pager);
+  assert_rings(pager);
+  if (!pager_full_checks || pager->error != FLAP_OK)
+    return;
+  assert_slots(pager);
+  assert_buffers(pager);
+  assert_pages(pager);
+}

@@ -1,0 +1,31 @@
+/* The bytes that a program moves, from its leases alone. Nothing here looks at how the pager does it. */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+
+const char *flap_pager_lane_name(flap_lane lane) {
+  static const char *const names[FLAP_LANE_COUNT] = {"h2d", "d2h", "disk_read", "disk_write"};
+  flap_assert((unsigned)lane < FLAP_LANE_COUNT);
+  return names[lane];
+}
+
+void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
+                        uint64_t bytes_out[FLAP_LANE_COUNT]) {
+  for (int i = 0; i < FLAP_LANE_COUNT; i++)
+    bytes_out[i] = 0;
+  for (uint32_t i = 0; i < count; i++) {
+    flap_assert(leases[i].region < config->region_count);
+    const flap_pager_region *region = &config->regions[leases[i].region];
+    if (region->ring == FLAP_PAGER_RESIDENT)
+      continue;
+    uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
+    if (pager_loads(leases[i].mode)) {
+      bytes_out[FLAP_LANE_H2D] += region->bytes;
+      bytes_out[FLAP_LANE_DISK_READ] += disk;
+    }
+    if (pager_stores(leases[i].mode)) {
+      bytes_out[FLAP_LANE_D2H] += region->bytes;
+      bytes_out[FLAP_LANE_DISK_WRITE] += disk;
+    }
+  }
+}

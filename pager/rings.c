@@ -1,0 +1,138 @@
+/* Slots: who gets one, and when it is free again.
+ *
+ * Each ring serves its own queue of leases, in program order and on into the next program, so a ring that is full never
+ * holds up another one. A slot of a lease that changed nothing is free when the compute stream is done with it; one
+ * that is written back is free when its last D2H copy is over, whatever the disk still has to do.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+
+/* ---- lists of slots ------------------------------------------------------------------------------------ */
+
+void pager_list_init(pager_list *list) {
+  *list = (pager_list){.head = PAGER_NONE, .tail = PAGER_NONE};
+}
+
+/* Puts `slot` after `previous`, or first. */
+static void list_insert(flap_pager *pager, pager_list *list, uint32_t previous, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  s->previous = previous;
+  s->next = previous == PAGER_NONE ? list->head : pager->slots[previous].next;
+  if (previous == PAGER_NONE)
+    list->head = slot;
+  else
+    pager->slots[previous].next = slot;
+  if (s->next == PAGER_NONE)
+    list->tail = slot;
+  else
+    pager->slots[s->next].previous = slot;
+  list->count++;
+}
+
+void pager_list_append(flap_pager *pager, pager_list *list, uint32_t slot) {
+  list_insert(pager, list, list->tail, slot);
+}
+
+void pager_list_insert_by_order(flap_pager *pager, pager_list *list, uint32_t slot) {
+  uint32_t previous = list->tail;
+  while (previous != PAGER_NONE && pager->slots[previous].order > pager->slots[slot].order)
+    previous = pager->slots[previous].previous;
+  list_insert(pager, list, previous, slot);
+}
+
+void pager_list_remove(flap_pager *pager, pager_list *list, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  flap_assert(list->count > 0);
+  if (s->previous == PAGER_NONE)
+    list->head = s->next;
+  else
+    pager->slots[s->previous].next = s->next;
+  if (s->next == PAGER_NONE)
+    list->tail = s->previous;
+  else
+    pager->slots[s->next].previous = s->previous;
+  list->count--;
+}
+
+/* ---- slots -------------------------------------------------------------------------------------------- */
+
+static const flap_lease *lease_of(const flap_pager *pager, uint32_t index, uint64_t *order_out) {
+  const pager_program *program = &pager->programs[index / pager->leases_max];
+  *order_out = program->first_order + index % pager->leases_max;
+  return &program->leases[index % pager->leases_max];
+}
+
+static void assign(flap_pager *pager, pager_ring *ring) {
+  uint32_t index = ring->queue_head, slot = ring->free.head;
+  pager_lease *lease = &pager->leases[index];
+  ring->queue_head = lease->next_in_ring;
+  if (ring->queue_head == PAGER_NONE)
+    ring->queue_tail = PAGER_NONE;
+  pager_list_remove(pager, &ring->free, slot);
+
+  pager_slot *s = &pager->slots[slot];
+  flap_assert(s->state == SLOT_FREE && s->copies_left == 0 && s->ready == PAGER_NONE);
+  const flap_lease *what = lease_of(pager, index, &s->order);
+  const pager_region *region = &pager->regions[what->region];
+  lease->slot = slot;
+  s->region = what->region;
+  s->mode = (uint8_t)what->mode;
+  s->change = lease->change;
+  s->ram_next = 0;
+  s->disk_next = region->ram_pages;
+  if (pager_loads(what->mode)) {
+    s->pages_left = region->page_count;
+    s->state = SLOT_LOADING;
+    pager_list_insert_by_order(pager, &pager->loading, slot);
+  } else {
+    s->pages_left = 0;
+    s->state = SLOT_LOADED;
+  }
+}
+
+bool pager_rings_assign(flap_pager *pager) {
+  bool progress = false;
+  for (uint32_t i = 0; i < pager->ring_count; i++) {
+    pager_ring *ring = &pager->rings[i];
+    while (ring->queue_head != PAGER_NONE && ring->free.count > 0) {
+      assign(pager, ring);
+      progress = true;
+    }
+  }
+  return progress;
+}
+
+/* The compute stream is first in, first out: what was unpinned first is over first. */
+bool pager_rings_release(flap_pager *pager) {
+  bool progress = false;
+  while (pager->released.count > 0) {
+    uint32_t slot = pager->released.head;
+    pager_slot *s = &pager->slots[slot];
+    /* The last use came after the load, but the lane may not have been looked at since. */
+    if (s->copies_left > 0 || !flap_device_event_done(pager->device, pager_use_event(slot)))
+      break;
+    pager_list_remove(pager, &pager->released, slot);
+    progress = true;
+    if (pager_stores(s->mode)) {
+      s->state = SLOT_STORING;
+      s->ram_next = 0;
+      s->disk_next = pager->regions[s->region].ram_pages;
+      pager_list_append(pager, &pager->storing, slot);
+    } else {
+      s->state = SLOT_FREE;
+      pager_list_append(pager, &pager->rings[s->ring].free, slot);
+    }
+  }
+  return progress;
+}
+
+void pager_rings_stored(flap_pager *pager, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  const pager_region *region = &pager->regions[s->region];
+  if (s->copies_left > 0 || s->ram_next < region->ram_pages || s->disk_next < region->page_count)
+    return;
+  pager_list_remove(pager, &pager->storing, slot);
+  s->state = SLOT_FREE;
+  pager_list_append(pager, &pager->rings[s->ring].free, slot);
+}

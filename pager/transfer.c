@@ -1,0 +1,168 @@
+/* Who advances the pager, and who waits for it.
+ *
+ * In real time one transfer thread sleeps until somebody rings the bell (the device, the disks, the engine), and then
+ * pumps until nothing can advance. With a virtual clock there is no thread: a ring puts a pump among the clock's events
+ * at the present time, so that pumps never nest in a device's or a disk's own event, and whoever waits advances the
+ * clock.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <signal.h>
+
+uint64_t pager_now_ns(const flap_pager *pager) {
+  return pager->clock ? flap_clock_now_ns(pager->clock) : flap_units_now_ns();
+}
+
+/* ---- the pump ----------------------------------------------------------------------------------------- */
+
+static void flush(flap_pager *pager) {
+  if (pager->submitted)
+    flap_block_flush(pager->block);
+  pager->submitted = false;
+}
+
+/* What frees something comes before what needs it, so most rounds need no second one. After a failure only what is
+ * under way is collected. */
+void pager_pump(flap_pager *pager) {
+  bool progress;
+  do {
+    progress = pager_lane_retire(pager, &pager->h2d);
+    progress |= pager_lane_retire(pager, &pager->d2h);
+    progress |= pager_disk_poll(pager);
+    if (pager->error == FLAP_OK) {
+      progress |= pager_rings_release(pager);
+      progress |= pager_stores_issue(pager);
+      progress |= pager_rings_assign(pager);
+      progress |= pager_loads_issue(pager);
+      flush(pager);
+      pager_wait_look(pager);
+      progress |= pager_staging_check(pager);
+    }
+  } while (progress);
+  flush(pager);
+  pager_assert_state(pager);
+  pager_wait_look(pager);
+}
+
+static void *transfer_thread(void *context) {
+  flap_pager *pager = context;
+  for (;;) {
+    pthread_mutex_lock(&pager->bell_lock);
+    while (!pager->rung && !pager->stop)
+      pthread_cond_wait(&pager->bell, &pager->bell_lock);
+    pager->rung = false;
+    bool stop = pager->stop;
+    pthread_mutex_unlock(&pager->bell_lock);
+    if (stop)
+      return NULL;
+    pthread_mutex_lock(&pager->lock);
+    pager_pump(pager);
+    pthread_mutex_unlock(&pager->lock);
+  }
+}
+
+static void pump_event(void *context) {
+  flap_pager *pager = context;
+  pager->pump_scheduled = false;
+  pthread_mutex_lock(&pager->lock);
+  pager_pump(pager);
+  pthread_mutex_unlock(&pager->lock);
+}
+
+void pager_ring_bell(void *context) {
+  flap_pager *pager = context;
+  if (pager->clock) {
+    if (pager->pump_scheduled || pager->closing)
+      return;
+    pager->pump_scheduled = true;
+    flap_clock_schedule(pager->clock, flap_clock_now_ns(pager->clock), pump_event, pager);
+    return;
+  }
+  pthread_mutex_lock(&pager->bell_lock);
+  if (!pager->rung)
+    pthread_cond_signal(&pager->bell);
+  pager->rung = true;
+  pthread_mutex_unlock(&pager->bell_lock);
+}
+
+/* Signals are for the threads of the program. */
+flap_status pager_thread_start(flap_pager *pager) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  int error = pthread_create(&pager->thread, NULL, transfer_thread, pager);
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  if (error)
+    return flap_error_set_os(error, "pager: cannot start the transfer thread");
+  pager->thread_started = true;
+  return FLAP_OK;
+}
+
+void pager_thread_stop(flap_pager *pager) {
+  if (!pager->thread_started)
+    return;
+  pthread_mutex_lock(&pager->bell_lock);
+  pager->stop = true;
+  pthread_cond_signal(&pager->bell);
+  pthread_mutex_unlock(&pager->bell_lock);
+  pthread_join(pager->thread, NULL);
+  pager->thread_started = false;
+}
+
+/* ---- waiting ------------------------------------------------------------------------------------------ */
+
+bool pager_is_idle(flap_pager *pager, uint32_t unused) {
+  (void)unused;
+  return pager->loading.count == 0 && pager->released.count == 0 && pager->storing.count == 0 &&
+         pager->h2d.issued == pager->h2d.retired && pager->d2h.issued == pager->d2h.retired &&
+         pager->read_free == pager->read_buffers && pager->write_free == pager->write_buffers;
+}
+
+void pager_wait_look(flap_pager *pager) {
+  pager_wait *wait = &pager->wait;
+  if (!wait->ready)
+    return;
+  bool over = pager->error != FLAP_OK || wait->ready(pager, wait->argument);
+  if (wait->is_pin) {
+    uint64_t now = pager_now_ns(pager);
+    if (wait->lane < FLAP_LANE_COUNT)
+      pager->stats.stall_ns[wait->lane] += now - wait->since_ns;
+    wait->since_ns = now;
+    wait->lane = over ? FLAP_LANE_COUNT : pager_waits_for(pager, wait->argument);
+  }
+  if (!over)
+    return;
+  wait->ready = NULL;
+  pthread_cond_signal(&pager->engine_wake);
+}
+
+static void wait_on_clock(flap_pager *pager) {
+  for (;;) {
+    pager_pump(pager);
+    if (!pager->wait.ready)
+      return;
+    /* Events pump too, under the lock. */
+    pthread_mutex_unlock(&pager->lock);
+    bool advanced = flap_clock_advance(pager->clock);
+    pthread_mutex_lock(&pager->lock);
+    if (!advanced)
+      pager_mistake(pager, "deadlock: somebody waits, and no event is left that could end it");
+  }
+}
+
+void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument, bool is_pin) {
+  pager->wait = (pager_wait){
+      .ready = ready, .argument = argument, .is_pin = is_pin, .lane = FLAP_LANE_COUNT, .since_ns = pager_now_ns(pager)};
+  pager_wait_look(pager);
+  if (!pager->wait.ready)
+    return;
+  if (pager->clock) {
+    wait_on_clock(pager);
+    return;
+  }
+  while (pager->wait.ready)
+    pthread_cond_wait(&pager->engine_wake, &pager->lock);
+}

@@ -1,0 +1,468 @@
+#include "tests/pager/pager_cases.h"
+
+#include "base/philox.h"
+#include "base/units.h"
+#include "pager/pager_internal.h"
+
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- making a case -------------------------------------------------------------------------------------- */
+
+typedef struct draw {
+  flap_philox stream;
+  uint64_t next;
+} draw;
+
+static uint32_t below(draw *d, uint32_t bound) {
+  return (uint32_t)flap_philox_below(&d->stream, d->next++, bound);
+}
+static bool chance(draw *d, uint32_t percent) {
+  return below(d, 100) < percent;
+}
+
+uint64_t case_first_seed(void) {
+  const char *text = getenv("FLAP_TEST_SEED");
+  uint64_t seed = text ? strtoull(text, NULL, 10) : 20240607;
+  printf("FLAP_TEST_SEED=%llu\n", (unsigned long long)seed);
+  return seed;
+}
+
+static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale) {
+  flap_pager_config *config = &c->config;
+  config->page_bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 50) ? 16 : 4));
+  config->transfer_bytes = config->page_bytes * (1 + below(d, 4));
+  config->ring_count = 1 + below(d, CASE_RINGS_MAX);
+  config->region_count = 2 + below(d, CASE_REGIONS_MAX - 1);
+  static const char *const names[CASE_RINGS_MAX] = {"weights", "states", "activations"};
+  for (uint32_t i = 0; i < config->ring_count; i++)
+    c->rings[i] = (flap_pager_ring){.name = names[i], .slot_bytes = FLAP_BLOCK_ALIGN};
+  for (uint32_t i = 0; i < config->region_count; i++) {
+    flap_pager_region *region = &c->regions[i];
+    region->bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 20) ? 64 * scale : 8 * scale));
+    region->ring = chance(d, 15) ? FLAP_PAGER_RESIDENT : below(d, config->ring_count);
+    uint32_t pages = (uint32_t)((region->bytes + config->page_bytes - 1) / config->page_bytes);
+    region->ram_pages = homes == HOMES_RAM ? pages : homes == HOMES_DISK ? 0 : below(d, pages + 1);
+    c->filled[i] = chance(d, 80);
+    if (region->ring == FLAP_PAGER_RESIDENT)
+      region->ram_pages = 0;
+    else if (c->rings[region->ring].slot_bytes < region->bytes)
+      c->rings[region->ring].slot_bytes = region->bytes;
+  }
+  config->regions = c->regions;
+  config->rings = c->rings;
+}
+
+typedef struct maker {
+  draw *d;
+  test_case *c;
+  bool holds[CASE_REGIONS_MAX], pinned[CASE_REGIONS_MAX];
+  uint32_t live[CASE_RINGS_MAX];
+  uint32_t live_leases[CASE_LEASES_MAX], live_count;
+} maker;
+
+static void push(test_case *c, action_kind kind, uint32_t index) {
+  ck_assert_uint_lt(c->action_count, CASE_ACTIONS_MAX);
+  c->actions[c->action_count++] = (action){.kind = kind, .index = index};
+}
+
+static bool make_pin(maker *m, uint32_t program) {
+  test_case *c = m->c;
+  uint32_t region = below(m->d, c->config.region_count);
+  if (m->pinned[region] || m->live_count == 8)
+    return false;
+  flap_lease_mode mode = (flap_lease_mode)below(m->d, 5);
+  if (chance(m->d, 50))
+    mode = chance(m->d, 50) ? FLAP_LEASE_READ : FLAP_LEASE_UPDATE;
+  if (!m->holds[region] && mode != FLAP_LEASE_SCRATCH)
+    mode = FLAP_LEASE_CREATE;
+  uint32_t index = c->lease_counts[program]++;
+  c->leases[program][index] = (flap_lease){.region = region, .mode = mode};
+  m->pinned[region] = true;
+  m->live_leases[m->live_count++] = index;
+  uint32_t ring = c->regions[region].ring;
+  if (ring != FLAP_PAGER_RESIDENT && ++m->live[ring] > c->rings[ring].slots)
+    c->rings[ring].slots = m->live[ring];
+  push(c, ACTION_PIN, index);
+  return true;
+}
+
+static void make_unpin(maker *m, uint32_t program) {
+  test_case *c = m->c;
+  uint32_t which = below(m->d, m->live_count), index = m->live_leases[which];
+  m->live_leases[which] = m->live_leases[--m->live_count];
+  flap_lease lease = c->leases[program][index];
+  m->pinned[lease.region] = false;
+  if (lease.mode == FLAP_LEASE_CREATE)
+    m->holds[lease.region] = true;
+  else if (lease.mode == FLAP_LEASE_CONSUME || lease.mode == FLAP_LEASE_SCRATCH)
+    m->holds[lease.region] = false;
+  if (c->regions[lease.region].ring != FLAP_PAGER_RESIDENT)
+    m->live[c->regions[lease.region].ring]--;
+  push(c, ACTION_UNPIN, index);
+}
+
+static void make_program(maker *m, uint32_t program, bool last) {
+  test_case *c = m->c;
+  uint32_t leases = below(m->d, CASE_LEASES_MAX + 1);
+  bool next_begun = last;
+  while (c->lease_counts[program] < leases || m->live_count > 0) {
+    if (!next_begun && chance(m->d, 4)) { /* handed over ahead of time */
+      push(c, ACTION_BEGIN, program + 1);
+      next_begun = true;
+    }
+    if (c->lease_counts[program] < leases && chance(m->d, 45))
+      (void)make_pin(m, program);
+    else if (m->live_count > 0 && (chance(m->d, 60) || c->lease_counts[program] == leases))
+      make_unpin(m, program);
+    else if (chance(m->d, 20))
+      push(c, ACTION_COMPUTE, 0);
+  }
+  push(c, ACTION_END, program);
+  if (!next_begun) {
+    if (chance(m->d, 50)) {
+      push(c, ACTION_SETTLE, 0);
+      uint32_t region = below(m->d, c->config.region_count);
+      push(c, ACTION_REFILL, region);
+      m->holds[region] = true;
+    }
+    push(c, ACTION_BEGIN, program + 1);
+  }
+}
+
+void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale) {
+  memset(c, 0, sizeof *c);
+  c->seed = seed;
+  draw d = {.stream = flap_philox_stream(seed, "pager case")};
+  make_regions(c, &d, homes, scale);
+  maker m = {.d = &d, .c = c};
+  memcpy(m.holds, c->filled, sizeof m.holds);
+  c->program_count = 1 + below(&d, CASE_PROGRAMS_MAX);
+  push(c, ACTION_BEGIN, 0);
+  for (uint32_t i = 0; i < c->program_count; i++)
+    make_program(&m, i, i + 1 == c->program_count);
+  for (uint32_t i = 0; i < c->config.ring_count; i++)
+    c->rings[i].slots += c->rings[i].slots == 0 ? 1 : tight ? 0 : below(&d, 3);
+  c->config.read_buffers = tight ? 1 : 1 + below(&d, 4);
+  c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
+  c->config.leases_max = CASE_LEASES_MAX;
+}
+
+void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]) {
+  memset(bytes_out, 0, sizeof(uint64_t) * FLAP_LANE_COUNT);
+  for (uint32_t i = 0; i < c->program_count; i++) {
+    uint64_t bytes[FLAP_LANE_COUNT];
+    flap_pager_predict(&c->config, c->leases[i], c->lease_counts[i], bytes);
+    for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+      bytes_out[lane] += bytes[lane];
+  }
+}
+
+void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
+  flap_pager_sizes sizes;
+  flap_pager_measure(&c->config, &sizes);
+  flap_block_config *disk = &c->config.disk;
+  disk->backend = backend;
+  disk->stripe_bytes = 65536;
+  disk->disk_count = 1;
+  disk->disks[0] = (flap_block_disk){.path = path, .bytes = flap_units_round_up(sizes.disk_bytes + 1, 65536)};
+}
+
+/* ---- bytes ---------------------------------------------------------------------------------------------- */
+
+static uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 31)) * 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 29)) * 0xbf58476d1ce4e5b9ull;
+  return x ^ (x >> 32);
+}
+
+static void write_words(void *memory, uint64_t bytes, uint64_t key) {
+  uint64_t *words = memory;
+  for (uint64_t i = 0; i < bytes / 8; i++)
+    words[i] = mix(key + i);
+}
+
+static void stir_words(void *memory, uint64_t bytes, uint64_t key) {
+  uint64_t *words = memory;
+  for (uint64_t i = 0; i < bytes / 8; i++)
+    words[i] = words[i] * 6364136223846793005ull + key + i;
+}
+
+/* ---- running on the cpu device --------------------------------------------------------------------------- */
+
+typedef struct runner {
+  const test_case *c;
+  flap_pager *pager;
+  unsigned char *plain[CASE_REGIONS_MAX]; /* what every region should hold */
+  bool holds[CASE_REGIONS_MAX];
+  uint32_t program; /* the oldest */
+  void *pinned[CASE_LEASES_MAX];
+  uint64_t time; /* counts uses, so that every change is another one */
+} runner;
+
+typedef struct visit {
+  runner *r;
+  uint32_t region;
+  uint64_t next; /* pieces come in order */
+} visit;
+
+static flap_status fill_piece(void *context, uint64_t offset, uint64_t bytes, void *memory) {
+  visit *v = context;
+  ck_assert_uint_eq(offset, v->next);
+  ck_assert(bytes > 0 && bytes <= v->r->c->config.transfer_bytes);
+  v->next += bytes;
+  memcpy(memory, v->r->plain[v->region] + offset, bytes);
+  return FLAP_OK;
+}
+
+static flap_status drain_piece(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
+  visit *v = context;
+  ck_assert_uint_eq(offset, v->next);
+  v->next += bytes;
+  ck_assert_msg(memcmp(memory, v->r->plain[v->region] + offset, bytes) == 0,
+                "seed %llu: region %u differs when drained, in the %llu bytes at %llu",
+                (unsigned long long)v->r->c->seed, v->region, (unsigned long long)bytes, (unsigned long long)offset);
+  return FLAP_OK;
+}
+
+static flap_status fill_region(runner *r, uint32_t region) {
+  write_words(r->plain[region], r->c->regions[region].bytes, mix(r->c->seed ^ (region + 1000 * r->time++)));
+  visit v = {.r = r, .region = region};
+  r->holds[region] = false;
+  FLAP_TRY(flap_pager_fill(r->pager, region, fill_piece, &v));
+  ck_assert_uint_eq(v.next, r->c->regions[region].bytes);
+  r->holds[region] = true;
+  return FLAP_OK;
+}
+
+static void check_bytes(const runner *r, uint32_t index, const char *when) {
+  flap_lease lease = r->c->leases[r->program][index];
+  uint64_t bytes = r->c->regions[lease.region].bytes;
+  const unsigned char *here = r->pinned[index], *plain = r->plain[lease.region];
+  if (memcmp(here, plain, bytes) == 0)
+    return;
+  uint64_t at = 0;
+  while (here[at] == plain[at])
+    at++;
+  ck_abort_msg("seed %llu: program %u, lease %u (region %u, mode %d) differs from byte %llu of %llu on, %s",
+               (unsigned long long)r->c->seed, r->program, index, lease.region, (int)lease.mode, (unsigned long long)at,
+               (unsigned long long)bytes, when);
+}
+
+static flap_status pin(runner *r, uint32_t index) {
+  flap_lease lease = r->c->leases[r->program][index];
+  uint64_t bytes = r->c->regions[lease.region].bytes;
+  FLAP_TRY(flap_pager_pin(r->pager, index, &r->pinned[index]));
+  ck_assert((uintptr_t)r->pinned[index] % FLAP_BLOCK_ALIGN == 0);
+  if (pager_loads(lease.mode)) {
+    check_bytes(r, index, "at its pin");
+    return FLAP_OK;
+  }
+  uint64_t key = mix(r->c->seed + r->time++);
+  write_words(r->pinned[index], bytes, key);
+  write_words(r->plain[lease.region], bytes, key);
+  return FLAP_OK;
+}
+
+/* Every pinned region's bytes go into what the changing ones become. */
+static uint64_t digest(const runner *r, bool plain) {
+  uint64_t sum = 0;
+  for (uint32_t i = 0; i < r->c->lease_counts[r->program]; i++) {
+    if (!r->pinned[i])
+      continue;
+    uint32_t region = r->c->leases[r->program][i].region;
+    const uint64_t *words = plain ? (const void *)r->plain[region] : r->pinned[i];
+    for (uint64_t j = 0; j < r->c->regions[region].bytes / 8; j += 61)
+      sum = mix(sum + words[j]);
+  }
+  return sum;
+}
+
+static void compute(runner *r) {
+  uint64_t key = digest(r, false) + r->time, plain_key = digest(r, true) + r->time;
+  r->time++;
+  for (uint32_t i = 0; i < r->c->lease_counts[r->program]; i++) {
+    flap_lease lease = r->c->leases[r->program][i];
+    if (!r->pinned[i] || lease.mode == FLAP_LEASE_READ || lease.mode == FLAP_LEASE_CONSUME)
+      continue;
+    stir_words(r->pinned[i], r->c->regions[lease.region].bytes, key);
+    stir_words(r->plain[lease.region], r->c->regions[lease.region].bytes, plain_key);
+  }
+}
+
+static void unpin(runner *r, uint32_t index) {
+  flap_lease lease = r->c->leases[r->program][index];
+  check_bytes(r, index, "at its unpin");
+  if (lease.mode == FLAP_LEASE_UPDATE) {
+    uint64_t key = mix(r->time++);
+    stir_words(r->pinned[index], r->c->regions[lease.region].bytes, key);
+    stir_words(r->plain[lease.region], r->c->regions[lease.region].bytes, key);
+  }
+  flap_pager_unpin(r->pager, index);
+  r->pinned[index] = NULL;
+  if (lease.mode != FLAP_LEASE_READ)
+    r->holds[lease.region] = pager_stores(lease.mode);
+}
+
+static flap_status act(runner *r, action a) {
+  switch (a.kind) {
+  case ACTION_BEGIN:
+    return flap_pager_begin(r->pager, r->c->leases[a.index], r->c->lease_counts[a.index]);
+  case ACTION_PIN:
+    return pin(r, a.index);
+  case ACTION_COMPUTE:
+    compute(r);
+    return FLAP_OK;
+  case ACTION_UNPIN:
+    unpin(r, a.index);
+    return FLAP_OK;
+  case ACTION_END:
+    FLAP_TRY(flap_pager_end(r->pager));
+    r->program++;
+    return FLAP_OK;
+  case ACTION_SETTLE:
+    return flap_pager_settle(r->pager);
+  case ACTION_REFILL:
+    return fill_region(r, a.index);
+  }
+  return FLAP_OK;
+}
+
+static void check_bytes_moved(const test_case *c, flap_pager *pager) {
+  flap_pager_stats stats;
+  uint64_t predicted[FLAP_LANE_COUNT];
+  flap_pager_get_stats(pager, &stats);
+  case_predict(c, predicted);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    ck_assert_msg(stats.bytes[lane] == predicted[lane], "seed %llu: %s moved %llu bytes, predicted %llu",
+                  (unsigned long long)c->seed, flap_pager_lane_name((flap_lane)lane),
+                  (unsigned long long)stats.bytes[lane], (unsigned long long)predicted[lane]);
+}
+
+static flap_status run_all(runner *r) {
+  const test_case *c = r->c;
+  for (uint32_t i = 0; i < c->config.region_count; i++)
+    if (c->filled[i])
+      FLAP_TRY(fill_region(r, i));
+  for (uint32_t i = 0; i < c->action_count; i++)
+    FLAP_TRY(act(r, c->actions[i]));
+  FLAP_TRY(flap_pager_settle(r->pager));
+  check_bytes_moved(c, r->pager);
+  for (uint32_t i = 0; i < c->config.region_count; i++) {
+    visit v = {.r = r, .region = i};
+    if (!r->holds[i])
+      continue;
+    FLAP_TRY(flap_pager_drain(r->pager, i, drain_piece, &v));
+    ck_assert_uint_eq(v.next, c->regions[i].bytes);
+  }
+  check_bytes_moved(c, r->pager); /* fill and drain do not count */
+  return FLAP_OK;
+}
+
+/* The sticky status is what every call but close and stats gives from then on. */
+static void check_sticky(runner *r, flap_status status) {
+  char message[1024];
+  snprintf(message, sizeof message, "%s", flap_error_message());
+  void *memory = NULL;
+  visit v = {.r = r};
+  flap_pager_stats stats;
+  ck_assert_int_eq(flap_pager_begin(r->pager, r->c->leases[0], 0), status);
+  ck_assert_int_eq(flap_pager_pin(r->pager, 0, &memory), status);
+  ck_assert_int_eq(flap_pager_end(r->pager), status);
+  ck_assert_int_eq(flap_pager_settle(r->pager), status);
+  ck_assert_int_eq(flap_pager_fill(r->pager, 0, fill_piece, &v), status);
+  ck_assert_int_eq(flap_pager_drain(r->pager, 0, drain_piece, &v), status);
+  ck_assert_str_eq(flap_error_message(), message);
+  flap_pager_get_stats(r->pager, &stats);
+}
+
+flap_status case_run(const test_case *c) {
+  runner r = {.c = c};
+  flap_pager_config config = c->config;
+  flap_pager_sizes sizes;
+  flap_pager_measure(&config, &sizes);
+  config.device.kind = FLAP_DEVICE_CPU;
+  config.device.vram_bytes = sizes.vram_bytes + FLAP_BLOCK_ALIGN;
+  flap_arena arena;
+  ck_assert_int_eq(flap_arena_open(&arena, "ram", sizes.ram_bytes), FLAP_OK);
+  flap_status status = flap_pager_open(&config, &arena, &r.pager);
+  ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
+  ck_assert_uint_eq(arena.bytes_used, sizes.ram_bytes);
+  flap_arena_seal(&arena);
+  uint64_t rest = 0;
+  ck_assert_ptr_nonnull(flap_pager_vram_rest(r.pager, &rest));
+  ck_assert_uint_eq(rest, FLAP_BLOCK_ALIGN);
+  for (uint32_t i = 0; i < c->config.region_count; i++)
+    r.plain[i] = calloc(1, c->regions[i].bytes);
+  status = run_all(&r);
+  if (status != FLAP_OK)
+    check_sticky(&r, status);
+  flap_pager_close(r.pager);
+  for (uint32_t i = 0; i < c->config.region_count; i++)
+    free(r.plain[i]);
+  flap_arena_close(&arena);
+  return status;
+}
+
+/* ---- running on the sim device ---------------------------------------------------------------------------- */
+
+static void sim_act(const test_case *c, flap_pager *pager, action a) {
+  void *memory = NULL;
+  switch (a.kind) {
+  case ACTION_BEGIN:
+    ck_assert_int_eq(flap_pager_begin(pager, c->leases[a.index], c->lease_counts[a.index]), FLAP_OK);
+    break;
+  case ACTION_PIN:
+    ck_assert_int_eq(flap_pager_pin(pager, a.index, &memory), FLAP_OK);
+    break;
+  case ACTION_COMPUTE:
+    flap_device_sim_kernel(flap_pager_device(pager), 1e6, 1e6, true);
+    break;
+  case ACTION_UNPIN:
+    flap_pager_unpin(pager, a.index);
+    break;
+  case ACTION_END:
+    ck_assert_int_eq(flap_pager_end(pager), FLAP_OK);
+    break;
+  case ACTION_SETTLE:
+    ck_assert_int_eq(flap_pager_settle(pager), FLAP_OK);
+    break;
+  case ACTION_REFILL:
+    ck_assert_int_eq(flap_pager_fill(pager, a.index, NULL, NULL), FLAP_OK);
+    break;
+  }
+}
+
+uint64_t case_run_sim(const test_case *c, bool synchronous) {
+  flap_pager_config config = c->config;
+  flap_pager_sizes sizes;
+  flap_pager_measure(&config, &sizes);
+  flap_clock *clock = NULL;
+  flap_pager *pager = NULL;
+  ck_assert_int_eq(flap_clock_open(&clock), FLAP_OK);
+  config.clock = clock;
+  config.device.kind = FLAP_DEVICE_SIM;
+  config.device.vram_bytes = sizes.vram_bytes;
+  flap_device_default_machine(FLAP_DEVICE_CUDA, &config.device.machine);
+  config.device.machine.synchronous = synchronous;
+  memset(&config.disk, 0, sizeof config.disk);
+  flap_arena arena;
+  flap_arena_measure(&arena, "ram");
+  flap_status status = flap_pager_open(&config, &arena, &pager);
+  ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
+  ck_assert_uint_eq(arena.bytes_used, sizes.ram_bytes);
+  for (uint32_t i = 0; i < config.region_count; i++)
+    if (c->filled[i])
+      ck_assert_int_eq(flap_pager_fill(pager, i, NULL, NULL), FLAP_OK);
+  for (uint32_t i = 0; i < c->action_count; i++)
+    sim_act(c, pager, c->actions[i]);
+  ck_assert_int_eq(flap_pager_settle(pager), FLAP_OK);
+  check_bytes_moved(c, pager);
+  uint64_t ns = flap_clock_now_ns(clock);
+  flap_pager_close(pager);
+  ck_assert(!flap_clock_advance(clock)); /* nothing of the pager's is left on the clock */
+  flap_clock_close(clock);
+  return ns;
+}

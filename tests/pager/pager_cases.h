@@ -1,0 +1,71 @@
+/* Random configurations and programs for the pager's tests, and a runner that checks every byte of them.
+ *
+ * A case is a pure function of its seed: regions with homes everywhere, rings with as many slots as ever live at a time
+ * (and sometimes more), programs of leases, and a script of begin, pin, compute, unpin, end and settle. The runner
+ * keeps a plain copy of every region in memory, applies the same changes to it, and compares at every pin, every unpin
+ * and at the end.
+ */
+#ifndef FLAP_TESTS_PAGER_PAGER_CASES_H
+#define FLAP_TESTS_PAGER_PAGER_CASES_H
+
+#include "pager/pager.h"
+
+#include <stdbool.h>
+
+#define CASE_REGIONS_MAX 24u
+#define CASE_RINGS_MAX 3u
+#define CASE_PROGRAMS_MAX 4u
+#define CASE_LEASES_MAX 48u
+#define CASE_ACTIONS_MAX 1024u
+
+typedef enum case_homes { HOMES_RAM, HOMES_DISK, HOMES_MIXED } case_homes;
+
+typedef enum action_kind {
+  ACTION_BEGIN,   /* program `index` */
+  ACTION_PIN,     /* lease `index` of the oldest program */
+  ACTION_COMPUTE, /* every pinned region takes part */
+  ACTION_UNPIN,
+  ACTION_END,
+  ACTION_SETTLE,
+  ACTION_REFILL /* region `index`, at rest */
+} action_kind;
+
+typedef struct action {
+  action_kind kind;
+  uint32_t index;
+} action;
+
+typedef struct test_case {
+  uint64_t seed;
+  flap_pager_config config;
+  flap_pager_region regions[CASE_REGIONS_MAX];
+  flap_pager_ring rings[CASE_RINGS_MAX];
+  bool filled[CASE_REGIONS_MAX];
+  uint32_t program_count;
+  uint32_t lease_counts[CASE_PROGRAMS_MAX];
+  flap_lease leases[CASE_PROGRAMS_MAX][CASE_LEASES_MAX];
+  action actions[CASE_ACTIONS_MAX];
+  uint32_t action_count;
+} test_case;
+
+/* `tight`: as few slots and buffers as can work. `scale` bounds the sizes: 1 is small, 4 is what the property tests
+ * use. */
+void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale);
+
+/* The sum of flap_pager_predict over all programs. */
+void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]);
+
+/* Runs a case on the cpu device with the disk of config.disk. Wrong bytes, wrong counts and wrong sizes fail the test;
+ * a failure of the pager is returned, after a close that must come back. */
+flap_status case_run(const test_case *c);
+
+/* Runs a case on the sim device; a deadlock asserts. Returns the virtual time that it took. */
+uint64_t case_run_sim(const test_case *c, bool synchronous);
+
+/* A space of `bytes` on one disk at `path`. */
+void case_set_disk(test_case *c, flap_block_backend backend, const char *path);
+
+/* FLAP_TEST_SEED, or a fixed one; printed, so that a failure can be run again. */
+uint64_t case_first_seed(void);
+
+#endif

@@ -1,0 +1,82 @@
+/* Random programs, wherever the regions live: the bytes are those of a plain run in memory, and the counts those of the
+ * prediction. */
+#include "tests/pager/pager_cases.h"
+
+#include "pager/pager_internal.h"
+
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static char folder[] = "/tmp/flap-pager-XXXXXX";
+
+static void run_cases(uint32_t first, uint32_t count, case_homes homes, bool tight, flap_block_backend backend) {
+  static test_case c;
+  uint64_t seed = case_first_seed();
+  for (uint32_t i = first; i < first + count; i++) {
+    case_make(&c, seed + i, homes, tight, 2);
+    case_set_disk(&c, backend, folder);
+    c.config.disk.sim = (flap_block_sim){.latency_ns = 200000, .seed = seed + i, .split_probability = 0.1};
+    flap_status status = case_run(&c);
+    ck_assert_msg(status == FLAP_OK, "seed %llu: %s", (unsigned long long)c.seed, flap_error_message());
+  }
+}
+
+START_TEST(programs_all_in_ram_equal_plain_run) {
+  run_cases(0, 120, HOMES_RAM, false, FLAP_BLOCK_SIM);
+}
+END_TEST
+
+START_TEST(programs_all_in_ram_fewest_slots_equal_plain_run) {
+  run_cases(1000, 120, HOMES_RAM, true, FLAP_BLOCK_SIM);
+}
+END_TEST
+
+START_TEST(programs_mixed_homes_simulated_disk_equal_plain_run) {
+  run_cases(2000, 80, HOMES_MIXED, false, FLAP_BLOCK_SIM);
+}
+END_TEST
+
+START_TEST(programs_mixed_homes_one_buffer_each_equal_plain_run) {
+  run_cases(3000, 40, HOMES_MIXED, true, FLAP_BLOCK_SIM);
+}
+END_TEST
+
+START_TEST(programs_all_on_disk_equal_plain_run) {
+  run_cases(4000, 40, HOMES_DISK, false, FLAP_BLOCK_SIM);
+}
+END_TEST
+
+START_TEST(programs_on_files_by_threads_equal_plain_run) {
+  run_cases(5000, 40, HOMES_MIXED, false, FLAP_BLOCK_THREADS);
+}
+END_TEST
+
+START_TEST(programs_on_files_by_default_backend_equal_plain_run) {
+  run_cases(6000, 40, HOMES_MIXED, false, FLAP_BLOCK_AUTO);
+}
+END_TEST
+
+int main(void) {
+  pager_full_checks = true;
+  if (!mkdtemp(folder))
+    return EXIT_FAILURE;
+  Suite *suite = suite_create("pager");
+  TCase *tcase = tcase_create("programs");
+  tcase_set_timeout(tcase, 300);
+  tcase_add_test(tcase, programs_all_in_ram_equal_plain_run);
+  tcase_add_test(tcase, programs_all_in_ram_fewest_slots_equal_plain_run);
+  tcase_add_test(tcase, programs_mixed_homes_simulated_disk_equal_plain_run);
+  tcase_add_test(tcase, programs_mixed_homes_one_buffer_each_equal_plain_run);
+  tcase_add_test(tcase, programs_all_on_disk_equal_plain_run);
+  tcase_add_test(tcase, programs_on_files_by_threads_equal_plain_run);
+  tcase_add_test(tcase, programs_on_files_by_default_backend_equal_plain_run);
+  suite_add_tcase(suite, tcase);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_ENV);
+  int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  rmdir(folder);
+  return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
