@@ -43,13 +43,14 @@ typedef struct flap_block_disk {
 } flap_block_disk;
 
 /* A simulated disk. With `clock` it has no bytes: requests complete at virtual times and buffers are never
- * touched. Without, it keeps its bytes in memory and completes requests on a thread, out of order. */
+ * touched (they may be NULL); the rates are those of all disks together. Without, it keeps its bytes in memory and
+ * completes requests on a thread, out of order. Paths of disks are only names here, and may be NULL. */
 typedef struct flap_block_sim {
   flap_clock *clock;
   double read_bytes_per_second, write_bytes_per_second; /* with clock: each lane is first come, first served */
   uint64_t latency_ns;                                  /* per request; without clock: maximum of a seeded draw */
   uint64_t seed;
-  /* Faults, without clock. The countdowns fire once, at the n-th request (1 is the first); 0 is never. */
+  /* Faults, without clock. The countdowns fire once, at the n-th read or the n-th write (1 is the first); 0 is never. */
   uint64_t fail_read_at, fail_write_at; /* EIO */
   uint64_t full_write_at;               /* ENOSPC */
   uint64_t corrupt_read_at;             /* one bit flipped, reported as success */
@@ -85,7 +86,8 @@ typedef struct flap_block_request {
   flap_status status;
   int os_error;    /* errno of a failure, 0 if none */
   uint32_t disk;   /* the disk that failed */
-  uint64_t started_ns, ended_ns; /* flap_units_now_ns, or virtual time */
+  uint64_t started_ns, ended_ns; /* when the system (or the simulated lane) took it, and when it was through;
+                                    flap_units_now_ns, or virtual time */
   /* the backend's own */
   struct flap_block_request *next;
   uint32_t pieces_left;
@@ -94,7 +96,8 @@ typedef struct flap_block_request {
 
 typedef struct flap_block flap_block;
 
-/* Host bytes that open takes for its queues (not the registered memory); the same that open will take. */
+/* Host bytes that open takes for its queues; the same that open will take. Not counted: the registered memory, the
+ * stacks of threads, and the bytes of a simulated disk. 0 for a configuration that open would refuse. */
 uint64_t flap_block_measure(const flap_block_config *config);
 
 /* Creates, preallocates and registers. Errors name the disk's path: no such folder, not writable, too full

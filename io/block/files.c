@@ -1,0 +1,154 @@
+/* Extent files: unnamed, reserved, and read and written past the page cache where the file system allows that.
+ *
+ * A person must never find left-overs, so the file has no name: O_TMPFILE where there is such a thing, and otherwise a
+ * name that is removed in the next call. The kernel gives the space back when the last descriptor goes, however the
+ * process ends.
+ */
+#include "io/block/block_internal.h"
+
+#include "base/log.h"
+#include "base/units.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+static flap_status check_folder(const char *path) {
+  struct stat info;
+  if (stat(path, &info) != 0) {
+    int os_error = errno;
+    if (os_error == ENOENT)
+      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder; create it or name another", path);
+    return flap_error_set_os(os_error, "disk %s: cannot look at the folder", path);
+  }
+  if (!S_ISDIR(info.st_mode))
+    return flap_error_set(FLAP_INVALID, "disk %s: not a folder; name the folder in which the space may be taken", path);
+  if (access(path, W_OK | X_OK) != 0)
+    return flap_error_set_os(errno, "disk %s: the folder cannot be written; change its permissions or name another",
+                             path);
+  return FLAP_OK;
+}
+
+flap_status flap_block_space(const char *path, uint64_t *free_bytes_out) {
+  *free_bytes_out = 0;
+  FLAP_TRY(check_folder(path));
+  struct statvfs info;
+  if (statvfs(path, &info) != 0)
+    return flap_error_set_os(errno, "disk %s: cannot ask for its free space", path);
+  if (!flap_units_mul(info.f_bavail, info.f_frsize, free_bytes_out))
+    *free_bytes_out = UINT64_MAX;
+  return FLAP_OK;
+}
+
+/* A descriptor of a file without a name, or -errno. */
+static int create_unnamed(const char *path) {
+  int fd = open(path, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd >= 0)
+    return fd;
+  /* File systems without O_TMPFILE say so in one of these ways. */
+  if (errno != EOPNOTSUPP && errno != EISDIR && errno != ENOENT && errno != EINVAL)
+    return -errno;
+  char name[4096];
+  int length = snprintf(name, sizeof name, "%s/.flap-extent-XXXXXX", path);
+  if (length < 0 || (size_t)length >= sizeof name)
+    return -ENAMETOOLONG;
+  fd = mkostemp(name, O_CLOEXEC);
+  if (fd < 0)
+    return -errno;
+  if (unlink(name) != 0) {
+    int os_error = errno;
+    (void)close(fd);
+    return -os_error;
+  }
+  return fd;
+}
+
+static flap_status refuse_space(const char *path, uint64_t wanted_bytes) {
+  char wanted[FLAP_UNITS_TEXT_MAX], available[FLAP_UNITS_TEXT_MAX];
+  uint64_t free_bytes = 0;
+  FLAP_TRY(flap_block_space(path, &free_bytes));
+  flap_units_format_bytes(wanted_bytes, wanted, sizeof wanted);
+  flap_units_format_bytes(free_bytes, available, sizeof available);
+  return flap_error_set(FLAP_NO_SPACE,
+                        "disk %s: %s wanted, %s free; free some space, lower the size of this disk, or add another",
+                        path, wanted, available);
+}
+
+/* The limits that the system checks one by one, asked first: a refusal then costs no time, and does not fill somebody's
+ * disk to the brim for a moment. Reaching RLIMIT_FSIZE would even end the process, by SIGXFSZ. */
+static flap_status check_limits(const char *path, uint64_t bytes) {
+  struct rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && bytes > limit.rlim_cur) {
+    char wanted[FLAP_UNITS_TEXT_MAX], allowed[FLAP_UNITS_TEXT_MAX];
+    flap_units_format_bytes(bytes, wanted, sizeof wanted);
+    flap_units_format_bytes(limit.rlim_cur, allowed, sizeof allowed);
+    return flap_error_set(FLAP_NO_SPACE,
+                          "disk %s: %s wanted, files may not be larger than %s here; raise the limit (ulimit -f)", path,
+                          wanted, allowed);
+  }
+  uint64_t free_bytes = 0;
+  FLAP_TRY(flap_block_space(path, &free_bytes));
+  return bytes > free_bytes ? refuse_space(path, bytes) : FLAP_OK;
+}
+
+static flap_status reserve(const char *path, int fd, uint64_t bytes) {
+  FLAP_TRY(check_limits(path, bytes));
+  int result;
+  do
+    result = fallocate(fd, 0, 0, (off_t)bytes);
+  while (result != 0 && errno == EINTR);
+  if (result == 0)
+    return FLAP_OK;
+  if (errno == EOPNOTSUPP || errno == ENOSYS) {
+    flap_log(FLAP_LOG_WARNING, "disk %s: this file system cannot reserve space; if others fill it, a run may fail",
+             path);
+    if (ftruncate(fd, (off_t)bytes) == 0)
+      return FLAP_OK;
+  }
+  if (errno == ENOSPC || errno == EDQUOT)
+    return refuse_space(path, bytes);
+  char wanted[FLAP_UNITS_TEXT_MAX];
+  int os_error = errno;
+  flap_units_format_bytes(bytes, wanted, sizeof wanted);
+  return flap_error_set_os(os_error, "disk %s: cannot reserve %s", path, wanted);
+}
+
+/* Some file systems take the flag and then refuse every transfer, so one is tried. */
+static bool set_direct(int fd) {
+  int flags = fcntl(fd, F_GETFL);
+  if (flags < 0 || fcntl(fd, F_SETFL, flags | O_DIRECT) != 0)
+    return false;
+  void *page = aligned_alloc(FLAP_BLOCK_ALIGN, FLAP_BLOCK_ALIGN);
+  bool works = page != NULL && pread(fd, page, FLAP_BLOCK_ALIGN, 0) == (ssize_t)FLAP_BLOCK_ALIGN;
+  free(page);
+  if (!works)
+    (void)fcntl(fd, F_SETFL, flags);
+  return works;
+}
+
+flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_out) {
+  *file_out = (block_file){.fd = -1};
+  FLAP_TRY(check_folder(path));
+  int fd = create_unnamed(path);
+  if (fd < 0)
+    return flap_error_set_os(-fd, "disk %s: cannot create a file in the folder", path);
+  flap_status status = bytes > 0 ? reserve(path, fd, bytes) : FLAP_OK;
+  if (status != FLAP_OK) {
+    (void)close(fd);
+    return status;
+  }
+  *file_out = (block_file){.fd = fd, .direct = bytes > 0 && set_direct(fd)};
+  return FLAP_OK;
+}
+
+void block_file_close(block_file *file) {
+  if (file->fd >= 0)
+    (void)close(file->fd);
+  file->fd = -1;
+}
