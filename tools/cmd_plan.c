@@ -1,0 +1,42 @@
+/* flap plan: what a run would take and how long a step would be, without starting it or reading its data. */
+#include "engine/engine.h"
+#include "tools/arguments.h"
+#include "tools/config_yaml.h"
+#include "tools/print_plan.h"
+
+#include <stdio.h>
+
+#define ARGUMENTS_MAX 256
+
+static flap_status run(const flap_command *command, int argc, char **argv) {
+  static flap_run_config config;
+  static flap_plan plan;
+  bool json = false, help = false;
+  const flap_option options[] = {
+      {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."}};
+  const char *rest[ARGUMENTS_MAX];
+  size_t count = 0;
+  if (argc > ARGUMENTS_MAX)
+    return flap_arguments_error(command, "more than %d arguments", ARGUMENTS_MAX);
+  FLAP_TRY(flap_arguments_parse(command, options, sizeof options / sizeof options[0], argc, argv, rest, &count, &help));
+  if (help)
+    return FLAP_OK;
+  if (count == 0)
+    return flap_arguments_error(command, "which configuration? name a run.yaml");
+  FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
+  flap_status status = flap_engine_plan(&config, &plan);
+  if (status == FLAP_OK && json)
+    status = flap_print_plan_json(stdout, &config, &plan);
+  else if (status == FLAP_OK)
+    flap_print_plan(stdout, &config, &plan);
+  flap_run_config_close(&config);
+  return status;
+}
+
+const flap_command flap_command_plan = {
+    .name = "plan",
+    .usage = "<run.yaml> [key=value ...]",
+    .summary = "Show what a run takes of vram, ram and disk, and how fast it should be; start nothing.",
+    .details = "The dataset need not exist. What does not fit is refused, with the smallest budget that works.",
+    .run = run,
+};

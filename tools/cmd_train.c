@@ -1,0 +1,90 @@
+/* flap train: reads the configuration, trains, and says what came of it. */
+#include "engine/engine.h"
+#include "tools/arguments.h"
+#include "tools/config_keys.h"
+#include "tools/config_yaml.h"
+#include "tools/interrupt.h"
+#include "tools/progress.h"
+#include "tools/text.h"
+
+#include <string.h>
+
+#define ARGUMENTS_MAX 256
+
+/* The command that continues this run: what was typed, with the key that resumes in place of an older one. */
+static void print_resume(FILE *out, const flap_run_config *config, const char *file, const char *const *overrides,
+                         size_t count) {
+  static const char resume_key[] = "resume_from_checkpoint=", overwrite_key[] = "overwrite_output_dir=";
+  char word[FLAP_PATH_MAX];
+  fprintf(out, "continue with: %s train", flap_text_shell(flap_program_name(), word, sizeof word));
+  fprintf(out, " %s", flap_text_shell(file, word, sizeof word));
+  for (size_t i = 0; i < count; i++) {
+    bool replaced = strncmp(overrides[i], resume_key, sizeof resume_key - 1) == 0 ||
+                    strncmp(overrides[i], overwrite_key, sizeof overwrite_key - 1) == 0;
+    if (!replaced)
+      fprintf(out, " %s", flap_text_shell(overrides[i], word, sizeof word));
+  }
+  fprintf(out, "%s %strue\n", config->overwrite_output_dir ? " overwrite_output_dir=false" : "", resume_key);
+}
+
+static void say_interrupted(FILE *out, const flap_run_config *config, const flap_train_result *result, const char *file,
+                            const char *const *overrides, size_t count) {
+  fprintf(out, "\ninterrupted after step %llu\n", (unsigned long long)result->steps);
+  if (!result->checkpoint[0])
+    fputs("there is no checkpoint to continue from\n", out);
+  else if (config->save_only_model)
+    fprintf(out, "%s holds the weights only (save_only_model), so training cannot continue from it\n",
+            result->checkpoint);
+  else
+    print_resume(out, config, file, overrides, count);
+}
+
+static flap_status train(const char *file, const char *const *overrides, size_t count) {
+  static flap_run_config config; /* large, and only one */
+  static flap_progress progress;
+  static flap_train_result result;
+  FLAP_TRY(flap_config_load(file, overrides, count, FLAP_CONFIG_TRAIN, &config));
+  flap_progress_init(&progress, stdout);
+  flap_interrupt_install("\nflap: stopping: this step is finished and saved first; once more stops at once\n");
+  flap_observer observer = flap_progress_observer(&progress);
+  flap_status status = flap_engine_train(&config, &observer, &flap_interrupt_flag, &result);
+  flap_progress_end_line(&progress);
+  if (status == FLAP_OK)
+    flap_progress_summary(&progress, &config, &result);
+  if (status == FLAP_OK && result.interrupted) {
+    say_interrupted(stdout, &config, &result, file, overrides, count);
+    status = FLAP_INTERRUPTED;
+  }
+  flap_run_config_close(&config);
+  return status;
+}
+
+static flap_status run(const flap_command *command, int argc, char **argv) {
+  bool reference = false, help = false;
+  const flap_option options[] = {
+      {"--help-config", 0, FLAP_OPTION_FLAG, &reference, "All keys of run.yaml: kind, default, meaning."}};
+  const char *rest[ARGUMENTS_MAX];
+  size_t count = 0;
+  if (argc > ARGUMENTS_MAX)
+    return flap_arguments_error(command, "more than %d arguments", ARGUMENTS_MAX);
+  FLAP_TRY(flap_arguments_parse(command, options, sizeof options / sizeof options[0], argc, argv, rest, &count, &help));
+  if (help)
+    return FLAP_OK;
+  if (reference) {
+    flap_config_print_reference(stdout);
+    return FLAP_OK;
+  }
+  if (count == 0)
+    return flap_arguments_error(command, "which configuration? name a run.yaml");
+  return train(rest[0], rest + 1, count - 1);
+}
+
+const flap_command flap_command_train = {
+    .name = "train",
+    .usage = "<run.yaml> [key=value ...]",
+    .summary = "Train a model as run.yaml says.",
+    .details = "Checkpoints, metrics.jsonl, trace.json and the trained model go to output_dir. Ctrl-C (or SIGTERM)\n"
+               "finishes the step, saves, and prints the command that continues; a second one stops at once.\n"
+               "Both end with exit status 130.",
+    .run = run,
+};

@@ -1,0 +1,245 @@
+#include "tools/print_plan.h"
+
+#include "io/formats/json_file.h"
+#include "tools/text.h"
+
+#include <jansson.h>
+
+/* ---- the table ------------------------------------------------------------------------------------------- */
+
+static const char *device_kind_name(flap_device_kind kind) {
+  return kind == FLAP_DEVICE_CUDA ? "cuda" : kind == FLAP_DEVICE_SIM ? "sim" : "cpu";
+}
+
+const char *flap_print_bound_lane(const flap_plan *plan) {
+  const char *name = "compute";
+  double longest = plan->bound_compute_seconds;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    if (plan->bound_lane_seconds[lane] > longest) {
+      longest = plan->bound_lane_seconds[lane];
+      name = flap_pager_lane_name((flap_lane)lane);
+    }
+  /* On lanes that share cores the bound is more than each of them: the cores themselves are what is busy. */
+  return plan->bound_seconds > longest * 1.0001 ? "the cores that all lanes share" : name;
+}
+
+static void print_model(FILE *out, const flap_plan *plan) {
+  fprintf(out, "model     %s parameters, %u layers, %s, state %s\n", flap_text_count(plan->parameters).text,
+          plan->layers, flap_dtype_name(plan->dtype), flap_text_bytes(plan->state_bytes).text);
+  fprintf(out, "step      %s tokens in %u micro-batches, gradients in %s\n",
+          flap_text_grouped(plan->tokens_per_step).text, plan->micro_batches, flap_dtype_name(plan->gradient_dtype));
+  fprintf(out, "device    %s (%s)\n", device_kind_name(plan->device), plan->device_name);
+}
+
+static void print_budgets(FILE *out, const flap_run_config *config, const flap_plan *plan) {
+  fprintf(out, "\n%-10s%14s%14s%20s\n", "tier", "budget", "used", "least that works");
+  fprintf(out, "%-10s%14s%14s%20s   regions and rings %s, workspaces %s\n", "vram",
+          flap_text_bytes(plan->vram_budget).text, flap_text_bytes(plan->vram_bytes).text,
+          flap_text_bytes(plan->vram_min).text, flap_text_bytes(plan->vram_pager_bytes).text,
+          flap_text_bytes(plan->vram_scratch_bytes).text);
+  fprintf(out, "%-10s%14s%14s%20s   pages %s, staging %s\n", "ram", flap_text_bytes(plan->ram_budget).text,
+          flap_text_bytes(plan->ram_bytes).text, flap_text_bytes(plan->ram_min).text,
+          flap_text_bytes(plan->ram_home_bytes).text, flap_text_bytes(plan->ram_staging_bytes).text);
+  fprintf(out, "%-10s%14s%14s%20s   page table %s, other %s\n", "", "", "", "",
+          flap_text_bytes(plan->ram_table_bytes).text, flap_text_bytes(plan->ram_other_bytes).text);
+  fprintf(out, "%-10s%14s%14s%20s\n", "disk", flap_text_bytes(plan->disk_budget).text,
+          flap_text_bytes(plan->disk_bytes).text, flap_text_bytes(plan->disk_min).text);
+  for (uint32_t i = 0; i < config->disk_count; i++)
+    fprintf(out, "%-10s%14s   %s\n", "", flap_text_bytes(plan->disk_sizes[i]).text, config->disk[i].path);
+  fprintf(out, "%-10s%14s%14s%20s   code, stacks, libraries: beside the budgets\n", "process", "",
+          flap_text_bytes(plan->process_bytes).text, "");
+}
+
+static void print_choices(FILE *out, const flap_plan *plan) {
+  fprintf(out, "\nsegments of %u layers, groups of %u of %u micro-batches, ", plan->segment_layers,
+          plan->group_micro_batches, plan->micro_batches);
+  if (plan->saved_layers == 0)
+    fputs("activations recomputed\n", out);
+  else
+    fprintf(out, "activations of %u layers %s\n", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
+  fprintf(out, "update %s; pages of %s, transfers of %s, slices of %s; %u read and %u write buffers\n",
+          plan->sweep ? "in a sweep after the backward" : "folded into the next forward",
+          flap_text_bytes(plan->page_bytes).text, flap_text_bytes(plan->transfer_bytes).text,
+          flap_text_bytes(plan->slice_bytes).text, plan->read_buffers, plan->write_buffers);
+}
+
+static void print_classes(FILE *out, const flap_plan *plan) {
+  fprintf(out, "\n%-18s%14s%16s%14s%14s%18s\n", "what", "bytes", "stays in vram", "in ram", "on disk", "ring in vram");
+  for (int i = 0; i < FLAP_CLASS_COUNT; i++) {
+    const flap_class_plan *row = &plan->classes[i];
+    if (row->bytes == 0 && row->ring_bytes == 0)
+      continue;
+    char ring[48] = "-";
+    if (row->ring_slots > 0)
+      (void)snprintf(ring, sizeof ring, "%u = %s", row->ring_slots, flap_text_bytes(row->ring_bytes).text);
+    fprintf(out, "%-18s%14s%16s%14s%14s%18s\n", flap_engine_class_name((flap_region_class)i),
+            flap_text_bytes(row->bytes).text, flap_text_bytes(row->resident_bytes).text,
+            flap_text_bytes(row->ram_bytes).text, flap_text_bytes(row->disk_bytes).text, ring);
+  }
+}
+
+static void print_lanes(FILE *out, const flap_plan *plan) {
+  double parameters = (double)plan->parameters;
+  fprintf(out, "\n%-12s%16s%16s%20s%20s%12s\n", "lane", "bytes a step", "per parameter", "least a step",
+          "per parameter", "least time");
+  for (int i = 0; i < FLAP_LANE_COUNT; i++)
+    fprintf(out, "%-12s%16s%16s%20s%20s%12s\n", flap_pager_lane_name((flap_lane)i),
+            flap_text_bytes(plan->lane_bytes[i]).text, flap_text_ratio((double)plan->lane_bytes[i], parameters, 2).text,
+            flap_text_bytes(plan->bound_bytes[i]).text,
+            flap_text_ratio((double)plan->bound_bytes[i], parameters, 2).text,
+            flap_text_seconds(plan->bound_lane_seconds[i]).text);
+  fprintf(out, "%-12s%84s\n", "compute", flap_text_seconds(plan->bound_compute_seconds).text);
+}
+
+void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *plan) {
+  print_model(out, plan);
+  print_budgets(out, config, plan);
+  print_choices(out, plan);
+  print_classes(out, plan);
+  print_lanes(out, plan);
+  fprintf(out, "\nexpected  %s a step, %s tokens/s; the bound is %s a step, set by %s (%s of it reached)\n",
+          flap_text_seconds(plan->step_seconds).text, flap_text_rate(plan->tokens_per_second).text,
+          flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
+          flap_text_percent(plan->bound_seconds, plan->step_seconds).text);
+  fprintf(out, "files     in %s: %s per checkpoint, %s for the trained model\n", config->output_dir,
+          flap_text_bytes(plan->checkpoint_bytes).text, flap_text_bytes(plan->export_bytes).text);
+}
+
+/* ---- JSON ------------------------------------------------------------------------------------------------ */
+
+static void set_integer(json_t *object, const char *key, uint64_t value) {
+  (void)json_object_set_new(object, key, json_integer((json_int_t)value));
+}
+
+static void set_number(json_t *object, const char *key, double value) {
+  (void)json_object_set_new(object, key, flap_json_real(value));
+}
+
+static void set_text(json_t *object, const char *key, const char *value) {
+  (void)json_object_set_new(object, key, json_string(value));
+}
+
+static void set_bool(json_t *object, const char *key, bool value) {
+  (void)json_object_set_new(object, key, json_boolean(value));
+}
+
+static json_t *lanes_integers(const uint64_t *values) {
+  json_t *object = json_object();
+  for (int i = 0; i < FLAP_LANE_COUNT; i++)
+    set_integer(object, flap_pager_lane_name((flap_lane)i), values[i]);
+  return object;
+}
+
+static json_t *lanes_numbers(const double *values) {
+  json_t *object = json_object();
+  for (int i = 0; i < FLAP_LANE_COUNT; i++)
+    set_number(object, flap_pager_lane_name((flap_lane)i), values[i]);
+  return object;
+}
+
+json_t *flap_print_machine_json(const flap_machine *machine) {
+  json_t *object = json_object();
+  set_text(object, "name", machine->name);
+  set_number(object, "flops_bf16", machine->flops_bf16);
+  set_number(object, "flops_f32", machine->flops_f32);
+  set_number(object, "device_bytes", machine->device_bytes);
+  set_number(object, "h2d_bytes", machine->h2d_bytes);
+  set_number(object, "d2h_bytes", machine->d2h_bytes);
+  set_number(object, "disk_read_bytes", machine->disk_read_bytes);
+  set_number(object, "disk_write_bytes", machine->disk_write_bytes);
+  set_number(object, "host_bytes", machine->host_bytes);
+  set_integer(object, "launch_ns", machine->launch_ns);
+  set_integer(object, "copy_ns", machine->copy_ns);
+  set_integer(object, "disk_ns", machine->disk_ns);
+  set_bool(object, "synchronous", machine->synchronous);
+  set_integer(object, "shared_cores", machine->shared_cores);
+  return object;
+}
+
+static json_t *classes_json(const flap_plan *plan) {
+  json_t *object = json_object();
+  for (int i = 0; i < FLAP_CLASS_COUNT; i++) {
+    const flap_class_plan *row = &plan->classes[i];
+    json_t *entry = json_object();
+    set_integer(entry, "bytes", row->bytes);
+    set_integer(entry, "resident_bytes", row->resident_bytes);
+    set_integer(entry, "ram_bytes", row->ram_bytes);
+    set_integer(entry, "disk_bytes", row->disk_bytes);
+    set_integer(entry, "ring_slots", row->ring_slots);
+    set_integer(entry, "ring_bytes", row->ring_bytes);
+    (void)json_object_set_new(object, flap_engine_class_name((flap_region_class)i), entry);
+  }
+  return object;
+}
+
+static void add_choices(json_t *object, const flap_plan *plan) {
+  set_integer(object, "segment_layers", plan->segment_layers);
+  set_integer(object, "group_micro_batches", plan->group_micro_batches);
+  set_integer(object, "saved_layers", plan->saved_layers);
+  set_bool(object, "saved_resident", plan->saved_resident);
+  set_bool(object, "sweep", plan->sweep);
+  set_integer(object, "page_bytes", plan->page_bytes);
+  set_integer(object, "transfer_bytes", plan->transfer_bytes);
+  set_integer(object, "slice_bytes", plan->slice_bytes);
+  set_integer(object, "read_buffers", plan->read_buffers);
+  set_integer(object, "write_buffers", plan->write_buffers);
+  (void)json_object_set_new(object, "classes", classes_json(plan));
+}
+
+static void add_sizes(json_t *object, const flap_run_config *config, const flap_plan *plan) {
+  set_integer(object, "vram_budget", plan->vram_budget);
+  set_integer(object, "ram_budget", plan->ram_budget);
+  set_integer(object, "disk_budget", plan->disk_budget);
+  set_integer(object, "vram_bytes", plan->vram_bytes);
+  set_integer(object, "ram_bytes", plan->ram_bytes);
+  set_integer(object, "disk_bytes", plan->disk_bytes);
+  set_integer(object, "vram_pager_bytes", plan->vram_pager_bytes);
+  set_integer(object, "vram_scratch_bytes", plan->vram_scratch_bytes);
+  set_integer(object, "ram_home_bytes", plan->ram_home_bytes);
+  set_integer(object, "ram_staging_bytes", plan->ram_staging_bytes);
+  set_integer(object, "ram_table_bytes", plan->ram_table_bytes);
+  set_integer(object, "ram_other_bytes", plan->ram_other_bytes);
+  set_integer(object, "process_bytes", plan->process_bytes);
+  json_t *sizes = json_array();
+  for (uint32_t i = 0; i < config->disk_count; i++)
+    (void)json_array_append_new(sizes, json_integer((json_int_t)plan->disk_sizes[i]));
+  (void)json_object_set_new(object, "disk_sizes", sizes);
+  set_integer(object, "export_bytes", plan->export_bytes);
+  set_integer(object, "checkpoint_bytes", plan->checkpoint_bytes);
+}
+
+static void add_costs(json_t *object, const flap_plan *plan) {
+  (void)json_object_set_new(object, "lane_bytes", lanes_integers(plan->lane_bytes));
+  set_number(object, "compute_seconds", plan->compute_seconds);
+  set_number(object, "step_seconds", plan->step_seconds);
+  set_number(object, "bound_seconds", plan->bound_seconds);
+  (void)json_object_set_new(object, "bound_bytes", lanes_integers(plan->bound_bytes));
+  (void)json_object_set_new(object, "bound_lane_seconds", lanes_numbers(plan->bound_lane_seconds));
+  set_number(object, "bound_compute_seconds", plan->bound_compute_seconds);
+  set_number(object, "tokens_per_second", plan->tokens_per_second);
+  set_integer(object, "vram_min", plan->vram_min);
+  set_integer(object, "ram_min", plan->ram_min);
+  set_integer(object, "disk_min", plan->disk_min);
+}
+
+flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const flap_plan *plan) {
+  json_t *object = json_object();
+  set_integer(object, "parameters", plan->parameters);
+  set_integer(object, "state_bytes", plan->state_bytes);
+  set_integer(object, "tokens_per_step", plan->tokens_per_step);
+  set_integer(object, "layers", plan->layers);
+  set_integer(object, "micro_batches", plan->micro_batches);
+  set_text(object, "dtype", flap_dtype_name(plan->dtype));
+  set_text(object, "gradient_dtype", flap_dtype_name(plan->gradient_dtype));
+  set_text(object, "device", device_kind_name(plan->device));
+  set_text(object, "device_name", plan->device_name);
+  (void)json_object_set_new(object, "machine", flap_print_machine_json(&plan->machine));
+  add_choices(object, plan);
+  add_sizes(object, config, plan);
+  add_costs(object, plan);
+  int failed = json_dumpf(object, out, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+  json_decref(object);
+  if (failed || fputc('\n', out) == EOF)
+    return flap_error_set(FLAP_IO, "the plan cannot be written as JSON");
+  return FLAP_OK;
+}

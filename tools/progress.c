@@ -1,0 +1,166 @@
+#include "tools/progress.h"
+
+#include "tools/print_plan.h"
+#include "tools/text.h"
+
+#include <math.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#define LINE_BYTES 256
+
+static int terminal_columns(FILE *out) {
+  struct winsize size;
+  if (ioctl(fileno(out), TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+    return size.ws_col;
+  return 80;
+}
+
+void flap_progress_init(flap_progress *progress, FILE *out) {
+  memset(progress, 0, sizeof *progress);
+  progress->out = out;
+  progress->terminal = isatty(fileno(out)) == 1;
+}
+
+void flap_progress_end_line(flap_progress *progress) {
+  if (progress->line_open)
+    fputc('\n', progress->out);
+  progress->line_open = false;
+  (void)fflush(progress->out);
+}
+
+/* ---- callbacks ------------------------------------------------------------------------------------------- */
+
+static void on_planned(void *context, const flap_plan *plan, const char *disk_backend) {
+  flap_progress *progress = context;
+  progress->plan = *plan;
+  progress->planned = true;
+  flap_progress_end_line(progress);
+  fprintf(progress->out, "%s parameters (state %s) on %s\n", flap_text_count(plan->parameters).text,
+          flap_text_bytes(plan->state_bytes).text, plan->device_name);
+  fprintf(progress->out, "vram %s of %s, ram %s of %s, disk %s of %s (%s)\n", flap_text_bytes(plan->vram_bytes).text,
+          flap_text_bytes(plan->vram_budget).text, flap_text_bytes(plan->ram_bytes).text,
+          flap_text_bytes(plan->ram_budget).text, flap_text_bytes(plan->disk_bytes).text,
+          flap_text_bytes(plan->disk_budget).text, disk_backend ? disk_backend : "none");
+  (void)fflush(progress->out);
+}
+
+static void on_prepared(void *context, uint64_t train_tokens, uint64_t heldout_tokens, uint64_t sequences,
+                        uint64_t resumed_step) {
+  flap_progress *progress = context;
+  flap_progress_end_line(progress);
+  fprintf(progress->out, "data: %s training tokens in %s sequences, %s held out\n",
+          flap_text_grouped(train_tokens).text, flap_text_grouped(sequences).text,
+          flap_text_grouped(heldout_tokens).text);
+  if (resumed_step > 0)
+    fprintf(progress->out, "continuing after step %llu\n", (unsigned long long)resumed_step);
+  (void)fflush(progress->out);
+}
+
+static void on_stepped(void *context, const flap_step_report *report) {
+  flap_progress *progress = context;
+  if (!progress->terminal && !report->logged)
+    return;
+  char line[LINE_BYTES];
+  int length = snprintf(
+      line, sizeof line, "step %llu/%llu  loss %.4f  norm %.3g  lr %.3g  %s tok/s  %s of bound  ETA %s",
+      (unsigned long long)report->step, (unsigned long long)report->max_steps, report->loss, report->grad_norm,
+      report->learning_rate, flap_text_rate(report->tokens_per_second).text,
+      flap_text_percent(report->bound_seconds, report->step_seconds).text, flap_text_seconds(report->eta_seconds).text);
+  if (!progress->terminal) {
+    fprintf(progress->out, "%s\n", line);
+  } else {
+    int columns = terminal_columns(progress->out) - 1; /* a line that wraps cannot be rewritten */
+    if (length > columns && columns >= 0)
+      line[columns < LINE_BYTES ? columns : LINE_BYTES - 1] = '\0';
+    fprintf(progress->out, "\r%s\033[K", line);
+    progress->line_open = true;
+  }
+  (void)fflush(progress->out);
+}
+
+void flap_progress_print_eval(FILE *out, const char *title, const flap_eval_report *report) {
+  fprintf(out, "%s: loss %.4f nats per token (perplexity %.4g), unigram entropy %.4f, %s tokens, in %s\n", title,
+          report->loss, exp(report->loss), report->unigram_entropy, flap_text_grouped(report->tokens).text,
+          flap_text_seconds(report->seconds).text);
+}
+
+static void on_evaluated(void *context, const flap_eval_report *report) {
+  flap_progress *progress = context;
+  char title[64];
+  flap_progress_end_line(progress);
+  (void)snprintf(title, sizeof title, "held-out after step %llu", (unsigned long long)report->step);
+  flap_progress_print_eval(progress->out, title, report);
+  (void)fflush(progress->out);
+}
+
+static void on_saved(void *context, const char *folder, double seconds) {
+  flap_progress *progress = context;
+  flap_progress_end_line(progress);
+  fprintf(progress->out, "saved %s in %s\n", folder, flap_text_seconds(seconds).text);
+  (void)fflush(progress->out);
+}
+
+flap_observer flap_progress_observer(flap_progress *progress) {
+  return (flap_observer){.context = progress,
+                         .planned = on_planned,
+                         .prepared = on_prepared,
+                         .stepped = on_stepped,
+                         .evaluated = on_evaluated,
+                         .saved = on_saved};
+}
+
+/* ---- summary --------------------------------------------------------------------------------------------- */
+
+static void print_peaks(FILE *out, const flap_plan *plan, const flap_peaks *peaks) {
+  const struct {
+    const char *name;
+    uint64_t budget, planned, peak;
+  } rows[] = {{"vram", plan->vram_budget, plan->vram_bytes, peaks->vram_bytes},
+              {"ram", plan->ram_budget, plan->ram_bytes, peaks->ram_bytes},
+              {"disk", plan->disk_budget, plan->disk_bytes, peaks->disk_bytes}};
+  fprintf(out, "\n%-12s%14s%14s%14s%10s\n", "tier", "budget", "planned", "peak", "share");
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+    fprintf(out, "%-12s%14s%14s%14s%10s\n", rows[i].name, flap_text_bytes(rows[i].budget).text,
+            flap_text_bytes(rows[i].planned).text, flap_text_bytes(rows[i].peak).text,
+            flap_text_percent((double)rows[i].peak, (double)rows[i].budget).text);
+  fprintf(out, "%-12s%14s%14s%14s\n", "process", "", flap_text_bytes(plan->process_bytes).text,
+          flap_text_bytes(peaks->process_bytes).text);
+}
+
+static void print_lanes(FILE *out, const flap_plan *plan, const uint64_t *bytes) {
+  double parameters = (double)plan->parameters;
+  fprintf(out, "\n%-12s%16s%16s%16s   bytes per parameter and step\n", "lane", "moved", "planned", "bound");
+  for (int i = 0; i < FLAP_LANE_COUNT; i++)
+    fprintf(out, "%-12s%16s%16s%16s\n", flap_pager_lane_name((flap_lane)i),
+            flap_text_ratio((double)bytes[i], parameters, 2).text,
+            flap_text_ratio((double)plan->lane_bytes[i], parameters, 2).text,
+            flap_text_ratio((double)plan->bound_bytes[i], parameters, 2).text);
+}
+
+void flap_progress_summary(flap_progress *progress, const flap_run_config *config, const flap_train_result *result) {
+  FILE *out = progress->out;
+  flap_progress_end_line(progress);
+  fprintf(out, "\n%llu steps in %s\n", (unsigned long long)result->steps,
+          flap_text_seconds(result->total_seconds).text);
+  if (result->last_eval.tokens > 0) {
+    fprintf(out, "held-out loss %.4f before, %.4f after; unigram entropy of the same text %.4f nats per token\n",
+            result->first_eval.loss, result->last_eval.loss, result->last_eval.unigram_entropy);
+  }
+  if (progress->planned) {
+    const flap_plan *plan = &progress->plan;
+    print_peaks(out, plan, &result->peaks);
+    if (result->median_step_seconds > 0) {
+      print_lanes(out, plan, result->steady_lane_bytes);
+      fprintf(out, "\nmedian step %s, bound %s (%s): %s of the bound reached\n",
+              flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->bound_seconds).text,
+              flap_print_bound_lane(plan), flap_text_percent(plan->bound_seconds, result->median_step_seconds).text);
+    }
+  }
+  if (result->checkpoint[0])
+    fprintf(out, "newest checkpoint: %s\n", result->checkpoint);
+  if (result->exported)
+    fprintf(out, "trained model, in Hugging Face's format: %s\n", config->output_dir);
+  (void)fflush(out);
+}
