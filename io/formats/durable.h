@@ -4,8 +4,9 @@
  * fsync that failed is never tried again as if nothing had happened; the temporary is removed and the old content
  * stays.
  *
- * Names: what will become `x` is `x.tmp` meanwhile. While a folder is replaced on a file system that cannot exchange
- * two names, the old one is `x.old` for a moment. flap_durable_recover_folder clears both up.
+ * Names: what will become `x` is `x.tmp` meanwhile, and whatever stands there is FLAP's to remove. While a folder is
+ * replaced on a file system that cannot exchange two names, the old one is `x.tmp.old` for a moment.
+ * flap_durable_recover_folder clears both up.
  *
  * A full disk, a quota and a file-size limit are FLAP_NO_SPACE. Threading: any thread; one user per path.
  */
@@ -55,7 +56,7 @@ FLAP_CHECKED flap_status flap_durable_read_all(int fd, const char *path, uint64_
 /* Makes the folder and those above it; fine if it is there. */
 FLAP_CHECKED flap_status flap_durable_make_folder(const char *path);
 
-/* Clears up after a crash: removes `<final>.tmp` and `<final>.old` (which takes its old name back if `final` is not
+/* Clears up after a crash: removes `<final>.tmp` and `<final>.tmp.old` (which takes its old name back if `final` is not
  * there). Nothing to do is FLAP_OK. */
 FLAP_CHECKED flap_status flap_durable_recover_folder(const char *final_path);
 

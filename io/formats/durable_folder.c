@@ -5,9 +5,9 @@
  *                             │     commit_folder (replace)
  *                             ├───────────────▶ x and x.tmp exchange names ──▶ the old one, x.tmp, is removed
  *                             │     where names cannot be exchanged
- *                             └───────────────▶ x to x.old, x.tmp to x ──▶ x.old is removed
+ *                             └───────────────▶ x to x.tmp.old, x.tmp to x ──▶ x.tmp.old is removed
  *
- * A crash on any edge leaves x whole, old or new, or else x.old, which recover_folder renames back.
+ * A crash on any edge leaves x whole, old or new, or else x.tmp.old, which recover_folder renames back.
  */
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
@@ -162,7 +162,7 @@ flap_status flap_durable_recover_folder(const char *final_path) {
   char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX], old[FLAP_DURABLE_PATH_MAX];
   FLAP_TRY(flap_durable_sibling(final, final_path, ""));
   FLAP_TRY(flap_durable_sibling(temporary, final_path, ".tmp"));
-  FLAP_TRY(flap_durable_sibling(old, final_path, ".old"));
+  FLAP_TRY(flap_durable_sibling(old, final_path, ".tmp.old"));
   if (is_there(old)) {
     if (is_there(final))
       FLAP_TRY(remove_tree(old));
@@ -191,7 +191,7 @@ static int exchange(const char *a, const char *b) {
 /* Puts `temporary` in the place of the folder `final`, and removes the old one. */
 static flap_status replace_folder(const char *temporary, const char *final) {
   char old[FLAP_DURABLE_PATH_MAX];
-  FLAP_TRY(flap_durable_sibling(old, final, ".old"));
+  FLAP_TRY(flap_durable_sibling(old, final, ".tmp.old"));
   FLAP_TRY(walk_path(final, WALK_CHECK));
   const char *rest = temporary;
   if (exchange(temporary, final) != 0) {

@@ -108,8 +108,8 @@ def mutate(rng, data):
         elif kind == 2:
             del data[at:at + rng.randrange(1, 9)]
         else:
-            data[at:at + rng.randrange(4)] = rng.choice([b"-1", b"0", b"18446744073709551615", b"null", b"[]", b"{}", b"9",
-                                                          b"1e3", b",", b'"', b"F64", b"\\u0000", b" ", b"\xf0"])
+            data[at:at + rng.randrange(4)] = rng.choice([b"-1", b"0", b"18446744073709551615", b"null", b"[]", b"{}",
+                                                          b"9", b"1e3", b",", b'"', b"F64", b"\\u0000", b" ", b"\xf0"])
     if len(data) > 60 and rng.randrange(2):
         data[:8] = (len(data) - 48).to_bytes(8, "little")
     return bytes(data)

@@ -184,9 +184,12 @@ START_TEST(durable_folder_refuses_or_replaces_as_told) {
   ck_assert(scratch_error_has("already there"));
   assert_content("c/state", "one");
   assert_content("c.tmp/state", "two");
+  ck_assert_int_eq(mkdir(scratch_path("c.old"), 0777), 0); /* somebody's backup */
+  scratch_text("c.old/state", "precious");
   OK(commit(true));
   assert_content("c/state", "two");
-  ck_assert_uint_eq(scratch_count(), 1);
+  assert_content("c.old/state", "precious");
+  ck_assert_uint_eq(scratch_count(), 2);
 }
 END_TEST
 
@@ -243,15 +246,15 @@ START_TEST(durable_folder_leftover_with_strange_things_is_left_alone) {
 END_TEST
 
 START_TEST(durable_recovery_brings_back_or_removes_the_old_folder) {
-  /* Killed between "c to c.old" and "c.tmp to c". */
+  /* Killed between "c to c.tmp.old" and "c.tmp to c". */
   fill_folder("new");
-  ck_assert_int_eq(mkdir(scratch_path("c.old"), 0777), 0);
-  scratch_text("c.old/state", "old");
+  ck_assert_int_eq(mkdir(scratch_path("c.tmp.old"), 0777), 0);
+  scratch_text("c.tmp.old/state", "old");
   OK(flap_durable_recover_folder(scratch_path("c")));
   assert_content("c/state", "old");
   ck_assert_uint_eq(scratch_count(), 1);
-  /* Killed before the removal of c.old. */
-  ck_assert_int_eq(mkdir(scratch_path("c.old"), 0777), 0);
+  /* Killed before the removal of c.tmp.old. */
+  ck_assert_int_eq(mkdir(scratch_path("c.tmp.old"), 0777), 0);
   OK(flap_durable_recover_folder(scratch_path("c/")));
   assert_content("c/state", "old");
   ck_assert_uint_eq(scratch_count(), 1);
