@@ -278,7 +278,7 @@ static flap_status open_file(flap_safetensors *reader, char *path, const json_t 
   if (!S_ISREG(about.st_mode))
     return flap_error_set(FLAP_INVALID, "%s: not a regular file", path);
   file->bytes = (uint64_t)about.st_size;
-  uint64_t length;
+  uint64_t length = 0;
   json_t *header = NULL;
   FLAP_TRY(read_header_length(file, &length));
   FLAP_TRY(load_header(file, length, &header));
