@@ -152,6 +152,21 @@ START_TEST(safetensors_writer_refuses_bad_entries_and_leaves_no_file) {
 }
 END_TEST
 
+START_TEST(safetensors_writer_refuses_bad_metadata_and_index) {
+  static const flap_safetensors_pair twice[] = {{"format", "pt"}, {"format", "tf"}};
+  static const flap_safetensors_pair bytes[] = {{"format", "\xff"}};
+  static const char *const names[] = {"a", "a"};
+  static const uint32_t shard_of[] = {0, 1};
+  flap_safetensors_writer *writer = NULL;
+  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), entries, 1, twice, 2, &writer), FLAP_INVALID);
+  ck_assert(scratch_error_has("\"format\"") && scratch_error_has(NAME));
+  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), entries, 1, bytes, 1, &writer), FLAP_INVALID);
+  ck_assert_int_eq(flap_safetensors_write_index(scratch_path(""), names, shard_of, 2, 2, 8), FLAP_INVALID);
+  ck_assert(scratch_error_has("\"a\"") && scratch_error_has(FLAP_SAFETENSORS_INDEX));
+  ck_assert_uint_eq(scratch_count(), 0);
+}
+END_TEST
+
 START_TEST(safetensors_writer_given_too_little_or_too_much_removes_file) {
   unsigned char data[DATA_BYTES + 1] = {0};
   flap_safetensors_writer *writer = NULL;
@@ -437,6 +452,7 @@ int main(void) {
   tcase_add_test(tests, safetensors_empty_file_has_no_tensors);
   tcase_add_test(tests, safetensors_dtypes_map_both_ways);
   tcase_add_test(tests, safetensors_writer_refuses_bad_entries_and_leaves_no_file);
+  tcase_add_test(tests, safetensors_writer_refuses_bad_metadata_and_index);
   tcase_add_test(tests, safetensors_writer_given_too_little_or_too_much_removes_file);
   tcase_add_test(tests, safetensors_writer_on_full_disk_is_no_space_with_path);
   tcase_add_test(tests, safetensors_file_cut_anywhere_is_refused);
