@@ -14,6 +14,7 @@ typedef struct piece {
 static flap_status enter(flap_pager *pager, uint32_t region) {
   flap_assert(region < pager->region_count);
   pthread_mutex_lock(&pager->lock);
+  FLAP_TRY(pager_error(pager));
   if (pager->program_count > 0)
     pager_mistake(pager, "region %u is filled or drained while a program is queued", region);
   pager_wait_until(pager, pager_is_idle, 0, false);

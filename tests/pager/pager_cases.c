@@ -346,8 +346,11 @@ static flap_status run_all(runner *r) {
   for (uint32_t i = 0; i < c->config.region_count; i++)
     if (c->filled[i])
       FLAP_TRY(fill_region(r, i));
-  for (uint32_t i = 0; i < c->action_count; i++)
+  for (uint32_t i = 0; i < c->action_count; i++) {
     FLAP_TRY(act(r, c->actions[i]));
+    if (i + 1 == c->close_after)
+      return FLAP_OK;
+  }
   FLAP_TRY(flap_pager_settle(r->pager));
   check_bytes_moved(c, r->pager);
   for (uint32_t i = 0; i < c->config.region_count; i++) {
@@ -378,28 +381,47 @@ static void check_sticky(runner *r, flap_status status) {
   flap_pager_get_stats(r->pager, &stats);
 }
 
+#define CANARY_BYTES FLAP_BLOCK_ALIGN
+
+static void check_canary(const unsigned char *canary, const char *where) {
+  for (uint32_t i = 0; i < CANARY_BYTES; i++)
+    ck_assert_msg(canary[i] == 0xa5, "byte %u past the pager's part of %s was written", i, where);
+}
+
+/* The pager gets its part of an arena that goes on behind it, in RAM as in VRAM. */
+static flap_status run_between_canaries(runner *r, const flap_pager_config *config, flap_arena *arena,
+                                        const flap_pager_sizes *sizes) {
+  flap_status status = flap_pager_open(config, arena, &r->pager);
+  ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
+  ck_assert_uint_eq(arena->bytes_used, sizes->ram_bytes);
+  unsigned char *ram_canary = flap_arena_take(arena, CANARY_BYTES, 1);
+  flap_arena_seal(arena);
+  uint64_t rest = 0;
+  unsigned char *vram_canary = flap_pager_vram_rest(r->pager, &rest);
+  ck_assert_uint_eq(rest, CANARY_BYTES);
+  memset(ram_canary, 0xa5, CANARY_BYTES);
+  memset(vram_canary, 0xa5, CANARY_BYTES);
+  status = run_all(r);
+  if (status != FLAP_OK)
+    check_sticky(r, status);
+  check_canary(vram_canary, "vram");
+  flap_pager_close(r->pager);
+  check_canary(ram_canary, "ram");
+  return status;
+}
+
 flap_status case_run(const test_case *c) {
   runner r = {.c = c};
   flap_pager_config config = c->config;
   flap_pager_sizes sizes;
   flap_pager_measure(&config, &sizes);
   config.device.kind = FLAP_DEVICE_CPU;
-  config.device.vram_bytes = sizes.vram_bytes + FLAP_BLOCK_ALIGN;
+  config.device.vram_bytes = sizes.vram_bytes + CANARY_BYTES;
   flap_arena arena;
-  ck_assert_int_eq(flap_arena_open(&arena, "ram", sizes.ram_bytes), FLAP_OK);
-  flap_status status = flap_pager_open(&config, &arena, &r.pager);
-  ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
-  ck_assert_uint_eq(arena.bytes_used, sizes.ram_bytes);
-  flap_arena_seal(&arena);
-  uint64_t rest = 0;
-  ck_assert_ptr_nonnull(flap_pager_vram_rest(r.pager, &rest));
-  ck_assert_uint_eq(rest, FLAP_BLOCK_ALIGN);
+  ck_assert_int_eq(flap_arena_open(&arena, "ram", sizes.ram_bytes + CANARY_BYTES), FLAP_OK);
   for (uint32_t i = 0; i < c->config.region_count; i++)
     r.plain[i] = calloc(1, c->regions[i].bytes);
-  status = run_all(&r);
-  if (status != FLAP_OK)
-    check_sticky(&r, status);
-  flap_pager_close(r.pager);
+  flap_status status = run_between_canaries(&r, &config, &arena, &sizes);
   for (uint32_t i = 0; i < c->config.region_count; i++)
     free(r.plain[i]);
   flap_arena_close(&arena);
@@ -435,6 +457,16 @@ static void sim_act(const test_case *c, flap_pager *pager, action a) {
   }
 }
 
+static void check_time(const test_case *c, flap_pager *pager, uint64_t elapsed_ns) {
+  flap_pager_stats stats;
+  flap_pager_get_stats(pager, &stats);
+  uint64_t sum_ns = flap_device_busy_ns(flap_pager_device(pager), FLAP_STREAM_COMPUTE);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    sum_ns += stats.stall_ns[lane];
+  ck_assert_msg(sum_ns == elapsed_ns, "seed %llu: %llu ns of compute and stalls in a run of %llu ns",
+                (unsigned long long)c->seed, (unsigned long long)sum_ns, (unsigned long long)elapsed_ns);
+}
+
 uint64_t case_run_sim(const test_case *c, bool synchronous) {
   flap_pager_config config = c->config;
   flap_pager_sizes sizes;
@@ -456,10 +488,21 @@ uint64_t case_run_sim(const test_case *c, bool synchronous) {
   for (uint32_t i = 0; i < config.region_count; i++)
     if (c->filled[i])
       ck_assert_int_eq(flap_pager_fill(pager, i, NULL, NULL), FLAP_OK);
-  for (uint32_t i = 0; i < c->action_count; i++)
+  ck_assert_uint_eq(flap_clock_now_ns(clock), 0); /* filling takes no virtual time */
+  uint64_t settling_ns = 0;
+  for (uint32_t i = 0; i < c->action_count; i++) {
+    uint64_t before_ns = flap_clock_now_ns(clock);
     sim_act(c, pager, c->actions[i]);
+    if (c->actions[i].kind == ACTION_SETTLE)
+      settling_ns += flap_clock_now_ns(clock) - before_ns;
+    if (i + 1 == c->close_after)
+      goto close;
+  }
+  if (synchronous)
+    check_time(c, pager, flap_clock_now_ns(clock) - settling_ns);
   ck_assert_int_eq(flap_pager_settle(pager), FLAP_OK);
   check_bytes_moved(c, pager);
+close:;
   uint64_t ns = flap_clock_now_ns(clock);
   flap_pager_close(pager);
   ck_assert(!flap_clock_advance(clock)); /* nothing of the pager's is left on the clock */

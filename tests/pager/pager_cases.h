@@ -46,6 +46,7 @@ typedef struct test_case {
   flap_lease leases[CASE_PROGRAMS_MAX][CASE_LEASES_MAX];
   action actions[CASE_ACTIONS_MAX];
   uint32_t action_count;
+  uint32_t close_after; /* close in the midst of it, after so many actions; 0: never */
 } test_case;
 
 /* `tight`: as few slots and buffers as can work. `scale` bounds the sizes: 1 is small, 4 is what the property tests
@@ -59,7 +60,8 @@ void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]);
  * a failure of the pager is returned, after a close that must come back. */
 flap_status case_run(const test_case *c);
 
-/* Runs a case on the sim device; a deadlock asserts. Returns the virtual time that it took. */
+/* Runs a case on the sim device; a deadlock asserts. On a synchronous machine every nanosecond must be accounted for,
+ * as compute or as a stall. Returns the virtual time that it took. */
 uint64_t case_run_sim(const test_case *c, bool synchronous);
 
 /* A space of `bytes` on one disk at `path`. */
