@@ -136,8 +136,11 @@ flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_o
   *file_out = (block_file){.fd = -1};
   FLAP_TRY(check_folder(path));
   int fd = create_unnamed(path);
-  if (fd < 0)
-    return flap_error_set_os(-fd, "disk %s: cannot create a file in the folder", path);
+  if (fd < 0) {
+    /* The folder is there; some special file systems say "no such file" all the same. */
+    flap_status status = flap_error_set_os(-fd, "disk %s: cannot create a file in the folder", path);
+    return status == FLAP_NOT_FOUND ? FLAP_IO : status;
+  }
   flap_status status = bytes > 0 ? reserve(path, fd, bytes) : FLAP_OK;
   if (status != FLAP_OK) {
     (void)close(fd);
