@@ -138,6 +138,7 @@ static int compare_added(const void *left, const void *right) {
     return first_a < first_b ? -1 : 1;
   if (a->bytes != b->bytes)
     return a->bytes > b->bytes ? -1 : 1;
+  /* Two that are the same once normalized: the library takes either, we always the earlier one. */
   return a->id < b->id ? -1 : a->id > b->id;
 }
 

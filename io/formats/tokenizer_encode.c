@@ -131,7 +131,9 @@ static flap_status cut_added(flap_tokenizer *tokenizer, int kind, const char *te
     if (start > done)
       FLAP_TRY(encode_section(tokenizer, kind, text + done, start - done,
                               done == 0 ? flags : flags & ~(unsigned)FLAP_TOKENIZER_CONTINUE, ids));
-    FLAP_TRY(push_id(ids, added->id));
+    /* Nothing is left of a token of white space that the one before has stripped away. */
+    if (start < end)
+      FLAP_TRY(push_id(ids, added->id));
     done = end;
   }
   if (done < bytes)
