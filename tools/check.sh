@@ -1,0 +1,128 @@
+#!/bin/bash
+# Installs, builds and checks everything that needs no GPU.
+# Usage: tools/check.sh [--no-install] [--with-torch] [--quick]
+#   --no-install   leave packages alone (they must be there)
+#   --with-torch   also put PyTorch and transformers into .venv, for the tests that compare with them (gigabytes)
+#   --quick        the gcc build and its tests only: no clang, no sanitizers
+# Ends with one line: N passed, N failed, N skipped. Exit status 0 only if nothing failed.
+# Folders: build (gcc), build-clang, build-asan, build-tsan; logs in build/check-logs.
+set -u
+cd "$(dirname "$0")/.."
+
+install=yes torch=no quick=no
+for argument in "$@"; do
+  case "$argument" in
+    --no-install) install=no ;;
+    --with-torch) torch=yes ;;
+    --quick) quick=yes ;;
+    -h | --help) sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    *) echo "check.sh: error: unknown option $argument; see tools/check.sh --help" >&2; exit 1 ;;
+  esac
+done
+
+passed=0 failed=0 skipped=0
+logs=build/check-logs
+rm -rf "$logs"
+mkdir -p "$logs"
+
+# step <name> <command...>: counts as one check; 77 skips, and the end of a failure's log is shown.
+step() {
+  local name=$1 start=$SECONDS status
+  shift
+  "$@" >"$logs/$name.log" 2>&1
+  status=$?
+  case $status in
+    0) echo "passed   $name ($((SECONDS - start)) s)"; passed=$((passed + 1)) ;;
+    77) echo "skipped  $name: $(tail -n 1 "$logs/$name.log")"; skipped=$((skipped + 1)) ;;
+    *) echo "FAILED   $name ($((SECONDS - start)) s): see $logs/$name.log"; failed=$((failed + 1))
+       tail -n 25 "$logs/$name.log" | sed 's/^/    /' ;;
+  esac
+  return $status
+}
+
+# tests <name> <folder> [more arguments for ctest]: every test counts as one check.
+tests() {
+  local name=$1 folder=$2 start=$SECONDS junit="$PWD/$logs/$1.xml" counts
+  shift 2
+  ctest --test-dir "$folder" -j 2 --output-on-failure --output-junit "$junit" "$@" >"$logs/$name.log" 2>&1
+  counts=$(python3 -c 'import sys, xml.etree.ElementTree as tree
+suite = tree.parse(sys.argv[1]).getroot()
+total, bad, skip = (int(suite.get(key) or 0) for key in ("tests", "failures", "skipped"))
+skip += int(suite.get("disabled") or 0)
+print(total - bad - skip, bad, skip)' "$junit" 2>/dev/null) || counts="0 1 0"
+  set -- $counts
+  [ "$1" -gt 0 ] || set -- 0 $(($2 + 1)) "$3" # no test at all is a failure too
+  passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
+  if [ "$2" -gt 0 ]; then
+    echo "FAILED   $name ($((SECONDS - start)) s): $1 passed, $2 failed, $3 skipped; see $logs/$name.log"
+    sed -n '/The following tests FAILED/,$p' "$logs/$name.log" | sed 's/^/    /'
+  else
+    echo "passed   $name ($((SECONDS - start)) s): $1 passed, $3 skipped"
+  fi
+}
+
+sources() { find base io kernels pager model engine tools tests bench -name '*.[ch]' ! -name '*_table.h' | sort; }
+check_format() { sources | xargs clang-format --dry-run -Werror; }
+
+# Marks that somebody meant to come back to, conflicts, blanks at line ends, tabs in C.
+check_leftovers() {
+  local words='\b(TO''DO|FIX''ME|XX''X|HA''CK)\b|^(<<<<<<<|>>>>>>>) '
+  local status=0
+  sources | xargs grep -nE "$words|[[:space:]]+$" && status=1
+  sources | xargs grep -nP '\t' && status=1
+  find tools tests .ci -name '*.sh' -o -name '*.py' | xargs grep -nE "$words|[[:space:]]+$" && status=1
+  find . -name '*.md' -not -path './build*' -not -path './.venv/*' | xargs grep -nE "$words" && status=1
+  return $status
+}
+
+build() { # <folder> <targets> [cmake arguments]
+  local folder=$1 targets=$2
+  shift 2
+  cmake -S . -B "$folder" -G Ninja "$@" && ninja -C "$folder" $targets
+}
+
+# Python packages that tests compare with; the tests skip what is not there.
+make_venv() {
+  [ -x .venv/bin/python ] || python3 -m venv .venv || return 1
+  local packages="numpy safetensors tokenizers"
+  [ $torch = yes ] && packages="$packages torch transformers"
+  .venv/bin/python - $packages <<'END' && { echo "everything is installed"; return 0; }
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+END
+  .venv/bin/pip install -q --disable-pip-version-check $packages || { echo "no package index: tests that compare are skipped"; return 77; }
+}
+
+tree_state() { git status --porcelain 2>/dev/null; }
+before=$(tree_state)
+# Tests must leave the tree as they found it.
+check_nothing_left() {
+  local after
+  after=$(tree_state)
+  [ "$before" = "$after" ] && return 0
+  echo "before:"; echo "$before"; echo "after:"; echo "$after"
+  return 1
+}
+
+[ $install = no ] || step install tools/install.sh
+step venv make_venv
+step layering python3 tools/check_layering.py
+step format check_format
+step leftovers check_leftovers
+if step build-gcc build build all; then tests tests-gcc build; fi
+if [ $quick = no ]; then
+  step build-clang build build-clang all -DCMAKE_C_COMPILER=clang
+  export CK_FORK=no UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+  if step build-asan build build-asan all -DFLAP_SANITIZE=address,undefined -DFLAP_BENCH=OFF; then
+    tests tests-asan build-asan -LE slow
+  fi
+  if step build-tsan build build-tsan "tests/base/all tests/block/all tests/pager/all" -DFLAP_SANITIZE=thread \
+    -DFLAP_BENCH=OFF; then
+    for folder in base block pager; do tests tests-tsan-$folder build-tsan/tests/$folder -LE slow; done
+  fi
+fi
+step nothing-left check_nothing_left
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]
