@@ -215,6 +215,15 @@ uint32_t harness_count_descriptors(void) {
   return count;
 }
 
+void harness_check_refused(const flap_block_config *config, flap_status status, const char *text) {
+  uint32_t before = harness_count_descriptors();
+  flap_block *block = (flap_block *)(void *)&before;
+  ck_assert_msg(flap_block_open(config, &block) == status, "%s", flap_error_message());
+  ck_assert_ptr_null(block);
+  ck_assert_msg(strstr(flap_error_message(), text) != NULL, "\"%s\" lacks \"%s\"", flap_error_message(), text);
+  ck_assert_uint_eq(harness_count_descriptors(), before);
+}
+
 int harness_in_child(int (*fn)(void *context), void *context) {
   fflush(NULL);
   pid_t child = fork();

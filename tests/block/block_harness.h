@@ -36,6 +36,9 @@ void harness_run(block_harness *harness, flap_block_request *request);
  * read is compared with what the model says was last written there. Asserts. */
 void harness_random_program(block_harness *harness, uint64_t seed, uint32_t count);
 
+/* Asserts that opening fails with this status and this text in the message, and leaves no descriptor open. */
+void harness_check_refused(const flap_block_config *config, flap_status status, const char *text);
+
 bool harness_folder_is_empty(const char *path);
 uint32_t harness_count_descriptors(void);
 /* Runs fn in a child process, so that what it does to the process does not last; its result, or -1 for a crash. */
