@@ -165,9 +165,13 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
   flap_pager_measure(&c->config, &sizes);
   flap_block_config *disk = &c->config.disk;
   disk->backend = backend;
-  disk->stripe_bytes = 65536;
-  disk->disk_count = 1;
-  disk->disks[0] = (flap_block_disk){.path = path, .bytes = flap_units_round_up(sizes.disk_bytes + 1, 65536)};
+  disk->stripe_bytes = FLAP_BLOCK_ALIGN << c->seed % 5;
+  disk->disk_count = 1 + (uint32_t)(c->seed / 5 % 3);
+  for (uint32_t i = 0; i < disk->disk_count; i++) /* of different sizes, and a little too large */
+    disk->disks[i] =
+        (flap_block_disk){.path = path,
+                          .bytes = flap_units_round_up(sizes.disk_bytes / disk->disk_count + 1, disk->stripe_bytes) +
+                                   i * disk->stripe_bytes};
 }
 
 /* ---- bytes ---------------------------------------------------------------------------------------------- */

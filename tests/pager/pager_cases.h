@@ -64,7 +64,7 @@ flap_status case_run(const test_case *c);
  * as compute or as a stall. Returns the virtual time that it took. */
 uint64_t case_run_sim(const test_case *c, bool synchronous);
 
-/* A space of `bytes` on one disk at `path`. */
+/* Enough space on one to three disks at `path`, as the seed says. */
 void case_set_disk(test_case *c, flap_block_backend backend, const char *path);
 
 /* FLAP_TEST_SEED, or a fixed one; printed, so that a failure can be run again. */

@@ -5,6 +5,7 @@
 #include "pager/pager_internal.h"
 
 #include <check.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -51,7 +52,7 @@ static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, 
   uint64_t least = requests_of(&c, set);
   uint64_t successes = 0;
   for (uint64_t at = 1; at < REQUESTS_MAX; at++) {
-    c.config.disk.sim = (flap_block_sim){.latency_ns = 20000, .seed = seed + at};
+    c.config.disk.sim = (flap_block_sim){.seed = seed + at};
     set(&c.config.disk.sim, at);
     flap_status status = case_run(&c);
     if (status == FLAP_OK) {
@@ -77,8 +78,9 @@ static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, 
 static void countdowns(set_fault_fn set, flap_status expected, const char *const *words, bool may_go_unseen) {
   uint64_t seed = case_first_seed();
   uint32_t failures = 0;
-  for (uint32_t i = 0; i < 4; i++)
+  for (uint32_t i = 0; i < 2; i++)
     failures += countdown(seed + 100 + i, set, expected, words, may_go_unseen).failures;
+  printf("%u runs failed as they should\n", failures);
   ck_assert_uint_gt(failures, 20); /* otherwise nothing was tested */
 }
 
@@ -115,10 +117,10 @@ END_TEST
 START_TEST(close_after_every_action_comes_back) {
   static test_case c;
   uint64_t seed = case_first_seed();
-  for (uint32_t i = 0; i < 3; i++) {
+  for (uint32_t i = 0; i < 2; i++) {
     case_make(&c, seed + 200 + i, HOMES_MIXED, i == 0, 1);
     case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
-    c.config.disk.sim = (flap_block_sim){.latency_ns = 100000, .seed = seed};
+    c.config.disk.sim = (flap_block_sim){.latency_ns = 20000, .seed = seed};
     for (c.close_after = 1; c.close_after <= c.action_count; c.close_after++)
       ck_assert_int_eq(case_run(&c), FLAP_OK);
   }

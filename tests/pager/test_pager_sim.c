@@ -227,6 +227,131 @@ START_TEST(stall_is_charged_to_the_lane_that_was_waited_for) {
 }
 END_TEST
 
+/* ---- orders --------------------------------------------------------------------------------------------- */
+
+/* A script over RAM regions of `chunks` pages each; a page takes 100 ns up and 100 ns down. */
+typedef struct script {
+  flap_pager_region regions[8];
+  flap_pager_ring rings[2];
+  flap_lease leases[8];
+  uint32_t region_count, lease_count, programs; /* the leases are run so many times, one program ahead */
+  uint64_t compute_ns[8];
+} script;
+
+static flap_pager *open_script(const script *s, flap_clock *clock) {
+  static const line l = {.synchronous = true, .h2d_ns = 100, .d2h_ns = 100, .disk_ns = 100};
+  flap_pager *pager = NULL;
+  flap_pager_config config = {.page_bytes = PAGE_BYTES,
+                              .transfer_bytes = PAGE_BYTES,
+                              .region_count = s->region_count,
+                              .regions = s->regions,
+                              .ring_count = 2,
+                              .rings = s->rings,
+                              .read_buffers = 1,
+                              .write_buffers = 1,
+                              .leases_max = 8,
+                              .clock = clock};
+  flap_pager_sizes sizes;
+  flap_pager_measure(&config, &sizes);
+  config.device =
+      (flap_device_config){.kind = FLAP_DEVICE_SIM, .vram_bytes = sizes.vram_bytes, .machine = machine_of(&l)};
+  flap_arena arena;
+  flap_arena_measure(&arena, "ram");
+  ck_assert_msg(flap_pager_open(&config, &arena, &pager) == FLAP_OK, "%s", flap_error_message());
+  for (uint32_t i = 0; i < s->region_count; i++)
+    ck_assert_int_eq(flap_pager_fill(pager, i, NULL, NULL), FLAP_OK);
+  return pager;
+}
+
+/* Pins, computes and unpins one lease after the other; returns when lease `index` was pinned, in the last program. */
+static uint64_t time_of_pin(const script *s, uint32_t index) {
+  flap_clock *clock = NULL;
+  ck_assert_int_eq(flap_clock_open(&clock), FLAP_OK);
+  flap_pager *pager = open_script(s, clock);
+  uint64_t pinned_ns = 0;
+  ck_assert_int_eq(flap_pager_begin(pager, s->leases, s->lease_count), FLAP_OK);
+  for (uint32_t program = 0; program < s->programs; program++) {
+    if (program + 1 < s->programs)
+      ck_assert_int_eq(flap_pager_begin(pager, s->leases, s->lease_count), FLAP_OK);
+    for (uint32_t i = 0; i < s->lease_count; i++) {
+      void *memory = NULL;
+      ck_assert_int_eq(flap_pager_pin(pager, i, &memory), FLAP_OK);
+      if (i == index)
+        pinned_ns = flap_clock_now_ns(clock);
+      flap_device_sim_kernel(flap_pager_device(pager), (double)s->compute_ns[i], 0, true);
+      flap_pager_unpin(pager, i);
+    }
+    ck_assert_int_eq(flap_pager_end(pager), FLAP_OK);
+  }
+  ck_assert_int_eq(flap_pager_settle(pager), FLAP_OK);
+  flap_pager_close(pager);
+  flap_clock_close(clock);
+  return pinned_ns;
+}
+
+static script make_script(uint32_t slots, uint32_t other_slots) {
+  script s = {.region_count = 4, .programs = 1};
+  s.rings[0] = (flap_pager_ring){.name = "first", .slot_bytes = PAGE_BYTES, .slots = slots};
+  s.rings[1] = (flap_pager_ring){.name = "other", .slot_bytes = 100 * PAGE_BYTES, .slots = other_slots};
+  for (uint32_t i = 0; i < 3; i++)
+    s.regions[i] = (flap_pager_region){.bytes = PAGE_BYTES, .ring = 0, .ram_pages = 1};
+  s.regions[3] = (flap_pager_region){.bytes = PAGE_BYTES, .ring = 1, .ram_pages = 1};
+  return s;
+}
+
+static void add(script *s, uint32_t region, flap_lease_mode mode, uint64_t compute_ns) {
+  s->compute_ns[s->lease_count] = compute_ns;
+  s->leases[s->lease_count++] = (flap_lease){.region = region, .mode = mode};
+}
+
+START_TEST(order_full_ring_does_not_hold_up_another_ring) {
+  script s = make_script(1, 1);
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  add(&s, 1, FLAP_LEASE_READ, 0);
+  add(&s, 3, FLAP_LEASE_READ, 0);
+  /* up, compute, up; the other ring's region came up during the first compute */
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + 1000 + 100);
+}
+END_TEST
+
+START_TEST(order_next_program_is_loaded_during_this_one) {
+  script s = make_script(2, 1);
+  s.programs = 3;
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 0), 100 + 2 * 1000);
+}
+END_TEST
+
+START_TEST(order_reads_of_one_region_do_not_wait_for_each_other) {
+  script s = make_script(2, 1);
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 1), 100 + 1000);
+}
+END_TEST
+
+START_TEST(order_read_of_a_changed_region_waits_until_it_is_home) {
+  script s = make_script(2, 1);
+  add(&s, 0, FLAP_LEASE_UPDATE, 1000);
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 1), 100 + 1000 + 100 + 100);
+}
+END_TEST
+
+START_TEST(order_lease_needed_first_passes_a_long_load) {
+  script s = make_script(1, 1);
+  s.regions[3].bytes = 100 * PAGE_BYTES;
+  s.regions[3].ram_pages = 100;
+  add(&s, 0, FLAP_LEASE_READ, 50);
+  add(&s, 1, FLAP_LEASE_READ, 0);
+  add(&s, 3, FLAP_LEASE_READ, 0);
+  /* The second lease gets its slot at 150 ns, when the lane is full of the long load's pages. At 200 ns one of them
+   * ends, and it goes ahead of all the others; they take the lane without a pause. */
+  ck_assert_uint_eq(time_of_pin(&s, 1), 200 + PAGER_WINDOW * 100);
+  ck_assert_uint_eq(time_of_pin(&s, 2), 102 * 100);
+}
+END_TEST
+
 int main(void) {
   pager_full_checks = true;
   Suite *suite = suite_create("pager");
@@ -242,6 +367,11 @@ int main(void) {
   tcase_add_test(tcase, overlap_disk_reads_with_three_slots_take_the_longest_lane);
   tcase_add_test(tcase, overlap_slot_is_reused_while_the_disk_still_writes);
   tcase_add_test(tcase, stall_is_charged_to_the_lane_that_was_waited_for);
+  tcase_add_test(tcase, order_full_ring_does_not_hold_up_another_ring);
+  tcase_add_test(tcase, order_next_program_is_loaded_during_this_one);
+  tcase_add_test(tcase, order_reads_of_one_region_do_not_wait_for_each_other);
+  tcase_add_test(tcase, order_read_of_a_changed_region_waits_until_it_is_home);
+  tcase_add_test(tcase, order_lease_needed_first_passes_a_long_load);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
