@@ -62,7 +62,7 @@ int main(int argc, char **argv) {
   if (argc > 0)
     program_name = argv[0];
   flap_status status = run(argc, argv);
-  if (fflush(stdout) != 0 && status == FLAP_OK)
+  if ((fflush(stdout) != 0 || ferror(stdout)) && status == FLAP_OK)
     status = flap_error_set(FLAP_IO, "standard output cannot be written");
   if (status == FLAP_OK)
     return EXIT_SUCCESS;

@@ -31,22 +31,26 @@ static void print_model(FILE *out, const flap_plan *plan) {
   fprintf(out, "device    %s (%s)\n", device_kind_name(plan->device), plan->device_name);
 }
 
+static void print_budget(FILE *out, const char *tier, uint64_t budget, uint64_t used, uint64_t least) {
+  fprintf(out, "%-9s%12s%12s%18s", tier, flap_text_bytes(budget).text, flap_text_bytes(used).text,
+          flap_text_bytes(least).text);
+}
+
 static void print_budgets(FILE *out, const flap_run_config *config, const flap_plan *plan) {
-  fprintf(out, "\n%-10s%14s%14s%20s\n", "tier", "budget", "used", "least that works");
-  fprintf(out, "%-10s%14s%14s%20s   regions and rings %s, workspaces %s\n", "vram",
-          flap_text_bytes(plan->vram_budget).text, flap_text_bytes(plan->vram_bytes).text,
-          flap_text_bytes(plan->vram_min).text, flap_text_bytes(plan->vram_pager_bytes).text,
+  fprintf(out, "\n%-9s%12s%12s%18s\n", "tier", "budget", "used", "least that works");
+  print_budget(out, "vram", plan->vram_budget, plan->vram_bytes, plan->vram_min);
+  fprintf(out, "   regions %s, workspaces %s\n", flap_text_bytes(plan->vram_pager_bytes).text,
           flap_text_bytes(plan->vram_scratch_bytes).text);
-  fprintf(out, "%-10s%14s%14s%20s   pages %s, staging %s\n", "ram", flap_text_bytes(plan->ram_budget).text,
-          flap_text_bytes(plan->ram_bytes).text, flap_text_bytes(plan->ram_min).text,
-          flap_text_bytes(plan->ram_home_bytes).text, flap_text_bytes(plan->ram_staging_bytes).text);
-  fprintf(out, "%-10s%14s%14s%20s   page table %s, other %s\n", "", "", "", "",
-          flap_text_bytes(plan->ram_table_bytes).text, flap_text_bytes(plan->ram_other_bytes).text);
-  fprintf(out, "%-10s%14s%14s%20s\n", "disk", flap_text_bytes(plan->disk_budget).text,
-          flap_text_bytes(plan->disk_bytes).text, flap_text_bytes(plan->disk_min).text);
+  print_budget(out, "ram", plan->ram_budget, plan->ram_bytes, plan->ram_min);
+  fprintf(out, "   pages %s, staging %s,\n", flap_text_bytes(plan->ram_home_bytes).text,
+          flap_text_bytes(plan->ram_staging_bytes).text);
+  fprintf(out, "%51s   page table %s, other %s\n", "", flap_text_bytes(plan->ram_table_bytes).text,
+          flap_text_bytes(plan->ram_other_bytes).text);
+  print_budget(out, "disk", plan->disk_budget, plan->disk_bytes, plan->disk_min);
+  fputc('\n', out);
   for (uint32_t i = 0; i < config->disk_count; i++)
-    fprintf(out, "%-10s%14s   %s\n", "", flap_text_bytes(plan->disk_sizes[i]).text, config->disk[i].path);
-  fprintf(out, "%-10s%14s%14s%20s   code, stacks, libraries: beside the budgets\n", "process", "",
+    fprintf(out, "%21s   in %s\n", flap_text_bytes(plan->disk_sizes[i]).text, config->disk[i].path);
+  fprintf(out, "%-9s%24s%18s   code, stacks, libraries: beside the budgets\n", "process",
           flap_text_bytes(plan->process_bytes).text, "");
 }
 
@@ -57,10 +61,11 @@ static void print_choices(FILE *out, const flap_plan *plan) {
     fputs("activations recomputed\n", out);
   else
     fprintf(out, "activations of %u layers %s\n", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
-  fprintf(out, "update %s; pages of %s, transfers of %s, slices of %s; %u read and %u write buffers\n",
-          plan->sweep ? "in a sweep after the backward" : "folded into the next forward",
-          flap_text_bytes(plan->page_bytes).text, flap_text_bytes(plan->transfer_bytes).text,
-          flap_text_bytes(plan->slice_bytes).text, plan->read_buffers, plan->write_buffers);
+  fprintf(out, "update %s; %u read and %u write buffers\n",
+          plan->sweep ? "in a sweep after the backward" : "folded into the next forward", plan->read_buffers,
+          plan->write_buffers);
+  fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
+          flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }
 
 static void print_classes(FILE *out, const flap_plan *plan) {
@@ -97,12 +102,13 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
   print_choices(out, plan);
   print_classes(out, plan);
   print_lanes(out, plan);
-  fprintf(out, "\nexpected  %s a step, %s tokens/s; the bound is %s a step, set by %s (%s of it reached)\n",
-          flap_text_seconds(plan->step_seconds).text, flap_text_rate(plan->tokens_per_second).text,
-          flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
+  fprintf(out, "\nexpected  %s a step, %s tokens/s: %s of the bound\n", flap_text_seconds(plan->step_seconds).text,
+          flap_text_rate(plan->tokens_per_second).text,
           flap_text_percent(plan->bound_seconds, plan->step_seconds).text);
-  fprintf(out, "files     in %s: %s per checkpoint, %s for the trained model\n", config->output_dir,
-          flap_text_bytes(plan->checkpoint_bytes).text, flap_text_bytes(plan->export_bytes).text);
+  fprintf(out, "bound     %s a step, set by %s\n", flap_text_seconds(plan->bound_seconds).text,
+          flap_print_bound_lane(plan));
+  fprintf(out, "files     %s a checkpoint, %s the trained model, in %s\n", flap_text_bytes(plan->checkpoint_bytes).text,
+          flap_text_bytes(plan->export_bytes).text, config->output_dir);
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------ */

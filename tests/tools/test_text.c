@@ -1,0 +1,80 @@
+/* Figures as texts, words for a shell, and the nearest word. */
+#include "tools/nearest.h"
+#include "tools/text.h"
+
+#include <check.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+START_TEST(text_figures_are_short) {
+  ck_assert_str_eq(flap_text_grouped(0).text, "0");
+  ck_assert_str_eq(flap_text_grouped(999).text, "999");
+  ck_assert_str_eq(flap_text_grouped(1000).text, "1,000");
+  ck_assert_str_eq(flap_text_grouped(UINT64_MAX).text, "18,446,744,073,709,551,615");
+  ck_assert_str_eq(flap_text_ratio(70, 5, 2).text, "14.00");
+  ck_assert_str_eq(flap_text_ratio(1, 0, 2).text, "-");
+  ck_assert_str_eq(flap_text_ratio(NAN, 1, 2).text, "-");
+  ck_assert_str_eq(flap_text_percent(0.87, 1).text, "87%");
+  ck_assert_str_eq(flap_text_percent(1, 0).text, "-");
+  ck_assert_str_eq(flap_text_rate(0).text, "0");
+  ck_assert_str_eq(flap_text_rate(999.4).text, "999");
+  ck_assert_str_eq(flap_text_rate(999.6).text, "1.00k");
+  ck_assert_str_eq(flap_text_rate(12345).text, "12.3k");
+  ck_assert_str_eq(flap_text_rate(1234567).text, "1.23M");
+  ck_assert_str_eq(flap_text_rate(NAN).text, "-");
+  ck_assert_str_eq(flap_text_seconds(INFINITY).text, "-");
+  ck_assert_str_eq(flap_text_seconds(-1).text, "-");
+}
+END_TEST
+
+START_TEST(text_shell_words_survive_a_shell) {
+  char word[64];
+  ck_assert_str_eq(flap_text_shell("run.yaml", word, sizeof word), "run.yaml");
+  ck_assert_str_eq(flap_text_shell("a b", word, sizeof word), "'a b'");
+  ck_assert_str_eq(flap_text_shell("it's", word, sizeof word), "'it'\\''s'");
+  ck_assert_str_eq(flap_text_shell("", word, sizeof word), "''");
+  ck_assert_str_eq(flap_text_shell("disk=[a]", word, sizeof word), "'disk=[a]'");
+  char tight[12];
+  flap_text_shell("''''''''''", tight, sizeof tight);
+  ck_assert_uint_lt(strlen(tight), sizeof tight);
+}
+END_TEST
+
+START_TEST(nearest_distance_counts_edits) {
+  ck_assert_uint_eq(flap_nearest_distance("kitten", "sitting"), 3);
+  ck_assert_uint_eq(flap_nearest_distance("", "abc"), 3);
+  ck_assert_uint_eq(flap_nearest_distance("abc", ""), 3);
+  ck_assert_uint_eq(flap_nearest_distance("flaw", "lawn"), 2);
+  ck_assert_uint_eq(flap_nearest_distance("Save-Steps", "save_steps"), 0);
+  char longer[80];
+  memset(longer, 'a', sizeof longer - 1);
+  longer[sizeof longer - 1] = '\0';
+  ck_assert(flap_nearest_distance(longer, "a") == SIZE_MAX);
+}
+END_TEST
+
+START_TEST(nearest_word_is_near_or_none) {
+  static const char *const words[] = {"train", "plan", "sample"};
+  ck_assert_str_eq(flap_nearest_word("trian", words, 3), "train");
+  ck_assert_str_eq(flap_nearest_word("PLAN", words, 3), "plan");
+  ck_assert_ptr_null(flap_nearest_word("zzzzz", words, 3));
+  ck_assert_ptr_null(flap_nearest_word("x", words, 0));
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("tools");
+  TCase *cases = tcase_create("text");
+  tcase_add_test(cases, text_figures_are_short);
+  tcase_add_test(cases, text_shell_words_survive_a_shell);
+  tcase_add_test(cases, nearest_distance_counts_edits);
+  tcase_add_test(cases, nearest_word_is_near_or_none);
+  suite_add_tcase(suite, cases);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_NORMAL);
+  int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
