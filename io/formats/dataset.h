@@ -69,7 +69,7 @@ uint64_t flap_dataset_digest(const flap_dataset *dataset);
 void flap_dataset_unigram_entropy(const flap_dataset *dataset, double *own_nats_out, double *train_nats_out);
 
 /* Training sequences number first .. first+count-1: tokens (count, S), targets (count, S). Epochs follow each
- * other without a seam. Allocates nothing. FLAP_IO or FLAP_CORRUPT when a file changed meanwhile. */
+ * other without a seam. Allocates nothing. FLAP_IO, FLAP_CORRUPT or FLAP_INVALID when a file changed meanwhile. */
 FLAP_CHECKED flap_status flap_dataset_fetch(const flap_dataset *dataset, uint64_t first, uint64_t count,
                                             int32_t *tokens, int32_t *targets);
 
