@@ -1,0 +1,245 @@
+/* A tokenizer.json that is malformed, hostile or not of our kind gives one clear line, and never a crash. */
+#include "io/formats/tokenizer.h"
+#include "tests/formats/formats_scratch.h"
+
+#include <check.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BASE "tests/formats/data/tokenizer_qwen2.json"
+
+static flap_status open_text(const char *text, size_t bytes) {
+  scratch_write("tokenizer.json", text, bytes);
+  flap_tokenizer *tokenizer = NULL;
+  flap_status status = flap_tokenizer_open(scratch_path(""), &tokenizer);
+  ck_assert((status == FLAP_OK) == (tokenizer != NULL));
+  if (status == FLAP_OK) {
+    flap_ids ids = {0};
+    static const char sample[] = "The lighthouse keeper's  caf\xc3\xa9 e\xcc\x81 12345\n\n<|im_start|> \xff";
+    flap_status encoded = flap_tokenizer_encode(tokenizer, sample, sizeof sample - 1, FLAP_TOKENIZER_SPECIAL, &ids);
+    ck_assert(encoded == FLAP_OK || encoded == FLAP_INVALID);
+    for (uint64_t i = 0; i < ids.count; i++) {
+      uint64_t count;
+      ck_assert_ptr_nonnull(flap_tokenizer_decode(tokenizer, ids.ids[i], &count));
+    }
+    flap_ids_free(&ids);
+  } else {
+    ck_assert_uint_gt(strlen(flap_error_message()), 0);
+  }
+  flap_tokenizer_close(tokenizer);
+  return status;
+}
+
+/* Puts `value` (JSON) at a path like "model.type" or "added_tokens.0.id". */
+static json_t *with_change(const char *path, const char *value) {
+  json_t *root = json_load_file(BASE, 0, NULL);
+  json_t *new_value = json_loads(value, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+  ck_assert(root != NULL && new_value != NULL);
+  char parts[128];
+  (void)snprintf(parts, sizeof parts, "%s", path);
+  json_t *at = root;
+  char *save = NULL, *part = strtok_r(parts, ".", &save), *next;
+  while ((next = strtok_r(NULL, ".", &save)) != NULL) {
+    at = json_is_array(at) ? json_array_get(at, (size_t)atoi(part)) : json_object_get(at, part);
+    ck_assert_ptr_nonnull(at);
+    part = next;
+  }
+  ck_assert_int_eq(json_is_array(at) ? json_array_set_new(at, (size_t)atoi(part), new_value)
+                                     : json_object_set_new(at, part, new_value),
+                   0);
+  return root;
+}
+
+static flap_status open_changed(const char *path, const char *value) {
+  json_t *root = with_change(path, value);
+  char *text = json_dumps(root, 0);
+  ck_assert_ptr_nonnull(text);
+  flap_status status = open_text(text, strlen(text));
+  free(text);
+  json_decref(root);
+  return status;
+}
+
+static const struct {
+  const char *path, *value;
+  flap_status status;
+  const char *message; /* NULL for FLAP_OK */
+} changes[] = {
+    {"version", "\"1.0\"", FLAP_OK, NULL},
+    {"truncation", "{\"max_length\": 3}", FLAP_OK, NULL}, /* what transformers does with it is off by default */
+    {"model", "3", FLAP_INVALID, "model"},
+    {"model.type", "\"Unigram\"", FLAP_UNSUPPORTED, "model.type: Unigram"},
+    {"model.byte_fallback", "true", FLAP_UNSUPPORTED, "model.byte_fallback"},
+    {"model.dropout", "0.1", FLAP_UNSUPPORTED, "model.dropout"},
+    {"model.end_of_word_suffix", "\"</w>\"", FLAP_UNSUPPORTED, "model.end_of_word_suffix"},
+    {"model.continuing_subword_prefix", "\"##\"", FLAP_UNSUPPORTED, "model.continuing_subword_prefix"},
+    {"model.unk_token", "\"<|endoftext|>\"", FLAP_OK, NULL}, /* all bytes are there: it cannot come up */
+    {"model.vocab", "{}", FLAP_INVALID, "merges"},
+    {"model.vocab", "[]", FLAP_INVALID, "model.vocab"},
+    {"model.vocab.a", "-1", FLAP_INVALID, "\"a\""},
+    {"model.vocab.a", "4000000000", FLAP_INVALID, "\"a\""},
+    {"model.vocab.a", "16777216", FLAP_INVALID, "\"a\""},
+    {"model.vocab.a", "\"x\"", FLAP_INVALID, "\"a\""},
+    {"model.vocab.a", "7", FLAP_INVALID, "two tokens have the id 7"},
+    {"model.merges", "null", FLAP_INVALID, "model.merges"},
+    {"model.merges.0", "\"a b c\"", FLAP_INVALID, "entry 0"},
+    {"model.merges.0", "[\"a\"]", FLAP_INVALID, "entry 0"},
+    {"model.merges.0", "\"\xe2\x82\xac a\"", FLAP_INVALID, "left half"},
+    {"model.merges.0", "[\"\", \"\"]", FLAP_INVALID, "left half"},
+    {"model.merges.0", "[\"q\", \"~\"]", FLAP_INVALID, "what it makes"},
+    {"added_tokens", "{}", FLAP_INVALID, "added_tokens"},
+    {"added_tokens.0", "7", FLAP_INVALID, "added_tokens[0]"},
+    {"added_tokens.0.id", "5", FLAP_INVALID, "5 is the id of another token"},
+    {"added_tokens.0.id", "16777215", FLAP_OK, NULL},
+    {"added_tokens.0.id", "16777216", FLAP_INVALID, "added_tokens[0].id"},
+    {"added_tokens.0.content", "\"a\"", FLAP_INVALID, "here and"},
+    {"added_tokens.0.content", "\"\"", FLAP_OK, NULL},
+    {"added_tokens.0.single_word", "true", FLAP_UNSUPPORTED, "added_tokens[0].single_word"},
+    {"added_tokens.0.special", "1", FLAP_INVALID, "added_tokens[0].special"},
+    {"normalizer", "null", FLAP_OK, NULL},
+    {"normalizer", "{\"type\": \"Prepend\", \"prepend\": \"\\u2581\"}", FLAP_UNSUPPORTED, "normalizer.type: Prepend"},
+    {"normalizer", "{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}, {\"type\": \"Replace\"}]}",
+     FLAP_UNSUPPORTED, "normalizers[1].type: Replace"},
+    {"normalizer", "\"NFC\"", FLAP_INVALID, "normalizer"},
+    {"pre_tokenizer", "null", FLAP_UNSUPPORTED, "pre_tokenizer"},
+    {"pre_tokenizer.type", "\"Metaspace\"", FLAP_UNSUPPORTED, "pre_tokenizer.type: Metaspace"},
+    {"pre_tokenizer.pretokenizers", "[]", FLAP_UNSUPPORTED, "ByteLevel"},
+    {"pre_tokenizer.pretokenizers.0.behavior", "\"MergedWithNext\"", FLAP_UNSUPPORTED, "behavior: MergedWithNext"},
+    {"pre_tokenizer.pretokenizers.0.type", "\"ByteLevel\"", FLAP_UNSUPPORTED, "after ByteLevel"},
+    {"pre_tokenizer.pretokenizers.0.pattern", "{\"String\": \"..\"}", FLAP_OK, NULL},
+    {"pre_tokenizer.pretokenizers.0.pattern", "{\"Glob\": \"*\"}", FLAP_INVALID, "pattern.Regex"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(\"", FLAP_UNSUPPORTED, "not understood"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"\\\\bx\"", FLAP_UNSUPPORTED, "escape"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"[a&&b]\"", FLAP_UNSUPPORTED, "classes in classes"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"[a\"", FLAP_UNSUPPORTED, "not closed"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"a{2}+\"", FLAP_UNSUPPORTED, "differently"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(?(1)a|b)\"", FLAP_UNSUPPORTED, "group"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(?R)\"", FLAP_UNSUPPORTED, "group"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(*LIMIT_MATCH=1)a\"", FLAP_UNSUPPORTED, "group"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"\\\\p{NoSuchScript}\"", FLAP_UNSUPPORTED, "not understood"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"\\\\p{Han}+|\\\\u0041|\\\\x41|\\\\v|[\\\\s\\\\-\\\\]]\"",
+     FLAP_OK, NULL},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"\\\\\"", FLAP_UNSUPPORTED, "escape"},
+    {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"\"", FLAP_OK, NULL},
+    {"decoder", "{\"type\": \"WordPiece\"}", FLAP_UNSUPPORTED, "decoder.type: WordPiece"},
+    {"decoder", "null", FLAP_OK, NULL},
+    {"post_processor", "{\"type\": \"BertProcessing\"}", FLAP_UNSUPPORTED, "post_processor.type: BertProcessing"},
+    {"post_processor", "{\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"x\"}}]}",
+     FLAP_INVALID, "special_tokens"},
+    {"post_processor",
+     "{\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"x\"}}], "
+     "\"special_tokens\": {\"x\": {\"ids\": [99999999]}}}",
+     FLAP_INVALID, "ids"},
+    {"post_processor", "{\"type\": \"TemplateProcessing\", \"single\": []}", FLAP_UNSUPPORTED, "without the text"},
+};
+
+START_TEST(tokenizer_json_of_another_kind_names_file_and_key) {
+  flap_status status = open_changed(changes[_i].path, changes[_i].value);
+  ck_assert_msg(status == changes[_i].status, "%s = %s is %s: %s", changes[_i].path, changes[_i].value,
+                flap_status_name(status), flap_error_message());
+  if (status != FLAP_OK) {
+    ck_assert_msg(scratch_error_has("tokenizer.json"), "%s", flap_error_message());
+    ck_assert_msg(scratch_error_has(changes[_i].message), "%s", flap_error_message());
+  }
+}
+END_TEST
+
+START_TEST(tokenizer_json_cut_short_anywhere_is_refused) {
+  json_t *root = json_load_file(BASE, 0, NULL);
+  char *text = json_dumps(root, 0);
+  size_t bytes = strlen(text);
+  for (size_t length = 0; length < bytes; length += length < 300 ? 1 : 401)
+    ck_assert_int_eq(open_text(text, length), FLAP_INVALID);
+  free(text);
+  json_decref(root);
+}
+END_TEST
+
+/* One byte changed at a time, from a fixed generator: whatever it means then, it must not crash or leak. */
+START_TEST(tokenizer_json_with_changed_bytes_never_crashes) {
+  json_t *root = json_load_file(BASE, 0, NULL);
+  char *text = json_dumps(root, 0);
+  size_t bytes = strlen(text);
+  uint32_t state = 12345;
+  unsigned opened = 0;
+  for (int i = 0; i < 400; i++) {
+    state = state * 1664525u + 1013904223u;
+    size_t at = state % bytes;
+    char old = text[at];
+    state = state * 1664525u + 1013904223u;
+    text[at] = "0{}[]\",:\\a-9 \xc3"[(state >> 20) % 14];
+    opened += open_text(text, bytes) == FLAP_OK;
+    text[at] = old;
+  }
+  ck_assert_uint_gt(opened, 0);
+  ck_assert_uint_lt(opened, 400);
+  free(text);
+  json_decref(root);
+}
+END_TEST
+
+START_TEST(tokenizer_pattern_without_end_gives_up) {
+  flap_status status = open_changed("pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(?:a+)+[bc]\"");
+  ck_assert_int_eq(status, FLAP_OK);
+  flap_tokenizer *tokenizer;
+  ck_assert_int_eq(flap_tokenizer_open(scratch_path(""), &tokenizer), FLAP_OK);
+  char text[64];
+  memset(text, 'a', sizeof text);
+  flap_ids ids = {0};
+  ck_assert_int_eq(flap_tokenizer_encode(tokenizer, text, sizeof text, 0, &ids), FLAP_INVALID);
+  ck_assert(scratch_error_has("gave up"));
+  flap_ids_free(&ids);
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
+
+START_TEST(tokenizer_files_beside_are_checked) {
+  static const struct {
+    const char *name, *text, *message;
+  } cases[] = {
+      {"tokenizer_config.json", "{\"eos_token\": \"</nope>\"}", "eos_token"},
+      {"tokenizer_config.json", "{\"bos_token\": 3}", "bos_token"},
+      {"tokenizer_config.json", "[", "tokenizer_config.json"},
+      {"special_tokens_map.json", "{\"eos_token\": {\"id\": 3}}", "eos_token"},
+      {"config.json", "{\"eos_token_id\": 99999}", "eos_token_id"},
+      {"config.json", "{\"eos_token_id\": []}", "eos_token_id"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    scratch_text(cases[i].name, cases[i].text);
+    ck_assert_int_eq(open_changed("version", "\"1.0\""), FLAP_INVALID);
+    ck_assert_msg(scratch_error_has(cases[i].message) && scratch_error_has(cases[i].name), "%s", flap_error_message());
+    ck_assert_int_eq(remove(scratch_path(cases[i].name)), 0);
+  }
+  scratch_text("tokenizer_config.json", "{\"model_max_length\": 1000000000000000019884624838656}");
+  scratch_text("config.json", "{\"eos_token_id\": [1202, 1200], \"bos_token_id\": 1201}");
+  ck_assert_int_eq(open_changed("version", "\"1.0\""), FLAP_OK);
+  flap_tokenizer *tokenizer;
+  ck_assert_int_eq(flap_tokenizer_open(scratch_path("tokenizer.json"), &tokenizer), FLAP_OK);
+  ck_assert_int_eq(flap_tokenizer_end(tokenizer), 1202);
+  ck_assert_int_eq(flap_tokenizer_begin(tokenizer), 1201);
+  flap_tokenizer_close(tokenizer);
+  ck_assert_int_eq(flap_tokenizer_open(scratch_path("missing"), &tokenizer), FLAP_NOT_FOUND);
+  ck_assert(scratch_error_has("missing"));
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("formats");
+  TCase *cases = tcase_create("tokenizer_hostile");
+  tcase_set_timeout(cases, 120);
+  tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
+  tcase_add_loop_test(cases, tokenizer_json_of_another_kind_names_file_and_key, 0,
+                      (int)(sizeof changes / sizeof changes[0]));
+  tcase_add_test(cases, tokenizer_json_cut_short_anywhere_is_refused);
+  tcase_add_test(cases, tokenizer_json_with_changed_bytes_never_crashes);
+  tcase_add_test(cases, tokenizer_pattern_without_end_gives_up);
+  tcase_add_test(cases, tokenizer_files_beside_are_checked);
+  suite_add_tcase(suite, cases);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_ENV);
+  int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed != 0;
+}
