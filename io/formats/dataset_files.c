@@ -38,7 +38,7 @@ static flap_status add_file(flap_file_list *files, const char *path) {
     return flap_error_set(FLAP_INVALID, "dataset: %s is a folder; name files, for example %s/*.txt", path, path);
   if (!S_ISREG(info.st_mode))
     return flap_error_set(FLAP_INVALID, "dataset: %s is not a regular file", path);
-  flap_dataset_kind kind;
+  flap_dataset_kind kind = FLAP_DATA_TEXT;
   FLAP_TRY(kind_of(path, &kind));
   if (files->count == files->capacity) {
     uint64_t capacity = files->capacity == 0 ? 16 : 2 * files->capacity;
