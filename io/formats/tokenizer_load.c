@@ -447,8 +447,8 @@ static flap_status load_tokenizer(const char *path, const json_t *json, flap_tok
   FLAP_TRY(flap_json_get_array(&model, "merges", &merges));
   if (flap_json_has(&root, "added_tokens"))
     FLAP_TRY(flap_json_get_array(&root, "added_tokens", &added));
-  uint32_t id_count;
-  uint64_t strings, bytes;
+  uint32_t id_count = 0;
+  uint64_t strings = 0, bytes = 0;
   FLAP_TRY(measure_vocab(&root, &vocab, added, &id_count, &strings, &bytes));
   flap_tokenizer *tokenizer;
   FLAP_TRY(flap_tokenizer_take(path, id_count, strings, bytes, json_array_size(merges), &tokenizer));
