@@ -140,8 +140,9 @@ flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t 
     return flap_error_set(FLAP_INVALID, "disk measurement: a depth of at most %u is possible", DEPTH_MAX);
   if (depth == 0)
     depth = DEPTH_DEFAULT;
-  /* Twice the depth: the next requests wait in the lane, so the system never waits for this thread. */
-  rate_meter meter = {.request_count = 2 * depth, .request_bytes = request_bytes, .bytes = bytes};
+  /* A few more than the depth: the next requests wait in the lane, so the system never waits for this thread. Not many
+   * more, because every further buffer is cache that the transfers miss. */
+  rate_meter meter = {.request_count = depth + (depth + 3) / 4, .request_bytes = request_bytes, .bytes = bytes};
   flap_arena arena;
   uint64_t each_bytes = request_bytes + sizeof(flap_block_request);
   FLAP_TRY(flap_arena_open(&arena, "disk measurement", meter.request_count * each_bytes));

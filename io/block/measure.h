@@ -14,8 +14,8 @@ extern "C" {
 /* Bytes per second of sequential requests of `request_bytes`, `depth` in flight (0: the default), over an extent of
  * `bytes` (a multiple of request_bytes) in the folder `path`. The extent is written once before anything is timed,
  * because space that was only reserved reads and writes at other rates than space that holds data; then it is written
- * and read once each. Takes 2 x depth x request_bytes of memory. Where the file system does not do O_DIRECT these are
- * the rates of the page cache, and a warning says so. */
+ * and read once each. Takes about 5/4 x depth x request_bytes of memory. Where the file system does not do O_DIRECT
+ * these are the rates of the page cache, and a warning says so. */
 FLAP_CHECKED flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t request_bytes,
                                                   uint32_t depth, flap_block_backend backend,
                                                   double *read_bytes_per_second_out,
