@@ -1,0 +1,226 @@
+"""The whole program, with its real engine, on a model of a few thousand parameters. Usage: test_flap.py <flap>
+
+What a person does: plan, train, evaluate, sample, export, inspect, interrupt, resume; and what they do wrong: every
+mistake is one line on stderr, exit status 1, within seconds, and leaves nothing behind."""
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+FLAP = os.path.abspath(sys.argv.pop(1))
+RUN = """model:
+  model_type: llama
+  hidden_size: 32
+  intermediate_size: 64
+  num_hidden_layers: 3
+  num_attention_heads: 2
+  max_position_embeddings: 64
+  tie_word_embeddings: true
+tokenizer: bytes
+dataset: text.txt
+val_size: 4
+cutoff_len: 32
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+max_steps: 8
+learning_rate: 1e-2
+logging_steps: 1
+save_strategy: no
+output_dir: out
+vram: 4MiB
+ram: 16MiB
+disk: {path: disk, size: 16MiB}
+device: cpu
+expert: {threads: 1}
+"""
+TEXT = "".join(f"The {n}th line says that {n} and {n + 1} make {2 * n + 1}.\n" for n in range(300))
+
+
+class Flap(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="flap-test-")
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        os.mkdir(self.path("disk"))
+        self.write("run.yaml", RUN)
+        self.write("text.txt", TEXT)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, content):
+        with open(self.path(name), "wb" if isinstance(content, bytes) else "w") as file:
+            file.write(content)
+
+    def flap(self, *arguments):
+        return subprocess.run([FLAP, *arguments], cwd=self.folder, capture_output=True, timeout=120, text=True)
+
+    def accept(self, *arguments):
+        done = self.flap(*arguments)
+        self.assertEqual(done.returncode, 0, (arguments, done.stdout, done.stderr))
+        return done.stdout
+
+    def refuse(self, message, *arguments):
+        before = self.tree()
+        start = time.monotonic()
+        done = self.flap(*arguments)
+        self.assertEqual(done.returncode, 1, (arguments, done.stdout, done.stderr))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("flap: error: ")]
+        self.assertEqual(len(errors), 1, done.stderr)
+        self.assertIn(message, errors[0])
+        self.assertLess(time.monotonic() - start, 20)  # two seconds for people; sanitizers and busy machines take longer
+        self.assertEqual(self.tree(), before)
+        return errors[0]
+
+    def tree(self):
+        return sorted(os.path.relpath(os.path.join(folder, name), self.folder)
+                      for folder, folders, files in os.walk(self.folder) for name in folders + files)
+
+    def metrics(self, folder="out"):
+        with open(self.path(f"{folder}/metrics.jsonl")) as file:
+            return [json.loads(line) for line in file]
+
+    def losses(self, folder="out"):
+        return {line["step"]: (line["loss"], line["grad_norm"]) for line in self.metrics(folder) if "grad_norm" in line}
+
+    def weights(self, folder="out"):
+        with open(self.path(f"{folder}/model.safetensors"), "rb") as file:
+            return file.read()
+
+    # ---- what a person does ----
+
+    def test_plan_needs_no_data_and_agrees_with_training(self):
+        os.remove(self.path("text.txt"))
+        plan = json.loads(self.accept("plan", "run.yaml", "--json"))
+        self.assertEqual(plan["tokens_per_step"], 128)
+        self.assertLessEqual(plan["vram_bytes"], 4 << 20)
+        self.assertLessEqual(plan["vram_min"], plan["vram_bytes"])
+        self.assertLessEqual(max(map(len, self.accept("plan", "run.yaml").splitlines())), 100)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "run.yaml"])
+
+    def test_train_eval_sample_export_inspect(self):
+        text = self.accept("train", "run.yaml")
+        for wanted in ["step 8/8  loss ", "held-out loss ", "unigram entropy", "of the bound reached", "Hugging Face's format: out"]:
+            self.assertIn(wanted, text)
+        losses = self.losses()
+        self.assertEqual(sorted(losses), list(range(1, 9)))
+        self.assertLess(losses[8][0], losses[1][0])
+        self.assertTrue({"config.json", "model.safetensors", "metrics.jsonl", "trace.json", "tokenizer.json"}
+                        <= set(os.listdir(self.path("out"))))
+        self.assertEqual(os.listdir(self.path("disk")), [])
+
+        after = float(text.split(" before, ")[1].split(" after")[0])
+        evaluated = json.loads(self.accept("eval", "run.yaml", "--json"))
+        self.assertAlmostEqual(evaluated["loss"], after, places=2)
+        sample = [self.accept("sample", "run.yaml", "--prompt", "The", "-n", "12", "--seed", seed) for seed in "112"]
+        self.assertEqual(sample[0], sample[1])
+        self.accept("export", "out", "exported", "--dtype", "float32")
+        self.refuse("exported", "export", "out", "exported")
+        shown = self.accept("inspect", "exported")
+        self.assertIn("model.layers.2.mlp.down_proj.weight", shown)
+        self.assertIn("F32", shown)
+        self.assertIn("model_type", shown)
+
+    def test_budgets_disks_and_io_do_not_change_the_numbers(self):
+        self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
+        os.mkdir(self.path("disk2"))
+        for name, overrides in {"b": ["vram=min"], "c": ["vram=min", "ram=min"], "d": ["expert.io=threads", "ram=min"],
+                                "e": ["disk=[disk, disk2]", "ram=min", "expert.clip=sweep"],
+                                "f": ["expert.segment_layers=2", "activations=recompute"]}.items():
+            self.accept("train", "run.yaml", f"output_dir={name}", *overrides)
+            self.assertEqual(self.losses(name), self.losses("a"), overrides)
+            self.assertEqual(self.weights(name), self.weights("a"), overrides)
+
+    def test_interrupt_saves_and_the_printed_command_continues_bit_for_bit(self):
+        common = ["max_steps=60", "save_strategy=steps", "save_steps=1000"]
+        self.accept("train", "run.yaml", "output_dir=whole", *common)
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *common], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGINT)
+                break
+        out, error = process.communicate(timeout=60)
+        if process.returncode == 0:
+            self.skipTest("the run ended before the signal came")
+        self.assertEqual(process.returncode, 130, (out, error))
+        command = [line for line in out.splitlines() if line.startswith("continue with: ")]
+        self.assertEqual(len(command), 1, out)
+        done = subprocess.run(command[0][len("continue with: "):], shell=True, cwd=self.folder, capture_output=True,
+                              timeout=120, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("continuing after step", done.stdout)
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+
+    def test_checkpoints_are_kept_to_the_limit(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=2", "max_steps=7")
+        kept = sorted(name for name in os.listdir(self.path("out")) if name.startswith("checkpoint-"))
+        self.assertEqual(len(kept), 2, kept)
+        self.assertIn("step", self.accept("inspect", "out"))
+
+    # ---- what a person does wrong ----
+
+    def test_budgets_that_are_too_small_name_the_least_that_works(self):
+        for key in ("vram", "ram"):
+            error = self.refuse(key, "train", "run.yaml", f"{key}=64KiB")
+            self.assertRegex(error, r"\d")
+        self.refuse("disk", "train", "run.yaml", "ram=min", "disk={path: disk, size: 64KiB}")
+
+    def test_missing_files_are_named(self):
+        self.refuse("nothing.txt", "train", "run.yaml", "dataset=nothing.txt")
+        self.refuse("nowhere", "train", "run.yaml", "disk=nowhere", "ram=min")
+        self.refuse("nothing", "train", "run.yaml", "model=null", "model_name_or_path=nothing")
+        self.refuse("nothing.json", "train", "run.yaml", "tokenizer=nothing.json")
+        self.refuse("nothing", "sample", "nothing")
+        self.refuse("nothing", "inspect", "nothing")
+        self.refuse("nothing", "export", "nothing", "x")
+        self.refuse("nothing", "train", "run.yaml", "resume_from_checkpoint=nothing")
+
+    def test_model_keys_that_are_wrong_are_named(self):
+        self.refuse("hidden_sise", "plan", "run.yaml", "model.hidden_sise=64")
+        self.refuse("num_attention_heads", "plan", "run.yaml", "model.num_attention_heads=5")
+        self.refuse("model_type", "plan", "run.yaml", "model.model_type=gpt9")
+        self.refuse("hidden_size", "plan", "run.yaml", "model.hidden_size=big")
+
+    def test_broken_inputs_are_refused(self):
+        self.write("bad.jsonl", '{"text": "fine"}\n{"text": 5}\n')
+        self.refuse("bad.jsonl", "train", "run.yaml", "dataset=bad.jsonl")
+        self.write("bad.bin", b"x" * 100)
+        self.refuse("bad.bin", "train", "run.yaml", "dataset=bad.bin")
+        self.write("short.txt", "short")
+        self.refuse("short.txt", "train", "run.yaml", "dataset=short.txt")
+        self.write("tokenizer.json", '{"model": {"type": "Unigram"}}')
+        self.refuse("tokenizer.json", "train", "run.yaml", "tokenizer=tokenizer.json")
+        os.mkdir(self.path("broken"))
+        self.write("broken/config.json", json.dumps({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
+                   "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 257, "rms_norm_eps": 1e-5}))
+        self.write("broken/model.safetensors", struct.pack("<Q", 1 << 60) + b"{}")
+        self.refuse("broken/model.safetensors", "train", "run.yaml", "model=null", "model_name_or_path=broken")
+        self.refuse("broken/model.safetensors", "sample", "broken", "tokenizer=bytes")
+
+    @unittest.skipIf(os.geteuid() == 0, "root may write everywhere")
+    def test_a_folder_that_cannot_be_written_is_named(self):
+        os.mkdir(self.path("locked"), 0o500)
+        self.refuse("locked", "train", "run.yaml", "output_dir=locked/out")
+
+    def test_output_dir_that_is_a_file_is_named(self):
+        self.write("file", "")
+        self.refuse("file", "train", "run.yaml", "output_dir=file")
+
+    def test_loss_that_is_not_finite_stops_and_says_where(self):
+        done = self.flap("train", "run.yaml", "learning_rate=1e6", "max_grad_norm=0", "max_steps=200", "bf16=false")
+        if done.returncode == 0:
+            self.skipTest("this model survives any learning rate")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("step", done.stderr)
+        self.assertFalse(os.path.exists(self.path("out/model.safetensors")))
+
+
+if __name__ == "__main__":
+    unittest.main()
