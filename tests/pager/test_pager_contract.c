@@ -147,6 +147,29 @@ static void load_after_consume(small_pager *s) {
   pin(s, 1);
 }
 
+static flap_status fail_to_fill(void *context, uint64_t offset, uint64_t bytes, void *memory) {
+  (void)context, (void)bytes, (void)memory;
+  return offset == 0 ? FLAP_OK : flap_error_set(FLAP_INVALID, "the file is too short");
+}
+
+static void load_after_failed_fill(small_pager *s) {
+  static const flap_lease leases[] = {{2, FLAP_LEASE_READ}};
+  fill_all(s);
+  if (flap_pager_fill(s->pager, 2, fail_to_fill, NULL) != FLAP_INVALID)
+    _exit(3);
+  must(flap_pager_begin(s->pager, leases, 1));
+  pin(s, 0);
+}
+
+static flap_status drain_nothing(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
+  (void)context, (void)offset, (void)bytes, (void)memory;
+  return FLAP_OK;
+}
+
+static void drain_of_nothing(small_pager *s) {
+  must(flap_pager_drain(s->pager, 2, drain_nothing, NULL));
+}
+
 static void resident_of_nothing(small_pager *s) {
   static const flap_lease leases[] = {{5, FLAP_LEASE_UPDATE}};
   must(flap_pager_begin(s->pager, leases, 1));
@@ -198,6 +221,8 @@ static const struct {
     {resident_twice, "region 5"},
     {load_of_nothing, "region 3 is loaded, but it holds nothing"},
     {load_after_consume, "region 4 is loaded, but it holds nothing"},
+    {load_after_failed_fill, "region 2 is loaded, but it holds nothing"},
+    {drain_of_nothing, "region 2 is drained, but it holds nothing"},
     {resident_of_nothing, "region 5"},
     {pin_out_of_order, "index == program->pinned"},
     {unpin_twice, "LEASE_PINNED"},
@@ -252,10 +277,45 @@ static void run_all_modes(small_pager *s, uint32_t rounds) {
   must(flap_pager_settle(s->pager));
 }
 
-static flap_status drain_nothing(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
-  (void)context, (void)offset, (void)bytes, (void)memory;
-  return FLAP_OK;
+START_TEST(sizes_are_what_the_configuration_says) {
+  small_pager s;
+  flap_pager_sizes sizes;
+  uint64_t rest = 1;
+  open_small(&s, 3, FLAP_BLOCK_SIM, NULL);
+  flap_pager_measure(&s.config, &sizes);
+  ck_assert_uint_eq(sizes.vram_bytes, (3 + 1) * 8 * FLAP_BLOCK_ALIGN);
+  ck_assert_uint_eq(sizes.ram_home_bytes, 5 * 2 * FLAP_BLOCK_ALIGN);
+  ck_assert_uint_eq(sizes.disk_bytes, 5 * 6 * FLAP_BLOCK_ALIGN);
+  ck_assert_uint_eq(sizes.staging_bytes, (3 + 3) * 2 * FLAP_BLOCK_ALIGN);
+  ck_assert_uint_eq(sizes.ram_bytes, sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes);
+  ck_assert_uint_eq(s.arena.bytes_used, sizes.ram_bytes);
+  (void)flap_pager_vram_rest(s.pager, &rest);
+  ck_assert_uint_eq(rest, 0);
+  ck_assert_str_eq(flap_pager_disk_describe(s.pager), "sim");
+  /* Without anything on disk: one page for the resident region to pass through. */
+  for (uint32_t i = 0; i < 5; i++)
+    s.regions[i].ram_pages = 8;
+  flap_pager_measure(&s.config, &sizes);
+  ck_assert_uint_eq(sizes.disk_bytes, 0);
+  ck_assert_uint_eq(sizes.staging_bytes, FLAP_BLOCK_ALIGN);
+  close_small(&s);
 }
+END_TEST
+
+START_TEST(epoch_counts_writings_of_disk_pages) {
+  small_pager s;
+  open_small(&s, 3, FLAP_BLOCK_SIM, NULL);
+  fill_all(&s);
+  run_all_modes(&s, 7);
+  static const uint32_t writings[REGIONS] = {1, 1 + 7, 1 + 7, 1 + 7, 1 + 7, 0};
+  for (uint32_t i = 0; i < 5; i++) {
+    const pager_region *region = &s.pager->regions[i];
+    for (uint32_t page = region->ram_pages; page < region->page_count; page++)
+      ck_assert_uint_eq(s.pager->pages[region->first_page + page].epoch, writings[i]);
+  }
+  close_small(&s);
+}
+END_TEST
 
 START_TEST(memory_nothing_is_allocated_after_open) {
   static const flap_block_backend backends[] = {FLAP_BLOCK_SIM, FLAP_BLOCK_THREADS, FLAP_BLOCK_AUTO};
@@ -339,6 +399,8 @@ int main(void) {
   TCase *tcase = tcase_create("contract");
   tcase_set_timeout(tcase, 120);
   tcase_add_loop_test(tcase, mistake_asserts_and_says_which, 0, (int)(sizeof mistakes / sizeof mistakes[0]));
+  tcase_add_test(tcase, sizes_are_what_the_configuration_says);
+  tcase_add_test(tcase, epoch_counts_writings_of_disk_pages);
   tcase_add_loop_test(tcase, memory_nothing_is_allocated_after_open, 0, 3);
   tcase_add_test(tcase, trace_names_region_and_lane_of_every_transfer);
   tcase_add_test(tcase, lanes_have_their_names);
