@@ -230,9 +230,11 @@ flap_status flap_yaml_parse(const char *name, const char *text, size_t bytes, fl
 /* ---- files and overrides -------------------------------------------------------------------------------- */
 
 static flap_status read_file(const char *path, char *text, size_t bytes_max, size_t *bytes_out) {
-  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe without a writer must not hang */
+  /* A pipe without a writer must not hang in open, and one with a writer must be waited for in read. */
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0)
     return flap_error_set_os(errno, "%s: cannot open", path);
+  (void)fcntl(fd, F_SETFL, 0);
   struct stat info;
   flap_status status = FLAP_OK;
   if (fstat(fd, &info) != 0)

@@ -88,6 +88,12 @@ class Program(unittest.TestCase):
         self.write("bad.yaml", RUN + "learning_rate: fast\n")
         self.refuse("bad.yaml:8: learning_rate: wanted a number, found fast", "train", "bad.yaml")
 
+    def test_configuration_may_come_from_a_pipe(self):
+        done = self.flap("plan", "/dev/stdin", "--json", input=RUN)
+        self.assertEqual(json.loads(done.stdout)["micro_batches"], 8)
+        os.mkfifo(os.path.join(self.folder.name, "fifo"))
+        self.refuse("fifo: model: missing", "plan", "fifo")
+
     def test_reference_of_keys(self):
         self.assertIn("learning_rate: number (default: 5e-05)", self.accept("train", "--help-config"))
 
