@@ -6,6 +6,10 @@
  * pre_tokenizer ByteLevel, or a Sequence of Split and Digits that ends with ByteLevel; normalizer none or NFC;
  * added tokens; post_processor ByteLevel and TemplateProcessing; decoder ByteLevel.
  *
+ * White space is Unicode's; letters and digits are what PCRE2's version of Unicode says, so a character that is newer
+ * than that may be split off its word where the library, with newer tables, does not. truncation and padding are
+ * ignored, as they are by default in transformers.
+ *
  * It knows nothing of models or devices. Threading: one thread at a time per tokenizer (encode keeps a word
  * cache); the functions that take a const tokenizer may run on several threads at once while nobody encodes.
  */
@@ -75,12 +79,18 @@ FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const 
                                                unsigned flags, flap_ids *ids);
 
 /* Where a long text may be cut so that the pieces, encoded one after the other (all but the first with
- * FLAP_TOKENIZER_CONTINUE), give the ids of the whole. Returns how many of the `bytes` bytes at `text` make the
- * next piece: all of them if bytes <= piece_bytes and `last` (nothing follows). Otherwise, in this order: the last
- * safe cut within piece_bytes; the first one after it; the last newline; the last whole character. A cut is safe
- * between a newline that follows a character that is no white space and a character that is none: there the published
- * GPT-2, Llama-3 and Qwen2 patterns always split. It depends on the text alone, so pieces are the same
- * whatever way the text was read, if the caller shows min(rest, FLAP_TOKENIZER_WINDOW_BYTES) bytes each time. */
+ * FLAP_TOKENIZER_CONTINUE), give the ids of the whole. Returns how many of the `bytes` bytes at `text` make the next
+ * piece: all of them if bytes <= piece_bytes and `last` (nothing follows). Otherwise the first of these that there is:
+ * the last line cut within piece_bytes; the last word cut within them; the first cut of either kind after them; all
+ * bytes if `last`; the last newline; the last whole character.
+ *
+ * A line cut is between a newline that follows a character that is no white space and a character that is none; a word
+ * cut is before a space that stands between two ASCII letters. There the published GPT-2, Llama-3 and Qwen2 patterns
+ * always split, and NFC and added tokens never join (cuts that would tear an added token are passed over). With the
+ * last two kinds, and with other patterns, ids at the cut may differ from those of the whole.
+ *
+ * It depends on the text alone, so the pieces are the same whatever way the text was read, if the caller shows
+ * min(rest, FLAP_TOKENIZER_WINDOW_BYTES) bytes each time. */
 #define FLAP_TOKENIZER_PIECE_BYTES ((uint64_t)1 << 20)
 #define FLAP_TOKENIZER_WINDOW_BYTES ((uint64_t)8 << 20)
 uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t piece_bytes,
