@@ -59,10 +59,9 @@ static void add_nn(const attention_job *job, float *out, const float *scores, ui
 }
 
 /* out (columns, HD) += scores (rows, columns)ᵀ · b (rows, HD) */
-static void add_tn(const attention_job *job, float *out, const float *scores, uint32_t rows, uint32_t columns, tile b,
-                   bool first) {
+static void add_tn(const attention_job *job, float *out, const float *scores, uint32_t rows, uint32_t columns, tile b) {
   cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)columns, (blasint)job->head_size, (blasint)rows, 1.0f,
-              scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, first ? 0.0f : 1.0f, out, (blasint)job->head_size);
+              scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, 1.0f, out, (blasint)job->head_size);
 }
 
 /* How many of the `columns` keys from `key` on a query may see. */
@@ -243,18 +242,19 @@ static void backward_keys_item(void *context, uint64_t item, uint32_t worker) {
   const uint64_t packed = (uint64_t)job->heads * job->head_size;
   const tile k = load(job, s.k, job->k, sequence * job->keys + key, columns, kv_head, job->kv_stride);
   const tile v = load(job, s.v, job->v, sequence * job->keys + key, columns, kv_head, job->kv_stride);
-  const uint32_t query0 = key / FLAP_CPU_QUERIES * FLAP_CPU_QUERIES;
+  memset(s.sum_a, 0, (size_t)columns * job->head_size * sizeof *s.sum_a);
+  memset(s.sum_b, 0, (size_t)columns * job->head_size * sizeof *s.sum_b);
   for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (uint32_t query = query0; query < job->queries; query += FLAP_CPU_QUERIES) {
-      const bool first = head == kv_head * group && query == query0;
+    for (uint32_t query = key / FLAP_CPU_QUERIES * FLAP_CPU_QUERIES; query < job->queries; query += FLAP_CPU_QUERIES) {
       const uint32_t rows = flap_cpu_min(FLAP_CPU_QUERIES, job->queries - query);
+      const uint32_t seen = flap_cpu_min(columns, query + rows - key); /* by the last of the queries */
       const uint64_t token = sequence * job->queries + query;
       const uint64_t row0 = (sequence * job->heads + head) * job->queries + query;
       const tile q = load(job, s.q, job->q, token, rows, head, job->q_stride);
       const tile dout = load(job, s.dout, job->dout, token, rows, head, packed);
-      gradient_of_scores(job, &s, q, dout, query, rows, k, v, key, columns, job->lse + row0, job->delta + row0);
-      add_tn(job, s.sum_a, s.dp, rows, columns, q, first);
-      add_tn(job, s.sum_b, s.scores, rows, columns, dout, first);
+      gradient_of_scores(job, &s, q, dout, query, rows, k, v, key, seen, job->lse + row0, job->delta + row0);
+      add_tn(job, s.sum_a, s.dp, rows, seen, q);
+      add_tn(job, s.sum_b, s.scores, rows, seen, dout);
     }
   store(job, job->dk, sequence * job->keys + key, columns, kv_head, job->kv_stride, s.sum_a);
   store(job, job->dv, sequence * job->keys + key, columns, kv_head, job->kv_stride, s.sum_b);

@@ -8,9 +8,9 @@
 /* Matmul tiles: at most this many rows and columns of c, and for bf16 this much of k converted at a time. */
 #define FLAP_CPU_TILE 128u
 #define FLAP_CPU_TILE_K 256u
-/* Attention tiles. */
+/* Attention tiles; rows of scores are whole vectors. */
 #define FLAP_CPU_QUERIES 64u
-#define FLAP_CPU_KEYS 64u
+#define FLAP_CPU_KEYS 128u
 /* Elements of a row that are held as fp32 at a time. */
 #define FLAP_CPU_CHUNK 1024u
 /* Work for one item of an element-wise loop, in elements. */

@@ -43,7 +43,8 @@ typedef struct flap_cpu_vector {
                           size_t count);
 
   /* One row of an attention tile: the first `valid` of `count` scores become exp(score * scale - maximum), the rest 0;
-   * maximum and sum are brought up to date. Returns the factor for what was accumulated before. */
+   * maximum and sum are brought up to date. Returns the factor for what was accumulated before. Up to the next multiple
+   * of 16 beyond `valid`, the row must be memory that may be overwritten. */
   float (*softmax_row)(float *scores, size_t valid, size_t count, float scale, float *maximum, float *sum);
   /* Backward of a row: scores become probabilities p = exp(score * scale - lse), dp becomes p * (dp - delta) * scale.
    */

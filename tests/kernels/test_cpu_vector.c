@@ -7,11 +7,12 @@
 #include <stdlib.h>
 
 #define LENGTH_MAX 300u
+#define ROOM 304u /* whole vectors */
 #define OUTPUTS 24u
 
 /* What all loops made of the same inputs. */
 typedef struct results {
-  float values[OUTPUTS][LENGTH_MAX];
+  float values[OUTPUTS][ROOM];
   uint16_t halves[3][LENGTH_MAX];
   bool refused;
 } results;
