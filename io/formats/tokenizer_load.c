@@ -18,8 +18,10 @@
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
 static flap_status unsupported(const flap_json_object *object, const char *key, const char *what) {
+  char shown[FLAP_UTF8_SHOWN_BYTES];
   return flap_error_set(FLAP_UNSUPPORTED, "%s: %s%s%s: %s is not supported: only byte-level BPE tokenizers are",
-                        object->file, object->path, object->path[0] != '\0' && key[0] != '\0' ? "." : "", key, what);
+                        object->file, object->path, object->path[0] != '\0' && key[0] != '\0' ? "." : "", key,
+                        flap_utf8_show(what, shown));
 }
 
 /* An element of an array as an object; `where` is its way for messages. */
@@ -66,11 +68,12 @@ static flap_status measure_vocab(const flap_json_object *root, const flap_json_o
   *bytes_out = 0;
   const char *key;
   json_t *value;
+  char shown[FLAP_UTF8_SHOWN_BYTES];
   json_object_foreach((json_t *)(uintptr_t)vocab->json, key, value) {
     json_int_t id = json_is_integer(value) ? json_integer_value(value) : -1;
     if (id < 0 || id >= (json_int_t)FLAP_TOKENIZER_IDS_MAX)
-      return flap_json_error(vocab, NULL, "the id of token \"%.60s\" must be an integer from 0 to %u", key,
-                             FLAP_TOKENIZER_IDS_MAX - 1);
+      return flap_json_error(vocab, NULL, "the id of token \"%s\" must be an integer from 0 to %u",
+                             flap_utf8_show(key, shown), FLAP_TOKENIZER_IDS_MAX - 1);
     largest = id > largest ? id : largest;
     *bytes_out += 2 * strlen(key);
   }
@@ -142,6 +145,7 @@ static bool merge_halves(const json_t *merge, const char **left, size_t *left_by
 
 static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object *model, const json_t *merges) {
   char *joined = NULL;
+  char shown[FLAP_UTF8_SHOWN_BYTES];
   size_t joined_max = 0;
   uint32_t rank = 0;
   flap_status status = FLAP_OK;
@@ -173,7 +177,8 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
     int32_t right_id = flap_text_map_get(map, right, (uint32_t)right_bytes);
     int32_t merged = joined == NULL ? -1 : flap_text_map_get(map, joined, (uint32_t)(left_bytes + right_bytes));
     if (left_id < 0 || right_id < 0 || merged < 0) {
-      status = flap_json_error(model, "merges", "entry %zu (\"%.40s\"): %s is not in the vocabulary", i, left,
+      status = flap_json_error(model, "merges", "entry %zu (\"%s\"): %s is not in the vocabulary", i,
+                               flap_utf8_show(left, shown),
                                left_id < 0    ? "its left half"
                                : right_id < 0 ? "its right half"
                                               : "what it makes");
@@ -211,6 +216,7 @@ static flap_status load_added(flap_tokenizer *tokenizer, const flap_json_object 
     flap_json_object object;
     FLAP_TRY(array_object(root, "added_tokens", list, i, &object));
     const char *content;
+    char shown[FLAP_UTF8_SHOWN_BYTES];
     int64_t id;
     bool single_word, normalized;
     flap_added added = {0};
@@ -228,8 +234,8 @@ static flap_status load_added(flap_tokenizer *tokenizer, const flap_json_object 
     uint32_t bytes = (uint32_t)strlen(content);
     int32_t known = flap_text_map_get(&tokenizer->by_raw, content, bytes);
     if (known >= 0 && known != id)
-      return flap_json_error(&object, "id", "\"%.60s\" has the id %lld here and %d elsewhere", content, (long long)id,
-                             (int)known);
+      return flap_json_error(&object, "id", "\"%s\" has the id %lld here and %d elsewhere",
+                             flap_utf8_show(content, shown), (long long)id, (int)known);
     if (known < 0 && !flap_tokenizer_put_token(tokenizer, content, bytes, (int32_t)id))
       return flap_json_error(&object, "id", "%lld is the id of another token", (long long)id);
     flap_token *token = &tokenizer->tokens[id];
@@ -479,9 +485,11 @@ static flap_status read_named(const flap_tokenizer *tokenizer, const flap_json_o
     value = json_object_get(value, "content");
   if (!json_is_string(value))
     return flap_json_error(root, key, "must be a token's text, or an object with its \"content\"");
+  char shown[FLAP_UTF8_SHOWN_BYTES];
   *id_out = flap_tokenizer_find(tokenizer, json_string_value(value));
   if (*id_out < 0)
-    return flap_json_error(root, key, "the token \"%.60s\" is not in tokenizer.json", json_string_value(value));
+    return flap_json_error(root, key, "the token \"%s\" is not in tokenizer.json",
+                           flap_utf8_show(json_string_value(value), shown));
   return FLAP_OK;
 }
 

@@ -20,7 +20,7 @@
   "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
 
 struct flap_split {
-  char pattern[64]; /* its start, for messages */
+  char pattern[FLAP_UTF8_SHOWN_BYTES]; /* its start, for messages */
   pcre2_code *code;
   pcre2_match_data *match;
   pcre2_match_context *context;
@@ -243,8 +243,8 @@ static flap_status compile(flap_split *split, const flap_split_options *options,
   if (split->code == NULL) {
     PCRE2_UCHAR message[128] = "";
     (void)pcre2_get_error_message(error, message, sizeof message);
-    return flap_error_set(FLAP_UNSUPPORTED, "%s: pre_tokenizer: pattern \"%.200s\" is not understood: %s",
-                          options->file, options->pattern, (const char *)message);
+    return flap_error_set(FLAP_UNSUPPORTED, "%s: pre_tokenizer: pattern \"%s\" is not understood: %s", options->file,
+                          split->pattern, (const char *)message);
   }
   (void)pcre2_jit_compile(split->code, PCRE2_JIT_COMPLETE); /* without it matching is slower, nothing else */
   split->match = pcre2_match_data_create_from_pattern(split->code, NULL);
@@ -267,6 +267,7 @@ flap_status flap_split_open(const flap_split_options *options, flap_split **spli
     status = flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a pattern", options->file);
     goto fail;
   }
+  (void)flap_utf8_show(options->pattern, split->pattern);
   if (strlen(options->pattern) > PATTERN_BYTES_MAX)
     t->problem = "it is too long";
   else if (options->literal)
@@ -274,11 +275,10 @@ flap_status flap_split_open(const flap_split_options *options, flap_split **spli
   else
     translate(t, options->pattern);
   if (t->problem != NULL) {
-    status = flap_error_set(FLAP_UNSUPPORTED, "%s: pre_tokenizer: pattern \"%.200s\" is not supported: %s",
-                            options->file, options->pattern, t->problem);
+    status = flap_error_set(FLAP_UNSUPPORTED, "%s: pre_tokenizer: pattern \"%s\" is not supported: %s", options->file,
+                            split->pattern, t->problem);
     goto fail;
   }
-  (void)snprintf(split->pattern, sizeof split->pattern, "%s", options->pattern);
   split->removed = options->removed;
   split->invert = options->invert;
   FLAP_TRY_GOTO(status, compile(split, options, t));

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 /* The length of the character at `text`, 0 if there is none in the `bytes` bytes. */
 static inline unsigned flap_utf8_decode(const char *text, uint64_t bytes, uint32_t *code_out) {
@@ -82,6 +83,22 @@ static inline bool flap_utf8_is_space(uint32_t code) {
   return (code >= 9 && code <= 13) || code == 0x20 || code == 0x85 || code == 0xA0 || code == 0x1680 ||
          (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F ||
          code == 0x3000;
+}
+
+/* A file's text for a message: at most 60 bytes of whole characters, control characters replaced. */
+#define FLAP_UTF8_SHOWN_BYTES 64u
+static inline const char *flap_utf8_show(const char *text, char buffer[FLAP_UTF8_SHOWN_BYTES]) {
+  uint64_t used = 0;
+  uint32_t code = 0;
+  for (unsigned length; *text != '\0' && used < FLAP_UTF8_SHOWN_BYTES - 5; text += length) {
+    uint64_t rest = strnlen(text, 4);
+    length = flap_utf8_decode(text, rest, &code);
+    bool shown = length > 0 && code >= 0x20 && (code < 0x7F || code >= 0xA0) && code != 0x2028 && code != 0x2029;
+    length += length == 0;
+    used += shown ? flap_utf8_encode(code, buffer + used) : flap_utf8_encode('?', buffer + used);
+  }
+  buffer[used] = '\0';
+  return buffer;
 }
 
 #endif

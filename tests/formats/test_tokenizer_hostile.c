@@ -146,6 +146,24 @@ START_TEST(tokenizer_json_of_another_kind_names_file_and_key) {
 }
 END_TEST
 
+START_TEST(tokenizer_errors_are_one_line_whatever_the_file_says) {
+  static const char *const cases[][2] = {
+      {"model.type", "\"Un\\ni\\u0007gram\""},
+      {"model.vocab", "{\"a\\nb\\u001b\": -1}"},
+      {"added_tokens.0.content", "\"\\n\""},
+      {"pre_tokenizer.pretokenizers.0.pattern.Regex", "\"(\\n\\u0085\\u2028\""},
+      {"pre_tokenizer.pretokenizers.0.behavior", "\"\\r\\u009f\\n\""},
+      {"model.merges.0", "\"\\n \\n\""},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    if (open_changed(cases[i][0], cases[i][1]) == FLAP_OK)
+      continue;
+    for (const char *at = flap_error_message(); *at != '\0'; at++)
+      ck_assert_msg((unsigned char)*at >= 0x20 && *at != 0x7f, "case %zu has a control character", i);
+  }
+}
+END_TEST
+
 START_TEST(tokenizer_json_cut_short_anywhere_is_refused) {
   json_t *root = json_load_file(BASE, 0, NULL);
   char *text = json_dumps(root, 0);
@@ -232,6 +250,7 @@ int main(void) {
   tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
   tcase_add_loop_test(cases, tokenizer_json_of_another_kind_names_file_and_key, 0,
                       (int)(sizeof changes / sizeof changes[0]));
+  tcase_add_test(cases, tokenizer_errors_are_one_line_whatever_the_file_says);
   tcase_add_test(cases, tokenizer_json_cut_short_anywhere_is_refused);
   tcase_add_test(cases, tokenizer_json_with_changed_bytes_never_crashes);
   tcase_add_test(cases, tokenizer_pattern_without_end_gives_up);
