@@ -59,6 +59,7 @@ typedef struct line { /* one region per lease, all alike, one chunk each; a byte
   uint32_t slots;
   uint64_t compute_ns;
   double h2d_ns, d2h_ns, disk_ns; /* of one region */
+  uint64_t copy_ns;               /* of one copy, whatever its size */
 } line;
 
 static flap_machine machine_of(const line *l) {
@@ -71,6 +72,7 @@ static flap_machine machine_of(const line *l) {
                         .d2h_bytes = per_second / l->d2h_ns,
                         .disk_read_bytes = per_second / l->disk_ns,
                         .disk_write_bytes = per_second / l->disk_ns,
+                        .copy_ns = l->copy_ns,
                         .synchronous = l->synchronous};
 }
 
@@ -234,15 +236,17 @@ typedef struct script {
   flap_pager_region regions[8];
   flap_pager_ring rings[2];
   flap_lease leases[8];
+  uint32_t transfer_pages;
+  uint64_t copy_ns;
   uint32_t region_count, lease_count, programs; /* the leases are run so many times, one program ahead */
   uint64_t compute_ns[8];
 } script;
 
 static flap_pager *open_script(const script *s, flap_clock *clock) {
-  static const line l = {.synchronous = true, .h2d_ns = 100, .d2h_ns = 100, .disk_ns = 100};
+  line l = {.synchronous = true, .h2d_ns = 100, .d2h_ns = 100, .disk_ns = 100, .copy_ns = s->copy_ns};
   flap_pager *pager = NULL;
   flap_pager_config config = {.page_bytes = PAGE_BYTES,
-                              .transfer_bytes = PAGE_BYTES,
+                              .transfer_bytes = s->transfer_pages * PAGE_BYTES,
                               .region_count = s->region_count,
                               .regions = s->regions,
                               .ring_count = 2,
@@ -290,7 +294,7 @@ static uint64_t time_of_pin(const script *s, uint32_t index) {
 }
 
 static script make_script(uint32_t slots, uint32_t other_slots) {
-  script s = {.region_count = 4, .programs = 1};
+  script s = {.region_count = 4, .programs = 1, .transfer_pages = 1};
   s.rings[0] = (flap_pager_ring){.name = "first", .slot_bytes = PAGE_BYTES, .slots = slots};
   s.rings[1] = (flap_pager_ring){.name = "other", .slot_bytes = 100 * PAGE_BYTES, .slots = other_slots};
   for (uint32_t i = 0; i < 3; i++)
@@ -352,6 +356,17 @@ START_TEST(order_lease_needed_first_passes_a_long_load) {
 }
 END_TEST
 
+START_TEST(order_adjacent_pages_move_as_one_transfer) {
+  script s = make_script(1, 1);
+  s.transfer_pages = 4;
+  s.copy_ns = 7;
+  s.regions[3].bytes = 10 * PAGE_BYTES;
+  s.regions[3].ram_pages = 10;
+  add(&s, 3, FLAP_LEASE_READ, 0);
+  ck_assert_uint_eq(time_of_pin(&s, 0), 10 * 100 + 3 * 7); /* 4, 4 and 2 pages */
+}
+END_TEST
+
 int main(void) {
   pager_full_checks = true;
   Suite *suite = suite_create("pager");
@@ -372,6 +387,7 @@ int main(void) {
   tcase_add_test(tcase, order_reads_of_one_region_do_not_wait_for_each_other);
   tcase_add_test(tcase, order_read_of_a_changed_region_waits_until_it_is_home);
   tcase_add_test(tcase, order_lease_needed_first_passes_a_long_load);
+  tcase_add_test(tcase, order_adjacent_pages_move_as_one_transfer);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
