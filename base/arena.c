@@ -11,7 +11,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#define HUGE_PAGES_FROM_BYTES (4 * FLAP_MIB)
+#define HUGE_PAGES_FROM_BYTES (2 * FLAP_MIB)
 
 void flap_arena_measure(flap_arena *arena, const char *name) {
   *arena = (flap_arena){.name = name, .bytes_max = UINT64_MAX};

@@ -33,7 +33,7 @@ typedef struct flap_arena {
 /* An arena that counts and hands out NULL. */
 void flap_arena_measure(flap_arena *arena, const char *name);
 
-/* Maps `bytes` of zeroed, page-aligned memory (private, anonymous; huge pages advised for 4 MiB and more).
+/* Maps `bytes` of zeroed, page-aligned memory (private, anonymous; huge pages advised for 2 MiB and more).
  * FLAP_NO_MEMORY names the arena and the size. */
 FLAP_CHECKED flap_status flap_arena_open(flap_arena *arena, const char *name, uint64_t bytes);
 

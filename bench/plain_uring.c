@@ -100,9 +100,9 @@ int main(int argc, char **argv) {
     fail(folder, errno);
   if (fallocate(fd, 0, 0, (off_t)loop.bytes) != 0)
     fail("fallocate", errno);
-  uint64_t memory_bytes = loop.depth * loop.request_bytes;
-  /* Huge pages where there are any: drives like few long segments better than many of 4 KiB. */
   const uint64_t huge_bytes = 2u << 20;
+  uint64_t memory_bytes = (loop.depth * loop.request_bytes + huge_bytes - 1) / huge_bytes * huge_bytes;
+  /* Huge pages where there are any: drives like few long segments better than many of 4 KiB. */
   loop.memory = mmap(NULL, memory_bytes + huge_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (loop.memory == MAP_FAILED)
     fail("memory", errno);

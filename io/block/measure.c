@@ -144,8 +144,10 @@ flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t 
    * more, because every further buffer is cache that the transfers miss. */
   rate_meter meter = {.request_count = depth + (depth + 3) / 4, .request_bytes = request_bytes, .bytes = bytes};
   flap_arena arena;
-  uint64_t each_bytes = request_bytes + sizeof(flap_block_request);
-  FLAP_TRY(flap_arena_open(&arena, "disk measurement", meter.request_count * each_bytes));
+  /* Whole huge pages, so that the last buffers are no slower than the first. */
+  uint64_t memory_bytes =
+      flap_units_round_up(meter.request_count * (request_bytes + sizeof(flap_block_request)), 2 * FLAP_MIB);
+  FLAP_TRY(flap_arena_open(&arena, "disk measurement", memory_bytes));
   pthread_mutex_init(&meter.mutex, NULL);
   pthread_cond_init(&meter.news, NULL);
   flap_status status =
