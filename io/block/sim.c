@@ -116,6 +116,9 @@ static int64_t decide(flap_block *block, block_piece *piece, sim_fault *fault_ou
     *pending = FAULT_NONE;
     return *fault_out == FAULT_IO ? -EIO : -ENOSPC;
   }
+  /* As O_DIRECT would. */
+  if (piece->offset % FLAP_BLOCK_ALIGN != 0 || (uintptr_t)piece->buffer % FLAP_BLOCK_ALIGN != 0)
+    return -EINVAL;
   int64_t result = choose_result(state, &block->config.sim, piece);
   if (*fault_out == FAULT_CORRUPT) {
     /* The flipped bit must lie in what counts as moved, or the next part would mend it. */

@@ -3,6 +3,8 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 typedef struct shape {
   flap_transpose transpose;
@@ -141,6 +143,50 @@ START_TEST(matmul_accumulate_twice_equals_joined_k) {
 }
 END_TEST
 
+/* Memory that ends where nothing may be read: BLAS itself is not instrumented by sanitizers. */
+static float *before_the_end(uint64_t count, void **mapping_out, size_t *bytes_out) {
+  const size_t page = (size_t)sysconf(_SC_PAGESIZE), used = (count * sizeof(float) + page - 1) / page * page;
+  unsigned char *mapping = mmap(NULL, used + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ck_assert_ptr_ne(mapping, MAP_FAILED);
+  ck_assert_int_eq(mprotect(mapping + used, page, PROT_NONE), 0);
+  *mapping_out = mapping;
+  *bytes_out = used + page;
+  return (float *)(void *)(mapping + used - count * sizeof(float));
+}
+
+START_TEST(matmul_fp32_operands_are_not_read_beyond_their_end) {
+  const flap_ops_limits limits = rig_limits(FLAP_F32);
+  rig r;
+  rig_open(&r, &limits, 1);
+  const uint32_t sizes[][3] = {{1, 1, 1}, {3, 5, 7}, {17, 33, 31}, {128, 96, 64}, {131, 259, 67}, {64, 128, 33}};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; ++i) {
+    const uint32_t m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
+    void *mappings[3];
+    size_t bytes[3];
+    flap_matmul x = {.transpose = (flap_transpose)_i, .m = m, .n = n, .k = k, .dtype = FLAP_F32, .c_dtype = FLAP_F32};
+    float *a = before_the_end((uint64_t)m * k, &mappings[0], &bytes[0]);
+    float *b = before_the_end((uint64_t)n * k, &mappings[1], &bytes[1]);
+    float *c = before_the_end((uint64_t)m * n, &mappings[2], &bytes[2]);
+    for (uint32_t j = 0; j < m * k; ++j)
+      a[j] = 1;
+    for (uint32_t j = 0; j < n * k; ++j)
+      b[j] = 2;
+    x.a = a;
+    x.b = b;
+    x.c = c;
+    x.lda = _i == FLAP_TN ? m : k;
+    x.ldb = _i == FLAP_NT ? k : n;
+    x.ldc = n;
+    flap_ops_matmul(r.ops, &x);
+    for (uint32_t j = 0; j < m * n; ++j)
+      rig_near("c", j, (double)c[j], 2.0 * k, 0, 0);
+    for (int j = 0; j < 3; ++j)
+      ck_assert_int_eq(munmap(mappings[j], bytes[j]), 0);
+  }
+  rig_close(&r);
+}
+END_TEST
+
 static void bias(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   rig_random random = rig_random_named("bias");
   for (uint32_t round = 0; round < 6; ++round) {
@@ -181,6 +227,7 @@ int main(void) {
   tcase_add_loop_test(tests, matmul_random_shapes_match_sums_in_fp64, 0, 2);
   tcase_add_loop_test(tests, matmul_edge_shapes_match_sums_in_fp64, 0, 2);
   tcase_add_loop_test(tests, matmul_accumulate_twice_equals_joined_k, 0, 2);
+  tcase_add_loop_test(tests, matmul_fp32_operands_are_not_read_beyond_their_end, FLAP_NN, FLAP_TN + 1);
   tcase_add_loop_test(tests, bias_backward_sums_columns, 0, 2);
   suite_add_tcase(suite, tests);
   return rig_main(suite);

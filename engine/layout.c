@@ -1,0 +1,160 @@
+#include "engine/layout.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+uint64_t flap_layout_state_bytes(flap_dtype dtype) { return dtype == FLAP_F32 ? 8 : 10; }
+
+uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements) {
+  return layout->spec.shape.dtype == FLAP_F32 ? 0 : elements * 2;
+}
+
+uint64_t flap_layout_moment2_offset(const flap_layout *layout, uint64_t elements) {
+  return flap_layout_moment1_offset(layout, elements) + elements * 4;
+}
+
+void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out) {
+  const uint32_t layers = layout->spec.model->num_hidden_layers;
+  const uint32_t k = layout->spec.segment_layers;
+  flap_assert(segment < layout->segment_count);
+  *first_out = segment * k;
+  *end_out = (segment + 1) * k < layers ? (segment + 1) * k : layers;
+}
+
+uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) { return layer / layout->spec.segment_layers; }
+
+uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
+  flap_assert(segment <= layout->segment_count && micro_batch < layout->spec.micro_batches);
+  return layout->first_boundary + segment * layout->spec.micro_batches + micro_batch;
+}
+
+uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch) {
+  flap_assert(layout->spec.mode == FLAP_MODE_TRAIN && micro_batch < layout->spec.micro_batches);
+  return layout->first_hidden_gradient + micro_batch;
+}
+
+/* Saving starts at a segment's first layer: the first segment that lies wholly in the last saved_layers layers. */
+static uint32_t first_saved_layer(const flap_layout *layout) {
+  const uint32_t layers = layout->spec.model->num_hidden_layers;
+  const uint32_t k = layout->spec.segment_layers;
+  if (layout->spec.saved_layers == 0)
+    return layers;
+  const uint32_t first = layers - layout->spec.saved_layers;
+  return (first + k - 1) / k * k;
+}
+
+uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch) {
+  const uint32_t first = first_saved_layer(layout);
+  if (layer < first || layout->spec.mode != FLAP_MODE_TRAIN)
+    return FLAP_REGION_NONE;
+  return layout->first_saved + (layer - first) * layout->spec.micro_batches + micro_batch;
+}
+
+uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
+  flap_assert(layout->spec.mode == FLAP_MODE_SAMPLE);
+  return layout->first_cache + layer;
+}
+
+static uint32_t add_region(flap_layout *layout, flap_region_class klass, uint64_t bytes) {
+  flap_assert(bytes > 0);
+  if (layout->regions != NULL) {
+    layout->regions[layout->region_count].klass = klass;
+    layout->regions[layout->region_count].bytes = flap_units_round_up(bytes, FLAP_BLOCK_ALIGN);
+  }
+  return layout->region_count++;
+}
+
+/* A part's weights, and in training its gradient sums and its slices. */
+static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
+  const flap_layout_spec *spec = &layout->spec;
+  flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
+  const bool vocabulary = kind != FLAP_PART_LAYER;
+  part.elements = flap_model_part_elements(spec->model, kind);
+  part.weights = add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
+                            part.elements * flap_dtype_bytes(spec->shape.dtype));
+  part.first_slice = layout->slice_count;
+  part.first_block = layout->block_count;
+  if (spec->mode == FLAP_MODE_TRAIN) {
+    part.sums =
+        add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY_SUMS : FLAP_CLASS_GRADIENT_SUMS, part.elements * 4);
+    for (uint64_t first = 0; first < part.elements; first += spec->slice_elements) {
+      const uint64_t left = part.elements - first;
+      flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
+      slice.elements = left < spec->slice_elements ? left : spec->slice_elements;
+      slice.states =
+          add_region(layout, FLAP_CLASS_STATES, slice.elements * flap_layout_state_bytes(spec->shape.dtype));
+      slice.gradient =
+          add_region(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype));
+      if (layout->slices != NULL)
+        layout->slices[layout->slice_count] = slice;
+      layout->slice_count++;
+    }
+  }
+  part.slice_count = layout->slice_count - part.first_slice;
+  layout->block_count += part.elements / FLAP_OPS_BLOCK;
+  if (layout->parts != NULL)
+    layout->parts[layout->part_count] = part;
+  layout->part_count++;
+}
+
+static void add_activations(flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  const uint64_t hidden = flap_model_hidden_bytes(spec->model, &spec->shape);
+  const uint32_t layers = spec->model->num_hidden_layers;
+  layout->first_boundary = layout->region_count;
+  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->micro_batches; i++)
+    add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
+  if (spec->mode != FLAP_MODE_TRAIN)
+    return;
+  layout->first_hidden_gradient = layout->region_count;
+  for (uint32_t i = 0; i < spec->micro_batches; i++)
+    add_region(layout, FLAP_CLASS_HIDDEN_GRADIENTS, hidden);
+  layout->first_saved = layout->region_count;
+  for (uint32_t layer = first_saved_layer(layout); layer < layers; layer++) {
+    const bool inner = layer % spec->segment_layers != 0;
+    for (uint32_t i = 0; i < spec->micro_batches; i++)
+      add_region(layout, FLAP_CLASS_SAVED,
+                 flap_model_saved_bytes(spec->model, &spec->shape) + (inner ? hidden : 0));
+  }
+}
+
+static void add_all(flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  const uint32_t layers = spec->model->num_hidden_layers;
+  layout->part_count = layout->slice_count = layout->region_count = 0;
+  layout->block_count = 0;
+  add_part(layout, FLAP_PART_EMBEDDING, 0);
+  for (uint32_t layer = 0; layer < layers; layer++)
+    add_part(layout, FLAP_PART_LAYER, layer);
+  add_part(layout, FLAP_PART_HEAD, 0);
+  if (spec->mode == FLAP_MODE_SAMPLE) {
+    layout->first_cache = layout->region_count;
+    for (uint32_t layer = 0; layer < layers; layer++)
+      add_region(layout, FLAP_CLASS_CACHE,
+                 flap_model_cache_bytes(spec->model, spec->shape.dtype, spec->cache_positions));
+  } else {
+    add_activations(layout);
+  }
+}
+
+void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_layout *layout_out) {
+  const uint32_t layers = spec->model->num_hidden_layers;
+  flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
+  flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
+  flap_assert(spec->mode != FLAP_MODE_TRAIN ||
+              (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&
+               spec->slice_elements <= (uint64_t)FLAP_OPS_BLOCK * FLAP_OPS_ADAMW_BLOCKS_MAX));
+  *layout_out = (flap_layout){.spec = *spec,
+                              .segment_count = (layers + spec->segment_layers - 1) / spec->segment_layers,
+                              .first_boundary = FLAP_REGION_NONE,
+                              .first_hidden_gradient = FLAP_REGION_NONE,
+                              .first_saved = FLAP_REGION_NONE,
+                              .first_cache = FLAP_REGION_NONE,
+                              .tied = spec->model->tie_word_embeddings};
+  add_all(layout_out);
+  layout_out->parts = FLAP_ARENA_ARRAY(arena, flap_layout_part, layout_out->part_count);
+  layout_out->slices = FLAP_ARENA_ARRAY(arena, flap_layout_slice, layout_out->slice_count);
+  layout_out->regions = FLAP_ARENA_ARRAY(arena, flap_layout_region, layout_out->region_count);
+  if (!flap_arena_is_measuring(arena))
+    add_all(layout_out);
+}

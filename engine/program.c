@@ -1,0 +1,454 @@
+#include "engine/program.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A program under construction. The first failure to get memory sticks; after it nothing is appended. */
+typedef struct builder {
+  const flap_layout *layout;
+  const flap_program_spec *spec;
+  const bool *resident;
+  flap_program *program;
+  uint32_t live[FLAP_CLASS_COUNT];
+  bool failed;
+  /* Leases of the segment in work, per layer of it. */
+  flap_operand *weights, *sums, *saved;
+  uint32_t hidden_buffers;
+} builder;
+
+const char *flap_program_op_name(flap_op_kind kind) {
+  static const char *const names[] = {"pin",          "unpin",     "embed",         "forward",     "head",
+                                      "backward",     "embed back", "zero",          "store grad", "adamw",
+                                      "norm",         "decode",    "logits"};
+  flap_assert(kind < FLAP_OP_KIND_COUNT);
+  return names[kind];
+}
+
+uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
+  if (layout->spec.mode == FLAP_MODE_SAMPLE)
+    return 1;
+  const uint32_t k = layout->spec.segment_layers;
+  return k == 1 ? 0 : k == 2 ? 1 : k - 1 > 2 ? k - 1 : 2;
+}
+
+uint32_t flap_program_saved_buffers(const flap_layout *layout) {
+  const uint32_t k = layout->spec.segment_layers;
+  if (layout->spec.mode == FLAP_MODE_TRAIN &&
+      flap_layout_saved(layout, 0, 0) == FLAP_REGION_NONE)
+    return k;
+  return 1;
+}
+
+/* ---- appending ------------------------------------------------------------------------------------------- */
+
+static bool grow(void **list, uint32_t *max, uint32_t count, size_t element_bytes) {
+  if (count < *max)
+    return true;
+  const uint32_t larger = *max == 0 ? 256 : *max * 2;
+  void *memory = realloc(*list, (size_t)larger * element_bytes);
+  if (memory == NULL)
+    return false;
+  *list = memory;
+  *max = larger;
+  return true;
+}
+
+static void append(builder *b, flap_op op) {
+  flap_program *p = b->program;
+  if (b->failed || !grow((void **)&p->ops, &p->ops_max, p->op_count, sizeof *p->ops)) {
+    b->failed = true;
+    return;
+  }
+  p->ops[p->op_count++] = op;
+}
+
+#define NO_OPERANDS                                                                                    \
+  {                                                                                                    \
+    FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE,     \
+        FLAP_OPERAND_NONE                                                                              \
+  }
+
+static bool streams(const builder *b, uint32_t region) { return b->resident == NULL || !b->resident[region]; }
+
+static flap_operand pin(builder *b, uint32_t region, flap_lease_mode mode) {
+  flap_program *p = b->program;
+  flap_assert(region < b->layout->region_count);
+  if (b->failed || !grow((void **)&p->leases, &p->leases_max, p->lease_count, sizeof *p->leases)) {
+    b->failed = true;
+    return FLAP_OPERAND_NONE;
+  }
+  const flap_operand lease = p->lease_count++;
+  p->leases[lease] = (flap_lease){.region = region, .mode = mode};
+  append(b, (flap_op){.kind = FLAP_OP_PIN, .operand = {lease}});
+  if (streams(b, region)) {
+    const flap_region_class klass = b->layout->regions[region].klass;
+    if (++b->live[klass] > p->live_max[klass])
+      p->live_max[klass] = b->live[klass];
+  }
+  return lease;
+}
+
+static void unpin(builder *b, flap_operand lease) {
+  if (b->failed)
+    return;
+  flap_assert(lease < b->program->lease_count);
+  append(b, (flap_op){.kind = FLAP_OP_UNPIN, .operand = {lease}});
+  const uint32_t region = b->program->leases[lease].region;
+  if (streams(b, region))
+    b->live[b->layout->regions[region].klass]--;
+}
+
+static void op(builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_batch,
+               const flap_operand operand[FLAP_OP_OPERANDS]) {
+  flap_op new_op = {.kind = (uint8_t)kind, .index = index, .micro_batch = micro_batch};
+  memcpy(new_op.operand, operand, sizeof new_op.operand);
+  append(b, new_op);
+}
+
+#define OP(b, kind, index, micro_batch, ...)                                                       \
+  op((b), (kind), (index), (micro_batch), (const flap_operand[FLAP_OP_OPERANDS]){__VA_ARGS__})
+#define NONE FLAP_OPERAND_NONE
+
+static flap_operand buffer(uint32_t index) { return FLAP_OPERAND_BUFFER | index; }
+
+/* Saved-block buffers are numbered behind the hidden-state buffers. */
+static flap_operand saved_buffer(const builder *b, uint32_t index) { return buffer(b->hidden_buffers + index); }
+
+/* ---- pieces of a step ------------------------------------------------------------------------------------ */
+
+static const flap_layout_part *part_of(const builder *b, uint32_t part) { return &b->layout->parts[part]; }
+static uint32_t head_part(const builder *b) { return b->layout->part_count - 1; }
+
+/* AdamW on every slice of a part whose weights are pinned for update. */
+static void update_part(builder *b, uint32_t part, flap_operand weights) {
+  const flap_layout_part *p = part_of(b, part);
+  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++) {
+    const flap_layout_slice *slice = &b->layout->slices[i];
+    const flap_operand states = pin(b, slice->states, FLAP_LEASE_UPDATE);
+    const flap_operand gradient = pin(b, slice->gradient, FLAP_LEASE_CONSUME);
+    OP(b, FLAP_OP_ADAMW, i, 0, weights, states, gradient, NONE, NONE, NONE);
+    unpin(b, gradient);
+    unpin(b, states);
+  }
+}
+
+/* A part's weights; with the pending update applied if this is the place for it. */
+static flap_operand pin_weights(builder *b, uint32_t part, bool update) {
+  const flap_operand weights = pin(b, part_of(b, part)->weights, update ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
+  if (update)
+    update_part(b, part, weights);
+  return weights;
+}
+
+/* Rounds a part's finished gradient sums, slice by slice. */
+static void store_part(builder *b, uint32_t part, flap_operand sums) {
+  const flap_layout_part *p = part_of(b, part);
+  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++) {
+    const flap_operand gradient = pin(b, b->layout->slices[i].gradient, FLAP_LEASE_CREATE);
+    OP(b, FLAP_OP_STORE_GRADIENT, i, 0, sums, gradient, NONE, NONE, NONE, NONE);
+    unpin(b, gradient);
+  }
+}
+
+/* A part's sums for one group: they begin as zero in the first group, travel in fp32 between groups, and end with the last.
+ * `outlives`: they are needed again after this group's last use here (the tied embedding). */
+static flap_operand pin_sums(builder *b, uint32_t part, bool first_group, bool last_group, bool outlives) {
+  const bool keeps = !last_group || outlives;
+  const flap_lease_mode mode = first_group ? (keeps ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH)
+                                           : (keeps ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME);
+  const flap_operand sums = pin(b, part_of(b, part)->sums, mode);
+  if (first_group)
+    OP(b, FLAP_OP_ZERO, part, 0, sums, NONE, NONE, NONE, NONE, NONE);
+  return sums;
+}
+
+/* The input of a segment's layer j > 0 for the micro-batch in work. */
+static flap_operand inner_input(const builder *b, uint32_t j, bool backward) {
+  if (b->saved[j] != FLAP_OPERAND_NONE && !(b->saved[j] & FLAP_OPERAND_BUFFER))
+    return b->saved[j] | FLAP_OPERAND_INPUT;
+  /* Forward only passes on; backward needs every layer's input again. */
+  return buffer(backward ? j - 1 : (j - 1) % 2);
+}
+
+typedef struct micro_batch_range {
+  uint32_t first, end; /* of the group */
+  bool first_group, last_group;
+} micro_batch_range;
+
+/* Runs a segment's layers forward for one micro-batch; x_out NONE stops before the last down-projection. */
+static void forward_layers(builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in, flap_operand x_out,
+                           bool backward) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t layer = first; layer < end; layer++) {
+    const uint32_t j = layer - first;
+    const flap_operand in = j == 0 ? x_in : inner_input(b, j, backward);
+    const flap_operand out = layer + 1 == end ? x_out : inner_input(b, j + 1, backward);
+    OP(b, FLAP_OP_LAYER_FORWARD, layer, micro_batch, b->weights[j], in, b->saved[j], out, NONE, NONE);
+  }
+}
+
+static void pin_saved(builder *b, uint32_t segment, uint32_t micro_batch, flap_lease_mode mode, bool backward) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t layer = first; layer < end; layer++) {
+    const uint32_t region =
+        b->spec->kind == FLAP_PROGRAM_STEP ? flap_layout_saved(b->layout, layer, micro_batch) : FLAP_REGION_NONE;
+    b->saved[layer - first] =
+        region == FLAP_REGION_NONE ? saved_buffer(b, backward ? layer - first : 0) : pin(b, region, mode);
+  }
+}
+
+static void unpin_saved(builder *b, uint32_t segment) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t j = 0; j < end - first; j++)
+    if (!(b->saved[j] & FLAP_OPERAND_BUFFER))
+      unpin(b, b->saved[j]);
+}
+
+/* Forward of one segment for the micro-batches of a group. Weights stay pinned from a layer's first use to its last; those of
+ * the last segment stay for the backward that follows (hold). */
+static void forward_segment(builder *b, uint32_t segment, micro_batch_range range, bool update, bool hold) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t layer = first; layer < end; layer++)
+    b->weights[layer - first] = pin_weights(b, flap_layout_layer_part(layer), update);
+  const flap_lease_mode input = b->spec->kind == FLAP_PROGRAM_STEP ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
+  for (uint32_t i = range.first; i < range.end; i++) {
+    /* Where activations are saved from the segment's first layer on, its backward still starts from this input. */
+    const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), input);
+    const flap_operand x_out = pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_CREATE);
+    pin_saved(b, segment, i, FLAP_LEASE_CREATE, false);
+    forward_layers(b, segment, i, x_in, x_out, false);
+    unpin_saved(b, segment);
+    unpin(b, x_out);
+    unpin(b, x_in);
+  }
+  if (!hold)
+    for (uint32_t j = 0; j < end - first; j++)
+      unpin(b, b->weights[j]);
+}
+
+static void embed(builder *b, micro_batch_range range, bool update) {
+  const flap_operand embedding = pin_weights(b, 0, update);
+  for (uint32_t i = range.first; i < range.end; i++) {
+    const flap_operand x = pin(b, flap_layout_boundary(b->layout, 0, i), FLAP_LEASE_CREATE);
+    OP(b, FLAP_OP_EMBED, 0, i, embedding, x, NONE, NONE, NONE, NONE);
+    unpin(b, x);
+  }
+  unpin(b, embedding);
+}
+
+/* Final norm, logits and loss; in a step also their backward. */
+static void head(builder *b, micro_batch_range range, bool update) {
+  const bool backward = b->spec->kind == FLAP_PROGRAM_STEP;
+  const bool tied = b->layout->tied;
+  const flap_operand weights = pin_weights(b, head_part(b), update);
+  const flap_operand projection = tied ? pin(b, part_of(b, 0)->weights, FLAP_LEASE_READ) : weights;
+  flap_operand sums = NONE, projection_sums = NONE;
+  if (backward) {
+    sums = pin_sums(b, head_part(b), range.first_group, range.last_group, false);
+    projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : sums;
+  }
+  for (uint32_t i = range.first; i < range.end; i++) {
+    const flap_operand x_in =
+        pin(b, flap_layout_boundary(b->layout, b->layout->segment_count, i), FLAP_LEASE_CONSUME);
+    const flap_operand dx =
+        backward ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
+    OP(b, FLAP_OP_HEAD, 0, i, weights, projection, x_in, dx, sums, projection_sums);
+    if (backward)
+      unpin(b, dx);
+    unpin(b, x_in);
+  }
+  if (backward && range.last_group)
+    store_part(b, head_part(b), sums);
+  if (backward && tied)
+    unpin(b, projection_sums);
+  if (backward)
+    unpin(b, sums);
+  if (tied)
+    unpin(b, projection);
+  unpin(b, weights);
+}
+
+/* Backward of one segment, micro-batch by micro-batch; `held`: its weights are pinned already. */
+static void backward_segment(builder *b, uint32_t segment, micro_batch_range range, bool held) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t layer = first; layer < end; layer++) {
+    const uint32_t part = flap_layout_layer_part(layer);
+    if (!held)
+      b->weights[layer - first] = pin_weights(b, part, false);
+    b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
+  }
+  for (uint32_t i = range.first; i < range.end; i++) {
+    const flap_operand dx = pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
+    const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
+    pin_saved(b, segment, i, FLAP_LEASE_CONSUME, true);
+    if (flap_layout_saved(b->layout, first, i) == FLAP_REGION_NONE)
+      forward_layers(b, segment, i, x_in, NONE, true);
+    for (uint32_t layer = end; layer-- > first;) {
+      const uint32_t j = layer - first;
+      OP(b, FLAP_OP_LAYER_BACKWARD, layer, i, b->weights[j], j == 0 ? x_in : inner_input(b, j, true), b->saved[j], dx,
+         b->sums[j], NONE);
+    }
+    unpin_saved(b, segment);
+    unpin(b, x_in);
+    unpin(b, dx);
+  }
+  for (uint32_t layer = end; layer-- > first;) {
+    const uint32_t j = layer - first;
+    if (range.last_group)
+      store_part(b, flap_layout_layer_part(layer), b->sums[j]);
+    unpin(b, b->sums[j]);
+    unpin(b, b->weights[j]);
+  }
+}
+
+/* The embedding's gradient: what the head left of it if tied, then the rows of every micro-batch, in their order. */
+static void embed_backward(builder *b) {
+  const flap_operand sums = pin(b, part_of(b, 0)->sums, b->layout->tied ? FLAP_LEASE_CONSUME : FLAP_LEASE_SCRATCH);
+  if (!b->layout->tied)
+    OP(b, FLAP_OP_ZERO, 0, 0, sums, NONE, NONE, NONE, NONE, NONE);
+  for (uint32_t i = 0; i < b->layout->spec.micro_batches; i++) {
+    const flap_operand dx = pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CONSUME);
+    OP(b, FLAP_OP_EMBED_BACKWARD, 0, i, dx, sums, NONE, NONE, NONE, NONE);
+    unpin(b, dx);
+  }
+  store_part(b, 0, sums);
+  unpin(b, sums);
+}
+
+static void sweep(builder *b) {
+  for (uint32_t part = 0; part < b->layout->part_count; part++)
+    unpin(b, pin_weights(b, part, true));
+}
+
+/* ---- whole programs -------------------------------------------------------------------------------------- */
+
+static void build_step(builder *b) {
+  const flap_layout *layout = b->layout;
+  const uint32_t n = layout->spec.micro_batches, group = b->spec->group_micro_batches;
+  const uint32_t last = layout->segment_count - 1;
+  flap_assert(group >= 1 && group <= n);
+  for (uint32_t first = 0; first < n; first += group) {
+    micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
+    range.first_group = first == 0;
+    range.last_group = range.end == n;
+    const bool update = b->spec->pending && range.first_group;
+    embed(b, range, update);
+    for (uint32_t segment = 0; segment <= last; segment++)
+      forward_segment(b, segment, range, update, segment == last);
+    head(b, range, update);
+    for (uint32_t segment = last + 1; segment-- > 0;)
+      backward_segment(b, segment, range, segment == last);
+  }
+  embed_backward(b);
+  OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+  if (b->spec->sweep)
+    sweep(b);
+}
+
+static void build_forward(builder *b) {
+  const micro_batch_range all = {
+      .first = 0, .end = b->layout->spec.micro_batches, .first_group = true, .last_group = true};
+  embed(b, all, false);
+  for (uint32_t segment = 0; segment < b->layout->segment_count; segment++)
+    forward_segment(b, segment, all, false, false);
+  head(b, all, false);
+}
+
+/* New tokens through every layer, with the keys and values of the earlier ones. */
+static void build_decode(builder *b) {
+  const uint32_t layers = b->layout->spec.model->num_hidden_layers;
+  const flap_operand x = buffer(0);
+  flap_operand embedding = pin_weights(b, 0, false);
+  OP(b, FLAP_OP_EMBED, 0, 0, embedding, x, NONE, NONE, NONE, NONE);
+  unpin(b, embedding);
+  for (uint32_t layer = 0; layer < layers; layer++) {
+    const flap_operand weights = pin_weights(b, flap_layout_layer_part(layer), false);
+    const flap_operand cache = pin(b, flap_layout_cache(b->layout, layer), FLAP_LEASE_UPDATE);
+    OP(b, FLAP_OP_LAYER_DECODE, layer, 0, weights, x, cache, saved_buffer(b, 0), NONE, NONE);
+    unpin(b, cache);
+    unpin(b, weights);
+  }
+  const flap_operand weights = pin_weights(b, head_part(b), false);
+  const flap_operand projection = b->layout->tied ? pin_weights(b, 0, false) : weights;
+  OP(b, FLAP_OP_LOGITS, 0, 0, weights, projection, x, NONE, NONE, NONE);
+  if (b->layout->tied)
+    unpin(b, projection);
+  unpin(b, weights);
+}
+
+flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
+                               flap_program *program_out) {
+  const uint32_t k = layout->spec.segment_layers;
+  *program_out = (flap_program){.spec = *spec};
+  builder b = {.layout = layout,
+               .spec = spec,
+               .resident = resident,
+               .program = program_out,
+               .hidden_buffers = flap_program_hidden_buffers(layout)};
+  flap_operand *lists = calloc(k, 3 * sizeof *lists);
+  if (lists == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory to plan a segment of %u layers", k);
+  b.weights = lists;
+  b.sums = lists + k;
+  b.saved = lists + 2 * (size_t)k;
+  switch (spec->kind) {
+  case FLAP_PROGRAM_STEP:
+    build_step(&b);
+    break;
+  case FLAP_PROGRAM_SWEEP:
+    sweep(&b);
+    break;
+  case FLAP_PROGRAM_FORWARD:
+    build_forward(&b);
+    break;
+  case FLAP_PROGRAM_DECODE:
+    build_decode(&b);
+    break;
+  }
+  free(lists);
+  if (b.failed) {
+    flap_program_close(program_out);
+    return flap_error_set(FLAP_NO_MEMORY, "no memory for a step program of %u layers", layout->part_count - 2);
+  }
+  for (uint32_t klass = 0; klass < FLAP_CLASS_COUNT; klass++)
+    flap_assert(b.live[klass] == 0);
+  return FLAP_OK;
+}
+
+uint64_t flap_program_bytes(const flap_program *program) {
+  return flap_units_round_up((uint64_t)program->op_count * sizeof(flap_op), 64) +
+         flap_units_round_up((uint64_t)program->lease_count * sizeof(flap_lease), 64);
+}
+
+void flap_program_place(flap_program *program, flap_arena *arena) {
+  flap_assert(program->ops_max > 0);
+  const uint64_t op_bytes = (uint64_t)program->op_count * sizeof(flap_op);
+  const uint64_t lease_bytes = (uint64_t)program->lease_count * sizeof(flap_lease);
+  flap_op *ops = flap_arena_take(arena, flap_units_round_up(op_bytes, 64), 64);
+  flap_lease *leases = flap_arena_take(arena, flap_units_round_up(lease_bytes, 64), 64);
+  if (flap_arena_is_measuring(arena))
+    return;
+  memcpy(ops, program->ops, op_bytes);
+  memcpy(leases, program->leases, lease_bytes);
+  flap_program_close(program);
+  program->ops = ops;
+  program->leases = leases;
+}
+
+void flap_program_close(flap_program *program) {
+  if (program->ops_max > 0)
+    free(program->ops);
+  if (program->leases_max > 0)
+    free(program->leases);
+  program->ops = NULL;
+  program->leases = NULL;
+  program->ops_max = program->leases_max = 0;
+}
