@@ -10,10 +10,10 @@ extern "C" {
 void flap_assert_fail(const char *file, int line, const char *function, const char *condition)
     __attribute__((noreturn, cold));
 
-#define flap_assert(condition)                                               \
-  do {                                                                       \
-    if (__builtin_expect(!(condition), 0))                                   \
-      flap_assert_fail(__FILE__, __LINE__, __func__, #condition);            \
+#define flap_assert(condition)                                    \
+  do {                                                            \
+    if (__builtin_expect(!(condition), 0))                        \
+      flap_assert_fail(__FILE__, __LINE__, __func__, #condition); \
   } while (0)
 
 #ifdef __cplusplus

@@ -36,7 +36,9 @@ static inline float flap_f32_from_bits(uint32_t bits) {
   return value;
 }
 
-static inline float flap_bf16_to_f32(uint16_t value) { return flap_f32_from_bits((uint32_t)value << 16); }
+static inline float flap_bf16_to_f32(uint16_t value) {
+  return flap_f32_from_bits((uint32_t)value << 16);
+}
 
 /* To nearest, ties to even; NaN stays NaN. */
 static inline uint16_t flap_f32_to_bf16(float value) {

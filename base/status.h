@@ -32,8 +32,7 @@ typedef enum flap_status {
 } flap_status;
 
 #define FLAP_CHECKED __attribute__((warn_unused_result))
-#define FLAP_PRINTF(format_index, first_index) \
-  __attribute__((format(printf, format_index, first_index)))
+#define FLAP_PRINTF(format_index, first_index) __attribute__((format(printf, format_index, first_index)))
 
 /* A short lower-case name: "invalid", "no space". Static storage. */
 const char *flap_status_name(flap_status status);
@@ -55,11 +54,11 @@ const char *flap_error_message(void);
 void flap_error_clear(void);
 
 /* Forwards a failure to the caller. */
-#define FLAP_TRY(call)                                  \
-  do {                                                  \
-    flap_status flap_try_status_ = (call);              \
-    if (flap_try_status_ != FLAP_OK)                    \
-      return flap_try_status_;                          \
+#define FLAP_TRY(call)                     \
+  do {                                     \
+    flap_status flap_try_status_ = (call); \
+    if (flap_try_status_ != FLAP_OK)       \
+      return flap_try_status_;             \
   } while (0)
 
 /* Stores a failure in `status` and leaves through the function's `fail:` label, which releases. */

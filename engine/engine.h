@@ -28,24 +28,24 @@ typedef enum flap_region_class {
   FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
   FLAP_CLASS_GRADIENT_SUMS, /* fp32, of the layers */
   FLAP_CLASS_VOCABULARY_SUMS,
-  FLAP_CLASS_BOUNDARIES,    /* segment inputs, per micro-batch */
+  FLAP_CLASS_BOUNDARIES,       /* segment inputs, per micro-batch */
   FLAP_CLASS_HIDDEN_GRADIENTS, /* gradient of the hidden state, per micro-batch */
-  FLAP_CLASS_SAVED,         /* activations saved for the backward */
-  FLAP_CLASS_CACHE,         /* keys and values, when sampling */
+  FLAP_CLASS_SAVED,            /* activations saved for the backward */
+  FLAP_CLASS_CACHE,            /* keys and values, when sampling */
   FLAP_CLASS_COUNT
 } flap_region_class;
 const char *flap_engine_class_name(flap_region_class klass);
 
 typedef struct flap_class_plan {
-  uint64_t bytes;                                   /* of all regions of the class */
-  uint64_t resident_bytes, ram_bytes, disk_bytes;   /* where they live */
+  uint64_t bytes;                                 /* of all regions of the class */
+  uint64_t resident_bytes, ram_bytes, disk_bytes; /* where they live */
   uint32_t ring_slots;
-  uint64_t ring_bytes;                              /* slots × slot size */
+  uint64_t ring_bytes; /* slots × slot size */
 } flap_class_plan;
 
 typedef struct flap_plan {
   /* the model and the step */
-  uint64_t parameters, state_bytes;                 /* state: weights and moments */
+  uint64_t parameters, state_bytes; /* state: weights and moments */
   uint64_t tokens_per_step;
   uint32_t layers, micro_batches;
   flap_dtype dtype, gradient_dtype;
@@ -55,8 +55,8 @@ typedef struct flap_plan {
 
   /* choices */
   uint32_t segment_layers, group_micro_batches, saved_layers;
-  bool saved_resident;                              /* the saved activations stay in VRAM */
-  bool sweep;                                       /* else the update is folded into the next forward */
+  bool saved_resident; /* the saved activations stay in VRAM */
+  bool sweep;          /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
   uint32_t read_buffers, write_buffers;
   flap_class_plan classes[FLAP_CLASS_COUNT];
@@ -64,17 +64,17 @@ typedef struct flap_plan {
   /* budgets (resolved) and what is used of them: exact predictions */
   uint64_t vram_budget, ram_budget, disk_budget;
   uint64_t vram_bytes, ram_bytes, disk_bytes;
-  uint64_t vram_pager_bytes, vram_scratch_bytes;    /* regions and rings; workspaces and small buffers */
+  uint64_t vram_pager_bytes, vram_scratch_bytes; /* regions and rings; workspaces and small buffers */
   uint64_t ram_home_bytes, ram_staging_bytes, ram_table_bytes, ram_other_bytes;
-  uint64_t process_bytes;                           /* code, stacks, libraries: estimated beside the budget */
-  uint64_t disk_sizes[FLAP_RUN_DISKS_MAX];          /* resolved */
-  uint64_t export_bytes, checkpoint_bytes;          /* files written to output_dir: final export; each checkpoint */
+  uint64_t process_bytes;                  /* code, stacks, libraries: estimated beside the budget */
+  uint64_t disk_sizes[FLAP_RUN_DISKS_MAX]; /* resolved */
+  uint64_t export_bytes, checkpoint_bytes; /* files written to output_dir: final export; each checkpoint */
 
   /* what a steady step moves (exact) and is expected to take */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
-  double compute_seconds, step_seconds;             /* simulated */
-  double bound_seconds;                             /* machine bound, independent of the plan */
-  uint64_t bound_bytes[FLAP_LANE_COUNT];            /* least bytes at these budgets */
+  double compute_seconds, step_seconds;  /* simulated */
+  double bound_seconds;                  /* machine bound, independent of the plan */
+  uint64_t bound_bytes[FLAP_LANE_COUNT]; /* least bytes at these budgets */
   double bound_lane_seconds[FLAP_LANE_COUNT];
   double bound_compute_seconds;
   double tokens_per_second;
@@ -83,16 +83,17 @@ typedef struct flap_plan {
   uint64_t vram_min, ram_min, disk_min;
 } flap_plan;
 
-/* Plans a training run: reads model and tokenizer (not the data). FLAP_BUDGET names the budget and the smallest that works. */
+/* Plans a training run: reads model and tokenizer (not the data). FLAP_BUDGET names the budget and the smallest that
+ * works. */
 FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out);
 
 /* ---- train ----------------------------------------------------------------------------------------------- */
 
 typedef struct flap_step_report {
-  uint64_t step, max_steps;         /* step counts from 1 */
+  uint64_t step, max_steps; /* step counts from 1 */
   double epoch;
-  double loss;                      /* mean over the step's tokens */
-  double grad_norm;                 /* before clipping */
+  double loss;      /* mean over the step's tokens */
+  double grad_norm; /* before clipping */
   double learning_rate;
   uint64_t tokens;
   double step_seconds, tokens_per_second, mfu; /* mfu: of the machine's matmul rate */
@@ -100,14 +101,14 @@ typedef struct flap_step_report {
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   double eta_seconds;
-  bool logged;                      /* a logging step: also a line in metrics.jsonl */
+  bool logged; /* a logging step: also a line in metrics.jsonl */
 } flap_step_report;
 
 typedef struct flap_eval_report {
   uint64_t step;
-  double loss;                      /* mean over the held-out tokens, nats */
+  double loss; /* mean over the held-out tokens, nats */
   uint64_t tokens;
-  double unigram_entropy;           /* of the held-out text, nats per token */
+  double unigram_entropy; /* of the held-out text, nats per token */
   double seconds;
 } flap_eval_report;
 
@@ -117,14 +118,14 @@ typedef struct flap_peaks {
 } flap_peaks;
 
 typedef struct flap_train_result {
-  uint64_t steps;                   /* done, those before a resume included */
+  uint64_t steps; /* done, those before a resume included */
   bool interrupted;
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
   uint64_t steady_lane_bytes[FLAP_LANE_COUNT]; /* measured on the last steady step; 0 if there was none */
-  double median_step_seconds;       /* over steady steps */
+  double median_step_seconds;                  /* over steady steps */
   double total_seconds;
-  char checkpoint[FLAP_PATH_MAX];   /* the newest one, "" if none */
+  char checkpoint[FLAP_PATH_MAX]; /* the newest one, "" if none */
   bool exported;
 } flap_train_result;
 
@@ -132,30 +133,32 @@ typedef struct flap_train_result {
 typedef struct flap_observer {
   void *context;
   void (*planned)(void *context, const flap_plan *plan, const char *disk_backend);
-  void (*prepared)(void *context, uint64_t train_tokens, uint64_t heldout_tokens, uint64_t sequences, uint64_t resumed_step);
+  void (*prepared)(void *context, uint64_t train_tokens, uint64_t heldout_tokens, uint64_t sequences,
+                   uint64_t resumed_step);
   void (*stepped)(void *context, const flap_step_report *report);
   void (*evaluated)(void *context, const flap_eval_report *report);
   void (*saved)(void *context, const char *folder, double seconds);
 } flap_observer;
 
 /* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save and return with
- * result.interrupted. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/, metrics.jsonl,
- * trace.json. On an error output_dir holds what was saved before and nothing half-written. */
+ * result.interrupted. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
+ * metrics.jsonl, trace.json. On an error output_dir holds what was saved before and nothing half-written. */
 FLAP_CHECKED flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                                            const volatile sig_atomic_t *stop, flap_train_result *result_out);
 
 /* ---- eval, sample, export --------------------------------------------------------------------------------- */
 
-/* Loss of the model in config->model_name_or_path on config->dataset (all of it if val_size is 0, else its held-out part). */
+/* Loss of the model in config->model_name_or_path on config->dataset (all of it if val_size is 0, else its held-out
+ * part). */
 FLAP_CHECKED flap_status flap_engine_eval(const flap_run_config *config, const flap_observer *observer,
                                           flap_eval_report *report_out);
 
 typedef struct flap_sample_options {
   const char *prompt;
   uint32_t max_new_tokens;
-  double temperature;     /* 0: greedy */
-  uint32_t top_k;         /* 0: all */
-  double top_p;           /* 1: all */
+  double temperature; /* 0: greedy */
+  uint32_t top_k;     /* 0: all */
+  double top_p;       /* 1: all */
   uint64_t seed;
 } flap_sample_options;
 /* Called with the bytes of each new token as they come; FLAP_INTERRUPTED stops. */
@@ -164,17 +167,18 @@ typedef flap_status (*flap_sample_fn)(void *context, const char *bytes, uint64_t
 FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const flap_sample_options *options,
                                             flap_sample_fn emit, void *context);
 
-/* A checkpoint or model folder to a plain Hugging Face folder (weights, config, tokenizer; no optimizer states), sharded by
- * max_shard_bytes, in `dtype`. The target must not exist. */
+/* A checkpoint or model folder to a plain Hugging Face folder (weights, config, tokenizer; no optimizer states),
+ * sharded by max_shard_bytes, in `dtype`. The target must not exist. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
                                             uint64_t max_shard_bytes);
 
 /* ---- machine --------------------------------------------------------------------------------------------- */
 
-/* Rates of this machine for a device: measured once (under two seconds), then kept in $XDG_CACHE_HOME/flap/machine.json (or ~/.cache), or in
- * the file that FLAP_MACHINE names. `fresh` measures again. Disk rates are those of the first path (NULL: none). */
-FLAP_CHECKED flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
-                                             flap_machine *machine_out);
+/* Rates of this machine for a device: measured once (under two seconds), then kept in $XDG_CACHE_HOME/flap/machine.json
+ * (or ~/.cache), or in the file that FLAP_MACHINE names. `fresh` measures again. Disk rates are those of the first path
+ * (NULL: none). */
+FLAP_CHECKED flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path,
+                                             bool fresh, flap_machine *machine_out);
 
 #ifdef __cplusplus
 }

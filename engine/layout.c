@@ -3,7 +3,9 @@
 #include "base/assert.h"
 #include "base/units.h"
 
-uint64_t flap_layout_state_bytes(flap_dtype dtype) { return dtype == FLAP_F32 ? 8 : 10; }
+uint64_t flap_layout_state_bytes(flap_dtype dtype) {
+  return dtype == FLAP_F32 ? 8 : 10;
+}
 
 uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements) {
   return layout->spec.shape.dtype == FLAP_F32 ? 0 : elements * 2;
@@ -21,7 +23,9 @@ void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *
   *end_out = (segment + 1) * k < layers ? (segment + 1) * k : layers;
 }
 
-uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) { return layer / layout->spec.segment_layers; }
+uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) {
+  return layer / layout->spec.segment_layers;
+}
 
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
   flap_assert(segment <= layout->segment_count && micro_batch < layout->spec.micro_batches);
@@ -81,8 +85,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
       const uint64_t left = part.elements - first;
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
       slice.elements = left < spec->slice_elements ? left : spec->slice_elements;
-      slice.states =
-          add_region(layout, FLAP_CLASS_STATES, slice.elements * flap_layout_state_bytes(spec->shape.dtype));
+      slice.states = add_region(layout, FLAP_CLASS_STATES, slice.elements * flap_layout_state_bytes(spec->shape.dtype));
       slice.gradient =
           add_region(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype));
       if (layout->slices != NULL)
@@ -113,8 +116,7 @@ static void add_activations(flap_layout *layout) {
   for (uint32_t layer = first_saved_layer(layout); layer < layers; layer++) {
     const bool inner = layer % spec->segment_layers != 0;
     for (uint32_t i = 0; i < spec->micro_batches; i++)
-      add_region(layout, FLAP_CLASS_SAVED,
-                 flap_model_saved_bytes(spec->model, &spec->shape) + (inner ? hidden : 0));
+      add_region(layout, FLAP_CLASS_SAVED, flap_model_saved_bytes(spec->model, &spec->shape) + (inner ? hidden : 0));
   }
 }
 

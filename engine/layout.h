@@ -1,7 +1,7 @@
 /* The regions of a run: which runs of bytes the pager keeps, and what they are to the engine.
  *
- * Folder-private, but for tests. Everything here is arithmetic on a model, a shape and a few choices of the planner; no bytes
- * are held. Memory comes from the caller's arena: build with a measuring arena first to learn how much.
+ * Folder-private, but for tests. Everything here is arithmetic on a model, a shape and a few choices of the planner; no
+ * bytes are held. Memory comes from the caller's arena: build with a measuring arena first to learn how much.
  */
 #ifndef FLAP_ENGINE_LAYOUT_H
 #define FLAP_ENGINE_LAYOUT_H
@@ -20,14 +20,14 @@ typedef enum flap_run_mode { FLAP_MODE_TRAIN, FLAP_MODE_FORWARD, FLAP_MODE_SAMPL
 
 typedef struct flap_layout_spec {
   const flap_model_config *model;
-  flap_model_shape shape;      /* of a micro-batch; in sample mode, of one piece of the prompt (B = 1) */
+  flap_model_shape shape; /* of a micro-batch; in sample mode, of one piece of the prompt (B = 1) */
   flap_run_mode mode;
   flap_dtype gradient_dtype;
-  uint32_t micro_batches;      /* per step */
-  uint32_t segment_layers;     /* k: consecutive layers of which only the first one's input is kept */
-  uint32_t saved_layers;       /* the last so many layers save activations (whole segments); the others recompute */
-  uint64_t slice_elements;     /* a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them */
-  uint32_t cache_positions;    /* sample mode */
+  uint32_t micro_batches;   /* per step */
+  uint32_t segment_layers;  /* k: consecutive layers of which only the first one's input is kept */
+  uint32_t saved_layers;    /* the last so many layers save activations (whole segments); the others recompute */
+  uint64_t slice_elements;  /* a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them */
+  uint32_t cache_positions; /* sample mode */
 } flap_layout_spec;
 
 typedef struct flap_layout_region {
@@ -42,7 +42,7 @@ typedef struct flap_layout_part {
   uint64_t elements;      /* padded, as flap_model_part_elements */
   uint32_t weights, sums; /* regions */
   uint32_t first_slice, slice_count;
-  uint64_t first_block;   /* of its FLAP_OPS_BLOCK-element blocks in the run's list of blocks */
+  uint64_t first_block; /* of its FLAP_OPS_BLOCK-element blocks in the run's list of blocks */
 } flap_layout_part;
 
 /* A piece of a part's optimizer states and of its rounded gradient.
@@ -57,7 +57,7 @@ typedef struct flap_layout {
   flap_layout_spec spec;
   uint32_t part_count, slice_count, segment_count, region_count;
   uint64_t block_count;
-  flap_layout_part *parts;     /* embedding, layers in order, head */
+  flap_layout_part *parts; /* embedding, layers in order, head */
   flap_layout_slice *slices;
   flap_layout_region *regions;
   uint32_t first_boundary, first_hidden_gradient, first_saved, first_cache; /* regions, or FLAP_REGION_NONE */
@@ -74,7 +74,9 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
  * segment. */
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch);
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
-static inline uint32_t flap_layout_layer_part(uint32_t layer) { return layer + 1; }
+static inline uint32_t flap_layout_layer_part(uint32_t layer) {
+  return layer + 1;
+}
 uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);

@@ -20,9 +20,8 @@ typedef struct builder {
 } builder;
 
 const char *flap_program_op_name(flap_op_kind kind) {
-  static const char *const names[] = {"pin",          "unpin",     "embed",         "forward",     "head",
-                                      "backward",     "embed back", "zero",          "store grad", "adamw",
-                                      "norm",         "decode",    "logits"};
+  static const char *const names[] = {"pin",  "unpin",      "embed", "forward", "head",   "backward", "embed back",
+                                      "zero", "store grad", "adamw", "norm",    "decode", "logits"};
   flap_assert(kind < FLAP_OP_KIND_COUNT);
   return names[kind];
 }
@@ -36,8 +35,7 @@ uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
 
 uint32_t flap_program_saved_buffers(const flap_layout *layout) {
   const uint32_t k = layout->spec.segment_layers;
-  if (layout->spec.mode == FLAP_MODE_TRAIN &&
-      flap_layout_saved(layout, 0, 0) == FLAP_REGION_NONE)
+  if (layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saved(layout, 0, 0) == FLAP_REGION_NONE)
     return k;
   return 1;
 }
@@ -65,13 +63,12 @@ static void append(builder *b, flap_op op) {
   p->ops[p->op_count++] = op;
 }
 
-#define NO_OPERANDS                                                                                    \
-  {                                                                                                    \
-    FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE,     \
-        FLAP_OPERAND_NONE                                                                              \
-  }
+#define NO_OPERANDS \
+  { FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE, FLAP_OPERAND_NONE }
 
-static bool streams(const builder *b, uint32_t region) { return b->resident == NULL || !b->resident[region]; }
+static bool streams(const builder *b, uint32_t region) {
+  return b->resident == NULL || !b->resident[region];
+}
 
 static flap_operand pin(builder *b, uint32_t region, flap_lease_mode mode) {
   flap_program *p = b->program;
@@ -108,19 +105,27 @@ static void op(builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_bat
   append(b, new_op);
 }
 
-#define OP(b, kind, index, micro_batch, ...)                                                       \
+#define OP(b, kind, index, micro_batch, ...) \
   op((b), (kind), (index), (micro_batch), (const flap_operand[FLAP_OP_OPERANDS]){__VA_ARGS__})
 #define NONE FLAP_OPERAND_NONE
 
-static flap_operand buffer(uint32_t index) { return FLAP_OPERAND_BUFFER | index; }
+static flap_operand buffer(uint32_t index) {
+  return FLAP_OPERAND_BUFFER | index;
+}
 
 /* Saved-block buffers are numbered behind the hidden-state buffers. */
-static flap_operand saved_buffer(const builder *b, uint32_t index) { return buffer(b->hidden_buffers + index); }
+static flap_operand saved_buffer(const builder *b, uint32_t index) {
+  return buffer(b->hidden_buffers + index);
+}
 
 /* ---- pieces of a step ------------------------------------------------------------------------------------ */
 
-static const flap_layout_part *part_of(const builder *b, uint32_t part) { return &b->layout->parts[part]; }
-static uint32_t head_part(const builder *b) { return b->layout->part_count - 1; }
+static const flap_layout_part *part_of(const builder *b, uint32_t part) {
+  return &b->layout->parts[part];
+}
+static uint32_t head_part(const builder *b) {
+  return b->layout->part_count - 1;
+}
 
 /* AdamW on every slice of a part whose weights are pinned for update. */
 static void update_part(builder *b, uint32_t part, flap_operand weights) {
@@ -153,12 +158,12 @@ static void store_part(builder *b, uint32_t part, flap_operand sums) {
   }
 }
 
-/* A part's sums for one group: they begin as zero in the first group, travel in fp32 between groups, and end with the last.
- * `outlives`: they are needed again after this group's last use here (the tied embedding). */
+/* A part's sums for one group: they begin as zero in the first group, travel in fp32 between groups, and end with the
+ * last. `outlives`: they are needed again after this group's last use here (the tied embedding). */
 static flap_operand pin_sums(builder *b, uint32_t part, bool first_group, bool last_group, bool outlives) {
   const bool keeps = !last_group || outlives;
-  const flap_lease_mode mode = first_group ? (keeps ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH)
-                                           : (keeps ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME);
+  const flap_lease_mode mode =
+      first_group ? (keeps ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH) : (keeps ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME);
   const flap_operand sums = pin(b, part_of(b, part)->sums, mode);
   if (first_group)
     OP(b, FLAP_OP_ZERO, part, 0, sums, NONE, NONE, NONE, NONE, NONE);
@@ -210,8 +215,8 @@ static void unpin_saved(builder *b, uint32_t segment) {
       unpin(b, b->saved[j]);
 }
 
-/* Forward of one segment for the micro-batches of a group. Weights stay pinned from a layer's first use to its last; those of
- * the last segment stay for the backward that follows (hold). */
+/* Forward of one segment for the micro-batches of a group. Weights stay pinned from a layer's first use to its last;
+ * those of the last segment stay for the backward that follows (hold). */
 static void forward_segment(builder *b, uint32_t segment, micro_batch_range range, bool update, bool hold) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
@@ -255,10 +260,8 @@ static void head(builder *b, micro_batch_range range, bool update) {
     projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : sums;
   }
   for (uint32_t i = range.first; i < range.end; i++) {
-    const flap_operand x_in =
-        pin(b, flap_layout_boundary(b->layout, b->layout->segment_count, i), FLAP_LEASE_CONSUME);
-    const flap_operand dx =
-        backward ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
+    const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, b->layout->segment_count, i), FLAP_LEASE_CONSUME);
+    const flap_operand dx = backward ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
     OP(b, FLAP_OP_HEAD, 0, i, weights, projection, x_in, dx, sums, projection_sums);
     if (backward)
       unpin(b, dx);

@@ -1,8 +1,8 @@
 /* Step programs: what happens in one optimizer step, one evaluation or one generated token, op by op.
  *
- * A program is known before it runs. It lists ops in order; pins and unpins are ops too, so the leases of the pager and their
- * lifetimes can be read off. Numbers never depend on the choices made here (segments, groups, fold or sweep, saved or recomputed):
- * they only decide when the same arithmetic happens.
+ * A program is known before it runs. It lists ops in order; pins and unpins are ops too, so the leases of the pager and
+ * their lifetimes can be read off. Numbers never depend on the choices made here (segments, groups, fold or sweep,
+ * saved or recomputed): they only decide when the same arithmetic happens.
  */
 #ifndef FLAP_ENGINE_PROGRAM_H
 #define FLAP_ENGINE_PROGRAM_H
@@ -40,7 +40,7 @@ typedef uint32_t flap_operand;
 #define FLAP_OP_OPERANDS 6
 typedef struct flap_op {
   uint8_t kind;
-  uint32_t index;       /* layer, slice or part, as the kind says */
+  uint32_t index; /* layer, slice or part, as the kind says */
   uint32_t micro_batch;
   flap_operand operand[FLAP_OP_OPERANDS];
 } flap_op;
@@ -48,8 +48,8 @@ typedef struct flap_op {
 /* Which step this is. */
 typedef struct flap_program_spec {
   enum { FLAP_PROGRAM_STEP, FLAP_PROGRAM_SWEEP, FLAP_PROGRAM_FORWARD, FLAP_PROGRAM_DECODE } kind;
-  bool pending;      /* STEP: the previous step's update is folded into this forward */
-  bool sweep;        /* STEP: this step's update happens at its end */
+  bool pending;                 /* STEP: the previous step's update is folded into this forward */
+  bool sweep;                   /* STEP: this step's update happens at its end */
   uint32_t group_micro_batches; /* STEP: micro-batches per group */
 } flap_program_spec;
 
@@ -70,8 +70,8 @@ uint32_t flap_program_saved_buffers(const flap_layout *layout);
 uint64_t flap_program_bytes(const flap_program *program);
 
 /* Builds on the heap, for planning. `resident` (per region; NULL: nothing is) decides what counts for live_max. */
-FLAP_CHECKED flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
-                                            flap_program *program_out);
+FLAP_CHECKED flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec,
+                                            const bool *resident, flap_program *program_out);
 /* Moves the lists from the heap to an arena, for running. */
 void flap_program_place(flap_program *program, flap_arena *arena);
 /* Frees what is on the heap. */

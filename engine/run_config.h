@@ -30,10 +30,18 @@ typedef struct flap_size {
 } flap_size;
 
 typedef enum flap_run_device { FLAP_RUN_DEVICE_AUTO, FLAP_RUN_DEVICE_CPU, FLAP_RUN_DEVICE_CUDA } flap_run_device;
-typedef enum flap_scheduler { FLAP_SCHEDULER_LINEAR, FLAP_SCHEDULER_COSINE, FLAP_SCHEDULER_CONSTANT,
-                              FLAP_SCHEDULER_CONSTANT_WITH_WARMUP } flap_scheduler;
-typedef enum flap_activations { FLAP_ACTIVATIONS_AUTO, FLAP_ACTIVATIONS_KEEP, FLAP_ACTIVATIONS_OFFLOAD,
-                                FLAP_ACTIVATIONS_RECOMPUTE } flap_activations;
+typedef enum flap_scheduler {
+  FLAP_SCHEDULER_LINEAR,
+  FLAP_SCHEDULER_COSINE,
+  FLAP_SCHEDULER_CONSTANT,
+  FLAP_SCHEDULER_CONSTANT_WITH_WARMUP
+} flap_scheduler;
+typedef enum flap_activations {
+  FLAP_ACTIVATIONS_AUTO,
+  FLAP_ACTIVATIONS_KEEP,
+  FLAP_ACTIVATIONS_OFFLOAD,
+  FLAP_ACTIVATIONS_RECOMPUTE
+} flap_activations;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 typedef enum flap_run_io { FLAP_RUN_IO_AUTO, FLAP_RUN_IO_URING, FLAP_RUN_IO_THREADS } flap_run_io;
 typedef enum flap_strategy { FLAP_STRATEGY_NO, FLAP_STRATEGY_STEPS, FLAP_STRATEGY_EPOCH } flap_strategy;
@@ -49,51 +57,51 @@ typedef struct flap_expert {
   uint32_t segment_layers;
   uint32_t group_micro_batches;
   flap_clip clip;
-  uint64_t page_bytes;   /* a power of two, 4 KiB .. 4 MiB */
-  uint64_t slice_bytes;  /* of one state slice; at most 64 MiB */
+  uint64_t page_bytes;  /* a power of two, 4 KiB .. 4 MiB */
+  uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
   flap_run_io io;
-  uint32_t threads;      /* of the worker pool; 0: all cores */
+  uint32_t threads; /* of the worker pool; 0: all cores */
 } flap_expert;
 
 typedef struct flap_run_config {
   char source[FLAP_PATH_MAX]; /* the file the configuration came from, for messages */
 
   /* model and data */
-  struct json_t *model;                     /* inline Hugging Face config.json keys, to train from scratch; or NULL. Owned */
-  char model_name_or_path[FLAP_PATH_MAX];   /* a Hugging Face folder; or "" */
-  char tokenizer[FLAP_PATH_MAX];            /* "bytes", a tokenizer.json, or a folder; "": the one of the model folder */
+  struct json_t *model; /* inline Hugging Face config.json keys, to train from scratch; or NULL. Owned */
+  char model_name_or_path[FLAP_PATH_MAX]; /* a Hugging Face folder; or "" */
+  char tokenizer[FLAP_PATH_MAX];          /* "bytes", a tokenizer.json, or a folder; "": the one of the model folder */
   uint32_t dataset_count;
-  char *dataset[FLAP_RUN_DATASETS_MAX];     /* paths and globs; owned */
-  double val_size;                          /* below 1 a share of the sequences, otherwise a number of them; 0: no held-out part */
-  uint32_t cutoff_len;                      /* tokens per sequence */
+  char *dataset[FLAP_RUN_DATASETS_MAX]; /* paths and globs; owned */
+  double val_size;     /* below 1 a share of the sequences, otherwise a number of them; 0: no held-out part */
+  uint32_t cutoff_len; /* tokens per sequence */
 
   /* training */
-  uint32_t per_device_train_batch_size;     /* sequences per micro-batch */
-  uint32_t gradient_accumulation_steps;     /* micro-batches per step */
-  uint64_t max_steps;                       /* 0: num_train_epochs decides */
+  uint32_t per_device_train_batch_size; /* sequences per micro-batch */
+  uint32_t gradient_accumulation_steps; /* micro-batches per step */
+  uint64_t max_steps;                   /* 0: num_train_epochs decides */
   double num_train_epochs;
   double learning_rate;
   flap_scheduler lr_scheduler_type;
-  uint64_t warmup_steps;                    /* wins over warmup_ratio when > 0 */
+  uint64_t warmup_steps; /* wins over warmup_ratio when > 0 */
   double warmup_ratio;
   double weight_decay, adam_beta1, adam_beta2, adam_epsilon;
-  double max_grad_norm;                     /* 0: no clipping */
-  bool bf16, fp16;                          /* both false: everything fp32 */
-  flap_dtype gradient_dtype;                /* FLAP_BF16 or FLAP_F32; with fp32 weights always FLAP_F32 */
-  flap_activations activations;             /* gradient_checkpointing: true means recompute */
+  double max_grad_norm;         /* 0: no clipping */
+  bool bf16, fp16;              /* both false: everything fp32 */
+  flap_dtype gradient_dtype;    /* FLAP_BF16 or FLAP_F32; with fp32 weights always FLAP_F32 */
+  flap_activations activations; /* gradient_checkpointing: true means recompute */
   uint64_t seed;
 
   /* reporting and saving */
   uint64_t logging_steps;
-  uint64_t eval_steps;                      /* 0: at the start and the end only */
+  uint64_t eval_steps; /* 0: at the start and the end only */
   flap_strategy save_strategy;
   uint64_t save_steps;
-  uint32_t save_total_limit;                /* 0: keep all */
+  uint32_t save_total_limit; /* 0: keep all */
   bool save_only_model;
   char output_dir[FLAP_PATH_MAX];
   bool overwrite_output_dir;
   char resume_from_checkpoint[FLAP_PATH_MAX]; /* "": no; "true": the newest in output_dir; else a folder */
-  bool export_final;                        /* export: final|none */
+  bool export_final;                          /* export: final|none */
 
   /* the machine */
   flap_run_device device;

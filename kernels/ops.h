@@ -38,8 +38,8 @@ typedef struct flap_ops_limits {
   uint32_t batch_max, sequence_max; /* B and S of one call; decode counts as B = 1 */
   uint32_t tokens_max;              /* T of one call */
   uint32_t hidden, intermediate, vocabulary, heads, kv_heads, head_size;
-  uint32_t cache_tokens_max;        /* longest KV cache; 0 if none */
-  uint32_t threads;                 /* of the pool */
+  uint32_t cache_tokens_max; /* longest KV cache; 0 if none */
+  uint32_t threads;          /* of the pool */
 } flap_ops_limits;
 
 /* Bytes of device memory that the kernels need as scratch for these limits. */
@@ -102,9 +102,9 @@ void flap_ops_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, v
 
 /* dx_out = gradient through the norm of x (what was normalised) + dresidual (T, D; NULL for none), rounded once; dx_out
  * may be dresidual or dy. dweight (D) fp32 +=. */
-void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy, const void *x,
-                               const void *weight, const float *rstd, const void *dresidual, uint32_t token_count,
-                               uint32_t hidden);
+void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
+                               const void *x, const void *weight, const float *rstd, const void *dresidual,
+                               uint32_t token_count, uint32_t hidden);
 
 /* out (T, D) = a + b. out may be a or b. */
 void flap_ops_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const void *b, uint64_t elements);
@@ -112,8 +112,9 @@ void flap_ops_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, con
 /* Rotary position embedding, the Llama "rotate half" form. cos_sin (positions, HD): cosines of HD/2 frequencies, then
  * sines, fp32, made on the host by flap_ops_rope_table and uploaded. Rotates `heads` heads of x, rows of stride `ld`,
  * in place; token t has position first_position + t % sequence. `inverse` is the backward. */
-void flap_ops_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, uint32_t token_count, uint32_t sequence,
-                   uint32_t first_position, uint32_t heads, uint32_t head_size, uint32_t ld, bool inverse);
+void flap_ops_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, uint32_t token_count,
+                   uint32_t sequence, uint32_t first_position, uint32_t heads, uint32_t head_size, uint32_t ld,
+                   bool inverse);
 
 typedef enum flap_rope_kind { FLAP_ROPE_DEFAULT, FLAP_ROPE_LLAMA3, FLAP_ROPE_LINEAR } flap_rope_kind;
 typedef struct flap_rope {
@@ -129,15 +130,17 @@ void flap_ops_rope_table(const flap_rope *rope, uint32_t positions, uint32_t hea
  * product, as PyTorch does. */
 void flap_ops_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, const void *up, uint32_t token_count,
                      uint32_t intermediate, uint32_t ld);
-/* dgate, dup (T, F) with row stride ld_d from dout (T, F), gate and up (stride ld). dgate may be gate, dup may be up. */
+/* dgate, dup (T, F) with row stride ld_d from dout (T, F), gate and up (stride ld). dgate may be gate, dup may be up.
+ */
 void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                              const void *gate, const void *up, uint32_t ld, uint32_t token_count, uint32_t intermediate);
+                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+                              uint32_t intermediate);
 
 /* ---- attention ------------------------------------------------------------------------------------------ */
 
 /* Causal grouped-query attention (Dao, FlashAttention-2, 2023: tiles, running maximum and sum).
- * q (B, S, HQ, HD), k and v (B, S, HKV, HD), each with its own token stride in elements; out (B, S, HQ, HD) contiguous; lse
- * (B, HQ, S) fp32. Scale 1/sqrt(HD). Never holds S×S for all heads at once. */
+ * q (B, S, HQ, HD), k and v (B, S, HKV, HD), each with its own token stride in elements; out (B, S, HQ, HD) contiguous;
+ * lse (B, HQ, S) fp32. Scale 1/sqrt(HD). Never holds S×S for all heads at once. */
 typedef struct flap_attention {
   uint32_t batch, sequence, heads, kv_heads, head_size;
   uint32_t q_stride, kv_stride;
@@ -160,11 +163,11 @@ void flap_ops_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const
 
 /* ---- head ----------------------------------------------------------------------------------------------- */
 
-/* Fused, chunked logits and cross-entropy, forward and backward. x (T, D) is the normalised hidden state, weight (V, D),
- * targets (T) in [0, V) or negative for "not counted". Logits exist for one chunk of tokens at a time; the chunk is a
- * function of shape. losses (T) fp32 out: the token's negative log-likelihood, 0 where not counted.
- * With dx (T, D): dx = d(loss_scale * sum of losses)/dx, and dweight (V, D) fp32 +=. dx NULL: loss only. Logits and
- * their gradients are rounded to dtype, as PyTorch's are. dx may be x. */
+/* Fused, chunked logits and cross-entropy, forward and backward. x (T, D) is the normalised hidden state, weight (V,
+ * D), targets (T) in [0, V) or negative for "not counted". Logits exist for one chunk of tokens at a time; the chunk is
+ * a function of shape. losses (T) fp32 out: the token's negative log-likelihood, 0 where not counted. With dx (T, D):
+ * dx = d(loss_scale * sum of losses)/dx, and dweight (V, D) fp32 +=. dx NULL: loss only. Logits and their gradients are
+ * rounded to dtype, as PyTorch's are. dx may be x. */
 void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
                         const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
                         uint32_t hidden, uint32_t vocabulary);
@@ -186,22 +189,19 @@ typedef struct flap_adamw {
   float inverse_bias1;      /* 1 / (1 - beta1^t) */
   float inverse_sqrt_bias2; /* 1 / sqrt(1 - beta2^t) */
   float epsilon;
-  float decay;              /* 1 - learning_rate * weight_decay; applied where decay_blocks says */
-  float gradient_scale;     /* the clip coefficient; 1 when nothing is clipped */
+  float decay;          /* 1 - learning_rate * weight_decay; applied where decay_blocks says */
+  float gradient_scale; /* the clip coefficient; 1 when nothing is clipped */
 } flap_adamw;
 
-/* AdamW (Loshchilov and Hutter 2019), in place, per element, in this order and nothing contracted but the fma's written:
- *   g = grad * gradient_scale
- *   m = fma(one_minus_beta1, g, beta1 * m);  v = fma(one_minus_beta2 * g, g, beta2 * v)
- *   |m|, |v| below 2^-100 become 0
- *   denom = fma(sqrt(v), inverse_sqrt_bias2, epsilon)
- *   w = decays ? w * decay : w;   w = fma(-learning_rate, (m * inverse_bias1) / denom, w)
- * weight_dtype FLAP_BF16: `weight` is the high and `low` (int16) the low half of the fp32 master weight:
- * hi = (bits + 0x8000) >> 16, lo = (int16)(bits - (hi << 16)). FLAP_F32: `weight` is the master, `low` is NULL.
- * decay_blocks: a bit per block of FLAP_OPS_BLOCK elements, first block in bit 0 of byte 0, host memory, read before
- * the call returns; elements is a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them.
- * A weight that is not finite, or would round to infinity in bf16, is left as it was and *fault (a device word, int32)
- * is set to 1. */
+/* AdamW (Loshchilov and Hutter 2019), in place, per element, in this order and nothing contracted but the fma's
+ * written: g = grad * gradient_scale m = fma(one_minus_beta1, g, beta1 * m);  v = fma(one_minus_beta2 * g, g, beta2 *
+ * v) |m|, |v| below 2^-100 become 0 denom = fma(sqrt(v), inverse_sqrt_bias2, epsilon) w = decays ? w * decay : w;   w =
+ * fma(-learning_rate, (m * inverse_bias1) / denom, w) weight_dtype FLAP_BF16: `weight` is the high and `low` (int16)
+ * the low half of the fp32 master weight: hi = (bits + 0x8000) >> 16, lo = (int16)(bits - (hi << 16)). FLAP_F32:
+ * `weight` is the master, `low` is NULL. decay_blocks: a bit per block of FLAP_OPS_BLOCK elements, first block in bit 0
+ * of byte 0, host memory, read before the call returns; elements is a multiple of FLAP_OPS_BLOCK, at most
+ * FLAP_OPS_ADAMW_BLOCKS_MAX of them. A weight that is not finite, or would round to infinity in bf16, is left as it was
+ * and *fault (a device word, int32) is set to 1. */
 void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
                     void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements);

@@ -1,20 +1,21 @@
 /* The pager: VRAM as a cache over pinned RAM, and RAM over disk, for programs that are known before they run.
  *
- * Role: keeps regions (runs of bytes with a name's worth of meaning to the engine, none to the pager) in their homes, and
- * moves them to VRAM ahead of use and back after it. It calls the device and the block files; nobody above it.
+ * Role: keeps regions (runs of bytes with a name's worth of meaning to the engine, none to the pager) in their homes,
+ * and moves them to VRAM ahead of use and back after it. It calls the device and the block files; nobody above it.
  *
- * Homes. A region is either resident (all of it in VRAM for the whole run), or it streams: its first `ram_pages` pages live
- * in RAM and the others on disk, and a lease brings it whole into one slot of its ring in VRAM. A ring is a set of equal
- * slots; slots go to leases in program order, as soon as one is free, so prefetching needs no guessing and no eviction.
+ * Homes. A region is either resident (all of it in VRAM for the whole run), or it streams: its first `ram_pages` pages
+ * live in RAM and the others on disk, and a lease brings it whole into one slot of its ring in VRAM. A ring is a set of
+ * equal slots; slots go to leases in program order, as soon as one is free, so prefetching needs no guessing and no
+ * eviction.
  *
- * Programs. The engine hands over a list of leases in the order in which it will pin them. The pager works ahead through that list
- * (and through the list of the next program, when it has been handed over already). Per lease: pin → use → unpin.
- * At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
+ * Programs. The engine hands over a list of leases in the order in which it will pin them. The pager works ahead
+ * through that list (and through the list of the next program, when it has been handed over already). Per lease: pin →
+ * use → unpin. At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
  *
- * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams; the
- * engine thread never reaps I/O. On the sim device there is no thread: whoever waits advances the clock.
- * A completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then on every call but
- * close and stats returns it.
+ * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
+ * the engine thread never reaps I/O. On the sim device there is no thread: whoever waits advances the clock. A
+ * completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then on every
+ * call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
@@ -36,7 +37,7 @@ typedef struct flap_pager_region {
 } flap_pager_region;
 
 typedef struct flap_pager_ring {
-  const char *name;   /* for messages and the trace; static storage */
+  const char *name;    /* for messages and the trace; static storage */
   uint64_t slot_bytes; /* a multiple of FLAP_BLOCK_ALIGN */
   uint32_t slots;
 } flap_pager_ring;
@@ -51,33 +52,33 @@ typedef enum flap_lane {
 } flap_lane;
 const char *flap_pager_lane_name(flap_lane lane); /* "h2d", "d2h", "disk_read", "disk_write" */
 
-typedef void (*flap_pager_trace_fn)(void *context, flap_lane lane, uint32_t region, uint64_t started_ns, uint64_t ended_ns,
-                                    uint64_t bytes);
+typedef void (*flap_pager_trace_fn)(void *context, flap_lane lane, uint32_t region, uint64_t started_ns,
+                                    uint64_t ended_ns, uint64_t bytes);
 
 typedef struct flap_pager_config {
   uint64_t page_bytes;     /* a multiple of FLAP_BLOCK_ALIGN: the unit of checksums and homes */
-  uint64_t transfer_bytes; /* a multiple of page_bytes, at most FLAP_BLOCK_REQUEST_BYTES_MAX: adjacent pages are merged up to
-                              this; the size of a staging buffer */
+  uint64_t transfer_bytes; /* a multiple of page_bytes, at most FLAP_BLOCK_REQUEST_BYTES_MAX: adjacent pages are merged
+                              up to this; the size of a staging buffer */
   uint32_t region_count;
   const flap_pager_region *regions; /* not kept */
   uint32_t ring_count;
-  const flap_pager_ring *rings;     /* not kept */
+  const flap_pager_ring *rings;         /* not kept */
   uint32_t read_buffers, write_buffers; /* staging; at least 1 each when anything lives on disk */
-  uint32_t leases_max;     /* of the longest program */
+  uint32_t leases_max;                  /* of the longest program */
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
-  flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page lives on
-                                disk */
+  flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
+                                lives on    disk */
   flap_clock *clock;         /* with the sim device */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
   void *trace_context;
 } flap_pager_config;
 
 typedef struct flap_pager_sizes {
-  uint64_t vram_bytes;    /* resident regions and rings */
-  uint64_t ram_bytes;     /* all of the below, exactly what open takes from the arena */
+  uint64_t vram_bytes; /* resident regions and rings */
+  uint64_t ram_bytes;  /* all of the below, exactly what open takes from the arena */
   uint64_t ram_home_bytes, staging_bytes, table_bytes;
-  uint64_t disk_bytes;    /* the linear space of the extent files */
+  uint64_t disk_bytes; /* the linear space of the extent files */
 } flap_pager_sizes;
 
 /* What a configuration will take; a pure function of the first group of fields. */
@@ -85,9 +86,9 @@ void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes
 
 typedef struct flap_pager flap_pager;
 
-/* Opens device and disks. `ram` gives sizes.ram_bytes (homes and staging are pinned with the device); `vram_bytes` of the device's arena
- * are the pager's, from its start; the rest of the arena is the caller's (flap_pager_vram_rest). Nothing is taken after open.
- * On the sim device no host memory for bytes is touched: pass an arena that measures. */
+/* Opens device and disks. `ram` gives sizes.ram_bytes (homes and staging are pinned with the device); `vram_bytes` of
+ * the device's arena are the pager's, from its start; the rest of the arena is the caller's (flap_pager_vram_rest).
+ * Nothing is taken after open. On the sim device no host memory for bytes is touched: pass an arena that measures. */
 FLAP_CHECKED flap_status flap_pager_open(const flap_pager_config *config, flap_arena *ram, flap_pager **pager_out);
 flap_device *flap_pager_device(const flap_pager *pager);
 void *flap_pager_vram_rest(const flap_pager *pager, uint64_t *bytes_out);
@@ -96,9 +97,9 @@ const char *flap_pager_disk_describe(const flap_pager *pager);
 
 /* ---- at rest: no program begun --------------------------------------------------------------------------- */
 
-/* Fills a region through a callback, piece by piece in order: fill(context, offset, bytes, memory) writes `bytes` at `memory`.
- * Pieces are at most transfer_bytes (page_bytes when nothing is on disk and no staging exists: the callback must not care).
- * A region that was never filled or created holds nothing, and loading it is an assert. */
+/* Fills a region through a callback, piece by piece in order: fill(context, offset, bytes, memory) writes `bytes` at
+ * `memory`. Pieces are at most transfer_bytes (page_bytes when nothing is on disk and no staging exists: the callback
+ * must not care). A region that was never filled or created holds nothing, and loading it is an assert. */
 typedef flap_status (*flap_pager_fill_fn)(void *context, uint64_t offset, uint64_t bytes, void *memory);
 FLAP_CHECKED flap_status flap_pager_fill(flap_pager *pager, uint32_t region, flap_pager_fill_fn fill, void *context);
 
@@ -122,12 +123,12 @@ typedef struct flap_lease {
   flap_lease_mode mode;
 } flap_lease;
 
-/* Queues a program behind the one in progress; at most two are queued. `leases` must stay as they are until its end. Leases of one region
- * must not overlap in time (pin of the later after unpin of the earlier). */
+/* Queues a program behind the one in progress; at most two are queued. `leases` must stay as they are until its end.
+ * Leases of one region must not overlap in time (pin of the later after unpin of the earlier). */
 FLAP_CHECKED flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32_t count);
 
-/* Pins lease `index` of the oldest queued program; indexes come in order. Blocks until the region's copy was enqueued, and orders
- * the compute stream after it; the pointer is device memory, valid until the unpin. */
+/* Pins lease `index` of the oldest queued program; indexes come in order. Blocks until the region's copy was enqueued,
+ * and orders the compute stream after it; the pointer is device memory, valid until the unpin. */
 FLAP_CHECKED flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out);
 /* Everything launched on the compute stream so far is the lease's last use. Any order. */
 void flap_pager_unpin(flap_pager *pager, uint32_t index);
@@ -141,7 +142,8 @@ FLAP_CHECKED flap_status flap_pager_settle(flap_pager *pager);
 typedef struct flap_pager_stats {
   uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain */
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for */
-  uint64_t busy_ns[FLAP_LANE_COUNT];  /* for disks: sum of request times over the depth; copies: as the device measured */
+  uint64_t
+      busy_ns[FLAP_LANE_COUNT]; /* for disks: sum of request times over the depth; copies: as the device measured */
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define FLAP_BLOCK_ALIGN 4096u                  /* of offsets, sizes and buffers: what O_DIRECT wants */
+#define FLAP_BLOCK_ALIGN 4096u /* of offsets, sizes and buffers: what O_DIRECT wants */
 #define FLAP_BLOCK_DISKS_MAX 16u
 #define FLAP_BLOCK_REQUEST_BYTES_MAX (4u << 20) /* one request; larger runs are the caller's to split */
 
@@ -50,7 +50,8 @@ typedef struct flap_block_sim {
   double read_bytes_per_second, write_bytes_per_second; /* with clock: each lane is first come, first served */
   uint64_t latency_ns;                                  /* per request; without clock: maximum of a seeded draw */
   uint64_t seed;
-  /* Faults, without clock. The countdowns fire once, at the n-th read or the n-th write (1 is the first); 0 is never. */
+  /* Faults, without clock. The countdowns fire once, at the n-th read or the n-th write (1 is the first); 0 is never.
+   */
   uint64_t fail_read_at, fail_write_at; /* EIO */
   uint64_t full_write_at;               /* ENOSPC */
   uint64_t corrupt_read_at;             /* one bit flipped, reported as success */
@@ -62,12 +63,12 @@ typedef struct flap_block_config {
   flap_block_backend backend;
   uint32_t disk_count;
   flap_block_disk disks[FLAP_BLOCK_DISKS_MAX];
-  uint64_t stripe_bytes;    /* consecutive stripes go to the disks in turn, in proportion to their sizes; a multiple of
-                               FLAP_BLOCK_ALIGN. One disk: no matter */
-  uint64_t bytes;           /* the linear space that is needed; at most the sum of the disks */
-  uint32_t requests_max;    /* submitted and not yet polled; more is a mistake of the caller's and asserts */
+  uint64_t stripe_bytes; /* consecutive stripes go to the disks in turn, in proportion to their sizes; a multiple of
+                            FLAP_BLOCK_ALIGN. One disk: no matter */
+  uint64_t bytes;        /* the linear space that is needed; at most the sum of the disks */
+  uint32_t requests_max; /* submitted and not yet polled; more is a mistake of the caller's and asserts */
   uint32_t read_depth, write_depth; /* of each disk, in flight at the system; 0: the backend's default (16) */
-  void *memory;             /* every buffer lies in here; registered with the system */
+  void *memory;                     /* every buffer lies in here; registered with the system */
   uint64_t memory_bytes;
   void (*notify)(void *context); /* after a completion became pollable; any thread; must not block for long */
   void *notify_context;
@@ -84,8 +85,8 @@ typedef struct flap_block_request {
   void *user;
   /* by the backend: FLAP_OK means that every byte was transferred */
   flap_status status;
-  int os_error;    /* errno of a failure, 0 if none */
-  uint32_t disk;   /* the disk that failed */
+  int os_error;                  /* errno of a failure, 0 if none */
+  uint32_t disk;                 /* the disk that failed */
   uint64_t started_ns, ended_ns; /* when the system (or the simulated lane) took it, and when it was through;
                                     flap_units_now_ns, or virtual time */
   /* the backend's own */

@@ -31,16 +31,16 @@ typedef enum flap_stream { FLAP_STREAM_COMPUTE, FLAP_STREAM_H2D, FLAP_STREAM_D2H
 /* Measured or assumed rates of a machine; what the simulator and the bound calculate with. All per second. */
 typedef struct flap_machine {
   char name[64];
-  double flops_bf16, flops_f32;    /* matmul rate with that storage type */
-  double device_bytes;             /* memory traffic of element-wise kernels */
+  double flops_bf16, flops_f32; /* matmul rate with that storage type */
+  double device_bytes;          /* memory traffic of element-wise kernels */
   double h2d_bytes, d2h_bytes;
   double disk_read_bytes, disk_write_bytes; /* of all disks together */
-  double host_bytes;               /* read + write by the host's cores */
-  uint64_t launch_ns;              /* fixed cost of a kernel, a copy, a disk request */
+  double host_bytes;                        /* read + write by the host's cores */
+  uint64_t launch_ns;                       /* fixed cost of a kernel, a copy, a disk request */
   uint64_t copy_ns;
   uint64_t disk_ns;
-  bool synchronous;                /* compute blocks the launching thread (the cpu device) */
-  uint32_t shared_cores;           /* > 0: lanes share this many cores (the cpu device) */
+  bool synchronous;      /* compute blocks the launching thread (the cpu device) */
+  uint32_t shared_cores; /* > 0: lanes share this many cores (the cpu device) */
 } flap_machine;
 
 /* Typical rates for a kind, before anything was measured. */
@@ -48,10 +48,10 @@ void flap_device_default_machine(flap_device_kind kind, flap_machine *machine_ou
 
 typedef struct flap_device_config {
   flap_device_kind kind;
-  uint64_t vram_bytes;  /* the budget: on cpu and sim the arena has exactly this size; on cuda the arena is what is left
-                           after the context and library workspaces */
+  uint64_t vram_bytes; /* the budget: on cpu and sim the arena has exactly this size; on cuda the arena is what is left
+                          after the context and library workspaces */
   uint32_t events_max;
-  flap_pool *pool;      /* cpu: who computes; must outlive the device; NULL where only copies are made */
+  flap_pool *pool;               /* cpu: who computes; must outlive the device; NULL where only copies are made */
   void (*notify)(void *context); /* after an event recorded with notify completed; any thread, the recording one
                                     included (cpu: compute events, inside event_record); must not block */
   void *notify_context;

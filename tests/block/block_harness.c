@@ -1,4 +1,4 @@
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include "base/philox.h"
 

@@ -1,6 +1,6 @@
 /* Every backend does the same: random programs over one disk and three, real or simulated, give back what was written.
  */
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include <check.h>
 #include <malloc.h>

@@ -1,5 +1,5 @@
 /* Faults by countdown: each gives the status it should, once, to the right request, and nothing ever hangs. */
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include "io/block/block_internal.h"
 #include "io/block/checksum.h"

@@ -1,5 +1,5 @@
 /* A full disk, on a real file system: a tmpfs of 8 MiB. Needs the right to mount; without it the program is skipped. */
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include "io/block/block_internal.h"
 

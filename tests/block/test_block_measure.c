@@ -1,5 +1,5 @@
 /* The disk measurement: it gives rates, leaves nothing, and refuses nonsense. How fast is no matter here. */
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include "io/block/measure.h"
 

@@ -1,5 +1,5 @@
 /* Opening: what is refused and how it is told, what is measured, and what happens where the system says no. */
-#include "block_harness.h"
+#include "tests/block/block_harness.h"
 
 #include "io/block/block_internal.h"
 

@@ -101,8 +101,9 @@ static void compare_case(flap_tokenizer *tokenizer, const char *file, char *line
   char *inner = NULL;
   if (strcmp(list, "-") != 0) {
     for (const char *id = strtok_r(list, ",", &inner); id != NULL; id = strtok_r(NULL, ",", &inner), count++)
-      ck_assert_msg(count < ids.count && ids.ids[count] == atoi(id), "%s: text %.300s (flags %u): id %llu is %d, not %s",
-                    file, hex, flags, (unsigned long long)count, count < ids.count ? ids.ids[count] : -1, id);
+      ck_assert_msg(count < ids.count && ids.ids[count] == atoi(id),
+                    "%s: text %.300s (flags %u): id %llu is %d, not %s", file, hex, flags, (unsigned long long)count,
+                    count < ids.count ? ids.ids[count] : -1, id);
   }
   ck_assert_msg(count == ids.count, "%s: text %.300s (flags %u): %llu ids, not %llu", file, hex, flags,
                 (unsigned long long)ids.count, (unsigned long long)count);
