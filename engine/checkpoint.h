@@ -1,0 +1,67 @@
+/* Checkpoints and exported folders: what output_dir holds.
+ *
+ * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
+ * files), the optimizer's states (engine/weights.h) and trainer_state.json. It is written under a temporary name,
+ * synced and renamed. It says nothing about placement, so a run may resume at any budget.
+ */
+#ifndef FLAP_ENGINE_CHECKPOINT_H
+#define FLAP_ENGINE_CHECKPOINT_H
+
+#include "engine/layout.h"
+#include "io/formats/tokenizer.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLAP_NUMERICS_MAX 512
+
+/* trainer_state.json, all that a resumed run must know beside weights and states. */
+typedef struct flap_trainer_state {
+  uint64_t step;      /* done; also AdamW's t */
+  uint64_t max_steps; /* of the run that saved; for people */
+  uint64_t cursor;    /* training sequences consumed */
+  uint64_t seed;
+  uint64_t dataset_digest;
+  char numerics[FLAP_NUMERICS_MAX]; /* the numerics key */
+} flap_trainer_state;
+
+/* What goes into every folder beside the weights. */
+typedef struct flap_artifacts {
+  const flap_model_config *model;
+  const flap_tokenizer *tokenizer;
+} flap_artifacts;
+
+/* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest complete checkpoints
+ * beyond `total_limit` (0: none). With only_model no states and no trainer_state.json are written. The pager must be at
+ * rest. */
+FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                              const flap_artifacts *artifacts, const flap_trainer_state *state,
+                                              bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
+
+/* Resolves resume_from_checkpoint: "true" means the newest complete checkpoint in output_dir (recovering what a crash
+ * left half-renamed); otherwise a folder. FLAP_NOT_FOUND says what was looked for. Reads and checks trainer_state.json;
+ * says so when the folder holds weights only. */
+FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
+                                              char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
+/* True if output_dir holds anything that a new run would overwrite or mix with (model files, checkpoints,
+ * metrics.jsonl); names it. */
+bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* Deletes from output_dir what earlier runs of FLAP left there (and nothing else): for overwrite_output_dir. */
+FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
+
+/* Makes output_dir itself a Hugging Face folder: config.json, model*.safetensors, tokenizer files, each written under a
+ * temporary name. Weights of an earlier export with other shards are removed. */
+FLAP_CHECKED flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                                const flap_artifacts *artifacts);
+
+/* Disk space that one checkpoint, and the final export, take (files of a few kilobytes estimated upwards). */
+FLAP_CHECKED flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, bool only_model,
+                                               uint64_t *bytes_out);
+FLAP_CHECKED flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype,
+                                                      uint64_t *bytes_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
