@@ -29,7 +29,8 @@ uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) {
 
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
   flap_assert(segment <= layout->segment_count && micro_batch < layout->spec.micro_batches);
-  return layout->first_boundary + segment * layout->spec.micro_batches + micro_batch;
+  const uint32_t group = layout->spec.group_micro_batches;
+  return layout->first_boundary + segment * group + micro_batch % group;
 }
 
 uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch) {
@@ -51,7 +52,8 @@ uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t m
   const uint32_t first = first_saved_layer(layout);
   if (layer < first || layout->spec.mode != FLAP_MODE_TRAIN)
     return FLAP_REGION_NONE;
-  return layout->first_saved + (layer - first) * layout->spec.micro_batches + micro_batch;
+  const uint32_t group = layout->spec.group_micro_batches;
+  return layout->first_saved + (layer - first) * group + micro_batch % group;
 }
 
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
@@ -68,6 +70,31 @@ static uint32_t add_region(flap_layout *layout, flap_region_class klass, uint64_
   return layout->region_count++;
 }
 
+/* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
+ * the first; embedding and head share too, unless the embedding's begin in the head (tied). */
+static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
+  const flap_layout_spec *spec = &layout->spec;
+  const bool shared = spec->group_micro_batches == spec->micro_batches;
+  const bool layer = part->kind == FLAP_PART_LAYER;
+  uint64_t elements = part->elements;
+  if (shared && layer) {
+    if (part->layer >= spec->segment_layers)
+      return layout->first_sums + part->layer % spec->segment_layers;
+  } else if (shared && !layout->tied) {
+    if (part->kind == FLAP_PART_HEAD)
+      return layout->vocabulary_sums;
+    const uint64_t head = flap_model_part_elements(spec->model, FLAP_PART_HEAD);
+    elements = head > elements ? head : elements;
+  }
+  const uint32_t region =
+      add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS, elements * 4);
+  if (part->kind == FLAP_PART_EMBEDDING)
+    layout->vocabulary_sums = region;
+  else if (layer && part->layer == 0)
+    layout->first_sums = region;
+  return region;
+}
+
 /* A part's weights, and in training its gradient sums and its slices. */
 static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
@@ -79,8 +106,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   part.first_slice = layout->slice_count;
   part.first_block = layout->block_count;
   if (spec->mode == FLAP_MODE_TRAIN) {
-    part.sums =
-        add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY_SUMS : FLAP_CLASS_GRADIENT_SUMS, part.elements * 4);
+    part.sums = add_sums(layout, &part);
     for (uint64_t first = 0; first < part.elements; first += spec->slice_elements) {
       const uint64_t left = part.elements - first;
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
@@ -105,7 +131,7 @@ static void add_activations(flap_layout *layout) {
   const uint64_t hidden = flap_model_hidden_bytes(spec->model, &spec->shape);
   const uint32_t layers = spec->model->num_hidden_layers;
   layout->first_boundary = layout->region_count;
-  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->micro_batches; i++)
+  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->group_micro_batches; i++)
     add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
   if (spec->mode != FLAP_MODE_TRAIN)
     return;
@@ -115,7 +141,7 @@ static void add_activations(flap_layout *layout) {
   layout->first_saved = layout->region_count;
   for (uint32_t layer = first_saved_layer(layout); layer < layers; layer++) {
     const bool inner = layer % spec->segment_layers != 0;
-    for (uint32_t i = 0; i < spec->micro_batches; i++)
+    for (uint32_t i = 0; i < spec->group_micro_batches; i++)
       add_region(layout, FLAP_CLASS_SAVED, flap_model_saved_bytes(spec->model, &spec->shape) + (inner ? hidden : 0));
   }
 }
@@ -143,6 +169,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
   const uint32_t layers = spec->model->num_hidden_layers;
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
   flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
+  flap_assert(spec->group_micro_batches >= 1 && spec->group_micro_batches <= spec->micro_batches);
   flap_assert(spec->mode != FLAP_MODE_TRAIN ||
               (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&
                spec->slice_elements <= (uint64_t)FLAP_OPS_BLOCK * FLAP_OPS_ADAMW_BLOCKS_MAX));

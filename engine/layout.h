@@ -23,11 +23,12 @@ typedef struct flap_layout_spec {
   flap_model_shape shape; /* of a micro-batch; in sample mode, of one piece of the prompt (B = 1) */
   flap_run_mode mode;
   flap_dtype gradient_dtype;
-  uint32_t micro_batches;   /* per step */
-  uint32_t segment_layers;  /* k: consecutive layers of which only the first one's input is kept */
-  uint32_t saved_layers;    /* the last so many layers save activations (whole segments); the others recompute */
-  uint64_t slice_elements;  /* a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them */
-  uint32_t cache_positions; /* sample mode */
+  uint32_t micro_batches;       /* per step */
+  uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
+  uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
+  uint32_t saved_layers;        /* the last so many layers save activations (whole segments); the others recompute */
+  uint64_t slice_elements;      /* a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them */
+  uint32_t cache_positions;     /* sample mode */
 } flap_layout_spec;
 
 typedef struct flap_layout_region {
@@ -60,6 +61,7 @@ typedef struct flap_layout {
   flap_layout_part *parts; /* embedding, layers in order, head */
   flap_layout_slice *slices;
   flap_layout_region *regions;
+  uint32_t first_sums, vocabulary_sums;
   uint32_t first_boundary, first_hidden_gradient, first_saved, first_cache; /* regions, or FLAP_REGION_NONE */
   bool tied;
 } flap_layout;

@@ -335,9 +335,8 @@ static void sweep(builder *b) {
 
 static void build_step(builder *b) {
   const flap_layout *layout = b->layout;
-  const uint32_t n = layout->spec.micro_batches, group = b->spec->group_micro_batches;
+  const uint32_t n = layout->spec.micro_batches, group = layout->spec.group_micro_batches;
   const uint32_t last = layout->segment_count - 1;
-  flap_assert(group >= 1 && group <= n);
   for (uint32_t first = 0; first < n; first += group) {
     micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     range.first_group = first == 0;
@@ -357,12 +356,14 @@ static void build_step(builder *b) {
 }
 
 static void build_forward(builder *b) {
-  const micro_batch_range all = {
-      .first = 0, .end = b->layout->spec.micro_batches, .first_group = true, .last_group = true};
-  embed(b, all, false);
-  for (uint32_t segment = 0; segment < b->layout->segment_count; segment++)
-    forward_segment(b, segment, all, false, false);
-  head(b, all, false);
+  const uint32_t n = b->layout->spec.micro_batches, group = b->layout->spec.group_micro_batches;
+  for (uint32_t first = 0; first < n; first += group) {
+    const micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
+    embed(b, range, false);
+    for (uint32_t segment = 0; segment < b->layout->segment_count; segment++)
+      forward_segment(b, segment, range, false, false);
+    head(b, range, false);
+  }
 }
 
 /* New tokens through every layer, with the keys and values of the earlier ones. */

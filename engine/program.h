@@ -48,9 +48,8 @@ typedef struct flap_op {
 /* Which step this is. */
 typedef struct flap_program_spec {
   enum { FLAP_PROGRAM_STEP, FLAP_PROGRAM_SWEEP, FLAP_PROGRAM_FORWARD, FLAP_PROGRAM_DECODE } kind;
-  bool pending;                 /* STEP: the previous step's update is folded into this forward */
-  bool sweep;                   /* STEP: this step's update happens at its end */
-  uint32_t group_micro_batches; /* STEP: micro-batches per group */
+  bool pending; /* STEP: the previous step's update is folded into this forward */
+  bool sweep;   /* STEP: this step's update happens at its end */
 } flap_program_spec;
 
 typedef struct flap_program {

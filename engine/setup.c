@@ -1,0 +1,402 @@
+#include "engine/setup.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+#include "engine/buffers.h"
+#include "io/formats/dataset_reader.h"
+#include "io/formats/trace.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t smaller(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
+
+const char *flap_engine_class_name(flap_region_class klass) {
+  static const char *const names[] = {"weights",         "vocabulary", "states",           "gradients", "gradient_sums",
+                                      "vocabulary_sums", "boundaries", "hidden_gradients", "saved",     "cache"};
+  _Static_assert(sizeof names / sizeof *names == FLAP_CLASS_COUNT, "a name per class");
+  flap_assert((unsigned)klass < FLAP_CLASS_COUNT);
+  return names[klass];
+}
+
+/* ---- layout and programs --------------------------------------------------------------------------------- */
+
+static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choice *choice) {
+  return (flap_layout_spec){.model = spec->model,
+                            .shape = spec->shape,
+                            .mode = spec->mode,
+                            .gradient_dtype = spec->gradient_dtype,
+                            .micro_batches = spec->micro_batches,
+                            .group_micro_batches = choice->group_micro_batches,
+                            .segment_layers = choice->segment_layers,
+                            .saved_layers = choice->saved_layers,
+                            .slice_elements = choice->slice_elements,
+                            .cache_positions = spec->cache_positions};
+}
+
+static flap_status build_layout(flap_setup *setup) {
+  const flap_layout_spec spec = layout_spec(&setup->spec, &setup->choice);
+  flap_arena measure;
+  flap_arena_measure(&measure, "layout");
+  flap_layout_build(&spec, &measure, &setup->layout);
+  FLAP_TRY(flap_arena_open(&setup->layout_memory, "layout", measure.bytes_used));
+  flap_layout_build(&spec, &setup->layout_memory, &setup->layout);
+  return FLAP_OK;
+}
+
+static flap_program_spec program_spec(flap_setup_program program) {
+  static const flap_program_spec specs[FLAP_SETUP_PROGRAM_COUNT] = {
+      [FLAP_SETUP_FIRST] = {.kind = FLAP_PROGRAM_STEP},
+      [FLAP_SETUP_STEADY] = {.kind = FLAP_PROGRAM_STEP, .pending = true},
+      [FLAP_SETUP_LAST] = {.kind = FLAP_PROGRAM_STEP, .pending = true, .sweep = true},
+      [FLAP_SETUP_SINGLE] = {.kind = FLAP_PROGRAM_STEP, .sweep = true},
+      [FLAP_SETUP_SWEEP] = {.kind = FLAP_PROGRAM_SWEEP},
+      [FLAP_SETUP_FORWARD] = {.kind = FLAP_PROGRAM_FORWARD},
+      [FLAP_SETUP_DECODE] = {.kind = FLAP_PROGRAM_DECODE}};
+  return specs[program];
+}
+
+static void choose_programs(flap_setup *setup) {
+  bool *has = setup->has_program;
+  switch (setup->spec.mode) {
+  case FLAP_MODE_TRAIN:
+    has[FLAP_SETUP_SINGLE] = has[FLAP_SETUP_FORWARD] = true;
+    has[FLAP_SETUP_FIRST] = has[FLAP_SETUP_STEADY] = has[FLAP_SETUP_LAST] = has[FLAP_SETUP_SWEEP] =
+        !setup->choice.sweep;
+    setup->steady = setup->choice.sweep ? FLAP_SETUP_SINGLE : FLAP_SETUP_STEADY;
+    break;
+  case FLAP_MODE_FORWARD:
+    has[FLAP_SETUP_FORWARD] = true;
+    setup->steady = FLAP_SETUP_FORWARD;
+    break;
+  case FLAP_MODE_SAMPLE:
+    has[FLAP_SETUP_DECODE] = true;
+    setup->steady = FLAP_SETUP_DECODE;
+    break;
+  }
+}
+
+static flap_status build_programs(flap_setup *setup) {
+  choose_programs(setup);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    const flap_program_spec spec = program_spec((flap_setup_program)i);
+    FLAP_TRY(flap_program_build(&setup->layout, &spec, NULL, &setup->programs[i]));
+  }
+  return FLAP_OK;
+}
+
+static bool moves_in(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_READ || mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CONSUME;
+}
+
+static bool moves_out(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
+}
+
+static void measure_traffic(flap_setup *setup) {
+  const flap_program *program = &setup->programs[setup->steady];
+  const flap_layout *layout = &setup->layout;
+  memset(setup->traffic, 0, sizeof setup->traffic);
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    setup->classes[layout->regions[i].klass].bytes += layout->regions[i].bytes;
+  for (uint32_t i = 0; i < program->lease_count; i++) {
+    const flap_layout_region *region = &layout->regions[program->leases[i].region];
+    const flap_lease_mode mode = program->leases[i].mode;
+    setup->traffic[region->klass] += (double)region->bytes * ((moves_in(mode) ? 1 : 0) + (moves_out(mode) ? 1 : 0));
+  }
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    if (setup->classes[k].bytes > 0)
+      setup->traffic[k] /= (double)setup->classes[k].bytes;
+}
+
+/* ---- residents and rings --------------------------------------------------------------------------------- */
+
+/* Of `regions` regions of a class, `wanted` are chosen at even distances. */
+static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
+  return (index + 1) * wanted / regions > index * wanted / regions;
+}
+
+static void choose_residents(flap_setup *setup, flap_region_class klass) {
+  const flap_layout *layout = &setup->layout;
+  const uint64_t bytes_max = setup->choice.resident_bytes[klass];
+  uint64_t regions = 0, bytes = 0, largest = 0;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (layout->regions[i].klass == klass) {
+      regions++;
+      bytes += layout->regions[i].bytes;
+      largest = layout->regions[i].bytes > largest ? layout->regions[i].bytes : largest;
+    }
+  if (regions == 0)
+    return;
+  const uint64_t wanted = bytes_max >= bytes ? regions : bytes_max / largest;
+  uint64_t index = 0;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (layout->regions[i].klass == klass)
+      setup->resident[i] = is_chosen(index++, wanted, regions);
+}
+
+static void count_live(const flap_setup *setup, uint32_t live_max[FLAP_CLASS_COUNT]) {
+  memset(live_max, 0, FLAP_CLASS_COUNT * sizeof *live_max);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    for (int k = 0; setup->has_program[i] && k < FLAP_CLASS_COUNT; k++)
+      if (setup->programs[i].live_max[k] > live_max[k])
+        live_max[k] = setup->programs[i].live_max[k];
+}
+
+/* A ring per class that streams, as wide as the largest region that streams. */
+static void lay_rings(flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  uint32_t live_max[FLAP_CLASS_COUNT], ring_of[FLAP_CLASS_COUNT];
+  uint64_t slot_bytes[FLAP_CLASS_COUNT] = {0}, streaming[FLAP_CLASS_COUNT] = {0};
+  count_live(setup, live_max);
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    if (setup->resident[i])
+      continue;
+    streaming[region->klass]++;
+    if (region->bytes > slot_bytes[region->klass])
+      slot_bytes[region->klass] = region->bytes;
+  }
+  setup->pager.ring_count = 0;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    setup->classes[k].ring_slots = 0;
+    setup->classes[k].ring_bytes = 0;
+    if (streaming[k] == 0)
+      continue;
+    ring_of[k] = setup->pager.ring_count++;
+    flap_pager_ring *ring = &setup->rings[ring_of[k]];
+    *ring = (flap_pager_ring){.name = flap_engine_class_name((flap_region_class)k), .slot_bytes = slot_bytes[k]};
+    const uint32_t live = live_max[k] > 0 ? live_max[k] : 1;
+    ring->slots = live + setup->choice.extra_slots[k];
+    setup->classes[k].ring_slots = ring->slots;
+    setup->classes[k].ring_bytes = ring->slots * ring->slot_bytes;
+  }
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    setup->regions[i].bytes = layout->regions[i].bytes;
+    setup->regions[i].ram_pages = 0;
+    setup->regions[i].ring = setup->resident[i] ? FLAP_PAGER_RESIDENT : ring_of[layout->regions[i].klass];
+  }
+}
+
+/* ---- homes in RAM ---------------------------------------------------------------------------------------- */
+
+/* Classes in the order in which they get RAM: most traffic per byte first; of equals, gradients before the others,
+ * because what is written and read once a step wears disks for nothing. */
+static void order_classes(const flap_setup *setup, flap_region_class order[FLAP_CLASS_COUNT]) {
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    int at = k;
+    const double mine = setup->traffic[k] + (k == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
+    while (at > 0) {
+      const flap_region_class before = order[at - 1];
+      const double other = setup->traffic[before] + (before == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
+      if (other >= mine)
+        break;
+      order[at] = before;
+      at--;
+    }
+    order[at] = (flap_region_class)k;
+  }
+}
+
+static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t page) {
+  return smaller(setup->regions[region].bytes - page * setup->choice.page_bytes, setup->choice.page_bytes);
+}
+
+/* The same share of every region first, so that each load uses RAM and disk side by side; then the rest, a page here
+ * and there. */
+static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t left) {
+  const flap_layout *layout = &setup->layout;
+  const uint64_t page_bytes = setup->choice.page_bytes;
+  uint64_t streaming = 0;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (layout->regions[i].klass == klass && !setup->resident[i])
+      streaming += layout->regions[i].bytes;
+  if (streaming == 0)
+    return left;
+  const bool all = streaming <= left;
+  const double share = all ? 1.0 : (double)left / (double)streaming;
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    if (layout->regions[i].klass != klass || setup->resident[i])
+      continue;
+    const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
+    uint64_t given = all ? pages : (uint64_t)(share * (double)(bytes / page_bytes));
+    while (given > 0 && smaller(given * page_bytes, bytes) > left)
+      given--;
+    setup->regions[i].ram_pages = (uint32_t)given;
+    left -= smaller(given * page_bytes, bytes);
+  }
+  for (uint32_t i = 0; i < layout->region_count && left > 0; i++) {
+    if (layout->regions[i].klass != klass || setup->resident[i])
+      continue;
+    const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
+    if (setup->regions[i].ram_pages >= pages)
+      continue;
+    const uint64_t span = page_span(setup, i, setup->regions[i].ram_pages);
+    if (span <= left) {
+      setup->regions[i].ram_pages++;
+      left -= span;
+    }
+  }
+  return left;
+}
+
+static void lay_homes(flap_setup *setup) {
+  flap_region_class order[FLAP_CLASS_COUNT];
+  order_classes(setup, order);
+  uint64_t left = setup->choice.ram_bytes;
+  for (int k = 0; k < FLAP_CLASS_COUNT && left > 0; k++)
+    left = give_ram(setup, order[k], left);
+}
+
+static void sum_classes(flap_setup *setup) {
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    setup->classes[k].resident_bytes = setup->classes[k].ram_bytes = setup->classes[k].disk_bytes = 0;
+  for (uint32_t i = 0; i < setup->layout.region_count; i++) {
+    flap_class_plan *row = &setup->classes[setup->layout.regions[i].klass];
+    const uint64_t bytes = setup->layout.regions[i].bytes;
+    if (setup->resident[i]) {
+      row->resident_bytes += bytes;
+    } else {
+      const uint64_t ram = smaller(bytes, setup->regions[i].ram_pages * setup->choice.page_bytes);
+      row->ram_bytes += ram;
+      row->disk_bytes += bytes - ram;
+    }
+  }
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------------------- */
+
+void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_out) {
+  *config_out = (flap_block_config){
+      .backend = setup->spec.io, .disk_count = setup->spec.disk_count, .stripe_bytes = setup->choice.transfer_bytes};
+  for (uint32_t i = 0; i < setup->spec.disk_count; i++)
+    config_out->disks[i].path = setup->spec.disk_paths[i];
+}
+
+/* What io/block takes for itself once it is open with these buffers. */
+static uint64_t block_bytes(const flap_setup *setup) {
+  if (setup->sizes.disk_bytes == 0 || setup->spec.disk_count == 0)
+    return 0;
+  flap_block_config config;
+  flap_setup_block_config(setup, &config);
+  const uint64_t stripe = config.stripe_bytes;
+  config.bytes = flap_units_round_up(setup->sizes.disk_bytes, stripe);
+  for (uint32_t i = 0; i < config.disk_count; i++)
+    config.disks[i].bytes = config.bytes;
+  config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers;
+  config.memory_bytes = setup->sizes.staging_bytes;
+  return flap_block_measure(&config);
+}
+
+void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out) {
+  memset(lists_out, 0, sizeof *lists_out);
+  flap_layout_build(&setup->layout.spec, ram, &lists_out->layout);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    lists_out->programs[i] = setup->programs[i];
+    flap_program_place(&lists_out->programs[i], ram);
+    if (!flap_arena_is_measuring(ram))
+      setup->programs[i] = (flap_program){.spec = setup->programs[i].spec}; /* its lists were moved */
+  }
+  lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
+}
+
+static void measure(flap_setup *setup) {
+  flap_pager_config *pager = &setup->pager;
+  const flap_choice *choice = &setup->choice;
+  pager->page_bytes = choice->page_bytes;
+  pager->transfer_bytes = choice->transfer_bytes;
+  pager->read_buffers = choice->read_buffers;
+  pager->write_buffers = choice->write_buffers;
+  pager->region_count = setup->layout.region_count;
+  pager->regions = setup->regions;
+  pager->rings = setup->rings;
+  pager->leases_max = 1;
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    if (setup->has_program[i] && setup->programs[i].lease_count > pager->leases_max)
+      pager->leases_max = setup->programs[i].lease_count;
+  /* With something on disk and no buffers there is nothing to open: the sizes of homes are wanted all the same. */
+  const bool staged = choice->read_buffers > 0 && choice->write_buffers > 0;
+  if (!staged)
+    pager->read_buffers = pager->write_buffers = 1;
+  flap_pager_measure(pager, &setup->sizes);
+  if (!staged)
+    pager->read_buffers = pager->write_buffers = 0;
+
+  flap_arena vram, ram;
+  flap_device_buffers device_buffers;
+  flap_host_buffers host_buffers;
+  flap_setup_lists lists;
+  flap_arena_measure(&vram, "vram");
+  flap_buffers_take_device(&setup->layout, setup->spec.device, setup->spec.threads, &vram, &device_buffers);
+  setup->vram_scratch_bytes = flap_units_round_up(vram.bytes_used, FLAP_BLOCK_ALIGN);
+  setup->vram_bytes = setup->sizes.vram_bytes + setup->vram_scratch_bytes;
+
+  flap_arena_measure(&ram, "ram");
+  (void)flap_arena_take(&ram, setup->sizes.ram_bytes, FLAP_BLOCK_ALIGN);
+  flap_setup_take_lists(setup, &ram, &lists);
+  flap_buffers_take_host(&setup->layout, &ram, &host_buffers);
+  if (setup->spec.reader_depth > 0) {
+    flap_reader_config reader = {.sequence_length = setup->spec.shape.sequence,
+                                 .sequences = setup->spec.shape.batch * setup->spec.micro_batches,
+                                 .depth = setup->spec.reader_depth};
+    (void)flap_arena_take(&ram, flap_reader_measure(&reader), 64);
+  }
+  setup->ram_arena_bytes = flap_units_round_up(ram.bytes_used, FLAP_BLOCK_ALIGN);
+  setup->ram_bytes = setup->ram_arena_bytes + block_bytes(setup);
+  setup->ram_other_bytes = setup->ram_bytes - setup->sizes.ram_bytes;
+  setup->disk_bytes = flap_units_round_up(setup->sizes.disk_bytes, choice->transfer_bytes);
+}
+
+/* ---- the three calls ------------------------------------------------------------------------------------- */
+
+flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
+  flap_assert(choice->segment_layers == setup->choice.segment_layers &&
+              choice->group_micro_batches == setup->choice.group_micro_batches &&
+              choice->saved_layers == setup->choice.saved_layers && choice->sweep == setup->choice.sweep &&
+              choice->slice_elements == setup->choice.slice_elements);
+  setup->choice = *choice;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    choose_residents(setup, (flap_region_class)k);
+  lay_rings(setup);
+  lay_homes(setup);
+  sum_classes(setup);
+  measure(setup);
+  return FLAP_OK;
+}
+
+flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice, flap_setup *setup_out) {
+  memset(setup_out, 0, sizeof *setup_out);
+  setup_out->spec = *spec;
+  setup_out->choice = *choice;
+  flap_status status = FLAP_OK;
+  FLAP_TRY_GOTO(status, build_layout(setup_out));
+  FLAP_TRY_GOTO(status, build_programs(setup_out));
+  const uint32_t regions = setup_out->layout.region_count;
+  setup_out->resident = calloc(regions, sizeof *setup_out->resident);
+  setup_out->regions = calloc(regions, sizeof *setup_out->regions);
+  if (setup_out->resident == NULL || setup_out->regions == NULL) {
+    status = flap_error_set(FLAP_NO_MEMORY, "no memory to plan %u regions", regions);
+    goto fail;
+  }
+  measure_traffic(setup_out);
+  return flap_setup_place(setup_out, choice);
+fail:
+  flap_setup_close(setup_out);
+  return status;
+}
+
+void flap_setup_close(flap_setup *setup) {
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    flap_program_close(&setup->programs[i]);
+  free(setup->resident);
+  free(setup->regions);
+  setup->resident = NULL;
+  setup->regions = NULL;
+  flap_arena_close(&setup->layout_memory);
+}

@@ -1,0 +1,103 @@
+/* A setup: one choice of the planner's, worked out to the last byte.
+ *
+ * Folder-private. A choice says how the step is cut and what lives where; from it follow the layout, the programs, the
+ * configuration of the pager and the exact sizes of everything that the run will take. Planning builds many setups and
+ * keeps one; the run is opened from it (engine/runtime.h) by the same functions that measured it, so predicted and
+ * taken sizes are one. A setup lives on the heap: it is gone before the first step, but for the paths in `spec`.
+ */
+#ifndef FLAP_ENGINE_SETUP_H
+#define FLAP_ENGINE_SETUP_H
+
+#include "engine/program.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The programs that a run may execute. */
+typedef enum flap_setup_program {
+  FLAP_SETUP_FIRST,   /* a step that begins and ends with its update pending: nothing pending before */
+  FLAP_SETUP_STEADY,  /* the update before is folded in, this one stays pending */
+  FLAP_SETUP_LAST,    /* the update before is folded in, this one happens at the end: before an evaluation or a save */
+  FLAP_SETUP_SINGLE,  /* nothing pending, before or after */
+  FLAP_SETUP_SWEEP,   /* only the pending update: after an interruption */
+  FLAP_SETUP_FORWARD, /* an evaluation */
+  FLAP_SETUP_DECODE,  /* new tokens, when sampling */
+  FLAP_SETUP_PROGRAM_COUNT
+} flap_setup_program;
+
+/* What is given: the same for every choice. */
+typedef struct flap_setup_spec {
+  const flap_model_config *model;
+  flap_model_shape shape;
+  flap_run_mode mode;
+  flap_dtype gradient_dtype;
+  uint32_t micro_batches;
+  uint32_t cache_positions; /* sample mode */
+  uint32_t threads;         /* that compute */
+  flap_device_kind device;  /* of the run; planning simulates it */
+  uint32_t reader_depth;    /* batches in memory, of a step each; 0: no reader */
+  flap_block_backend io;
+  uint32_t disk_count;
+  const char *disk_paths[FLAP_BLOCK_DISKS_MAX];
+} flap_setup_spec;
+
+typedef struct flap_choice {
+  uint32_t segment_layers, group_micro_batches, saved_layers;
+  bool sweep;
+  uint64_t slice_elements, page_bytes, transfer_bytes;
+  uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
+  uint32_t trace_events;
+  uint32_t extra_slots[FLAP_CLASS_COUNT]; /* of rings, beyond what the programs need at once */
+  uint64_t
+      resident_bytes[FLAP_CLASS_COUNT]; /* at most so many bytes of a class stay in VRAM, its regions spread evenly */
+  uint64_t ram_bytes;                   /* at most so many bytes of pages live in RAM, by class in order of traffic */
+} flap_choice;
+
+typedef struct flap_setup {
+  flap_setup_spec spec;
+  flap_choice choice;
+  flap_layout layout;
+  flap_arena layout_memory;
+  bool *resident; /* per region */
+  flap_pager_region *regions;
+  flap_pager_ring rings[FLAP_CLASS_COUNT];
+  flap_pager_config pager; /* without device, disk and trace */
+  flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
+  bool has_program[FLAP_SETUP_PROGRAM_COUNT];
+  flap_setup_program steady;        /* the program whose costs are those of the run */
+  double traffic[FLAP_CLASS_COUNT]; /* bytes that a steady program loads and stores, over the bytes of the class */
+  flap_class_plan classes[FLAP_CLASS_COUNT];
+
+  flap_pager_sizes sizes;
+  uint64_t vram_scratch_bytes, vram_bytes;
+  uint64_t ram_other_bytes, ram_bytes; /* beside the pager; all */
+  uint64_t ram_arena_bytes;            /* ram_bytes less what the block files take themselves */
+  uint64_t disk_bytes;                 /* rounded up to whole stripes */
+} flap_setup;
+
+/* FLAP_NO_MEMORY only. After a failure there is nothing to close. */
+FLAP_CHECKED flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice,
+                                          flap_setup *setup_out);
+/* Decides homes and sizes anew for another choice that differs only in placement: transfers, buffers, trace, extra
+ * slots, residents and RAM. */
+FLAP_CHECKED flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice);
+void flap_setup_close(flap_setup *setup);
+
+/* Takes from `ram` in the order of the run, behind the pager's memory, what the run keeps there: used for measuring and
+ * for opening. */
+struct flap_trace;
+typedef struct flap_setup_lists {
+  flap_layout layout;
+  flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
+  struct flap_trace *trace;
+} flap_setup_lists;
+void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out);
+
+/* The block configuration of the run: everything but the sizes of the disks, which the caller fills. */
+void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
