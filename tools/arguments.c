@@ -1,7 +1,7 @@
 #include "tools/arguments.h"
 
 #include "base/units.h"
-#include "tools/nearest.h"
+#include "base/nearest.h"
 
 #include <errno.h>
 #include <math.h>

@@ -4,7 +4,7 @@
  */
 #include "base/status.h"
 #include "tools/arguments.h"
-#include "tools/nearest.h"
+#include "base/nearest.h"
 
 #include <stdio.h>
 #include <stdlib.h>

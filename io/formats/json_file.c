@@ -90,13 +90,23 @@ static char *dump_briefly(const json_t *root) {
   }
 }
 
-flap_status flap_json_write_file(const char *path, const json_t *root) {
+char *flap_json_text(const json_t *root) {
   char *text = dump_briefly(root);
+  size_t length = text ? strlen(text) : 0;
+  char *ended = text ? realloc(text, length + 2) : NULL;
+  if (!ended) {
+    free(text);
+    return NULL;
+  }
+  memcpy(ended + length, "\n", 2);
+  return ended;
+}
+
+flap_status flap_json_write_file(const char *path, const json_t *root) {
+  char *text = flap_json_text(root);
   if (!text)
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for its JSON text", path);
-  size_t length = strlen(text);
-  text[length] = '\n'; /* in the place of the NUL */
-  flap_status status = flap_durable_write_file(path, text, length + 1);
+  flap_status status = flap_durable_write_file(path, text, strlen(text));
   free(text);
   return status;
 }

@@ -29,8 +29,10 @@ FLAP_CHECKED flap_status flap_json_load_file(const char *path, uint64_t bytes_ma
 /* The same from memory; `name` stands for the file in messages. */
 FLAP_CHECKED flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out);
 
-/* Writes durably, indented by 2, keys in their order, doubles with the fewest digits (15 to 17, one for the file) that
- * read back equal. Jansson cannot hold NaN or infinity: use flap_json_real. */
+/* The text that write_file writes: indented by 2, keys in their order, doubles with the fewest digits (15 to 17, one
+ * for the file) that read back equal, a newline at the end. The caller frees it; NULL for lack of memory. */
+char *flap_json_text(const json_t *root);
+/* Writes that text durably. Jansson cannot hold NaN or infinity: use flap_json_real. */
 FLAP_CHECKED flap_status flap_json_write_file(const char *path, const json_t *root);
 
 /* A new number, or null for NaN and the infinities, which JSON has no words for. */

@@ -1,5 +1,4 @@
-/* Figures as texts, words for a shell, and the nearest word. */
-#include "tools/nearest.h"
+/* Figures as texts, and words for a shell. */
 #include "tools/text.h"
 
 #include <check.h>
@@ -42,35 +41,11 @@ START_TEST(text_shell_words_survive_a_shell) {
 }
 END_TEST
 
-START_TEST(nearest_distance_counts_edits) {
-  ck_assert_uint_eq(flap_nearest_distance("kitten", "sitting"), 3);
-  ck_assert_uint_eq(flap_nearest_distance("", "abc"), 3);
-  ck_assert_uint_eq(flap_nearest_distance("abc", ""), 3);
-  ck_assert_uint_eq(flap_nearest_distance("flaw", "lawn"), 2);
-  ck_assert_uint_eq(flap_nearest_distance("Save-Steps", "save_steps"), 0);
-  char longer[80];
-  memset(longer, 'a', sizeof longer - 1);
-  longer[sizeof longer - 1] = '\0';
-  ck_assert(flap_nearest_distance(longer, "a") == SIZE_MAX);
-}
-END_TEST
-
-START_TEST(nearest_word_is_near_or_none) {
-  static const char *const words[] = {"train", "plan", "sample"};
-  ck_assert_str_eq(flap_nearest_word("trian", words, 3), "train");
-  ck_assert_str_eq(flap_nearest_word("PLAN", words, 3), "plan");
-  ck_assert_ptr_null(flap_nearest_word("zzzzz", words, 3));
-  ck_assert_ptr_null(flap_nearest_word("x", words, 0));
-}
-END_TEST
-
 int main(void) {
   Suite *suite = suite_create("tools");
   TCase *cases = tcase_create("text");
   tcase_add_test(cases, text_figures_are_short);
   tcase_add_test(cases, text_shell_words_survive_a_shell);
-  tcase_add_test(cases, nearest_distance_counts_edits);
-  tcase_add_test(cases, nearest_word_is_near_or_none);
   suite_add_tcase(suite, cases);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);

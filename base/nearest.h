@@ -1,6 +1,6 @@
 /* The word that somebody probably meant. */
-#ifndef FLAP_TOOLS_NEAREST_H
-#define FLAP_TOOLS_NEAREST_H
+#ifndef FLAP_BASE_NEAREST_H
+#define FLAP_BASE_NEAREST_H
 
 #include <stddef.h>
 
