@@ -2,6 +2,24 @@
  *
  * Folder-private, but for tests. Computed from shapes, budgets and rates alone, by code that shares nothing with
  * planner or pager, so that a poor plan cannot flatter itself.
+ *
+ * Compute. Forward and backward of all micro-batches: 3 times the forward's operations (a backward makes two products
+ * for each of the forward's), at the matmul rate of the dtype. Recomputation, element-wise kernels and launches are
+ * choices or details, so they count nothing.
+ *
+ * Bytes. Take the moment of a step when the norm is known. Every gradient is complete and rounded, and waits for
+ * the clip coefficient; no state (weight or moment) has been updated yet. So state + gradients exist at once, and what
+ * VRAM cannot hold of them lies outside: max(0, state + gradients - vram) bytes. AdamW, on the device, reads each of
+ * these bytes before that moment comes again in the next step: they come in once (H2D). And the device changed each of
+ * them since that moment in the step before: they went out once (D2H). The same holds for disks with all of VRAM and
+ * RAM as what can be held: max(0, state + gradients - vram - ram) bytes are read, and as many written. The budgets
+ * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed.
+ *
+ * The cpu device. Compute and copies share the cores. Matmul rates were measured with all of them, so compute takes all
+ * cores for compute_seconds; a copy takes a core for as long as memcpy runs. All this work over the cores is
+ * shared_seconds. Per byte the cheaper of two prices is charged: one thread copying alone (h2d_bytes, d2h_bytes), or
+ * all cores copying together (host_bytes, which counts a byte read and a byte written), whose rate per core is lower
+ * where memory is the limit, but not always where caches help. Disks work by themselves, and checksums count nothing.
  */
 #ifndef FLAP_ENGINE_BOUND_H
 #define FLAP_ENGINE_BOUND_H
@@ -18,14 +36,14 @@ typedef struct flap_bound_spec {
   uint32_t micro_batches;
   flap_dtype gradient_dtype;
   uint64_t vram_bytes, ram_bytes; /* budgets */
-  const flap_machine *machine;
+  const flap_machine *machine;    /* rates above 0; those of disks may be 0 where nothing needs a disk */
 } flap_bound_spec;
 
 typedef struct flap_bound {
-  double seconds; /* the largest of all below */
+  double seconds; /* the largest of all below; infinite when bytes must go to a disk that the machine has not */
   double compute_seconds;
   double lane_seconds[FLAP_LANE_COUNT];
-  double shared_seconds; /* cpu device: the CPU work of all lanes over the cores; else 0 */
+  double shared_seconds; /* cpu device: the CPU work of compute and copies over the cores; else 0 */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
 } flap_bound;
 

@@ -1,6 +1,7 @@
 /* Learning rates, AdamW's scalars and the clip coefficient: what is computed once per step on the host, in fp64.
  *
- * Folder-private, but for tests. Pure functions.
+ * Folder-private, but for tests. Pure functions. Where Hugging Face's Trainer has a formula, it is this one, in fp64
+ * (transformers 4.57: optimization.py, training_args.py).
  */
 #ifndef FLAP_ENGINE_SCHEDULE_H
 #define FLAP_ENGINE_SCHEDULE_H
@@ -12,17 +13,20 @@
 extern "C" {
 #endif
 
-/* Steps of a run: max_steps, or epochs over `sequences` with `sequences_per_step` each step, rounded up as Hugging
- * Face's Trainer does. At least 1. */
+/* Optimizer steps of a run: max_steps if given; else ceil(num_train_epochs * sequences / sequences_per_step), and at
+ * least 1. The Trainer rounds up per epoch, because its last step of an epoch may be a short one. Our data has no seam
+ * between epochs and every step is full, so the rounding happens once, at the end of the run. */
 uint64_t flap_schedule_steps(const flap_run_config *config, uint64_t sequences, uint64_t sequences_per_step);
-/* warmup_steps if given, else ceil(warmup_ratio * steps). */
+/* warmup_steps if given, else ceil(warmup_ratio * steps). May be more than `steps`: then the run ends warming up. */
 uint64_t flap_schedule_warmup(const flap_run_config *config, uint64_t steps);
-/* The learning rate of step `step` (from 0), as transformers.get_scheduler gives it for lr_scheduler_type. */
+/* The learning rate of step `step` (from 0) of `steps`, as transformers.get_scheduler gives it for lr_scheduler_type.
+ * All but the constant schedule rise from 0 at step 0 to learning_rate at step warmup_steps, linearly; the constant one
+ * has no warm-up, whatever warmup_steps is. Linear and cosine then fall to 0 at step `steps`, which is never taken. */
 double flap_schedule_learning_rate(const flap_run_config *config, uint64_t warmup_steps, uint64_t steps, uint64_t step);
 /* max_grad_norm / (norm + 1e-6) where that is below 1, as torch.nn.utils.clip_grad_norm_; otherwise, and for
- * max_grad_norm 0, exactly 1. */
+ * max_grad_norm 0, exactly 1. The norm is finite: whoever measured it has refused anything else. */
 double flap_schedule_clip(double max_grad_norm, double norm);
-/* The scalars of step `step` (from 0; AdamW's t is step + 1). */
+/* The scalars of step `step` (from 0; AdamW's t is step + 1), each computed in fp64 and rounded once to fp32. */
 void flap_schedule_adamw(const flap_run_config *config, double learning_rate, double clip, uint64_t step,
                          flap_adamw *scalars_out);
 

@@ -1,0 +1,70 @@
+#include "engine/bound.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <math.h>
+
+#define STATE_BYTES 12u /* per element: the fp32 master weight (in bf16 its two halves) and two fp32 moments */
+
+/* Elements of all parts, the gaps between tensors included: they are paged like everything else. */
+static uint64_t count_elements(const flap_model_config *model) {
+  uint64_t layers = 0, all = 0;
+  bool fits = flap_units_mul(flap_model_part_elements(model, FLAP_PART_LAYER), model->num_hidden_layers, &layers) &&
+              flap_units_add(flap_model_part_elements(model, FLAP_PART_EMBEDDING),
+                             flap_model_part_elements(model, FLAP_PART_HEAD), &all) &&
+              flap_units_add(all, layers, &all);
+  flap_assert(fits);
+  return all;
+}
+
+static double forward_flops(const flap_bound_spec *spec) {
+  return flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_EMBEDDING) +
+         spec->model->num_hidden_layers * flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER) +
+         flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
+}
+
+static uint64_t beyond(uint64_t bytes, uint64_t room) {
+  return bytes > room ? bytes - room : 0;
+}
+
+static void compute_lanes(const flap_bound_spec *spec, flap_bound *bound) {
+  const flap_machine *machine = spec->machine;
+  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
+                                         [FLAP_LANE_D2H] = machine->d2h_bytes,
+                                         [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
+                                         [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
+  uint64_t live = 0;
+  bool fits = flap_units_mul(count_elements(spec->model), STATE_BYTES + flap_dtype_bytes(spec->gradient_dtype), &live);
+  flap_assert(fits);
+  const uint64_t outside = beyond(live, spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
+  bound->lane_bytes[FLAP_LANE_H2D] = bound->lane_bytes[FLAP_LANE_D2H] = outside;
+  bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    if (bound->lane_bytes[lane] > 0)
+      bound->lane_seconds[lane] = rates[lane] > 0 ? (double)bound->lane_bytes[lane] / rates[lane] : (double)INFINITY;
+}
+
+/* Seconds of one core for a copy: the cheaper of the two prices. */
+static double copy_core_seconds(const flap_machine *machine, uint64_t bytes, double alone_bytes) {
+  const double together_bytes = machine->host_bytes / 2 / machine->shared_cores;
+  return (double)bytes / fmax(alone_bytes, together_bytes);
+}
+
+void flap_bound_compute(const flap_bound_spec *spec, flap_bound *bound_out) {
+  const flap_machine *machine = spec->machine;
+  const double flops = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
+  flap_assert(flops > 0 && machine->h2d_bytes > 0 && machine->d2h_bytes > 0);
+  flap_bound bound = {0};
+  bound.compute_seconds = 3 * forward_flops(spec) * spec->micro_batches / flops;
+  compute_lanes(spec, &bound);
+  if (machine->shared_cores > 0) {
+    double copies = copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_H2D], machine->h2d_bytes) +
+                    copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_D2H], machine->d2h_bytes);
+    bound.shared_seconds = bound.compute_seconds + copies / machine->shared_cores;
+  }
+  bound.seconds = fmax(bound.compute_seconds, bound.shared_seconds);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    bound.seconds = fmax(bound.seconds, bound.lane_seconds[lane]);
+  *bound_out = bound;
+}
