@@ -69,10 +69,12 @@ static void fill_decay(const flap_layout *layout, flap_host_buffers *b) {
   }
 }
 
-void flap_buffers_take_host(const flap_layout *layout, flap_arena *ram, flap_host_buffers *buffers_out) {
+void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap_arena *ram,
+                            flap_host_buffers *buffers_out) {
   const flap_layout_spec *spec = &layout->spec;
   const uint64_t tokens = step_tokens(layout);
   flap_host_buffers b = {0};
+  b.addresses = FLAP_ARENA_ARRAY(ram, void *, leases_max);
   if (spec->mode == FLAP_MODE_TRAIN) {
     b.order = FLAP_ARENA_ARRAY(ram, int32_t, tokens);
     b.counts = FLAP_ARENA_ARRAY(ram, uint32_t, (uint64_t)spec->model->vocab_size + 1);

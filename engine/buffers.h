@@ -27,6 +27,7 @@ typedef struct flap_device_buffers {
 
 /* On the host. */
 typedef struct flap_host_buffers {
+  void **addresses; /* of the leases of the program in work */
   int32_t *order;   /* (n, T): positions of each micro-batch sorted by token, then position */
   uint32_t *counts; /* (V + 1): for that sort */
   float *losses;    /* (n, T) */
@@ -41,7 +42,9 @@ typedef struct flap_host_buffers {
 void flap_buffers_limits(const flap_layout *layout, uint32_t threads, flap_ops_limits *limits_out);
 void flap_buffers_take_device(const flap_layout *layout, flap_device_kind kind, uint32_t threads, flap_arena *vram,
                               flap_device_buffers *buffers_out);
-void flap_buffers_take_host(const flap_layout *layout, flap_arena *ram, flap_host_buffers *buffers_out);
+/* `leases_max`: of the longest program. */
+void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap_arena *ram,
+                            flap_host_buffers *buffers_out);
 
 #ifdef __cplusplus
 }

@@ -277,7 +277,8 @@ void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_
     config_out->disks[i].path = setup->spec.disk_paths[i];
 }
 
-/* What io/block takes for itself once it is open with these buffers. */
+/* What io/block takes for itself once it is open with these buffers, if all disks differ in size (most phases of
+ * stripes). */
 static uint64_t block_bytes(const flap_setup *setup) {
   if (setup->sizes.disk_bytes == 0 || setup->spec.disk_count == 0)
     return 0;
@@ -286,10 +287,13 @@ static uint64_t block_bytes(const flap_setup *setup) {
   const uint64_t stripe = config.stripe_bytes;
   config.bytes = flap_units_round_up(setup->sizes.disk_bytes, stripe);
   for (uint32_t i = 0; i < config.disk_count; i++)
-    config.disks[i].bytes = config.bytes;
+    config.disks[i].bytes = config.bytes * (i + 1);
+  config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
   config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers;
   config.memory_bytes = setup->sizes.staging_bytes;
-  return flap_block_measure(&config);
+  const uint64_t bytes = flap_block_measure(&config);
+  flap_assert(bytes > 0);
+  return bytes;
 }
 
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out) {
@@ -304,6 +308,8 @@ void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists 
       setup->programs[i] = (flap_program){.spec = setup->programs[i].spec}; /* its lists were moved */
   }
   lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
+  if (flap_arena_is_measuring(ram))
+    lists_out->layout = setup->layout;
 }
 
 static void measure(flap_setup *setup) {
@@ -340,7 +346,7 @@ static void measure(flap_setup *setup) {
   flap_arena_measure(&ram, "ram");
   (void)flap_arena_take(&ram, setup->sizes.ram_bytes, FLAP_BLOCK_ALIGN);
   flap_setup_take_lists(setup, &ram, &lists);
-  flap_buffers_take_host(&setup->layout, &ram, &host_buffers);
+  flap_buffers_take_host(&setup->layout, setup->pager.leases_max, &ram, &host_buffers);
   if (setup->spec.reader_depth > 0) {
     flap_reader_config reader = {.sequence_length = setup->spec.shape.sequence,
                                  .sequences = setup->spec.shape.batch * setup->spec.micro_batches,

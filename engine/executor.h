@@ -1,0 +1,71 @@
+/* The executor: interprets step programs. It pins and unpins as the program says, and calls the model with the
+ * pointers.
+ *
+ * Folder-private, but for tests. One thread, the engine's. It allocates nothing, but to find out where a number that is
+ * not finite came from, which ends the run.
+ */
+#ifndef FLAP_ENGINE_EXECUTOR_H
+#define FLAP_ENGINE_EXECUTOR_H
+
+#include "engine/buffers.h"
+#include "engine/setup.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct flap_trace;
+
+/* What a program works on. (n, T): n micro-batches of T tokens. */
+typedef struct flap_executor_input {
+  const int32_t *tokens, *targets;         /* host, (n, T); sampling: (decode_tokens), NULL */
+  uint64_t counted;                        /* targets that are not negative: losses are means over these */
+  uint64_t step;                           /* of a step, from 0 */
+  double learning_rate;                    /* of that step */
+  uint32_t decode_tokens, decode_position; /* sampling: how many new tokens, and the position of the first */
+} flap_executor_input;
+
+typedef struct flap_executor_result {
+  double loss; /* mean over the counted tokens */
+  double loss_sum;
+  double grad_norm;    /* before clipping; steps only */
+  const float *logits; /* (V), of the last token; sampling only; until the next run */
+} flap_executor_result;
+
+typedef struct flap_executor {
+  /* by the owner, before the first run */
+  const flap_run_config *config; /* of the optimizer; NULL where nothing is trained */
+  const flap_layout *layout;
+  const flap_program *programs; /* FLAP_SETUP_PROGRAM_COUNT */
+  flap_pager *pager;
+  flap_ops *ops;
+  flap_device_buffers device;
+  flap_host_buffers host;
+  struct flap_trace *trace; /* or NULL */
+  bool timed;               /* launches are over when they return, so their times go to the trace */
+
+  /* its own */
+  flap_model_run run;
+  uint32_t hidden_buffers;
+  flap_setup_program queue[2];
+  uint32_t queued;
+  const flap_executor_input *input;
+  flap_adamw adamw; /* of the update that is pending */
+  bool has_update;
+  enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH } mode;
+} flap_executor;
+
+/* Uploads what never changes: the rope table. */
+FLAP_CHECKED flap_status flap_executor_open(flap_executor *executor);
+
+/* Queues a program, at most two, so that its first transfers begin while the one before still computes. */
+FLAP_CHECKED flap_status flap_executor_begin(flap_executor *executor, flap_setup_program program);
+/* Runs the oldest queued program to its end. FLAP_NUMERIC names the step and the layer where a value stopped being
+ * finite; the executor is of no use then. */
+FLAP_CHECKED flap_status flap_executor_run(flap_executor *executor, const flap_executor_input *input,
+                                           flap_executor_result *result_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

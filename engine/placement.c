@@ -1,0 +1,198 @@
+/* Spends budgets: what a choice needs comes first, then staging, ring slots, residents, and homes in RAM. */
+#include "base/assert.h"
+#include "base/units.h"
+#include "engine/planner_internal.h"
+
+#include <string.h>
+
+#define BUFFERS_MAX 16u
+#define TRACE_EVENTS_MAX 131072u
+#define TRACE_EVENT_BYTES 64u /* about */
+
+static void place(flap_setup *setup, const flap_choice *choice) {
+  const flap_status status = flap_setup_place(setup, choice);
+  flap_assert(status == FLAP_OK);
+}
+
+static uint64_t class_bytes(const flap_setup *setup, int klass) {
+  return setup->classes[klass].bytes;
+}
+
+static uint64_t slot_bytes(const flap_setup *setup, int klass) {
+  const flap_class_plan *row = &setup->classes[klass];
+  return row->ring_slots > 0 ? row->ring_bytes / row->ring_slots : 0;
+}
+
+/* A class that takes no more as residents than as the ring that it needs stays in VRAM: it costs nothing. */
+static void place_least(const flap_planner *planner, flap_setup *setup, flap_choice *choice) {
+  memset(choice->extra_slots, 0, sizeof choice->extra_slots);
+  memset(choice->resident_bytes, 0, sizeof choice->resident_bytes);
+  choice->ram_bytes = 0;
+  choice->trace_events = 0;
+  place(setup, choice);
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    if (class_bytes(setup, k) <= setup->classes[k].ring_bytes)
+      choice->resident_bytes[k] = class_bytes(setup, k);
+  if (planner->activations == FLAP_ACTIVATIONS_KEEP)
+    choice->resident_bytes[FLAP_CLASS_SAVED] = class_bytes(setup, FLAP_CLASS_SAVED);
+  place(setup, choice);
+}
+
+uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup) {
+  flap_choice least = *choice;
+  place_least(planner, setup, &least);
+  return setup->vram_bytes;
+}
+
+uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup) {
+  flap_choice least = *choice;
+  place_least(planner, setup, &least);
+  return setup->ram_bytes;
+}
+
+/* ---- vram ------------------------------------------------------------------------------------------------ */
+
+static void add_slots(const flap_budgets *budgets, uint32_t depth, flap_choice *choice, flap_setup *setup) {
+  static const flap_region_class order[] = {
+      FLAP_CLASS_WEIGHTS,        FLAP_CLASS_STATES,           FLAP_CLASS_GRADIENTS,
+      FLAP_CLASS_BOUNDARIES,     FLAP_CLASS_HIDDEN_GRADIENTS, FLAP_CLASS_SAVED,
+      FLAP_CLASS_GRADIENT_SUMS,  FLAP_CLASS_VOCABULARY,       FLAP_CLASS_CACHE,
+      FLAP_CLASS_VOCABULARY_SUMS};
+  uint64_t left = budgets->vram_bytes - setup->vram_bytes;
+  for (uint32_t round = 0; round < depth; round++)
+    for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
+      const flap_region_class k = order[i];
+      const uint64_t bytes = slot_bytes(setup, k);
+      const uint32_t slots = setup->classes[k].ring_slots;
+      /* More slots than regions would never be used. */
+      if (bytes == 0 || bytes > left || (slots + choice->extra_slots[k]) * bytes >= class_bytes(setup, k) + bytes)
+        continue;
+      choice->extra_slots[k]++;
+      left -= bytes;
+    }
+}
+
+static void make_resident(flap_activations activations, int k, uint64_t *left, flap_choice *choice,
+                          const flap_setup *setup) {
+  const uint64_t ring = setup->classes[k].ring_bytes, bytes = class_bytes(setup, k), slot = slot_bytes(setup, k);
+  if (slot == 0 || (k == FLAP_CLASS_SAVED && activations == FLAP_ACTIVATIONS_OFFLOAD))
+    return;
+  if (bytes <= *left + ring) {
+    *left = *left + ring - bytes;
+    choice->resident_bytes[k] = bytes;
+    choice->extra_slots[k] = 0;
+    return;
+  }
+  choice->resident_bytes[k] = *left / slot * slot;
+  *left -= choice->resident_bytes[k];
+}
+
+/* Most traffic per byte first. */
+static void add_residents(const flap_planner *planner, const flap_budgets *budgets, flap_choice *choice,
+                          flap_setup *setup) {
+  bool done[FLAP_CLASS_COUNT] = {false};
+  uint64_t left = budgets->vram_bytes - setup->vram_bytes;
+  for (int round = 0; round < FLAP_CLASS_COUNT; round++) {
+    int best = -1;
+    for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+      if (!done[k] && (best < 0 || setup->traffic[k] > setup->traffic[best]))
+        best = k;
+    if (best < 0)
+      break;
+    done[best] = true;
+    if (setup->traffic[best] > 0)
+      make_resident(planner->activations, best, &left, choice, setup);
+  }
+}
+
+/* ---- ram and disk ---------------------------------------------------------------------------------------- */
+
+static uint64_t power_of_two_below(uint64_t value) {
+  uint64_t power = 1;
+  while (power <= value / 2)
+    power *= 2;
+  return power;
+}
+
+/* Staging: as large as a quarter of ram allows, but always what works at all. */
+static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_setup *setup) {
+  uint64_t transfer = power_of_two_below(budgets->ram_bytes / 64);
+  if (transfer > PLANNER_TRANSFER_MAX)
+    transfer = PLANNER_TRANSFER_MAX;
+  if (transfer < choice->page_bytes)
+    transfer = choice->page_bytes;
+  const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
+  for (; transfer >= choice->page_bytes; transfer /= 2)
+    for (uint32_t buffers = BUFFERS_MAX; buffers > 0; buffers /= 2) {
+      const bool least = transfer == choice->page_bytes && buffers == 1;
+      if (2 * buffers * transfer > budgets->ram_bytes / 4 && !least)
+        continue;
+      choice->transfer_bytes = transfer;
+      choice->read_buffers = choice->write_buffers = buffers;
+      for (int traced = 1; traced >= 0; traced--) {
+        choice->trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
+        place(setup, choice);
+        if (setup->ram_bytes <= budgets->ram_bytes)
+          return true;
+      }
+    }
+  return false;
+}
+
+/* Everything that streams fits in RAM: no disk, no staging. */
+static bool fit_without_disk(const flap_budgets *budgets, flap_choice *choice, flap_setup *setup) {
+  flap_choice trial = *choice;
+  const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
+  for (int traced = 1; traced >= 0; traced--) {
+    trial.read_buffers = trial.write_buffers = 0;
+    trial.transfer_bytes = trial.page_bytes;
+    while (trial.transfer_bytes * 2 <= PLANNER_TRANSFER_MAX)
+      trial.transfer_bytes *= 2; /* copies are merged up to this; nothing is taken for it */
+    trial.trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
+    trial.ram_bytes = UINT64_MAX / 2;
+    place(setup, &trial);
+    if (setup->ram_bytes <= budgets->ram_bytes) {
+      *choice = trial;
+      return true;
+    }
+  }
+  return false;
+}
+
+uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
+  uint64_t capacity = 0;
+  for (uint32_t i = 0; i < planner->spec.disk_count; i++)
+    capacity += budgets->disk_bytes[i] / setup->choice.transfer_bytes * setup->choice.transfer_bytes;
+  return setup->disk_bytes > capacity ? setup->disk_bytes - capacity : 0;
+}
+
+planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *given,
+                           uint32_t depth, flap_setup *setup) {
+  flap_choice choice = *given;
+  place_least(planner, setup, &choice);
+  if (setup->vram_bytes > budgets->vram_bytes)
+    return PLANNER_NO_VRAM;
+  add_slots(budgets, depth, &choice, setup);
+  place(setup, &choice);
+  flap_assert(setup->vram_bytes <= budgets->vram_bytes);
+  add_residents(planner, budgets, &choice, setup);
+  place(setup, &choice);
+  flap_assert(setup->vram_bytes <= budgets->vram_bytes);
+  if (fit_without_disk(budgets, &choice, setup))
+    return PLANNER_FITS;
+  if (planner->spec.disk_count == 0) {
+    choice.ram_bytes = 0;
+    choice.read_buffers = choice.write_buffers = 0;
+    choice.transfer_bytes = choice.page_bytes;
+    choice.trace_events = 0;
+    place(setup, &choice);
+    return setup->ram_bytes > budgets->ram_bytes ? PLANNER_NO_RAM : PLANNER_NO_DISK;
+  }
+  choice.ram_bytes = 0;
+  if (!add_staging(budgets, &choice, setup))
+    return PLANNER_NO_RAM;
+  choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;
+  place(setup, &choice);
+  flap_assert(setup->ram_bytes <= budgets->ram_bytes);
+  return planner_missing_disk(planner, budgets, setup) > 0 ? PLANNER_NO_DISK : PLANNER_FITS;
+}

@@ -1,0 +1,372 @@
+#include "engine/planner.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+#include "engine/planner_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- candidates ------------------------------------------------------------------------------------------ */
+
+static void add_segments(const flap_planner *planner, planner_candidates *c) {
+  static const uint32_t usual[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32};
+  const uint32_t layers = planner->spec.model->num_hidden_layers;
+  if (planner->spec.mode != FLAP_MODE_TRAIN) {
+    c->segments[c->segment_count++] = 1;
+    return;
+  }
+  if (planner->expert.segment_layers > 0) {
+    c->segments[c->segment_count++] = planner->expert.segment_layers < layers ? planner->expert.segment_layers : layers;
+    return;
+  }
+  for (size_t i = 0; i < sizeof usual / sizeof *usual && usual[i] < layers; i++)
+    c->segments[c->segment_count++] = usual[i];
+  c->segments[c->segment_count++] = layers;
+}
+
+static void add_groups(const flap_planner *planner, planner_candidates *c) {
+  const uint32_t n = planner->spec.micro_batches;
+  if (planner->expert.group_micro_batches > 0 && planner->spec.mode == FLAP_MODE_TRAIN) {
+    c->groups[c->group_count++] = planner->expert.group_micro_batches < n ? planner->expert.group_micro_batches : n;
+    return;
+  }
+  for (uint32_t group = n; c->group_count < PLANNER_GROUPS_MAX; group = (group + 1) / 2) {
+    c->groups[c->group_count++] = group;
+    if (group == 1)
+      break;
+  }
+}
+
+static void add_saved(const flap_planner *planner, planner_candidates *c) {
+  const uint32_t layers = planner->spec.model->num_hidden_layers;
+  if (planner->spec.mode != FLAP_MODE_TRAIN || planner->activations == FLAP_ACTIVATIONS_RECOMPUTE) {
+    c->saved[c->saved_count++] = 0;
+    return;
+  }
+  if (planner->activations != FLAP_ACTIVATIONS_AUTO) {
+    c->saved[c->saved_count++] = layers;
+    return;
+  }
+  for (uint32_t quarter = 0; quarter <= 4; quarter++) {
+    const uint32_t saved = layers * quarter / 4;
+    if (c->saved_count == 0 || c->saved[c->saved_count - 1] != saved)
+      c->saved[c->saved_count++] = saved;
+  }
+}
+
+/* Slices: powers of two of blocks; fine enough for small budgets, and few enough for a table of a large model's slices.
+ */
+static void add_slices(const flap_planner *planner, planner_candidates *c) {
+  const uint64_t per_element = flap_layout_state_bytes(planner->spec.shape.dtype);
+  const uint64_t most = 64 * FLAP_MIB / per_element / FLAP_OPS_BLOCK * FLAP_OPS_BLOCK;
+  if (planner->spec.mode != FLAP_MODE_TRAIN) {
+    c->slices[c->slice_count++] = FLAP_OPS_BLOCK;
+    return;
+  }
+  if (planner->expert.slice_bytes > 0) {
+    uint64_t elements = planner->expert.slice_bytes / per_element / FLAP_OPS_BLOCK * FLAP_OPS_BLOCK;
+    elements = elements < FLAP_OPS_BLOCK ? FLAP_OPS_BLOCK : elements > most ? most : elements;
+    c->slices[c->slice_count++] = elements;
+    return;
+  }
+  uint64_t least = FLAP_OPS_BLOCK;
+  const uint64_t parameters = flap_model_parameters(planner->spec.model);
+  while (parameters / least > PLANNER_TABLE_SLICES)
+    least *= 2;
+  for (uint64_t elements = least; elements <= most && c->slice_count < PLANNER_SLICES_MAX; elements *= 2)
+    c->slices[c->slice_count++] = elements;
+}
+
+static void add_pages(const flap_planner *planner, planner_candidates *c) {
+  if (planner->expert.page_bytes > 0) {
+    c->pages[c->page_count++] = planner->expert.page_bytes;
+    return;
+  }
+  for (uint64_t bytes = PLANNER_PAGE_MIN; bytes <= PLANNER_PAGE_MAX; bytes *= 2)
+    c->pages[c->page_count++] = bytes;
+}
+
+void planner_list(const flap_planner *planner, planner_candidates *c) {
+  memset(c, 0, sizeof *c);
+  add_segments(planner, c);
+  add_groups(planner, c);
+  add_saved(planner, c);
+  add_slices(planner, c);
+  add_pages(planner, c);
+  c->sweep = planner->expert.clip == FLAP_CLIP_SWEEP;
+}
+
+/* Indexes in the order in which they are tried: the preferred one, smaller ones downwards, then larger ones upwards. */
+static uint32_t from_preferred(uint32_t preferred, uint32_t count, uint32_t turn) {
+  flap_assert(preferred < count && turn < count);
+  return turn <= preferred ? preferred - turn : turn;
+}
+
+static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint64_t wanted) {
+  uint32_t index = 0;
+  while (index + 1 < count && ascending[index + 1] <= wanted)
+    index++;
+  return index;
+}
+
+/* ---- settling a skeleton on a slice and a page size ------------------------------------------------------- */
+
+typedef struct skeleton {
+  uint32_t segment, group, saved;
+} skeleton;
+
+static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
+                             uint64_t page) {
+  flap_choice choice = {.segment_layers = s.segment,
+                        .group_micro_batches = s.group,
+                        .saved_layers = s.saved,
+                        .sweep = c->sweep,
+                        .slice_elements = slice,
+                        .page_bytes = page,
+                        .transfer_bytes = page};
+  if (planner->spec.disk_count > 0)
+    choice.read_buffers = choice.write_buffers = 1;
+  return choice;
+}
+
+/* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
+static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
+                          const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
+  const uint64_t slice_wanted =
+      budgets->vram_bytes / PLANNER_SLICE_SHARE / flap_layout_state_bytes(planner->spec.shape.dtype);
+  const uint64_t page_wanted =
+      budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
+  const uint32_t slice_first = preferred_index(c->slices, c->slice_count, slice_wanted);
+  const uint32_t page_first = preferred_index(c->pages, c->page_count, page_wanted);
+  for (uint32_t i = 0; i < c->slice_count; i++) {
+    const uint64_t slice = c->slices[from_preferred(slice_first, c->slice_count, i)];
+    flap_choice choice = choice_of(planner, c, s, slice, c->pages[page_first]);
+    FLAP_TRY(flap_setup_build(&planner->spec, &choice, setup));
+    for (uint32_t j = 0; j < c->page_count; j++) {
+      choice.page_bytes = choice.transfer_bytes = c->pages[from_preferred(page_first, c->page_count, j)];
+      const planner_reach got = planner_fill(planner, budgets, &choice, depth, setup);
+      if (got == PLANNER_FITS)
+        return FLAP_OK;
+      *reach = got > *reach ? got : *reach;
+      if (got == PLANNER_NO_VRAM)
+        break; /* pages make no difference */
+    }
+    flap_setup_close(setup);
+  }
+  return flap_error_set(FLAP_BUDGET, "no plan fits");
+}
+
+/* ---- choosing -------------------------------------------------------------------------------------------- */
+
+typedef struct contender {
+  skeleton s;
+  uint32_t depth;
+  double estimate;
+} contender;
+
+/* Keeps the best few, in order; equal ones in the order in which they came. */
+static void enter(contender *list, uint32_t *count, uint32_t count_max, contender candidate) {
+  uint32_t at = *count;
+  while (at > 0 && candidate.estimate < list[at - 1].estimate)
+    at--;
+  if (at >= count_max)
+    return;
+  const uint32_t last = *count < count_max ? *count : count_max - 1;
+  memmove(&list[at + 1], &list[at], (last - at) * sizeof *list);
+  list[at] = candidate;
+  *count = last + 1;
+}
+
+static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                             contender *list, uint32_t *count, planner_reach *reach) {
+  static const uint32_t depths[] = {1, 3, 0};
+  for (uint32_t i = 0; i < c->segment_count; i++)
+    for (uint32_t j = 0; j < c->saved_count; j++) {
+      bool found = false; /* smaller groups only where larger ones do not fit */
+      for (uint32_t g = 0; g < c->group_count && !found; g++)
+        for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
+          const skeleton s = {c->segments[i], c->groups[g], c->saved[j]};
+          flap_setup setup;
+          const flap_status status = settle(planner, c, s, budgets, depths[d], &setup, reach);
+          if (status == FLAP_BUDGET)
+            continue;
+          FLAP_TRY(status);
+          enter(list, count, PLANNER_CONTENDERS,
+                (contender){.s = s, .depth = depths[d], .estimate = planner_estimate(planner, &setup)});
+          flap_setup_close(&setup);
+          found = true;
+        }
+    }
+  return FLAP_OK;
+}
+
+static flap_status simulate_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                 const contender *list, uint32_t count, uint32_t *best_out, flap_plan_costs *costs) {
+  double best = 0;
+  *best_out = 0;
+  for (uint32_t i = 0; i < count; i++) {
+    flap_setup setup;
+    flap_plan_costs costs_here;
+    planner_reach reach = PLANNER_NO_VRAM;
+    FLAP_TRY(settle(planner, c, list[i].s, budgets, list[i].depth, &setup, &reach));
+    flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
+    flap_setup_close(&setup);
+    FLAP_TRY(status);
+    if (i == 0 || costs_here.step_seconds < best * 0.9999) {
+      best = costs_here.step_seconds;
+      *best_out = i;
+      *costs = costs_here;
+    }
+  }
+  return FLAP_OK;
+}
+
+/* Which budget is too small, and what it must be at least. */
+static flap_status refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach) {
+  char have[FLAP_UNITS_TEXT_MAX];
+  uint64_t least = 0;
+  if (reach == PLANNER_NO_VRAM && flap_planner_vram_min(planner, budgets, &least) == FLAP_OK)
+    return flap_error_set(
+        FLAP_BUDGET, "vram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
+        flap_units_format_bytes(budgets->vram_bytes, have, sizeof have), (unsigned long long)budgets->vram_bytes,
+        (unsigned long long)least);
+  if (reach != PLANNER_NO_DISK && flap_planner_ram_min(planner, budgets, &least) == FLAP_OK)
+    return flap_error_set(
+        FLAP_BUDGET, "ram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
+        flap_units_format_bytes(budgets->ram_bytes, have, sizeof have), (unsigned long long)budgets->ram_bytes,
+        (unsigned long long)least);
+  if (flap_planner_disk_min(planner, budgets, &least) == FLAP_OK) {
+    if (planner->spec.disk_count == 0)
+      return flap_error_set(FLAP_BUDGET,
+                            "ram: the model does not fit vram and ram: raise them, or give a disk of at least %llu "
+                            "bytes (disk: [{path: ..., size: ...}])",
+                            (unsigned long long)least);
+    return flap_error_set(
+        FLAP_BUDGET, "disk: too small for what fits neither vram nor ram: %llu bytes in all is the least that works",
+        (unsigned long long)least);
+  }
+  if (flap_planner_vram_min(planner, budgets, &least) == FLAP_OK)
+    return flap_error_set(
+        FLAP_BUDGET, "vram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
+        flap_units_format_bytes(budgets->vram_bytes, have, sizeof have), (unsigned long long)budgets->vram_bytes,
+        (unsigned long long)least);
+  return flap_error_set(
+      FLAP_BUDGET,
+      "vram, ram: both are too small for this model and batch: try `vram: min` and `ram: min` with flap plan");
+}
+
+flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
+                                flap_plan_costs *costs_out) {
+  planner_candidates c;
+  contender list[PLANNER_CONTENDERS + 1];
+  uint32_t count = 0, best = 0;
+  planner_reach reach = PLANNER_NO_VRAM;
+  planner_list(planner, &c);
+  FLAP_TRY(shortlist(planner, &c, budgets, list, &count, &reach));
+  if (count == 0)
+    return refuse(planner, budgets, reach);
+  FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
+  return settle(planner, &c, list[best].s, budgets, list[best].depth, setup_out, &reach);
+}
+
+/* ---- the least that works -------------------------------------------------------------------------------- */
+
+typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
+
+/* The least of one budget with which a given slice and page size can be placed; 0 if the other budgets do not allow it.
+ */
+static flap_status least_for(const flap_planner *planner, const flap_budgets *budgets, lever which,
+                             const flap_choice *choice, flap_setup *setup, uint64_t *least_out) {
+  flap_budgets trial = *budgets;
+  const uint64_t plenty = (uint64_t)1 << 50;
+  *least_out = 0;
+  if (which == LEVER_VRAM)
+    trial.vram_bytes = planner_least_vram(planner, choice, setup);
+  else if (which == LEVER_RAM)
+    trial.ram_bytes = planner_least_ram(planner, choice, setup);
+  else
+    for (uint32_t i = 0; i < FLAP_BLOCK_DISKS_MAX; i++)
+      trial.disk_bytes[i] = i == 0 ? plenty : 0;
+  for (int tries = 0; tries < 64; tries++) {
+    const planner_reach got = planner_fill(planner, &trial, choice, 0, setup);
+    if (got == PLANNER_FITS) {
+      *least_out = which == LEVER_VRAM ? trial.vram_bytes : which == LEVER_RAM ? trial.ram_bytes : setup->disk_bytes;
+      return FLAP_OK;
+    }
+    if (got != PLANNER_NO_DISK || which == LEVER_DISK)
+      return FLAP_OK;
+    /* The disks are too small: more of this tier must hold what they do not. */
+    const uint64_t missing = planner_missing_disk(planner, &trial, setup);
+    if (which == LEVER_VRAM)
+      trial.vram_bytes += flap_units_round_up(missing, FLAP_BLOCK_ALIGN);
+    else
+      trial.ram_bytes += flap_units_round_up(missing, FLAP_BLOCK_ALIGN);
+  }
+  return FLAP_OK;
+}
+
+/* All page sizes with one slice size. `fits_vram` tells whether the given vram is enough for the slice. */
+static flap_status least_of_slice(const flap_planner *planner, const flap_budgets *budgets, lever which,
+                                  const planner_candidates *c, skeleton s, uint64_t slice, uint64_t *least_io,
+                                  bool *fits_vram) {
+  flap_choice choice = choice_of(planner, c, s, slice, c->pages[0]);
+  flap_setup setup;
+  flap_status status = FLAP_OK;
+  FLAP_TRY(flap_setup_build(&planner->spec, &choice, &setup));
+  *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
+  for (uint32_t p = 0; p < c->page_count && status == FLAP_OK; p++) {
+    uint64_t here = 0;
+    choice.page_bytes = choice.transfer_bytes = c->pages[p];
+    if (which == LEVER_VRAM ? planner_least_vram(planner, &choice, &setup) >= *least_io : !*fits_vram)
+      break;
+    if (which == LEVER_RAM && planner_least_ram(planner, &choice, &setup) >= *least_io)
+      continue;
+    status = least_for(planner, budgets, which, &choice, &setup, &here);
+    if (here > 0 && here < *least_io)
+      *least_io = here;
+  }
+  flap_setup_close(&setup);
+  return status;
+}
+
+/* What saves a budget is known, so not every candidate is tried: no saved layers; groups of all micro-batches or of
+ * one; for vram the smallest slices and segments, for ram and disk (tables and lists) the two largest slices that vram
+ * allows. */
+static flap_status least(const flap_planner *planner, const flap_budgets *budgets, lever which, uint64_t *bytes_out) {
+  planner_candidates c;
+  planner_list(planner, &c);
+  flap_planner with_disk = *planner;
+  if (which == LEVER_DISK && with_disk.spec.disk_count == 0) {
+    with_disk.spec.disk_count = 1;
+    with_disk.spec.disk_paths[0] = "disk";
+  }
+  *bytes_out = UINT64_MAX;
+  for (uint32_t i = 0; i < c.segment_count && !(which == LEVER_VRAM && *bytes_out < UINT64_MAX); i++)
+    for (uint32_t g = 0; g<c.group_count; g += c.group_count> 1 ? c.group_count - 1 : 1) {
+      uint32_t fitting = 0;
+      for (uint32_t k = 0; k < c.slice_count && fitting < 2; k++) {
+        const skeleton s = {c.segments[i], c.groups[g], c.saved[0]};
+        const uint64_t before = *bytes_out;
+        bool fits = false;
+        FLAP_TRY(least_of_slice(&with_disk, budgets, which, &c, s,
+                                c.slices[which == LEVER_VRAM ? k : c.slice_count - 1 - k], bytes_out, &fits));
+        fitting += which == LEVER_VRAM ? (*bytes_out < before ? 2 : 0) : (fits ? 1 : 0);
+      }
+    }
+  if (*bytes_out == UINT64_MAX)
+    return flap_error_set(FLAP_BUDGET, "the other budgets are too small");
+  return FLAP_OK;
+}
+
+flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
+  return least(planner, budgets, LEVER_VRAM, bytes_out);
+}
+
+flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
+  return least(planner, budgets, LEVER_RAM, bytes_out);
+}
+
+flap_status flap_planner_disk_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
+  return least(planner, budgets, LEVER_DISK, bytes_out);
+}

@@ -1,0 +1,51 @@
+/* The planner: chooses how the step is cut and what lives where.
+ *
+ * Folder-private, but for tests. A candidate is a skeleton (segments, groups, saved layers, fold or sweep), a slice
+ * size and a page size. The set of candidates does not depend on budgets, and each takes what is left of a budget for
+ * placement only, so a plan accepted at one budget is a candidate at every larger one. Candidates are priced from their
+ * bytes and operations; the best few are run on the sim device by the code that will run the step. Ties go to the
+ * earlier candidate.
+ */
+#ifndef FLAP_ENGINE_PLANNER_H
+#define FLAP_ENGINE_PLANNER_H
+
+#include "engine/setup.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct flap_budgets {
+  uint64_t vram_bytes, ram_bytes;
+  uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk; UINT64_MAX / 64 stands for "whatever is needed" */
+} flap_budgets;
+
+typedef struct flap_planner {
+  flap_setup_spec spec;
+  flap_expert expert;
+  flap_activations activations;
+  const flap_machine *machine;
+} flap_planner;
+
+typedef struct flap_plan_costs {
+  double step_seconds, compute_seconds; /* of a steady step, simulated */
+  uint64_t lane_bytes[FLAP_LANE_COUNT]; /* exact */
+} flap_plan_costs;
+
+/* The best setup for these budgets. FLAP_BUDGET names the budget that is too small and the smallest that works. */
+FLAP_CHECKED flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets *budgets,
+                                             flap_setup *setup_out, flap_plan_costs *costs_out);
+
+/* The least of one budget that is accepted, the others as given; FLAP_BUDGET when there is none. */
+FLAP_CHECKED flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets,
+                                               uint64_t *bytes_out);
+FLAP_CHECKED flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets *budgets,
+                                              uint64_t *bytes_out);
+/* Of all disks together. */
+FLAP_CHECKED flap_status flap_planner_disk_min(const flap_planner *planner, const flap_budgets *budgets,
+                                               uint64_t *bytes_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,45 @@
+/* Private to the planner: candidates (planner.c), placement (placement.c), prices (pricing.c). */
+#ifndef FLAP_ENGINE_PLANNER_INTERNAL_H
+#define FLAP_ENGINE_PLANNER_INTERNAL_H
+
+#include "engine/planner.h"
+
+#define PLANNER_SEGMENTS_MAX 12
+#define PLANNER_GROUPS_MAX 16
+#define PLANNER_SAVED_MAX 5
+#define PLANNER_SLICES_MAX 24
+#define PLANNER_PAGES_MAX 12
+#define PLANNER_CONTENDERS 4       /* that are simulated */
+#define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
+#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
+#define PLANNER_PAGE_MIN (16 * FLAP_KIB)
+#define PLANNER_PAGE_MAX (4 * FLAP_MIB)
+#define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
+
+typedef struct planner_candidates {
+  uint32_t segment_count, group_count, saved_count, slice_count, page_count;
+  uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX], saved[PLANNER_SAVED_MAX];
+  uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
+  bool sweep;
+} planner_candidates;
+void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
+
+/* How far a placement got; later is further. */
+typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
+
+/* placement.c. Spends the budgets on a setup that was built for `choice` (its page size may differ): buffers, ring
+ * slots, residents, homes. `depth`: slots beyond what is needed at once, so that transfers run ahead. */
+planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *choice,
+                           uint32_t depth, flap_setup *setup);
+/* What the choice takes before anything is spent. */
+uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+/* Bytes by which the disks are too small for the setup as it is placed now. */
+uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
+
+/* pricing.c. */
+double planner_estimate(const flap_planner *planner, const flap_setup *setup);
+FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                                          flap_plan_costs *costs_out);
+
+#endif

@@ -1,0 +1,57 @@
+/* A run that is open: memory, device, disks, pager and executor, as a setup says.
+ *
+ * Folder-private, but for tests. Everything is taken here, before the first step, and sealed: what a setup measured is
+ * what is taken. The same code opens the simulation that prices plans.
+ */
+#ifndef FLAP_ENGINE_RUNTIME_H
+#define FLAP_ENGINE_RUNTIME_H
+
+#include "engine/executor.h"
+#include "io/formats/dataset_reader.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct flap_runtime_config {
+  uint64_t vram_bytes;                       /* the budget */
+  uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk: what it may hold */
+  const flap_run_config *optimizer;          /* NULL where nothing is trained */
+  const flap_machine *machine;               /* simulation only */
+  const flap_dataset *dataset;               /* of the reader; NULL without one */
+  uint64_t cursor;                           /* where the reader begins */
+} flap_runtime_config;
+
+typedef struct flap_runtime {
+  flap_setup_spec spec;
+  bool simulated;
+  flap_clock *clock; /* of a simulation */
+  flap_arena ram;    /* all that the run takes on the host */
+  flap_arena vram;   /* what is the executor's of the device's memory */
+  flap_pool *pool;
+  flap_pager *pager;
+  flap_ops *ops;
+  flap_reader *reader;
+  flap_setup_lists lists;
+  flap_executor executor;
+  uint64_t vram_pager_bytes, block_bytes, disk_bytes;
+} flap_runtime;
+
+/* Opens the run of a setup; its programs move into the run. FLAP_NO_MEMORY, or what device and disks say. */
+FLAP_CHECKED flap_status flap_runtime_open(flap_setup *setup, const flap_runtime_config *config,
+                                           flap_runtime *runtime_out);
+/* The same on the sim device, with a clock and the machine's rates. The setup keeps its programs and must outlive the
+ * run; all regions hold something from the start. */
+FLAP_CHECKED flap_status flap_runtime_open_simulated(flap_setup *setup, const flap_runtime_config *config,
+                                                     flap_runtime *runtime_out);
+/* Opens the reader where the setup has one. Of its own, because what is read is known later than what is taken. */
+FLAP_CHECKED flap_status flap_runtime_open_reader(flap_runtime *runtime, const flap_dataset *dataset, uint64_t cursor);
+void flap_runtime_close(flap_runtime *runtime);
+
+/* Measured: what was taken of each tier. */
+void flap_runtime_peaks(const flap_runtime *runtime, flap_peaks *peaks_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
