@@ -32,26 +32,29 @@ typedef struct flap_artifacts {
   const flap_tokenizer *tokenizer;
 } flap_artifacts;
 
-/* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest complete checkpoints
- * beyond `total_limit` (0: none). With only_model no states and no trainer_state.json are written. The pager must be at
- * rest. */
+/* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints
+ * beyond `total_limit` (0: none), never the new one; one that cannot be deleted is said in the log. With only_model no
+ * states and no trainer_state.json are written. The pager must be at rest. On an error everything is as before. */
 FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
                                               const flap_artifacts *artifacts, const flap_trainer_state *state,
                                               bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
 
-/* Resolves resume_from_checkpoint: "true" means the newest complete checkpoint in output_dir (recovering what a crash
- * left half-renamed); otherwise a folder. FLAP_NOT_FOUND says what was looked for. Reads and checks trainer_state.json;
- * says so when the folder holds weights only. */
+/* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a
+ * crash left half-renamed); otherwise a folder. Reads and checks trainer_state.json; the weights are checked when they
+ * are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
-/* True if output_dir holds anything that a new run would overwrite or mix with (model files, checkpoints,
+/* True if output_dir holds anything that a new run would overwrite or mix with (config.json, weights, checkpoints,
  * metrics.jsonl); names it. */
 bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
-/* Deletes from output_dir what earlier runs of FLAP left there (and nothing else): for overwrite_output_dir. */
+/* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
+ * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
+ * caller must not have its model, or the checkpoint to resume, in there. */
 FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
 
-/* Makes output_dir itself a Hugging Face folder: config.json, model*.safetensors, tokenizer files, each written under a
- * temporary name. Weights of an earlier export with other shards are removed. */
+/* Makes output_dir itself a Hugging Face folder: config.json, model*.safetensors, tokenizer files. All is written to a
+ * temporary folder in it first, then renamed file by file, so that a crash leaves the old model, the new one, or none
+ * that would load. Weights of an earlier export with other shards are removed. */
 FLAP_CHECKED flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, const flap_layout *layout,
                                                 const flap_artifacts *artifacts);
 

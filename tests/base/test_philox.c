@@ -96,6 +96,21 @@ START_TEST(philox_normal_has_its_moments) {
 }
 END_TEST
 
+START_TEST(philox_normals_in_bulk_are_the_same_bits) {
+  flap_philox stream = flap_philox_stream(9, "bulk");
+  float values[64];
+  for (uint64_t first = 1000000007; first < 1000000009; first++)
+    for (uint64_t count = 0; count < 64; count++) {
+      memset(values, 0xff, sizeof values);
+      flap_philox_normals(&stream, first, count, values);
+      for (uint64_t i = 0; i < count; i++) {
+        const float one = flap_philox_normal(&stream, first + i);
+        ck_assert_mem_eq(&values[i], &one, sizeof one);
+      }
+    }
+}
+END_TEST
+
 START_TEST(philox_below_is_in_range_and_even) {
   enum { BOUND = 7, COUNT = 70000 };
   flap_philox stream = flap_philox_stream(4, "b");
@@ -128,6 +143,7 @@ int main(void) {
   tcase_add_test(tests, philox_uniform_reads_the_words_in_order);
   tcase_add_test(tests, philox_uniform_has_its_moments);
   tcase_add_test(tests, philox_normal_has_its_moments);
+  tcase_add_test(tests, philox_normals_in_bulk_are_the_same_bits);
   tcase_add_test(tests, philox_below_is_in_range_and_even);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);

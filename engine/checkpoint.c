@@ -1,0 +1,244 @@
+/* Checkpoints: saved whole, found again, and pruned. */
+#include "engine/checkpoint.h"
+
+#include "base/log.h"
+#include "engine/hf_config.h"
+#include "engine/output_folder_internal.h"
+#include "engine/weights.h"
+#include "io/formats/durable.h"
+#include "io/formats/json_file.h"
+#include "io/formats/safetensors.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define STATE_FILE "trainer_state.json"
+#define STATE_FORMAT "flap-trainer-state"
+#define STATE_VERSION 1
+#define STATE_BYTES_MAX ((uint64_t)1 << 20)
+
+_Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
+
+/* ---- trainer_state.json -------------------------------------------------------------------------------------- */
+
+static json_int_t to_json(uint64_t value) {
+  return value > INT64_MAX ? INT64_MAX : (json_int_t)value;
+}
+
+/* Numbers that use all 64 bits are texts: JSON readers have 63 or 53. */
+static flap_status write_state(const char *folder, const flap_trainer_state *state) {
+  char path[FLAP_PATH_MAX], seed[32], digest[32];
+  FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
+  (void)snprintf(seed, sizeof seed, "%" PRIu64, state->seed);
+  (void)snprintf(digest, sizeof digest, "0x%016" PRIx64, state->dataset_digest);
+  json_t *root =
+      json_pack("{s:s, s:i, s:I, s:I, s:I, s:s, s:s, s:s}", "format", STATE_FORMAT, "version", STATE_VERSION,
+                "global_step", to_json(state->step), "max_steps", to_json(state->max_steps), "sequences_consumed",
+                to_json(state->cursor), "seed", seed, "dataset_digest", digest, "numerics", state->numerics);
+  if (root == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
+  const flap_status status = flap_json_write_file(path, root);
+  json_decref(root);
+  return status;
+}
+
+static flap_status read_long(const flap_json_object *root, const char *key, int base, uint64_t *value_out) {
+  const char *text = NULL;
+  FLAP_TRY(flap_json_get_string(root, key, &text));
+  char *end = NULL;
+  errno = 0;
+  const unsigned long long value = strtoull(text, &end, base);
+  if (text[0] < '0' || text[0] > '9' || *end != '\0' || errno != 0)
+    return flap_json_error(root, key, "%.40s is not a whole number of 64 bits", text);
+  *value_out = value;
+  return FLAP_OK;
+}
+
+static flap_status read_count(const flap_json_object *root, const char *key, uint64_t *value_out) {
+  int64_t value = 0;
+  FLAP_TRY(flap_json_get_integer(root, key, 0, INT64_MAX, &value));
+  *value_out = (uint64_t)value;
+  return FLAP_OK;
+}
+
+static flap_status parse_state(const flap_json_object *root, flap_trainer_state *state) {
+  const char *format = NULL, *numerics = NULL;
+  int64_t version = 0;
+  FLAP_TRY(flap_json_opt_string(root, "format", "", &format));
+  if (strcmp(format, STATE_FORMAT) != 0)
+    return flap_json_error(root, "format",
+                           "must be " STATE_FORMAT ": only FLAP's own checkpoints can be resumed; to "
+                           "train another program's further, give it as model_name_or_path");
+  FLAP_TRY(flap_json_get_integer(root, "version", 1, INT64_MAX, &version));
+  if (version != STATE_VERSION) {
+    (void)flap_json_error(root, "version", "is %lld, but this program reads version %d", (long long)version,
+                          STATE_VERSION);
+    return FLAP_UNSUPPORTED;
+  }
+  FLAP_TRY(read_count(root, "global_step", &state->step));
+  FLAP_TRY(read_count(root, "max_steps", &state->max_steps));
+  FLAP_TRY(read_count(root, "sequences_consumed", &state->cursor));
+  FLAP_TRY(read_long(root, "seed", 10, &state->seed));
+  FLAP_TRY(read_long(root, "dataset_digest", 16, &state->dataset_digest));
+  FLAP_TRY(flap_json_get_string(root, "numerics", &numerics));
+  if (strlen(numerics) >= FLAP_NUMERICS_MAX)
+    return flap_json_error(root, "numerics", "is longer than %d bytes", FLAP_NUMERICS_MAX - 1);
+  strcpy(state->numerics, numerics);
+  return FLAP_OK;
+}
+
+static flap_status read_state(const char *folder, flap_trainer_state *state_out) {
+  char path[FLAP_PATH_MAX];
+  json_t *json = NULL;
+  flap_json_object root;
+  memset(state_out, 0, sizeof *state_out);
+  FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
+  FLAP_TRY(flap_json_load_file(path, STATE_BYTES_MAX, &json));
+  flap_status status = flap_json_root(json, path, &root);
+  if (status == FLAP_OK)
+    status = parse_state(&root, state_out);
+  json_decref(json);
+  return status;
+}
+
+/* ---- saving -------------------------------------------------------------------------------------------------- */
+
+static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
+                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
+  FLAP_TRY(flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_TRY(flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES));
+  if (only_model)
+    return FLAP_OK;
+  FLAP_TRY(flap_weights_save_states(pager, layout, folder));
+  return write_state(folder, state);
+}
+
+/* The new checkpoint is safe already: what cannot be removed is said and left. */
+static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_limit) {
+  flap_output_steps list = {0};
+  char path[FLAP_PATH_MAX];
+  flap_status status = flap_output_list(output_dir, &list);
+  size_t ours = 0;
+  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    if (status == FLAP_OK && (list.steps[i] == saved_step || flap_output_is_ours(path)))
+      list.steps[ours++] = list.steps[i];
+  }
+  size_t left = ours;
+  for (size_t i = 0; i < ours && left > total_limit && status == FLAP_OK; i++) {
+    if (list.steps[i] == saved_step)
+      continue;
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    if (status == FLAP_OK)
+      status = flap_durable_remove_folder(path);
+    left--;
+  }
+  if (status != FLAP_OK)
+    flap_log(FLAP_LOG_WARNING, "save_total_limit: an old checkpoint stays: %s", flap_error_message());
+  flap_output_steps_close(&list);
+}
+
+flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                 const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
+                                 uint32_t total_limit, char folder_out[FLAP_PATH_MAX]) {
+  char temporary[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_make_folder(output_dir));
+  FLAP_TRY(flap_output_checkpoint_path(output_dir, state->step, folder_out));
+  FLAP_TRY(flap_durable_begin_folder(folder_out, temporary));
+  flap_status status = write_all(temporary, pager, layout, artifacts, state, only_model);
+  if (status == FLAP_OK)
+    status = flap_durable_commit_folder(folder_out, true);
+  if (status != FLAP_OK) {
+    flap_durable_abort_folder(folder_out);
+    return flap_error_prefix(status, "saving %s", folder_out);
+  }
+  if (total_limit > 0)
+    prune(output_dir, state->step, total_limit);
+  return FLAP_OK;
+}
+
+/* ---- finding ------------------------------------------------------------------------------------------------- */
+
+static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
+  struct stat about;
+  if (stat(output_dir, &about) != 0)
+    return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
+  flap_output_steps list = {0};
+  FLAP_TRY(flap_output_recover(output_dir));
+  FLAP_TRY(flap_output_list(output_dir, &list));
+  flap_status status = FLAP_OK;
+  bool found = false;
+  for (size_t i = list.count; i > 0 && !found && status == FLAP_OK; i--) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i - 1], folder_out);
+    found = status == FLAP_OK && flap_output_is_there(folder_out, STATE_FILE);
+  }
+  const size_t count = list.count;
+  flap_output_steps_close(&list);
+  FLAP_TRY(status);
+  if (found)
+    return read_state(folder_out, state_out);
+  if (count > 0)
+    return flap_error_set(FLAP_NOT_FOUND,
+                          "resume_from_checkpoint: the checkpoints in %s hold weights only (save_only_model), without "
+                          "the optimizer's states; give one as model_name_or_path to start anew from it",
+                          output_dir);
+  return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
+}
+
+flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
+                                 flap_trainer_state *state_out) {
+  if (strcmp(resume_from, "true") == 0)
+    return find_newest(output_dir, folder_out, state_out);
+  size_t length = strlen(resume_from);
+  while (length > 1 && resume_from[length - 1] == '/')
+    length--;
+  if (length == 0 || length >= FLAP_PATH_MAX)
+    return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: the path is %s", length ? "too long" : "empty");
+  memcpy(folder_out, resume_from, length);
+  folder_out[length] = '\0';
+  /* A crash may have left the folder under its temporary name; nobody else's folders are touched. */
+  const char *slash = strrchr(folder_out, '/');
+  struct stat about;
+  uint64_t step;
+  if (stat(folder_out, &about) != 0 && flap_output_parse_name(slash ? slash + 1 : folder_out, "", &step))
+    FLAP_TRY(flap_durable_recover_folder(folder_out));
+  if (stat(folder_out, &about) != 0)
+    return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
+  if (!S_ISDIR(about.st_mode))
+    return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
+  if (!flap_output_is_there(folder_out, STATE_FILE))
+    return flap_error_set(
+        FLAP_NOT_FOUND,
+        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
+        "anew from its weights",
+        folder_out, flap_output_is_ours(folder_out) ? ": it was saved with save_only_model, weights only" : "");
+  return read_state(folder_out, state_out);
+}
+
+/* ---- sizes --------------------------------------------------------------------------------------------------- */
+
+/* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer files have up to some 140 bytes per token
+ * (Llama 3: 17 MB for 128,256 tokens). */
+static uint64_t artifact_bytes(const flap_model_config *config) {
+  return ((uint64_t)32 << 10) + (uint64_t)config->vocab_size * 160;
+}
+
+flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype, uint64_t *bytes_out) {
+  FLAP_TRY(flap_weights_file_bytes(config, dtype, FLAP_SAFETENSORS_SHARD_BYTES, bytes_out));
+  *bytes_out += artifact_bytes(config);
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, bool only_model,
+                                  uint64_t *bytes_out) {
+  uint64_t states = 0;
+  FLAP_TRY(flap_checkpoint_export_bytes(config, dtype, bytes_out));
+  if (!only_model)
+    FLAP_TRY(flap_weights_states_bytes(config, dtype, &states));
+  *bytes_out += states;
+  return FLAP_OK;
+}

@@ -1,0 +1,41 @@
+/* Shared by checkpoint.c and output_folder.c: what lies in an output_dir, and which of it is ours. */
+#ifndef FLAP_ENGINE_OUTPUT_FOLDER_INTERNAL_H
+#define FLAP_ENGINE_OUTPUT_FOLDER_INTERNAL_H
+
+#include "engine/checkpoint.h"
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Steps of the folders `checkpoint-<step>`, ascending. */
+typedef struct flap_output_steps {
+  uint64_t *steps;
+  size_t count, capacity;
+} flap_output_steps;
+
+FLAP_CHECKED flap_status flap_output_list(const char *output_dir, flap_output_steps *steps_out);
+void flap_output_steps_close(flap_output_steps *steps); /* {0} is fine */
+
+/* True if `name` is "checkpoint-<step>" followed by `suffix`. */
+bool flap_output_parse_name(const char *name, const char *suffix, uint64_t *step_out);
+FLAP_CHECKED flap_status flap_output_checkpoint_path(const char *output_dir, uint64_t step,
+                                                     char path_out[FLAP_PATH_MAX]);
+
+/* Clears up after checkpoints and exports that a crash interrupted. */
+FLAP_CHECKED flap_status flap_output_recover(const char *output_dir);
+
+/* Whether the folder's weights were written by FLAP. Leaves no error record. */
+bool flap_output_is_ours(const char *folder);
+bool flap_output_is_there(const char *folder, const char *name);
+
+/* config.json and the tokenizer's files. */
+FLAP_CHECKED flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts,
+                                                     flap_dtype dtype);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
