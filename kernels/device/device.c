@@ -10,7 +10,11 @@
 /* One row per kind; a kind that this build has not is NULL. */
 static const flap_device_table *const tables[] = {
     [FLAP_DEVICE_CPU] = &flap_device_cpu_table,
+#ifdef FLAP_CUDA
+    [FLAP_DEVICE_CUDA] = &flap_device_cuda_table,
+#else
     [FLAP_DEVICE_CUDA] = NULL,
+#endif
     [FLAP_DEVICE_SIM] = &flap_device_sim_table,
 };
 #define KIND_COUNT (sizeof tables / sizeof tables[0])

@@ -36,6 +36,9 @@ typedef struct flap_device_table {
 
 extern const flap_device_table flap_device_cpu_table;
 extern const flap_device_table flap_device_sim_table;
+#ifdef FLAP_CUDA
+extern const flap_device_table flap_device_cuda_table;
+#endif
 
 struct flap_device {
   const flap_device_table *table;

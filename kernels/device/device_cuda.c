@@ -1,0 +1,532 @@
+/* The cuda device: an arena of the card's memory, three streams of its own, and a thread per stream that sees things
+ * end.
+ *
+ * 1. What is launched goes straight into CUDA's streams; CUDA's events order them. A flap_event is one CUDA event,
+ * whose rules are the same: recording it again moves it, waits that were asked for earlier stay.
+ * 2. What somebody wants to hear of (a copy's times, a notify, how long the compute stream was busy) takes a slot in
+ * the stream's lane, with timing events of its own. The lane's thread sleeps until each slot's end event is complete,
+ * in order, and reports it. It only reports: no stream ever waits for it.
+ * 3. A lane's lock is never held during a CUDA call, a notify or a trace.
+ * 4. The compute stream's busy time is the sum of intervals. An interval opens with the first launch after the last one
+ *    was closed (flap_device_cuda_compute), and closes when an event is recorded there, or when the stream has to wait.
+ * 5. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
+ *    nobody waits for what will never happen.
+ */
+#include "kernels/device/device_cuda.h"
+#include "kernels/device/device_cuda_internal.h"
+#include "kernels/device/device_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <cuda_runtime_api.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define RING_SLOTS 2048u /* more than the contract's 1024, for the intervals of the compute stream */
+#define STAGES 8u        /* pinned buffers that uploads pass through */
+#define STAGE_BYTES ((uint64_t)256 << 10)
+#define CAPABILITY_MIN 80u
+
+typedef struct slot {
+  cudaEvent_t start, end; /* start: only where `timed` */
+  uint64_t bytes;
+  bool timed, notify;
+} slot;
+
+typedef struct cuda_device cuda_device;
+
+typedef struct lane {
+  cuda_device *device;
+  flap_stream stream;
+  cudaStream_t cuda;
+  pthread_t thread;
+  bool thread_started, lock_made, work_made, moved_made;
+  pthread_mutex_t lock;
+  pthread_cond_t work;  /* a slot was launched, or stop */
+  pthread_cond_t moved; /* `completed` grew */
+  bool stop;            /* under lock */
+  uint64_t launched;    /* under lock; slot n is at n % RING_SLOTS */
+  uint64_t completed;   /* under lock */
+  uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
+  uint64_t last_timed;  /* the thread's: its number, 0 for none */
+  slot ring[RING_SLOTS];
+} lane;
+
+struct cuda_device {
+  flap_device base;
+  flap_cuda_properties properties;
+  lane lanes[FLAP_STREAM_COUNT];
+  cudaEvent_t *events;
+  bool interval_open; /* the compute stream's launching thread's */
+  unsigned char *stages;
+  cudaEvent_t stage_free[STAGES];
+  uint32_t stage_next;
+  flap_cuda_memory memory;
+  _Atomic bool failed;
+  pthread_mutex_t failure_lock;
+  char failure[256];
+};
+
+static cuda_device *self(flap_device *device) {
+  return (cuda_device *)device;
+}
+
+static const cuda_device *self_const(const flap_device *device) {
+  flap_assert(device->config.kind == FLAP_DEVICE_CUDA);
+  return (const cuda_device *)device;
+}
+
+/* ---- errors --------------------------------------------------------------------------------------------- */
+
+void flap_device_cuda_fail(flap_device *base, const char *what, int error, const char *reason) {
+  cuda_device *device = self(base);
+  pthread_mutex_lock(&device->failure_lock);
+  if (!atomic_load(&device->failed)) {
+    (void)snprintf(device->failure, sizeof device->failure, "cuda: %s: %s (error %d)", what, reason, error);
+    atomic_store(&device->failed, true);
+  }
+  pthread_mutex_unlock(&device->failure_lock);
+}
+
+bool flap_device_cuda_failed(const flap_device *device) {
+  return atomic_load(&self_const(device)->failed);
+}
+
+static bool check(cuda_device *device, const char *what, cudaError_t error) {
+  if (error != cudaSuccess)
+    flap_device_cuda_fail(&device->base, what, (int)error, cudaGetErrorString(error));
+  return error == cudaSuccess;
+}
+
+static flap_status failure_of(cuda_device *device) {
+  if (!atomic_load(&device->failed))
+    return FLAP_OK;
+  return flap_error_set(FLAP_DEVICE, "%s", device->failure); /* written before `failed`, and never again */
+}
+
+/* For open: an error of CUDA as a status. */
+static flap_status status_of(const char *what, cudaError_t error) {
+  if (error == cudaSuccess)
+    return FLAP_OK;
+  return flap_error_set(error == cudaErrorMemoryAllocation ? FLAP_NO_MEMORY : FLAP_DEVICE, "cuda: %s: %s (error %d)",
+                        what, cudaGetErrorString(error), (int)error);
+}
+
+/* ---- lanes ---------------------------------------------------------------------------------------------- */
+
+static lane *lane_of(cuda_device *device, flap_stream stream) {
+  return &device->lanes[stream];
+}
+
+/* The next slot, free to be filled; waits for one. Two are kept back: the one that the thread reports, and the one
+ * before it, whose end it measures from. */
+static slot *lane_take(lane *l) {
+  pthread_mutex_lock(&l->lock);
+  while (l->launched - l->completed >= RING_SLOTS - 2)
+    pthread_cond_wait(&l->moved, &l->lock);
+  slot *s = &l->ring[(l->launched + 1) % RING_SLOTS];
+  pthread_mutex_unlock(&l->lock);
+  return s;
+}
+
+static void lane_put(lane *l) {
+  pthread_mutex_lock(&l->lock);
+  l->launched++;
+  pthread_cond_signal(&l->work);
+  pthread_mutex_unlock(&l->lock);
+}
+
+static void lane_drain(lane *l) {
+  pthread_mutex_lock(&l->lock);
+  uint64_t launched = l->launched;
+  while (l->completed < launched)
+    pthread_cond_wait(&l->moved, &l->lock);
+  pthread_mutex_unlock(&l->lock);
+}
+
+static uint64_t elapsed_ns(cudaEvent_t from, cudaEvent_t to) {
+  float milliseconds = 0;
+  if (cudaEventElapsedTime(&milliseconds, from, to) != cudaSuccess || !(milliseconds > 0))
+    return 0;
+  return (uint64_t)((double)milliseconds * 1e6);
+}
+
+/* Tells when the slot's work ran on the host's clock. CUDA only knows distances between events, in a float that is
+ * good for short ones: a slot that the thread had to wait for ended now, one that it found complete is measured from
+ * the one before. */
+static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
+  uint64_t now = flap_units_now_ns(), ended = now, took = elapsed_ns(s->start, s->end);
+  if (!waited && l->last_timed + 1 == number) {
+    uint64_t by_distance = l->ended_ns + elapsed_ns(l->ring[l->last_timed % RING_SLOTS].end, s->end);
+    ended = by_distance < now ? by_distance : now;
+  }
+  uint64_t started = ended - (took < ended ? took : ended);
+  if (started < l->ended_ns && l->ended_ns <= ended)
+    started = l->ended_ns;
+  l->ended_ns = ended;
+  l->last_timed = number;
+  if (l->stream == FLAP_STREAM_COMPUTE)
+    atomic_fetch_add_explicit(&l->device->base.busy_ns[l->stream], took, memory_order_relaxed);
+  else
+    flap_device_copied(&l->device->base, l->stream, started, ended, s->bytes);
+}
+
+static void report(lane *l, uint64_t number, const slot *s) {
+  bool waited = cudaEventQuery(s->end) == cudaErrorNotReady;
+  if (check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", cudaEventSynchronize(s->end)) &&
+      s->timed)
+    report_times(l, number, s, waited);
+  if (s->notify)
+    l->device->base.config.notify(l->device->base.config.notify_context);
+}
+
+static void *lane_main(void *context) {
+  lane *l = context;
+  pthread_mutex_lock(&l->lock);
+  for (uint64_t number = 1;; number++) {
+    while (l->launched < number && !l->stop)
+      pthread_cond_wait(&l->work, &l->lock);
+    if (l->launched < number)
+      break; /* told to stop, and nothing is left */
+    const slot *s = &l->ring[number % RING_SLOTS];
+    pthread_mutex_unlock(&l->lock);
+    report(l, number, s);
+    pthread_mutex_lock(&l->lock);
+    l->completed = number;
+    pthread_cond_broadcast(&l->moved);
+  }
+  pthread_mutex_unlock(&l->lock);
+  return NULL;
+}
+
+static flap_status lane_open(cuda_device *device, flap_stream stream) {
+  lane *l = lane_of(device, stream);
+  l->device = device;
+  l->stream = stream;
+  FLAP_TRY(status_of("cannot make a stream", cudaStreamCreateWithFlags(&l->cuda, cudaStreamNonBlocking)));
+  for (uint32_t i = 0; i < RING_SLOTS; i++) {
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventBlockingSync)));
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].end, cudaEventBlockingSync)));
+  }
+  int error = pthread_mutex_init(&l->lock, NULL);
+  l->lock_made = error == 0;
+  if (error == 0)
+    error = pthread_cond_init(&l->work, NULL);
+  l->work_made = l->lock_made && error == 0;
+  if (error == 0)
+    error = pthread_cond_init(&l->moved, NULL);
+  l->moved_made = l->work_made && error == 0;
+  if (error == 0) {
+    sigset_t all, before; /* signals are for the threads of the program */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    error = pthread_create(&l->thread, NULL, lane_main, l);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+  }
+  l->thread_started = l->moved_made && error == 0;
+  return error == 0 ? FLAP_OK : flap_error_set_os(error, "device cuda: cannot start a thread");
+}
+
+static void lane_close(lane *l) {
+  if (l->thread_started) {
+    pthread_mutex_lock(&l->lock);
+    l->stop = true;
+    pthread_cond_signal(&l->work);
+    pthread_mutex_unlock(&l->lock);
+    pthread_join(l->thread, NULL);
+  }
+  if (l->moved_made)
+    pthread_cond_destroy(&l->moved);
+  if (l->work_made)
+    pthread_cond_destroy(&l->work);
+  if (l->lock_made)
+    pthread_mutex_destroy(&l->lock);
+  for (uint32_t i = 0; i < RING_SLOTS; i++) {
+    if (l->ring[i].start)
+      (void)cudaEventDestroy(l->ring[i].start);
+    if (l->ring[i].end)
+      (void)cudaEventDestroy(l->ring[i].end);
+  }
+  if (l->cuda)
+    (void)cudaStreamDestroy(l->cuda);
+}
+
+/* ---- the compute stream's intervals --------------------------------------------------------------------- */
+
+void *flap_device_cuda_compute(flap_device *base) {
+  flap_assert(base->config.kind == FLAP_DEVICE_CUDA);
+  cuda_device *device = self(base);
+  lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  if (!device->interval_open) {
+    device->interval_open = true;
+    check(device, "cannot record an event", cudaEventRecord(lane_take(l)->start, l->cuda));
+  }
+  return l->cuda;
+}
+
+/* Launches a slot that ends here: it closes the interval if one is open, and may notify. */
+static void compute_mark(cuda_device *device, bool notify) {
+  if (!device->interval_open && !notify)
+    return;
+  lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  slot *s = lane_take(l); /* the same one that the interval's start was recorded in */
+  s->timed = device->interval_open;
+  s->notify = notify;
+  s->bytes = 0;
+  device->interval_open = false;
+  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  lane_put(l);
+}
+
+const flap_cuda_properties *flap_device_cuda_properties(const flap_device *device) {
+  return &self_const(device)->properties;
+}
+
+/* ---- open and close ------------------------------------------------------------------------------------- */
+
+static void cuda_close(flap_device *base) {
+  cuda_device *device = self(base);
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    if (device->lanes[i].cuda)
+      (void)cudaStreamSynchronize(device->lanes[i].cuda);
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    lane_close(&device->lanes[i]);
+  for (uint32_t i = 0; device->events && i < base->config.events_max; i++)
+    if (device->events[i])
+      (void)cudaEventDestroy(device->events[i]);
+  free(device->events);
+  for (uint32_t i = 0; i < STAGES; i++)
+    if (device->stage_free[i])
+      (void)cudaEventDestroy(device->stage_free[i]);
+  if (device->stages)
+    (void)cudaFreeHost(device->stages);
+  if (base->arena)
+    (void)cudaFree(base->arena);
+  flap_cuda_memory_close(&device->memory);
+  (void)cudaGetLastError(); /* what failed here, failed before, and was told */
+  pthread_mutex_destroy(&device->failure_lock);
+}
+
+static flap_status choose_card(cuda_device *device) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+    int driver = 0;
+    (void)cudaDriverGetVersion(&driver);
+    (void)cudaGetLastError();
+    if (error == cudaErrorInsufficientDriver && driver == 0)
+      return flap_error_set(FLAP_DEVICE, "cuda: this machine has no NVIDIA driver; install it, or set device to cpu");
+    if (error == cudaErrorInsufficientDriver)
+      return flap_error_set(FLAP_DEVICE,
+                            "cuda: the NVIDIA driver is for CUDA %d.%d, older than this build's %d.%d; update the "
+                            "driver, or set device to cpu",
+                            driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    return flap_error_set(FLAP_DEVICE, "cuda: the driver shows no NVIDIA GPU (is CUDA_VISIBLE_DEVICES empty?); set "
+                                       "device to cpu to run without one");
+  }
+  FLAP_TRY(status_of("cannot count the GPUs", error));
+  struct cudaDeviceProp p;
+  FLAP_TRY(status_of("cannot read the GPU's properties", cudaGetDeviceProperties(&p, 0)));
+  flap_cuda_properties *own = &device->properties;
+  own->capability = (uint32_t)(p.major * 10 + p.minor);
+  own->multiprocessors = (uint32_t)p.multiProcessorCount;
+  own->shared_bytes_max = (uint32_t)p.sharedMemPerBlockOptin;
+  (void)snprintf(own->name, sizeof own->name, "%.63s", p.name);
+  int version = 0;
+  (void)cudaDriverGetVersion(&version);
+  own->driver = (uint32_t)version;
+  own->runtime = CUDART_VERSION;
+  (void)snprintf(device->base.description, sizeof device->base.description, "%s", own->name);
+  if (own->capability < CAPABILITY_MIN)
+    return flap_error_set(FLAP_DEVICE,
+                          "cuda: %s has compute capability %u.%u; FLAP needs 8.0 (Ampere) or newer; set device to cpu",
+                          own->name, own->capability / 10, own->capability % 10);
+  return FLAP_OK;
+}
+
+static flap_status cuda_open(flap_device *base) {
+  cuda_device *device = self(base);
+  flap_status status = FLAP_OK;
+  int error = pthread_mutex_init(&device->failure_lock, NULL);
+  if (error)
+    return flap_error_set_os(error, "device cuda: cannot make a lock");
+  FLAP_TRY_GOTO(status, choose_card(device));
+  flap_cuda_memory_open(&device->memory);                   /* before the context, which it weighs */
+  (void)cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync); /* refused where a context is there already */
+  (void)cudaGetLastError();
+  FLAP_TRY_GOTO(status, status_of("cannot start on the GPU", cudaSetDevice(0)));
+  FLAP_TRY_GOTO(status, status_of("cannot start on the GPU", cudaFree(NULL)));
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    FLAP_TRY_GOTO(status, lane_open(device, (flap_stream)i));
+  uint32_t events = base->config.events_max;
+  device->events = calloc(events ? events : 1, sizeof *device->events);
+  if (!device->events) {
+    status = flap_error_set(FLAP_NO_MEMORY, "device cuda: no memory for %u events", events);
+    goto fail;
+  }
+  for (uint32_t i = 0; i < events; i++)
+    FLAP_TRY_GOTO(status, status_of("cannot make an event",
+                                    cudaEventCreateWithFlags(&device->events[i],
+                                                             cudaEventBlockingSync | cudaEventDisableTiming)));
+  void *stages = NULL;
+  FLAP_TRY_GOTO(status, status_of("cannot pin memory for uploads",
+                                  cudaHostAlloc(&stages, STAGES * STAGE_BYTES, cudaHostAllocDefault)));
+  device->stages = stages;
+  for (uint32_t i = 0; i < STAGES; i++)
+    FLAP_TRY_GOTO(status, status_of("cannot make an event",
+                                    cudaEventCreateWithFlags(&device->stage_free[i],
+                                                             cudaEventBlockingSync | cudaEventDisableTiming)));
+  FLAP_TRY_GOTO(status,
+                flap_cuda_memory_arena(&device->memory, base->config.vram_bytes, &base->arena, &base->arena_bytes));
+  return FLAP_OK;
+fail:
+  cuda_close(base);
+  return status;
+}
+
+static flap_status cuda_pin_host(flap_device *base, void *memory, uint64_t bytes) {
+  cuda_device *device = self(base);
+  FLAP_TRY(failure_of(device));
+  return flap_cuda_memory_pin(&device->memory, memory, bytes);
+}
+
+/* ---- streams and events --------------------------------------------------------------------------------- */
+
+/* A transfer must not cross the seam of two pieces that were pinned one by one. */
+static void transfer(cuda_device *device, lane *l, void *to, const void *from, uint64_t bytes) {
+  bool to_device = l->stream == FLAP_STREAM_H2D;
+  unsigned char *target = to;
+  const unsigned char *source = from;
+  while (bytes > 0) {
+    uint64_t piece = flap_cuda_memory_piece(&device->memory, to_device ? source : target, bytes);
+    if (!check(device, to_device ? "a copy to the GPU" : "a copy from the GPU",
+               cudaMemcpyAsync(target, source, piece, to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
+                               l->cuda)))
+      return;
+    target += piece;
+    source += piece;
+    bytes -= piece;
+  }
+}
+
+static void cuda_copy(flap_device *base, flap_stream stream, void *to, const void *from, uint64_t bytes) {
+  cuda_device *device = self(base);
+  if (stream == FLAP_STREAM_COMPUTE) {
+    cudaStream_t cuda = flap_device_cuda_compute(base);
+    check(device, "a copy within the GPU", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda));
+    return;
+  }
+  lane *l = lane_of(device, stream);
+  slot *s = lane_take(l);
+  s->timed = true;
+  s->notify = false;
+  s->bytes = bytes;
+  check(device, "cannot record an event", cudaEventRecord(s->start, l->cuda));
+  transfer(device, l, to, from, bytes);
+  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  lane_put(l);
+}
+
+static void cuda_event_record(flap_device *base, flap_event event, flap_stream stream, bool notify) {
+  cuda_device *device = self(base);
+  lane *l = lane_of(device, stream);
+  check(device, "cannot record an event", cudaEventRecord(device->events[event], l->cuda));
+  if (stream == FLAP_STREAM_COMPUTE) {
+    compute_mark(device, notify);
+    return;
+  }
+  if (!notify)
+    return;
+  slot *s = lane_take(l);
+  s->timed = false;
+  s->notify = true;
+  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  lane_put(l);
+}
+
+static bool cuda_event_done(flap_device *base, flap_event event) {
+  cuda_device *device = self(base);
+  cudaError_t error = cudaEventQuery(device->events[event]);
+  if (error == cudaErrorNotReady)
+    return atomic_load(&device->failed);
+  check(device, "the work before an event", error);
+  return true;
+}
+
+static void cuda_event_wait(flap_device *base, flap_event event) {
+  cuda_device *device = self(base);
+  check(device, "the work before an event", cudaEventSynchronize(device->events[event]));
+}
+
+static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event event) {
+  cuda_device *device = self(base);
+  if (cudaEventQuery(device->events[event]) == cudaSuccess)
+    return; /* nothing to wait for, so no interval ends either */
+  if (stream == FLAP_STREAM_COMPUTE)
+    compute_mark(device, false);
+  check(device, "cannot let a stream wait",
+        cudaStreamWaitEvent(lane_of(device, stream)->cuda, device->events[event], 0));
+}
+
+static flap_status cuda_synchronize(flap_device *base) {
+  cuda_device *device = self(base);
+  compute_mark(device, false);
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    check(device, "the work of a stream", cudaStreamSynchronize(device->lanes[i].cuda));
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    lane_drain(&device->lanes[i]);
+  return failure_of(device);
+}
+
+/* Through pinned buffers, so that the caller's bytes are taken when the call returns and nobody waits for the stream
+ * unless all buffers are under way. */
+static flap_status cuda_upload(flap_device *base, void *to, const void *from, uint64_t bytes) {
+  cuda_device *device = self(base);
+  FLAP_TRY(failure_of(device));
+  cudaStream_t cuda = flap_device_cuda_compute(base);
+  for (uint64_t at = 0; at < bytes; at += STAGE_BYTES) {
+    uint64_t piece = bytes - at < STAGE_BYTES ? bytes - at : STAGE_BYTES;
+    uint32_t stage = device->stage_next;
+    device->stage_next = (stage + 1) % STAGES;
+    check(device, "an upload", cudaEventSynchronize(device->stage_free[stage]));
+    unsigned char *buffer = device->stages + stage * STAGE_BYTES;
+    memcpy(buffer, (const unsigned char *)from + at, piece);
+    check(device, "an upload", cudaMemcpyAsync((unsigned char *)to + at, buffer, piece, cudaMemcpyHostToDevice, cuda));
+    check(device, "an upload", cudaEventRecord(device->stage_free[stage], cuda));
+  }
+  return failure_of(device);
+}
+
+static flap_status cuda_download(flap_device *base, void *to, const void *from, uint64_t bytes) {
+  cuda_device *device = self(base);
+  FLAP_TRY(failure_of(device));
+  lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  compute_mark(device, false);
+  if (check(device, "a download", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, l->cuda)))
+    check(device, "a download", cudaStreamSynchronize(l->cuda));
+  return failure_of(device);
+}
+
+static uint64_t cuda_memory_peak(const flap_device *device) {
+  return flap_cuda_memory_peak(&((cuda_device *)(uintptr_t)device)->memory);
+}
+
+const flap_device_table flap_device_cuda_table = {
+    .struct_bytes = sizeof(cuda_device),
+    .has_bytes = true,
+    .open = cuda_open,
+    .close = cuda_close,
+    .pin_host = cuda_pin_host,
+    .copy = cuda_copy,
+    .event_record = cuda_event_record,
+    .event_done = cuda_event_done,
+    .event_wait = cuda_event_wait,
+    .stream_wait = cuda_stream_wait,
+    .synchronize = cuda_synchronize,
+    .upload = cuda_upload,
+    .download = cuda_download,
+    .memory_peak = cuda_memory_peak,
+};
