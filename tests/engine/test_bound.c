@@ -1,0 +1,272 @@
+/* The machine bound: cases computed by hand, and never above what a placement of a real step program moves. */
+#include "engine/bound.h"
+#include "engine/program.h"
+
+#include "base/philox.h"
+#include "base/units.h"
+
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Elements, by hand, each tensor padded to 4096. A layer: q, o 64x64 and k, v 32x64: 4 x 4096; gate, up, down 128x64:
+ * 3 x 8192; two norms: 2 x 4096. Two layers, the embedding 256x64, and the final norm. */
+#define ELEMENTS (2 * (4 * 4096 + 3 * 8192 + 2 * 4096) + 16384 + 4096)
+
+/* Operations of a forward of 2 x 32 tokens, by hand: 2·T·(rows)·64 for q, k, v, o and for gate, up, down; half of
+ * 4·T·S·64 for attention; the head. */
+#define FORWARD (2 * (2. * 64 * 192 * 64 + 2. * 64 * 32 * 64 + 2. * 64 * 384 * 64) + 2. * 64 * 256 * 64)
+
+static flap_model_config model(void) {
+  flap_model_config config = {.family = flap_model_find_family("llama"),
+                              .vocab_size = 256,
+                              .hidden_size = 64,
+                              .intermediate_size = 128,
+                              .num_hidden_layers = 2,
+                              .num_attention_heads = 4,
+                              .num_key_value_heads = 2,
+                              .head_dim = 16,
+                              .max_position_embeddings = 64,
+                              .rms_norm_eps = 1e-5,
+                              .initializer_range = 0.02,
+                              .tie_word_embeddings = true,
+                              .rope = {.theta = 10000}};
+  ck_assert_int_eq(flap_model_finish_config(&config), FLAP_OK);
+  return config;
+}
+
+static const flap_machine gpu = {.flops_bf16 = 2e9,
+                                 .flops_f32 = 1e9,
+                                 .device_bytes = 1e9,
+                                 .h2d_bytes = 4e6,
+                                 .d2h_bytes = 2e6,
+                                 .disk_read_bytes = 1e6,
+                                 .disk_write_bytes = 5e5,
+                                 .host_bytes = 1e9};
+
+static flap_bound bound_of(const flap_model_config *config, flap_dtype dtype, uint64_t vram, uint64_t ram,
+                           const flap_machine *machine) {
+  flap_bound_spec spec = {.model = config,
+                          .shape = {.dtype = dtype, .batch = 2, .sequence = 32},
+                          .micro_batches = 4,
+                          .gradient_dtype = dtype,
+                          .vram_bytes = vram,
+                          .ram_bytes = ram,
+                          .machine = machine};
+  flap_bound bound;
+  memset(&bound, 0xff, sizeof bound);
+  flap_bound_compute(&spec, &bound);
+  return bound;
+}
+
+static void near(double got, double want) {
+  ck_assert_msg(fabs(got - want) <= 1e-12 * want, "%.17g instead of %.17g", got, want);
+}
+
+START_TEST(everything_in_vram_is_bound_by_compute) {
+  flap_model_config config = model();
+  flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS, 0, &gpu);
+  near(bound.compute_seconds, 3 * FORWARD * 4 / 2e9);
+  near(bound.seconds, bound.compute_seconds);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    ck_assert_uint_eq(bound.lane_bytes[lane], 0);
+    ck_assert_double_eq(bound.lane_seconds[lane], 0);
+  }
+  ck_assert_double_eq(bound.shared_seconds, 0);
+  near(bound_of(&config, FLAP_F32, UINT64_MAX, UINT64_MAX, &gpu).compute_seconds, 3 * FORWARD * 4 / 1e9);
+}
+END_TEST
+
+START_TEST(what_vram_cannot_hold_crosses_once_each_way) {
+  flap_model_config config = model();
+  flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 2000000, &gpu);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 1000000);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_D2H], 1000000);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_DISK_READ], 0);
+  near(bound.lane_seconds[FLAP_LANE_H2D], 0.25);
+  near(bound.lane_seconds[FLAP_LANE_D2H], 0.5);
+  near(bound.seconds, 0.5);
+  /* fp32: 12 bytes of state and 4 of gradient. */
+  bound = bound_of(&config, FLAP_F32, 16 * ELEMENTS - 7, 7, &gpu);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 7);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_DISK_WRITE], 0);
+}
+END_TEST
+
+START_TEST(what_ram_cannot_hold_either_is_read_and_written) {
+  flap_model_config config = model();
+  flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &gpu);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 1000000);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_DISK_READ], 600000);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_DISK_WRITE], 600000);
+  near(bound.lane_seconds[FLAP_LANE_DISK_READ], 0.6);
+  near(bound.lane_seconds[FLAP_LANE_DISK_WRITE], 1.2);
+  near(bound.seconds, 1.2);
+  flap_machine diskless = gpu;
+  diskless.disk_read_bytes = diskless.disk_write_bytes = 0;
+  ck_assert(isinf(bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &diskless).seconds));
+  ck_assert(isfinite(bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &diskless).seconds));
+}
+END_TEST
+
+START_TEST(shared_cores_add_copies_to_compute) {
+  flap_model_config config = model();
+  flap_machine cpu = gpu;
+  cpu.shared_cores = 2;
+  cpu.h2d_bytes = cpu.d2h_bytes = 4e6;
+  cpu.host_bytes = 12e6; /* read and written by both cores: 3e6 copied by each, dearer than alone */
+  const double compute = 3 * FORWARD * 4 / 2e9;
+  flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &cpu);
+  near(bound.shared_seconds, compute + (0.25 + 0.25) / 2);
+  near(bound.seconds, compute + 0.25);
+  cpu.host_bytes = 40e6; /* 10e6 copied by each of them together: cheaper than alone */
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &cpu);
+  near(bound.shared_seconds, compute + (0.1 + 0.1) / 2);
+  ck_assert_double_ge(bound.seconds, 0.25); /* one thread copies a lane */
+}
+END_TEST
+
+START_TEST(bounds_never_rise_with_a_budget) {
+  flap_model_config config = model();
+  double before = INFINITY;
+  for (uint64_t vram = 0; vram < 16 * ELEMENTS; vram += 50000) {
+    flap_bound bound = bound_of(&config, FLAP_BF16, vram, 300000, &gpu);
+    ck_assert_double_le(bound.seconds, before);
+    before = bound.seconds;
+  }
+  near(before, 3 * FORWARD * 4 / 2e9);
+}
+END_TEST
+
+/* ---- against programs ------------------------------------------------------------------------------------ */
+
+static flap_philox stream;
+static uint64_t drawn;
+
+static uint64_t below(uint64_t bound) {
+  return flap_philox_below(&stream, drawn++, bound);
+}
+
+typedef struct placement {
+  flap_layout layout;
+  flap_program program;
+  bool *resident;
+  flap_pager_region *regions;
+  flap_pager_ring rings[FLAP_CLASS_COUNT];
+  flap_pager_config config;
+  flap_arena arena;
+} placement;
+
+static void build_layout(placement *p, const flap_model_config *config, flap_dtype dtype, flap_dtype gradient_dtype) {
+  flap_layout_spec spec = {.model = config,
+                           .shape = {.dtype = dtype, .batch = 2, .sequence = 32},
+                           .mode = FLAP_MODE_TRAIN,
+                           .gradient_dtype = gradient_dtype,
+                           .micro_batches = 4,
+                           .segment_layers = 1 + (uint32_t)below(2),
+                           .group_micro_batches = 1u << below(3),
+                           .slice_elements = FLAP_OPS_BLOCK * (1 + below(4))};
+  flap_arena measuring;
+  flap_arena_measure(&measuring, "layout");
+  flap_layout_build(&spec, &measuring, &p->layout);
+  ck_assert_int_eq(flap_arena_open(&p->arena, "layout", measuring.bytes_used), FLAP_OK);
+  flap_layout_build(&spec, &p->arena, &p->layout);
+}
+
+/* Every region somewhere by chance; rings as deep as the program needs. */
+static void place(placement *p) {
+  const uint32_t count = p->layout.region_count;
+  const uint64_t resident_of_8 = below(9), page_bytes = 4096;
+  p->resident = calloc(count, sizeof *p->resident);
+  p->regions = calloc(count, sizeof *p->regions);
+  for (uint32_t i = 0; i < count; i++)
+    p->resident[i] = below(8) < resident_of_8;
+  flap_program_spec spec = {.kind = FLAP_PROGRAM_STEP};
+  spec.pending = below(2);
+  spec.sweep = !spec.pending;
+  ck_assert_int_eq(flap_program_build(&p->layout, &spec, p->resident, &p->program), FLAP_OK);
+  for (uint32_t i = 0; i < FLAP_CLASS_COUNT; i++)
+    p->rings[i] = (flap_pager_ring){.name = "ring", .slot_bytes = page_bytes, .slots = p->program.live_max[i]};
+  for (uint32_t i = 0; i < count; i++) {
+    const flap_layout_region *region = &p->layout.regions[i];
+    uint64_t pages = region->bytes / page_bytes;
+    p->regions[i] = (flap_pager_region){.bytes = region->bytes, .ring = (uint32_t)region->klass};
+    p->regions[i].ram_pages = (uint32_t)(below(3) == 0 ? pages : below(pages + 1));
+    if (p->resident[i])
+      p->regions[i] = (flap_pager_region){.bytes = region->bytes, .ring = FLAP_PAGER_RESIDENT};
+    else if (p->rings[region->klass].slot_bytes < region->bytes)
+      p->rings[region->klass].slot_bytes = region->bytes;
+  }
+  for (uint32_t i = 0; i < FLAP_CLASS_COUNT; i++)
+    if (p->rings[i].slots == 0)
+      p->rings[i].slots = 1;
+  p->config = (flap_pager_config){.page_bytes = page_bytes,
+                                  .transfer_bytes = 4 * page_bytes,
+                                  .region_count = count,
+                                  .regions = p->regions,
+                                  .ring_count = FLAP_CLASS_COUNT,
+                                  .rings = p->rings,
+                                  .read_buffers = 1,
+                                  .write_buffers = 1,
+                                  .leases_max = p->program.lease_count};
+}
+
+START_TEST(no_program_moves_less_than_the_bound) {
+  flap_model_config config = model();
+  uint32_t bounded[FLAP_LANE_COUNT] = {0};
+  stream = flap_philox_stream(7, "placements");
+  for (int round = 0; round < 400; round++) {
+    placement p;
+    memset(&p, 0, sizeof p);
+    const flap_dtype dtype = below(2) ? FLAP_BF16 : FLAP_F32;
+    const flap_dtype gradient_dtype = dtype == FLAP_F32 || below(2) ? FLAP_F32 : FLAP_BF16;
+    build_layout(&p, &config, dtype, gradient_dtype);
+    place(&p);
+    flap_pager_sizes sizes;
+    uint64_t moved[FLAP_LANE_COUNT];
+    flap_pager_measure(&p.config, &sizes);
+    flap_pager_predict(&p.config, p.program.leases, p.program.lease_count, moved);
+    flap_bound_spec spec = {.model = &config,
+                            .shape = p.layout.spec.shape,
+                            .micro_batches = 4,
+                            .gradient_dtype = gradient_dtype,
+                            .vram_bytes = sizes.vram_bytes,
+                            .ram_bytes = sizes.ram_bytes,
+                            .machine = &gpu};
+    flap_bound bound;
+    flap_bound_compute(&spec, &bound);
+    for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+      ck_assert_msg(moved[lane] >= bound.lane_bytes[lane], "round %d: %llu bytes on %s, but at least %llu", round,
+                    (unsigned long long)moved[lane], flap_pager_lane_name((flap_lane)lane),
+                    (unsigned long long)bound.lane_bytes[lane]);
+      bounded[lane] += bound.lane_bytes[lane] > 0;
+    }
+    flap_program_close(&p.program);
+    flap_arena_close(&p.arena);
+    free(p.resident);
+    free(p.regions);
+  }
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) /* the bound said something */
+    ck_assert_uint_gt(bounded[lane], 40);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("bound");
+  TCase *tests = tcase_create("all");
+  tcase_set_timeout(tests, 60);
+  tcase_add_test(tests, everything_in_vram_is_bound_by_compute);
+  tcase_add_test(tests, what_vram_cannot_hold_crosses_once_each_way);
+  tcase_add_test(tests, what_ram_cannot_hold_either_is_read_and_written);
+  tcase_add_test(tests, shared_cores_add_copies_to_compute);
+  tcase_add_test(tests, bounds_never_rise_with_a_budget);
+  tcase_add_test(tests, no_program_moves_less_than_the_bound);
+  suite_add_tcase(suite, tests);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_NORMAL);
+  int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
