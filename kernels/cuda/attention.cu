@@ -1,0 +1,115 @@
+/* Which attention kernels a shape gets, and the layout of the scratch. The choice is a function of the shape alone, so
+ * operands whose addresses the tensor-core kernels could not use are an error rather than another choice. */
+#include "kernels/cuda/attention.h"
+
+#include "kernels/cuda/attention_launch.cuh"
+
+#include <math.h>
+
+namespace {
+
+bool rows_aligned(const flap_cuda_attention_shape *shape) {
+  return shape->q_stride % 8 == 0 && shape->kv_stride % 8 == 0;
+}
+
+bool takes_tiles(const flap_cuda_attention_shape *shape) {
+  return shape->dtype != FLAP_F32 && shape->head_size <= ATTENTION_MMA_HEAD_MAX && rows_aligned(shape);
+}
+
+bool forward_takes_tiles(const flap_cuda_attention_shape *shape) {
+  return takes_tiles(shape) && shape->queries > ATTENTION_FEW_QUERIES;
+}
+
+bool valid(const flap_cuda_attention_shape *shape) {
+  return shape->batch > 0 && shape->queries > 0 && shape->kv_heads > 0 && shape->heads % shape->kv_heads == 0 &&
+         shape->heads > 0 && shape->head_size > 0 && shape->head_size % 8 == 0 &&
+         shape->head_size <= FLAP_CUDA_ATTENTION_HEAD_MAX && shape->keys == shape->first_position + shape->queries &&
+         (shape->dtype == FLAP_F32 || shape->dtype == FLAP_BF16 || shape->dtype == FLAP_F16);
+}
+
+bool aligned(const void *a, const void *b, const void *c, const void *d) {
+  return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c) |
+           reinterpret_cast<uintptr_t>(d)) &
+          15) == 0;
+}
+
+attention_args arguments(const flap_cuda_attention_shape *shape, const void *q, const void *k, const void *v) {
+  attention_args args = {};
+  args.q = q;
+  args.k = k;
+  args.v = v;
+  args.parts = 1;
+  args.stages = 1;
+  args.batch = shape->batch;
+  args.queries = shape->queries;
+  args.keys = shape->keys;
+  args.first_position = shape->first_position;
+  args.heads = shape->heads;
+  args.kv_heads = shape->kv_heads;
+  args.head_size = shape->head_size;
+  args.q_stride = shape->q_stride;
+  args.kv_stride = shape->kv_stride;
+  const double scale = 1.0 / sqrt(static_cast<double>(shape->head_size));
+  args.scale = static_cast<float>(scale);
+  args.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+  return args;
+}
+
+uint64_t statistics_bytes(const flap_cuda_attention_shape *shape) {
+  const uint64_t rows = static_cast<uint64_t>(shape->batch) * shape->queries * shape->heads;
+  return (rows * sizeof(float2) + 255) / 256 * 256;
+}
+
+} // namespace
+
+uint64_t flap_cuda_attention_scratch_bytes(const flap_cuda_attention_shape *shape) {
+  const uint64_t backward = statistics_bytes(shape) + attention_backward_mma_partial_bytes(shape);
+  const uint64_t decode = attention_forward_plain_partial_bytes(shape);
+  return backward > decode ? backward : decode;
+}
+
+const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape) {
+  return !forward_takes_tiles(shape) ? "plain" : shape->head_size <= 64 ? "mma64" : "mma128";
+}
+
+cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
+                                        const void *k, const void *v, void *scratch, cudaStream_t stream) {
+  if (!valid(shape))
+    return cudaErrorInvalidValue;
+  if (rows_aligned(shape) && !aligned(out, q, k, v))
+    return cudaErrorMisalignedAddress;
+  attention_args args = arguments(shape, q, k, v);
+  args.out = out;
+  args.lse_out = lse;
+  if (forward_takes_tiles(shape))
+    return attention_forward_mma(args, shape->dtype, stream);
+  args.parts = attention_forward_plain_parts(shape);
+  args.partial = static_cast<float *>(scratch);
+  return attention_forward_plain(args, shape->dtype, stream);
+}
+
+cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
+                                         const void *dout, const void *q, const void *k, const void *v, const void *out,
+                                         const float *lse, void *scratch, cudaStream_t stream) {
+  if (!valid(shape) || shape->first_position != 0)
+    return cudaErrorInvalidValue;
+  if (rows_aligned(shape) && (!aligned(q, k, v, out) || !aligned(dq, dk, dv, dout)))
+    return cudaErrorMisalignedAddress;
+  attention_args args = arguments(shape, q, k, v);
+  args.dq = dq;
+  args.dk = dk;
+  args.dv = dv;
+  args.dout = dout;
+  args.out_in = out;
+  args.lse_in = lse;
+  float2 *statistics = static_cast<float2 *>(scratch);
+  const cudaError_t status = attention_statistics(args, shape->dtype, statistics, stream);
+  if (status != cudaSuccess)
+    return status;
+  args.statistics = statistics;
+  args.partial = reinterpret_cast<float *>(static_cast<unsigned char *>(scratch) + statistics_bytes(shape));
+  if (!takes_tiles(shape))
+    return attention_backward_plain(args, shape->dtype, stream);
+  args.parts = attention_backward_mma_parts(shape);
+  return attention_backward_mma(args, shape->dtype, stream);
+}

@@ -1,0 +1,54 @@
+/* Launchers of the attention kernels for CUDA: plain pointers, strides and sizes, and a stream.
+ *
+ * Role: causal grouped-query attention, forward and backward, in storage types bf16 and fp16 on the tensor cores (mma
+ * with fp32 sums, sm_80 on) and in fp32 or with odd strides by plain fp32 arithmetic. Nothing here allocates, waits or
+ * knows of ops: scratch is passed in, and the first error of a launch is returned.
+ *
+ * Numbers: every sum has an order that depends on the shape alone, and no atomics are used, so the same operands give
+ * the same bits on every run. Memory: the files attention_*.cu.
+ */
+#ifndef FLAP_KERNELS_CUDA_ATTENTION_H
+#define FLAP_KERNELS_CUDA_ATTENTION_H
+
+#include "base/dtype.h"
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLAP_CUDA_ATTENTION_HEAD_MAX 256u
+
+/* Shapes and operands. q (B, queries, HQ, HD), k and v (B, keys, HKV, HD), each with a token stride in elements; out
+ * and dout (B, queries, HQ, HD) contiguous; lse (B, HQ, queries) fp32, in natural logarithms of the scaled scores.
+ * Query t of a sequence is at position first_position + t and sees the keys up to there: keys = first_position +
+ * queries. */
+typedef struct flap_cuda_attention_shape {
+  uint32_t batch, queries, keys, first_position;
+  uint32_t heads, kv_heads, head_size;
+  uint32_t q_stride, kv_stride;
+  flap_dtype dtype;
+} flap_cuda_attention_shape;
+
+/* Scratch for the backward of this shape, and for a forward with `first_position` of few queries (decode). Grows with
+ * each of the counts in the shape, so that the bytes of the largest shape do for all smaller ones. */
+uint64_t flap_cuda_attention_scratch_bytes(const flap_cuda_attention_shape *shape);
+
+/* lse NULL: not wanted. `scratch` is used only for few queries against many keys (decode). */
+cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
+                                        const void *k, const void *v, void *scratch, cudaStream_t stream);
+
+/* first_position is 0. dq has the stride of q, dk and dv that of k and v; the gaps between rows are left alone. */
+cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
+                                         const void *dout, const void *q, const void *k, const void *v, const void *out,
+                                         const float *lse, void *scratch, cudaStream_t stream);
+
+/* Which kernels the shape gets: "mma64", "mma128" or "plain". Static storage. For tests and benchmarks. */
+const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

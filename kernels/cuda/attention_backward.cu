@@ -1,0 +1,400 @@
+/* Backward attention on the tensor cores, in two passes that both recompute the probabilities from lse.
+ *
+ * Pass one: a block owns 128 keys of one key-value head and walks the queries that see them, head after head of the
+ * group, so dk and dv are summed in registers in one fixed order. Scores are computed transposed, keys as rows: the
+ * sums of a product are then the left operand of the next, and nothing but q and dout passes through shared memory.
+ * Pass two: a block owns 128 queries of one head and walks the keys, for dq. The scores are computed twice in all (7
+ * products instead of 5), and in exchange no two blocks ever add to the same number.
+ *
+ * Where key blocks are too few to fill a GPU, the heads of a group are taken in parts (a function of the shape) whose
+ * fp32 sums are added in order by a third kernel. */
+#include "kernels/cuda/attention_launch.cuh"
+#include "kernels/cuda/attention_tiles.cuh"
+
+namespace {
+
+/* ---- pass one: dk and dv ---- */
+
+constexpr int KEYS = 128, STEP_QUERIES = 64;
+
+/* How the 128 keys are dealt: rows of a warp, and the queries whose scores it holds at a time. The sums of dk and dv
+ * take 128 registers either way. */
+template <int HD> struct keys_plan;
+template <> struct keys_plan<64> { static constexpr int MT = 2, WARPS = 4, QUERIES = 32, BLOCKS = 2; };
+template <> struct keys_plan<128> { static constexpr int MT = 1, WARPS = 8, QUERIES = 64, BLOCKS = 1; };
+
+template <int HD> constexpr uint32_t keys_stage_bytes = 2 * STEP_QUERIES *attention_row_bytes<HD> + STEP_QUERIES * 8;
+template <int HD> constexpr uint32_t keys_fixed_bytes = 2 * KEYS *attention_row_bytes<HD>;
+
+/* The walk of one block over (head of the part, tile of queries), the tiles running fastest. */
+struct query_walk {
+  const uint16_t *q, *dout; /* of the first head of the part, at the sequence's first token */
+  const float2 *statistics;
+  uint32_t tile_first, tiles; /* per head */
+};
+
+template <int HD>
+__device__ __forceinline__ void load_queries(const attention_args &args, const query_walk &walk, uint32_t step,
+                                             uint32_t stage) {
+  constexpr int THREADS = keys_plan<HD>::WARPS * 32;
+  const uint32_t head = step / walk.tiles, query = (walk.tile_first + step % walk.tiles) * STEP_QUERIES;
+  const uint32_t valid = args.queries - query;
+  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  const uint32_t column = head * args.head_size;
+  attention_load_tile<HD, STEP_QUERIES, THREADS>(stage, walk.q + query * args.q_stride + column, valid, args.q_stride,
+                                                 args.head_size);
+  attention_load_tile<HD, STEP_QUERIES, THREADS>(stage + STEP_QUERIES * attention_row_bytes<HD>,
+                                                 walk.dout + query * packed_stride + column, valid, packed_stride,
+                                                 args.head_size);
+  if (threadIdx.x < STEP_QUERIES) {
+    const bool copied = threadIdx.x < valid;
+    const float2 *from = walk.statistics + static_cast<uint64_t>(head) * args.queries + query;
+    attention_copy8(stage + 2 * STEP_QUERIES * attention_row_bytes<HD> + threadIdx.x * 8,
+                    from + (copied ? threadIdx.x : 0), copied ? 8 : 0);
+  }
+  attention_commit();
+}
+
+/* Probabilities of raw scores (keys as rows, queries as columns), and the gradient of the scores, less the scale.
+ * `distance` is the warp's first key less the first query. */
+template <int MT, int QUERIES>
+__device__ __forceinline__ void differentiate_keys(float (&scores)[MT][QUERIES / 8][4],
+                                                   float (&gradient)[MT][QUERIES / 8][4], const float4 *statistics,
+                                                   int distance, float scale_log2) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const bool hides = distance + MT * 16 > 1;
+#pragma unroll
+  for (int n = 0; n < QUERIES / 8; ++n) {
+    const float4 pair = statistics[n * 4 + (lane & 3)]; /* lse and delta of the lane's two queries */
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -(i & 1 ? pair.z : pair.x)));
+        if (hides && distance + m * 16 + (i >> 1) * 8 + (lane >> 2) > n * 8 + (lane & 3) * 2 + (i & 1))
+          p = 0.0f;
+        scores[m][n][i] = p;
+        gradient[m][n][i] = p * (gradient[m][n][i] - (i & 1 ? pair.w : pair.y));
+      }
+  }
+}
+
+template <typename T, int HD>
+__device__ __forceinline__ void add_queries(float (&dk)[keys_plan<HD>::MT][HD / 8][4],
+                                            float (&dv)[keys_plan<HD>::MT][HD / 8][4], uint32_t k_rows, uint32_t v_rows,
+                                            uint32_t q_tile, uint32_t dout_tile, const float4 *statistics, int distance,
+                                            float scale_log2) {
+  constexpr int MT = keys_plan<HD>::MT, QUERIES = keys_plan<HD>::QUERIES;
+  float scores[MT][QUERIES / 8][4], gradient[MT][QUERIES / 8][4];
+  attention_clear<MT, QUERIES / 8>(scores);
+  attention_multiply<T, HD, MT, QUERIES>(scores, k_rows, q_tile);
+  attention_clear<MT, QUERIES / 8>(gradient);
+  attention_multiply<T, HD, MT, QUERIES>(gradient, v_rows, dout_tile);
+  differentiate_keys<MT, QUERIES>(scores, gradient, statistics, distance, scale_log2);
+  uint32_t packed[MT][QUERIES / 16][4];
+  attention_pack<T, MT, QUERIES>(packed, scores);
+  attention_accumulate<T, HD, MT, QUERIES>(dv, packed, dout_tile);
+  attention_pack<T, MT, QUERIES>(packed, gradient);
+  attention_accumulate<T, HD, MT, QUERIES>(dk, packed, q_tile);
+}
+
+/* fp32 sums of one part, (parts, 2, B, keys, HKV, HD). */
+template <int HD, int MT>
+__device__ __forceinline__ void store_partial(float *to, uint64_t stride, uint32_t valid, uint32_t head_size,
+                                              const float (&c)[MT][HD / 8][4], float factor) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = m * 16 + half * 8 + (lane >> 2);
+#pragma unroll
+      for (int n = 0; n < HD / 8; ++n)
+        if (row < valid && n * 8 < head_size)
+          *reinterpret_cast<float2 *>(to + row * stride + n * 8 + (lane & 3) * 2) =
+              make_float2(c[m][n][2 * half] * factor, c[m][n][2 * half + 1] * factor);
+    }
+}
+
+template <typename T, int HD>
+__global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOCKS)
+    attention_backward_keys_kernel(const attention_args args) {
+  constexpr int MT = keys_plan<HD>::MT, THREADS = keys_plan<HD>::WARPS * 32, QUERIES = keys_plan<HD>::QUERIES;
+  constexpr uint32_t ROW = attention_row_bytes<HD>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t k_tile = attention_shared_address(shared), v_tile = k_tile + KEYS * ROW;
+  const uint32_t stage_first = v_tile + KEYS * ROW;
+  const uint32_t warp = threadIdx.x >> 5;
+
+  /* The first keys are seen by the most queries and come first. */
+  const uint32_t units = args.batch * args.kv_heads * args.parts, unit = blockIdx.x % units;
+  const uint32_t key = blockIdx.x / units * KEYS;
+  const uint32_t part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
+  const uint32_t sequence = unit / args.parts / args.kv_heads;
+  const uint32_t part_heads = args.heads / args.kv_heads / args.parts;
+  const uint32_t head = kv_head * (args.heads / args.kv_heads) + part * part_heads;
+  const uint32_t rows = min(static_cast<uint32_t>(KEYS), args.keys - key);
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries;
+  const uint64_t kv_offset =
+      (static_cast<uint64_t>(sequence) * args.keys + key) * args.kv_stride + kv_head * args.head_size;
+  attention_load_tile<HD, KEYS, THREADS>(k_tile, static_cast<const uint16_t *>(args.k) + kv_offset, rows,
+                                         args.kv_stride, args.head_size);
+  attention_load_tile<HD, KEYS, THREADS>(v_tile, static_cast<const uint16_t *>(args.v) + kv_offset, rows,
+                                         args.kv_stride, args.head_size);
+  query_walk walk;
+  walk.q = static_cast<const uint16_t *>(args.q) + token * args.q_stride + head * args.head_size;
+  walk.dout = static_cast<const uint16_t *>(args.dout) + (token * args.heads + head) * args.head_size;
+  walk.statistics = args.statistics + (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
+  walk.tile_first = key / STEP_QUERIES;
+  walk.tiles = (args.queries + STEP_QUERIES - 1) / STEP_QUERIES - walk.tile_first;
+  load_queries<HD>(args, walk, 0, stage_first);
+
+  float dk[MT][HD / 8][4], dv[MT][HD / 8][4];
+  attention_clear<MT, HD / 8>(dk);
+  attention_clear<MT, HD / 8>(dv);
+  const uint32_t first = warp * MT * 16; /* of the warp's keys */
+  const uint32_t steps = walk.tiles * part_heads;
+  for (uint32_t step = 0; step < steps; ++step) {
+    const uint32_t stage = args.stages == 2 ? step & 1 : 0;
+    const uint32_t tile = stage_first + stage * keys_stage_bytes<HD>;
+    attention_wait<0>();
+    __syncthreads();
+    if (args.stages == 2 && step + 1 < steps)
+      load_queries<HD>(args, walk, step + 1, stage_first + (stage ^ 1) * keys_stage_bytes<HD>);
+    const uint32_t query = (walk.tile_first + step % walk.tiles) * STEP_QUERIES;
+    const float4 *statistics = reinterpret_cast<const float4 *>(shared + keys_fixed_bytes<HD> +
+                                                                stage * keys_stage_bytes<HD> + 2 * STEP_QUERIES * ROW);
+#pragma unroll 1
+    for (uint32_t offset = 0; offset < STEP_QUERIES; offset += QUERIES)
+      if (query + offset + QUERIES > key + first)
+        add_queries<T, HD>(dk, dv, k_tile + first * ROW, v_tile + first * ROW, tile + offset * ROW,
+                           tile + (STEP_QUERIES + offset) * ROW, statistics + offset / 2,
+                           static_cast<int>(key + first) - static_cast<int>(query + offset), args.scale_log2);
+    if (args.stages == 1) {
+      __syncthreads();
+      if (step + 1 < steps)
+        load_queries<HD>(args, walk, step + 1, stage_first);
+    }
+  }
+
+  const uint32_t valid = rows > first ? rows - first : 0;
+  if (args.parts > 1) {
+    const uint64_t stride = static_cast<uint64_t>(args.kv_heads) * args.head_size;
+    const uint64_t count = static_cast<uint64_t>(args.batch) * args.keys * stride;
+    float *to = args.partial + 2 * part * count + (static_cast<uint64_t>(sequence) * args.keys + key + first) * stride +
+                kv_head * args.head_size;
+    store_partial<HD, MT>(to, stride, valid, args.head_size, dk, args.scale);
+    store_partial<HD, MT>(to + count, stride, valid, args.head_size, dv, 1.0f);
+    return;
+  }
+  float scale[MT][2], one[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+    scale[m][0] = scale[m][1] = args.scale;
+    one[m][0] = one[m][1] = 1.0f;
+  }
+  const uint64_t to = kv_offset + first * args.kv_stride;
+  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dk) + to, args.kv_stride, valid, args.head_size, dk,
+                                  scale, shared + first * ROW);
+  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dv) + to, args.kv_stride, valid, args.head_size, dv, one,
+                                  shared + (KEYS + first) * ROW);
+}
+
+/* Adds the parts in order. A thread has two columns. */
+template <typename T>
+__global__ void __launch_bounds__(256) attention_backward_parts_kernel(const attention_args args) {
+  const uint64_t row_pairs = static_cast<uint64_t>(args.kv_heads) * args.head_size / 2;
+  const uint64_t pairs = static_cast<uint64_t>(args.batch) * args.keys * row_pairs;
+  const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= 2 * pairs)
+    return;
+  const float2 *from = reinterpret_cast<const float2 *>(args.partial) + index;
+  float2 sum = from[0];
+  for (uint32_t part = 1; part < args.parts; ++part) {
+    const float2 next = from[part * 2 * pairs];
+    sum.x += next.x;
+    sum.y += next.y;
+  }
+  const uint64_t within = index % pairs;
+  uint16_t *to = static_cast<uint16_t *>(index < pairs ? args.dk : args.dv);
+  *reinterpret_cast<uint32_t *>(to + within / row_pairs * args.kv_stride + within % row_pairs * 2) =
+      attention_element<T>::pack(sum.x, sum.y);
+}
+
+/* ---- pass two: dq ---- */
+
+constexpr int QUERY_ROWS = 128, QUERY_WARPS = 4, QUERY_THREADS = QUERY_WARPS * 32, QUERY_MT = 2;
+
+template <int HD> constexpr int step_keys = HD == 64 ? 64 : 32;
+template <int HD> constexpr uint32_t queries_stage_bytes = 2 * step_keys<HD> *attention_row_bytes<HD>;
+template <int HD> constexpr uint32_t queries_fixed_bytes = 2 * QUERY_ROWS *attention_row_bytes<HD>;
+
+/* As differentiate_keys, with queries as rows; only the gradient is wanted, and replaces dp. `distance` is the warp's
+ * first query less the first key. */
+template <int N>
+__device__ __forceinline__ void
+differentiate_queries(const float (&scores)[QUERY_MT][N / 8][4], float (&gradient)[QUERY_MT][N / 8][4],
+                      const float2 (&statistics)[QUERY_MT][2], int distance, float scale_log2) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const bool hides = N > distance + 1;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+    for (int m = 0; m < QUERY_MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 row = statistics[m][i >> 1];
+        float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -row.x));
+        if (hides && n * 8 + (lane & 3) * 2 + (i & 1) > distance + m * 16 + (i >> 1) * 8 + (lane >> 2))
+          p = 0.0f;
+        gradient[m][n][i] = p * (gradient[m][n][i] - row.y);
+      }
+}
+
+template <int HD>
+__device__ __forceinline__ void load_keys(const attention_args &args, const uint16_t *k, const uint16_t *v,
+                                          uint32_t key, uint32_t end, uint32_t stage) {
+  constexpr int N = step_keys<HD>;
+  const uint64_t offset = key * args.kv_stride;
+  attention_load_tile<HD, N, QUERY_THREADS>(stage, k + offset, end - key, args.kv_stride, args.head_size);
+  attention_load_tile<HD, N, QUERY_THREADS>(stage + N * attention_row_bytes<HD>, v + offset, end - key, args.kv_stride,
+                                            args.head_size);
+  attention_commit();
+}
+
+template <typename T, int HD>
+__global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_kernel(const attention_args args) {
+  constexpr int MT = QUERY_MT, N = step_keys<HD>;
+  constexpr uint32_t ROW = attention_row_bytes<HD>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + QUERY_ROWS * ROW;
+  const uint32_t stage_first = dout_tile + QUERY_ROWS * ROW;
+  const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp * MT * 16;
+  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
+  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * QUERY_ROWS;
+  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
+  const uint32_t kv_head = head / (args.heads / args.kv_heads);
+  const uint32_t rows = min(static_cast<uint32_t>(QUERY_ROWS), args.queries - query), end = query + rows;
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + query;
+  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  const uint64_t q_offset = token * args.q_stride + head * args.head_size;
+  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
+  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
+  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
+  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(q_tile, static_cast<const uint16_t *>(args.q) + q_offset, rows,
+                                                     args.q_stride, args.head_size);
+  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(
+      dout_tile, static_cast<const uint16_t *>(args.dout) + token * packed_stride + head * args.head_size, rows,
+      packed_stride, args.head_size);
+  load_keys<HD>(args, k, v, 0, end, stage_first);
+
+  float2 statistics[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = first + m * 16 + half * 8 + (lane >> 2);
+      statistics[m][half] = row < rows ? args.statistics[static_cast<uint64_t>(pair) * args.queries + query + row]
+                                       : make_float2(0.0f, 0.0f);
+    }
+  float dq[MT][HD / 8][4];
+  attention_clear<MT, HD / 8>(dq);
+  uint32_t stage = 0;
+  for (uint32_t key = 0; key < end; key += N) {
+    const uint32_t k_tile = stage_first + stage * queries_stage_bytes<HD>;
+    attention_wait<0>();
+    __syncthreads();
+    stage = args.stages == 2 ? stage ^ 1 : 0;
+    if (args.stages == 2 && key + N < end)
+      load_keys<HD>(args, k, v, key + N, end, stage_first + stage * queries_stage_bytes<HD>);
+    if (key < query + first + MT * 16) {
+      float scores[MT][N / 8][4], gradient[MT][N / 8][4];
+      attention_clear<MT, N / 8>(scores);
+      attention_multiply<T, HD, MT, N>(scores, q_tile + first * ROW, k_tile);
+      attention_clear<MT, N / 8>(gradient);
+      attention_multiply<T, HD, MT, N>(gradient, dout_tile + first * ROW, k_tile + N * ROW);
+      differentiate_queries<N>(scores, gradient, statistics, static_cast<int>(query + first) - static_cast<int>(key),
+                               args.scale_log2);
+      uint32_t packed[MT][N / 16][4];
+      attention_pack<T, MT, N>(packed, gradient);
+      attention_accumulate<T, HD, MT, N>(dq, packed, k_tile);
+    }
+    if (args.stages == 1) {
+      __syncthreads();
+      if (key + N < end)
+        load_keys<HD>(args, k, v, key + N, end, stage_first);
+    }
+  }
+  float scale[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+    scale[m][0] = scale[m][1] = args.scale;
+  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dq) + q_offset + first * args.q_stride, args.q_stride,
+                                  rows > first ? rows - first : 0, args.head_size, dq, scale, shared + first * ROW);
+}
+
+/* ---- launches ---- */
+
+/* Two stages where the device has the shared memory; the bits are the same with one. */
+template <uint32_t FIXED, uint32_t STAGE> cudaError_t choose_stages(attention_args *args, uint32_t *bytes_out) {
+  int device = 0, shared_max = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  args->stages = FIXED + 2 * STAGE <= static_cast<uint32_t>(shared_max) ? 2 : 1;
+  *bytes_out = FIXED + args->stages * STAGE;
+  return status;
+}
+
+template <typename T, int HD> cudaError_t launch(attention_args args, cudaStream_t stream) {
+  uint32_t bytes = 0;
+  cudaError_t status = choose_stages<keys_fixed_bytes<HD>, keys_stage_bytes<HD>>(&args, &bytes);
+  if (status != cudaSuccess)
+    return status;
+  const uint64_t key_tiles = (args.keys + KEYS - 1) / KEYS, query_tiles = (args.queries + QUERY_ROWS - 1) / QUERY_ROWS;
+  status = attention_launch(attention_backward_keys_kernel<T, HD>, key_tiles * args.batch * args.kv_heads * args.parts,
+                            keys_plan<HD>::WARPS * 32, bytes, args, stream);
+  if (status == cudaSuccess && args.parts > 1) {
+    const uint64_t pairs = static_cast<uint64_t>(args.batch) * args.keys * args.kv_heads * args.head_size;
+    status = attention_launch(attention_backward_parts_kernel<T>, (pairs + 255) / 256, 256, 0, args, stream);
+  }
+  if (status == cudaSuccess)
+    status = choose_stages<queries_fixed_bytes<HD>, queries_stage_bytes<HD>>(&args, &bytes);
+  if (status == cudaSuccess)
+    status = attention_launch(attention_backward_queries_kernel<T, HD>, query_tiles * args.batch * args.heads,
+                              QUERY_THREADS, bytes, args, stream);
+  return status;
+}
+
+/* Blocks that fill a large GPU twice; a constant, so that the order of sums is the same on every device. */
+constexpr uint64_t BLOCKS_WANTED = 264;
+
+uint64_t key_blocks(const flap_cuda_attention_shape *shape) {
+  return static_cast<uint64_t>((shape->keys + KEYS - 1) / KEYS) * shape->batch * shape->kv_heads;
+}
+
+} // namespace
+
+/* The largest number of equal parts that does not overshoot. */
+uint32_t attention_backward_mma_parts(const flap_cuda_attention_shape *shape) {
+  const uint32_t group = shape->heads / shape->kv_heads;
+  uint32_t parts = group;
+  while (parts > 1 && (group % parts != 0 || key_blocks(shape) * parts > BLOCKS_WANTED))
+    --parts;
+  return parts;
+}
+
+/* For the worst of all smaller shapes: parts times key blocks never exceeds BLOCKS_WANTED unless there is one part. */
+uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *shape) {
+  const uint64_t group = shape->heads / shape->kv_heads;
+  if (group == 1)
+    return 0;
+  const uint64_t all = key_blocks(shape) * group, blocks = all < BLOCKS_WANTED ? all : BLOCKS_WANTED;
+  return blocks * KEYS * shape->head_size * 2 * sizeof(float);
+}
+
+cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
+  if (dtype == FLAP_BF16)
+    return args.head_size <= 64 ? launch<__nv_bfloat16, 64>(args, stream) : launch<__nv_bfloat16, 128>(args, stream);
+  return args.head_size <= 64 ? launch<__half, 64>(args, stream) : launch<__half, 128>(args, stream);
+}

@@ -1,0 +1,42 @@
+/* How the files of the attention kernels reach each other; see attention.h for the contract. */
+#ifndef FLAP_KERNELS_CUDA_ATTENTION_LAUNCH_CUH
+#define FLAP_KERNELS_CUDA_ATTENTION_LAUNCH_CUH
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_tiles.cuh"
+
+/* Head sizes up to this go to the kernels on the tensor cores. */
+constexpr uint32_t ATTENTION_MMA_HEAD_MAX = 128;
+/* Up to so many queries, tiles of 128 would be wasted, and taking the keys in parts is what helps. */
+constexpr uint32_t ATTENTION_FEW_QUERIES = 16;
+
+cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* args.statistics is scratch of the caller, filled here. */
+cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* In how many parts the heads of a group are taken for dk and dv, and the scratch of their sums. */
+uint32_t attention_backward_mma_parts(const flap_cuda_attention_shape *shape);
+uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *shape);
+
+cudaError_t attention_forward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+cudaError_t attention_backward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* In how many parts the keys are taken when queries are few, and the scratch of the parts. */
+uint32_t attention_forward_plain_parts(const flap_cuda_attention_shape *shape);
+uint64_t attention_forward_plain_partial_bytes(const flap_cuda_attention_shape *shape);
+/* Fills `statistics` from lse, out and dout, whatever the dtype. */
+cudaError_t attention_statistics(const attention_args &args, flap_dtype dtype, float2 *statistics, cudaStream_t stream);
+
+/* One launch with `shared_bytes` of dynamic shared memory. Raising the limit of a kernel is cheap and is no work of the
+ * stream, so it is done every time: no state is kept between calls, whatever device is current. */
+inline cudaError_t attention_launch(void (*kernel)(const attention_args), uint64_t blocks, uint32_t threads,
+                                    uint32_t shared_bytes, const attention_args &args, cudaStream_t stream) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (status != cudaSuccess)
+      return status;
+  }
+  kernel<<<static_cast<uint32_t>(blocks), threads, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+#endif

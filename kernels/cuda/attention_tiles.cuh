@@ -1,0 +1,239 @@
+/* What the attention kernels on the tensor cores share: arguments, tiles in shared memory, and products of tiles.
+ *
+ * A tile is rows of HD elements of 16 bits. A row is cut into chunks of 16 bytes, and chunk c of row r lies at place
+ * c ^ (r % 8), so that the eight rows that one ldmatrix reads, and the rows that a warp copies, fall on distinct banks.
+ * Products are mma.m16n8k16 with fp32 sums; a warp owns MT * 16 rows of the result.
+ *
+ * Fragments, as PTX names them: a lane holds rows g and g + 8 (g = lane / 4) and, of each 8 columns, the pair at
+ * 2 * (lane % 4). The sums of one product, packed to 16 bits, are the left operand of the next with no movement. */
+#ifndef FLAP_KERNELS_CUDA_ATTENTION_TILES_CUH
+#define FLAP_KERNELS_CUDA_ATTENTION_TILES_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+/* Operands of one launch. Of the outputs, those that a kernel does not write are NULL. */
+struct attention_args {
+  const void *q, *k, *v, *out_in, *dout;
+  const float *lse_in;
+  const float2 *statistics; /* (B, HQ, queries): lse in powers of two, and the row sum of dout * out */
+  void *out, *dq, *dk, *dv;
+  float *lse_out;
+  float *partial;  /* of dk and dv, or of a decode; NULL when there is one part */
+  uint32_t parts;  /* that the heads of a group (backward) or the keys (decode) are split into */
+  uint32_t stages; /* tiles in flight in the loops of the backward: 1 or 2 */
+  uint32_t batch, queries, keys, first_position, heads, kv_heads, head_size;
+  uint64_t q_stride, kv_stride;
+  float scale, scale_log2; /* 1 / sqrt(HD), and that times log2(e) */
+};
+
+constexpr float ATTENTION_LOG2_E = 1.4426950408889634f;
+constexpr float ATTENTION_LN_2 = 0.6931471805599453f;
+
+template <typename T> struct attention_element;
+
+template <> struct attention_element<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
+  }
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <> struct attention_element<__half> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
+  }
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+/* ---- memory ---- */
+
+__device__ __forceinline__ uint32_t attention_shared_address(const void *pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/* 16 bytes, or zeros where `bytes` is 0; the source is then not read. */
+__device__ __forceinline__ void attention_copy16(uint32_t to, const void *from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void attention_copy8(uint32_t to, const void *from, uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void attention_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+template <int LEFT> __device__ __forceinline__ void attention_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void attention_ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void attention_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ float attention_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <int HD> constexpr uint32_t attention_row_bytes = HD * 2;
+
+/* Starts the copy of ROWS rows, `stride` elements apart, into a tile. Rows from `valid` on and columns from `head_size`
+ * on become zeros: they then add nothing to any product. */
+template <int HD, int ROWS, int THREADS>
+__device__ __forceinline__ void attention_load_tile(uint32_t tile, const uint16_t *from, uint32_t valid,
+                                                    uint64_t stride, uint32_t head_size) {
+  constexpr int CHUNKS = HD / 8, STEP = THREADS / CHUNKS;
+  static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "the place of a thread's chunk must not depend on the round");
+  const uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  const bool column_valid = chunk * 8 < head_size;
+  const uint16_t *source = from + row * stride + chunk * 8;
+  uint32_t to = tile + row * attention_row_bytes<HD> + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+  for (int i = 0; i < ROWS / STEP; ++i) {
+    const bool copied = column_valid && row + i * STEP < valid;
+    attention_copy16(to, copied ? source : from, copied ? 16 : 0);
+    source += STEP * stride;
+    to += STEP * attention_row_bytes<HD>;
+  }
+}
+
+/* ---- products ---- */
+
+/* c (MT * 16, N) += rows (MT * 16, HD) · tile (N, HD)ᵀ. `rows` and `tile` are addresses of first rows, at multiples
+ * of 8. */
+template <typename T, int HD, int MT, int N>
+__device__ __forceinline__ void attention_multiply(float (&c)[MT][N / 8][4], uint32_t rows, uint32_t tile) {
+  constexpr uint32_t ROW = attention_row_bytes<HD>;
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t a = rows + (lane & 15) * ROW, a_place = (lane >> 4) ^ (lane & 7);
+  const uint32_t b = tile + ((lane & 7) + ((lane >> 4) << 3)) * ROW, b_place = ((lane >> 3) & 1) ^ (lane & 7);
+#pragma unroll
+  for (int k = 0; k < HD / 16; ++k) {
+    uint32_t left[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+      attention_ldmatrix(left[m], a + m * 16 * ROW + ((a_place ^ (2 * k)) << 4));
+#pragma unroll
+    for (int n = 0; n < N / 16; ++n) {
+      uint32_t right[4];
+      attention_ldmatrix(right, b + n * 16 * ROW + ((b_place ^ (2 * k)) << 4));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        attention_element<T>::mma(c[m][2 * n], left[m], right[0], right[1]);
+        attention_element<T>::mma(c[m][2 * n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+/* c (MT * 16, HD) += left (MT * 16, N) · tile (N, HD), the left operand being packed sums. */
+template <typename T, int HD, int MT, int N>
+__device__ __forceinline__ void attention_accumulate(float (&c)[MT][HD / 8][4], const uint32_t (&left)[MT][N / 16][4],
+                                                     uint32_t tile) {
+  constexpr uint32_t ROW = attention_row_bytes<HD>;
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t b = tile + (lane & 15) * ROW, b_place = (lane >> 4) ^ (lane & 7);
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < HD / 16; ++n) {
+      uint32_t right[4];
+      attention_ldmatrix_transposed(right, b + k * 16 * ROW + ((b_place ^ (2 * n)) << 4));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        attention_element<T>::mma(c[m][2 * n], left[m][k], right[0], right[1]);
+        attention_element<T>::mma(c[m][2 * n + 1], left[m][k], right[2], right[3]);
+      }
+    }
+}
+
+/* Sums (MT * 16, N) as the left operand of the next product. */
+template <typename T, int MT, int N>
+__device__ __forceinline__ void attention_pack(uint32_t (&packed)[MT][N / 16][4], const float (&c)[MT][N / 8][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k) {
+      packed[m][k][0] = attention_element<T>::pack(c[m][2 * k][0], c[m][2 * k][1]);
+      packed[m][k][1] = attention_element<T>::pack(c[m][2 * k][2], c[m][2 * k][3]);
+      packed[m][k][2] = attention_element<T>::pack(c[m][2 * k + 1][0], c[m][2 * k + 1][1]);
+      packed[m][k][3] = attention_element<T>::pack(c[m][2 * k + 1][2], c[m][2 * k + 1][3]);
+    }
+}
+
+template <int MT, int N> __device__ __forceinline__ void attention_clear(float (&c)[MT][N][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        c[m][n][i] = 0.0f;
+}
+
+/* ---- results ---- */
+
+/* Rounds a warp's rows and writes them out in whole chunks, by way of its own rows of a tile, which no other warp reads
+ * any more. `to` is the first of the warp's rows; rows from `valid` on are not written. factor (MT, 2): of rows g and
+ * g + 8 of each m. */
+template <typename T, int HD, int MT>
+__device__ __forceinline__ void attention_store_rows(uint16_t *to, uint64_t stride, uint32_t valid, uint32_t head_size,
+                                                     const float (&c)[MT][HD / 8][4], const float (&factor)[MT][2],
+                                                     unsigned char *rows) {
+  constexpr uint32_t ROW = attention_row_bytes<HD>, CHUNKS = HD / 8;
+  const uint32_t lane = threadIdx.x & 31, group = lane >> 2;
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < HD / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = m * 16 + half * 8 + group, offset = row * ROW + ((n ^ group) << 4) + (lane & 3) * 4;
+        *reinterpret_cast<uint32_t *>(rows + offset) =
+            attention_element<T>::pack(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
+      }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(MT * 16 * CHUNKS / 32); ++i) {
+    const uint32_t index = i * 32 + lane, row = index / CHUNKS, chunk = index % CHUNKS;
+    if (row < valid && chunk * 8 < head_size)
+      *reinterpret_cast<uint4 *>(to + row * stride + chunk * 8) =
+          *reinterpret_cast<const uint4 *>(rows + row * ROW + ((chunk ^ (row & 7)) << 4));
+  }
+}
+
+#endif
