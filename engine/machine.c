@@ -1,5 +1,4 @@
 /* Rates of this machine: from the file that keeps them, or measured. */
-#include "base/log.h"
 #include "base/units.h"
 #include "engine/engine.h"
 #include "engine/machine_cache.h"
@@ -14,11 +13,11 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define MATMUL_M 256u
-#define MATMUL_N 512u
-#define MATMUL_K 192u
-#define MATMUL_HEADS 6u
-#define MATMUL_NS_MAX (100u * 1000 * 1000) /* per dtype */
+#define MATMUL_M 512u
+#define MATMUL_N 1024u
+#define MATMUL_K 512u
+#define MATMUL_HEADS 8u
+#define MATMUL_NS_MAX (75u * 1000 * 1000) /* per dtype and round */
 #define MATMUL_CALLS_MAX 512u
 #define OPERAND_ALIGN 4096u
 
@@ -101,7 +100,8 @@ static flap_status measure_on(flap_device *device, const flap_ops_limits *limits
   return status;
 }
 
-/* Matrices of a layer of a small model: what larger ones gain on them is little on CPUs. */
+/* Matrices of a layer of a small model, where CPUs come to their best: the bound needs a rate that no shape exceeds by
+ * much. */
 static flap_status measure_matmul(flap_pool *pool, flap_dtype dtype, double *flops_out) {
   const flap_ops_limits limits = {.dtype = dtype,
                                   .batch_max = 1,
@@ -159,10 +159,22 @@ static void read_cpu_name(char *name_out, size_t bytes) {
   fclose(file);
 }
 
+/* Somebody else's burst of work would pass for a slow machine, so there are two rounds, apart, and the faster counts.
+ */
+static flap_status measure_matmuls(flap_pool *pool, flap_machine *machine) {
+  double bf16, f32;
+  FLAP_TRY(measure_matmul(pool, FLAP_BF16, &bf16));
+  FLAP_TRY(measure_matmul(pool, FLAP_F32, &f32));
+  machine->flops_bf16 = bf16 > machine->flops_bf16 ? bf16 : machine->flops_bf16;
+  machine->flops_f32 = f32 > machine->flops_f32 ? f32 : machine->flops_f32;
+  return FLAP_OK;
+}
+
 static flap_status measure_rates(flap_pool *pool, flap_machine *machine) {
+  machine->flops_bf16 = machine->flops_f32 = 0;
+  FLAP_TRY(measure_matmuls(pool, machine));
   FLAP_TRY(flap_device_measure_host(pool, machine));
-  FLAP_TRY(measure_matmul(pool, FLAP_BF16, &machine->flops_bf16));
-  return measure_matmul(pool, FLAP_F32, &machine->flops_f32);
+  return measure_matmuls(pool, machine);
 }
 
 /* All but the disk rates. Lanes share the cores when compute wants all of them; when it leaves some, copies run there,
