@@ -259,7 +259,7 @@ static bool is_forward(const flap_op *op) {
 }
 
 static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_result *result) {
-  if (x->mode == FLAP_EXECUTE_NOTHING)
+  if (x->mode == FLAP_EXECUTE_NOTHING || (x->mode == FLAP_EXECUTE_UPDATE && op->kind != FLAP_OP_ADAMW))
     return FLAP_OK;
   if (x->mode == FLAP_EXECUTE_SEARCH) {
     if (!is_forward(op))
@@ -368,6 +368,16 @@ flap_status flap_executor_run(flap_executor *x, const flap_executor_input *input
   if (sweeps(which))
     x->has_update = false;
   return FLAP_OK;
+}
+
+flap_status flap_executor_run_update(flap_executor *x) {
+  flap_executor_result ignored = {0};
+  flap_assert(x->queued == 1 && x->has_update && x->programs[x->queue[0]].spec.pending);
+  flap_assert(!x->programs[x->queue[0]].spec.sweep);
+  x->mode = FLAP_EXECUTE_UPDATE;
+  FLAP_TRY(run_ops(x, x->queue[0], &ignored));
+  x->has_update = false;
+  return check_fault(x);
 }
 
 flap_status flap_executor_open(flap_executor *x) {

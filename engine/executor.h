@@ -52,7 +52,7 @@ typedef struct flap_executor {
   const flap_executor_input *input;
   flap_adamw adamw; /* of the update that is pending */
   bool has_update;
-  enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH } mode;
+  enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH, FLAP_EXECUTE_UPDATE } mode;
 } flap_executor;
 
 /* Uploads what never changes: the rope table. */
@@ -64,6 +64,8 @@ FLAP_CHECKED flap_status flap_executor_begin(flap_executor *executor, flap_setup
  * finite; the executor is of no use then. */
 FLAP_CHECKED flap_status flap_executor_run(flap_executor *executor, const flap_executor_input *input,
                                            flap_executor_result *result_out);
+/* Runs the queued program for its folded update alone: a step that was begun but is not wanted any more. */
+FLAP_CHECKED flap_status flap_executor_run_update(flap_executor *executor);
 
 #ifdef __cplusplus
 }

@@ -15,6 +15,8 @@ static void trace_transfer(void *context, flap_lane lane, uint32_t region, uint6
                                                          [FLAP_LANE_DISK_READ] = FLAP_TRACE_DISK_READ,
                                                          [FLAP_LANE_DISK_WRITE] = FLAP_TRACE_DISK_WRITE};
   const flap_runtime *runtime = context;
+  if (!__atomic_load_n(&runtime->tracing, __ATOMIC_ACQUIRE))
+    return;
   const char *name = region < runtime->lists.layout.region_count
                          ? flap_engine_class_name(runtime->lists.layout.regions[region].klass)
                          : "transfer";
@@ -57,7 +59,6 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   x->layout = &runtime->lists.layout;
   x->programs = runtime->lists.programs;
   x->pager = runtime->pager;
-  x->trace = runtime->lists.trace;
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
   flap_buffers_take_host(x->layout, setup->pager.leases_max, &runtime->ram, &x->host);
@@ -90,6 +91,11 @@ flap_status flap_runtime_open(flap_setup *setup, const flap_runtime_config *conf
 fail:
   flap_runtime_close(runtime_out);
   return status;
+}
+
+void flap_runtime_start_trace(flap_runtime *runtime) {
+  runtime->executor.trace = runtime->lists.trace;
+  __atomic_store_n(&runtime->tracing, 1, __ATOMIC_RELEASE);
 }
 
 flap_status flap_runtime_open_reader(flap_runtime *runtime, const flap_dataset *dataset, uint64_t cursor) {

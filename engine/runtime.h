@@ -34,6 +34,7 @@ typedef struct flap_runtime {
   flap_reader *reader;
   flap_setup_lists lists;
   flap_executor executor;
+  int tracing; /* transfers go to the trace: read and written atomically */
   uint64_t vram_pager_bytes, block_bytes, disk_bytes;
 } flap_runtime;
 
@@ -44,6 +45,8 @@ FLAP_CHECKED flap_status flap_runtime_open(flap_setup *setup, const flap_runtime
  * run; all regions hold something from the start. */
 FLAP_CHECKED flap_status flap_runtime_open_simulated(flap_setup *setup, const flap_runtime_config *config,
                                                      flap_runtime *runtime_out);
+/* From now on operations and transfers go to the trace, until it is full. */
+void flap_runtime_start_trace(flap_runtime *runtime);
 /* Opens the reader where the setup has one. Of its own, because what is read is known later than what is taken. */
 FLAP_CHECKED flap_status flap_runtime_open_reader(flap_runtime *runtime, const flap_dataset *dataset, uint64_t cursor);
 void flap_runtime_close(flap_runtime *runtime);

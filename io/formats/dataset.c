@@ -236,7 +236,7 @@ fail:
   return status;
 }
 
-static flap_status split(flap_dataset *dataset, double val_size) {
+static flap_status split(flap_dataset *dataset, double val_size, bool heldout_all) {
   uint64_t tokens = flap_dataset_tokens(dataset), length = dataset->sequence_length;
   uint64_t all = tokens > 0 ? (tokens - 1) / length : 0;
   if (!(val_size >= 0) || (val_size >= 1 && (val_size != floor(val_size) || val_size > 1e15)))
@@ -248,7 +248,9 @@ static flap_status split(flap_dataset *dataset, double val_size) {
         "dataset: %llu tokens are too few: one sequence takes %llu (%llu inputs and one more target); "
         "add text, or shorten the sequences",
         (unsigned long long)tokens, (unsigned long long)length + 1, (unsigned long long)length);
-  if (val_size >= 1)
+  if (heldout_all)
+    dataset->heldout = all;
+  else if (val_size >= 1)
     dataset->heldout = (uint64_t)val_size;
   else if (val_size > 0)
     dataset->heldout = (uint64_t)(val_size * (double)all) > 0 ? (uint64_t)(val_size * (double)all) : 1;
@@ -257,7 +259,7 @@ static flap_status split(flap_dataset *dataset, double val_size) {
   if (fits && dataset->heldout > 0)
     dataset->heldout_start = tokens - (dataset->heldout * length + 1);
   dataset->sequences = fits && dataset->heldout_start > 0 ? (dataset->heldout_start - 1) / length : 0;
-  if (dataset->sequences == 0)
+  if (dataset->sequences == 0 && !heldout_all)
     return flap_error_set(FLAP_INVALID,
                           "dataset: %llu tokens are too few for %llu held-out sequences of %llu tokens and one for "
                           "training (%llu tokens in all); add text, lower val_size, or shorten the sequences",
@@ -329,7 +331,7 @@ flap_status flap_dataset_open(const flap_dataset_config *config, flap_dataset **
   dataset->seed = config->seed;
   FLAP_TRY_GOTO(status, flap_dataset_check_config(config, &files, &dataset->vocabulary));
   FLAP_TRY_GOTO(status, open_segments(dataset, config, &files));
-  FLAP_TRY_GOTO(status, split(dataset, config->val_size));
+  FLAP_TRY_GOTO(status, split(dataset, config->val_size, config->heldout_all));
   FLAP_TRY_GOTO(status, inspect(dataset));
   flap_file_list_free(&files);
   *dataset_out = dataset;

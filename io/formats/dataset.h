@@ -40,6 +40,7 @@ typedef struct flap_dataset_config {
   uint32_t sequence_length;   /* S > 0 */
   double val_size;   /* below 1: this fraction of all sequences, rounded down, but at least one; from 1: this many
                         sequences; 0: nothing is held out */
+  bool heldout_all;  /* every whole sequence is held out, val_size says nothing, and there may be none for training */
   uint64_t seed;     /* of the order */
   bool begin_tokens; /* documents of text start with the tokenizer's begin tokens */
 } flap_dataset_config;
@@ -52,9 +53,10 @@ typedef struct flap_dataset flap_dataset;
 FLAP_CHECKED flap_status flap_dataset_open(const flap_dataset_config *config, flap_dataset **dataset_out);
 void flap_dataset_close(flap_dataset *dataset); /* NULL is fine */
 
-uint64_t flap_dataset_sequences(const flap_dataset *dataset); /* training sequences in one epoch; > 0 */
-uint64_t flap_dataset_heldout(const flap_dataset *dataset);   /* held-out sequences */
-uint64_t flap_dataset_tokens(const flap_dataset *dataset);    /* of the whole stream */
+uint64_t
+flap_dataset_sequences(const flap_dataset *dataset); /* training sequences in one epoch; > 0 unless all is held out */
+uint64_t flap_dataset_heldout(const flap_dataset *dataset); /* held-out sequences */
+uint64_t flap_dataset_tokens(const flap_dataset *dataset);  /* of the whole stream */
 uint64_t flap_dataset_files(const flap_dataset *dataset);
 uint32_t flap_dataset_sequence_length(const flap_dataset *dataset);
 uint64_t flap_dataset_scratch_bytes(const flap_dataset *dataset); /* on disk */

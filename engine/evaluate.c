@@ -1,0 +1,104 @@
+#include "engine/evaluate.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+#include "engine/prepare.h"
+#include "engine/weights.h"
+
+#include <string.h>
+
+#define EVAL_MICRO_BATCHES 8u /* of `flap eval`: so many pass while a layer's weights are there */
+
+/* Fills the step's sequences from `first` on; what the text has no more is not counted. */
+static flap_status fetch(flap_runtime *runtime, const flap_dataset *dataset, uint64_t first, uint64_t sequences,
+                         uint64_t *counted_out) {
+  const uint64_t length = runtime->spec.shape.sequence;
+  const uint64_t room = (uint64_t)runtime->spec.shape.batch * runtime->spec.micro_batches;
+  const uint64_t count = sequences - first < room ? sequences - first : room;
+  int32_t *tokens = runtime->executor.host.tokens, *targets = runtime->executor.host.targets;
+  FLAP_TRY(flap_dataset_fetch_heldout(dataset, first, count, tokens, targets));
+  for (uint64_t i = count * length; i < room * length; i++) {
+    tokens[i] = 0;
+    targets[i] = -1;
+  }
+  *counted_out = count * length;
+  return FLAP_OK;
+}
+
+flap_status flap_evaluate(flap_runtime *runtime, const flap_dataset *dataset, uint64_t step,
+                          flap_eval_report *report_out, uint64_t *programs_out) {
+  flap_executor *x = &runtime->executor;
+  const uint64_t started_ns = flap_units_now_ns(), sequences = flap_dataset_heldout(dataset);
+  const uint64_t room = (uint64_t)runtime->spec.shape.batch * runtime->spec.micro_batches;
+  double sum = 0, train_nats = 0;
+  *report_out = (flap_eval_report){.step = step};
+  *programs_out = (sequences + room - 1) / room;
+  flap_assert(sequences > 0);
+  FLAP_TRY(flap_executor_begin(x, FLAP_SETUP_FORWARD));
+  for (uint64_t first = 0; first < sequences; first += room) {
+    flap_executor_input input = {.tokens = x->host.tokens, .targets = x->host.targets, .step = step};
+    flap_executor_result result;
+    FLAP_TRY(fetch(runtime, dataset, first, sequences, &input.counted));
+    if (first + room < sequences)
+      FLAP_TRY(flap_executor_begin(x, FLAP_SETUP_FORWARD));
+    FLAP_TRY(flap_executor_run(x, &input, &result));
+    sum += result.loss_sum;
+    report_out->tokens += input.counted;
+  }
+  FLAP_TRY(flap_pager_settle(runtime->pager));
+  report_out->loss = sum / (double)report_out->tokens;
+  flap_dataset_unigram_entropy(dataset, &report_out->unigram_entropy, &train_nats);
+  report_out->seconds = (double)(flap_units_now_ns() - started_ns) * 1e-9;
+  return FLAP_OK;
+}
+
+/* ---- flap eval ------------------------------------------------------------------------------------------- */
+
+/* Held out: what val_size says; all of the text if it says nothing. A stream always leaves a sequence for training, so
+ * all of it is what is left of that. */
+static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_out) {
+  const flap_run_config *config = p->config;
+  const flap_dataset_config dataset = {.paths = (const char *const *)config->dataset,
+                                       .path_count = config->dataset_count,
+                                       .tokenizer = p->tokenizer,
+                                       .vocabulary = p->model.vocab_size,
+                                       .scratch_folder = config->disk_count > 0 ? config->disk[0].path : "/tmp",
+                                       .sequence_length = config->cutoff_len,
+                                       .val_size = config->val_size,
+                                       .seed = config->seed,
+                                       .heldout_all = config->val_size == 0};
+  return flap_dataset_open(&dataset, dataset_out);
+}
+
+static flap_status evaluate_run(flap_prepared *p, const flap_dataset *dataset, flap_eval_report *report) {
+  flap_runtime_config config = {.vram_bytes = p->budgets.vram_bytes};
+  flap_runtime runtime;
+  uint64_t programs = 0;
+  memcpy(config.disk_bytes, p->budgets.disk_bytes, sizeof config.disk_bytes);
+  FLAP_TRY(flap_runtime_open(&p->setup, &config, &runtime));
+  flap_status status = flap_weights_load(runtime.pager, &runtime.lists.layout, p->config->model_name_or_path);
+  if (status == FLAP_OK)
+    status = flap_evaluate(&runtime, dataset, 0, report, &programs);
+  flap_runtime_close(&runtime);
+  return status;
+}
+
+flap_status flap_engine_eval(const flap_run_config *config, const flap_observer *observer,
+                             flap_eval_report *report_out) {
+  flap_prepared prepared;
+  flap_dataset *dataset = NULL;
+  flap_status status = FLAP_OK;
+  FLAP_TRY(flap_prepare_open(config, &prepared));
+  FLAP_TRY_GOTO(status, open_dataset(&prepared, &dataset));
+  FLAP_TRY_GOTO(status, flap_prepare_plan(&prepared, FLAP_MODE_FORWARD, config->per_device_train_batch_size,
+                                          config->cutoff_len, EVAL_MICRO_BATCHES, 0));
+  if (observer != NULL && observer->planned != NULL)
+    observer->planned(observer->context, &prepared.plan, NULL);
+  FLAP_TRY_GOTO(status, evaluate_run(&prepared, dataset, report_out));
+  if (observer != NULL && observer->evaluated != NULL)
+    observer->evaluated(observer->context, report_out);
+fail:
+  flap_dataset_close(dataset);
+  flap_prepare_close(&prepared);
+  return status;
+}

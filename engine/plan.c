@@ -1,0 +1,118 @@
+/* flap_engine_plan, and what a setup looks like to people. */
+#include "base/units.h"
+#include "engine/bound.h"
+#include "engine/budgets.h"
+#include "engine/checkpoint.h"
+#include "engine/prepare.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static void describe_model(const flap_prepared *p, flap_plan *plan) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  uint64_t elements = 0;
+  for (uint32_t i = 0; i < p->setup.layout.part_count; i++)
+    elements += p->setup.layout.parts[i].elements;
+  plan->parameters = flap_model_parameters(&p->model);
+  plan->state_bytes = elements * 12;
+  plan->tokens_per_step = (uint64_t)spec->shape.batch * spec->shape.sequence * spec->micro_batches;
+  plan->layers = p->model.num_hidden_layers;
+  plan->micro_batches = spec->micro_batches;
+  plan->dtype = spec->shape.dtype;
+  plan->gradient_dtype = spec->gradient_dtype;
+  plan->device = spec->device;
+  (void)snprintf(plan->device_name, sizeof plan->device_name, "%s", p->machine.name);
+  plan->machine = p->machine;
+}
+
+static void describe_choices(const flap_setup *setup, flap_plan *plan) {
+  const flap_choice *choice = &setup->choice;
+  plan->segment_layers = choice->segment_layers;
+  plan->group_micro_batches = choice->group_micro_batches;
+  for (uint32_t i = 0; setup->spec.mode == FLAP_MODE_TRAIN && i < plan->layers; i++)
+    plan->saved_layers += flap_layout_saved(&setup->layout, i, 0) != FLAP_REGION_NONE ? 1 : 0;
+  plan->saved_resident = plan->saved_layers > 0 && setup->classes[FLAP_CLASS_SAVED].ring_slots == 0;
+  plan->sweep = choice->sweep;
+  plan->page_bytes = choice->page_bytes;
+  plan->transfer_bytes = choice->transfer_bytes;
+  plan->slice_bytes = choice->slice_elements * flap_layout_state_bytes(setup->spec.shape.dtype);
+  plan->read_buffers = choice->read_buffers;
+  plan->write_buffers = choice->write_buffers;
+  memcpy(plan->classes, setup->classes, sizeof plan->classes);
+}
+
+static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
+  const flap_setup *setup = &p->setup;
+  plan->vram_budget = p->budgets.vram_bytes;
+  plan->ram_budget = p->budgets.ram_bytes;
+  plan->disk_budget = flap_budgets_disk(&p->planner, &p->budgets);
+  for (uint32_t i = 0; i < p->planner.spec.disk_count; i++)
+    plan->disk_sizes[i] = p->budgets.disk_bytes[i];
+  plan->vram_bytes = setup->vram_bytes;
+  plan->ram_bytes = setup->ram_bytes;
+  plan->disk_bytes = setup->disk_bytes;
+  plan->vram_pager_bytes = setup->sizes.vram_bytes;
+  plan->vram_scratch_bytes = setup->vram_scratch_bytes;
+  plan->ram_home_bytes = setup->sizes.ram_home_bytes;
+  plan->ram_staging_bytes = setup->sizes.staging_bytes;
+  plan->ram_table_bytes = setup->sizes.table_bytes;
+  plan->ram_other_bytes = setup->ram_other_bytes;
+  plan->process_bytes = FLAP_BUDGETS_PROCESS_BYTES;
+}
+
+static void describe_costs(const flap_prepared *p, flap_plan *plan) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  const flap_bound_spec bound_spec = {.model = &p->model,
+                                      .shape = spec->shape,
+                                      .micro_batches = spec->micro_batches,
+                                      .gradient_dtype = spec->gradient_dtype,
+                                      .vram_bytes = p->budgets.vram_bytes,
+                                      .ram_bytes = p->budgets.ram_bytes,
+                                      .machine = &p->machine};
+  flap_bound bound;
+  flap_bound_compute(&bound_spec, &bound);
+  memcpy(plan->lane_bytes, p->costs.lane_bytes, sizeof plan->lane_bytes);
+  plan->compute_seconds = p->costs.compute_seconds;
+  plan->step_seconds = p->costs.step_seconds;
+  plan->tokens_per_second = plan->step_seconds > 0 ? (double)plan->tokens_per_step / plan->step_seconds : 0;
+  plan->bound_seconds = bound.seconds;
+  plan->bound_compute_seconds = bound.compute_seconds;
+  memcpy(plan->bound_bytes, bound.lane_bytes, sizeof plan->bound_bytes);
+  memcpy(plan->bound_lane_seconds, bound.lane_seconds, sizeof plan->bound_lane_seconds);
+}
+
+flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
+  memset(plan, 0, sizeof *plan);
+  describe_model(p, plan);
+  describe_choices(&p->setup, plan);
+  describe_sizes(p, plan);
+  describe_costs(p, plan);
+  if (p->planner.spec.mode != FLAP_MODE_TRAIN)
+    return FLAP_OK;
+  if (p->config->save_strategy != FLAP_STRATEGY_NO)
+    FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, p->config->save_only_model, &plan->checkpoint_bytes));
+  if (p->config->export_final)
+    FLAP_TRY(flap_checkpoint_export_bytes(&p->model, plan->dtype, &plan->export_bytes));
+  return FLAP_OK;
+}
+
+/* Only for `flap plan`: a run does not need them. */
+static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
+  FLAP_TRY(flap_planner_vram_min(&p->planner, &p->budgets, &plan->vram_min));
+  FLAP_TRY(flap_planner_ram_min(&p->planner, &p->budgets, &plan->ram_min));
+  if (p->planner.spec.disk_count > 0)
+    FLAP_TRY(flap_planner_disk_min(&p->planner, &p->budgets, &plan->disk_min));
+  return FLAP_OK;
+}
+
+flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
+  flap_prepared prepared;
+  FLAP_TRY(flap_prepare_open(config, &prepared));
+  flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
+                                         config->cutoff_len, config->gradient_accumulation_steps, 0);
+  if (status == FLAP_OK)
+    status = describe_least(&prepared, &prepared.plan);
+  *plan_out = prepared.plan;
+  flap_prepare_close(&prepared);
+  return status;
+}

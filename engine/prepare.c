@@ -1,0 +1,153 @@
+#include "engine/prepare.h"
+
+#include "base/assert.h"
+#include "base/log.h"
+#include "base/units.h"
+#include "engine/budgets.h"
+#include "engine/hf_config.h"
+#include "engine/weights.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- model and tokenizer --------------------------------------------------------------------------------- */
+
+static bool only_shards(const flap_run_config *config) {
+  for (uint32_t i = 0; i < config->dataset_count; i++) {
+    const char *path = config->dataset[i];
+    const size_t length = strlen(path);
+    if (length < 4 || strcmp(path + length - 4, ".bin") != 0)
+      return false;
+  }
+  return config->dataset_count > 0;
+}
+
+static flap_status open_tokenizer(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  if (strcmp(config->tokenizer, "bytes") == 0)
+    return flap_tokenizer_open_bytes(&p->tokenizer);
+  if (config->tokenizer[0])
+    return flap_tokenizer_open(config->tokenizer, &p->tokenizer);
+  if (!config->model_name_or_path[0]) {
+    if (only_shards(config))
+      return FLAP_OK;
+    return flap_error_set(FLAP_INVALID, "tokenizer: missing: name a tokenizer.json, or `bytes`");
+  }
+  const flap_status status = flap_tokenizer_open(config->model_name_or_path, &p->tokenizer);
+  if (status == FLAP_NOT_FOUND && only_shards(config)) {
+    p->tokenizer = NULL;
+    return FLAP_OK;
+  }
+  return status;
+}
+
+static flap_status check_folder(const char *path) {
+  struct stat info;
+  if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
+    return flap_error_set(FLAP_NOT_FOUND,
+                          "model_name_or_path: %s is not a folder here: name a Hugging Face folder that was downloaded",
+                          path);
+  return FLAP_OK;
+}
+
+static flap_status open_model(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  const uint32_t vocabulary = p->tokenizer != NULL ? flap_tokenizer_vocabulary(p->tokenizer) : 0;
+  if (config->model != NULL) {
+    char source[FLAP_PATH_MAX + 16];
+    (void)snprintf(source, sizeof source, "%s: model", config->source);
+    FLAP_TRY(flap_hf_config_parse(config->model, source, true, vocabulary, &p->model));
+  } else {
+    FLAP_TRY(flap_hf_config_read(config->model_name_or_path, &p->model));
+    FLAP_TRY(flap_weights_check(&p->model, config->model_name_or_path));
+  }
+  if (vocabulary > p->model.vocab_size)
+    return flap_error_set(FLAP_INVALID, "tokenizer: %s has %u tokens, more than the model's vocab_size of %u",
+                          flap_tokenizer_name(p->tokenizer), vocabulary, p->model.vocab_size);
+  return FLAP_OK;
+}
+
+flap_status flap_prepare_open(const flap_run_config *config, flap_prepared *p) {
+  memset(p, 0, sizeof *p);
+  p->config = config;
+  flap_status status = FLAP_OK;
+  if (config->model == NULL)
+    FLAP_TRY(check_folder(config->model_name_or_path));
+  FLAP_TRY_GOTO(status, open_tokenizer(p));
+  FLAP_TRY_GOTO(status, open_model(p));
+  return FLAP_OK;
+fail:
+  flap_prepare_close(p);
+  return status;
+}
+
+void flap_prepare_close(flap_prepared *p) {
+  if (p->has_setup)
+    flap_setup_close(&p->setup);
+  flap_tokenizer_close(p->tokenizer);
+  memset(p, 0, sizeof *p);
+}
+
+/* ---- what is given --------------------------------------------------------------------------------------- */
+
+static uint32_t thread_count(const flap_run_config *config) {
+  cpu_set_t set;
+  if (config->expert.threads > 0)
+    return config->expert.threads < FLAP_POOL_THREADS_MAX ? config->expert.threads : FLAP_POOL_THREADS_MAX;
+  const int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  return cores < 1 ? 1 : cores > FLAP_POOL_THREADS_MAX ? FLAP_POOL_THREADS_MAX : (uint32_t)cores;
+}
+
+static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_model_shape *shape,
+                             uint32_t micro_batches, uint32_t cache_positions) {
+  static const flap_block_backend backends[] = {[FLAP_RUN_IO_AUTO] = FLAP_BLOCK_AUTO,
+                                                [FLAP_RUN_IO_URING] = FLAP_BLOCK_URING,
+                                                [FLAP_RUN_IO_THREADS] = FLAP_BLOCK_THREADS};
+  const flap_run_config *config = p->config;
+  flap_setup_spec *spec = &p->planner.spec;
+  if (config->device == FLAP_RUN_DEVICE_CUDA)
+    return flap_error_set(FLAP_UNSUPPORTED, "device: cuda is not built into this flap: use cpu, or auto");
+  *spec = (flap_setup_spec){.model = &p->model,
+                            .shape = *shape,
+                            .mode = mode,
+                            .gradient_dtype = shape->dtype == FLAP_F32 ? FLAP_F32 : config->gradient_dtype,
+                            .micro_batches = micro_batches,
+                            .cache_positions = cache_positions,
+                            .threads = thread_count(config),
+                            .device = FLAP_DEVICE_CPU,
+                            .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
+                            .io = backends[config->expert.io],
+                            .disk_count = config->disk_count};
+  for (uint32_t i = 0; i < config->disk_count; i++)
+    spec->disk_paths[i] = config->disk[i].path;
+  p->planner.expert = config->expert;
+  p->planner.activations = config->activations;
+  p->planner.machine = &p->machine;
+  if (mode == FLAP_MODE_TRAIN && config->expert.segment_layers > p->model.num_hidden_layers)
+    return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
+                          config->expert.segment_layers, p->model.num_hidden_layers);
+  return flap_engine_machine(config->device, spec->threads, config->disk_count > 0 ? config->disk[0].path : NULL, false,
+                             &p->machine);
+}
+
+static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {
+  if (positions > p->model.max_position_embeddings)
+    return flap_error_set(FLAP_INVALID, "%s: %u tokens are more than the model's max_position_embeddings of %u", key,
+                          positions, p->model.max_position_embeddings);
+  return FLAP_OK;
+}
+
+flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t batch, uint32_t sequence,
+                              uint32_t micro_batches, uint32_t cache_positions) {
+  const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
+  flap_assert(!p->has_setup);
+  if (mode != FLAP_MODE_SAMPLE)
+    FLAP_TRY(check_sequence(p, sequence, "cutoff_len"));
+  FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));
+  FLAP_TRY(flap_budgets_resolve(p->config, &p->planner, &p->budgets));
+  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
+  p->has_setup = true;
+  return flap_plan_describe(p, &p->plan);
+}

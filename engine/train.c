@@ -1,0 +1,263 @@
+/* flap_engine_train: what happens before the first step, the loop, and what happens after the last.
+ *
+ * Bad input is found before anything is written: model, tokenizer, plan and data come first; output_dir is made last,
+ * and taken away again if nothing came of it.
+ */
+#include "engine/train_internal.h"
+
+#include "base/assert.h"
+#include "base/log.h"
+#include "base/units.h"
+#include "engine/budgets.h"
+#include "engine/weights.h"
+#include "io/formats/durable.h"
+
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- output_dir ------------------------------------------------------------------------------------------ */
+
+static flap_status check_output(trainer *t) {
+  const flap_run_config *config = t->config;
+  char what[FLAP_PATH_MAX];
+  struct stat info;
+  if (stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
+    return flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", config->output_dir);
+  if (config->resume_from_checkpoint[0])
+    return flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state);
+  if (!config->overwrite_output_dir && flap_checkpoint_occupied(config->output_dir, what))
+    return flap_error_set(FLAP_INVALID,
+                          "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "
+                          "start anew or resume_from_checkpoint: true to continue",
+                          config->output_dir, what);
+  return FLAP_OK;
+}
+
+static flap_status make_output(trainer *t) {
+  struct stat info;
+  t->made_output = stat(t->config->output_dir, &info) != 0;
+  FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
+  uint64_t free_bytes = 0;
+  FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
+  const uint64_t needed = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes;
+  if (free_bytes < needed)
+    return flap_error_set(FLAP_NO_SPACE,
+                          "output_dir: %s has %llu bytes free, but the trained model and a checkpoint take %llu: free "
+                          "some, or set save_strategy: no or export: none",
+                          t->config->output_dir, (unsigned long long)free_bytes, (unsigned long long)needed);
+  return FLAP_OK;
+}
+
+/* ---- data ------------------------------------------------------------------------------------------------ */
+
+static flap_status open_dataset(trainer *t) {
+  const flap_run_config *config = t->config;
+  const flap_dataset_config dataset = {.paths = (const char *const *)config->dataset,
+                                       .path_count = config->dataset_count,
+                                       .tokenizer = t->prepared.tokenizer,
+                                       .vocabulary = t->prepared.model.vocab_size,
+                                       .scratch_folder = config->output_dir,
+                                       .sequence_length = config->cutoff_len,
+                                       .val_size = config->val_size,
+                                       .seed = config->seed};
+  FLAP_TRY(flap_dataset_open(&dataset, &t->dataset));
+  t->sequences = flap_dataset_sequences(t->dataset);
+  t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
+  t->warmup = flap_schedule_warmup(config, t->steps);
+  return FLAP_OK;
+}
+
+/* ---- the run --------------------------------------------------------------------------------------------- */
+
+static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
+  const flap_plan *plan = &t->prepared.plan;
+  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw fp32",
+                 flap_ops_numerics(t->runtime.ops), t->config->per_device_train_batch_size, t->config->cutoff_len,
+                 flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype));
+}
+
+/* What a resumed run does differently from the one that saved is said, not hidden. */
+static void compare_with_saved(const trainer *t) {
+  char key[FLAP_NUMERICS_MAX];
+  numerics_key(t, key);
+  if (strcmp(key, t->state.numerics) != 0)
+    flap_log(
+        FLAP_LOG_WARNING,
+        "%s was saved by a run that computed differently (%s; now %s): results will be equal in kind, not to the bit",
+        t->resume_folder, t->state.numerics, key);
+  if (t->state.dataset_digest != flap_dataset_digest(t->dataset))
+    flap_log(FLAP_LOG_WARNING, "the data are not those that %s was trained on: sequences may come again, or not at all",
+             t->resume_folder);
+  if (t->state.seed != t->config->seed)
+    flap_log(FLAP_LOG_WARNING, "seed: %s was saved with %llu: the order of the data changes", t->resume_folder,
+             (unsigned long long)t->state.seed);
+}
+
+static flap_status fill_regions(trainer *t) {
+  flap_pager *pager = t->runtime.pager;
+  const flap_layout *layout = &t->runtime.lists.layout;
+  if (!t->resume_folder[0])
+    return t->config->model != NULL ? flap_weights_init(pager, layout, t->config->seed)
+                                    : flap_weights_load(pager, layout, t->config->model_name_or_path);
+  compare_with_saved(t);
+  t->step = t->state.step;
+  t->cursor = t->state.cursor;
+  if (t->step >= t->steps)
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
+                          "max_steps or num_train_epochs",
+                          t->resume_folder, (unsigned long long)t->step, (unsigned long long)t->steps);
+  return flap_weights_resume(pager, layout, t->resume_folder);
+}
+
+static flap_status open_run(trainer *t) {
+  flap_runtime_config config = {.vram_bytes = t->prepared.budgets.vram_bytes, .optimizer = t->config};
+  flap_setup *setup = &t->prepared.setup;
+  memcpy(config.disk_bytes, t->prepared.budgets.disk_bytes, sizeof config.disk_bytes);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    if (setup->has_program[i])
+      flap_pager_predict(&setup->pager, setup->programs[i].leases, setup->programs[i].lease_count, t->predicted[i]);
+  FLAP_TRY(flap_runtime_open(setup, &config, &t->runtime));
+  t->opened = true;
+  if (t->observer.planned != NULL)
+    t->observer.planned(t->observer.context, &t->prepared.plan, flap_pager_disk_describe(t->runtime.pager));
+  FLAP_TRY(fill_regions(t));
+  FLAP_TRY(flap_runtime_open_reader(&t->runtime, t->dataset, t->cursor));
+  if (t->observer.prepared != NULL)
+    t->observer.prepared(t->observer.context, t->sequences * t->config->cutoff_len,
+                         flap_dataset_heldout(t->dataset) * t->config->cutoff_len, t->sequences, t->step);
+  return FLAP_OK;
+}
+
+/* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
+static flap_status open_files(trainer *t) {
+  char path[FLAP_DURABLE_PATH_MAX];
+  if (!t->resume_folder[0] && t->config->overwrite_output_dir)
+    FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
+  FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
+  return flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics);
+}
+
+/* ---- saving ---------------------------------------------------------------------------------------------- */
+
+flap_status trainer_save(trainer *t) {
+  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+  flap_trainer_state state = {.step = t->step,
+                              .max_steps = t->steps,
+                              .cursor = t->cursor,
+                              .seed = t->config->seed,
+                              .dataset_digest = flap_dataset_digest(t->dataset)};
+  const uint64_t started_ns = flap_units_now_ns();
+  numerics_key(t, state.numerics);
+  FLAP_TRY(flap_pager_settle(t->runtime.pager));
+  FLAP_TRY(flap_metrics_sync(t->metrics));
+  FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
+                                t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
+  t->saved_step = t->step;
+  if (t->observer.saved != NULL)
+    t->observer.saved(t->observer.context, t->result->checkpoint, (double)(flap_units_now_ns() - started_ns) * 1e-9);
+  return FLAP_OK;
+}
+
+flap_status trainer_evaluate(trainer *t) {
+  uint64_t programs = 0;
+  flap_eval_report report;
+  if (flap_dataset_heldout(t->dataset) == 0)
+    return FLAP_OK;
+  FLAP_TRY(flap_pager_settle(t->runtime.pager));
+  FLAP_TRY(flap_evaluate(&t->runtime, t->dataset, t->step, &report, &programs));
+  t->runs[FLAP_SETUP_FORWARD] += programs;
+  if (t->result->first_eval.tokens == 0)
+    t->result->first_eval = report;
+  t->result->last_eval = report;
+  flap_metrics_begin_line(t->metrics);
+  flap_metrics_add_integer(t->metrics, "step", (int64_t)t->step);
+  flap_metrics_add_number(t->metrics, "eval_loss", report.loss);
+  flap_metrics_add_integer(t->metrics, "eval_tokens", (int64_t)report.tokens);
+  flap_metrics_add_number(t->metrics, "eval_unigram_entropy", report.unigram_entropy);
+  flap_metrics_add_number(t->metrics, "eval_seconds", report.seconds);
+  FLAP_TRY(flap_metrics_end_line(t->metrics));
+  if (t->observer.evaluated != NULL)
+    t->observer.evaluated(t->observer.context, &report);
+  return FLAP_OK;
+}
+
+/* ---- the end --------------------------------------------------------------------------------------------- */
+
+/* Bytes are exact once everything is settled: what other programs moved is known, the rest is the steady ones'. */
+static void report_bytes(trainer *t) {
+  const flap_setup_program steady = t->prepared.setup.steady;
+  flap_pager_stats stats;
+  flap_pager_get_stats(t->runtime.pager, &stats);
+  if (t->runs[steady] == 0)
+    return;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    uint64_t other = 0;
+    for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+      if (i != (int)steady)
+        other += t->runs[i] * t->predicted[i][lane];
+    t->result->steady_lane_bytes[lane] = (stats.bytes[lane] - other) / t->runs[steady];
+  }
+}
+
+static void report_peaks(trainer *t) {
+  flap_peaks *peaks = &t->result->peaks;
+  flap_runtime_peaks(&t->runtime, peaks);
+  const uint64_t peak = flap_budgets_resident_peak(), mine = peaks->vram_bytes + peaks->ram_bytes;
+  peaks->process_bytes = peak > mine ? peak - mine : 0;
+}
+
+static flap_status finish(trainer *t) {
+  char path[FLAP_DURABLE_PATH_MAX];
+  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+  FLAP_TRY(flap_pager_settle(t->runtime.pager));
+  report_bytes(t);
+  report_peaks(t);
+  FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
+  FLAP_TRY(flap_trace_write(t->runtime.lists.trace, path));
+  FLAP_TRY(flap_metrics_sync(t->metrics));
+  t->result->steps = t->step;
+  if (t->result->interrupted || !t->config->export_final)
+    return FLAP_OK;
+  FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
+  t->result->exported = true;
+  return FLAP_OK;
+}
+
+static void close_all(trainer *t) {
+  flap_metrics_close(t->metrics);
+  if (t->opened)
+    flap_runtime_close(&t->runtime);
+  flap_dataset_close(t->dataset);
+  flap_prepare_close(&t->prepared);
+  if (t->made_output)
+    (void)rmdir(t->config->output_dir); /* only if nothing is in it */
+}
+
+flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
+                              const volatile sig_atomic_t *stop, flap_train_result *result_out) {
+  static trainer storage; /* one run at a time per process; it holds long paths */
+  trainer *t = &storage;
+  flap_status status = FLAP_OK;
+  memset(t, 0, sizeof *t);
+  memset(result_out, 0, sizeof *result_out);
+  *t = (trainer){.config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns()};
+  if (observer != NULL)
+    t->observer = *observer;
+  t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;
+  FLAP_TRY(check_output(t));
+  FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
+                                          config->cutoff_len, config->gradient_accumulation_steps, 0));
+  FLAP_TRY_GOTO(status, make_output(t));
+  FLAP_TRY_GOTO(status, open_dataset(t));
+  FLAP_TRY_GOTO(status, open_run(t));
+  FLAP_TRY_GOTO(status, open_files(t));
+  FLAP_TRY_GOTO(status, trainer_loop(t));
+  FLAP_TRY_GOTO(status, finish(t));
+  result_out->total_seconds = (double)(flap_units_now_ns() - t->started_ns) * 1e-9;
+fail:
+  close_all(t);
+  return status;
+}

@@ -1,0 +1,47 @@
+/* Private to training: train.c (before and after), train_loop.c (the steps). */
+#ifndef FLAP_ENGINE_TRAIN_INTERNAL_H
+#define FLAP_ENGINE_TRAIN_INTERNAL_H
+
+#include "engine/checkpoint.h"
+#include "engine/evaluate.h"
+#include "engine/prepare.h"
+#include "engine/schedule.h"
+#include "io/formats/metrics.h"
+#include "io/formats/trace.h"
+
+#include <stdio.h>
+
+#define TRAINER_TIMES_MAX 1024 /* the newest steady steps, for the median */
+
+typedef struct trainer {
+  const flap_run_config *config;
+  flap_observer observer;
+  const volatile sig_atomic_t *stop; /* may be NULL */
+  flap_train_result *result;
+  uint64_t started_ns;
+
+  flap_prepared prepared;
+  flap_dataset *dataset;
+  flap_metrics *metrics;
+  flap_runtime runtime;
+  bool opened, made_output;
+  char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
+  flap_trainer_state state;          /* read from it */
+
+  uint64_t sequences, step_sequences; /* of an epoch; of a step */
+  uint64_t steps, warmup;
+  uint64_t step, cursor; /* done; training sequences consumed */
+  uint64_t saved_step;
+  bool pending; /* the last step's update waits for the next program */
+  uint64_t runs[FLAP_SETUP_PROGRAM_COUNT];
+  uint64_t predicted[FLAP_SETUP_PROGRAM_COUNT][FLAP_LANE_COUNT];
+  double times[TRAINER_TIMES_MAX];
+  uint64_t time_count;
+} trainer;
+
+FLAP_CHECKED flap_status trainer_loop(trainer *t);
+/* At rest, with nothing pending. */
+FLAP_CHECKED flap_status trainer_save(trainer *t);
+FLAP_CHECKED flap_status trainer_evaluate(trainer *t);
+
+#endif

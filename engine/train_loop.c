@@ -1,0 +1,223 @@
+/* The step loop.
+ *
+ * A step rests when something needs the weights after it: an evaluation, a checkpoint, the end. Before such a step no
+ * next one is begun, and its program ends with the update; between others the next program is queued before the present
+ * one runs, so that transfers never pause. Nothing is allocated between two rests.
+ */
+#include "engine/train_internal.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define TRACED_STEP 2 /* the trace begins with the third step of the process: a steady one */
+
+static bool stop_asked(const trainer *t) {
+  return t->stop != NULL && *t->stop != 0;
+}
+
+static uint64_t epochs_done(const trainer *t, uint64_t step) {
+  return step * t->step_sequences / t->sequences;
+}
+
+/* After so many steps. */
+static bool save_is_due(const trainer *t, uint64_t step) {
+  switch (t->config->save_strategy) {
+  case FLAP_STRATEGY_NO:
+    return false;
+  case FLAP_STRATEGY_STEPS:
+    return step % t->config->save_steps == 0 || step == t->steps;
+  case FLAP_STRATEGY_EPOCH:
+    return epochs_done(t, step) > epochs_done(t, step - 1) || step == t->steps;
+  }
+  return false;
+}
+
+static bool eval_is_due(const trainer *t, uint64_t step) {
+  return flap_dataset_heldout(t->dataset) > 0 &&
+         (step == t->steps || (t->config->eval_steps > 0 && step % t->config->eval_steps == 0));
+}
+
+static bool rests_after(const trainer *t, uint64_t step) {
+  return step == t->steps || save_is_due(t, step) || eval_is_due(t, step);
+}
+
+/* The program of the step after `done` steps. */
+static flap_setup_program program_for(const trainer *t, uint64_t done, bool pending) {
+  if (t->prepared.setup.choice.sweep)
+    return FLAP_SETUP_SINGLE;
+  if (rests_after(t, done + 1))
+    return pending ? FLAP_SETUP_LAST : FLAP_SETUP_SINGLE;
+  return pending ? FLAP_SETUP_STEADY : FLAP_SETUP_FIRST;
+}
+
+/* ---- reports --------------------------------------------------------------------------------------------- */
+
+static int ascending(const void *a, const void *b) {
+  const double left = *(const double *)a, right = *(const double *)b;
+  return (left > right) - (left < right);
+}
+
+static void find_median(trainer *t) {
+  const uint64_t count = t->time_count < TRAINER_TIMES_MAX ? t->time_count : TRAINER_TIMES_MAX;
+  if (count == 0)
+    return;
+  qsort(t->times, count, sizeof *t->times, ascending);
+  t->result->median_step_seconds =
+      count % 2 == 1 ? t->times[count / 2] : (t->times[count / 2 - 1] + t->times[count / 2]) / 2;
+}
+
+static double model_flops(const trainer *t) {
+  const flap_setup_spec *spec = &t->prepared.planner.spec;
+  const double layers = (double)spec->model->num_hidden_layers;
+  return 3.0 * spec->micro_batches *
+         (layers * flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER) +
+          flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD));
+}
+
+static flap_status write_metrics(trainer *t, const flap_step_report *report) {
+  flap_metrics *m = t->metrics;
+  flap_metrics_begin_line(m);
+  flap_metrics_add_integer(m, "step", (int64_t)report->step);
+  flap_metrics_add_number(m, "epoch", report->epoch);
+  flap_metrics_add_number(m, "loss", report->loss);
+  flap_metrics_add_number(m, "grad_norm", report->grad_norm);
+  flap_metrics_add_number(m, "learning_rate", report->learning_rate);
+  flap_metrics_add_number(m, "tokens_per_second", report->tokens_per_second);
+  flap_metrics_add_number(m, "mfu", report->mfu);
+  flap_metrics_add_number(m, "step_seconds", report->step_seconds);
+  flap_metrics_add_number(m, "bound_seconds", report->bound_seconds);
+  flap_metrics_open_object(m, "stall_seconds");
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    flap_metrics_add_number(m, flap_pager_lane_name((flap_lane)lane), report->stall_seconds[lane]);
+  flap_metrics_close_object(m);
+  flap_metrics_open_object(m, "bytes");
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    flap_metrics_add_integer(m, flap_pager_lane_name((flap_lane)lane), (int64_t)report->lane_bytes[lane]);
+  flap_metrics_close_object(m);
+  return flap_metrics_end_line(m);
+}
+
+static flap_status report_step(trainer *t, const flap_executor_result *result, double learning_rate, double seconds,
+                               const flap_pager_stats *before) {
+  const flap_plan *plan = &t->prepared.plan;
+  const double rate = plan->dtype == FLAP_F32 ? plan->machine.flops_f32 : plan->machine.flops_bf16;
+  flap_pager_stats after;
+  flap_pager_get_stats(t->runtime.pager, &after);
+  flap_step_report report = {.step = t->step,
+                             .max_steps = t->steps,
+                             .epoch = (double)t->cursor / (double)t->sequences,
+                             .loss = result->loss,
+                             .grad_norm = result->grad_norm,
+                             .learning_rate = learning_rate,
+                             .tokens = plan->tokens_per_step,
+                             .step_seconds = seconds,
+                             .tokens_per_second = (double)plan->tokens_per_step / seconds,
+                             .mfu = model_flops(t) / seconds / rate,
+                             .bound_seconds = plan->bound_seconds,
+                             .eta_seconds = seconds * (double)(t->steps - t->step)};
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
+    report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
+  }
+  report.logged = t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
+  if (report.logged)
+    FLAP_TRY(write_metrics(t, &report));
+  if (t->observer.stepped != NULL)
+    t->observer.stepped(t->observer.context, &report);
+  return FLAP_OK;
+}
+
+/* ---- a step ---------------------------------------------------------------------------------------------- */
+
+/* Runs the queued step; `rests`: nothing is queued behind it. */
+static flap_status run_step(trainer *t, flap_setup_program program, bool rests, uint64_t *ended_ns) {
+  flap_executor_result result;
+  flap_executor_input input = {.step = t->step,
+                               .counted = t->step_sequences * t->config->cutoff_len,
+                               .learning_rate = flap_schedule_learning_rate(t->config, t->warmup, t->steps, t->step)};
+  flap_pager_stats before;
+  flap_pager_get_stats(t->runtime.pager, &before);
+  FLAP_TRY(flap_reader_next(t->runtime.reader, &input.tokens, &input.targets));
+  FLAP_TRY(flap_executor_run(&t->runtime.executor, &input, &result));
+  if (rests)
+    FLAP_TRY(flap_pager_settle(t->runtime.pager));
+  const uint64_t now_ns = flap_units_now_ns();
+  const double seconds = (double)(now_ns - *ended_ns) * 1e-9;
+  *ended_ns = now_ns;
+  t->runs[program]++;
+  if (program == t->prepared.setup.steady)
+    t->times[t->time_count++ % TRAINER_TIMES_MAX] = seconds;
+  t->step++;
+  t->cursor += t->step_sequences;
+  return report_step(t, &result, input.learning_rate, seconds, &before);
+}
+
+/* The person wants to stop: the update that is pending is made, by the program that is queued or by one of its own. */
+static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program next) {
+  if (t->pending && queued) {
+    FLAP_TRY(flap_executor_run_update(&t->runtime.executor));
+    t->runs[next]++;
+  } else if (t->pending) {
+    const flap_executor_input input = {.step = t->step};
+    flap_executor_result ignored;
+    FLAP_TRY(flap_executor_begin(&t->runtime.executor, FLAP_SETUP_SWEEP));
+    FLAP_TRY(flap_executor_run(&t->runtime.executor, &input, &ignored));
+    t->runs[FLAP_SETUP_SWEEP]++;
+  }
+  t->pending = false;
+  return flap_pager_settle(t->runtime.pager);
+}
+
+/* Steps until one rests, or until the person wants to stop. */
+static flap_status run_to_rest(trainer *t) {
+  bool queued = false, rests = false;
+  flap_setup_program program = program_for(t, t->step, t->pending);
+  uint64_t ended_ns = flap_units_now_ns();
+  FLAP_TRY(flap_executor_begin(&t->runtime.executor, program));
+  const uint64_t first = t->resume_folder[0] ? t->state.step : 0;
+  do {
+    rests = rests_after(t, t->step + 1);
+    if (t->step == first + TRACED_STEP)
+      flap_runtime_start_trace(&t->runtime);
+    const bool pending = !t->prepared.setup.choice.sweep && !rests;
+    const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);
+    queued = !rests && !stop_asked(t);
+    if (queued)
+      FLAP_TRY(flap_executor_begin(&t->runtime.executor, next));
+    FLAP_TRY(run_step(t, program, rests, &ended_ns));
+    t->pending = pending;
+    program = next;
+  } while (queued && !stop_asked(t));
+  if (rests)
+    return FLAP_OK;
+  if (queued && !t->prepared.setup.programs[program].spec.pending) {
+    /* A swept step was begun: it is run as a whole, for nothing in it is only an update. */
+    FLAP_TRY(run_step(t, program, true, &ended_ns));
+    return FLAP_OK;
+  }
+  if (queued && t->prepared.setup.programs[program].spec.sweep) {
+    FLAP_TRY(run_step(t, program, true, &ended_ns));
+    t->pending = false;
+    return FLAP_OK;
+  }
+  return bring_to_rest(t, queued, program);
+}
+
+flap_status trainer_loop(trainer *t) {
+  FLAP_TRY(trainer_evaluate(t));
+  while (t->step < t->steps && !stop_asked(t)) {
+    FLAP_TRY(run_to_rest(t));
+    if (eval_is_due(t, t->step))
+      FLAP_TRY(trainer_evaluate(t));
+    if (save_is_due(t, t->step))
+      FLAP_TRY(trainer_save(t));
+  }
+  t->result->interrupted = t->step < t->steps;
+  if (t->result->interrupted && t->saved_step != t->step)
+    FLAP_TRY(trainer_save(t));
+  find_median(t);
+  return FLAP_OK;
+}
