@@ -1,0 +1,201 @@
+#include "tests/engine/weights_rig.h"
+
+#include "base/philox.h"
+#include "tests/formats/formats_scratch.h"
+
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const rig_placement rig_placements[RIG_PLACEMENTS] = {
+    {RIG_VRAM, 512, 4096, 4096}, {RIG_RAM, 1, 4096, 8192},       {RIG_DISK, 3, 4096, 12288},
+    {RIG_MIXED, 2, 8192, 16384}, {RIG_DISK, 512, 65536, 131072}, {RIG_MIXED, 5, 16384, 65536},
+};
+
+void rig_model(bool tied, bool attention_bias, flap_model_config *config_out) {
+  *config_out = (flap_model_config){.family = flap_model_find_family("llama"),
+                                    .vocab_size = 397,
+                                    .hidden_size = 48,
+                                    .intermediate_size = 136,
+                                    .num_hidden_layers = 2,
+                                    .num_attention_heads = 4,
+                                    .num_key_value_heads = 2,
+                                    .max_position_embeddings = 64,
+                                    .rms_norm_eps = 1e-5,
+                                    .initializer_range = 0.02,
+                                    .tie_word_embeddings = tied,
+                                    .attention_bias = attention_bias,
+                                    .rope = {.theta = 10000}};
+  RIG_OK(flap_model_finish_config(config_out));
+}
+
+static void build_layout(weights_rig *rig, flap_dtype dtype, flap_run_mode mode, const rig_placement *placement) {
+  const flap_layout_spec spec = {.model = &rig->config,
+                                 .shape = {.dtype = dtype, .batch = 1, .sequence = 4},
+                                 .mode = mode,
+                                 .gradient_dtype = dtype,
+                                 .micro_batches = 1,
+                                 .group_micro_batches = 1,
+                                 .segment_layers = 1,
+                                 .slice_elements = placement->slice_blocks * FLAP_OPS_BLOCK};
+  flap_arena measuring;
+  flap_arena_measure(&measuring, "tables");
+  flap_layout_build(&spec, &measuring, &rig->layout);
+  RIG_OK(flap_arena_open(&rig->tables, "tables", measuring.bytes_used + 4096));
+  flap_layout_build(&spec, &rig->tables, &rig->layout);
+}
+
+static uint32_t ram_pages(rig_homes homes, uint32_t index, uint32_t pages) {
+  if (homes == RIG_MIXED)
+    return index % 4 == 1 ? pages : index % 4 == 2 ? pages / 2 : 0;
+  return homes == RIG_RAM ? pages : 0;
+}
+
+void rig_open(weights_rig *rig, const flap_model_config *config, flap_dtype dtype, flap_run_mode mode,
+              const rig_placement *placement, const char *disk) {
+  memset(rig, 0, sizeof *rig);
+  rig->config = *config;
+  build_layout(rig, dtype, mode, placement);
+  const uint32_t count = rig->layout.region_count;
+  flap_pager_region *regions = calloc(count, sizeof *regions);
+  flap_pager_ring ring = {.name = "all", .slots = 1};
+  const rig_homes homes = placement->homes;
+  for (uint32_t i = 0; i < count; i++) {
+    const uint64_t bytes = rig->layout.regions[i].bytes;
+    const uint32_t pages = (uint32_t)((bytes + placement->page_bytes - 1) / placement->page_bytes);
+    const bool resident = homes == RIG_VRAM || (homes == RIG_MIXED && i % 4 == 0);
+    regions[i] = (flap_pager_region){.bytes = bytes, .ring = resident ? FLAP_PAGER_RESIDENT : 0};
+    regions[i].ram_pages = resident ? 0 : ram_pages(homes, i, pages);
+    if (bytes > ring.slot_bytes)
+      ring.slot_bytes = bytes;
+  }
+  flap_pager_config pager = {.page_bytes = placement->page_bytes,
+                             .transfer_bytes = placement->transfer_bytes,
+                             .region_count = count,
+                             .regions = regions,
+                             .ring_count = 1,
+                             .rings = &ring,
+                             .leases_max = 4};
+  if (homes == RIG_DISK || homes == RIG_MIXED)
+    pager.read_buffers = pager.write_buffers = 3;
+  flap_pager_sizes sizes;
+  flap_pager_measure(&pager, &sizes);
+  pager.device = (flap_device_config){.kind = FLAP_DEVICE_CPU, .vram_bytes = sizes.vram_bytes};
+  pager.disk = (flap_block_config){.disk_count = 1, .disks = {{.path = disk, .bytes = sizes.disk_bytes}}};
+  RIG_OK(flap_arena_open(&rig->ram, "ram", sizes.ram_bytes));
+  RIG_OK(flap_pager_open(&pager, &rig->ram, &rig->pager));
+  free(regions);
+}
+
+void rig_close(weights_rig *rig) {
+  flap_pager_close(rig->pager);
+  flap_arena_close(&rig->ram);
+  flap_arena_close(&rig->tables);
+}
+
+/* ---- reading, straight from the regions ---------------------------------------------------------------------- */
+
+flap_model_tensor rig_tensor(const weights_rig *rig, const char *name, uint32_t *part_out) {
+  for (uint32_t part = 0; part < rig->layout.part_count; part++) {
+    flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+    const flap_layout_part *p = &rig->layout.parts[part];
+    const uint32_t count = flap_model_tensors(&rig->config, p->kind, p->layer, tensors);
+    for (uint32_t i = 0; i < count; i++)
+      if (strcmp(tensors[i].name, name) == 0) {
+        *part_out = part;
+        return tensors[i];
+      }
+  }
+  ck_abort_msg("no tensor %s", name);
+}
+
+static flap_status append(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
+  memcpy((char *)context + offset, memory, bytes);
+  return FLAP_OK;
+}
+
+static void *drain(const weights_rig *rig, uint32_t region) {
+  void *bytes = malloc(rig->layout.regions[region].bytes);
+  RIG_OK(flap_pager_drain(rig->pager, region, append, bytes));
+  return bytes;
+}
+
+static void check_gaps(const weights_rig *rig, const flap_layout_part *part, uint64_t first, uint64_t elements,
+                       const char *values, uint64_t element_bytes) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  const uint32_t count = flap_model_tensors(&rig->config, part->kind, part->layer, tensors);
+  for (uint64_t i = 0; i < elements; i++) {
+    bool inside = false;
+    for (uint32_t t = 0; t < count && !inside; t++)
+      inside = first + i >= tensors[t].offset && first + i < tensors[t].offset + tensors[t].elements;
+    for (uint64_t b = 0; b < element_bytes && !inside; b++)
+      if (values[i * element_bytes + b] != 0)
+        ck_abort_msg("element %llu of a gap is not zero", (unsigned long long)(first + i));
+  }
+}
+
+/* One section of a slice into the tensor's array. */
+static void pick(const flap_layout_slice *slice, const flap_model_tensor *tensor, const float *section, float *out) {
+  for (uint64_t i = 0; out && i < slice->elements; i++) {
+    const uint64_t element = slice->first_element + i;
+    if (element >= tensor->offset && element < tensor->offset + tensor->elements)
+      out[element - tensor->offset] = section[i];
+  }
+}
+
+void rig_read(const weights_rig *rig, const char *name, float *master, float *moment1, float *moment2) {
+  uint32_t index;
+  const flap_model_tensor tensor = rig_tensor(rig, name, &index);
+  const flap_layout_part *part = &rig->layout.parts[index];
+  const bool halves = rig->layout.spec.shape.dtype == FLAP_BF16;
+  uint16_t *weights = drain(rig, part->weights);
+  check_gaps(rig, part, 0, part->elements, (const char *)weights, halves ? 2 : 4);
+  for (uint64_t i = 0; i < tensor.elements; i++)
+    master[i] = halves ? flap_bf16_to_f32(weights[tensor.offset + i])
+                       : ((const float *)(const void *)weights)[tensor.offset + i];
+  for (uint32_t s = part->first_slice; s < part->first_slice + part->slice_count; s++) {
+    const flap_layout_slice *slice = &rig->layout.slices[s];
+    char *states = drain(rig, slice->states);
+    const float *first = (const float *)(const void *)(states + (halves ? slice->elements * 2 : 0));
+    const float *second = first + slice->elements;
+    check_gaps(rig, part, slice->first_element, slice->elements, (const char *)first, 4);
+    check_gaps(rig, part, slice->first_element, slice->elements, (const char *)second, 4);
+    if (halves)
+      check_gaps(rig, part, slice->first_element, slice->elements, states, 2);
+    pick(slice, &tensor, first, moment1);
+    pick(slice, &tensor, second, moment2);
+    for (uint64_t i = 0; halves && i < slice->elements; i++) {
+      const uint64_t element = slice->first_element + i;
+      if (element < tensor.offset || element >= tensor.offset + tensor.elements)
+        continue;
+      float *value = &master[element - tensor.offset];
+      const int32_t low = ((const int16_t *)(const void *)states)[i];
+      *value = flap_f32_from_bits(flap_f32_bits(*value) + (uint32_t)low);
+    }
+    free(states);
+  }
+  free(weights);
+}
+
+/* ---- files --------------------------------------------------------------------------------------------------- */
+
+void rig_same_files(const char *a, const char *b) {
+  size_t a_bytes, b_bytes;
+  char *left = scratch_read(a, &a_bytes), *right = scratch_read(b, &b_bytes);
+  ck_assert_msg(a_bytes == b_bytes && memcmp(left, right, a_bytes) == 0, "%s and %s differ", a, b);
+  free(left);
+  free(right);
+}
+
+void rig_scribble(const char *name, uint64_t seed) {
+  size_t bytes;
+  uint64_t header = 0;
+  char *data = scratch_read(name, &bytes);
+  memcpy(&header, data, sizeof header);
+  const flap_philox stream = flap_philox_stream(seed, "scribble");
+  for (uint64_t i = 8 + header; i < bytes; i++)
+    data[i] = (char)flap_philox_below(&stream, i, 256);
+  scratch_write(name, data, bytes);
+  free(data);
+}
