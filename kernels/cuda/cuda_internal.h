@@ -76,6 +76,11 @@ void cuda_blas_close(cuda_blas *blas);
 const char *cuda_blas_version(const cuda_blas *blas);
 void cuda_matmul(flap_ops *ops, const flap_matmul *matmul);
 
+/* ---- cuda_matmul_plain.cu ---- */
+
+/* The same in fp32 arithmetic, for any alignment. */
+void cuda_matmul_plain(flap_ops *ops, const flap_matmul *matmul);
+
 /* ---- cuda_attention*.cu ---- */
 
 uint64_t cuda_attention_workspace_bytes(const flap_ops_limits *limits);
@@ -97,6 +102,8 @@ void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float 
 
 /* ---- cuda_rows.cu ---- */
 
+/* Whether this build has code for the GPU. */
+cudaError_t cuda_kernels_there(void);
 void cuda_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens, uint32_t n,
                         uint32_t ld);
 /* c (M, N) fp32, row stride ldc: = bias, or += bias. */

@@ -1,0 +1,100 @@
+/* The cuda ops as an object: workspace, numerics text, table; and the operations that CUDA does by itself. */
+#include "kernels/cuda/cuda_internal.h"
+
+#include "base/units.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint64_t max_of(uint64_t a, uint64_t b) {
+  return a > b ? a : b;
+}
+
+/* Operations run one after another, so they take turns in one scratch. */
+static uint64_t scratch_bytes(const flap_ops_limits *limits) {
+  uint64_t bytes = cuda_attention_workspace_bytes(limits);
+  bytes = max_of(bytes, cuda_norm_workspace_bytes(limits));
+  bytes = max_of(bytes, cuda_head_workspace_bytes(limits));
+  return flap_units_round_up(bytes, FLAP_OPS_ALIGN);
+}
+
+static uint64_t cuda_workspace_bytes(const flap_ops_limits *limits) {
+  return CUDA_BLAS_WORKSPACE_BYTES + scratch_bytes(limits);
+}
+
+static flap_status check_kernels(const flap_cuda_properties *card) {
+  const cudaError_t error = cuda_kernels_there();
+  if (error == cudaSuccess)
+    return FLAP_OK;
+  (void)cudaGetLastError();
+  return flap_error_set(FLAP_DEVICE,
+                        "cuda: this build has no kernels for %s (compute capability %u.%u): %s; build with "
+                        "-DCMAKE_CUDA_ARCHITECTURES=%u",
+                        card->name, card->capability / 10, card->capability % 10, cudaGetErrorString(error),
+                        card->capability);
+}
+
+static flap_status cuda_open(flap_ops *ops) {
+  const flap_ops_limits *limits = &ops->limits;
+  const flap_cuda_properties *card = flap_device_cuda_properties(ops->device);
+  if (limits->dtype != FLAP_F32 && limits->dtype != FLAP_BF16 && limits->dtype != FLAP_F16)
+    return flap_error_set(FLAP_UNSUPPORTED, "kernels: the cuda device computes bfloat16, float16 and float32, not %s",
+                          flap_dtype_name(limits->dtype));
+  FLAP_TRY(check_kernels(card));
+  cuda_ops *cuda = calloc(1, sizeof *cuda);
+  if (cuda == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "kernels: no memory for the cuda operations");
+  const flap_status status = cuda_blas_open(ops, ops->workspace, &cuda->blas);
+  if (status != FLAP_OK) {
+    free(cuda);
+    return status;
+  }
+  cuda->scratch = (unsigned char *)ops->workspace + CUDA_BLAS_WORKSPACE_BYTES;
+  cuda->scratch_bytes = scratch_bytes(limits);
+  ops->state = cuda;
+  (void)snprintf(ops->numerics, sizeof ops->numerics, "cuda sm_%u %s, driver %u.%u, runtime %u.%u, %s",
+                 card->capability, card->name, card->driver / 1000, card->driver % 1000 / 10, card->runtime / 1000,
+                 card->runtime % 1000 / 10, cuda_blas_version(cuda->blas));
+  return FLAP_OK;
+}
+
+/* The stream's work may still use the handle's kernels and the workspace. */
+static void cuda_close(flap_ops *ops) {
+  (void)cudaStreamSynchronize(cuda_stream(ops));
+  cuda_blas_close(cuda_state(ops)->blas);
+  free(ops->state);
+}
+
+static void cuda_zero(flap_ops *ops, void *memory, uint64_t bytes) {
+  if (bytes > 0)
+    cuda_check(ops, "zero", cudaMemsetAsync(memory, 0, bytes, cuda_stream(ops)));
+}
+
+static void cuda_copy(flap_ops *ops, void *to, const void *from, uint64_t bytes) {
+  if (bytes > 0)
+    cuda_check(ops, "copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_stream(ops)));
+}
+
+const flap_ops_table flap_ops_cuda_table = {
+    .workspace_bytes = cuda_workspace_bytes,
+    .open = cuda_open,
+    .close = cuda_close,
+    .matmul = cuda_matmul,
+    .bias_backward = cuda_bias_backward,
+    .zero = cuda_zero,
+    .copy = cuda_copy,
+    .embedding = cuda_embedding,
+    .embedding_backward = cuda_embedding_backward,
+    .rmsnorm = cuda_rmsnorm,
+    .rmsnorm_backward = cuda_rmsnorm_backward,
+    .add = cuda_add,
+    .rope = cuda_rope,
+    .swiglu = cuda_swiglu,
+    .swiglu_backward = cuda_swiglu_backward,
+    .attention = cuda_attention,
+    .attention_backward = cuda_attention_backward,
+    .attention_decode = cuda_attention_decode,
+    .head_loss = cuda_head_loss,
+    .gradient_store = cuda_gradient_store,
+    .adamw = cuda_adamw,
+};
