@@ -78,8 +78,10 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   const bool layer = part->kind == FLAP_PART_LAYER;
   uint64_t elements = part->elements;
   if (shared && layer) {
+    /* The first segment's layers have weights, sums, and two regions per slice each, one layer after the other. */
+    const uint32_t per_layer = (uint32_t)(2 + 2 * ((elements + spec->slice_elements - 1) / spec->slice_elements));
     if (part->layer >= spec->segment_layers)
-      return layout->first_sums + part->layer % spec->segment_layers;
+      return layout->first_sums + part->layer % spec->segment_layers * per_layer;
   } else if (shared && !layout->tied) {
     if (part->kind == FLAP_PART_HEAD)
       return layout->vocabulary_sums;
