@@ -85,20 +85,26 @@ static void remove_folders(void) {
   live = NULL;
 }
 
-/* Beside the program, where the file system is that of the build: a real disk more often than /tmp is. */
-static void make_folders(engine_rig *rig) {
-  static bool registered;
-  char folder[RIG_PATH_MAX - 64];
-  const ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+static void choose_folder(bool real, char *folder, size_t bytes) {
+  (void)snprintf(folder, bytes, "/dev/shm");
+  if (!real && access(folder, R_OK | W_OK | X_OK) == 0)
+    return;
+  const ssize_t length = readlink("/proc/self/exe", folder, bytes - 1);
   ck_assert_int_gt((int)length, 0);
   folder[length] = 0;
   *strrchr(folder, '/') = 0;
+}
+
+static void make_folders(engine_rig *rig, bool real) {
+  static bool registered;
+  char folder[RIG_PATH_MAX - 64];
+  choose_folder(real, folder, sizeof folder);
   if (!registered)
     ck_assert_int_eq(atexit(remove_folders), 0);
   registered = true;
   live = rig;
   for (uint32_t i = 0; i < rig->spec.disk_count; i++) {
-    (void)snprintf(rig->disks[i], sizeof rig->disks[i], "%s/rig-%ld-%u-XXXXXX", folder, (long)getpid(), i);
+    (void)snprintf(rig->disks[i], sizeof rig->disks[i], "%s/flap-rig-%ld-%u-XXXXXX", folder, (long)getpid(), i);
     ck_assert_ptr_nonnull(mkdtemp(rig->disks[i]));
     rig->spec.disk_paths[i] = rig->disks[i];
   }
@@ -137,7 +143,7 @@ void rig_begin(engine_rig *rig, const rig_model *model, const rig_place *place) 
                                 .device = FLAP_DEVICE_CPU,
                                 .io = place->io,
                                 .disk_count = place->disks};
-  make_folders(rig);
+  make_folders(rig, place->real_disks);
 }
 
 void rig_open_setup(engine_rig *rig, flap_setup *setup, const flap_budgets *budgets) {

@@ -2,7 +2,8 @@
  * whatever placement a test asks for; and all of its bits afterwards, in an order that no placement changes.
  *
  * A rig_model is what decides the numbers, a rig_place and a flap_choice (or a plan) are what must not. Failures end
- * the test. Disks are folders beside the test program, gone with the rig.
+ * the test. Disks are folders that are gone with the rig: in memory (/dev/shm), because the first write to each place
+ * of a real disk can take 15 ms; or beside the test program, where a test wants the real thing.
  */
 #ifndef FLAP_TESTS_ENGINE_RIG_H
 #define FLAP_TESTS_ENGINE_RIG_H
@@ -40,6 +41,7 @@ typedef struct rig_place {
   uint32_t threads;
   flap_block_backend io;
   uint32_t disks;
+  bool real_disks;
 } rig_place;
 
 typedef struct engine_rig {

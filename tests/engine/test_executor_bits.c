@@ -1,0 +1,241 @@
+/* Placement never changes the numbers: one small model, trained in every corner of what the planner may choose. Losses,
+ * norms, evaluations and every bit of weights and moments must be those of the run that has everything in VRAM.
+ */
+#include "tests/engine/engine_rig.h"
+
+#include "base/units.h"
+
+#include <string.h>
+
+#define LAYERS 3u
+#define MICRO_BATCHES 3u
+
+/* ---- what decides the numbers ---------------------------------------------------------------------------- */
+
+typedef struct numerics {
+  const char *name;
+  flap_dtype dtype, gradient_dtype;
+  bool tied, bias;
+} numerics;
+
+static const numerics NUMERICS[] = {{"bf16", FLAP_BF16, FLAP_BF16, true, true},
+                                    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false},
+                                    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true},
+                                    {"fp32", FLAP_F32, FLAP_F32, true, false}};
+#define NUMERICS_COUNT ((int)(sizeof NUMERICS / sizeof *NUMERICS))
+
+static rig_model models[NUMERICS_COUNT];
+static rig_result references[NUMERICS_COUNT];
+
+/* ---- what must not --------------------------------------------------------------------------------------- */
+
+typedef enum home { IN_VRAM, IN_RAM, ON_DISK, MIXED } home;
+
+typedef struct placement {
+  const char *name;
+  home home;
+  uint32_t segment, group; /* 0: as long as there are layers, as many as there are micro-batches */
+  uint32_t saved;          /* layers */
+  bool saved_resident;
+  bool sweep;
+  rig_ending ending;
+  uint32_t slice_blocks; /* 0: 16 */
+  uint64_t page, transfer;
+  uint32_t extra_slots, buffers;
+  rig_place place; /* threads 0: 2 */
+} placement;
+
+static const placement PLACEMENTS[] = {
+    {.name = "all in vram, folded", .home = IN_VRAM, .segment = 1},
+    {.name = "all in vram, layers in pairs", .home = IN_VRAM, .segment = 2},
+    {.name = "least vram", .home = IN_RAM, .segment = 1, .group = 1, .slice_blocks = 1},
+    {.name = "least ram", .home = ON_DISK, .segment = 1, .buffers = 1, .page = 4 * FLAP_KIB, .place = {.disks = 1}},
+    {.name = "disk, deep rings", .home = ON_DISK, .segment = 1, .extra_slots = 3, .buffers = 4, .place = {.disks = 1}},
+    {.name = "a real disk", .home = ON_DISK, .page = 256 * FLAP_KIB, .place = {.disks = 1, .real_disks = true}},
+    {.name = "a bit of each", .home = MIXED, .segment = 2, .place = {.disks = 1}},
+    {.name = "a bit of each, three disks", .home = MIXED, .segment = 1, .extra_slots = 1, .place = {.disks = 3}},
+    {.name = "io_uring", .home = ON_DISK, .buffers = 4, .place = {.io = FLAP_BLOCK_URING, .disks = 1}},
+    {.name = "io threads", .home = ON_DISK, .buffers = 4, .place = {.io = FLAP_BLOCK_THREADS, .disks = 1}},
+    {.name = "io_uring, three disks", .home = ON_DISK, .buffers = 4, .place = {.io = FLAP_BLOCK_URING, .disks = 3}},
+    {.name = "io threads, three disks", .home = ON_DISK, .place = {.io = FLAP_BLOCK_THREADS, .disks = 3}},
+    {.name = "segments of 1", .home = IN_RAM, .segment = 1},
+    {.name = "segments of 2", .home = IN_RAM, .segment = 2},
+    {.name = "segments of 3", .home = IN_RAM, .segment = 3},
+    {.name = "groups of 1", .home = IN_RAM, .segment = 1, .group = 1},
+    {.name = "groups of 2", .home = IN_RAM, .segment = 1, .group = 2},
+    {.name = "groups of 1, segments of 2", .home = IN_RAM, .segment = 2, .group = 1},
+    {.name = "groups of 2, segments of 3, disk", .home = ON_DISK, .group = 2, .place = {.disks = 1}},
+    {.name = "groups of 1 in vram", .home = IN_VRAM, .group = 1},
+    {.name = "one saved layer", .home = IN_RAM, .segment = 1, .saved = 1},
+    {.name = "two saved layers", .home = IN_RAM, .segment = 1, .saved = 2},
+    {.name = "two saved layers, pairs: one segment", .home = IN_RAM, .segment = 2, .saved = 2},
+    {.name = "all layers saved", .home = IN_RAM, .segment = 1, .saved = 3},
+    {.name = "all layers saved, one segment", .home = IN_RAM, .segment = 3, .saved = 3},
+    {.name = "all layers saved, in pairs", .home = ON_DISK, .segment = 2, .saved = 3, .place = {.disks = 1}},
+    {.name = "saved layers in vram", .home = IN_RAM, .segment = 1, .saved = 3, .saved_resident = true},
+    {.name = "saved layers in vram, in pairs", .home = IN_RAM, .segment = 2, .saved = 3, .saved_resident = true},
+    {.name = "saved layers, groups of 1", .home = IN_RAM, .segment = 1, .group = 1, .saved = 3},
+    {.name = "saved layers, groups of 2", .home = ON_DISK, .segment = 3, .group = 2, .saved = 3, .place = {.disks = 2}},
+    {.name = "sweep in vram", .home = IN_VRAM, .sweep = true},
+    {.name = "sweep from ram", .home = IN_RAM, .segment = 1, .sweep = true},
+    {.name = "sweep from disk", .home = ON_DISK, .segment = 2, .group = 1, .sweep = true, .place = {.disks = 1}},
+    {.name = "interrupted, then swept", .home = IN_RAM, .segment = 1, .ending = RIG_SWEPT},
+    {.name = "interrupted, then swept, disk", .home = ON_DISK, .ending = RIG_SWEPT, .place = {.disks = 1}},
+    {.name = "slices of 1 block", .home = ON_DISK, .slice_blocks = 1, .place = {.disks = 1}},
+    {.name = "slices of 3 blocks", .home = IN_RAM, .slice_blocks = 3},
+    {.name = "slices of 8192 blocks", .home = IN_RAM, .slice_blocks = FLAP_OPS_ADAMW_BLOCKS_MAX},
+    {.name = "pages of 4 KiB", .home = MIXED, .page = 4 * FLAP_KIB, .transfer = 4 * FLAP_KIB, .place = {.disks = 1}},
+    {.name = "pages of 12 KiB", .home = MIXED, .page = 12 * FLAP_KIB, .transfer = 36 * FLAP_KIB, .place = {.disks = 2}},
+    {.name = "pages of 64 KiB", .home = MIXED, .page = 64 * FLAP_KIB, .place = {.disks = 1}},
+    {.name = "pages of 1 MiB", .home = MIXED, .page = FLAP_MIB, .place = {.disks = 1}},
+    {.name = "pages of 4 MiB", .home = ON_DISK, .page = 4 * FLAP_MIB, .buffers = 1, .place = {.disks = 1}},
+    {.name = "1 thread", .home = IN_RAM, .segment = 1, .place = {.threads = 1}},
+    {.name = "3 threads", .home = IN_RAM, .segment = 1, .place = {.threads = 3}},
+    {.name = "3 threads, disk", .home = ON_DISK, .segment = 1, .place = {.threads = 3, .disks = 1}},
+};
+#define PLACEMENT_COUNT ((int)(sizeof PLACEMENTS / sizeof *PLACEMENTS))
+
+/* About half of each class in VRAM; of the rest some in RAM, the others on disk. */
+static void mix(flap_choice *choice) {
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    choice->resident_bytes[k] = 300 * FLAP_KIB;
+  choice->ram_bytes = FLAP_MIB;
+}
+
+static flap_choice choice_of(const rig_model *model, const placement *p) {
+  flap_choice choice = p->home == IN_VRAM ? rig_choice_resident(model)
+                                          : rig_choice_streaming(model, p->home == ON_DISK || p->home == MIXED);
+  if (p->home == MIXED)
+    mix(&choice);
+  if (p->segment > 0)
+    choice.segment_layers = p->segment;
+  if (p->group > 0)
+    choice.group_micro_batches = p->group;
+  choice.saved_layers = p->saved;
+  if (p->saved_resident)
+    choice.resident_bytes[FLAP_CLASS_SAVED] = RIG_EVERYTHING;
+  choice.sweep = p->sweep;
+  if (p->slice_blocks > 0)
+    choice.slice_elements = (uint64_t)p->slice_blocks * FLAP_OPS_BLOCK;
+  if (p->page > 0)
+    choice.page_bytes = p->page;
+  if (p->transfer > 0)
+    choice.transfer_bytes = p->transfer;
+  if (choice.transfer_bytes < choice.page_bytes)
+    choice.transfer_bytes = choice.page_bytes;
+  if (p->buffers > 0)
+    choice.read_buffers = choice.write_buffers = p->buffers;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    choice.extra_slots[k] = p->extra_slots;
+  return choice;
+}
+
+/* Once, before the tests are forked off. */
+static void record_references(void) {
+  for (int i = 0; i < NUMERICS_COUNT; i++) {
+    rig_model *model = &models[i];
+    rig_model_small(model);
+    model->config.num_hidden_layers = LAYERS;
+    model->config.tie_word_embeddings = NUMERICS[i].tied;
+    model->config.attention_bias = NUMERICS[i].bias;
+    model->micro_batches = MICRO_BATCHES;
+    model->shape.dtype = NUMERICS[i].dtype;
+    model->gradient_dtype = NUMERICS[i].gradient_dtype;
+    rig_model_random_data(model);
+    flap_choice choice = rig_choice_resident(model);
+    choice.sweep = true;
+    rig_run_choice(model, &(rig_place){.threads = 2}, &choice, RIG_UPDATED, &references[i]);
+  }
+}
+
+static void forget_references(void) {
+  for (int i = 0; i < NUMERICS_COUNT; i++) {
+    rig_result_close(&references[i]);
+    rig_model_close(&models[i]);
+  }
+}
+
+/* ---- tests ----------------------------------------------------------------------------------------------- */
+
+START_TEST(every_placement_gives_the_same_bits) {
+  const placement *p = &PLACEMENTS[_i];
+  rig_place place = p->place;
+  if (place.threads == 0)
+    place.threads = 2;
+  for (int i = 0; i < NUMERICS_COUNT; i++) {
+    rig_result got;
+    const flap_choice choice = choice_of(&models[i], p);
+    rig_run_choice(&models[i], &place, &choice, p->ending, &got);
+    const char *difference = rig_difference(&models[i], &references[i], &got);
+    ck_assert_msg(*difference == 0, "%s: %s: not the same: %s", p->name, NUMERICS[i].name, difference);
+    rig_result_close(&got);
+  }
+}
+END_TEST
+
+/* The runs above would agree if nothing ever happened in them. */
+START_TEST(the_references_have_trained) {
+  for (int i = 0; i < NUMERICS_COUNT; i++) {
+    const rig_result *r = &references[i];
+    ck_assert_uint_eq(r->steps, 5);
+    ck_assert_uint_eq(r->evaluations, 3);
+    ck_assert(r->clips[0] < 1);                    /* clipping takes part */
+    ck_assert(r->evaluated[0] == r->evaluated[1]); /* the first step of a warm-up has rate 0 */
+    ck_assert(r->evaluated[0] != r->evaluated[2]);
+    for (uint32_t step = 0; step < r->steps; step++)
+      ck_assert(r->losses[step] > 1 && r->losses[step] < 20 && r->grad_norms[step] > 0.01);
+    for (int j = 0; j < i; j++)
+      ck_assert_uint_ne(r->state.digest, references[j].state.digest);
+  }
+}
+END_TEST
+
+/* Two steps; with a bit turned over after step `after` (0: never). */
+static void train_spoilt(const rig_model *model, uint32_t after, uint32_t section, uint64_t bit, rig_result *result) {
+  engine_rig rig;
+  memset(result, 0, sizeof *result);
+  const flap_choice choice = rig_choice_streaming(model, true);
+  rig_begin(&rig, model, &(rig_place){.threads = 2, .disks = 1});
+  rig_open_choice(&rig, &choice);
+  for (uint32_t step = 0; step < 2; step++) {
+    rig_train(&rig, step, step + 1, RIG_UPDATED, result);
+    if (after == step + 1)
+      rig_flip_bit(&rig, 2, section, bit);
+  }
+  rig_read_state(&rig, &result->state);
+  rig_close(&rig);
+}
+
+/* The canary: the lowest bit of any part of the state is noticed; so is, a step later, one that rounding cannot hide.
+ */
+START_TEST(one_flipped_bit_is_noticed) {
+  const rig_model *model = &models[0];
+  rig_result clean, spoilt;
+  train_spoilt(model, 0, 0, 0, &clean);
+  for (uint32_t section = 0; section < 4; section++)
+    for (uint32_t after = 1; after <= 2; after++) {
+      const uint64_t bit = after == 2 ? 0 : section == 0 ? 2 : 12;
+      train_spoilt(model, after, section, bit, &spoilt);
+      const char *difference = rig_difference(model, &clean, &spoilt);
+      ck_assert_msg(*difference != 0, "section %u, after step %u: nobody noticed", section, after);
+      ck_assert_uint_ne(clean.state.digest, spoilt.state.digest);
+      rig_result_close(&spoilt);
+    }
+  train_spoilt(model, 0, 0, 0, &spoilt);
+  ck_assert_str_eq(rig_difference(model, &clean, &spoilt), "");
+  rig_result_close(&spoilt);
+  rig_result_close(&clean);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("executor_bits");
+  TCase *tests = tcase_create("bits");
+  tcase_set_timeout(tests, 120);
+  tcase_add_unchecked_fixture(tests, record_references, forget_references);
+  tcase_add_loop_test(tests, every_placement_gives_the_same_bits, 0, PLACEMENT_COUNT);
+  tcase_add_test(tests, the_references_have_trained);
+  tcase_add_test(tests, one_flipped_bit_is_noticed);
+  suite_add_tcase(suite, tests);
+  return rig_main(suite);
+}
