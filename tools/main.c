@@ -6,6 +6,7 @@
 #include "tools/arguments.h"
 #include "base/nearest.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,6 +62,8 @@ static flap_status run(int argc, char **argv) {
 int main(int argc, char **argv) {
   if (argc > 0)
     program_name = argv[0];
+  /* A file that reaches `ulimit -f` is then an error of write, which is cleaned up after and told, and not the end. */
+  (void)signal(SIGXFSZ, SIG_IGN);
   flap_status status = run(argc, argv);
   if ((fflush(stdout) != 0 || ferror(stdout)) && status == FLAP_OK)
     status = flap_error_set(FLAP_IO, "standard output cannot be written");

@@ -2,6 +2,7 @@
 import json
 import os
 import pty
+import resource
 import signal
 import struct
 import subprocess
@@ -78,6 +79,14 @@ class Program(unittest.TestCase):
             done = subprocess.run([PROGRAM, "train", "--help-config"], stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertEqual(done.returncode, 1)
         self.assertIn("standard output cannot be written", done.stderr)
+
+    def test_limit_on_file_sizes_is_an_error_and_leaves_nothing(self):
+        self.write("a.txt", "hello\n" * 20000)
+        done = self.flap("tokenize", "bytes", "a.txt", "-o", "out.bin",
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)))
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"^flap: error: .*out\.bin.*ulimit -f.*\n$")
+        self.assertEqual(sorted(os.listdir(self.folder.name)), ["a.txt", "run.yaml"])
 
     # ---- configuration ----
 
