@@ -296,7 +296,7 @@ static flap_status visit_remove_stale(void *context, const char *folder, const c
 /* Whatever moment this is cut short at, the folder holds the old weights whole, the new ones whole, or none that
  * anybody would load: an old index goes before any shard is replaced, and the new index, or the new single file, comes
  * last. Readers prefer the single file, so an old index beside it does no harm. */
-static flap_status install_files(const char *from, const char *to) {
+flap_status flap_output_install(const char *from, const char *to) {
   const bool sharded = flap_output_is_there(from, FLAP_SAFETENSORS_INDEX);
   install in = {.to = to, .head = sharded ? FLAP_SAFETENSORS_INDEX : FLAP_SAFETENSORS_FILE};
   char anything[FLAP_PATH_MAX];
@@ -323,7 +323,7 @@ flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, co
   if (status == FLAP_OK)
     status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES);
   if (status == FLAP_OK)
-    status = install_files(temporary, output_dir);
+    status = flap_output_install(temporary, output_dir);
   flap_durable_abort_folder(final);
   return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "exporting to %s", output_dir);
 }

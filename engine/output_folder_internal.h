@@ -35,6 +35,10 @@ bool flap_output_is_there(const char *folder, const char *name);
 FLAP_CHECKED flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts,
                                                      flap_dtype dtype);
 
+/* Moves the files of a model from the folder `from` to `to`, in an order that never leaves a mixture of old and new
+ * weights that would load, and removes weights of the old one that are left. */
+FLAP_CHECKED flap_status flap_output_install(const char *from, const char *to);
+
 #ifdef __cplusplus
 }
 #endif
