@@ -274,13 +274,13 @@ flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets 
 
 typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
 
-/* The least of one budget with which a given slice and page size can be placed; 0 if the other budgets do not allow it.
- */
+/* The least of one budget with which a given slice and page size can be placed; UINT64_MAX if the other budgets do not
+ * allow it. 0 is a size: of the disk, where everything fits into vram and ram. */
 static flap_status least_for(const flap_planner *planner, const flap_budgets *budgets, lever which,
                              const flap_choice *choice, flap_setup *setup, uint64_t *least_out) {
   flap_budgets trial = *budgets;
   const uint64_t plenty = (uint64_t)1 << 50;
-  *least_out = 0;
+  *least_out = UINT64_MAX;
   if (which == LEVER_VRAM)
     trial.vram_bytes = planner_least_vram(planner, choice, setup);
   else if (which == LEVER_RAM)
@@ -316,14 +316,14 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
   FLAP_TRY(flap_setup_build(&planner->spec, &choice, &setup));
   *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
   for (uint32_t p = 0; p < c->page_count && status == FLAP_OK; p++) {
-    uint64_t here = 0;
+    uint64_t here = UINT64_MAX;
     choice.page_bytes = choice.transfer_bytes = c->pages[p];
     if (which == LEVER_VRAM ? planner_least_vram(planner, &choice, &setup) >= *least_io : !*fits_vram)
       break;
     if (which == LEVER_RAM && planner_least_ram(planner, &choice, &setup) >= *least_io)
       continue;
     status = least_for(planner, budgets, which, &choice, &setup, &here);
-    if (here > 0 && here < *least_io)
+    if (here < *least_io)
       *least_io = here;
   }
   flap_setup_close(&setup);
