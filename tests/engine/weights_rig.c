@@ -8,6 +8,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Works outside of a running test too: write_model has none. */
+#define MUST(call)                                              \
+  do {                                                          \
+    if ((call) != FLAP_OK) {                                    \
+      fprintf(stderr, "%s: %s\n", #call, flap_error_message()); \
+      abort();                                                  \
+    }                                                           \
+  } while (0)
+
 const rig_placement rig_placements[RIG_PLACEMENTS] = {
     {RIG_VRAM, 512, 4096, 4096}, {RIG_RAM, 1, 4096, 8192},       {RIG_DISK, 3, 4096, 12288},
     {RIG_MIXED, 2, 8192, 16384}, {RIG_DISK, 512, 65536, 131072}, {RIG_MIXED, 5, 16384, 65536},
@@ -27,7 +36,7 @@ void rig_model(bool tied, bool attention_bias, flap_model_config *config_out) {
                                     .tie_word_embeddings = tied,
                                     .attention_bias = attention_bias,
                                     .rope = {.theta = 10000}};
-  RIG_OK(flap_model_finish_config(config_out));
+  MUST(flap_model_finish_config(config_out));
 }
 
 static void build_layout(weights_rig *rig, flap_dtype dtype, flap_run_mode mode, const rig_placement *placement) {
@@ -42,7 +51,7 @@ static void build_layout(weights_rig *rig, flap_dtype dtype, flap_run_mode mode,
   flap_arena measuring;
   flap_arena_measure(&measuring, "tables");
   flap_layout_build(&spec, &measuring, &rig->layout);
-  RIG_OK(flap_arena_open(&rig->tables, "tables", measuring.bytes_used + 4096));
+  MUST(flap_arena_open(&rig->tables, "tables", measuring.bytes_used + 4096));
   flap_layout_build(&spec, &rig->tables, &rig->layout);
 }
 
@@ -83,8 +92,8 @@ void rig_open(weights_rig *rig, const flap_model_config *config, flap_dtype dtyp
   flap_pager_measure(&pager, &sizes);
   pager.device = (flap_device_config){.kind = FLAP_DEVICE_CPU, .vram_bytes = sizes.vram_bytes};
   pager.disk = (flap_block_config){.disk_count = 1, .disks = {{.path = disk, .bytes = sizes.disk_bytes}}};
-  RIG_OK(flap_arena_open(&rig->ram, "ram", sizes.ram_bytes));
-  RIG_OK(flap_pager_open(&pager, &rig->ram, &rig->pager));
+  MUST(flap_arena_open(&rig->ram, "ram", sizes.ram_bytes));
+  MUST(flap_pager_open(&pager, &rig->ram, &rig->pager));
   free(regions);
 }
 
@@ -117,7 +126,7 @@ static flap_status append(void *context, uint64_t offset, uint64_t bytes, const 
 
 static void *drain(const weights_rig *rig, uint32_t region) {
   void *bytes = malloc(rig->layout.regions[region].bytes);
-  RIG_OK(flap_pager_drain(rig->pager, region, append, bytes));
+  MUST(flap_pager_drain(rig->pager, region, append, bytes));
   return bytes;
 }
 
