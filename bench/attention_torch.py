@@ -40,7 +40,10 @@ class Own:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(path)
-        self.library.flap_cuda_attention_scratch_bytes.restype = ctypes.c_uint64
+        self.measures = [self.library.flap_cuda_attention_forward_scratch_bytes,
+                         self.library.flap_cuda_attention_backward_scratch_bytes]
+        for measure in self.measures:
+            measure.restype = ctypes.c_uint64
 
     def prepare(self, q, k, v, dout):
         batch, sequence, heads, head_size = q.shape
@@ -50,8 +53,8 @@ class Own:
         self.q, self.k, self.v, self.dout = q, k, v, dout
         self.out, self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (q, q, k, v))
         self.lse = torch.empty(batch, heads, sequence, device="cuda")
-        scratch = self.library.flap_cuda_attention_scratch_bytes(ctypes.byref(self.shape))
-        self.scratch = torch.empty(max(scratch, 256), dtype=torch.uint8, device="cuda")
+        scratch = max(measure(ctypes.byref(self.shape)) for measure in self.measures)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8, device="cuda")
 
     def call(self, function, *tensors):
         arguments = [ctypes.c_void_p(x.data_ptr()) for x in tensors]

@@ -105,7 +105,9 @@ void measure(const row &r, bool once) {
   s.dtype = r.dtype;
   const uint64_t q_count = static_cast<uint64_t>(r.batch) * r.sequence * s.q_stride;
   const uint64_t kv_count = static_cast<uint64_t>(r.batch) * r.sequence * s.kv_stride;
-  const uint64_t bytes = flap_dtype_bytes(r.dtype), scratch_bytes = flap_cuda_attention_scratch_bytes(&s);
+  const uint64_t bytes = flap_dtype_bytes(r.dtype),
+                 forward_scratch_bytes = flap_cuda_attention_forward_scratch_bytes(&s);
+  const uint64_t scratch_bytes = std::max(forward_scratch_bytes, flap_cuda_attention_backward_scratch_bytes(&s));
   buffers b;
   void *q = b.take_random(q_count, r.dtype), *k = b.take_random(kv_count, r.dtype);
   void *v = b.take_random(kv_count, r.dtype), *dout = b.take_random(q_count, r.dtype);
@@ -140,7 +142,7 @@ void measure_decode(uint32_t tokens, uint32_t keys, uint32_t heads, uint32_t kv_
   void *k = b.take_random(static_cast<uint64_t>(keys) * s.kv_stride, s.dtype);
   void *v = b.take_random(static_cast<uint64_t>(keys) * s.kv_stride, s.dtype);
   void *out = b.take(static_cast<uint64_t>(tokens) * s.q_stride * 2);
-  void *scratch = b.take(flap_cuda_attention_scratch_bytes(&s));
+  void *scratch = b.take(flap_cuda_attention_forward_scratch_bytes(&s));
   const double ms =
       milliseconds([&] { return flap_cuda_attention_forward(&s, out, nullptr, q, k, v, scratch, nullptr); }, false);
   printf("decode: %2u queries, %6u keys, %u heads, %u kv heads: %8.3f ms, %7.1f GB/s of keys and values\n", tokens,

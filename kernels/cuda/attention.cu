@@ -16,10 +16,6 @@ bool takes_tiles(const flap_cuda_attention_shape *shape) {
   return shape->dtype != FLAP_F32 && shape->head_size <= ATTENTION_MMA_HEAD_MAX && rows_aligned(shape);
 }
 
-bool forward_takes_tiles(const flap_cuda_attention_shape *shape) {
-  return takes_tiles(shape) && shape->queries > ATTENTION_FEW_QUERIES;
-}
-
 bool valid(const flap_cuda_attention_shape *shape) {
   return shape->batch > 0 && shape->queries > 0 && shape->kv_heads > 0 && shape->heads % shape->kv_heads == 0 &&
          shape->heads > 0 && shape->head_size > 0 && shape->head_size % 8 == 0 &&
@@ -62,14 +58,18 @@ uint64_t statistics_bytes(const flap_cuda_attention_shape *shape) {
 
 } // namespace
 
-uint64_t flap_cuda_attention_scratch_bytes(const flap_cuda_attention_shape *shape) {
-  const uint64_t backward = statistics_bytes(shape) + attention_backward_mma_partial_bytes(shape);
-  const uint64_t decode = attention_forward_plain_partial_bytes(shape);
-  return backward > decode ? backward : decode;
+uint64_t flap_cuda_attention_forward_scratch_bytes(const flap_cuda_attention_shape *shape) {
+  return attention_forward_few_partial_bytes(shape);
+}
+
+uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_shape *shape) {
+  return statistics_bytes(shape) + attention_backward_mma_partial_bytes(shape);
 }
 
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape) {
-  return !forward_takes_tiles(shape) ? "plain" : shape->head_size <= 64 ? "mma64" : "mma128";
+  if (shape->queries <= ATTENTION_FEW_QUERIES)
+    return "few";
+  return !takes_tiles(shape) ? "plain" : shape->head_size <= 64 ? "mma64" : "mma128";
 }
 
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
@@ -81,11 +81,11 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
   attention_args args = arguments(shape, q, k, v);
   args.out = out;
   args.lse_out = lse;
-  if (forward_takes_tiles(shape))
-    return attention_forward_mma(args, shape->dtype, stream);
-  args.parts = attention_forward_plain_parts(shape);
   args.partial = static_cast<float *>(scratch);
-  return attention_forward_plain(args, shape->dtype, stream);
+  if (shape->queries <= ATTENTION_FEW_QUERIES)
+    return attention_forward_few(args, shape->dtype, stream);
+  return takes_tiles(shape) ? attention_forward_mma(args, shape->dtype, stream)
+                            : attention_forward_plain(args, shape->dtype, stream);
 }
 
 cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,

@@ -32,11 +32,12 @@ typedef struct flap_cuda_attention_shape {
   flap_dtype dtype;
 } flap_cuda_attention_shape;
 
-/* Scratch for the backward of this shape, and for a forward with `first_position` of few queries (decode). Grows with
- * each of the counts in the shape, so that the bytes of the largest shape do for all smaller ones. */
-uint64_t flap_cuda_attention_scratch_bytes(const flap_cuda_attention_shape *shape);
+/* Scratch of a forward and of a backward. Both grow with batch, queries and first_position, so that the bytes of the
+ * largest shape do for all smaller ones of the same heads. */
+uint64_t flap_cuda_attention_forward_scratch_bytes(const flap_cuda_attention_shape *shape);
+uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_shape *shape);
 
-/* lse NULL: not wanted. `scratch` is used only for few queries against many keys (decode). */
+/* lse NULL: not wanted. */
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
                                         const void *k, const void *v, void *scratch, cudaStream_t stream);
 
@@ -45,7 +46,8 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
                                          const void *dout, const void *q, const void *k, const void *v, const void *out,
                                          const float *lse, void *scratch, cudaStream_t stream);
 
-/* Which kernels the shape gets: "mma64", "mma128" or "plain". Static storage. For tests and benchmarks. */
+/* Which kernels the forward of the shape gets: "few", "mma64", "mma128" or "plain". Static storage. For tests and
+ * benchmarks. */
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape);
 
 #ifdef __cplusplus

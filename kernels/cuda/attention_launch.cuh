@@ -19,11 +19,12 @@ uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *s
 
 cudaError_t attention_forward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 cudaError_t attention_backward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-/* In how many parts the keys are taken when queries are few, and the scratch of the parts. */
-uint32_t attention_forward_plain_parts(const flap_cuda_attention_shape *shape);
-uint64_t attention_forward_plain_partial_bytes(const flap_cuda_attention_shape *shape);
 /* Fills `statistics` from lse, out and dout, whatever the dtype. */
 cudaError_t attention_statistics(const attention_args &args, flap_dtype dtype, float2 *statistics, cudaStream_t stream);
+
+/* For few queries: the keys are read in parts, whose results go through args.partial. */
+cudaError_t attention_forward_few(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+uint64_t attention_forward_few_partial_bytes(const flap_cuda_attention_shape *shape);
 
 /* One launch with `shared_bytes` of dynamic shared memory. Raising the limit of a kernel is cheap and is no work of the
  * stream, so it is done every time: no state is kept between calls, whatever device is current. */

@@ -18,12 +18,16 @@ uint64_t cuda_attention_workspace_bytes(const flap_ops_limits *limits) {
                                      .q_stride = limits->heads * limits->head_size,
                                      .kv_stride = limits->kv_heads * limits->head_size,
                                      .dtype = limits->dtype};
-  const uint64_t training = shape.queries == 0 ? 0 : flap_cuda_attention_scratch_bytes(&shape);
-  if (limits->cache_tokens_max == 0)
-    return training;
-  shape.batch = 1;
-  shape.keys = shape.queries = limits->cache_tokens_max;
-  return max_of(training, flap_cuda_attention_scratch_bytes(&shape));
+  uint64_t bytes = 0;
+  if (shape.queries > 0)
+    bytes =
+        max_of(flap_cuda_attention_forward_scratch_bytes(&shape), flap_cuda_attention_backward_scratch_bytes(&shape));
+  if (limits->cache_tokens_max > 0) {
+    shape.batch = 1;
+    shape.queries = shape.first_position = shape.keys = limits->cache_tokens_max;
+    bytes = max_of(bytes, flap_cuda_attention_forward_scratch_bytes(&shape));
+  }
+  return bytes;
 }
 
 static flap_cuda_attention_shape shape_of(const flap_attention *x) {
@@ -38,13 +42,9 @@ static flap_cuda_attention_shape shape_of(const flap_attention *x) {
                                      .dtype = x->dtype};
 }
 
-static void check_scratch(const flap_ops *ops, const flap_cuda_attention_shape *shape) {
-  flap_assert(flap_cuda_attention_scratch_bytes(shape) <= cuda_scratch_bytes(ops));
-}
-
 void cuda_attention(flap_ops *ops, const flap_attention *x) {
   const flap_cuda_attention_shape shape = shape_of(x);
-  check_scratch(ops, &shape);
+  flap_assert(flap_cuda_attention_forward_scratch_bytes(&shape) <= cuda_scratch_bytes(ops));
   cuda_check(
       ops, "attention",
       flap_cuda_attention_forward(&shape, x->out, x->lse, x->q, x->k, x->v, cuda_scratch(ops), cuda_stream(ops)));
@@ -52,7 +52,7 @@ void cuda_attention(flap_ops *ops, const flap_attention *x) {
 
 void cuda_attention_backward(flap_ops *ops, const flap_attention *x, void *dq, void *dk, void *dv, const void *dout) {
   const flap_cuda_attention_shape shape = shape_of(x);
-  check_scratch(ops, &shape);
+  flap_assert(flap_cuda_attention_backward_scratch_bytes(&shape) <= cuda_scratch_bytes(ops));
   cuda_check(ops, "attention backward",
              flap_cuda_attention_backward(&shape, dq, dk, dv, dout, x->q, x->k, x->v, x->out, x->lse, cuda_scratch(ops),
                                           cuda_stream(ops)));
@@ -71,7 +71,7 @@ void cuda_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const voi
                                            .q_stride = q_stride,
                                            .kv_stride = kv_heads * head_size,
                                            .dtype = dtype};
-  check_scratch(ops, &shape);
+  flap_assert(flap_cuda_attention_forward_scratch_bytes(&shape) <= cuda_scratch_bytes(ops));
   cuda_check(ops, "attention over a cache",
              flap_cuda_attention_forward(&shape, out, NULL, q, k_cache, v_cache, cuda_scratch(ops), cuda_stream(ops)));
 }

@@ -118,7 +118,7 @@ static void drop(operand *x) {
 typedef struct problem {
   shape s;
   uint64_t q_count, kv_count, out_count, lse_count;
-  operand q, k, v, dout, out, lse, dq, dk, dv, scratch;
+  operand q, k, v, dout, out, lse, dq, dk, dv, scratch, forward_scratch;
 } problem;
 
 static problem problem_of(shape s) {
@@ -136,7 +136,8 @@ static problem problem_of(shape s) {
   p.dq = make(p.q.bytes);
   p.dk = make(p.k.bytes);
   p.dv = make(p.v.bytes);
-  p.scratch = make(flap_cuda_attention_scratch_bytes(&s));
+  p.scratch = make(flap_cuda_attention_backward_scratch_bytes(&s));
+  p.forward_scratch = make(flap_cuda_attention_forward_scratch_bytes(&s));
   upload(&p.q);
   upload(&p.k);
   upload(&p.v);
@@ -145,7 +146,8 @@ static problem problem_of(shape s) {
 }
 
 static void close_problem(problem *p) {
-  operand *const all[] = {&p->q, &p->k, &p->v, &p->dout, &p->out, &p->lse, &p->dq, &p->dk, &p->dv, &p->scratch};
+  operand *const all[] = {&p->q,  &p->k,  &p->v,       &p->dout,           &p->out, &p->lse, &p->dq,
+                          &p->dk, &p->dv, &p->scratch, &p->forward_scratch};
   for (size_t i = 0; i < sizeof all / sizeof *all; ++i)
     drop(all[i]);
 }
@@ -282,13 +284,13 @@ static const char *describe(const shape *s) {
   return text;
 }
 
-/* `width` of each `stride` elements are results and must be within the bound, the rest must still be poison. The error
- * as a whole is held to less than the bound, since roundings are not all of one sign. */
+/* `width` of each `stride` elements are results and must be within the bound, the rest must still be poison. Over many
+ * elements the error is held to half of the bound, since roundings are not all of one sign. */
 static void compare(const shape *s, const char *what, const operand *got, const double *want, const double *error,
                     uint32_t width, uint32_t stride) {
   const double unit = roundoff(s->dtype);
   const uint64_t count = got->bytes / flap_dtype_bytes(s->dtype), element = flap_dtype_bytes(s->dtype);
-  double square = 0, error_square = 0;
+  double bound_square = 0, error_square = 0;
   for (uint64_t i = 0; i < count; ++i) {
     if (i % stride >= width) {
       for (uint64_t byte = 0; byte < element; ++byte)
@@ -300,11 +302,13 @@ static void compare(const shape *s, const char *what, const operand *got, const 
     ck_assert_msg(off <= 1.1 * unit * (error[i] + fabs(want[i])) + 1e-6, "%s: %s[%llu] is %.9g, not %.9g (bound %.3g)",
                   describe(s), what, (unsigned long long)i, value, want[i],
                   1.1 * unit * (error[i] + fabs(want[i])) + 1e-6);
-    square += want[i] * want[i];
+    const double limit = unit * (error[i] + fabs(want[i])) + 1e-6;
+    bound_square += limit * limit;
     error_square += off * off;
   }
-  ck_assert_msg(sqrt(error_square) <= unit * sqrt(square) + 1e-6 * sqrt((double)count),
-                "%s: %s: norm of error %.3g of %.3g", describe(s), what, sqrt(error_square), sqrt(square));
+  ck_assert_msg(count < 2000 || sqrt(error_square) <= 0.5 * sqrt(bound_square),
+                "%s: %s: norm of error %.3g (bound %.3g)", describe(s), what, sqrt(error_square),
+                0.5 * sqrt(bound_square));
 }
 
 static void compare_lse(const problem *p, const reference *r) {
@@ -318,13 +322,13 @@ static void compare_lse(const problem *p, const reference *r) {
 static void forward_once(problem *p) {
   poison(&p->out);
   poison(&p->lse);
-  poison(&p->scratch);
+  poison(&p->forward_scratch);
   cuda_ok(flap_cuda_attention_forward(&p->s, p->out.device, (float *)(void *)p->lse.device, p->q.device, p->k.device,
-                                      p->v.device, p->scratch.device, NULL),
+                                      p->v.device, p->forward_scratch.device, NULL),
           describe(&p->s));
   download(&p->out, "out");
   download(&p->lse, "lse");
-  download(&p->scratch, "scratch");
+  download(&p->forward_scratch, "scratch of the forward");
 }
 
 static void backward_once(problem *p) {
@@ -464,11 +468,16 @@ END_TEST
 START_TEST(attention_of_smaller_shapes_needs_no_more_scratch) {
   for (uint32_t i = 0; i < 2000; ++i) {
     const uint32_t group = between(1, 8);
-    const shape large = shape_of(FLAP_BF16, between(1, 40), between(1, 9000), between(1, 8), group, 8 * between(1, 32));
+    shape large = shape_of(FLAP_BF16, between(1, 40), between(1, 9000), between(1, 8), group, 8 * between(1, 32));
+    large.first_position = between(0, 9000);
     shape small = large;
     small.batch = between(1, large.batch);
     small.queries = small.keys = between(1, large.queries);
-    ck_assert_uint_le(flap_cuda_attention_scratch_bytes(&small), flap_cuda_attention_scratch_bytes(&large));
+    small.first_position = between(0, large.first_position);
+    ck_assert_uint_le(flap_cuda_attention_backward_scratch_bytes(&small),
+                      flap_cuda_attention_backward_scratch_bytes(&large));
+    ck_assert_uint_le(flap_cuda_attention_forward_scratch_bytes(&small),
+                      flap_cuda_attention_forward_scratch_bytes(&large));
   }
 }
 END_TEST
