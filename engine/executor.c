@@ -188,6 +188,8 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
   x->has_update = true;
   if (x->config == NULL)
     return FLAP_OK; /* a simulation */
+  if (!isfinite(result->loss_sum) || !isfinite(result->grad_norm))
+    return FLAP_OK; /* the caller stops the run: there is no update to scale */
   const double clip = flap_schedule_clip(x->config->max_grad_norm, result->grad_norm);
   flap_schedule_adamw(x->config, x->input->learning_rate, clip, x->input->step, &x->adamw);
   return FLAP_OK;
