@@ -1,0 +1,236 @@
+#include "tests/kernels/gpu_rig.h"
+
+#include "base/units.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GUARD_BYTES 4096u
+#define GUARD 0x5au
+#define OPERANDS_BYTES ((uint64_t)1 << 30)
+#define VRAM ((uint64_t)4 << 30)
+
+/* ---- fp16 on the host ---- */
+
+static uint16_t to_f16(double value) { /* to nearest even */
+  const uint16_t sign = signbit(value) ? 0x8000u : 0u;
+  const double magnitude = fabs(value);
+  if (magnitude == 0)
+    return sign;
+  int exponent;
+  (void)frexp(magnitude, &exponent);
+  const int last = exponent - 11 < -24 ? -24 : exponent - 11; /* power of the last bit */
+  const uint32_t units = (uint32_t)nearbyint(ldexp(magnitude, -last));
+  return (uint16_t)(sign | (((uint32_t)(last + 24) << 10) + units)); /* the leading bit of normal numbers adds one */
+}
+
+static double from_f16(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction != 0 ? (double)NAN : (double)INFINITY)
+                           : exponent == 0 ? ldexp(fraction, -24)
+                                           : ldexp(1024 + fraction, exponent - 25);
+  return (bits & 0x8000u) != 0 ? -magnitude : magnitude;
+}
+
+static double value_at(flap_dtype dtype, const void *values, uint64_t index) {
+  return dtype == FLAP_F16 ? from_f16(((const uint16_t *)values)[index]) : rig_at(dtype, values, index);
+}
+
+double gpu_ulp(flap_dtype dtype) {
+  return dtype == FLAP_F16 ? 0x1p-11 : rig_ulp(dtype);
+}
+
+/* ---- the rig ---- */
+
+static flap_device *open_device(void) {
+  flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = VRAM, .events_max = 4};
+  flap_device *device = NULL;
+  if (flap_device_open(&config, &device) != FLAP_OK)
+    return NULL;
+  return device;
+}
+
+bool gpu_rig_there(void) {
+  flap_device *device = open_device();
+  if (device == NULL) {
+    printf("skipped: %s\n", flap_error_message());
+    return false;
+  }
+  printf("%s\n", flap_device_describe(device));
+  flap_device_close(device);
+  return true;
+}
+
+int gpu_rig_main(Suite *suite) {
+  (void)rig_seed();
+  SRunner *runner = srunner_create(suite);
+  srunner_set_fork_status(runner, CK_NOFORK);
+  srunner_run_all(runner, CK_ENV);
+  const int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+static void download(const gpu_rig *g, void *to, const void *from, uint64_t bytes) {
+  if (flap_device_download(g->device, to, from, bytes) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+}
+
+static void upload(const gpu_rig *g, void *to, const void *from, uint64_t bytes) {
+  if (flap_device_upload(g->device, to, from, bytes) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+}
+
+static void fill(const gpu_rig *g, unsigned char *to, unsigned char value, uint64_t bytes) {
+  unsigned char *from = rig_bytes(bytes);
+  memset(from, value, bytes);
+  upload(g, to, from, bytes);
+  free(from);
+}
+
+static void check_guard(const gpu_rig *g, const unsigned char *from) {
+  unsigned char bytes[GUARD_BYTES];
+  download(g, bytes, from, sizeof bytes);
+  for (size_t i = 0; i < sizeof bytes; ++i)
+    if (bytes[i] != GUARD)
+      ck_abort_msg("byte %zu of a guard was written, %llu bytes into the arena (seed %llu)", i,
+                   (unsigned long long)(from - g->arena), (unsigned long long)rig_seed());
+}
+
+void gpu_rig_open(gpu_rig *g, const flap_ops_limits *limits) {
+  memset(g, 0, sizeof *g);
+  g->dtype = limits->dtype;
+  g->oracle = limits->dtype == FLAP_F16 ? FLAP_F32 : limits->dtype;
+  flap_ops_limits oracle = *limits;
+  oracle.dtype = g->oracle;
+  rig_open(&g->cpu, &oracle, 2);
+  g->device = open_device();
+  if (g->device == NULL)
+    ck_abort_msg("%s", flap_error_message());
+  g->arena = flap_device_arena(g->device, &g->arena_bytes);
+  g->workspace_bytes = flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, limits);
+  ck_assert_uint_le(2 * GUARD_BYTES + g->workspace_bytes + OPERANDS_BYTES, g->arena_bytes);
+  fill(g, g->arena, GUARD, GUARD_BYTES);
+  fill(g, g->arena + GUARD_BYTES, 0xff, g->workspace_bytes); /* NaN, in case anybody reads before writing */
+  fill(g, g->arena + GUARD_BYTES + g->workspace_bytes, GUARD, GUARD_BYTES);
+  if (flap_ops_open(g->device, limits, g->arena + GUARD_BYTES, &g->ops) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+  gpu_rig_clear(g);
+}
+
+static uint64_t operands_start(const gpu_rig *g) {
+  return 2 * GUARD_BYTES + g->workspace_bytes;
+}
+
+void gpu_rig_clear(gpu_rig *g) {
+  check_guard(g, g->arena);
+  check_guard(g, g->arena + GUARD_BYTES + g->workspace_bytes);
+  g->used = operands_start(g);
+}
+
+void gpu_rig_close(gpu_rig *g) {
+  gpu_rig_clear(g);
+  flap_ops_close(g->ops);
+  if (flap_device_synchronize(g->device) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+  flap_device_close(g->device);
+  rig_close(&g->cpu);
+}
+
+/* ---- operands ---- */
+
+static operand operand_make(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32_t shift) {
+  operand o = {.rig = g, .dtype = dtype, .oracle = dtype == FLAP_F16 ? FLAP_F32 : dtype, .count = count};
+  const uint64_t bytes = count * flap_dtype_bytes(dtype);
+  g->used = flap_units_round_up(g->used, 4096);
+  ck_assert_uint_le(g->used + 3 * GUARD_BYTES + bytes, g->arena_bytes);
+  unsigned char *start = g->arena + g->used + GUARD_BYTES + shift * flap_dtype_bytes(dtype);
+  fill(g, start - GUARD_BYTES, GUARD, GUARD_BYTES);
+  fill(g, start + bytes, GUARD, GUARD_BYTES);
+  g->used += 3 * GUARD_BYTES + bytes;
+  o.gpu = start;
+  return o;
+}
+
+static void to_gpu(operand *o) {
+  if (o->dtype != FLAP_F16) {
+    upload(o->rig, o->gpu, o->cpu, operand_size(o));
+    return;
+  }
+  uint16_t *halves = rig_bytes(operand_size(o));
+  for (uint64_t i = 0; i < o->count; ++i) {
+    halves[i] = to_f16((double)((float *)o->cpu)[i]);
+    ((float *)o->cpu)[i] = (float)from_f16(halves[i]);
+  }
+  upload(o->rig, o->gpu, halves, operand_size(o));
+  free(halves);
+}
+
+operand operand_normal(gpu_rig *g, rig_random *random, flap_dtype dtype, uint64_t count, double scale, uint32_t shift) {
+  operand o = operand_make(g, dtype, count, shift);
+  o.cpu = rig_normal(random, o.oracle, count, scale);
+  to_gpu(&o);
+  return o;
+}
+
+operand operand_empty(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32_t shift) {
+  operand o = operand_make(g, dtype, count, shift);
+  o.cpu = rig_bytes(count * flap_dtype_bytes(o.oracle));
+  fill(g, o.gpu, 0xa5, operand_size(&o));
+  return o;
+}
+
+operand operand_of(gpu_rig *g, flap_dtype dtype, const void *values, uint64_t count) {
+  operand o = operand_make(g, dtype, count, 0);
+  o.cpu = rig_copy(values, count * flap_dtype_bytes(dtype));
+  to_gpu(&o);
+  return o;
+}
+
+operand operand_copy(const operand *from, uint32_t shift) {
+  operand o = operand_make(from->rig, from->dtype, from->count, shift);
+  o.cpu = rig_copy(from->cpu, from->count * flap_dtype_bytes(from->oracle));
+  void *bytes = operand_bytes(from);
+  upload(o.rig, o.gpu, bytes, operand_size(&o));
+  free(bytes);
+  return o;
+}
+
+/* Also checks that nobody wrote beside the operand. */
+void operand_free(operand *o) {
+  check_guard(o->rig, (unsigned char *)o->gpu - GUARD_BYTES);
+  check_guard(o->rig, (unsigned char *)o->gpu + operand_size(o));
+  free(o->cpu);
+  o->cpu = NULL;
+}
+
+uint64_t operand_size(const operand *o) {
+  return o->count * flap_dtype_bytes(o->dtype);
+}
+
+void *operand_bytes(const operand *o) {
+  void *bytes = rig_bytes(operand_size(o));
+  download(o->rig, bytes, o->gpu, operand_size(o));
+  return bytes;
+}
+
+void operand_near(const char *what, const operand *o, double relative, double absolute) {
+  void *bytes = operand_bytes(o);
+  for (uint64_t i = 0; i < o->count; ++i)
+    rig_near(what, i, value_at(o->dtype, bytes, i), value_at(o->oracle, o->cpu, i), relative, absolute);
+  free(bytes);
+}
+
+void operand_same(const char *what, const operand *o) {
+  void *bytes = operand_bytes(o);
+  rig_same(what, bytes, o->cpu, operand_size(o));
+  free(bytes);
+}
+
+void operands_equal(const char *what, const operand *a, const operand *b) {
+  void *left = operand_bytes(a), *right = operand_bytes(b);
+  rig_same(what, left, right, operand_size(a));
+  free(left), free(right);
+}

@@ -1,0 +1,204 @@
+/* AdamW and gradient rounding on cuda: bit for bit the cpu's, over several steps and many slices. */
+#include "tests/kernels/gpu_rig.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+
+#define BLOCKS 300u
+#define ELEMENTS ((uint64_t)BLOCKS * FLAP_OPS_BLOCK)
+
+static void with_rig(void (*body)(gpu_rig *g, rig_random *random, int index), int index) {
+  const flap_ops_limits limits = rig_limits(FLAP_BF16);
+  gpu_rig g;
+  gpu_rig_open(&g, &limits);
+  rig_random random = rig_random_named("cuda optimizer");
+  body(&g, &random, index);
+  gpu_rig_close(&g);
+}
+
+static flap_adamw scalars_of(uint32_t step) {
+  const double beta1 = 0.9, beta2 = 0.95, rate = 3e-4;
+  return (flap_adamw){.learning_rate = (float)rate,
+                      .beta1 = (float)beta1,
+                      .beta2 = (float)beta2,
+                      .one_minus_beta1 = (float)(1 - beta1),
+                      .one_minus_beta2 = (float)(1 - beta2),
+                      .inverse_bias1 = (float)(1 / (1 - pow(beta1, step))),
+                      .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(beta2, step))),
+                      .epsilon = 1e-8f,
+                      .decay = (float)(1 - rate * 0.1),
+                      .gradient_scale = 0.7f};
+}
+
+/* The states of one tensor: as split halves, or as one fp32 weight. */
+typedef struct states {
+  operand weight, low, m, v, fault;
+  bool split;
+} states;
+
+static states make_states(gpu_rig *g, rig_random *random, bool split) {
+  states s = {.split = split};
+  float *weight = rig_normal_f32(random, ELEMENTS, 0.5), *m = rig_normal_f32(random, ELEMENTS, 1e-3);
+  float *v = rig_normal_f32(random, ELEMENTS, 1e-3);
+  uint16_t *high = rig_bytes(ELEMENTS * 2), *low = rig_bytes(ELEMENTS * 2);
+  for (uint64_t i = 0; i < ELEMENTS; ++i) {
+    v[i] = v[i] * v[i];
+    if (i % 97 == 0)
+      m[i] = v[i] = 0;
+    if (i % 101 == 0)
+      m[i] = 0x1.1p-100f, v[i] = 0x1.1p-100f; /* fall below the limit in the first step */
+    if (i % 103 == 0)
+      v[i] = 0x1p-140f; /* a denormal, which nobody may flush before the comparison */
+    const uint32_t bits = flap_f32_bits(weight[i]);
+    high[i] = (uint16_t)((bits + 0x8000u) >> 16);
+    low[i] = (uint16_t)(bits - ((uint32_t)high[i] << 16));
+  }
+  s.weight = split ? operand_of(g, FLAP_BF16, high, ELEMENTS) : operand_of(g, FLAP_F32, weight, ELEMENTS);
+  s.low = operand_of(g, FLAP_BF16, low, ELEMENTS);
+  s.m = operand_of(g, FLAP_F32, m, ELEMENTS);
+  s.v = operand_of(g, FLAP_F32, v, ELEMENTS);
+  const int32_t none = 0;
+  s.fault = operand_of(g, FLAP_I32, &none, 1);
+  free(weight), free(m), free(v), free(high), free(low);
+  return s;
+}
+
+static void free_states(states *s) {
+  operand_free(&s->weight), operand_free(&s->low), operand_free(&s->m), operand_free(&s->v), operand_free(&s->fault);
+}
+
+static unsigned char *at(void *base, uint64_t element, uint64_t bytes) {
+  return (unsigned char *)base + element * bytes;
+}
+
+/* One step on both sides; the GPU's in slices of `slice` elements. */
+static void step(gpu_rig *g, states *s, const flap_adamw *scalars, const operand *grad, uint64_t slice) {
+  uint8_t decays[BLOCKS / 8 + 1];
+  for (uint32_t i = 0; i < sizeof decays; ++i)
+    decays[i] = (uint8_t)(i * 37 + 0xa6);
+  const flap_dtype weight_dtype = s->split ? FLAP_BF16 : FLAP_F32;
+  flap_ops_adamw(g->cpu.ops, scalars, weight_dtype, grad->dtype, s->weight.cpu, s->split ? s->low.cpu : NULL, s->m.cpu,
+                 s->v.cpu, grad->cpu, decays, s->fault.cpu, ELEMENTS);
+  for (uint64_t start = 0; start < ELEMENTS; start += slice) {
+    const uint64_t count = ELEMENTS - start < slice ? ELEMENTS - start : slice, block = start / FLAP_OPS_BLOCK;
+    flap_ops_adamw(g->ops, scalars, weight_dtype, grad->dtype, at(s->weight.gpu, start, flap_dtype_bytes(weight_dtype)),
+                   s->split ? (int16_t *)(void *)at(s->low.gpu, start, 2) : NULL, (float *)s->m.gpu + start,
+                   (float *)s->v.gpu + start, at(grad->gpu, start, flap_dtype_bytes(grad->dtype)), decays + block / 8,
+                   s->fault.gpu, count);
+  }
+}
+
+static void same_states(states *s) {
+  operand_same("weight", &s->weight);
+  operand_same("low half", &s->low);
+  operand_same("m", &s->m);
+  operand_same("v", &s->v);
+  operand_same("fault", &s->fault);
+}
+
+static void adamw(gpu_rig *g, rig_random *random, int index) {
+  const flap_dtype grad_dtype = index % 2 == 0 ? FLAP_F32 : FLAP_BF16;
+  const uint64_t slices[] = {ELEMENTS, 8 * FLAP_OPS_BLOCK, 64 * FLAP_OPS_BLOCK, ELEMENTS};
+  states s = make_states(g, random, index / 2 == 0);
+  for (uint32_t i = 1; i <= 4; ++i) {
+    const flap_adamw scalars = scalars_of(i);
+    operand grad = operand_normal(g, random, grad_dtype, ELEMENTS, i == 3 ? 1e-18 : 1e-2, i == 4 ? 1 : 0);
+    step(g, &s, &scalars, &grad, slices[i - 1]);
+    same_states(&s);
+    operand_free(&grad);
+  }
+  ck_assert_int_eq(*(int32_t *)s.fault.cpu, 0);
+  free_states(&s);
+}
+
+START_TEST(adamw_has_the_bits_of_the_cpu) {
+  with_rig(adamw, _i);
+}
+END_TEST
+
+/* Any finite weight, NaN and infinite gradients: what is refused is refused on both sides. */
+static void faults(gpu_rig *g, rig_random *random, int index) {
+  states s = make_states(g, random, index == 0);
+  flap_adamw scalars = scalars_of(1);
+  scalars.learning_rate = index == 0 ? 0x1p112f : 0x1p105f;
+  scalars.gradient_scale = 1;
+  float *values = rig_normal_f32(random, ELEMENTS, 1e15);
+  for (uint64_t i = 0; i < ELEMENTS; i += 1000)
+    values[i] = i % 3000 == 0 ? (float)INFINITY : i % 2000 == 0 ? (float)-INFINITY : FLT_MAX;
+  operand grad = operand_of(g, FLAP_F32, values, ELEMENTS);
+  step(g, &s, &scalars, &grad, ELEMENTS);
+  same_states(&s);
+  ck_assert_int_eq(*(int32_t *)s.fault.cpu, 1);
+  free(values);
+  operand_free(&grad);
+  free_states(&s);
+}
+
+START_TEST(adamw_refuses_what_the_cpu_refuses) {
+  with_rig(faults, _i);
+}
+END_TEST
+
+/* A NaN has many bit patterns, and the two sides may pick another: only weights and the fault count. */
+static void not_a_number(gpu_rig *g, rig_random *random, int index) {
+  states s = make_states(g, random, index == 0);
+  const flap_adamw scalars = scalars_of(1);
+  float *values = rig_normal_f32(random, ELEMENTS, 1);
+  values[rig_between(random, 0, ELEMENTS - 1)] = NAN;
+  operand grad = operand_of(g, FLAP_F32, values, ELEMENTS);
+  step(g, &s, &scalars, &grad, ELEMENTS);
+  operand_same("weight", &s.weight);
+  operand_same("low half", &s.low);
+  operand_same("fault", &s.fault);
+  ck_assert_int_eq(*(int32_t *)s.fault.cpu, 1);
+  free(values);
+  operand_free(&grad);
+  free_states(&s);
+}
+
+START_TEST(adamw_not_a_number_leaves_the_weight) {
+  with_rig(not_a_number, _i);
+}
+END_TEST
+
+static void gradient(gpu_rig *g, rig_random *random, int index) {
+  const flap_dtype dtype = index == 0 ? FLAP_F32 : FLAP_BF16;
+  float *values = rig_normal_f32(random, ELEMENTS, 1);
+  values[5] = flap_f32_from_bits(0x3f808000u); /* ties: to even */
+  values[6] = flap_f32_from_bits(0x3f818000u);
+  operand sum = operand_of(g, FLAP_F32, values, ELEMENTS), odd = operand_copy(&sum, 1);
+  operand grad = operand_empty(g, dtype, ELEMENTS, 0), again = operand_empty(g, dtype, ELEMENTS, 1);
+  operand squares = operand_empty(g, FLAP_F32, BLOCKS, 0), other = operand_empty(g, FLAP_F32, BLOCKS, 0);
+  operand measured = operand_empty(g, FLAP_F32, BLOCKS, 0);
+  flap_ops_gradient_store(g->ops, dtype, grad.gpu, squares.gpu, sum.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, again.gpu, other.gpu, odd.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, NULL, measured.gpu, sum.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->cpu.ops, dtype, grad.cpu, squares.cpu, sum.cpu, ELEMENTS);
+  operand_same("grad", &grad);
+  operands_equal("grad at an odd address", &grad, &again);
+  operand_near("squares", &squares, 2e-6, 0);
+  operands_equal("squares, again", &squares, &other);
+  operands_equal("squares only measured", &squares, &measured);
+  operand_free(&sum), operand_free(&odd), operand_free(&grad), operand_free(&again);
+  operand_free(&squares), operand_free(&other), operand_free(&measured);
+  free(values);
+}
+
+START_TEST(gradient_store_has_the_bits_of_the_cpu) {
+  with_rig(gradient, _i);
+}
+END_TEST
+
+int main(void) {
+  if (!gpu_rig_there())
+    return 77;
+  Suite *suite = suite_create("kernels");
+  TCase *tests = tcase_create("cuda_optimizer");
+  tcase_add_loop_test(tests, adamw_has_the_bits_of_the_cpu, 0, 4);
+  tcase_add_loop_test(tests, adamw_refuses_what_the_cpu_refuses, 0, 2);
+  tcase_add_loop_test(tests, adamw_not_a_number_leaves_the_weight, 0, 2);
+  tcase_add_loop_test(tests, gradient_store_has_the_bits_of_the_cpu, 0, 2);
+  suite_add_tcase(suite, tests);
+  return gpu_rig_main(suite);
+}

@@ -1,0 +1,221 @@
+/* Products of cuBLASLt, and the head, against the cpu's: all transposes, types, strides, sums and biases; twice for the
+ * same bits. Products that cuBLASLt refuses go through the plain kernel, which is also compared by itself. */
+#include "kernels/cuda/cuda_internal.h"
+#include "tests/kernels/gpu_rig.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static const flap_dtype dtypes[] = {FLAP_F32, FLAP_BF16, FLAP_F16};
+
+static void with_rig(int index, void (*body)(gpu_rig *g, rig_random *random)) {
+  const flap_ops_limits limits = rig_limits(dtypes[index]);
+  gpu_rig g;
+  gpu_rig_open(&g, &limits);
+  rig_random random = rig_random_named("cuda products");
+  body(&g, &random);
+  gpu_rig_close(&g);
+}
+
+typedef struct product {
+  flap_matmul matmul; /* without pointers */
+  uint32_t gap;       /* elements between rows, of all operands */
+  bool bias, plain;
+} product;
+
+static void run(gpu_rig *g, const product *p, const flap_matmul *x) {
+  if (p->plain)
+    cuda_matmul_plain(g->ops, x);
+  else
+    flap_ops_matmul(g->ops, x);
+}
+
+static void check_product(gpu_rig *g, rig_random *random, product p) {
+  gpu_rig_clear(g);
+  flap_matmul *x = &p.matmul;
+  const bool tn = x->transpose == FLAP_TN, nt = x->transpose == FLAP_NT;
+  x->lda = (tn ? x->m : x->k) + p.gap;
+  x->ldb = (nt ? x->k : x->n) + p.gap;
+  x->ldc = x->n + p.gap;
+  x->dtype = g->dtype;
+  operand a = operand_normal(g, random, g->dtype, (uint64_t)(tn ? x->k : x->m) * x->lda, 1, 0);
+  operand b = operand_normal(g, random, g->dtype, (uint64_t)(nt ? x->n : x->k) * x->ldb, 1, 0);
+  operand bias = operand_normal(g, random, g->dtype, x->n, 1, 0);
+  operand c = operand_normal(g, random, x->c_dtype, (uint64_t)x->m * x->ldc, 1, 0), again = operand_copy(&c, 0);
+  flap_matmul on_gpu = *x, on_cpu = *x;
+  on_gpu.a = a.gpu, on_gpu.b = b.gpu, on_gpu.bias = p.bias ? bias.gpu : NULL;
+  on_cpu.a = a.cpu, on_cpu.b = b.cpu, on_cpu.bias = p.bias ? bias.cpu : NULL;
+  on_cpu.dtype = g->oracle;
+  on_cpu.c_dtype = x->c_dtype == FLAP_F16 ? FLAP_F32 : x->c_dtype;
+  on_gpu.c = again.gpu;
+  run(g, &p, &on_gpu);
+  on_gpu.c = c.gpu;
+  run(g, &p, &on_gpu);
+  operands_equal("product, again", &c, &again);
+  on_cpu.c = c.cpu;
+  flap_ops_matmul(g->cpu.ops, &on_cpu);
+  operand_near("product", &c, gpu_ulp(x->c_dtype), 1e-6 * (x->k < 16 ? 4 : sqrt(x->k)));
+  operand_free(&a), operand_free(&b), operand_free(&bias), operand_free(&c), operand_free(&again);
+}
+
+static product random_product(const gpu_rig *g, rig_random *random, uint32_t round) {
+  product p = {.matmul = {.transpose = (flap_transpose)(round % 3)}};
+  const uint32_t shapes[][3] = {{1, 1, 1}, {1, 512, 300}, {257, 1, 64}, {64, 64, 1}, {512, 384, 2048}, {128, 3000, 64}};
+  const uint32_t count = sizeof shapes / sizeof *shapes;
+  const bool listed = round / 3 < count, whole = round % 2 == 0;
+  const uint32_t step = whole ? 16 : 1; /* half of them as models have them, half of any size */
+  p.matmul.m = listed ? shapes[round / 3][0] : step * rig_between(random, 1, 600 / step);
+  p.matmul.n = listed ? shapes[round / 3][1] : step * rig_between(random, 1, 600 / step);
+  p.matmul.k = listed ? shapes[round / 3][2] : step * rig_between(random, 1, 600 / step);
+  p.gap = rig_between(random, 0, 2) * (whole ? 8 : 3);
+  p.matmul.c_dtype = rig_between(random, 0, 1) == 0 ? g->dtype : FLAP_F32;
+  p.matmul.accumulate = p.matmul.c_dtype == FLAP_F32 && rig_between(random, 0, 1) == 0;
+  p.bias = rig_between(random, 0, 2) == 0;
+  return p;
+}
+
+static void products(gpu_rig *g, rig_random *random) {
+  for (uint32_t round = 0; round < 90; ++round)
+    check_product(g, random, random_product(g, random, round));
+}
+
+START_TEST(matmul_any_shape_matches_the_cpu) {
+  with_rig(_i, products);
+}
+END_TEST
+
+static void plain_products(gpu_rig *g, rig_random *random) {
+  for (uint32_t round = 0; round < 30; ++round) {
+    product p = random_product(g, random, round);
+    p.plain = true;
+    check_product(g, random, p);
+  }
+}
+
+START_TEST(matmul_plain_any_shape_matches_the_cpu) {
+  with_rig(_i, plain_products);
+}
+END_TEST
+
+/* A long inner sum and shapes that tempt to cut it: the same bits every time, and the error of one fp32 sum. */
+static void long_sums(gpu_rig *g, rig_random *random) {
+  for (uint32_t round = 0; round < 3; ++round) {
+    product p = {.matmul = {.transpose = (flap_transpose)round, .m = 64, .n = 96, .k = 16384, .c_dtype = FLAP_F32}};
+    p.matmul.accumulate = round == 2;
+    check_product(g, random, p);
+  }
+}
+
+START_TEST(matmul_long_sum_has_the_same_bits_every_time) {
+  with_rig(_i, long_sums);
+}
+END_TEST
+
+/* More shapes than the table of plans holds, then the first ones again. */
+static void many_shapes(gpu_rig *g, rig_random *random) {
+  operand a = operand_normal(g, random, g->dtype, 1024 * 64, 1, 0),
+          b = operand_normal(g, random, g->dtype, 64 * 64, 1, 0);
+  operand first = operand_empty(g, FLAP_F32, 64, 0), c = operand_empty(g, FLAP_F32, 1024 * 64, 0);
+  flap_matmul x = {.transpose = FLAP_NT, .n = 64, .k = 64, .a = a.gpu, .b = b.gpu, .dtype = g->dtype};
+  x.c_dtype = FLAP_F32;
+  x.lda = x.ldb = x.ldc = 64;
+  x.m = 1;
+  x.c = first.gpu;
+  flap_ops_matmul(g->ops, &x);
+  x.c = c.gpu;
+  for (x.m = 1024; x.m >= 1; --x.m)
+    flap_ops_matmul(g->ops, &x);
+  float *want = operand_bytes(&first), *got = operand_bytes(&c);
+  rig_same("the first row", got, want, 64 * 4);
+  free(want), free(got);
+  operand_free(&a), operand_free(&b), operand_free(&first), operand_free(&c);
+}
+
+START_TEST(matmul_more_shapes_than_are_kept_still_works) {
+  with_rig(_i, many_shapes);
+}
+END_TEST
+
+/* ---- head ---- */
+
+static void check_head(gpu_rig *g, rig_random *random, uint32_t tokens, uint32_t hidden, uint32_t vocabulary) {
+  gpu_rig_clear(g);
+  const flap_dtype dtype = g->dtype;
+  const uint64_t x_count = (uint64_t)tokens * hidden, w_count = (uint64_t)vocabulary * hidden;
+  int32_t *ids = rig_bytes(tokens * sizeof *ids);
+  for (uint32_t i = 0; i < tokens; ++i)
+    ids[i] = tokens > 1 && rig_between(random, 0, 5) == 0 ? -100 : (int32_t)rig_between(random, 0, vocabulary - 1);
+  operand targets = operand_of(g, FLAP_I32, ids, tokens), x = operand_normal(g, random, dtype, x_count, 1, 0);
+  operand weight = operand_normal(g, random, dtype, w_count, 2 / sqrt(hidden), 0);
+  operand before = operand_normal(g, random, FLAP_F32, w_count, 0.1, 0);
+  operand losses[2], dx[2], dweight[2], loss_only = operand_empty(g, FLAP_F32, tokens, 0);
+  for (uint32_t i = 0; i < 2; ++i) { /* once with dx in the place of x */
+    losses[i] = operand_empty(g, FLAP_F32, tokens, 0);
+    dx[i] = operand_copy(&x, 0);
+    dweight[i] = operand_copy(&before, 0);
+    flap_ops_head_loss(g->ops, dtype, losses[i].gpu, dx[i].gpu, dweight[i].gpu, i == 0 ? x.gpu : dx[i].gpu, weight.gpu,
+                       targets.gpu, 0.25f, tokens, hidden, vocabulary);
+  }
+  flap_ops_head_loss(g->ops, dtype, loss_only.gpu, NULL, NULL, x.gpu, weight.gpu, targets.gpu, 1, tokens, hidden,
+                     vocabulary);
+  operands_equal("losses without a backward", &losses[0], &loss_only);
+  operands_equal("losses, again", &losses[0], &losses[1]);
+  operands_equal("dx, again", &dx[0], &dx[1]);
+  operands_equal("dweight, again", &dweight[0], &dweight[1]);
+  flap_ops_head_loss(g->cpu.ops, g->oracle, losses[0].cpu, dx[0].cpu, dweight[0].cpu, x.cpu, weight.cpu, ids, 0.25f,
+                     tokens, hidden, vocabulary);
+  /* A logit of up to 8 may be rounded the other way, which moves its probability by as much. */
+  const double step = dtype == FLAP_F32 ? 1e-6 : 8 * gpu_ulp(dtype);
+  operand_near("losses", &losses[0], 1e-5, 1e-5 + step);
+  operand_near("dx", &dx[0], 2 * gpu_ulp(dtype), 2e-6 + step * 0.25 * 2 / sqrt(hidden));
+  operand_near("dweight", &dweight[0], 1e-5, (1e-6 + step * 0.25) * (1 + sqrt(tokens)));
+  for (uint32_t i = 0; i < 2; ++i)
+    operand_free(&losses[i]), operand_free(&dx[i]), operand_free(&dweight[i]);
+  operand_free(&targets), operand_free(&x), operand_free(&weight), operand_free(&before), operand_free(&loss_only);
+  free(ids);
+}
+
+static void head(gpu_rig *g, rig_random *random) {
+  check_head(g, random, 1, 1, 1);
+  check_head(g, random, 1, 33, 257);
+  check_head(g, random, 1000, 24, 257);
+  check_head(g, random, 131, 17, 3000);
+  check_head(g, random, 64, 40, 1025);
+  for (uint32_t i = 0; i < 6; ++i)
+    check_head(g, random, rig_between(random, 1, 200), rig_between(random, 1, 60), rig_between(random, 2, 600));
+}
+
+START_TEST(head_loss_any_shape_matches_the_cpu) {
+  with_rig(_i, head);
+}
+END_TEST
+
+START_TEST(head_loss_large_vocabulary_takes_several_chunks) {
+  flap_ops_limits limits = {.dtype = dtypes[_i], .batch_max = 1, .sequence_max = 700, .tokens_max = 700};
+  limits.hidden = limits.intermediate = 16;
+  limits.vocabulary = _i == 0 ? 150001 : 300001; /* 256 and 384 rows of logits at a time */
+  limits.heads = limits.kv_heads = 1;
+  limits.head_size = 16;
+  limits.threads = RIG_THREADS_MAX;
+  gpu_rig g;
+  gpu_rig_open(&g, &limits);
+  rig_random random = rig_random_named("cuda head");
+  check_head(&g, &random, 700, 16, limits.vocabulary);
+  gpu_rig_close(&g);
+}
+END_TEST
+
+int main(void) {
+  if (!gpu_rig_there())
+    return 77;
+  Suite *suite = suite_create("kernels");
+  TCase *tests = tcase_create("cuda_products");
+  tcase_add_loop_test(tests, matmul_any_shape_matches_the_cpu, 0, 3);
+  tcase_add_loop_test(tests, matmul_plain_any_shape_matches_the_cpu, 0, 3);
+  tcase_add_loop_test(tests, matmul_long_sum_has_the_same_bits_every_time, 0, 3);
+  tcase_add_loop_test(tests, matmul_more_shapes_than_are_kept_still_works, 0, 2);
+  tcase_add_loop_test(tests, head_loss_any_shape_matches_the_cpu, 0, 3);
+  tcase_add_loop_test(tests, head_loss_large_vocabulary_takes_several_chunks, 0, 3);
+  suite_add_tcase(suite, tests);
+  return gpu_rig_main(suite);
+}
