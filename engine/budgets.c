@@ -113,6 +113,24 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
   return FLAP_OK;
 }
 
+/* The least of one tier does not exist when another tier is too small whatever this one is: that other one is named. */
+static flap_status name_culprit(const flap_planner *planner, const flap_budgets *budgets, const char *key) {
+  flap_setup setup;
+  flap_plan_costs costs;
+  FLAP_TRY(flap_planner_choose(planner, budgets, &setup, &costs));
+  flap_setup_close(&setup);
+  return flap_error_set(FLAP_BUDGET, "%s: min: no least size was found: give a size", key);
+}
+
+static flap_status resolve_min(const flap_planner *planner, flap_budgets *budgets, const char *key, uint64_t *budget,
+                               flap_status (*least)(const flap_planner *, const flap_budgets *, uint64_t *)) {
+  uint64_t bytes = 0;
+  const flap_status status = least(planner, budgets, &bytes);
+  if (status == FLAP_OK)
+    *budget = bytes;
+  return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
+}
+
 flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner,
                                  flap_budgets *budgets_out) {
   memset(budgets_out, 0, sizeof *budgets_out);
@@ -120,8 +138,8 @@ flap_status flap_budgets_resolve(const flap_run_config *config, const flap_plann
   for (uint32_t i = 0; i < config->disk_count; i++)
     FLAP_TRY(resolve_disk(&config->disk[i], &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)
-    FLAP_TRY(flap_planner_vram_min(planner, budgets_out, &budgets_out->vram_bytes));
+    FLAP_TRY(resolve_min(planner, budgets_out, "vram", &budgets_out->vram_bytes, flap_planner_vram_min));
   if (config->ram.kind == FLAP_SIZE_MIN)
-    FLAP_TRY(flap_planner_ram_min(planner, budgets_out, &budgets_out->ram_bytes));
+    FLAP_TRY(resolve_min(planner, budgets_out, "ram", &budgets_out->ram_bytes, flap_planner_ram_min));
   return shrink_disks(config, planner, budgets_out);
 }

@@ -44,6 +44,17 @@ uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choi
   return setup->vram_bytes;
 }
 
+uint64_t planner_least_without_slices(const flap_planner *planner, const flap_choice *choice, flap_setup *setup) {
+  const uint64_t all = planner_least_vram(planner, choice, setup);
+  uint64_t slices = 0;
+  const flap_region_class sliced[] = {FLAP_CLASS_STATES, FLAP_CLASS_GRADIENTS};
+  for (size_t i = 0; i < sizeof sliced / sizeof *sliced; i++) {
+    const flap_class_plan *row = &setup->classes[sliced[i]];
+    slices += row->ring_bytes + row->resident_bytes;
+  }
+  return all - slices;
+}
+
 uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup) {
   flap_choice least = *choice;
   place_least(planner, setup, &least);

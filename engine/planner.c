@@ -10,7 +10,7 @@
 /* ---- candidates ------------------------------------------------------------------------------------------ */
 
 static void add_segments(const flap_planner *planner, planner_candidates *c) {
-  static const uint32_t usual[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32};
+  static const uint32_t usual[] = {1, 2, 4, 8, 16, 32};
   const uint32_t layers = planner->spec.model->num_hidden_layers;
   if (planner->spec.mode != FLAP_MODE_TRAIN) {
     c->segments[c->segment_count++] = 1;
@@ -48,8 +48,8 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
     c->saved[c->saved_count++] = layers;
     return;
   }
-  for (uint32_t quarter = 0; quarter <= 4; quarter++) {
-    const uint32_t saved = layers * quarter / 4;
+  for (uint32_t half = 0; half <= 2; half++) {
+    const uint32_t saved = layers * half / 2;
     if (c->saved_count == 0 || c->saved[c->saved_count - 1] != saved)
       c->saved[c->saved_count++] = saved;
   }
@@ -152,7 +152,10 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
       if (got == PLANNER_NO_VRAM)
         break; /* pages make no difference */
     }
+    const bool hopeless = planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes;
     flap_setup_close(setup);
+    if (hopeless)
+      break;
   }
   return flap_error_set(FLAP_BUDGET, "no plan fits");
 }
@@ -178,26 +181,36 @@ static void enter(contender *list, uint32_t *count, uint32_t count_max, contende
   *count = last + 1;
 }
 
+/* The best that a skeleton can do, over how far transfers may run ahead. */
+static flap_status enter_skeleton(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                  skeleton s, contender *list, uint32_t *count, planner_reach *reach) {
+  static const uint32_t depths[] = {1, 3, 0};
+  flap_setup setup;
+  FLAP_TRY(settle(planner, c, s, budgets, 0, &setup, reach));
+  const flap_choice settled = setup.choice;
+  for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
+    flap_choice choice = settled;
+    choice.transfer_bytes = choice.page_bytes;
+    if (planner_fill(planner, budgets, &choice, depths[d], &setup) == PLANNER_FITS)
+      enter(list, count, PLANNER_CONTENDERS,
+            (contender){.s = s, .depth = depths[d], .estimate = planner_estimate(planner, &setup)});
+  }
+  flap_setup_close(&setup);
+  return FLAP_OK;
+}
+
 static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                              contender *list, uint32_t *count, planner_reach *reach) {
-  static const uint32_t depths[] = {1, 3, 0};
   for (uint32_t i = 0; i < c->segment_count; i++)
-    for (uint32_t j = 0; j < c->saved_count; j++) {
-      bool found = false; /* smaller groups only where larger ones do not fit */
-      for (uint32_t g = 0; g < c->group_count && !found; g++)
-        for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved[j]};
-          flap_setup setup;
-          const flap_status status = settle(planner, c, s, budgets, depths[d], &setup, reach);
-          if (status == FLAP_BUDGET)
-            continue;
-          FLAP_TRY(status);
-          enter(list, count, PLANNER_CONTENDERS,
-                (contender){.s = s, .depth = depths[d], .estimate = planner_estimate(planner, &setup)});
-          flap_setup_close(&setup);
-          found = true;
-        }
-    }
+    for (uint32_t j = 0; j < c->saved_count; j++)
+      for (uint32_t g = 0; g < c->group_count; g++) {
+        const skeleton s = {c->segments[i], c->groups[g], c->saved[j]};
+        const flap_status status = enter_skeleton(planner, c, budgets, s, list, count, reach);
+        if (status == FLAP_OK)
+          break; /* smaller groups only where larger ones do not fit */
+        if (status != FLAP_BUDGET)
+          return status;
+      }
   return FLAP_OK;
 }
 
@@ -205,7 +218,7 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
                                  const contender *list, uint32_t count, uint32_t *best_out, flap_plan_costs *costs) {
   double best = 0;
   *best_out = 0;
-  for (uint32_t i = 0; i < count; i++) {
+  for (uint32_t i = 0; i < count && list[i].estimate <= list[0].estimate * PLANNER_WORTH_SIMULATING; i++) {
     flap_setup setup;
     flap_plan_costs costs_here;
     planner_reach reach = PLANNER_NO_VRAM;
@@ -272,14 +285,35 @@ flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets 
 
 /* ---- the least that works -------------------------------------------------------------------------------- */
 
+#define PLENTY ((uint64_t)1 << 50)
+
 typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
+
+/* More vram may make a small ram do: what is resident needs no home, and where nothing streams there is no staging.
+ * True with trial->vram_bytes at the least that does; it is too small on entry. */
+static bool raise_vram_for_ram(const flap_planner *planner, flap_budgets *trial, const flap_choice *choice,
+                               flap_setup *setup) {
+  uint64_t low = trial->vram_bytes;
+  trial->vram_bytes = PLENTY;
+  if (planner_fill(planner, trial, choice, 0, setup) != PLANNER_FITS)
+    return false;
+  uint64_t high = flap_units_round_up(setup->vram_bytes, FLAP_BLOCK_ALIGN);
+  while (high > low + FLAP_BLOCK_ALIGN) {
+    trial->vram_bytes = low + (high - low) / (2 * FLAP_BLOCK_ALIGN) * FLAP_BLOCK_ALIGN;
+    if (planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS)
+      high = trial->vram_bytes;
+    else
+      low = trial->vram_bytes;
+  }
+  trial->vram_bytes = high;
+  return planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS;
+}
 
 /* The least of one budget with which a given slice and page size can be placed; UINT64_MAX if the other budgets do not
  * allow it. 0 is a size: of the disk, where everything fits into vram and ram. */
 static flap_status least_for(const flap_planner *planner, const flap_budgets *budgets, lever which,
                              const flap_choice *choice, flap_setup *setup, uint64_t *least_out) {
   flap_budgets trial = *budgets;
-  const uint64_t plenty = (uint64_t)1 << 50;
   *least_out = UINT64_MAX;
   if (which == LEVER_VRAM)
     trial.vram_bytes = planner_least_vram(planner, choice, setup);
@@ -287,13 +321,15 @@ static flap_status least_for(const flap_planner *planner, const flap_budgets *bu
     trial.ram_bytes = planner_least_ram(planner, choice, setup);
   else
     for (uint32_t i = 0; i < FLAP_BLOCK_DISKS_MAX; i++)
-      trial.disk_bytes[i] = i == 0 ? plenty : 0;
+      trial.disk_bytes[i] = i == 0 ? PLENTY : 0;
   for (int tries = 0; tries < 64; tries++) {
     const planner_reach got = planner_fill(planner, &trial, choice, 0, setup);
     if (got == PLANNER_FITS) {
       *least_out = which == LEVER_VRAM ? trial.vram_bytes : which == LEVER_RAM ? trial.ram_bytes : setup->disk_bytes;
       return FLAP_OK;
     }
+    if (got == PLANNER_NO_RAM && which == LEVER_VRAM && raise_vram_for_ram(planner, &trial, choice, setup))
+      *least_out = trial.vram_bytes;
     if (got != PLANNER_NO_DISK || which == LEVER_DISK)
       return FLAP_OK;
     /* The disks are too small: more of this tier must hold what they do not. */

@@ -9,9 +9,10 @@
 #define PLANNER_SAVED_MAX 5
 #define PLANNER_SLICES_MAX 24
 #define PLANNER_PAGES_MAX 12
-#define PLANNER_CONTENDERS 4       /* that are simulated */
-#define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
-#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
+#define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
+#define PLANNER_CONTENDERS 4          /* that are simulated */
+#define PLANNER_TABLE_SLICES 65536    /* about as many slices as a run has at most */
+#define PLANNER_SLICE_SHARE 48        /* a slice of states is at most about this part of vram */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
@@ -33,6 +34,8 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
                            uint32_t depth, flap_setup *setup);
 /* What the choice takes before anything is spent. */
 uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+/* The same with slices of no size: what no smaller slice can do without. */
+uint64_t planner_least_without_slices(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
 uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
 /* Bytes by which the disks are too small for the setup as it is placed now. */
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);

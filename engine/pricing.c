@@ -3,7 +3,8 @@
 #include "engine/planner_internal.h"
 #include "engine/runtime.h"
 
-#define SIMULATED_STEPS 3
+#define STEPS_MAX 3
+#define MANY_TRANSFERS 100000 /* a step of so many is simulated once after the first, not twice */
 
 static double matmul_flops(const flap_planner *planner, const flap_setup *setup) {
   const flap_setup_spec *spec = &planner->spec;
@@ -40,29 +41,31 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
   return longest + (sum - longest) * 0.1 + (double)program->op_count * 1e-9 * (double)machine->launch_ns;
 }
 
-static flap_status run_steps(const flap_planner *planner, flap_runtime *runtime, const flap_setup *setup,
-                             flap_plan_costs *costs) {
+static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, flap_plan_costs *costs) {
   flap_executor *x = &runtime->executor;
   flap_executor_result result;
   const flap_executor_input input = {
       .tokens = x->host.tokens, .targets = x->host.targets, .counted = 1, .learning_rate = 1e-3, .decode_tokens = 1};
-  flap_setup_program sequence[SIMULATED_STEPS];
-  uint64_t ended_ns[SIMULATED_STEPS], busy_ns[SIMULATED_STEPS];
-  for (int i = 0; i < SIMULATED_STEPS; i++)
+  uint64_t moved = 0;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    moved += costs->lane_bytes[lane];
+  const int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
+  flap_setup_program sequence[STEPS_MAX];
+  uint64_t ended_ns[steps], busy_ns[STEPS_MAX];
+  for (int i = 0; i < steps; i++)
     sequence[i] = setup->steady;
   if (setup->steady == FLAP_SETUP_STEADY)
     sequence[0] = FLAP_SETUP_FIRST;
-  (void)planner;
   FLAP_TRY(flap_executor_begin(x, sequence[0]));
-  for (int i = 0; i < SIMULATED_STEPS; i++) {
-    if (i + 1 < SIMULATED_STEPS)
+  for (int i = 0; i < steps; i++) {
+    if (i + 1 < steps)
       FLAP_TRY(flap_executor_begin(x, sequence[i + 1]));
     FLAP_TRY(flap_executor_run(x, &input, &result));
     ended_ns[i] = flap_clock_now_ns(runtime->clock);
     busy_ns[i] = flap_device_busy_ns(flap_pager_device(runtime->pager), FLAP_STREAM_COMPUTE);
   }
-  costs->step_seconds = (double)(ended_ns[SIMULATED_STEPS - 1] - ended_ns[SIMULATED_STEPS - 2]) * 1e-9;
-  costs->compute_seconds = (double)(busy_ns[SIMULATED_STEPS - 1] - busy_ns[SIMULATED_STEPS - 2]) * 1e-9;
+  costs->step_seconds = (double)(ended_ns[steps - 1] - ended_ns[steps - 2]) * 1e-9;
+  costs->compute_seconds = (double)(busy_ns[steps - 1] - busy_ns[steps - 2]) * 1e-9;
   return flap_pager_settle(runtime->pager);
 }
 
@@ -74,7 +77,7 @@ flap_status planner_simulate(const flap_planner *planner, const flap_budgets *bu
   *costs_out = (flap_plan_costs){0};
   flap_pager_predict(&setup->pager, program->leases, program->lease_count, costs_out->lane_bytes);
   FLAP_TRY(flap_runtime_open_simulated(setup, &config, &runtime));
-  const flap_status status = run_steps(planner, &runtime, setup, costs_out);
+  const flap_status status = run_steps(&runtime, setup, costs_out);
   flap_runtime_close(&runtime);
   return status;
 }
