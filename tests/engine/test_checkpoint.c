@@ -40,7 +40,6 @@ static void arm(unsigned call) {
 
 ssize_t __real_write(int fd, const void *data, size_t bytes);
 ssize_t __wrap_write(int fd, const void *data, size_t bytes);
-int __real_fsync(int fd);
 int __wrap_fsync(int fd);
 int __real_rename(const char *from, const char *to);
 int __wrap_rename(const char *from, const char *to);
@@ -58,8 +57,10 @@ int __wrap_mkdir(const char *path, mode_t mode);
 ssize_t __wrap_write(int fd, const void *data, size_t bytes) {
   return is_dead() ? -1 : __real_write(fd, data, bytes);
 }
+/* A dead process loses nothing of what it wrote, so there is no need to wait for the disk. */
 int __wrap_fsync(int fd) {
-  return is_dead() ? -1 : __real_fsync(fd);
+  (void)fd;
+  return is_dead() ? -1 : 0;
 }
 int __wrap_rename(const char *from, const char *to) {
   return is_dead() ? -1 : __real_rename(from, to);
