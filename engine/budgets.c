@@ -91,6 +91,32 @@ uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budg
   return sum;
 }
 
+/* The least of one tier is not found when another tier is too small for it: that other one is named, or what works. */
+static flap_status name_culprit(const flap_planner *planner, const flap_budgets *budgets, const char *key) {
+  flap_budgets trial = *budgets;
+  flap_setup setup;
+  flap_plan_costs costs;
+  if (trial.vram_bytes == PLENTY)
+    trial.vram_bytes = PLENTY / 64; /* what the simulated device can address */
+  FLAP_TRY(flap_planner_choose(planner, &trial, &setup, &costs));
+  const uint64_t works = strcmp(key, "vram") == 0  ? setup.vram_bytes
+                         : strcmp(key, "ram") == 0 ? setup.ram_bytes
+                                                   : setup.disk_bytes;
+  flap_setup_close(&setup);
+  return flap_error_set(FLAP_BUDGET, "%s: min: no least size was found beside the other budgets: %s: %llu works", key,
+                        key, (unsigned long long)works);
+}
+
+static flap_status resolve_min(const flap_planner *planner, const flap_budgets *budgets, const char *key,
+                               uint64_t *budget,
+                               flap_status (*least)(const flap_planner *, const flap_budgets *, uint64_t *)) {
+  uint64_t bytes = 0;
+  const flap_status status = least(planner, budgets, &bytes);
+  if (status == FLAP_OK)
+    *budget = bytes;
+  return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
+}
+
 /* What is needed beyond the disks of a given size, shared equally by those that are `min`. */
 static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
   uint64_t needed = 0, given = 0;
@@ -102,7 +128,7 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
   }
   if (shares == 0)
     return FLAP_OK;
-  FLAP_TRY(flap_planner_disk_min(planner, budgets, &needed));
+  FLAP_TRY(resolve_min(planner, budgets, "disk", &needed, flap_planner_disk_min));
   const uint64_t missing = needed > given ? needed - given : 0;
   uint64_t share = shares == 1 ? missing : flap_units_round_up((missing + shares - 1) / shares, DISK_UNIT);
   if (shares > 1 || given > 0)
@@ -111,24 +137,6 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
     if (config->disk[i].size.kind == FLAP_SIZE_MIN)
       budgets->disk_bytes[i] = share > 0 ? share : DISK_UNIT;
   return FLAP_OK;
-}
-
-/* The least of one tier does not exist when another tier is too small whatever this one is: that other one is named. */
-static flap_status name_culprit(const flap_planner *planner, const flap_budgets *budgets, const char *key) {
-  flap_setup setup;
-  flap_plan_costs costs;
-  FLAP_TRY(flap_planner_choose(planner, budgets, &setup, &costs));
-  flap_setup_close(&setup);
-  return flap_error_set(FLAP_BUDGET, "%s: min: no least size was found: give a size", key);
-}
-
-static flap_status resolve_min(const flap_planner *planner, flap_budgets *budgets, const char *key, uint64_t *budget,
-                               flap_status (*least)(const flap_planner *, const flap_budgets *, uint64_t *)) {
-  uint64_t bytes = 0;
-  const flap_status status = least(planner, budgets, &bytes);
-  if (status == FLAP_OK)
-    *budget = bytes;
-  return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
 }
 
 flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner,

@@ -191,6 +191,7 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
   for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
     flap_choice choice = settled;
     choice.transfer_bytes = choice.page_bytes;
+    choice.read_buffers = choice.write_buffers = planner->spec.disk_count > 0 ? 1 : 0;
     if (planner_fill(planner, budgets, &choice, depths[d], &setup) == PLANNER_FITS)
       enter(list, count, PLANNER_CONTENDERS,
             (contender){.s = s, .depth = depths[d], .estimate = planner_estimate(planner, &setup)});
