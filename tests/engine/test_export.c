@@ -54,14 +54,12 @@ static void compare(const char *folder, flap_safetensors_dtype dtype, float (*ro
     RIG_OK(flap_safetensors_read(masters, master, 0, master->bytes, wanted));
     for (uint64_t e = 0; e < tensor->elements; e++) {
       uint16_t bits;
-      _Float16 half;
       float value;
       memcpy(&bits, values + 2 * e, sizeof bits);
-      memcpy(&half, &bits, sizeof half);
       if (dtype == FLAP_SAFETENSORS_F32)
         memcpy(&value, values + 4 * e, sizeof value);
       else
-        value = dtype == FLAP_SAFETENSORS_BF16 ? flap_bf16_to_f32(bits) : (float)half;
+        value = dtype == FLAP_SAFETENSORS_BF16 ? flap_bf16_to_f32(bits) : rig_from_f16(bits);
       const float want = round ? round(wanted[e]) : wanted[e];
       if (flap_f32_bits(value) != flap_f32_bits(want))
         ck_abort_msg("%s: element %llu is %a instead of %a", tensor->name, (unsigned long long)e, (double)value,
@@ -79,7 +77,7 @@ static float nearest_bf16(float value) {
 }
 
 static float nearest_f16(float value) {
-  return (float)(_Float16)value;
+  return rig_from_f16(rig_to_f16(value));
 }
 
 /* The high half of the split master: ties away from zero. */

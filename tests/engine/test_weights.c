@@ -80,7 +80,6 @@ START_TEST(values_the_largest_masters_are_refused) {
 }
 END_TEST
 
-/* Against the compiler's conversions. */
 START_TEST(values_half_precision_rounds_to_nearest_even) {
   for (uint32_t bits = 0; bits < 0x10000; bits++) {
     const uint16_t half = (uint16_t)bits;
@@ -90,32 +89,26 @@ START_TEST(values_half_precision_rounds_to_nearest_even) {
     ck_assert_uint_eq(flap_values_from_f16(&half, 1, &value), finite);
     if (!finite)
       continue;
-    _Float16 reference;
-    memcpy(&reference, &half, sizeof half);
-    ck_assert_uint_eq(flap_f32_bits(value), flap_f32_bits((float)reference));
+    ck_assert_uint_eq(flap_f32_bits(value), flap_f32_bits(rig_from_f16(half)));
     ck_assert_uint_eq(flap_values_to_f16(&value, 1, &again), 1);
     ck_assert_uint_eq(again, half);
-    /* Its neighbours at the ties and beside them. */
+    /* Its neighbours, at the ties and beside them. */
     for (int32_t d = -1; d <= 1; d++)
       for (uint32_t tie = 0; tie < 2; tie++) {
         const float near = flap_f32_from_bits(flap_f32_bits(value) + (tie ? 0x1000u : 0) + (uint32_t)d);
-        const _Float16 rounded = (_Float16)near;
-        uint16_t ours = 0, theirs;
-        memcpy(&theirs, &rounded, sizeof theirs);
-        if (flap_values_to_f16(&near, 1, &ours) == 1)
-          ck_assert_uint_eq(ours, theirs);
-        else
-          ck_assert_uint_eq(theirs & 0x7c00u, 0x7c00u);
+        if (isnan(near))
+          continue; /* below zero's bits */
+        const uint64_t done = flap_values_to_f16(&near, 1, &again);
+        ck_assert_uint_eq(again, rig_to_f16(near));
+        ck_assert_uint_eq(done, (again & 0x7c00u) != 0x7c00u);
       }
   }
   const flap_philox stream = flap_philox_stream(2, "small");
   for (uint64_t i = 0; i < 100000; i++) { /* around the subnormals */
     const float value = flap_f32_from_bits(0x32000000u + (uint32_t)flap_philox_below(&stream, i, 0x07000000u));
-    const _Float16 rounded = (_Float16)value;
-    uint16_t ours = 0, theirs;
-    memcpy(&theirs, &rounded, sizeof theirs);
+    uint16_t ours = 0;
     ck_assert_uint_eq(flap_values_to_f16(&value, 1, &ours), 1);
-    ck_assert_uint_eq(ours, theirs);
+    ck_assert_uint_eq(ours, rig_to_f16(value));
   }
 }
 END_TEST

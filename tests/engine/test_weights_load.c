@@ -69,15 +69,15 @@ static uint64_t index_of(const plan *p, const char *name) {
   ck_abort_msg("no tensor %s in the plan", name);
 }
 
-/* Values are rounded to the entry's dtype by the compiler's conversions, and stored back as rounded. */
+/* Values are rounded to the entry's dtype independently of the code under test, and stored back as rounded. */
 static void write_tensor(flap_safetensors_writer *writer, const flap_safetensors_entry *entry, float *values) {
   const uint64_t elements = elements_of(entry);
   for (uint64_t i = 0; i < elements; i++) {
-    const _Float16 half = (_Float16)values[i];
+    const uint16_t half = rig_to_f16(values[i]);
     const uint16_t brain = flap_f32_to_bf16(values[i]);
     switch (entry->dtype) {
     case FLAP_SAFETENSORS_F16:
-      values[i] = (float)half;
+      values[i] = rig_from_f16(half);
       RIG_OK(flap_safetensors_write(writer, &half, 2));
       break;
     case FLAP_SAFETENSORS_BF16:

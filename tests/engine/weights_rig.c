@@ -4,6 +4,7 @@
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -185,6 +186,29 @@ void rig_read(const weights_rig *rig, const char *name, float *master, float *mo
     free(states);
   }
   free(weights);
+}
+
+/* ---- half precision ------------------------------------------------------------------------------------------ */
+
+float rig_from_f16(uint16_t half) {
+  const int exponent = (half >> 10) & 31, fraction = half & 0x3ff;
+  const double magnitude = exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
+  return (float)copysign(magnitude, half & 0x8000 ? -1.0 : 1.0);
+}
+
+/* nearbyint takes ties to even; a fraction that becomes 2048 carries into the exponent. */
+uint16_t rig_to_f16(float value) {
+  const double magnitude = fabs((double)value);
+  uint32_t bits;
+  int exponent;
+  (void)frexp(magnitude, &exponent); /* magnitude = m * 2^exponent, 0.5 <= m < 1 */
+  if (!(magnitude < 65520.0))
+    bits = 0x7c00;
+  else if (magnitude < 0x1p-14)
+    bits = (uint32_t)nearbyint(ldexp(magnitude, 24));
+  else
+    bits = ((uint32_t)(exponent + 14) << 10) + (uint32_t)nearbyint(ldexp(magnitude, 11 - exponent)) - 1024;
+  return (uint16_t)(bits | (signbit(value) ? 0x8000u : 0));
 }
 
 /* ---- files --------------------------------------------------------------------------------------------------- */

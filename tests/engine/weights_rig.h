@@ -39,6 +39,10 @@ void rig_read(const weights_rig *rig, const char *name, float *master, float *mo
 /* The tensor in the list of its part; stores the part's index. */
 flap_model_tensor rig_tensor(const weights_rig *rig, const char *name, uint32_t *part_out);
 
+/* Half precision by its definition, in fp64: what conversions are compared with. Infinity is 0x7c00. */
+float rig_from_f16(uint16_t half);
+uint16_t rig_to_f16(float value);
+
 /* Fails the test unless both files of the scratch folder (formats_scratch.h) hold the same bytes. */
 void rig_same_files(const char *a, const char *b);
 /* Overwrites the data of a safetensors file in the scratch folder with bytes that follow from the seed. */
