@@ -1,6 +1,7 @@
 #include "engine/budgets.h"
 
 #include "base/units.h"
+#include "engine/machine_cuda.h"
 #include "io/block/block.h"
 
 #include <stdio.h>
@@ -40,8 +41,26 @@ static uint64_t available_memory(void) {
   return available > reserve ? available - reserve : 0;
 }
 
+/* A card has its own memory; some of it is left for a display and for what the driver takes in passing. */
+static flap_status resolve_card(const flap_run_config *config, flap_budgets *budgets) {
+  budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : PLENTY;
+  budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : PLENTY;
+  if (config->vram.kind == FLAP_SIZE_MAX) {
+    uint64_t free_bytes = 0;
+    FLAP_TRY(flap_machine_cuda_free(&free_bytes));
+    const uint64_t reserve = free_bytes / 20 > 512 * FLAP_MIB ? free_bytes / 20 : 512 * FLAP_MIB;
+    budgets->vram_bytes = free_bytes > reserve ? free_bytes - reserve : 0;
+  }
+  if (config->ram.kind == FLAP_SIZE_MAX)
+    budgets->ram_bytes = available_memory();
+  budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
+  return FLAP_OK;
+}
+
 /* On the cpu device both tiers come out of one memory. */
-static flap_status resolve_memory(const flap_run_config *config, flap_budgets *budgets) {
+static flap_status resolve_memory(const flap_run_config *config, flap_device_kind device, flap_budgets *budgets) {
+  if (device == FLAP_DEVICE_CUDA)
+    return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
   uint64_t available = vram_max || ram_max ? available_memory() : 0;
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : PLENTY;
@@ -142,7 +161,7 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
 flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner,
                                  flap_budgets *budgets_out) {
   memset(budgets_out, 0, sizeof *budgets_out);
-  FLAP_TRY(resolve_memory(config, budgets_out));
+  FLAP_TRY(resolve_memory(config, planner->spec.device, budgets_out));
   for (uint32_t i = 0; i < config->disk_count; i++)
     FLAP_TRY(resolve_disk(&config->disk[i], &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)

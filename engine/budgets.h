@@ -3,7 +3,8 @@
  *
  * Folder-private. The reserves: of RAM, one part in ten of what is available, at least 512 MiB, and what the process
  * takes beside its budgets; of a disk, one part in twenty of what is free, at least 1 GiB. On the cpu device VRAM is
- * RAM too: where both are `max`, each gets half. Of several `min`, vram is made least first, then ram, then disk.
+ * RAM too: where both are `max`, each gets half. Of a card, one part in twenty of what is free, at least 512 MiB. Of
+ * several `min`, vram is made least first, then ram, then disk.
  */
 #ifndef FLAP_ENGINE_BUDGETS_H
 #define FLAP_ENGINE_BUDGETS_H

@@ -2,6 +2,7 @@
 #include "base/units.h"
 #include "engine/engine.h"
 #include "engine/machine_cache.h"
+#include "engine/machine_cuda.h"
 #include "io/block/measure.h"
 #include "kernels/device/measure_machine.h"
 #include "kernels/ops.h"
@@ -227,6 +228,7 @@ typedef struct machine_wish {
   flap_machine_disk disk;
   bool disk_found; /* the folder is there, and `disk` says what it is */
   bool fresh;
+  bool cuda;
 } machine_wish;
 
 static flap_status gather(const flap_machine_cache *cache, const machine_wish *wish, flap_machine *machine_out) {
@@ -234,7 +236,8 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   const flap_machine_disk *disk = wish->disk_found ? &wish->disk : NULL;
   bool rates = wish->fresh || !flap_machine_cache_find(cache, &wish->key, &machine);
   if (rates)
-    FLAP_TRY(measure_cpu(wish->threads, wish->cpu, &machine));
+    FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, &machine)
+                        : measure_cpu(wish->threads, wish->cpu, &machine));
   bool disk_rates =
       wish->disk_path && ((wish->fresh && disk) || !flap_machine_cache_find_disk(cache, &wish->key, disk, &machine));
   if (disk_rates) {
@@ -250,18 +253,19 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
 
 flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
                                 flap_machine *machine_out) {
-  if (device == FLAP_RUN_DEVICE_CUDA)
-    return flap_error_set(FLAP_UNSUPPORTED, "device: cuda is not supported by this build yet: use cpu or auto");
   const uint32_t cores = count_cores();
-  machine_wish wish = {.disk_path = disk_path, .fresh = fresh};
+  machine_wish wish = {.disk_path = disk_path, .fresh = fresh, .cuda = device == FLAP_RUN_DEVICE_CUDA};
   wish.threads = threads > 0 ? threads : cores < FLAP_POOL_THREADS_MAX ? cores : FLAP_POOL_THREADS_MAX;
   if (wish.threads > FLAP_POOL_THREADS_MAX)
     return flap_error_set(FLAP_INVALID, "threads: %u are more than the %d that are possible", wish.threads,
                           FLAP_POOL_THREADS_MAX);
   read_cpu_name(wish.cpu, sizeof wish.cpu);
-  char host[192];
-  (void)snprintf(host, sizeof host, "%s, %u core%s", wish.cpu, cores, cores == 1 ? "" : "s");
-  wish.key = (flap_machine_key){.device = "cpu", .threads = wish.threads, .host = host};
+  char host[320], card[128] = "";
+  if (wish.cuda)
+    FLAP_TRY(flap_machine_cuda_name(card, sizeof card));
+  (void)snprintf(host, sizeof host, "%s%s%s, %u core%s", card, wish.cuda ? "; " : "", wish.cpu, cores,
+                 cores == 1 ? "" : "s");
+  wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
   if (disk_path && realpath(disk_path, wish.real_path) && stat(wish.real_path, &about) == 0) {
     wish.disk = (flap_machine_disk){.path = wish.real_path, .number = (uint64_t)about.st_dev};

@@ -310,6 +310,20 @@ static bool raise_vram_for_ram(const flap_planner *planner, flap_budgets *trial,
   return planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS;
 }
 
+/* Where much is resident, less staging and fewer homes do than what a choice takes at least before anything is spent.
+ * Searched for, to a sixteenth; `trial`'s ram fits. */
+static void lower_ram(const flap_planner *planner, flap_budgets *trial, const flap_choice *choice, flap_setup *setup) {
+  uint64_t high = trial->ram_bytes, low = 0;
+  for (uint64_t tried = high - high / 16; high - low > high / 16 + 1; tried = low + (high - low) / 2) {
+    trial->ram_bytes = tried;
+    if (planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS)
+      high = tried;
+    else
+      low = tried;
+  }
+  trial->ram_bytes = high;
+}
+
 /* The least of one budget with which a given slice and page size can be placed; UINT64_MAX if the other budgets do not
  * allow it. 0 is a size: of the disk, where everything fits into vram and ram. */
 static flap_status least_for(const flap_planner *planner, const flap_budgets *budgets, lever which,
@@ -326,6 +340,8 @@ static flap_status least_for(const flap_planner *planner, const flap_budgets *bu
   for (int tries = 0; tries < 64; tries++) {
     const planner_reach got = planner_fill(planner, &trial, choice, 0, setup);
     if (got == PLANNER_FITS) {
+      if (which == LEVER_RAM)
+        lower_ram(planner, &trial, choice, setup);
       *least_out = which == LEVER_VRAM ? trial.vram_bytes : which == LEVER_RAM ? trial.ram_bytes : setup->disk_bytes;
       return FLAP_OK;
     }

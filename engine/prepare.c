@@ -100,6 +100,25 @@ static uint32_t thread_count(const flap_run_config *config) {
   return cores < 1 ? 1 : cores > FLAP_POOL_THREADS_MAX ? FLAP_POOL_THREADS_MAX : (uint32_t)cores;
 }
 
+/* auto: a GPU that FLAP can use, else the CPU. */
+static flap_status choose_device(flap_prepared *p) {
+  const flap_run_device wanted = p->config->device;
+  const char *disk = p->config->disk_count > 0 ? p->config->disk[0].path : NULL;
+  flap_setup_spec *spec = &p->planner.spec;
+  if (wanted != FLAP_RUN_DEVICE_CPU) {
+    const flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, false, &p->machine);
+    if (status == FLAP_OK) {
+      spec->device = FLAP_DEVICE_CUDA;
+      spec->vram_overhead_bytes = p->machine.overhead_bytes;
+      return FLAP_OK;
+    }
+    if (wanted == FLAP_RUN_DEVICE_CUDA || (status != FLAP_UNSUPPORTED && status != FLAP_DEVICE))
+      return status;
+    flap_log(FLAP_LOG_DEBUG, "device: cpu (%s)", flap_error_message());
+  }
+  return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
+}
+
 static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_model_shape *shape,
                              uint32_t micro_batches, uint32_t cache_positions) {
   static const flap_block_backend backends[] = {[FLAP_RUN_IO_AUTO] = FLAP_BLOCK_AUTO,
@@ -107,8 +126,6 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                                                 [FLAP_RUN_IO_THREADS] = FLAP_BLOCK_THREADS};
   const flap_run_config *config = p->config;
   flap_setup_spec *spec = &p->planner.spec;
-  if (config->device == FLAP_RUN_DEVICE_CUDA)
-    return flap_error_set(FLAP_UNSUPPORTED, "device: cuda is not built into this flap: use cpu, or auto");
   *spec = (flap_setup_spec){.model = &p->model,
                             .shape = *shape,
                             .mode = mode,
@@ -128,8 +145,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   if (mode == FLAP_MODE_TRAIN && config->expert.segment_layers > p->model.num_hidden_layers)
     return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
                           config->expert.segment_layers, p->model.num_hidden_layers);
-  return flap_engine_machine(config->device, spec->threads, config->disk_count > 0 ? config->disk[0].path : NULL, false,
-                             &p->machine);
+  return choose_device(p);
 }
 
 static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {

@@ -341,7 +341,7 @@ static void measure(flap_setup *setup) {
   flap_arena_measure(&vram, "vram");
   flap_buffers_take_device(&setup->layout, setup->spec.device, setup->spec.threads, &vram, &device_buffers);
   setup->vram_scratch_bytes = flap_units_round_up(vram.bytes_used, FLAP_BLOCK_ALIGN);
-  setup->vram_bytes = setup->sizes.vram_bytes + setup->vram_scratch_bytes;
+  setup->vram_bytes = setup->sizes.vram_bytes + setup->vram_scratch_bytes + setup->spec.vram_overhead_bytes;
 
   flap_arena_measure(&ram, "ram");
   (void)flap_arena_take(&ram, setup->sizes.ram_bytes, FLAP_BLOCK_ALIGN);

@@ -33,10 +33,11 @@ typedef struct flap_setup_spec {
   flap_run_mode mode;
   flap_dtype gradient_dtype;
   uint32_t micro_batches;
-  uint32_t cache_positions; /* sample mode */
-  uint32_t threads;         /* that compute */
-  flap_device_kind device;  /* of the run; planning simulates it */
-  uint32_t reader_depth;    /* batches in memory, of a step each; 0: no reader */
+  uint32_t cache_positions;     /* sample mode */
+  uint32_t threads;             /* that compute */
+  uint64_t vram_overhead_bytes; /* of the budget that the device keeps for itself */
+  flap_device_kind device;      /* of the run; planning simulates it */
+  uint32_t reader_depth;        /* batches in memory, of a step each; 0: no reader */
   flap_block_backend io;
   uint32_t disk_count;
   const char *disk_paths[FLAP_BLOCK_DISKS_MAX];

@@ -12,11 +12,27 @@
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 
+#include <limits.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 /* ---- output_dir ------------------------------------------------------------------------------------------ */
+
+/* What is read must not be in the folder that is cleared. */
+static flap_status check_not_inside(const char *folder, const char *key, const char *path) {
+  char outer[PATH_MAX], inner[PATH_MAX];
+  if (!path[0] || realpath(folder, outer) == NULL || realpath(path, inner) == NULL)
+    return FLAP_OK;
+  const size_t length = strlen(outer);
+  if (strncmp(inner, outer, length) != 0 || (inner[length] != '/' && inner[length] != '\0'))
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "overwrite_output_dir: %s is in output_dir, and would be deleted: give another output_dir "
+                        "(%s: %s)",
+                        path, key, path);
+}
 
 static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
@@ -24,6 +40,8 @@ static flap_status check_output(trainer *t) {
   struct stat info;
   if (stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", config->output_dir);
+  if (config->overwrite_output_dir)
+    FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])
     return flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state);
   if (!config->overwrite_output_dir && flap_checkpoint_occupied(config->output_dir, what))

@@ -1,4 +1,7 @@
 #include "kernels/device/device_internal.h"
+#ifdef FLAP_CUDA
+#include "kernels/device/device_cuda_internal.h"
+#endif
 
 #include "base/assert.h"
 
@@ -206,4 +209,13 @@ void flap_device_default_machine(flap_device_kind kind, flap_machine *machine_ou
       .synchronous = false,
       .shared_cores = 0,
   };
+}
+
+flap_status flap_device_free_bytes(flap_device_kind kind, uint64_t *bytes_out) {
+  *bytes_out = 0;
+#ifdef FLAP_CUDA
+  if (kind == FLAP_DEVICE_CUDA)
+    return flap_cuda_memory_free_of_card(bytes_out);
+#endif
+  return flap_error_set(FLAP_UNSUPPORTED, "the memory of this kind of device (%d) is not a card's", (int)kind);
 }

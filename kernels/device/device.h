@@ -39,8 +39,9 @@ typedef struct flap_machine {
   uint64_t launch_ns;                       /* fixed cost of a kernel, a copy, a disk request */
   uint64_t copy_ns;
   uint64_t disk_ns;
-  bool synchronous;      /* compute blocks the launching thread (the cpu device) */
-  uint32_t shared_cores; /* > 0: lanes share this many cores (the cpu device) */
+  bool synchronous;        /* compute blocks the launching thread (the cpu device) */
+  uint32_t shared_cores;   /* > 0: lanes share this many cores (the cpu device) */
+  uint64_t overhead_bytes; /* of the vram budget that the device keeps: context, libraries, rounding; 0 on the cpu */
 } flap_machine;
 
 /* Typical rates for a kind, before anything was measured. */
@@ -111,6 +112,10 @@ void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *c
 
 /* What the driver charges to this process now, and the highest so far; on cpu and sim the arena. */
 uint64_t flap_device_memory_peak(const flap_device *device);
+
+/* Bytes of the kind's memory that nobody uses now: of the card, before a device is opened. FLAP_UNSUPPORTED for kinds
+ * whose memory is the host's. */
+FLAP_CHECKED flap_status flap_device_free_bytes(flap_device_kind kind, uint64_t *bytes_out);
 
 /* Waits for the streams and gives everything back. NULL is fine. */
 void flap_device_close(flap_device *device);

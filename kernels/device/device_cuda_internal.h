@@ -40,6 +40,9 @@ flap_status flap_cuda_memory_arena(flap_cuda_memory *memory, uint64_t budget, vo
 uint64_t flap_cuda_memory_charged(const flap_cuda_memory *memory);
 uint64_t flap_cuda_memory_peak(flap_cuda_memory *memory);
 
+/* Of the whole card, now; makes a context for it. */
+flap_status flap_cuda_memory_free_of_card(uint64_t *bytes_out);
+
 flap_status flap_cuda_memory_pin(flap_cuda_memory *memory, void *start, uint64_t bytes);
 /* How many of `bytes` at a host address come before the next seam of pinned memory. */
 uint64_t flap_cuda_memory_piece(const flap_cuda_memory *memory, const void *address, uint64_t bytes);

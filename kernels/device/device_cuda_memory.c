@@ -97,6 +97,14 @@ static uint64_t free_of_card(void) {
   return cudaMemGetInfo(&bytes_free, &total) == cudaSuccess ? bytes_free : 0;
 }
 
+flap_status flap_cuda_memory_free_of_card(uint64_t *bytes_out) {
+  *bytes_out = free_of_card();
+  if (*bytes_out == 0)
+    return flap_error_set(FLAP_DEVICE, "cuda: the free memory of the card cannot be told: %s",
+                          cudaGetErrorString(cudaGetLastError()));
+  return FLAP_OK;
+}
+
 /* Of the first open in this process: later ones find its context in use. */
 static pthread_once_t first_open = PTHREAD_ONCE_INIT;
 static uint64_t first_used;
