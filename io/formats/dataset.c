@@ -239,15 +239,16 @@ fail:
 static flap_status split(flap_dataset *dataset, double val_size, bool heldout_all) {
   uint64_t tokens = flap_dataset_tokens(dataset), length = dataset->sequence_length;
   uint64_t all = tokens > 0 ? (tokens - 1) / length : 0;
+  const char *first = dataset->segments[0].path, *others = dataset->segment_count > 1 ? " and others" : "";
   if (!(val_size >= 0) || (val_size >= 1 && (val_size != floor(val_size) || val_size > 1e15)))
     return flap_error_set(FLAP_INVALID, "val_size: %g is neither a fraction below 1 nor a whole number of sequences",
                           val_size);
   if (all == 0)
     return flap_error_set(
         FLAP_INVALID,
-        "dataset: %llu tokens are too few: one sequence takes %llu (%llu inputs and one more target); "
+        "dataset: %s%s: %llu tokens are too few: one sequence takes %llu (%llu inputs and one more target); "
         "add text, or shorten the sequences",
-        (unsigned long long)tokens, (unsigned long long)length + 1, (unsigned long long)length);
+        first, others, (unsigned long long)tokens, (unsigned long long)length + 1, (unsigned long long)length);
   if (heldout_all)
     dataset->heldout = all;
   else if (val_size >= 1)
@@ -260,11 +261,12 @@ static flap_status split(flap_dataset *dataset, double val_size, bool heldout_al
     dataset->heldout_start = tokens - (dataset->heldout * length + 1);
   dataset->sequences = fits && dataset->heldout_start > 0 ? (dataset->heldout_start - 1) / length : 0;
   if (dataset->sequences == 0 && !heldout_all)
-    return flap_error_set(FLAP_INVALID,
-                          "dataset: %llu tokens are too few for %llu held-out sequences of %llu tokens and one for "
-                          "training (%llu tokens in all); add text, lower val_size, or shorten the sequences",
-                          (unsigned long long)tokens, (unsigned long long)dataset->heldout, (unsigned long long)length,
-                          (unsigned long long)((dataset->heldout + 1) * length + 2));
+    return flap_error_set(
+        FLAP_INVALID,
+        "dataset: %s%s: %llu tokens are too few for %llu held-out sequences of %llu tokens and one for "
+        "training (%llu tokens in all); add text, lower val_size, or shorten the sequences",
+        first, others, (unsigned long long)tokens, (unsigned long long)dataset->heldout, (unsigned long long)length,
+        (unsigned long long)((dataset->heldout + 1) * length + 2));
   return FLAP_OK;
 }
 
