@@ -63,6 +63,11 @@ static float *f32(bench *b, int buffer) {
   return (float *)(void *)b->buffers[buffer];
 }
 
+/* A number per token; buffer 5 begins with tokens, their order, and these. */
+static float *statistics(bench *b) {
+  return f32(b, 5) + 2 * TOKENS;
+}
+
 /* ---- products ---- */
 
 static void run_matmul(bench *b) {
@@ -89,22 +94,22 @@ static void matmul(bench *b, flap_transpose transpose, uint32_t m, uint32_t n, u
 /* ---- what memory bounds ---- */
 
 static void run_norm(bench *b) {
-  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], f32(b, 5), NULL, b->buffers[1], NULL, b->buffers[2], TOKENS, HIDDEN,
+  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], statistics(b), NULL, b->buffers[1], NULL, b->buffers[2], TOKENS, HIDDEN,
                    1e-5f);
 }
 static void run_norm_residual(bench *b) {
-  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], f32(b, 5), b->buffers[3], b->buffers[1], b->buffers[4],
+  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], statistics(b), b->buffers[3], b->buffers[1], b->buffers[4],
                    b->buffers[2], TOKENS, HIDDEN, 1e-5f);
 }
 static void run_norm_backward(bench *b) {
   flap_ops_rmsnorm_backward(b->ops, b->dtype, b->buffers[0], f32(b, 6), b->buffers[1], b->buffers[3], b->buffers[2],
-                            f32(b, 5), b->buffers[4], TOKENS, HIDDEN);
+                            statistics(b), b->buffers[4], TOKENS, HIDDEN);
 }
 static void run_add(bench *b) {
   flap_ops_add(b->ops, b->dtype, b->buffers[0], b->buffers[1], b->buffers[2], (uint64_t)TOKENS * HIDDEN);
 }
 static void run_rope(bench *b) {
-  flap_ops_rope(b->ops, b->dtype, b->buffers[0], f32(b, 5), TOKENS, TOKENS, 0, HEADS, HEAD_SIZE, HIDDEN, false);
+  flap_ops_rope(b->ops, b->dtype, b->buffers[0], f32(b, 5) + ELEMENTS, TOKENS, TOKENS, 0, HEADS, HEAD_SIZE, HIDDEN, false);
 }
 static void run_swiglu(bench *b) {
   flap_ops_swiglu(b->ops, b->dtype, b->buffers[2], b->buffers[0], b->buffers[1], TOKENS, INTERMEDIATE, INTERMEDIATE);
@@ -148,11 +153,11 @@ static void run_adamw_whole(bench *b) {
 }
 
 static void run_head(bench *b) {
-  flap_ops_head_loss(b->ops, b->dtype, f32(b, 5) + 2 * TOKENS, b->buffers[0], f32(b, 6), b->buffers[1], b->buffers[7],
+  flap_ops_head_loss(b->ops, b->dtype, statistics(b), b->buffers[0], f32(b, 6), b->buffers[1], b->buffers[7],
                      (int32_t *)(void *)b->buffers[5], 1e-4f, TOKENS / 2, HIDDEN, VOCABULARY);
 }
 static void run_head_loss(bench *b) {
-  flap_ops_head_loss(b->ops, b->dtype, f32(b, 5) + 2 * TOKENS, NULL, NULL, b->buffers[1], b->buffers[7],
+  flap_ops_head_loss(b->ops, b->dtype, statistics(b), NULL, NULL, b->buffers[1], b->buffers[7],
                      (int32_t *)(void *)b->buffers[5], 1e-4f, TOKENS / 2, HIDDEN, VOCABULARY);
 }
 

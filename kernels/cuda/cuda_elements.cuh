@@ -43,22 +43,33 @@ template <typename T> __device__ inline float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-/* Loads the group at `p`, of which `valid` elements are there; the others become 0. `vectors`: p is aligned to 16 bytes
- * and all 8 are there. */
-template <typename T> __device__ inline void load_group(float out[GROUP], const T *p, uint32_t valid, bool vectors) {
+/* A group as it is stored: half the registers of fp32 for the 16-bit types, so that more of them can be under way. */
+template <typename T> struct alignas(16) raw_group { T elements[GROUP]; };
+
+template <typename T> __device__ inline raw_group<T> load_raw(const T *p, uint32_t valid, bool vectors) {
+  raw_group<T> raw;
   if (vectors) {
-    alignas(16) T elements[GROUP];
 #pragma unroll
-    for (uint32_t i = 0; i < sizeof elements / 16; ++i)
-      reinterpret_cast<uint4 *>(elements)[i] = reinterpret_cast<const uint4 *>(p)[i];
-#pragma unroll
-    for (uint32_t i = 0; i < GROUP; ++i)
-      out[i] = to_float(elements[i]);
+    for (uint32_t i = 0; i < sizeof raw / 16; ++i)
+      reinterpret_cast<uint4 *>(raw.elements)[i] = reinterpret_cast<const uint4 *>(p)[i];
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      out[i] = i < valid ? to_float(p[i]) : 0.0f;
+      raw.elements[i] = i < valid ? p[i] : from_float<T>(0.0f);
   }
+  return raw;
+}
+
+template <typename T> __device__ inline void widen(float out[GROUP], const raw_group<T> &raw) {
+#pragma unroll
+  for (uint32_t i = 0; i < GROUP; ++i)
+    out[i] = to_float(raw.elements[i]);
+}
+
+/* Loads the group at `p`, of which `valid` elements are there; the others become 0. `vectors`: p is aligned to 16 bytes
+ * and all 8 are there. */
+template <typename T> __device__ inline void load_group(float out[GROUP], const T *p, uint32_t valid, bool vectors) {
+  widen(out, load_raw(p, valid, vectors));
 }
 
 template <typename T> __device__ inline void store_group(T *p, const float in[GROUP], uint32_t valid, bool vectors) {

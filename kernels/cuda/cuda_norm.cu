@@ -5,8 +5,9 @@
  * stay in registers; rows wider than that are read again. The number of threads and of runs is a function of shape. */
 #include "kernels/cuda/cuda_elements.cuh"
 
-#define FORWARD_HELD 2u
+#define FORWARD_HELD 4u
 #define FORWARD_THREADS 512u
+#define BACKWARD_THREADS 512u
 /* The parts of dweight take about this many floats together, whatever the width. */
 #define PARTS_ELEMENTS (1u << 20)
 #define PARTS_MAX 1024u
@@ -14,79 +15,76 @@
 #define FOLD_COLUMNS 32u
 #define FOLD_ROWS 8u
 
-/* x, or x + residual, which is stored too. */
-template <typename T>
-__device__ inline void load_normalised(float out[GROUP], T *sum_out, const T *x, const T *residual, uint32_t valid,
-                                       bool vectors) {
-  load_group(out, x, valid, vectors);
-  if (residual == nullptr)
-    return;
-  float other[GROUP];
-  load_group(other, residual, valid, vectors);
-#pragma unroll
-  for (uint32_t i = 0; i < GROUP; ++i)
-    out[i] = rounded<T>(out[i] + other[i]);
-  store_group(sum_out, out, valid, vectors);
-}
+template <typename T> struct forward_arguments {
+  T *out, *sum_out;
+  float *rstd;
+  const T *x, *residual, *weight;
+  uint32_t hidden;
+  float epsilon;
+  bool vectors;
+};
 
+/* A group of x, or of x + residual, which is stored too; adds its squares. */
 template <typename T>
-__device__ inline void store_normalised(T *out, const float x[GROUP], const T *weight, float rstd, uint32_t valid,
-                                        bool vectors) {
-  float w[GROUP], y[GROUP];
-  load_group(w, weight, valid, vectors);
+__device__ inline raw_group<T> load_normalised(const forward_arguments<T> &a, uint64_t at, uint32_t valid,
+                                               float *squares) {
+  raw_group<T> raw = load_raw(a.x + at, valid, a.vectors);
+  float values[GROUP];
+  widen(values, raw);
+  if (a.residual != nullptr) {
+    float other[GROUP];
+    load_group(other, a.residual + at, valid, a.vectors);
 #pragma unroll
-  for (uint32_t i = 0; i < GROUP; ++i)
-    y[i] = rounded<T>(x[i] * rstd) * w[i];
-  store_group(out, y, valid, vectors);
-}
-
-__device__ inline float add_squares(float sum, const float x[GROUP]) {
-#pragma unroll
-  for (uint32_t i = 0; i < GROUP; ++i)
-    sum += x[i] * x[i];
-  return sum;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(FORWARD_THREADS)
-    norm_forward(T *out, float *rstd_out, T *sum_out, const T *x, const T *residual, const T *weight, uint32_t hidden,
-                 float epsilon, bool vectors) {
-  __shared__ float shared[WARP];
-  const uint64_t row = (uint64_t)blockIdx.x * hidden;
-  const uint32_t groups = (hidden + GROUP - 1) / GROUP, step = blockDim.x;
-  float held[FORWARD_HELD][GROUP], squares = 0;
-#pragma unroll
-  for (uint32_t k = 0; k < FORWARD_HELD; ++k) {
-    const uint32_t group = threadIdx.x + k * step, at = group * GROUP;
-    if (group < groups) {
-      load_normalised(held[k], sum_out + row + at, x + row + at, residual == nullptr ? nullptr : residual + row + at,
-                      hidden - at, vectors);
-      squares = add_squares(squares, held[k]);
+    for (uint32_t i = 0; i < GROUP; ++i) {
+      raw.elements[i] = from_float<T>(values[i] + other[i]);
+      values[i] = to_float(raw.elements[i]);
     }
+    store_group(a.sum_out + at, values, valid, a.vectors);
   }
-  for (uint32_t group = threadIdx.x + FORWARD_HELD * step; group < groups; group += step) {
-    float values[GROUP];
-    const uint32_t at = group * GROUP;
-    load_normalised(values, sum_out + row + at, x + row + at, residual == nullptr ? nullptr : residual + row + at,
-                    hidden - at, vectors);
-    squares = add_squares(squares, values);
-  }
-  const float rstd = 1.0f / sqrtf(block_sum(squares, shared) / (float)hidden + epsilon);
-  if (threadIdx.x == 0)
-    rstd_out[blockIdx.x] = rstd;
+#pragma unroll
+  for (uint32_t i = 0; i < GROUP; ++i)
+    *squares += values[i] * values[i];
+  return raw;
+}
+
+template <typename T>
+__device__ inline void store_normalised(const forward_arguments<T> &a, uint64_t row, uint32_t at,
+                                        const raw_group<T> &raw, float rstd) {
+  float x[GROUP], w[GROUP];
+  widen(x, raw);
+  load_group(w, a.weight + at, a.hidden - at, a.vectors);
+#pragma unroll
+  for (uint32_t i = 0; i < GROUP; ++i)
+    x[i] = rounded<T>(x[i] * rstd) * w[i];
+  store_group(a.out + row + at, x, a.hidden - at, a.vectors);
+}
+
+template <typename T> __global__ void __launch_bounds__(FORWARD_THREADS) norm_forward(const forward_arguments<T> a) {
+  __shared__ float shared[WARP];
+  const uint64_t row = (uint64_t)blockIdx.x * a.hidden;
+  const uint32_t step = blockDim.x * GROUP;
+  raw_group<T> held[FORWARD_HELD];
+  float squares = 0;
 #pragma unroll
   for (uint32_t k = 0; k < FORWARD_HELD; ++k) {
-    const uint32_t group = threadIdx.x + k * step, at = group * GROUP;
-    if (group < groups)
-      store_normalised(out + row + at, held[k], weight + at, rstd, hidden - at, vectors);
+    const uint32_t at = threadIdx.x * GROUP + k * step;
+    if (at < a.hidden)
+      held[k] = load_normalised(a, row + at, a.hidden - at, &squares);
   }
-  const T *normalised = residual == nullptr ? x : sum_out;
-  for (uint32_t group = threadIdx.x + FORWARD_HELD * step; group < groups; group += step) {
-    float values[GROUP];
-    const uint32_t at = group * GROUP;
-    load_group(values, normalised + row + at, hidden - at, vectors);
-    store_normalised(out + row + at, values, weight + at, rstd, hidden - at, vectors);
+  for (uint32_t at = threadIdx.x * GROUP + FORWARD_HELD * step; at < a.hidden; at += step)
+    (void)load_normalised(a, row + at, a.hidden - at, &squares);
+  const float rstd = 1.0f / sqrtf(block_sum(squares, shared) / (float)a.hidden + a.epsilon);
+  if (threadIdx.x == 0)
+    a.rstd[blockIdx.x] = rstd;
+#pragma unroll
+  for (uint32_t k = 0; k < FORWARD_HELD; ++k) {
+    const uint32_t at = threadIdx.x * GROUP + k * step;
+    if (at < a.hidden)
+      store_normalised(a, row, at, held[k], rstd);
   }
+  const T *normalised = a.residual == nullptr ? a.x : a.sum_out;
+  for (uint32_t at = threadIdx.x * GROUP + FORWARD_HELD * step; at < a.hidden; at += step)
+    store_normalised(a, row, at, load_raw(normalised + row + at, a.hidden - at, a.vectors), rstd);
 }
 
 /* ---- backward ---- */
@@ -100,7 +98,26 @@ template <typename T> struct backward_arguments {
   bool vectors;
 };
 
-__device__ inline float add_products(float sum, const float dy[GROUP], const float w[GROUP], const float x[GROUP]) {
+/* What one thread has of one row. */
+template <typename T> struct row_operands { raw_group<T> dy, x, residual; };
+
+template <typename T>
+__device__ inline row_operands<T> load_row(const backward_arguments<T> &a, uint64_t at, uint32_t valid) {
+  row_operands<T> row;
+  row.dy = load_raw(a.dy + at, valid, a.vectors);
+  row.x = load_raw(a.x + at, valid, a.vectors);
+  return row;
+}
+
+template <typename T>
+__device__ inline raw_group<T> load_residual(const backward_arguments<T> &a, uint64_t at, uint32_t valid) {
+  return a.dresidual != nullptr ? load_raw(a.dresidual + at, valid, a.vectors) : raw_group<T>{};
+}
+
+template <typename T> __device__ inline float row_product(float sum, const row_operands<T> &row, const float w[GROUP]) {
+  float dy[GROUP], x[GROUP];
+  widen(dy, row.dy);
+  widen(x, row.x);
 #pragma unroll
   for (uint32_t i = 0; i < GROUP; ++i)
     sum += dy[i] * w[i] * x[i];
@@ -110,75 +127,122 @@ __device__ inline float add_products(float sum, const float dy[GROUP], const flo
 /* Writes dx of one group, and adds to its columns' gradient of the weight. */
 template <typename T>
 __device__ inline void backward_group(const backward_arguments<T> &a, float dweight[GROUP], uint64_t at, uint32_t valid,
-                                      const float dy[GROUP], const float w[GROUP], const float x[GROUP], float rstd,
-                                      float mean) {
-  float out[GROUP];
+                                      const row_operands<T> &row, const raw_group<T> &residual, const float w[GROUP],
+                                      float rstd, float mean) {
+  float dy[GROUP], x[GROUP], out[GROUP];
+  widen(dy, row.dy);
+  widen(x, row.x);
 #pragma unroll
   for (uint32_t i = 0; i < GROUP; ++i) {
     dweight[i] += dy[i] * rounded<T>(x[i] * rstd);
     out[i] = rstd * (dy[i] * w[i] - x[i] * mean);
   }
   if (a.dresidual != nullptr) {
-    float residual[GROUP];
-    load_group(residual, a.dresidual + at, valid, a.vectors);
+    float added[GROUP];
+    widen(added, residual);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      out[i] += residual[i];
+      out[i] += added[i];
   }
   store_group(a.dx + at, out, valid, a.vectors);
 }
 
-/* HELD groups of columns per thread have their dweight in registers; with HELD 1 the operands stay there too. What is
- * wider sums dweight in its part in memory. */
-template <typename T, uint32_t HELD, uint32_t THREADS>
-__global__ void __launch_bounds__(THREADS) norm_backward(const backward_arguments<T> a) {
+/* Rows of at most HELD groups per thread: everything stays in registers, and the next row is under way while this one
+ * is summed. dx may be stored over dy or dresidual of its own row, never of the next one. */
+template <typename T, uint32_t HELD>
+__global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 ? 2 : 1)
+    norm_backward_narrow(const backward_arguments<T> a) {
+  __shared__ float shared[2][WARP];
+  const uint32_t first = blockIdx.x * a.rows_per_part, last = min(first + a.rows_per_part, a.tokens);
+  float dweight[HELD][GROUP] = {};
+  raw_group<T> weight[HELD] = {};
+  row_operands<T> next[HELD] = {}; /* what is not ours stays zero */
+  uint32_t at[HELD], valid[HELD];
+#pragma unroll
+  for (uint32_t k = 0; k < HELD; ++k) {
+    at[k] = (threadIdx.x + k * blockDim.x) * GROUP;
+    valid[k] = at[k] < a.hidden ? a.hidden - at[k] : 0;
+    if (valid[k] > 0) {
+      weight[k] = load_raw(a.weight + at[k], valid[k], a.vectors);
+      next[k] = load_row(a, (uint64_t)first * a.hidden + at[k], valid[k]);
+    }
+  }
+  for (uint32_t token = first; token < last; ++token) {
+    const uint64_t row_at = (uint64_t)token * a.hidden;
+    row_operands<T> row[HELD];
+    raw_group<T> residual[HELD];
+    float w[GROUP], sum = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < HELD; ++k) {
+      row[k] = next[k];
+      if (valid[k] > 0)
+        residual[k] = load_residual(a, row_at + at[k], valid[k]);
+      if (valid[k] > 0 && token + 1 < last)
+        next[k] = load_row(a, row_at + a.hidden + at[k], valid[k]);
+    }
+    const float rstd = a.rstd[token];
+#pragma unroll
+    for (uint32_t k = 0; k < HELD; ++k) {
+      widen(w, weight[k]);
+      sum = row_product(sum, row[k], w);
+    }
+    const float mean = block_sum(sum, shared[token % 2]) / (float)a.hidden * rstd * rstd;
+#pragma unroll
+    for (uint32_t k = 0; k < HELD; ++k) {
+      widen(w, weight[k]);
+      if (valid[k] > 0)
+        backward_group(a, dweight[k], row_at + at[k], valid[k], row[k], residual[k], w, rstd, mean);
+    }
+  }
+#pragma unroll
+  for (uint32_t k = 0; k < HELD; ++k)
+    if (valid[k] > 0)
+      store_group(a.parts + (uint64_t)blockIdx.x * a.hidden + at[k], dweight[k], valid[k], a.hidden % GROUP == 0);
+}
+
+/* Wider rows: HELD groups of columns per thread have their dweight in registers, what is wider still sums it in its
+ * part in memory; rows are read twice. */
+template <typename T, uint32_t HELD>
+__global__ void __launch_bounds__(BACKWARD_THREADS) norm_backward_wide(const backward_arguments<T> a) {
   __shared__ float shared[2][WARP];
   const uint32_t groups = (a.hidden + GROUP - 1) / GROUP, step = blockDim.x;
   const uint32_t first = blockIdx.x * a.rows_per_part, last = min(first + a.rows_per_part, a.tokens);
   float *part = a.parts + (uint64_t)blockIdx.x * a.hidden;
-  float dweight[HELD][GROUP] = {}, dy[GROUP], w[GROUP], x[GROUP];
+  float dweight[HELD][GROUP] = {}, w[GROUP];
   for (uint32_t token = first; token < last; ++token) {
-    const uint64_t row = (uint64_t)token * a.hidden;
+    const uint64_t row_at = (uint64_t)token * a.hidden;
     float sum = 0;
     for (uint32_t group = threadIdx.x; group < groups; group += step) {
       const uint32_t at = group * GROUP, valid = a.hidden - at;
-      load_group(dy, a.dy + row + at, valid, a.vectors);
-      load_group(x, a.x + row + at, valid, a.vectors);
       load_group(w, a.weight + at, valid, a.vectors);
-      sum = add_products(sum, dy, w, x);
-      if (HELD == 1)
-        break; /* all there is */
+      sum = row_product(sum, load_row(a, row_at + at, valid), w);
     }
     const float rstd = a.rstd[token];
     const float mean = block_sum(sum, shared[token % 2]) / (float)a.hidden * rstd * rstd;
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k) {
-      const uint32_t group = threadIdx.x + k * step, at = group * GROUP, valid = a.hidden - at;
-      if (group >= groups)
+      const uint32_t at = (threadIdx.x + k * step) * GROUP, valid = a.hidden - at;
+      if (at >= a.hidden)
         continue;
-      if (HELD > 1) {
-        load_group(dy, a.dy + row + at, valid, a.vectors);
-        load_group(x, a.x + row + at, valid, a.vectors);
-        load_group(w, a.weight + at, valid, a.vectors);
-      }
-      backward_group(a, dweight[k], row + at, valid, dy, w, x, rstd, mean);
+      load_group(w, a.weight + at, valid, a.vectors);
+      backward_group(a, dweight[k], row_at + at, valid, load_row(a, row_at + at, valid),
+                     load_residual(a, row_at + at, valid), w, rstd, mean);
     }
-    for (uint32_t group = threadIdx.x + HELD * step; HELD > 1 && group < groups; group += step) {
+    for (uint32_t group = threadIdx.x + HELD * step; group < groups; group += step) {
       const uint32_t at = group * GROUP, valid = a.hidden - at;
       float sums[GROUP];
-      load_group(dy, a.dy + row + at, valid, a.vectors);
-      load_group(x, a.x + row + at, valid, a.vectors);
       load_group(w, a.weight + at, valid, a.vectors);
       for (uint32_t i = 0; i < GROUP; ++i)
         sums[i] = token == first || i >= valid ? 0.0f : part[at + i];
-      backward_group(a, sums, row + at, valid, dy, w, x, rstd, mean);
+      backward_group(a, sums, row_at + at, valid, load_row(a, row_at + at, valid), load_residual(a, row_at + at, valid),
+                     w, rstd, mean);
       store_group(part + at, sums, valid, false);
     }
   }
 #pragma unroll
   for (uint32_t k = 0; k < HELD; ++k) {
-    const uint32_t group = threadIdx.x + k * step, at = group * GROUP;
-    if (group < groups)
+    const uint32_t at = (threadIdx.x + k * step) * GROUP;
+    if (at < a.hidden)
       store_group(part + at, dweight[k], a.hidden - at, a.hidden % GROUP == 0);
   }
 }
@@ -214,8 +278,9 @@ uint64_t cuda_norm_workspace_bytes(const flap_ops_limits *limits) {
   return (elements < PARTS_MAX * widest ? elements : PARTS_MAX * widest) * sizeof(float);
 }
 
-static uint32_t threads_for(uint32_t hidden, uint32_t threads_max) {
-  const uint32_t threads = (uint32_t)cuda_ceil(cuda_ceil(hidden, GROUP), WARP) * WARP;
+/* Whole warps, with so many groups of a row per thread. */
+static uint32_t threads_for(uint32_t hidden, uint32_t threads_max, uint32_t groups) {
+  const uint32_t threads = (uint32_t)cuda_ceil(cuda_ceil(hidden, GROUP), WARP * groups) * WARP;
   return cuda_min(threads, threads_max);
 }
 
@@ -227,20 +292,25 @@ void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void 
   const bool vectors = rows_aligned(dtype, out, hidden) && rows_aligned(dtype, sum_out, hidden) &&
                        rows_aligned(dtype, x, hidden) && rows_aligned(dtype, residual, hidden) &&
                        rows_aligned(dtype, weight, hidden) && hidden % GROUP == 0;
+  const uint32_t threads = threads_for(hidden, FORWARD_THREADS, FORWARD_HELD);
   CUDA_FOR_DTYPE(dtype, T,
-                 norm_forward<T><<<token_count, threads_for(hidden, FORWARD_THREADS), 0, stream>>>(
-                     (T *)out, rstd, (T *)sum_out, (const T *)x, (const T *)residual, (const T *)weight, hidden,
-                     epsilon, vectors));
+                 norm_forward<T>
+                 <<<token_count, threads, 0, stream>>>({(T *)out, (T *)sum_out, rstd, (const T *)x, (const T *)residual,
+                                                        (const T *)weight, hidden, epsilon, vectors}));
   cuda_launched(ops, "rmsnorm");
 }
 
 template <typename T>
 static void launch_backward(const backward_arguments<T> &arguments, uint32_t parts, cudaStream_t stream) {
-  const uint32_t threads = threads_for(arguments.hidden, 1024);
-  if (cuda_ceil(arguments.hidden, GROUP) <= threads)
-    norm_backward<T, 1, 1024><<<parts, threads, 0, stream>>>(arguments);
+  const uint32_t threads = threads_for(arguments.hidden, BACKWARD_THREADS, 1);
+  const uint32_t groups = (uint32_t)cuda_ceil(arguments.hidden, GROUP);
+  if (groups <= threads)
+    norm_backward_narrow<T, 1><<<parts, threads, 0, stream>>>(arguments);
+  else if (groups <= 2 * threads && sizeof(T) == 2) /* two groups of fp32 would not fit into the registers */
+    norm_backward_narrow<T, sizeof(T) == 2 ? 2 : 1>
+        <<<parts, threads_for(arguments.hidden, BACKWARD_THREADS, 2), 0, stream>>>(arguments);
   else
-    norm_backward<T, 4, 512><<<parts, 512, 0, stream>>>(arguments);
+    norm_backward_wide<T, 4><<<parts, threads, 0, stream>>>(arguments);
 }
 
 void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy, const void *x,

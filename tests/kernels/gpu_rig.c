@@ -44,6 +44,17 @@ double gpu_ulp(flap_dtype dtype) {
 
 /* ---- the rig ---- */
 
+/* What a failed test left open: its memory is needed by the next one. */
+static flap_device *left_device;
+static flap_ops *left_ops;
+
+static void close_left(void) {
+  flap_ops_close(left_ops);
+  flap_device_close(left_device);
+  left_ops = NULL;
+  left_device = NULL;
+}
+
 static flap_device *open_device(void) {
   flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = VRAM, .events_max = 4};
   flap_device *device = NULL;
@@ -100,6 +111,7 @@ static void check_guard(const gpu_rig *g, const unsigned char *from) {
 }
 
 void gpu_rig_open(gpu_rig *g, const flap_ops_limits *limits) {
+  close_left();
   memset(g, 0, sizeof *g);
   g->dtype = limits->dtype;
   g->oracle = limits->dtype == FLAP_F16 ? FLAP_F32 : limits->dtype;
@@ -109,6 +121,7 @@ void gpu_rig_open(gpu_rig *g, const flap_ops_limits *limits) {
   g->device = open_device();
   if (g->device == NULL)
     ck_abort_msg("%s", flap_error_message());
+  left_device = g->device;
   g->arena = flap_device_arena(g->device, &g->arena_bytes);
   g->workspace_bytes = flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, limits);
   ck_assert_uint_le(2 * GUARD_BYTES + g->workspace_bytes + OPERANDS_BYTES, g->arena_bytes);
@@ -117,6 +130,7 @@ void gpu_rig_open(gpu_rig *g, const flap_ops_limits *limits) {
   fill(g, g->arena + GUARD_BYTES + g->workspace_bytes, GUARD, GUARD_BYTES);
   if (flap_ops_open(g->device, limits, g->arena + GUARD_BYTES, &g->ops) != FLAP_OK)
     ck_abort_msg("%s", flap_error_message());
+  left_ops = g->ops;
   gpu_rig_clear(g);
 }
 
@@ -132,10 +146,13 @@ void gpu_rig_clear(gpu_rig *g) {
 
 void gpu_rig_close(gpu_rig *g) {
   gpu_rig_clear(g);
-  flap_ops_close(g->ops);
   if (flap_device_synchronize(g->device) != FLAP_OK)
     ck_abort_msg("%s", flap_error_message());
-  flap_device_close(g->device);
+  /* What was loaded meanwhile came out of what the arena left of the budget. */
+  const uint64_t peak = flap_device_memory_peak(g->device);
+  printf("charged %llu MiB of %llu MiB\n", (unsigned long long)(peak >> 20), (unsigned long long)(VRAM >> 20));
+  ck_assert_uint_le(peak, VRAM);
+  close_left();
   rig_close(&g->cpu);
 }
 

@@ -42,9 +42,11 @@ static void check_norm(gpu_rig *g, rig_random *random, uint32_t tokens, uint32_t
   }
   flap_ops_rmsnorm(g->cpu.ops, g->oracle, out[0].cpu, rstd[0].cpu, with_residual ? sum[0].cpu : NULL, x.cpu,
                    with_residual ? residual.cpu : NULL, weight.cpu, tokens, hidden, 1e-5f);
-  operand_near("rstd", &rstd[0], 4e-6, 0);
-  /* x * rstd is rounded, and may be rounded the other way; in fp16 the oracle keeps what is rounded here. */
-  operand_near("out", &out[0], 3 * gpu_ulp(dtype), dtype == FLAP_F16 ? 0x1p-24 : 0);
+  /* x * rstd is rounded, and may be rounded the other way; of fp16 the oracle keeps what is rounded here, also the
+   * sum that is normalised. */
+  const double kept = dtype == FLAP_F16 && with_residual ? 0x1p-11 : 0;
+  operand_near("rstd", &rstd[0], 4e-6 + kept, 0);
+  operand_near("out", &out[0], 4 * gpu_ulp(dtype) + 4e-6 + 2 * kept, dtype == FLAP_F16 ? 0x1p-12 : 0);
   if (with_residual && dtype != FLAP_F16)
     operand_same("sum", &sum[0]);
   for (uint32_t run = 0; run < 3; ++run)
@@ -105,7 +107,7 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
                                          : residual.cpu,
                             tokens, hidden);
   /* In narrow rows almost everything cancels, beside a large rstd. */
-  operand_near("dx", &dx[0], 2 * gpu_ulp(dtype), hidden < 8 ? 1e-3 : 2e-5);
+  operand_near("dx", &dx[0], 2 * gpu_ulp(dtype) + 1e-6, hidden < 8 ? 1e-3 : 2e-5);
   /* fp16: the oracle does not round x * rstd. */
   operand_near("dweight", &dw[0], 1e-5, 2e-5 * (1 + sqrt(tokens)) + (dtype == FLAP_F16 ? 0x1p-9 * sqrt(tokens) : 0));
   for (uint32_t run = 0; run < 3; ++run)
