@@ -3,7 +3,8 @@
 Usage: attention_torch.py LIBRARY [--backends] [--values]
 
 LIBRARY holds the launchers of kernels/cuda/attention.h:
-    nvcc -std=c++17 -O3 -fmad=false -I. -arch=sm_90 -Xcompiler -fPIC -shared -o LIBRARY kernels/cuda/attention*.cu
+    nvcc -std=c++17 -O3 -fmad=false -I. -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -shared \
+        -o LIBRARY kernels/cuda/attention*.cu
 Each row is the median of many runs of forward, and of forward and backward, in TFLOP/s of causal attention that
 computes nothing twice (2 products forward, 5 backward, half of the square), so the rows compare as times do.
 """
@@ -32,13 +33,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in
                 ("batch", "queries", "keys", "first_position", "heads", "kv_heads", "head_size", "q_stride",
-                 "kv_stride")] + [("dtype", ctypes.c_int)]
+                 "kv_stride")] + [("dtype", ctypes.c_int), ("portable", ctypes.c_bool)]
 
 
 class Own:
     """The launchers over tensors (B, S, H, HD)."""
 
-    def __init__(self, path):
+    def __init__(self, path, portable):
+        self.portable = portable
         self.library = ctypes.CDLL(path)
         self.measures = [self.library.flap_cuda_attention_forward_scratch_bytes,
                          self.library.flap_cuda_attention_backward_scratch_bytes]
@@ -49,7 +51,7 @@ class Own:
         batch, sequence, heads, head_size = q.shape
         kv_heads = k.shape[2]
         self.shape = Shape(batch, sequence, sequence, 0, heads, kv_heads, head_size, q.stride(1), k.stride(1),
-                           DTYPES[q.dtype])
+                           DTYPES[q.dtype], self.portable)
         self.q, self.k, self.v, self.dout = q, k, v, dout
         self.out, self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (q, q, k, v))
         self.lse = torch.empty(batch, heads, sequence, device="cuda")
@@ -139,8 +141,10 @@ def main():
                     except RuntimeError as error:
                         print(backend.name, str(error).splitlines()[0])
         for path in options.library:
-            own = Own(path)
-            rows.append((path.rsplit("/", 1)[-1], measure(own, q, k, v, dout, flops)))
+            for portable in (True, False):
+                own = Own(path, portable)
+                name = path.rsplit("/", 1)[-1] + (" portable" if portable else "")
+                rows.append((name, measure(own, q, k, v, dout, flops)))
         for name, (forward, backward, both) in rows:
             print(f"{'x'.join(map(str, shape)):24} {name:24} {forward:8.0f} {backward:8.0f} {both:8.0f}  "
                   f"{forward / default[0]:.2f} {backward / default[1]:.2f} {both / default[2]:.2f}", flush=True)

@@ -16,6 +16,13 @@ bool takes_tiles(const flap_cuda_attention_shape *shape) {
   return shape->dtype != FLAP_F32 && shape->head_size <= ATTENTION_MMA_HEAD_MAX && rows_aligned(shape);
 }
 
+/* Whether this is a GPU for the kernels of attention_hopper.cu; which GPU it is, is part of the numerics key. */
+bool takes_hopper(const flap_cuda_attention_shape *shape) {
+  int device = 0, major = 0;
+  return !shape->portable && takes_tiles(shape) && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
 bool valid(const flap_cuda_attention_shape *shape) {
   return shape->batch > 0 && shape->queries > 0 && shape->kv_heads > 0 && shape->heads % shape->kv_heads == 0 &&
          shape->heads > 0 && shape->head_size > 0 && shape->head_size % 8 == 0 &&
@@ -69,7 +76,7 @@ uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_sh
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape) {
   if (shape->queries <= ATTENTION_FEW_QUERIES)
     return "few";
-  return !takes_tiles(shape) ? "plain" : shape->head_size <= 64 ? "mma64" : "mma128";
+  return !takes_tiles(shape) ? "plain" : takes_hopper(shape) ? "wgmma" : "mma";
 }
 
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
@@ -84,8 +91,10 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
   args.partial = static_cast<float *>(scratch);
   if (shape->queries <= ATTENTION_FEW_QUERIES)
     return attention_forward_few(args, shape->dtype, stream);
-  return takes_tiles(shape) ? attention_forward_mma(args, shape->dtype, stream)
-                            : attention_forward_plain(args, shape->dtype, stream);
+  if (!takes_tiles(shape))
+    return attention_forward_plain(args, shape->dtype, stream);
+  return takes_hopper(shape) ? attention_forward_hopper(args, shape->dtype, stream)
+                             : attention_forward_mma(args, shape->dtype, stream);
 }
 
 cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
@@ -103,7 +112,7 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   args.out_in = out;
   args.lse_in = lse;
   float2 *statistics = static_cast<float2 *>(scratch);
-  const cudaError_t status = attention_statistics(args, shape->dtype, statistics, stream);
+  cudaError_t status = attention_statistics(args, shape->dtype, statistics, stream);
   if (status != cudaSuccess)
     return status;
   args.statistics = statistics;
@@ -111,5 +120,7 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = attention_backward_mma_parts(shape);
-  return attention_backward_mma(args, shape->dtype, stream);
+  status = takes_hopper(shape) ? attention_backward_hopper(args, shape->dtype, stream)
+                               : attention_backward_mma(args, shape->dtype, stream);
+  return status != cudaSuccess ? status : attention_backward_join_parts(args, shape->dtype, stream);
 }

@@ -13,6 +13,7 @@
 #include "base/dtype.h"
 
 #include <cuda_runtime_api.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -30,6 +31,7 @@ typedef struct flap_cuda_attention_shape {
   uint32_t heads, kv_heads, head_size;
   uint32_t q_stride, kv_stride;
   flap_dtype dtype;
+  bool portable; /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones */
 } flap_cuda_attention_shape;
 
 /* Scratch of a forward and of a backward. Both grow with batch, queries and first_position, so that the bytes of the
@@ -46,8 +48,8 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
                                          const void *dout, const void *q, const void *k, const void *v, const void *out,
                                          const float *lse, void *scratch, cudaStream_t stream);
 
-/* Which kernels the forward of the shape gets: "few", "mma64", "mma128" or "plain". Static storage. For tests and
- * benchmarks. */
+/* Which kernels the forward of the shape gets on the current device: "few", "plain", "mma" or "wgmma". Static storage.
+ * For tests and benchmarks. */
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape);
 
 #ifdef __cplusplus

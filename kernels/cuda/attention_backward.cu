@@ -9,7 +9,7 @@
  * Where key blocks are too few to fill a GPU, the heads of a group are taken in parts (a function of the shape) whose
  * fp32 sums are added in order by a third kernel. */
 #include "kernels/cuda/attention_launch.cuh"
-#include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/attention_softmax.cuh"
 
 namespace {
 
@@ -55,30 +55,6 @@ __device__ __forceinline__ void load_queries(const attention_args &args, const q
   attention_commit();
 }
 
-/* Probabilities of raw scores (keys as rows, queries as columns), and the gradient of the scores, less the scale.
- * `distance` is the warp's first key less the first query. */
-template <int MT, int QUERIES>
-__device__ __forceinline__ void differentiate_keys(float (&scores)[MT][QUERIES / 8][4],
-                                                   float (&gradient)[MT][QUERIES / 8][4], const float4 *statistics,
-                                                   int distance, float scale_log2) {
-  const int lane = static_cast<int>(threadIdx.x & 31);
-  const bool hides = distance + MT * 16 > 1;
-#pragma unroll
-  for (int n = 0; n < QUERIES / 8; ++n) {
-    const float4 pair = statistics[n * 4 + (lane & 3)]; /* lse and delta of the lane's two queries */
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -(i & 1 ? pair.z : pair.x)));
-        if (hides && distance + m * 16 + (i >> 1) * 8 + (lane >> 2) > n * 8 + (lane & 3) * 2 + (i & 1))
-          p = 0.0f;
-        scores[m][n][i] = p;
-        gradient[m][n][i] = p * (gradient[m][n][i] - (i & 1 ? pair.w : pair.y));
-      }
-  }
-}
-
 template <typename T, int HD>
 __device__ __forceinline__ void add_queries(float (&dk)[keys_plan<HD>::MT][HD / 8][4],
                                             float (&dv)[keys_plan<HD>::MT][HD / 8][4], uint32_t k_rows, uint32_t v_rows,
@@ -90,30 +66,13 @@ __device__ __forceinline__ void add_queries(float (&dk)[keys_plan<HD>::MT][HD / 
   attention_multiply<T, HD, MT, QUERIES>(scores, k_rows, q_tile);
   attention_clear<MT, QUERIES / 8>(gradient);
   attention_multiply<T, HD, MT, QUERIES>(gradient, v_rows, dout_tile);
-  differentiate_keys<MT, QUERIES>(scores, gradient, statistics, distance, scale_log2);
+  attention_probabilities_of_keys<MT, QUERIES>(scores, statistics, distance, scale_log2);
+  attention_gradient_of_keys<MT, QUERIES>(gradient, scores, statistics);
   uint32_t packed[MT][QUERIES / 16][4];
   attention_pack<T, MT, QUERIES>(packed, scores);
   attention_accumulate<T, HD, MT, QUERIES>(dv, packed, dout_tile);
   attention_pack<T, MT, QUERIES>(packed, gradient);
   attention_accumulate<T, HD, MT, QUERIES>(dk, packed, q_tile);
-}
-
-/* fp32 sums of one part, (parts, 2, B, keys, HKV, HD). */
-template <int HD, int MT>
-__device__ __forceinline__ void store_partial(float *to, uint64_t stride, uint32_t valid, uint32_t head_size,
-                                              const float (&c)[MT][HD / 8][4], float factor) {
-  const uint32_t lane = threadIdx.x & 31;
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t row = m * 16 + half * 8 + (lane >> 2);
-#pragma unroll
-      for (int n = 0; n < HD / 8; ++n)
-        if (row < valid && n * 8 < head_size)
-          *reinterpret_cast<float2 *>(to + row * stride + n * 8 + (lane & 3) * 2) =
-              make_float2(c[m][n][2 * half] * factor, c[m][n][2 * half + 1] * factor);
-    }
 }
 
 template <typename T, int HD>
@@ -183,16 +142,13 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
     const uint64_t count = static_cast<uint64_t>(args.batch) * args.keys * stride;
     float *to = args.partial + 2 * part * count + (static_cast<uint64_t>(sequence) * args.keys + key + first) * stride +
                 kv_head * args.head_size;
-    store_partial<HD, MT>(to, stride, valid, args.head_size, dk, args.scale);
-    store_partial<HD, MT>(to + count, stride, valid, args.head_size, dv, 1.0f);
+    attention_store_partial<HD, MT>(to, stride, valid, args.head_size, dk, args.scale);
+    attention_store_partial<HD, MT>(to + count, stride, valid, args.head_size, dv, 1.0f);
     return;
   }
   float scale[MT][2], one[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m) {
-    scale[m][0] = scale[m][1] = args.scale;
-    one[m][0] = one[m][1] = 1.0f;
-  }
+  attention_fill<MT>(scale, args.scale);
+  attention_fill<MT>(one, 1.0f);
   const uint64_t to = kv_offset + first * args.kv_stride;
   attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dk) + to, args.kv_stride, valid, args.head_size, dk,
                                   scale, shared + first * ROW);
@@ -229,28 +185,6 @@ template <int HD> constexpr int step_keys = HD == 64 ? 64 : 32;
 template <int HD> constexpr uint32_t queries_stage_bytes = 2 * step_keys<HD> *attention_row_bytes<HD>;
 template <int HD> constexpr uint32_t queries_fixed_bytes = 2 * QUERY_ROWS *attention_row_bytes<HD>;
 
-/* As differentiate_keys, with queries as rows; only the gradient is wanted, and replaces dp. `distance` is the warp's
- * first query less the first key. */
-template <int N>
-__device__ __forceinline__ void
-differentiate_queries(const float (&scores)[QUERY_MT][N / 8][4], float (&gradient)[QUERY_MT][N / 8][4],
-                      const float2 (&statistics)[QUERY_MT][2], int distance, float scale_log2) {
-  const int lane = static_cast<int>(threadIdx.x & 31);
-  const bool hides = N > distance + 1;
-#pragma unroll
-  for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-    for (int m = 0; m < QUERY_MT; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 row = statistics[m][i >> 1];
-        float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -row.x));
-        if (hides && n * 8 + (lane & 3) * 2 + (i & 1) > distance + m * 16 + (i >> 1) * 8 + (lane >> 2))
-          p = 0.0f;
-        gradient[m][n][i] = p * (gradient[m][n][i] - row.y);
-      }
-}
-
 template <int HD>
 __device__ __forceinline__ void load_keys(const attention_args &args, const uint16_t *k, const uint16_t *v,
                                           uint32_t key, uint32_t end, uint32_t stage) {
@@ -269,7 +203,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + QUERY_ROWS * ROW;
   const uint32_t stage_first = dout_tile + QUERY_ROWS * ROW;
-  const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp * MT * 16;
+  const uint32_t warp = threadIdx.x >> 5, first = warp * MT * 16;
   const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
   const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * QUERY_ROWS;
   const uint32_t sequence = pair / args.heads, head = pair % args.heads;
@@ -289,14 +223,8 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   load_keys<HD>(args, k, v, 0, end, stage_first);
 
   float2 statistics[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t row = first + m * 16 + half * 8 + (lane >> 2);
-      statistics[m][half] = row < rows ? args.statistics[static_cast<uint64_t>(pair) * args.queries + query + row]
-                                       : make_float2(0.0f, 0.0f);
-    }
+  attention_load_statistics<MT>(statistics, args.statistics + static_cast<uint64_t>(pair) * args.queries + query, first,
+                                rows);
   float dq[MT][HD / 8][4];
   attention_clear<MT, HD / 8>(dq);
   uint32_t stage = 0;
@@ -313,8 +241,9 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
       attention_multiply<T, HD, MT, N>(scores, q_tile + first * ROW, k_tile);
       attention_clear<MT, N / 8>(gradient);
       attention_multiply<T, HD, MT, N>(gradient, dout_tile + first * ROW, k_tile + N * ROW);
-      differentiate_queries<N>(scores, gradient, statistics, static_cast<int>(query + first) - static_cast<int>(key),
-                               args.scale_log2);
+      attention_probabilities_of_queries<MT, N>(
+          scores, statistics, static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2);
+      attention_gradient_of_queries<MT, N>(gradient, scores, statistics);
       uint32_t packed[MT][N / 16][4];
       attention_pack<T, MT, N>(packed, gradient);
       attention_accumulate<T, HD, MT, N>(dq, packed, k_tile);
@@ -326,9 +255,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
     }
   }
   float scale[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-    scale[m][0] = scale[m][1] = args.scale;
+  attention_fill<MT>(scale, args.scale);
   attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dq) + q_offset + first * args.q_stride, args.q_stride,
                                   rows > first ? rows - first : 0, args.head_size, dq, scale, shared + first * ROW);
 }
@@ -354,10 +281,6 @@ template <typename T, int HD> cudaError_t launch(attention_args args, cudaStream
   const uint64_t key_tiles = (args.keys + KEYS - 1) / KEYS, query_tiles = (args.queries + QUERY_ROWS - 1) / QUERY_ROWS;
   status = attention_launch(attention_backward_keys_kernel<T, HD>, key_tiles * args.batch * args.kv_heads * args.parts,
                             keys_plan<HD>::WARPS * 32, bytes, args, stream);
-  if (status == cudaSuccess && args.parts > 1) {
-    const uint64_t pairs = static_cast<uint64_t>(args.batch) * args.keys * args.kv_heads * args.head_size;
-    status = attention_launch(attention_backward_parts_kernel<T>, (pairs + 255) / 256, 256, 0, args, stream);
-  }
   if (status == cudaSuccess)
     status = choose_stages<queries_fixed_bytes<HD>, queries_stage_bytes<HD>>(&args, &bytes);
   if (status == cudaSuccess)
@@ -391,6 +314,15 @@ uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *s
     return 0;
   const uint64_t all = key_blocks(shape) * group, blocks = all < BLOCKS_WANTED ? all : BLOCKS_WANTED;
   return blocks * KEYS * shape->head_size * 2 * sizeof(float);
+}
+
+cudaError_t attention_backward_join_parts(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
+  if (args.parts == 1)
+    return cudaSuccess;
+  const uint64_t pairs = static_cast<uint64_t>(args.batch) * args.keys * args.kv_heads * args.head_size;
+  return attention_launch(dtype == FLAP_BF16 ? attention_backward_parts_kernel<__nv_bfloat16>
+                                             : attention_backward_parts_kernel<__half>,
+                          (pairs + 255) / 256, 256, 0, args, stream);
 }
 
 cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {

@@ -11,8 +11,13 @@ constexpr uint32_t ATTENTION_MMA_HEAD_MAX = 128;
 constexpr uint32_t ATTENTION_FEW_QUERIES = 16;
 
 cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-/* args.statistics is scratch of the caller, filled here. */
+/* With args.parts above 1, dk and dv are left in parts. */
 cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* The same two on Hopper alone: attention_hopper.cu is code for sm_90a. */
+cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* Adds the parts of dk and dv in order; nothing where there is one. */
+cudaError_t attention_backward_join_parts(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* In how many parts the heads of a group are taken for dk and dv, and the scratch of their sums. */
 uint32_t attention_backward_mma_parts(const flap_cuda_attention_shape *shape);
 uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *shape);

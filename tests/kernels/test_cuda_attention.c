@@ -279,8 +279,9 @@ static void close_reference(reference *r) {
 
 static const char *describe(const shape *s) {
   static char text[160];
-  snprintf(text, sizeof text, "%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
-           s->batch, s->queries, s->first_position, s->heads, s->kv_heads, s->head_size, s->q_stride, s->kv_stride);
+  snprintf(text, sizeof text, "%s%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
+           s->portable ? " portable" : "", s->batch, s->queries, s->first_position, s->heads, s->kv_heads, s->head_size,
+           s->q_stride, s->kv_stride);
   return text;
 }
 
@@ -363,7 +364,13 @@ static void twice(problem *p, void (*once)(problem *p), operand *const results[]
   }
 }
 
+/* Also by the kernels for every GPU, where this one has others. */
 static void check_shape(shape s, bool backward) {
+  if (!s.portable && strcmp(flap_cuda_attention_path(&s), "wgmma") == 0) {
+    s.portable = true;
+    check_shape(s, backward);
+    s.portable = false;
+  }
   problem p = problem_of(s);
   reference r = reference_of(&p, backward);
   const uint32_t q_width = s.heads * s.head_size, kv_width = s.kv_heads * s.head_size;

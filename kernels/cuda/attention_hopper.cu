@@ -1,0 +1,388 @@
+/* The kernels of attention_forward.cu and attention_backward.cu for Hopper (sm_90a): the same tiles, order of sums and
+ * steps between the products, which are done by warpgroups (attention_wgmma.cuh) at twice the rate.
+ *
+ * A warpgroup has 64 rows, a block WGS warpgroups, and there is one block per multiprocessor: while one warpgroup
+ * computes exponentials another multiplies. Tiles have two stages; a stage is filled after the barrier behind which no
+ * warpgroup multiplies from it any more. */
+#include "kernels/cuda/attention_launch.cuh"
+#include "kernels/cuda/attention_softmax.cuh"
+#include "kernels/cuda/attention_wgmma.cuh"
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+namespace {
+
+template <int HD> constexpr int WGS = HD == 64 ? 3 : 2;
+template <int HD> constexpr int THREADS = WGS<HD> * 128;
+template <int HD> constexpr int ROWS = WGS<HD> * 64; /* of a block: queries, or keys in the pass for dk and dv */
+constexpr uint32_t ALIGNMENT = 1024;
+
+/* The dynamic shared memory from its first multiple of ALIGNMENT. */
+__device__ __forceinline__ unsigned char *aligned_shared(unsigned char *shared) {
+  return shared + (ALIGNMENT - attention_shared_address(shared) % ALIGNMENT) % ALIGNMENT;
+}
+
+template <int HD, int N> constexpr uint32_t tile_bytes = N *HD * 2;
+
+/* ---- forward ---- */
+
+constexpr int KEYS = 128;
+
+template <int HD>
+constexpr uint32_t forward_shared_bytes = tile_bytes<HD, ROWS<HD>> + 4 * tile_bytes<HD, KEYS> + ALIGNMENT;
+
+template <typename T, int HD>
+__global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kernel(const attention_args args) {
+  extern __shared__ unsigned char dynamic[];
+  unsigned char *shared = aligned_shared(dynamic);
+  const uint32_t q_tile = attention_shared_address(shared), k_tiles = q_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t v_tiles = k_tiles + 2 * tile_bytes<HD, KEYS>;
+  const uint32_t warp = threadIdx.x >> 5, first = warp * 16; /* the warp's first row */
+  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
+  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * ROWS<HD>;
+  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
+  const uint32_t kv_head = head / (args.heads / args.kv_heads);
+  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.queries - query);
+  const uint32_t end = args.first_position + query + rows;
+  const uint16_t *q = static_cast<const uint16_t *>(args.q) +
+                      (static_cast<uint64_t>(sequence) * args.queries + query) * args.q_stride + head * args.head_size;
+  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
+  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
+  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
+
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, q, rows, args.q_stride, args.head_size);
+  panels_load<HD, KEYS, THREADS<HD>>(k_tiles, k, end, args.kv_stride, args.head_size);
+  attention_commit();
+
+  float out[1][HD / 8][4], scores[1][KEYS / 8][4], factor[1][2];
+  uint32_t packed[1][KEYS / 16][4];
+  attention_clear<1, HD / 8>(out);
+  attention_running<1> state;
+  attention_running_open<1>(state);
+  const uint32_t position = args.first_position + query + first; /* of the warp's first query */
+  const uint32_t q_rows = q_tile + (warp >> 2) * 64 * PANEL_ROW;
+  /* The products of a tile's scores run while the tile before is multiplied with its values. */
+  for (uint32_t key = 0, stage = 0; key < end; key += KEYS, stage ^= 1) {
+    panels_arrived(); /* keys of this tile, values of the one before */
+    __syncthreads();
+    panels_load<HD, KEYS, THREADS<HD>>(v_tiles + stage * tile_bytes<HD, KEYS>, v + key * args.kv_stride, end - key,
+                                       args.kv_stride, args.head_size);
+    if (key + KEYS < end)
+      panels_load<HD, KEYS, THREADS<HD>>(k_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>,
+                                         k + (key + KEYS) * args.kv_stride, end - key - KEYS, args.kv_stride,
+                                         args.head_size);
+    attention_commit();
+    wgmma_hold(scores);
+    wgmma_hold(out);
+    wgmma_hold(packed);
+    wgmma_begin();
+    panels_multiply<T, HD, ROWS<HD>, KEYS>(scores, q_rows, k_tiles + stage * tile_bytes<HD, KEYS>);
+    if (key > 0) {
+      panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    wgmma_hold(scores);
+    if (key + KEYS > position + 1)
+      attention_hide_later_keys<1, KEYS>(scores, static_cast<int>(position) - static_cast<int>(key));
+    attention_softmax_tile<1, KEYS>(scores, state, factor, args.scale_log2);
+    wgmma_wait<0>();
+    wgmma_hold(out);
+    wgmma_hold(packed);
+    attention_rescale<1, HD>(out, factor);
+    attention_pack<T, 1, KEYS>(packed, scores);
+  }
+  panels_arrived();
+  __syncthreads();
+  wgmma_hold(out);
+  wgmma_hold(packed);
+  wgmma_begin();
+  panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + ((end + KEYS - 1) / KEYS - 1) % 2 * tile_bytes<HD, KEYS>);
+  wgmma_wait<0>();
+  wgmma_hold(out);
+  __syncthreads();
+
+  const uint32_t valid = rows > first ? rows - first : 0;
+  float *lse = args.lse_out == NULL ? NULL : args.lse_out + static_cast<uint64_t>(pair) * args.queries + query + first;
+  attention_running_close<1>(state, factor, lse, valid, args.scale);
+  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  uint16_t *to = static_cast<uint16_t *>(args.out) +
+                 (static_cast<uint64_t>(sequence) * args.queries + query + first) * packed_stride +
+                 head * args.head_size;
+  attention_store_rows<T, HD, 1>(to, packed_stride, valid, args.head_size, out, factor,
+                                 shared + first * attention_row_bytes<HD>);
+}
+
+/* ---- backward, pass one: dk and dv ---- */
+
+constexpr int STEP = 64; /* queries, and in pass two keys, at a time */
+
+template <int HD> constexpr uint32_t keys_stage_bytes = 2 * tile_bytes<HD, STEP> + ALIGNMENT; /* the last: statistics */
+template <int HD> constexpr uint32_t keys_fixed_bytes = 2 * tile_bytes<HD, ROWS<HD>>;
+template <int HD> constexpr uint32_t keys_shared_bytes = keys_fixed_bytes<HD> + 2 * keys_stage_bytes<HD> + ALIGNMENT;
+
+/* The walk of one block over (head of the part, tile of queries), the tiles running fastest. */
+struct query_walk {
+  const uint16_t *q, *dout; /* of the first head of the part, at the sequence's first token */
+  const float2 *statistics;
+  uint32_t tile_first, tiles; /* per head */
+};
+
+template <int HD>
+__device__ __forceinline__ void load_queries(const attention_args &args, const query_walk &walk, uint32_t step,
+                                             uint32_t stage) {
+  const uint32_t head = step / walk.tiles, query = (walk.tile_first + step % walk.tiles) * STEP;
+  const uint32_t valid = args.queries - query, column = head * args.head_size;
+  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  panels_load<HD, STEP, THREADS<HD>>(stage, walk.q + query * args.q_stride + column, valid, args.q_stride,
+                                     args.head_size);
+  panels_load<HD, STEP, THREADS<HD>>(stage + tile_bytes<HD, STEP>, walk.dout + query * packed_stride + column, valid,
+                                     packed_stride, args.head_size);
+  if (threadIdx.x < STEP) {
+    const bool copied = threadIdx.x < valid;
+    const float2 *from = walk.statistics + static_cast<uint64_t>(head) * args.queries + query;
+    attention_copy8(stage + 2 * tile_bytes<HD, STEP> + threadIdx.x * 8, from + (copied ? threadIdx.x : 0),
+                    copied ? 8 : 0);
+  }
+  attention_commit();
+}
+
+/* Adds one tile of queries; dk's product is still running on return. */
+template <typename T, int HD>
+__device__ __forceinline__ void add_queries(float (&dk)[1][HD / 8][4], float (&dv)[1][HD / 8][4],
+                                            uint32_t (&p)[1][STEP / 16][4], uint32_t (&ds)[1][STEP / 16][4],
+                                            uint32_t k_rows, uint32_t v_rows, uint32_t q_tile, const float4 *statistics,
+                                            int distance, float scale_log2) {
+  const uint32_t dout_tile = q_tile + tile_bytes<HD, STEP>;
+  float scores[1][STEP / 8][4], gradient[1][STEP / 8][4];
+  wgmma_hold(scores);
+  wgmma_hold(gradient);
+  wgmma_begin();
+  panels_multiply<T, HD, ROWS<HD>, STEP>(scores, k_rows, q_tile);
+  panels_multiply<T, HD, ROWS<HD>, STEP>(gradient, v_rows, dout_tile);
+  wgmma_wait<1>();
+  wgmma_hold(scores);
+  attention_probabilities_of_keys<1, STEP>(scores, statistics, distance, scale_log2);
+  attention_pack<T, 1, STEP>(p, scores);
+  wgmma_hold(p);
+  wgmma_hold(dv);
+  wgmma_begin();
+  panels_accumulate<T, HD, STEP>(dv, p, dout_tile);
+  wgmma_wait<1>();
+  wgmma_hold(gradient);
+  attention_gradient_of_keys<1, STEP>(gradient, scores, statistics);
+  attention_pack<T, 1, STEP>(ds, gradient);
+  wgmma_hold(ds);
+  wgmma_hold(dk);
+  wgmma_begin();
+  panels_accumulate<T, HD, STEP>(dk, ds, q_tile);
+}
+
+template <typename T, int HD>
+__global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(const attention_args args) {
+  extern __shared__ unsigned char dynamic[];
+  unsigned char *shared = aligned_shared(dynamic);
+  const uint32_t k_tile = attention_shared_address(shared), v_tile = k_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t stage_first = v_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
+
+  /* The first keys are seen by the most queries and come first. */
+  const uint32_t units = args.batch * args.kv_heads * args.parts, unit = blockIdx.x % units;
+  const uint32_t key = blockIdx.x / units * ROWS<HD>;
+  const uint32_t part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
+  const uint32_t sequence = unit / args.parts / args.kv_heads;
+  const uint32_t part_heads = args.heads / args.kv_heads / args.parts;
+  const uint32_t head = kv_head * (args.heads / args.kv_heads) + part * part_heads;
+  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.keys - key);
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries;
+  const uint64_t kv_offset =
+      (static_cast<uint64_t>(sequence) * args.keys + key) * args.kv_stride + kv_head * args.head_size;
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(k_tile, static_cast<const uint16_t *>(args.k) + kv_offset, rows,
+                                         args.kv_stride, args.head_size);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(v_tile, static_cast<const uint16_t *>(args.v) + kv_offset, rows,
+                                         args.kv_stride, args.head_size);
+  query_walk walk;
+  walk.q = static_cast<const uint16_t *>(args.q) + token * args.q_stride + head * args.head_size;
+  walk.dout = static_cast<const uint16_t *>(args.dout) + (token * args.heads + head) * args.head_size;
+  walk.statistics = args.statistics + (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
+  walk.tile_first = key / STEP;
+  walk.tiles = (args.queries + STEP - 1) / STEP - walk.tile_first;
+  load_queries<HD>(args, walk, 0, stage_first);
+
+  float dk[1][HD / 8][4], dv[1][HD / 8][4];
+  uint32_t p[1][STEP / 16][4], ds[1][STEP / 16][4];
+  attention_clear<1, HD / 8>(dk);
+  attention_clear<1, HD / 8>(dv);
+  const uint32_t steps = walk.tiles * part_heads;
+  for (uint32_t step = 0; step < steps; ++step) {
+    const uint32_t tile = stage_first + (step & 1) * keys_stage_bytes<HD>;
+    panels_arrived();
+    wgmma_wait<0>();
+    wgmma_hold(dk);
+    wgmma_hold(dv);
+    wgmma_hold(p);
+    wgmma_hold(ds);
+    __syncthreads();
+    if (step + 1 < steps)
+      load_queries<HD>(args, walk, step + 1, stage_first + (~step & 1) * keys_stage_bytes<HD>);
+    const uint32_t query = (walk.tile_first + step % walk.tiles) * STEP;
+    const float4 *statistics = reinterpret_cast<const float4 *>(
+        shared + keys_fixed_bytes<HD> + (step & 1) * keys_stage_bytes<HD> + 2 * tile_bytes<HD, STEP>);
+    if (query + STEP > key + group_first)
+      add_queries<T, HD>(dk, dv, p, ds, k_tile + group_first * PANEL_ROW, v_tile + group_first * PANEL_ROW, tile,
+                         statistics, static_cast<int>(key + first) - static_cast<int>(query), args.scale_log2);
+  }
+  wgmma_wait<0>();
+  wgmma_hold(dk);
+  wgmma_hold(dv);
+  __syncthreads();
+
+  const uint32_t valid = rows > first ? rows - first : 0;
+  if (args.parts > 1) {
+    const uint64_t stride = static_cast<uint64_t>(args.kv_heads) * args.head_size;
+    const uint64_t count = static_cast<uint64_t>(args.batch) * args.keys * stride;
+    float *to = args.partial + 2 * part * count + (static_cast<uint64_t>(sequence) * args.keys + key + first) * stride +
+                kv_head * args.head_size;
+    attention_store_partial<HD, 1>(to, stride, valid, args.head_size, dk, args.scale);
+    attention_store_partial<HD, 1>(to + count, stride, valid, args.head_size, dv, 1.0f);
+    return;
+  }
+  float scale[1][2], one[1][2];
+  attention_fill<1>(scale, args.scale);
+  attention_fill<1>(one, 1.0f);
+  const uint64_t to = kv_offset + first * args.kv_stride;
+  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dk) + to, args.kv_stride, valid, args.head_size, dk,
+                                 scale, shared + first * attention_row_bytes<HD>);
+  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dv) + to, args.kv_stride, valid, args.head_size, dv, one,
+                                 shared + (ROWS<HD> + first) * attention_row_bytes<HD>);
+}
+
+/* ---- backward, pass two: dq ---- */
+
+template <int HD>
+constexpr uint32_t queries_shared_bytes = 2 * tile_bytes<HD, ROWS<HD>> + 4 * tile_bytes<HD, STEP> + ALIGNMENT;
+
+template <int HD>
+__device__ __forceinline__ void load_keys(const attention_args &args, const uint16_t *k, const uint16_t *v,
+                                          uint32_t key, uint32_t end, uint32_t stage) {
+  const uint64_t offset = key * args.kv_stride;
+  panels_load<HD, STEP, THREADS<HD>>(stage, k + offset, end - key, args.kv_stride, args.head_size);
+  panels_load<HD, STEP, THREADS<HD>>(stage + tile_bytes<HD, STEP>, v + offset, end - key, args.kv_stride,
+                                     args.head_size);
+  attention_commit();
+}
+
+/* Adds one tile of keys. */
+template <typename T, int HD>
+__device__ __forceinline__ void add_keys(float (&dq)[1][HD / 8][4], uint32_t q_rows, uint32_t dout_rows,
+                                         uint32_t k_tile, const float2 (&statistics)[1][2], int distance,
+                                         float scale_log2) {
+  float scores[1][STEP / 8][4], gradient[1][STEP / 8][4];
+  uint32_t ds[1][STEP / 16][4];
+  wgmma_hold(scores);
+  wgmma_hold(gradient);
+  wgmma_begin();
+  panels_multiply<T, HD, ROWS<HD>, STEP>(scores, q_rows, k_tile);
+  panels_multiply<T, HD, ROWS<HD>, STEP>(gradient, dout_rows, k_tile + tile_bytes<HD, STEP>);
+  wgmma_wait<1>();
+  wgmma_hold(scores);
+  attention_probabilities_of_queries<1, STEP>(scores, statistics, distance, scale_log2);
+  wgmma_wait<0>();
+  wgmma_hold(gradient);
+  attention_gradient_of_queries<1, STEP>(gradient, scores, statistics);
+  attention_pack<T, 1, STEP>(ds, gradient);
+  wgmma_hold(ds);
+  wgmma_hold(dq);
+  wgmma_begin();
+  panels_accumulate<T, HD, STEP>(dq, ds, k_tile);
+  wgmma_wait<0>();
+  wgmma_hold(dq);
+}
+
+template <typename T, int HD>
+__global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_queries_kernel(const attention_args args) {
+  extern __shared__ unsigned char dynamic[];
+  unsigned char *shared = aligned_shared(dynamic);
+  const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t stage_first = dout_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
+  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
+  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * ROWS<HD>;
+  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
+  const uint32_t kv_head = head / (args.heads / args.kv_heads);
+  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.queries - query), end = query + rows;
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + query;
+  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  const uint64_t q_offset = token * args.q_stride + head * args.head_size;
+  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
+  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
+  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, static_cast<const uint16_t *>(args.q) + q_offset, rows, args.q_stride,
+                                         args.head_size);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(
+      dout_tile, static_cast<const uint16_t *>(args.dout) + token * packed_stride + head * args.head_size, rows,
+      packed_stride, args.head_size);
+  load_keys<HD>(args, k, v, 0, end, stage_first);
+
+  float2 statistics[1][2];
+  attention_load_statistics<1>(statistics, args.statistics + static_cast<uint64_t>(pair) * args.queries + query, first,
+                               rows);
+  float dq[1][HD / 8][4];
+  attention_clear<1, HD / 8>(dq);
+  for (uint32_t key = 0, stage = 0; key < end; key += STEP, stage ^= 1) {
+    const uint32_t k_tile = stage_first + stage * 2 * tile_bytes<HD, STEP>;
+    panels_arrived();
+    __syncthreads();
+    if (key + STEP < end)
+      load_keys<HD>(args, k, v, key + STEP, end, stage_first + (stage ^ 1) * 2 * tile_bytes<HD, STEP>);
+    if (key < query + group_first + 64)
+      add_keys<T, HD>(dq, q_tile + group_first * PANEL_ROW, dout_tile + group_first * PANEL_ROW, k_tile, statistics,
+                      static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2);
+  }
+  __syncthreads();
+  float scale[1][2];
+  attention_fill<1>(scale, args.scale);
+  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dq) + q_offset + first * args.q_stride, args.q_stride,
+                                 rows > first ? rows - first : 0, args.head_size, dq, scale,
+                                 shared + first * attention_row_bytes<HD>);
+}
+
+/* ---- launches ---- */
+
+template <int HD> uint64_t tiles_of(uint32_t rows) {
+  return (rows + ROWS<HD> - 1) / ROWS<HD>;
+}
+
+template <typename T, int HD> cudaError_t forward(const attention_args &args, cudaStream_t stream) {
+  return attention_launch(attention_hopper_forward_kernel<T, HD>, tiles_of<HD>(args.queries) * args.batch * args.heads,
+                          THREADS<HD>, forward_shared_bytes<HD>, args, stream);
+}
+
+template <typename T, int HD> cudaError_t backward(const attention_args &args, cudaStream_t stream) {
+  cudaError_t status = attention_launch(attention_hopper_keys_kernel<T, HD>,
+                                        tiles_of<HD>(args.keys) * args.batch * args.kv_heads * args.parts, THREADS<HD>,
+                                        keys_shared_bytes<HD>, args, stream);
+  if (status == cudaSuccess)
+    status =
+        attention_launch(attention_hopper_queries_kernel<T, HD>, tiles_of<HD>(args.queries) * args.batch * args.heads,
+                         THREADS<HD>, queries_shared_bytes<HD>, args, stream);
+  return status;
+}
+
+} // namespace
+
+cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
+  if (dtype == FLAP_BF16)
+    return args.head_size <= 64 ? forward<__nv_bfloat16, 64>(args, stream) : forward<__nv_bfloat16, 128>(args, stream);
+  return args.head_size <= 64 ? forward<__half, 64>(args, stream) : forward<__half, 128>(args, stream);
+}
+
+cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
+  if (dtype == FLAP_BF16)
+    return args.head_size <= 64 ? backward<__nv_bfloat16, 64>(args, stream)
+                                : backward<__nv_bfloat16, 128>(args, stream);
+  return args.head_size <= 64 ? backward<__half, 64>(args, stream) : backward<__half, 128>(args, stream);
+}
+
+#endif
