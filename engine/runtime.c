@@ -38,8 +38,13 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
   } else {
     pager->trace = trace_transfer;
     pager->trace_context = runtime;
-    for (uint32_t i = 0; i < setup->spec.disk_count; i++)
-      pager->disk.disks[i].bytes = config->disk_bytes[i] / setup->choice.transfer_bytes * setup->choice.transfer_bytes;
+    pager->disk.disk_count = 0; /* without those that have no room for a stripe */
+    for (uint32_t i = 0; i < setup->spec.disk_count; i++) {
+      const uint64_t bytes = config->disk_bytes[i] / setup->choice.transfer_bytes * setup->choice.transfer_bytes;
+      if (bytes > 0)
+        pager->disk.disks[pager->disk.disk_count++] =
+            (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes};
+    }
   }
 }
 
