@@ -237,7 +237,7 @@ ROWS = [
     ("vocabulary below the tokenizer's", ["train", "run.yaml", "model.vocab_size=100"], ["vocab_size|vocabulary", "100", "257"]),
     ("sequences beyond the model's positions", ["train", "run.yaml", "cutoff_len=65"],
      ["cutoff_len", "65", "64", "max_position_embeddings"]),
-    ("cuda that is not built", ["train", "run.yaml", "device=cuda"], ["device", "cuda"]),
+    ("unknown device", ["train", "run.yaml", "device=gpu"], ["device: wanted one of auto, cpu, cuda, found gpu"]),
     ("fp16", ["train", "run.yaml", "fp16=true", "bf16=false"], ["fp16: not supported yet: use bf16"]),
     ("model twice", ["train", "run.yaml", "model_name_or_path=good"], ["model_name_or_path: contradicts model"]),
     # YAML
