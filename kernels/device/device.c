@@ -28,7 +28,8 @@ flap_status flap_device_open(const flap_device_config *config, flap_device **dev
   *device_out = NULL;
   const flap_device_table *table = tables[config->kind];
   if (!table)
-    return flap_error_set(FLAP_UNSUPPORTED, "this build has no CUDA; set device to cpu, or use a build with CUDA");
+    return flap_error_set(FLAP_UNSUPPORTED,
+                          "device: cuda: this build has no CUDA; set device to cpu, or use a build with CUDA");
   if (config->vram_bytes == 0)
     return flap_error_set(FLAP_INVALID, "vram: the budget is 0 bytes; give the device some memory");
   flap_device *device = calloc(1, table->struct_bytes);
