@@ -48,7 +48,7 @@ static double fraction(flap_scheduler scheduler, uint64_t warmup_steps, uint64_t
   case FLAP_SCHEDULER_CONSTANT_WITH_WARMUP:
     return 1;
   }
-  flap_assert(!"a scheduler without a formula");
+  flap_assert(false); /* a scheduler without a formula */
   return 0;
 }
 
