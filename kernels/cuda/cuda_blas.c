@@ -5,9 +5,12 @@
  *    where the parts are added in fp32, out of place, in a fixed order. So a shape's bits never change on one GPU model
  * and library version, which are in the numerics key.
  * 2. Operands are promised to be aligned to 16 bytes, or to what they are where that is less; addresses decide nothing
- *    else. What cuBLASLt refuses (odd alignments) is computed by cuda_matmul_plain.
- * 3. What was found is kept per shape in a table taken at open. When the table is full it is emptied.
- * 4. cuBLASLt is column-major. A row-major matrix is its transpose there, so c = op(a) op(b) is asked for as
+ *    else. What cuBLASLt refuses is computed by cuda_matmul_plain.
+ * 3. A bias is added in fp32, before the only rounding. cuBLASLt does so where everything is whole vectors; for odd
+ *    strides and sizes some of its kernels round the product first (seen with 13.1 on an H100), so those with a bias
+ * are computed by cuda_matmul_plain too.
+ * 4. What was found is kept per shape in a table taken at open. When the table is full it is emptied.
+ * 5. cuBLASLt is column-major. A row-major matrix is its transpose there, so c = op(a) op(b) is asked for as
  *    cᵀ = op(b)ᵀ op(a)ᵀ: their first operand is our b.
  */
 #include "kernels/cuda/cuda_internal.h"
@@ -251,6 +254,13 @@ static cublasStatus_t choose_algorithm(const cuda_blas *blas, plan *p) {
   return status;
 }
 
+/* Whether rows, sizes and addresses are whole vectors of 16 bytes. */
+static bool is_whole(const flap_matmul *x, const void *bias) {
+  const uint32_t vector = 16 / (uint32_t)flap_dtype_bytes(x->dtype);
+  return (x->lda | x->ldb | x->ldc | x->n | x->k) % vector == 0 && alignment(bias) == 16 && alignment(x->a) == 16 &&
+         alignment(x->b) == 16 && alignment(x->c) == 16;
+}
+
 /* The plan of this shape, made if it is new. */
 static plan *plan_for(cuda_blas *blas, const flap_matmul *x, const void *bias, cublasStatus_t *status_out) {
   const plan_key key = key_of(x, bias);
@@ -271,7 +281,8 @@ static plan *plan_for(cuda_blas *blas, const flap_matmul *x, const void *bias, c
     status = describe_product(blas, p, x, bias);
   if (status == CUBLAS_STATUS_SUCCESS)
     status = choose_algorithm(blas, p);
-  p->plain = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE;
+  p->plain = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
+             (bias != NULL && !is_whole(x, bias));
   if (status != CUBLAS_STATUS_SUCCESS && !p->plain) {
     *status_out = status;
     return p; /* not kept */

@@ -109,6 +109,28 @@ START_TEST(matmul_plain_any_shape_matches_the_cpu) {
 }
 END_TEST
 
+/* A bias is added before the only rounding, which shows where it cancels the product: few rows and many, as in decoding
+ * and training. */
+static void biases(gpu_rig *g, rig_random *random) {
+  const uint32_t rows[] = {1, 2, 3, 5, 8, 16, 17, 33, 64, 100, 128, 257, 600};
+  for (uint32_t round = 0; round < 52; ++round) {
+    product p = {.matmul = {.transpose = (flap_transpose)(round % 4 == 0 ? round % 3 : FLAP_NT)}, .bias = true};
+    p.matmul.m = rows[round % 13];
+    p.matmul.n = 8 * rig_between(random, 1, 100);
+    p.matmul.k = round % 5 == 0 ? 4096 : 8 * rig_between(random, 1, 100);
+    p.matmul.c_dtype = g->dtype;
+    p.gap = round % 7 == 6 ? 1 : round % 2 * 8;
+    if (p.matmul.transpose == FLAP_TN)
+      p.matmul.m = (p.matmul.m + 7) / 8 * 8;
+    check_product(g, random, p);
+  }
+}
+
+START_TEST(matmul_bias_is_added_before_the_rounding) {
+  with_rig(_i, biases);
+}
+END_TEST
+
 /* A long inner sum and shapes that tempt to cut it: the same bits every time, and the error of one fp32 sum. */
 static void long_sums(gpu_rig *g, rig_random *random) {
   for (uint32_t round = 0; round < 3; ++round) {
@@ -224,6 +246,7 @@ int main(void) {
   TCase *tests = tcase_create("cuda_products");
   tcase_add_loop_test(tests, matmul_any_shape_matches_the_cpu, 0, 3);
   tcase_add_loop_test(tests, matmul_plain_any_shape_matches_the_cpu, 0, 3);
+  tcase_add_loop_test(tests, matmul_bias_is_added_before_the_rounding, 0, 3);
   tcase_add_loop_test(tests, matmul_long_sum_has_the_same_bits_every_time, 0, 3);
   tcase_add_loop_test(tests, matmul_more_shapes_than_are_kept_still_works, 0, 2);
   tcase_add_loop_test(tests, head_loss_any_shape_matches_the_cpu, 0, 3);
