@@ -42,9 +42,11 @@ __device__ __forceinline__ void add_keys(team_state<R> &state, const attention_a
 #pragma unroll
       for (int c = 0; c < 8; ++c)
         sum = fmaf(q[r][c], x[i][c], sum);
-      for (uint32_t distance = lanes / 2; distance > 0; distance /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, static_cast<int>(distance));
-      score[r][i] = key + i * step < seen[r] && key + i * step < end ? sum * args.scale : -INFINITY;
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2)
+        if (static_cast<uint32_t>(distance) < lanes)
+          sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      score[r][i] = key + i * step < seen[r] && key + i * step < end ? sum * args.scale_log2 : -INFINITY;
     }
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i)
@@ -60,14 +62,14 @@ __device__ __forceinline__ void add_keys(team_state<R> &state, const attention_a
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
       top = fmaxf(top, score[r][i]);
-    const float base = top == -INFINITY ? 0.0f : top, factor = expf(state.maximum[r] - base);
+    const float base = top == -INFINITY ? 0.0f : top, factor = attention_exp2(state.maximum[r] - base);
     state.sum[r] *= factor;
 #pragma unroll
     for (int c = 0; c < 8; ++c)
       state.out[r][c] *= factor;
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
-      const float p = expf(score[r][i] - base);
+      const float p = attention_exp2(score[r][i] - base);
       state.sum[r] += p;
 #pragma unroll
       for (int c = 0; c < 8; ++c)
@@ -102,7 +104,7 @@ __device__ __forceinline__ void join_teams(const attention_args &args, const tea
       top = fmaxf(top, maximum[r][i]);
     const float base = top == -INFINITY ? 0.0f : top;
     for (uint32_t i = 0; i < teams; ++i) {
-      const float factor = expf(maximum[r][i] - base);
+      const float factor = attention_exp2(maximum[r][i] - base);
       total = fmaf(factor, sum[r][i], total);
       all = fmaf(factor, out[r][i * width + column], all);
     }
@@ -176,7 +178,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) attention_few_j
 #pragma unroll 4
   for (uint32_t part = 0; part < args.parts; ++part) {
     const float *from = parts + part * stride;
-    const float factor = expf(from[0] - maximum); /* 0 for a part that the row does not see */
+    const float factor = attention_exp2(from[0] - maximum); /* 0 for a part that the row does not see */
     sum = fmaf(from[1], factor, sum);
 #pragma unroll
     for (int i = 0; i < ATTENTION_PAIRS; ++i)
@@ -188,7 +190,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) attention_few_j
   }
   store_columns(static_cast<T *>(args.out) + r.packed, out, 1.0f / sum, args.head_size);
   if (args.lse_out != NULL && lane == 0)
-    args.lse_out[r.statistic] = maximum + logf(sum);
+    args.lse_out[r.statistic] = fmaf(maximum, ATTENTION_LN_2, logf(sum));
 }
 
 template <typename T, int R> cudaError_t launch(const attention_args &args, cudaStream_t stream) {

@@ -15,6 +15,8 @@ namespace {
 template <int HD> constexpr int WGS = HD == 64 ? 3 : 2;
 template <int HD> constexpr int THREADS = WGS<HD> * 128;
 template <int HD> constexpr int ROWS = WGS<HD> * 64; /* of a block: queries, or keys in the pass for dk and dv */
+/* Whether queries, and dout, are held in registers rather than read from shared memory for every tile of keys. */
+template <int HD> constexpr bool HELD = WGS<HD> == 2;
 constexpr uint32_t ALIGNMENT = 1024;
 
 /* The dynamic shared memory from its first multiple of ALIGNMENT. */
@@ -23,6 +25,25 @@ __device__ __forceinline__ unsigned char *aligned_shared(unsigned char *shared) 
 }
 
 template <int HD, int N> constexpr uint32_t tile_bytes = N *HD * 2;
+
+/* A warpgroup's 64 rows of a tile (ROWS, HD) as a left operand, in shared memory or, where HELD, in registers. */
+template <int HD, bool HELD> struct left_rows {
+  uint32_t rows;
+  __device__ __forceinline__ void open(uint32_t tile) { rows = tile + (threadIdx.x >> 7) * 64 * PANEL_ROW; }
+  template <typename T, int N> __device__ __forceinline__ void multiply(float (&c)[1][N / 8][4], uint32_t right) const {
+    panels_multiply<T, HD, ROWS<HD>, N>(c, rows, right);
+  }
+};
+
+template <int HD> struct left_rows<HD, true> {
+  uint32_t held[HD / 16][4];
+  __device__ __forceinline__ void open(uint32_t tile) {
+    panels_fragments<HD, ROWS<HD>>(held, tile + (threadIdx.x >> 5) * 16 * PANEL_ROW);
+  }
+  template <typename T, int N> __device__ __forceinline__ void multiply(float (&c)[1][N / 8][4], uint32_t right) const {
+    panels_multiply<T, HD, N>(c, held, right);
+  }
+};
 
 /* ---- forward ---- */
 
@@ -60,33 +81,49 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kerne
   attention_running<1> state;
   attention_running_open<1>(state);
   const uint32_t position = args.first_position + query + first; /* of the warp's first query */
-  const uint32_t q_rows = q_tile + (warp >> 2) * 64 * PANEL_ROW;
-  /* The products of a tile's scores run while the tile before is multiplied with its values. */
-  for (uint32_t key = 0, stage = 0; key < end; key += KEYS, stage ^= 1) {
+  const auto load_next =
+      [&](uint32_t key,
+          uint32_t stage) { /* values of this tile, keys of the next */
+                            panels_load<HD, KEYS, THREADS<HD>>(v_tiles + stage * tile_bytes<HD, KEYS>,
+                                                               v + key * args.kv_stride, end - key, args.kv_stride,
+                                                               args.head_size);
+                            if (key + KEYS < end)
+                              panels_load<HD, KEYS, THREADS<HD>>(k_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>,
+                                                                 k + (key + KEYS) * args.kv_stride, end - key - KEYS,
+                                                                 args.kv_stride, args.head_size);
+                            attention_commit();
+      };
+  const auto soften = [&](uint32_t key) {
+    if (key + KEYS > position + 1)
+      attention_hide_later_keys<1, KEYS>(scores, static_cast<int>(position) - static_cast<int>(key));
+    attention_softmax_tile<1, KEYS>(scores, state, factor, args.scale_log2);
+  };
+  left_rows<HD, HELD<HD>> queries;
+  panels_arrived();
+  __syncthreads();
+  queries.open(q_tile);
+  wgmma_hold(scores);
+  wgmma_begin();
+  queries.template multiply<T, KEYS>(scores, k_tiles);
+  load_next(0, 0);
+  wgmma_wait<0>();
+  wgmma_hold(scores);
+  soften(0);
+  attention_pack<T, 1, KEYS>(packed, scores);
+  /* The scores of a tile are computed while the tile before is multiplied with its values. */
+  for (uint32_t key = KEYS, stage = 1; key < end; key += KEYS, stage ^= 1) {
     panels_arrived(); /* keys of this tile, values of the one before */
     __syncthreads();
-    panels_load<HD, KEYS, THREADS<HD>>(v_tiles + stage * tile_bytes<HD, KEYS>, v + key * args.kv_stride, end - key,
-                                       args.kv_stride, args.head_size);
-    if (key + KEYS < end)
-      panels_load<HD, KEYS, THREADS<HD>>(k_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>,
-                                         k + (key + KEYS) * args.kv_stride, end - key - KEYS, args.kv_stride,
-                                         args.head_size);
-    attention_commit();
     wgmma_hold(scores);
     wgmma_hold(out);
     wgmma_hold(packed);
     wgmma_begin();
-    panels_multiply<T, HD, ROWS<HD>, KEYS>(scores, q_rows, k_tiles + stage * tile_bytes<HD, KEYS>);
-    if (key > 0) {
-      panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>);
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
+    queries.template multiply<T, KEYS>(scores, k_tiles + stage * tile_bytes<HD, KEYS>);
+    panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>);
+    load_next(key, stage);
+    wgmma_wait<1>();
     wgmma_hold(scores);
-    if (key + KEYS > position + 1)
-      attention_hide_later_keys<1, KEYS>(scores, static_cast<int>(position) - static_cast<int>(key));
-    attention_softmax_tile<1, KEYS>(scores, state, factor, args.scale_log2);
+    soften(key);
     wgmma_wait<0>();
     wgmma_hold(out);
     wgmma_hold(packed);
@@ -122,18 +159,18 @@ template <int HD> constexpr uint32_t keys_stage_bytes = 2 * tile_bytes<HD, STEP>
 template <int HD> constexpr uint32_t keys_fixed_bytes = 2 * tile_bytes<HD, ROWS<HD>>;
 template <int HD> constexpr uint32_t keys_shared_bytes = keys_fixed_bytes<HD> + 2 * keys_stage_bytes<HD> + ALIGNMENT;
 
-/* The walk of one block over (head of the part, tile of queries), the tiles running fastest. */
+/* The walk of one block over (head of the part, tile of queries), the tiles running fastest; a step ahead of the sums.
+ */
 struct query_walk {
   const uint16_t *q, *dout; /* of the first head of the part, at the sequence's first token */
   const float2 *statistics;
-  uint32_t tile_first, tiles; /* per head */
+  uint32_t tile_first, tile_end; /* per head */
+  uint32_t head, tile;           /* of the step that is loaded next */
 };
 
 template <int HD>
-__device__ __forceinline__ void load_queries(const attention_args &args, const query_walk &walk, uint32_t step,
-                                             uint32_t stage) {
-  const uint32_t head = step / walk.tiles, query = (walk.tile_first + step % walk.tiles) * STEP;
-  const uint32_t valid = args.queries - query, column = head * args.head_size;
+__device__ __forceinline__ void load_queries(const attention_args &args, query_walk &walk, uint32_t stage) {
+  const uint32_t query = walk.tile * STEP, valid = args.queries - query, column = walk.head * args.head_size;
   const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
   panels_load<HD, STEP, THREADS<HD>>(stage, walk.q + query * args.q_stride + column, valid, args.q_stride,
                                      args.head_size);
@@ -141,19 +178,24 @@ __device__ __forceinline__ void load_queries(const attention_args &args, const q
                                      packed_stride, args.head_size);
   if (threadIdx.x < STEP) {
     const bool copied = threadIdx.x < valid;
-    const float2 *from = walk.statistics + static_cast<uint64_t>(head) * args.queries + query;
+    const float2 *from = walk.statistics + static_cast<uint64_t>(walk.head) * args.queries + query;
     attention_copy8(stage + 2 * tile_bytes<HD, STEP> + threadIdx.x * 8, from + (copied ? threadIdx.x : 0),
                     copied ? 8 : 0);
   }
   attention_commit();
+  if (++walk.tile == walk.tile_end) {
+    walk.tile = walk.tile_first;
+    ++walk.head;
+  }
 }
 
-/* Adds one tile of queries; dk's product is still running on return. */
-template <typename T, int HD>
+/* Adds one tile of queries, and starts the copy of the next when the tensor cores have work; dk's product is still
+ * running on return. */
+template <typename T, int HD, typename F>
 __device__ __forceinline__ void add_queries(float (&dk)[1][HD / 8][4], float (&dv)[1][HD / 8][4],
                                             uint32_t (&p)[1][STEP / 16][4], uint32_t (&ds)[1][STEP / 16][4],
                                             uint32_t k_rows, uint32_t v_rows, uint32_t q_tile, const float4 *statistics,
-                                            int distance, float scale_log2) {
+                                            int distance, float scale_log2, F load_next) {
   const uint32_t dout_tile = q_tile + tile_bytes<HD, STEP>;
   float scores[1][STEP / 8][4], gradient[1][STEP / 8][4];
   wgmma_hold(scores);
@@ -161,6 +203,7 @@ __device__ __forceinline__ void add_queries(float (&dk)[1][HD / 8][4], float (&d
   wgmma_begin();
   panels_multiply<T, HD, ROWS<HD>, STEP>(scores, k_rows, q_tile);
   panels_multiply<T, HD, ROWS<HD>, STEP>(gradient, v_rows, dout_tile);
+  load_next();
   wgmma_wait<1>();
   wgmma_hold(scores);
   attention_probabilities_of_keys<1, STEP>(scores, statistics, distance, scale_log2);
@@ -206,15 +249,17 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
   walk.q = static_cast<const uint16_t *>(args.q) + token * args.q_stride + head * args.head_size;
   walk.dout = static_cast<const uint16_t *>(args.dout) + (token * args.heads + head) * args.head_size;
   walk.statistics = args.statistics + (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
-  walk.tile_first = key / STEP;
-  walk.tiles = (args.queries + STEP - 1) / STEP - walk.tile_first;
-  load_queries<HD>(args, walk, 0, stage_first);
+  walk.tile_first = walk.tile = key / STEP;
+  walk.tile_end = (args.queries + STEP - 1) / STEP;
+  walk.head = 0;
+  load_queries<HD>(args, walk, stage_first);
 
   float dk[1][HD / 8][4], dv[1][HD / 8][4];
   uint32_t p[1][STEP / 16][4], ds[1][STEP / 16][4];
   attention_clear<1, HD / 8>(dk);
   attention_clear<1, HD / 8>(dv);
-  const uint32_t steps = walk.tiles * part_heads;
+  const uint32_t steps = (walk.tile_end - walk.tile_first) * part_heads;
+  uint32_t query = walk.tile_first * STEP;
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t tile = stage_first + (step & 1) * keys_stage_bytes<HD>;
     panels_arrived();
@@ -224,14 +269,21 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
     wgmma_hold(p);
     wgmma_hold(ds);
     __syncthreads();
-    if (step + 1 < steps)
-      load_queries<HD>(args, walk, step + 1, stage_first + (~step & 1) * keys_stage_bytes<HD>);
-    const uint32_t query = (walk.tile_first + step % walk.tiles) * STEP;
+    const auto load_next = [&] {
+      if (step + 1 < steps)
+        load_queries<HD>(args, walk, stage_first + (~step & 1) * keys_stage_bytes<HD>);
+    };
     const float4 *statistics = reinterpret_cast<const float4 *>(
         shared + keys_fixed_bytes<HD> + (step & 1) * keys_stage_bytes<HD> + 2 * tile_bytes<HD, STEP>);
     if (query + STEP > key + group_first)
       add_queries<T, HD>(dk, dv, p, ds, k_tile + group_first * PANEL_ROW, v_tile + group_first * PANEL_ROW, tile,
-                         statistics, static_cast<int>(key + first) - static_cast<int>(query), args.scale_log2);
+                         statistics, static_cast<int>(key + first) - static_cast<int>(query), args.scale_log2,
+                         load_next);
+    else
+      load_next();
+    query += STEP;
+    if (query >= walk.tile_end * STEP)
+      query = walk.tile_first * STEP;
   }
   wgmma_wait<0>();
   wgmma_hold(dk);
@@ -273,18 +325,19 @@ __device__ __forceinline__ void load_keys(const attention_args &args, const uint
   attention_commit();
 }
 
-/* Adds one tile of keys. */
-template <typename T, int HD>
-__device__ __forceinline__ void add_keys(float (&dq)[1][HD / 8][4], uint32_t q_rows, uint32_t dout_rows,
-                                         uint32_t k_tile, const float2 (&statistics)[1][2], int distance,
-                                         float scale_log2) {
+/* Adds one tile of keys, and starts the copy of the next. */
+template <typename T, int HD, typename F>
+__device__ __forceinline__ void
+add_keys(float (&dq)[1][HD / 8][4], const left_rows<HD, HELD<HD>> &q, const left_rows<HD, HELD<HD>> &dout,
+         uint32_t k_tile, const float2 (&statistics)[1][2], int distance, float scale_log2, F load_next) {
   float scores[1][STEP / 8][4], gradient[1][STEP / 8][4];
   uint32_t ds[1][STEP / 16][4];
   wgmma_hold(scores);
   wgmma_hold(gradient);
   wgmma_begin();
-  panels_multiply<T, HD, ROWS<HD>, STEP>(scores, q_rows, k_tile);
-  panels_multiply<T, HD, ROWS<HD>, STEP>(gradient, dout_rows, k_tile + tile_bytes<HD, STEP>);
+  q.template multiply<T, STEP>(scores, k_tile);
+  dout.template multiply<T, STEP>(gradient, k_tile + tile_bytes<HD, STEP>);
+  load_next();
   wgmma_wait<1>();
   wgmma_hold(scores);
   attention_probabilities_of_queries<1, STEP>(scores, statistics, distance, scale_log2);
@@ -330,15 +383,24 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_queries_kerne
                                rows);
   float dq[1][HD / 8][4];
   attention_clear<1, HD / 8>(dq);
+  left_rows<HD, HELD<HD>> q_rows, dout_rows;
+  panels_arrived();
+  __syncthreads();
+  q_rows.open(q_tile);
+  dout_rows.open(dout_tile);
   for (uint32_t key = 0, stage = 0; key < end; key += STEP, stage ^= 1) {
     const uint32_t k_tile = stage_first + stage * 2 * tile_bytes<HD, STEP>;
     panels_arrived();
     __syncthreads();
-    if (key + STEP < end)
-      load_keys<HD>(args, k, v, key + STEP, end, stage_first + (stage ^ 1) * 2 * tile_bytes<HD, STEP>);
+    const auto load_next = [&] {
+      if (key + STEP < end)
+        load_keys<HD>(args, k, v, key + STEP, end, stage_first + (stage ^ 1) * 2 * tile_bytes<HD, STEP>);
+    };
     if (key < query + group_first + 64)
-      add_keys<T, HD>(dq, q_tile + group_first * PANEL_ROW, dout_tile + group_first * PANEL_ROW, k_tile, statistics,
-                      static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2);
+      add_keys<T, HD>(dq, q_rows, dout_rows, k_tile, statistics,
+                      static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2, load_next);
+    else
+      load_next();
   }
   __syncthreads();
   float scale[1][2];

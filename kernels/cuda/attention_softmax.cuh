@@ -103,18 +103,23 @@ __device__ __forceinline__ void attention_probabilities_of_keys(float (&scores)[
                                                                 const float4 *statistics, int distance,
                                                                 float scale_log2) {
   const int lane = static_cast<int>(threadIdx.x & 31);
-  const bool hides = distance + MT * 16 > 1;
+  if (distance + MT * 16 > 1) /* few tiles have anything to hide, and the others shall not pay for it */
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < QUERIES / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (distance + m * 16 + (i >> 1) * 8 + (lane >> 2) > n * 8 + (lane & 3) * 2 + (i & 1))
+            scores[m][n][i] = -INFINITY;
 #pragma unroll
   for (int n = 0; n < QUERIES / 8; ++n) {
     const float4 pair = statistics[n * 4 + (lane & 3)]; /* lse and delta of the lane's two queries */
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -(i & 1 ? pair.z : pair.x)));
-        const int row = distance + m * 16 + (i >> 1) * 8 + (lane >> 2), column = n * 8 + (lane & 3) * 2 + (i & 1);
-        scores[m][n][i] = hides && row > column ? 0.0f : p;
-      }
+      for (int i = 0; i < 4; ++i)
+        scores[m][n][i] = attention_exp2(fmaf(scores[m][n][i], scale_log2, -(i & 1 ? pair.z : pair.x)));
   }
 }
 
@@ -159,18 +164,15 @@ template <int MT, int KEYS>
 __device__ __forceinline__ void attention_probabilities_of_queries(float (&scores)[MT][KEYS / 8][4],
                                                                    const float2 (&row)[MT][2], int distance,
                                                                    float scale_log2) {
-  const int lane = static_cast<int>(threadIdx.x & 31);
-  const bool hides = KEYS > distance + 1;
+  if (KEYS > distance + 1)
+    attention_hide_later_keys<MT, KEYS>(scores, distance);
 #pragma unroll
   for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float p = attention_exp2(fmaf(scores[m][n][i], scale_log2, -row[m][i >> 1].x));
-        const int query = distance + m * 16 + (i >> 1) * 8 + (lane >> 2), key = n * 8 + (lane & 3) * 2 + (i & 1);
-        scores[m][n][i] = hides && key > query ? 0.0f : p;
-      }
+      for (int i = 0; i < 4; ++i)
+        scores[m][n][i] = attention_exp2(fmaf(scores[m][n][i], scale_log2, -row[m][i >> 1].x));
 }
 
 template <int MT, int KEYS>

@@ -78,13 +78,13 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
                : SUMS                                                                                          \
                : "l"(a), "l"(b), "r"(adds))
 
-/* Left operand from registers; K of the right one across its rows. Adds to the sums. */
-#define ATTENTION_WGMMA_REGISTERS(TYPE, COLUMNS, PLACES, SUMS, A, B)                                             \
-  asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                                        \
+/* Left operand from registers. ACROSS 1: K of the right one runs across its rows. */
+#define ATTENTION_WGMMA_REGISTERS(TYPE, COLUMNS, PLACES, SUMS, A, B, ADDS, ACROSS)                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADDS ", 0;\n"                                                 \
                "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" PLACES "}, {" A "}, " B \
-               ", p, 1, 1, 1;\n}\n"                                                                              \
+               ", p, 1, 1, " ACROSS ";\n}\n"                                                                     \
                : SUMS                                                                                            \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds))
 
 template <typename T> struct wgmma;
 
@@ -92,14 +92,20 @@ template <> struct wgmma<__nv_bfloat16> {
   static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
     ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32", "%33", "%34");
   }
-  static __device__ __forceinline__ void registers(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36");
+  static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "0");
+  }
+  static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "1");
   }
   static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
     ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64", "%65", "%66");
   }
-  static __device__ __forceinline__ void registers(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68");
+  static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "0");
+  }
+  static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "1");
   }
 };
 
@@ -107,14 +113,20 @@ template <> struct wgmma<__half> {
   static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
     ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32", "%33", "%34");
   }
-  static __device__ __forceinline__ void registers(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b) {
-    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36");
+  static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "0");
+  }
+  static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "1");
   }
   static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
     ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64", "%65", "%66");
   }
-  static __device__ __forceinline__ void registers(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b) {
-    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68");
+  static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "0");
+  }
+  static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "1");
   }
 };
 
@@ -152,13 +164,32 @@ __device__ __forceinline__ void panels_multiply(float (&c)[1][N / 8][4], uint32_
   wgmma_commit();
 }
 
+/* The warp's 16 rows of a tile with panels of ROWS rows, as left operands; `rows` is the first of them. */
+template <int HD, int ROWS> __device__ __forceinline__ void panels_fragments(uint32_t (&a)[HD / 16][4], uint32_t rows) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll
+  for (int k = 0; k < HD / 16; ++k)
+    attention_ldmatrix(a[k], rows + k / 4 * (ROWS * PANEL_ROW) + (lane & 15) * PANEL_ROW +
+                                 (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4));
+}
+
+/* panels_multiply with the left operand in registers, which halves what is read from shared memory. */
+template <typename T, int HD, int N>
+__device__ __forceinline__ void panels_multiply(float (&c)[1][N / 8][4], const uint32_t (&left)[HD / 16][4],
+                                                uint32_t tile) {
+#pragma unroll
+  for (int k = 0; k < HD / 16; ++k)
+    wgmma<T>::along(c, left[k], wgmma_descriptor(tile + k / 4 * (N * PANEL_ROW) + k % 4 * 32, 16), k > 0);
+  wgmma_commit();
+}
+
 /* c (64, HD) += left (64, N) · tile (N, HD), committed. */
 template <typename T, int HD, int N>
 __device__ __forceinline__ void panels_accumulate(float (&c)[1][HD / 8][4], const uint32_t (&left)[1][N / 16][4],
                                                   uint32_t tile) {
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
-    wgmma<T>::registers(c, left[0][k], wgmma_descriptor(tile + k * (16 * PANEL_ROW), N * PANEL_ROW));
+    wgmma<T>::across(c, left[0][k], wgmma_descriptor(tile + k * (16 * PANEL_ROW), N * PANEL_ROW), 1);
   wgmma_commit();
 }
 
