@@ -4,6 +4,10 @@
  * gives the buffers back, then for its RAM pages; and it asks the disk for what it can find buffers for. Nothing starts
  * before the earlier changes of the region were released, and no chunk before its pages are home: so a load never sees
  * an old byte.
+ *
+ * What is left of the read buffers reads ahead of the slots, in program order, so that a ring of few slots does not
+ * wait for the disk at each lease. Half of the buffers are never used for that: the loads that have slots always move
+ * on.
  */
 #include "pager/pager_internal.h"
 
@@ -108,9 +112,76 @@ bool pager_loads_issue(flap_pager *pager) {
   return progress;
 }
 
+/* ---- ahead of the slots -------------------------------------------------------------------------------- */
+
+static uint32_t lease_at(const flap_pager *pager, uint64_t order, const flap_lease **what_out) {
+  for (uint32_t i = 0; i < pager->program_count; i++) {
+    const pager_program *program = &pager->programs[(pager->program_first + i) % PAGER_PROGRAMS_MAX];
+    if (order >= program->first_order && order < program->first_order + program->count) {
+      const uint32_t index = (uint32_t)(order - program->first_order);
+      *what_out = &program->leases[index];
+      return program->first_lease + index;
+    }
+  }
+  return PAGER_NONE; /* of a program that has ended */
+}
+
+/* A chunk of the lease, if it may be read by now. */
+static bool read_chunk_ahead(flap_pager *pager, uint32_t index, const flap_lease *what, uint64_t order) {
+  pager_lease *lease = &pager->leases[index];
+  const pager_region *region = &pager->regions[what->region];
+  if (lease->slot != PAGER_NONE || lease->state != LEASE_QUEUED || region->ring == FLAP_PAGER_RESIDENT ||
+      !pager_loads(what->mode) || lease->disk_next >= region->page_count || region->changes_released != lease->change ||
+      !region->holds)
+    return false;
+  uint32_t first = lease->disk_next, count = pager_chunk_pages(pager, region, first);
+  if (!chunk_is_home(pager, region, first, count))
+    return false;
+  lease->disk_next += count;
+  uint32_t taken = pager_buffer_take(pager, false, what->region, first, count);
+  pager->buffers[taken].lease = index;
+  pager->buffers[taken].order = order;
+  pager_buffer_read(pager, taken);
+  return true;
+}
+
+bool pager_loads_read_ahead(flap_pager *pager) {
+  const uint32_t kept = (pager->read_buffers + 1) / 2;
+  bool progress = false;
+  while (pager->read_free > kept && pager->ahead < pager->order_next) {
+    const flap_lease *what = NULL;
+    uint32_t index = lease_at(pager, pager->ahead, &what);
+    if (index != PAGER_NONE && read_chunk_ahead(pager, index, what, pager->ahead))
+      progress = true;
+    else
+      pager->ahead++;
+  }
+  return progress;
+}
+
+void pager_loads_hand_over(flap_pager *pager, uint32_t index, uint32_t slot) {
+  pager_lease *lease = &pager->leases[index];
+  pager_slot *s = &pager->slots[slot];
+  s->disk_next = lease->disk_next;
+  s->ready = lease->ready;
+  lease->ready = PAGER_NONE;
+  for (uint32_t i = 0; i < pager->read_buffers; i++) {
+    pager_buffer *buffer = &pager->buffers[i];
+    if (buffer->state == BUFFER_FREE || buffer->lease != index)
+      continue;
+    buffer->slot = slot;
+    buffer->lease = PAGER_NONE;
+  }
+}
+
 void pager_loads_verified(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   buffer->state = BUFFER_VERIFIED;
+  if (buffer->lease != PAGER_NONE) {
+    buffer->next = pager->leases[buffer->lease].ready;
+    pager->leases[buffer->lease].ready = index;
+    return;
+  }
   if (buffer->slot == PAGER_NONE)
     return; /* a drain will come for it */
   buffer->next = pager->slots[buffer->slot].ready;

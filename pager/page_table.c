@@ -191,7 +191,7 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
   for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     buffer->memory = staging + i * pager->transfer_bytes;
-    buffer->slot = buffer->next = PAGER_NONE;
+    buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
   }
   pager->bounce = staging + (pager->write_buffers > 0 ? pager->read_buffers * pager->transfer_bytes : 0);
   pager->read_free = pager->read_buffers;

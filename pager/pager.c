@@ -13,8 +13,9 @@
  *  3. A slot is loaded when all its copies are enqueued and its load event is recorded behind them.
  *  4. A page that is not idle is carried by exactly one D2H copy or write buffer. Its `stores_left` counts that carrier
  *     and the released slots that have not come to it; a load starts only at 0, so it reads the last bytes, once home.
- *  5. A read buffer is held only for a slot that is owned, and moves on without waiting for anything but disk and lane;
- * a write buffer likewise. So buffers always come back.
+ *  5. At least half of the read buffers (one at least) are held only for slots that are owned, and move on without
+ *     waiting for anything but disk and lane; write buffers likewise. So these always come back. The other read buffers
+ *     may read ahead, for leases that get their slots later, in program order.
  *  6. At most PAGER_WINDOW copies are under way on each lane.
  *  7. A region's load starts only when all leases before it that change the region are released.
  *  8. After a failure nothing new starts; what is under way is collected.
@@ -249,8 +250,12 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
   for (uint32_t i = 0; i < count; i++) {
     flap_assert(leases[i].region < pager->region_count && (unsigned)leases[i].mode <= FLAP_LEASE_SCRATCH);
     pager_region *region = &pager->regions[leases[i].region];
-    pager->leases[first + i] = (pager_lease){
-        .slot = PAGER_NONE, .next_in_ring = PAGER_NONE, .change = region->changes_queued, .state = LEASE_QUEUED};
+    pager->leases[first + i] = (pager_lease){.slot = PAGER_NONE,
+                                             .next_in_ring = PAGER_NONE,
+                                             .change = region->changes_queued,
+                                             .disk_next = region->ram_pages,
+                                             .ready = PAGER_NONE,
+                                             .state = LEASE_QUEUED};
     if (leases[i].mode != FLAP_LEASE_READ)
       region->changes_queued++;
     if (is_streaming(region))

@@ -94,8 +94,10 @@ typedef enum pager_lease_state { LEASE_QUEUED, LEASE_PINNED, LEASE_RELEASED } pa
 typedef struct pager_lease {
   uint32_t slot; /* or PAGER_NONE */
   uint32_t next_in_ring;
-  uint32_t change; /* as in the slot */
-  uint8_t state;   /* pager_lease_state */
+  uint32_t change;    /* as in the slot */
+  uint32_t disk_next; /* read ahead, before there is a slot: as in the slot, which takes it over */
+  uint32_t ready;     /* likewise */
+  uint8_t state;      /* pager_lease_state */
 } pager_lease;
 
 typedef struct pager_program {
@@ -123,7 +125,8 @@ typedef struct pager_buffer {
   unsigned char *memory;
   uint64_t order;                          /* of the lease; 0 at rest */
   uint32_t region, first_page, page_count; /* the chunk that it carries */
-  uint32_t slot;                           /* or PAGER_NONE: at rest, or the slot is done with it */
+  uint32_t slot;                           /* or PAGER_NONE: at rest, read ahead, or the slot is done with it */
+  uint32_t lease;                          /* read ahead for it, and it has no slot yet; or PAGER_NONE */
   uint32_t next;                           /* in slot->ready */
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
@@ -188,6 +191,7 @@ struct flap_pager {
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
   uint64_t order_next;
+  uint64_t ahead;      /* the first lease, counted as orders are, that reading ahead has not looked at */
   pager_list loading;  /* by order */
   pager_list released; /* by unpin */
   pager_list storing;  /* by unpin */
@@ -264,6 +268,10 @@ void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, u
 /* ---- loads.c, stores.c --------------------------------------------------------------------------------- */
 
 bool pager_loads_issue(flap_pager *pager);
+/* Reads from disk for leases that have no slot yet, into buffers that nobody with a slot wants. */
+bool pager_loads_read_ahead(flap_pager *pager);
+/* The lease has a slot now: what was read ahead for it is the slot's. */
+void pager_loads_hand_over(flap_pager *pager, uint32_t lease, uint32_t slot);
 void pager_loads_verified(flap_pager *pager, uint32_t buffer);
 bool pager_stores_issue(flap_pager *pager);
 /* A D2H copy is over. */

@@ -81,6 +81,7 @@ static void assign(flap_pager *pager, pager_ring *ring) {
   s->change = lease->change;
   s->ram_next = 0;
   s->disk_next = region->ram_pages;
+  pager_loads_hand_over(pager, index, slot);
   if (pager_loads(what->mode)) {
     s->pages_left = region->page_count;
     s->state = SLOT_LOADING;

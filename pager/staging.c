@@ -24,7 +24,7 @@ uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint3
     buffer->first_page = first_page;
     buffer->page_count = page_count;
     buffer->order = 0;
-    buffer->slot = buffer->next = PAGER_NONE;
+    buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
     buffer->at_rest = false;
     *(write ? &pager->write_free : &pager->read_free) -= 1;
     return i;
@@ -36,7 +36,7 @@ void pager_buffer_free(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   flap_assert(buffer->state != BUFFER_FREE);
   buffer->state = BUFFER_FREE;
-  buffer->slot = PAGER_NONE;
+  buffer->slot = buffer->lease = PAGER_NONE;
   *(index < pager->read_buffers ? &pager->read_free : &pager->write_free) += 1;
 }
 

@@ -8,6 +8,7 @@
 #include "pager/pager_internal.h"
 
 #include "base/assert.h"
+#include "base/thread.h"
 #include "base/units.h"
 
 #include <signal.h>
@@ -37,6 +38,7 @@ void pager_pump(flap_pager *pager) {
       progress |= pager_stores_issue(pager);
       progress |= pager_rings_assign(pager);
       progress |= pager_loads_issue(pager);
+      progress |= pager_loads_read_ahead(pager);
       flush(pager);
       pager_wait_look(pager);
       progress |= pager_staging_check(pager);
@@ -48,6 +50,7 @@ void pager_pump(flap_pager *pager) {
 }
 
 static void *transfer_thread(void *context) {
+  flap_thread_prefer_latency();
   flap_pager *pager = context;
   for (;;) {
     pthread_mutex_lock(&pager->bell_lock);

@@ -1,6 +1,7 @@
 /* The fallback: threads that call pread and pwrite. Each takes a piece, moves what the system will move at once, and
  * settles it; whatever is left goes back to its lane. */
 #include "io/block/block_internal.h"
+#include "base/thread.h"
 
 #include <errno.h>
 #include <unistd.h>
@@ -22,6 +23,7 @@ static int64_t transfer(const flap_block *block, const block_piece *piece) {
 }
 
 static void *thread_main(void *argument) {
+  flap_thread_prefer_latency();
   flap_block *block = argument;
   threads_state *state = block->state;
   pthread_mutex_lock(&block->mutex);

@@ -14,6 +14,7 @@
 #include "io/block/block_internal.h"
 
 #include "base/assert.h"
+#include "base/thread.h"
 #include "base/log.h"
 #include "base/units.h"
 
@@ -111,6 +112,7 @@ static bool reap(flap_block *block, bool *completed_out) {
 }
 
 static void *reaper_main(void *argument) {
+  flap_thread_prefer_latency();
   flap_block *block = argument;
   uring_state *state = block->state;
   bool go_on = true;

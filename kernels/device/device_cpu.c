@@ -12,6 +12,7 @@
 #include "kernels/device/device_internal.h"
 
 #include "base/assert.h"
+#include "base/thread.h"
 #include "base/units.h"
 
 #include <errno.h>
@@ -128,6 +129,7 @@ static void run_command(lane *l, const command *c) {
 }
 
 static void *lane_main(void *context) {
+  flap_thread_prefer_latency();
   lane *l = context;
   pthread_mutex_lock(&l->lock);
   for (uint64_t number = 1;; number++) {

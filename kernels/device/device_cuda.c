@@ -17,6 +17,7 @@
 #include "kernels/device/device_internal.h"
 
 #include "base/assert.h"
+#include "base/thread.h"
 #include "base/units.h"
 
 #include <cuda_runtime_api.h>
@@ -184,6 +185,7 @@ static void report(lane *l, uint64_t number, const slot *s) {
 }
 
 static void *lane_main(void *context) {
+  flap_thread_prefer_latency();
   lane *l = context;
   pthread_mutex_lock(&l->lock);
   for (uint64_t number = 1;; number++) {

@@ -167,6 +167,14 @@ START_TEST(overlap_disk_reads_with_three_slots_take_the_longest_lane) {
 }
 END_TEST
 
+/* The only slot is taken until its compute is over, but the disk reads on into buffers. */
+START_TEST(overlap_disk_reads_ahead_of_a_single_slot) {
+  line l = {
+      .disk = true, .mode = FLAP_LEASE_READ, .slots = 1, .compute_ns = 300, .h2d_ns = 100, .d2h_ns = 1, .disk_ns = 500};
+  expect_time(l, LEASES * 500 + 100 + 300, LEASES * 500 + 100 + 300);
+}
+END_TEST
+
 /* Read, up, compute, down, write: the slot is free once it was copied down, so four slots keep five lanes busy. */
 START_TEST(overlap_slot_is_reused_while_the_disk_still_writes) {
   line l = {.disk = true,
@@ -211,7 +219,8 @@ START_TEST(stall_is_charged_to_the_lane_that_was_waited_for) {
                .d2h_ns = 1,
                .disk_ns = 900};
   (void)run_line(&read, &stats, &settled);
-  ck_assert_uint_eq(stats.stall_ns[FLAP_LANE_DISK_READ], LEASES * 900);
+  /* The next read goes on while this lease is copied and computed with. */
+  ck_assert_uint_eq(stats.stall_ns[FLAP_LANE_DISK_READ], 900 + (LEASES - 1) * (900 - 50 - 100));
   ck_assert_uint_eq(stats.stall_ns[FLAP_LANE_H2D], LEASES * 50);
   ck_assert_uint_eq(stats.busy_ns[FLAP_LANE_DISK_READ], LEASES * 900);
   ck_assert_uint_eq(stats.busy_ns[FLAP_LANE_H2D], LEASES * 50);
