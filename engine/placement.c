@@ -63,16 +63,26 @@ uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choic
 
 /* ---- vram ------------------------------------------------------------------------------------------------ */
 
+/* The classes by how often a step leases them: where a slot of a size saves most waiting. */
+static void order_by_leases(const flap_setup *setup, int order[FLAP_CLASS_COUNT]) {
+  uint64_t leases[FLAP_CLASS_COUNT];
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    const uint64_t slot = slot_bytes(setup, k);
+    leases[k] = slot > 0 ? (uint64_t)(setup->traffic[k] * (double)class_bytes(setup, k)) / slot : 0;
+    int at = k;
+    for (; at > 0 && leases[order[at - 1]] < leases[k]; at--)
+      order[at] = order[at - 1];
+    order[at] = k;
+  }
+}
+
 static void add_slots(const flap_budgets *budgets, uint32_t depth, flap_choice *choice, flap_setup *setup) {
-  static const flap_region_class order[] = {
-      FLAP_CLASS_WEIGHTS,        FLAP_CLASS_STATES,           FLAP_CLASS_GRADIENTS,
-      FLAP_CLASS_BOUNDARIES,     FLAP_CLASS_HIDDEN_GRADIENTS, FLAP_CLASS_SAVED,
-      FLAP_CLASS_GRADIENT_SUMS,  FLAP_CLASS_VOCABULARY,       FLAP_CLASS_CACHE,
-      FLAP_CLASS_VOCABULARY_SUMS};
+  int order[FLAP_CLASS_COUNT];
+  order_by_leases(setup, order);
   uint64_t left = budgets->vram_bytes - setup->vram_bytes;
   for (uint32_t round = 0; round < depth; round++)
-    for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
-      const flap_region_class k = order[i];
+    for (int i = 0; i < FLAP_CLASS_COUNT; i++) {
+      const int k = order[i];
       const uint64_t bytes = slot_bytes(setup, k);
       const uint32_t slots = setup->classes[k].ring_slots;
       /* More slots than regions would never be used. */
@@ -127,7 +137,7 @@ static uint64_t power_of_two_below(uint64_t value) {
 
 /* Staging: as large as a quarter of ram allows, but always what works at all. */
 static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_setup *setup) {
-  uint64_t transfer = power_of_two_below(budgets->ram_bytes / 64);
+  uint64_t transfer = power_of_two_below(budgets->ram_bytes / (8 * BUFFERS_MAX)); /* as many buffers as may be */
   if (transfer > PLANNER_TRANSFER_MAX)
     transfer = PLANNER_TRANSFER_MAX;
   if (transfer < choice->page_bytes)

@@ -114,6 +114,7 @@ static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint6
 
 typedef struct skeleton {
   uint32_t segment, group, saved;
+  bool spread;
 } skeleton;
 
 static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
@@ -122,6 +123,7 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                         .group_micro_batches = s.group,
                         .saved_layers = s.saved,
                         .sweep = c->sweep,
+                        .spread = s.spread,
                         .slice_elements = slice,
                         .page_bytes = page,
                         .transfer_bytes = page};
@@ -205,12 +207,16 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
   for (uint32_t i = 0; i < c->segment_count; i++)
     for (uint32_t j = 0; j < c->saved_count; j++)
       for (uint32_t g = 0; g < c->group_count; g++) {
-        const skeleton s = {c->segments[i], c->groups[g], c->saved[j]};
-        const flap_status status = enter_skeleton(planner, c, budgets, s, list, count, reach);
-        if (status == FLAP_OK)
+        bool fits = false;
+        for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
+          const skeleton s = {c->segments[i], c->groups[g], c->saved[j], spread == 1};
+          const flap_status status = enter_skeleton(planner, c, budgets, s, list, count, reach);
+          if (status != FLAP_OK && status != FLAP_BUDGET)
+            return status;
+          fits = fits || status == FLAP_OK;
+        }
+        if (fits)
           break; /* smaller groups only where larger ones do not fit */
-        if (status != FLAP_BUDGET)
-          return status;
       }
   return FLAP_OK;
 }
@@ -399,7 +405,7 @@ static flap_status least(const flap_planner *planner, const flap_budgets *budget
     for (uint32_t g = 0; g<c.group_count; g += c.group_count> 1 ? c.group_count - 1 : 1) {
       uint32_t fitting = 0;
       for (uint32_t k = 0; k < c.slice_count && fitting < 2; k++) {
-        const skeleton s = {c.segments[i], c.groups[g], c.saved[0]};
+        const skeleton s = {c.segments[i], c.groups[g], c.saved[0], false};
         const uint64_t before = *bytes_out;
         bool fits = false;
         FLAP_TRY(least_of_slice(&with_disk, budgets, which, &c, s,

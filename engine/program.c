@@ -16,6 +16,10 @@ typedef struct builder {
   bool failed;
   /* Leases of the segment in work, per layer of it. */
   flap_operand *weights, *sums, *saved;
+  /* Leases of the next segment's weights (or the head's), which are being updated meanwhile. */
+  flap_operand *next;
+  uint32_t next_part, next_parts, next_slices, next_done;
+  bool next_pinned;
   uint32_t hidden_buffers;
 } builder;
 
@@ -26,18 +30,24 @@ const char *flap_program_op_name(flap_op_kind kind) {
   return names[kind];
 }
 
+/* Where every layer has its own place for saved activations and its input, nothing else is needed. */
+static bool saves_all(const flap_layout *layout) {
+  return layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saved(layout, 0, 0) != FLAP_REGION_NONE;
+}
+
 uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
+  const uint32_t k = layout->spec.segment_layers;
   if (layout->spec.mode == FLAP_MODE_SAMPLE)
     return 1;
-  const uint32_t k = layout->spec.segment_layers;
+  if (saves_all(layout))
+    return 0;
   return k == 1 ? 0 : k == 2 ? 1 : k - 1 > 2 ? k - 1 : 2;
 }
 
 uint32_t flap_program_saved_buffers(const flap_layout *layout) {
-  const uint32_t k = layout->spec.segment_layers;
-  if (layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saved(layout, 0, 0) == FLAP_REGION_NONE)
-    return k;
-  return 1;
+  if (saves_all(layout))
+    return 0;
+  return layout->spec.mode == FLAP_MODE_TRAIN ? layout->spec.segment_layers : 1;
 }
 
 /* ---- appending ------------------------------------------------------------------------------------------- */
@@ -127,16 +137,43 @@ static uint32_t head_part(const builder *b) {
   return b->layout->part_count - 1;
 }
 
+static void update_slice(builder *b, uint32_t index, flap_operand weights) {
+  const flap_layout_slice *slice = &b->layout->slices[index];
+  const flap_operand states = pin(b, slice->states, FLAP_LEASE_UPDATE);
+  const flap_operand gradient = pin(b, slice->gradient, FLAP_LEASE_CONSUME);
+  OP(b, FLAP_OP_ADAMW, index, 0, weights, states, gradient, NONE, NONE, NONE);
+  unpin(b, gradient);
+  unpin(b, states);
+}
+
 /* AdamW on every slice of a part whose weights are pinned for update. */
 static void update_part(builder *b, uint32_t part, flap_operand weights) {
   const flap_layout_part *p = part_of(b, part);
-  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++) {
-    const flap_layout_slice *slice = &b->layout->slices[i];
-    const flap_operand states = pin(b, slice->states, FLAP_LEASE_UPDATE);
-    const flap_operand gradient = pin(b, slice->gradient, FLAP_LEASE_CONSUME);
-    OP(b, FLAP_OP_ADAMW, i, 0, weights, states, gradient, NONE, NONE, NONE);
-    unpin(b, gradient);
-    unpin(b, states);
+  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++)
+    update_slice(b, i, weights);
+}
+
+/* States stream through a ring that is much smaller than a layer's. Updated in one go, a layer waits for all of them;
+ * spread over the forward before it, they stream while that computes. It takes a place in VRAM for the next weights as
+ * well. */
+static void next_begin(builder *b, uint32_t first_part, uint32_t part_count) {
+  b->next_part = first_part;
+  b->next_parts = part_count;
+  b->next_slices = b->next_done = 0;
+  b->next_pinned = false;
+  for (uint32_t i = 0; i < part_count; i++)
+    b->next_slices += part_of(b, first_part + i)->slice_count;
+}
+
+/* Updates the first `until` of the next parts' slices, those that are done already excepted. */
+static void next_update(builder *b, uint32_t until) {
+  for (uint32_t i = 0; i < b->next_parts && !b->next_pinned; i++)
+    b->next[i] = pin(b, part_of(b, b->next_part + i)->weights, FLAP_LEASE_UPDATE);
+  b->next_pinned = true;
+  const uint32_t first = part_of(b, b->next_part)->first_slice; /* the slices of parts in a row are in a row */
+  for (; b->next_done < until; b->next_done++) {
+    const uint32_t slice = first + b->next_done;
+    update_slice(b, slice, b->next[b->layout->slices[slice].part - b->next_part]);
   }
 }
 
@@ -196,12 +233,14 @@ static void forward_layers(builder *b, uint32_t segment, uint32_t micro_batch, f
   }
 }
 
+/* An evaluation passes through the same places, and leaves nothing in them. */
 static void pin_saved(builder *b, uint32_t segment, uint32_t micro_batch, flap_lease_mode mode, bool backward) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
+  if (b->spec->kind != FLAP_PROGRAM_STEP)
+    mode = FLAP_LEASE_SCRATCH;
   for (uint32_t layer = first; layer < end; layer++) {
-    const uint32_t region =
-        b->spec->kind == FLAP_PROGRAM_STEP ? flap_layout_saved(b->layout, layer, micro_batch) : FLAP_REGION_NONE;
+    const uint32_t region = flap_layout_saved(b->layout, layer, micro_batch);
     b->saved[layer - first] =
         region == FLAP_REGION_NONE ? saved_buffer(b, backward ? layer - first : 0) : pin(b, region, mode);
   }
@@ -215,13 +254,32 @@ static void unpin_saved(builder *b, uint32_t segment) {
       unpin(b, b->saved[j]);
 }
 
+static void next_segment(builder *b, uint32_t segment) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  next_begin(b, flap_layout_layer_part(first), end - first);
+}
+
+/* After micro-batch `done` (from 0) of `count`: an equal share after each but the last, behind which the next segment
+ * follows at once. The weights are leased after the first, by when those of the segment before have left. */
+static void next_share(builder *b, uint32_t done, uint32_t count) {
+  const uint32_t shares = count > 1 ? count - 1 : 1;
+  if (done < shares)
+    next_update(b, (uint32_t)((uint64_t)b->next_slices * (done + 1) / shares));
+}
+
 /* Forward of one segment for the micro-batches of a group. Weights stay pinned from a layer's first use to its last;
  * those of the last segment stay for the backward that follows (hold). */
 static void forward_segment(builder *b, uint32_t segment, micro_batch_range range, bool update, bool hold) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
+  const bool updated = b->next_pinned;
   for (uint32_t layer = first; layer < end; layer++)
-    b->weights[layer - first] = pin_weights(b, flap_layout_layer_part(layer), update);
+    b->weights[layer - first] =
+        updated ? b->next[layer - first] : pin_weights(b, flap_layout_layer_part(layer), update);
+  b->next_pinned = false;
+  if (update && b->spec->spread)
+    segment + 1 < b->layout->segment_count ? next_segment(b, segment + 1) : next_begin(b, head_part(b), 1);
   const flap_lease_mode input = b->spec->kind == FLAP_PROGRAM_STEP ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
   for (uint32_t i = range.first; i < range.end; i++) {
     /* Where activations are saved from the segment's first layer on, its backward still starts from this input. */
@@ -232,6 +290,8 @@ static void forward_segment(builder *b, uint32_t segment, micro_batch_range rang
     unpin_saved(b, segment);
     unpin(b, x_out);
     unpin(b, x_in);
+    if (update && b->spec->spread)
+      next_share(b, i - range.first, range.end - range.first);
   }
   if (!hold)
     for (uint32_t j = 0; j < end - first; j++)
@@ -252,7 +312,8 @@ static void embed(builder *b, micro_batch_range range, bool update) {
 static void head(builder *b, micro_batch_range range, bool update) {
   const bool backward = b->spec->kind == FLAP_PROGRAM_STEP;
   const bool tied = b->layout->tied;
-  const flap_operand weights = pin_weights(b, head_part(b), update);
+  const flap_operand weights = b->next_pinned ? b->next[0] : pin_weights(b, head_part(b), update);
+  b->next_pinned = false;
   const flap_operand projection = tied ? pin(b, part_of(b, 0)->weights, FLAP_LEASE_READ) : weights;
   flap_operand sums = NONE, projection_sums = NONE;
   if (backward) {
@@ -397,12 +458,13 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
                .resident = resident,
                .program = program_out,
                .hidden_buffers = flap_program_hidden_buffers(layout)};
-  flap_operand *lists = calloc(k, 3 * sizeof *lists);
+  flap_operand *lists = calloc(k, 4 * sizeof *lists);
   if (lists == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to plan a segment of %u layers", k);
   b.weights = lists;
   b.sums = lists + k;
   b.saved = lists + 2 * (size_t)k;
+  b.next = lists + 3 * (size_t)k;
   switch (spec->kind) {
   case FLAP_PROGRAM_STEP:
     build_step(&b);

@@ -50,6 +50,7 @@ typedef struct flap_program_spec {
   enum { FLAP_PROGRAM_STEP, FLAP_PROGRAM_SWEEP, FLAP_PROGRAM_FORWARD, FLAP_PROGRAM_DECODE } kind;
   bool pending; /* STEP: the previous step's update is folded into this forward */
   bool sweep;   /* STEP: this step's update happens at its end */
+  bool spread;  /* STEP, pending: a layer's update is spread over the forward of the segment before it */
 } flap_program_spec;
 
 typedef struct flap_program {

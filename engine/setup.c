@@ -83,7 +83,8 @@ static flap_status build_programs(flap_setup *setup) {
   for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
     if (!setup->has_program[i])
       continue;
-    const flap_program_spec spec = program_spec((flap_setup_program)i);
+    flap_program_spec spec = program_spec((flap_setup_program)i);
+    spec.spread = spec.pending && setup->choice.spread;
     FLAP_TRY(flap_program_build(&setup->layout, &spec, NULL, &setup->programs[i]));
   }
   return FLAP_OK;
@@ -365,7 +366,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   flap_assert(choice->segment_layers == setup->choice.segment_layers &&
               choice->group_micro_batches == setup->choice.group_micro_batches &&
               choice->saved_layers == setup->choice.saved_layers && choice->sweep == setup->choice.sweep &&
-              choice->slice_elements == setup->choice.slice_elements);
+              choice->spread == setup->choice.spread && choice->slice_elements == setup->choice.slice_elements);
   setup->choice = *choice;
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
     choose_residents(setup, (flap_region_class)k);
