@@ -389,6 +389,7 @@ int main(void) {
   tcase_add_test(tcase, overlap_one_slot_takes_the_sum);
   tcase_add_test(tcase, overlap_updates_with_three_slots_take_the_longest_lane);
   tcase_add_test(tcase, overlap_disk_reads_with_three_slots_take_the_longest_lane);
+  tcase_add_test(tcase, overlap_disk_reads_ahead_of_a_single_slot);
   tcase_add_test(tcase, overlap_slot_is_reused_while_the_disk_still_writes);
   tcase_add_test(tcase, stall_is_charged_to_the_lane_that_was_waited_for);
   tcase_add_test(tcase, order_full_ring_does_not_hold_up_another_ring);
