@@ -121,7 +121,7 @@ void measure(const row &r, bool portable, bool once) {
       [&] { return flap_cuda_attention_backward(&s, dq, dk, dv, dout, q, k, v, out, lse, scratch, nullptr); }, once);
   const double product = static_cast<double>(r.batch) * r.heads * r.head_size * r.sequence * r.sequence * 1e-9;
   printf("%4u %6u %4u %4u %4u  %-8s %-7s %9.3f %9.3f %8.1f %8.1f %8.1f %8.1f\n", r.batch, r.sequence, r.heads,
-         r.kv_heads, r.head_size, flap_dtype_name(r.dtype), flap_cuda_attention_path(&s), forward, backward,
+         r.kv_heads, r.head_size, flap_dtype_name(r.dtype), flap_cuda_attention_path(&s, true), forward, backward,
          2 * product / forward, 5 * product / backward, 7 * product / (forward + backward),
          static_cast<double>(scratch_bytes) / (1 << 20));
 }

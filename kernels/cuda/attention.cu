@@ -17,10 +17,15 @@ bool takes_tiles(const flap_cuda_attention_shape *shape) {
 }
 
 /* Whether this is a GPU for the kernels of attention_hopper.cu; which GPU it is, is part of the numerics key. */
-bool takes_hopper(const flap_cuda_attention_shape *shape) {
+bool backward_takes_hopper(const flap_cuda_attention_shape *shape) {
   int device = 0, major = 0;
   return !shape->portable && takes_tiles(shape) && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
+/* With small heads the exponentials decide, and the smaller blocks of the portable kernel hide them better. */
+bool forward_takes_hopper(const flap_cuda_attention_shape *shape) {
+  return shape->head_size > 64 && backward_takes_hopper(shape);
 }
 
 bool valid(const flap_cuda_attention_shape *shape) {
@@ -73,10 +78,12 @@ uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_sh
   return statistics_bytes(shape) + attention_backward_mma_partial_bytes(shape);
 }
 
-const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape) {
-  if (shape->queries <= ATTENTION_FEW_QUERIES)
+const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, bool backward) {
+  if (!backward && shape->queries <= ATTENTION_FEW_QUERIES)
     return "few";
-  return !takes_tiles(shape) ? "plain" : takes_hopper(shape) ? "wgmma" : "mma";
+  if (!takes_tiles(shape))
+    return "plain";
+  return (backward ? backward_takes_hopper(shape) : forward_takes_hopper(shape)) ? "wgmma" : "mma";
 }
 
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
@@ -93,8 +100,8 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
     return attention_forward_few(args, shape->dtype, stream);
   if (!takes_tiles(shape))
     return attention_forward_plain(args, shape->dtype, stream);
-  return takes_hopper(shape) ? attention_forward_hopper(args, shape->dtype, stream)
-                             : attention_forward_mma(args, shape->dtype, stream);
+  return forward_takes_hopper(shape) ? attention_forward_hopper(args, shape->dtype, stream)
+                                     : attention_forward_mma(args, shape->dtype, stream);
 }
 
 cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
@@ -120,7 +127,7 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = attention_backward_mma_parts(shape);
-  status = takes_hopper(shape) ? attention_backward_hopper(args, shape->dtype, stream)
-                               : attention_backward_mma(args, shape->dtype, stream);
+  status = backward_takes_hopper(shape) ? attention_backward_hopper(args, shape->dtype, stream)
+                                        : attention_backward_mma(args, shape->dtype, stream);
   return status != cudaSuccess ? status : attention_backward_join_parts(args, shape->dtype, stream);
 }

@@ -48,9 +48,9 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
                                          const void *dout, const void *q, const void *k, const void *v, const void *out,
                                          const float *lse, void *scratch, cudaStream_t stream);
 
-/* Which kernels the forward of the shape gets on the current device: "few", "plain", "mma" or "wgmma". Static storage.
+/* Which kernels the shape gets on the current device: "few" (forward alone), "plain", "mma" or "wgmma". Static storage.
  * For tests and benchmarks. */
-const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape);
+const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, bool backward);
 
 #ifdef __cplusplus
 }

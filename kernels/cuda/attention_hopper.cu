@@ -435,9 +435,7 @@ template <typename T, int HD> cudaError_t backward(const attention_args &args, c
 } // namespace
 
 cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
-  if (dtype == FLAP_BF16)
-    return args.head_size <= 64 ? forward<__nv_bfloat16, 64>(args, stream) : forward<__nv_bfloat16, 128>(args, stream);
-  return args.head_size <= 64 ? forward<__half, 64>(args, stream) : forward<__half, 128>(args, stream);
+  return dtype == FLAP_BF16 ? forward<__nv_bfloat16, 128>(args, stream) : forward<__half, 128>(args, stream);
 }
 
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {

@@ -13,7 +13,7 @@ constexpr uint32_t ATTENTION_FEW_QUERIES = 16;
 cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* With args.parts above 1, dk and dv are left in parts. */
 cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-/* The same two on Hopper alone: attention_hopper.cu is code for sm_90a. */
+/* The same two on Hopper alone: attention_hopper.cu is code for sm_90a. Forward: head sizes above 64. */
 cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* Adds the parts of dk and dv in order; nothing where there is one. */

@@ -366,7 +366,7 @@ static void twice(problem *p, void (*once)(problem *p), operand *const results[]
 
 /* Also by the kernels for every GPU, where this one has others. */
 static void check_shape(shape s, bool backward) {
-  if (!s.portable && strcmp(flap_cuda_attention_path(&s), "wgmma") == 0) {
+  if (!s.portable && strcmp(flap_cuda_attention_path(&s, true), "wgmma") == 0) {
     s.portable = true;
     check_shape(s, backward);
     s.portable = false;
