@@ -85,26 +85,16 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
   const uint32_t stage_first = v_tile + KEYS * ROW;
   const uint32_t warp = threadIdx.x >> 5;
 
-  /* The first keys are seen by the most queries and come first. */
-  const uint32_t units = args.batch * args.kv_heads * args.parts, unit = blockIdx.x % units;
-  const uint32_t key = blockIdx.x / units * KEYS;
-  const uint32_t part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
-  const uint32_t sequence = unit / args.parts / args.kv_heads;
-  const uint32_t part_heads = args.heads / args.kv_heads / args.parts;
-  const uint32_t head = kv_head * (args.heads / args.kv_heads) + part * part_heads;
-  const uint32_t rows = min(static_cast<uint32_t>(KEYS), args.keys - key);
-  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries;
-  const uint64_t kv_offset =
-      (static_cast<uint64_t>(sequence) * args.keys + key) * args.kv_stride + kv_head * args.head_size;
-  attention_load_tile<HD, KEYS, THREADS>(k_tile, static_cast<const uint16_t *>(args.k) + kv_offset, rows,
-                                         args.kv_stride, args.head_size);
-  attention_load_tile<HD, KEYS, THREADS>(v_tile, static_cast<const uint16_t *>(args.v) + kv_offset, rows,
-                                         args.kv_stride, args.head_size);
+  const attention_key_block block = attention_key_block_of<KEYS>(args);
+  attention_load_tile<HD, KEYS, THREADS>(k_tile, attention_at(args.k, block.kv), block.rows, args.kv_stride,
+                                         args.head_size);
+  attention_load_tile<HD, KEYS, THREADS>(v_tile, attention_at(args.v, block.kv), block.rows, args.kv_stride,
+                                         args.head_size);
   query_walk walk;
-  walk.q = static_cast<const uint16_t *>(args.q) + token * args.q_stride + head * args.head_size;
-  walk.dout = static_cast<const uint16_t *>(args.dout) + (token * args.heads + head) * args.head_size;
-  walk.statistics = args.statistics + (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
-  walk.tile_first = key / STEP_QUERIES;
+  walk.q = attention_at(args.q, block.q);
+  walk.dout = attention_at(args.dout, block.packed);
+  walk.statistics = args.statistics + block.statistic;
+  walk.tile_first = block.key / STEP_QUERIES;
   walk.tiles = (args.queries + STEP_QUERIES - 1) / STEP_QUERIES - walk.tile_first;
   load_queries<HD>(args, walk, 0, stage_first);
 
@@ -112,7 +102,7 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
   attention_clear<MT, HD / 8>(dk);
   attention_clear<MT, HD / 8>(dv);
   const uint32_t first = warp * MT * 16; /* of the warp's keys */
-  const uint32_t steps = walk.tiles * part_heads;
+  const uint32_t steps = walk.tiles * block.heads;
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t stage = args.stages == 2 ? step & 1 : 0;
     const uint32_t tile = stage_first + stage * keys_stage_bytes<HD>;
@@ -125,10 +115,10 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
                                                                 stage * keys_stage_bytes<HD> + 2 * STEP_QUERIES * ROW);
 #pragma unroll 1
     for (uint32_t offset = 0; offset < STEP_QUERIES; offset += QUERIES)
-      if (query + offset + QUERIES > key + first)
+      if (query + offset + QUERIES > block.key + first)
         add_queries<T, HD>(dk, dv, k_tile + first * ROW, v_tile + first * ROW, tile + offset * ROW,
                            tile + (STEP_QUERIES + offset) * ROW, statistics + offset / 2,
-                           static_cast<int>(key + first) - static_cast<int>(query + offset), args.scale_log2);
+                           static_cast<int>(block.key + first) - static_cast<int>(query + offset), args.scale_log2);
     if (args.stages == 1) {
       __syncthreads();
       if (step + 1 < steps)
@@ -136,24 +126,7 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
     }
   }
 
-  const uint32_t valid = rows > first ? rows - first : 0;
-  if (args.parts > 1) {
-    const uint64_t stride = static_cast<uint64_t>(args.kv_heads) * args.head_size;
-    const uint64_t count = static_cast<uint64_t>(args.batch) * args.keys * stride;
-    float *to = args.partial + 2 * part * count + (static_cast<uint64_t>(sequence) * args.keys + key + first) * stride +
-                kv_head * args.head_size;
-    attention_store_partial<HD, MT>(to, stride, valid, args.head_size, dk, args.scale);
-    attention_store_partial<HD, MT>(to + count, stride, valid, args.head_size, dv, 1.0f);
-    return;
-  }
-  float scale[MT][2], one[MT][2];
-  attention_fill<MT>(scale, args.scale);
-  attention_fill<MT>(one, 1.0f);
-  const uint64_t to = kv_offset + first * args.kv_stride;
-  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dk) + to, args.kv_stride, valid, args.head_size, dk,
-                                  scale, shared + first * ROW);
-  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dv) + to, args.kv_stride, valid, args.head_size, dv, one,
-                                  shared + (KEYS + first) * ROW);
+  attention_store_keys<T, HD, MT, KEYS>(args, block, first, dk, dv, shared);
 }
 
 /* Adds the parts in order. A thread has two columns. */
@@ -204,27 +177,17 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + QUERY_ROWS * ROW;
   const uint32_t stage_first = dout_tile + QUERY_ROWS * ROW;
   const uint32_t warp = threadIdx.x >> 5, first = warp * MT * 16;
-  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
-  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * QUERY_ROWS;
-  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
-  const uint32_t kv_head = head / (args.heads / args.kv_heads);
-  const uint32_t rows = min(static_cast<uint32_t>(QUERY_ROWS), args.queries - query), end = query + rows;
-  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + query;
-  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
-  const uint64_t q_offset = token * args.q_stride + head * args.head_size;
-  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
-  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
-  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
-  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(q_tile, static_cast<const uint16_t *>(args.q) + q_offset, rows,
-                                                     args.q_stride, args.head_size);
-  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(
-      dout_tile, static_cast<const uint16_t *>(args.dout) + token * packed_stride + head * args.head_size, rows,
-      packed_stride, args.head_size);
+  const attention_query_block block = attention_query_block_of<QUERY_ROWS>(args);
+  const uint32_t end = block.query + block.rows;
+  const uint16_t *k = attention_at(args.k, block.kv), *v = attention_at(args.v, block.kv);
+  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
+                                                     args.head_size);
+  attention_load_tile<HD, QUERY_ROWS, QUERY_THREADS>(dout_tile, attention_at(args.dout, block.packed), block.rows,
+                                                     block.packed_stride, args.head_size);
   load_keys<HD>(args, k, v, 0, end, stage_first);
 
   float2 statistics[MT][2];
-  attention_load_statistics<MT>(statistics, args.statistics + static_cast<uint64_t>(pair) * args.queries + query, first,
-                                rows);
+  attention_load_statistics<MT>(statistics, args.statistics + block.statistic, first, block.rows);
   float dq[MT][HD / 8][4];
   attention_clear<MT, HD / 8>(dq);
   uint32_t stage = 0;
@@ -235,14 +198,14 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
     stage = args.stages == 2 ? stage ^ 1 : 0;
     if (args.stages == 2 && key + N < end)
       load_keys<HD>(args, k, v, key + N, end, stage_first + stage * queries_stage_bytes<HD>);
-    if (key < query + first + MT * 16) {
+    if (key < block.query + first + MT * 16) {
       float scores[MT][N / 8][4], gradient[MT][N / 8][4];
       attention_clear<MT, N / 8>(scores);
       attention_multiply<T, HD, MT, N>(scores, q_tile + first * ROW, k_tile);
       attention_clear<MT, N / 8>(gradient);
       attention_multiply<T, HD, MT, N>(gradient, dout_tile + first * ROW, k_tile + N * ROW);
       attention_probabilities_of_queries<MT, N>(
-          scores, statistics, static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2);
+          scores, statistics, static_cast<int>(block.query + first) - static_cast<int>(key), args.scale_log2);
       attention_gradient_of_queries<MT, N>(gradient, scores, statistics);
       uint32_t packed[MT][N / 16][4];
       attention_pack<T, MT, N>(packed, gradient);
@@ -256,8 +219,9 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   }
   float scale[MT][2];
   attention_fill<MT>(scale, args.scale);
-  attention_store_rows<T, HD, MT>(static_cast<uint16_t *>(args.dq) + q_offset + first * args.q_stride, args.q_stride,
-                                  rows > first ? rows - first : 0, args.head_size, dq, scale, shared + first * ROW);
+  attention_store_rows<T, HD, MT>(attention_at(args.dq, block.q + first * args.q_stride), args.q_stride,
+                                  block.rows > first ? block.rows - first : 0, args.head_size, dq, scale,
+                                  shared + first * ROW);
 }
 
 /* ---- launches ---- */

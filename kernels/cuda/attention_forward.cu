@@ -2,8 +2,7 @@
  *
  * A block owns 128 queries of one head: four warps of 32 rows. It walks the keys upwards in tiles with a running
  * maximum and sum. K and V have one tile each in shared memory: while scores are computed from K, V arrives, and while
- * V is used, the next K arrives; the second block of the same multiprocessor fills what remains. Blocks are numbered so
- * that the longest rows of tiles start first, over all heads, which evens out the end of the grid. */
+ * V is used, the next K arrives; the second block of the same multiprocessor fills what remains. */
 #include "kernels/cuda/attention_launch.cuh"
 #include "kernels/cuda/attention_softmax.cuh"
 
@@ -20,19 +19,12 @@ __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const att
   const uint32_t q_tile = attention_shared_address(shared), k_tile = q_tile + QUERIES * ROW;
   const uint32_t v_tile = k_tile + KEYS * ROW;
   const uint32_t warp = threadIdx.x >> 5;
-  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
-  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * QUERIES;
-  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
-  const uint32_t kv_head = head / (args.heads / args.kv_heads);
-  const uint32_t rows = min(static_cast<uint32_t>(QUERIES), args.queries - query);
-  const uint32_t end = args.first_position + query + rows; /* of the keys that are seen */
-  const uint16_t *q = static_cast<const uint16_t *>(args.q) +
-                      (static_cast<uint64_t>(sequence) * args.queries + query) * args.q_stride + head * args.head_size;
-  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
-  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
-  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
+  const attention_query_block block = attention_query_block_of<QUERIES>(args);
+  const uint32_t end = args.first_position + block.query + block.rows; /* of the keys that are seen */
+  const uint16_t *k = attention_at(args.k, block.kv), *v = attention_at(args.v, block.kv);
 
-  attention_load_tile<HD, QUERIES, THREADS>(q_tile, q, rows, args.q_stride, args.head_size);
+  attention_load_tile<HD, QUERIES, THREADS>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
+                                            args.head_size);
   attention_load_tile<HD, KEYS, THREADS>(k_tile, k, end, args.kv_stride, args.head_size);
   attention_commit();
 
@@ -40,7 +32,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const att
   attention_clear<MT, HD / 8>(out);
   attention_running<MT> state;
   attention_running_open<MT>(state);
-  const uint32_t position = args.first_position + query + warp * MT * 16; /* of the warp's first query */
+  const uint32_t position = args.first_position + block.query + warp * MT * 16; /* of the warp's first query */
   const uint32_t q_rows = q_tile + warp * MT * 16 * ROW;
   for (uint32_t key = 0; key < end; key += KEYS) {
     attention_wait<0>();
@@ -72,17 +64,12 @@ __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const att
     }
   }
 
-  const uint32_t first = warp * MT * 16, valid = rows > first ? rows - first : 0;
+  const uint32_t first = warp * MT * 16, valid = block.rows > first ? block.rows - first : 0;
   float factor[MT][2];
-  attention_running_close<MT>(
-      state, factor,
-      args.lse_out == NULL ? NULL : args.lse_out + static_cast<uint64_t>(pair) * args.queries + query + first, valid,
-      args.scale);
-  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
-  uint16_t *to = static_cast<uint16_t *>(args.out) +
-                 (static_cast<uint64_t>(sequence) * args.queries + query + first) * packed_stride +
-                 head * args.head_size;
-  attention_store_rows<T, HD, MT>(to, packed_stride, valid, args.head_size, out, factor, shared + first * ROW);
+  attention_running_close<MT>(state, factor, args.lse_out == NULL ? NULL : args.lse_out + block.statistic + first,
+                              valid, args.scale);
+  attention_store_rows<T, HD, MT>(attention_at(args.out, block.packed + first * block.packed_stride),
+                                  block.packed_stride, valid, args.head_size, out, factor, shared + first * ROW);
 }
 
 template <typename T, int HD, int KEYS> cudaError_t launch(const attention_args &args, cudaStream_t stream) {

@@ -59,19 +59,11 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kerne
   const uint32_t q_tile = attention_shared_address(shared), k_tiles = q_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t v_tiles = k_tiles + 2 * tile_bytes<HD, KEYS>;
   const uint32_t warp = threadIdx.x >> 5, first = warp * 16; /* the warp's first row */
-  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
-  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * ROWS<HD>;
-  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
-  const uint32_t kv_head = head / (args.heads / args.kv_heads);
-  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.queries - query);
-  const uint32_t end = args.first_position + query + rows;
-  const uint16_t *q = static_cast<const uint16_t *>(args.q) +
-                      (static_cast<uint64_t>(sequence) * args.queries + query) * args.q_stride + head * args.head_size;
-  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
-  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
-  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
-
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, q, rows, args.q_stride, args.head_size);
+  const attention_query_block block = attention_query_block_of<ROWS<HD>>(args);
+  const uint32_t end = args.first_position + block.query + block.rows;
+  const uint16_t *k = attention_at(args.k, block.kv), *v = attention_at(args.v, block.kv);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
+                                         args.head_size);
   panels_load<HD, KEYS, THREADS<HD>>(k_tiles, k, end, args.kv_stride, args.head_size);
   attention_commit();
 
@@ -80,7 +72,7 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kerne
   attention_clear<1, HD / 8>(out);
   attention_running<1> state;
   attention_running_open<1>(state);
-  const uint32_t position = args.first_position + query + first; /* of the warp's first query */
+  const uint32_t position = args.first_position + block.query + first; /* of the warp's first query */
   const auto load_next =
       [&](uint32_t key,
           uint32_t stage) { /* values of this tile, keys of the next */
@@ -140,14 +132,11 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kerne
   wgmma_hold(out);
   __syncthreads();
 
-  const uint32_t valid = rows > first ? rows - first : 0;
-  float *lse = args.lse_out == NULL ? NULL : args.lse_out + static_cast<uint64_t>(pair) * args.queries + query + first;
-  attention_running_close<1>(state, factor, lse, valid, args.scale);
-  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
-  uint16_t *to = static_cast<uint16_t *>(args.out) +
-                 (static_cast<uint64_t>(sequence) * args.queries + query + first) * packed_stride +
-                 head * args.head_size;
-  attention_store_rows<T, HD, 1>(to, packed_stride, valid, args.head_size, out, factor,
+  const uint32_t valid = block.rows > first ? block.rows - first : 0;
+  attention_running_close<1>(state, factor, args.lse_out == NULL ? NULL : args.lse_out + block.statistic + first, valid,
+                             args.scale);
+  attention_store_rows<T, HD, 1>(attention_at(args.out, block.packed + first * block.packed_stride),
+                                 block.packed_stride, valid, args.head_size, out, factor,
                                  shared + first * attention_row_bytes<HD>);
 }
 
@@ -230,26 +219,16 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
   const uint32_t stage_first = v_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
 
-  /* The first keys are seen by the most queries and come first. */
-  const uint32_t units = args.batch * args.kv_heads * args.parts, unit = blockIdx.x % units;
-  const uint32_t key = blockIdx.x / units * ROWS<HD>;
-  const uint32_t part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
-  const uint32_t sequence = unit / args.parts / args.kv_heads;
-  const uint32_t part_heads = args.heads / args.kv_heads / args.parts;
-  const uint32_t head = kv_head * (args.heads / args.kv_heads) + part * part_heads;
-  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.keys - key);
-  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries;
-  const uint64_t kv_offset =
-      (static_cast<uint64_t>(sequence) * args.keys + key) * args.kv_stride + kv_head * args.head_size;
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(k_tile, static_cast<const uint16_t *>(args.k) + kv_offset, rows,
-                                         args.kv_stride, args.head_size);
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(v_tile, static_cast<const uint16_t *>(args.v) + kv_offset, rows,
-                                         args.kv_stride, args.head_size);
+  const attention_key_block block = attention_key_block_of<ROWS<HD>>(args);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(k_tile, attention_at(args.k, block.kv), block.rows, args.kv_stride,
+                                         args.head_size);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(v_tile, attention_at(args.v, block.kv), block.rows, args.kv_stride,
+                                         args.head_size);
   query_walk walk;
-  walk.q = static_cast<const uint16_t *>(args.q) + token * args.q_stride + head * args.head_size;
-  walk.dout = static_cast<const uint16_t *>(args.dout) + (token * args.heads + head) * args.head_size;
-  walk.statistics = args.statistics + (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
-  walk.tile_first = walk.tile = key / STEP;
+  walk.q = attention_at(args.q, block.q);
+  walk.dout = attention_at(args.dout, block.packed);
+  walk.statistics = args.statistics + block.statistic;
+  walk.tile_first = walk.tile = block.key / STEP;
   walk.tile_end = (args.queries + STEP - 1) / STEP;
   walk.head = 0;
   load_queries<HD>(args, walk, stage_first);
@@ -258,7 +237,7 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
   uint32_t p[1][STEP / 16][4], ds[1][STEP / 16][4];
   attention_clear<1, HD / 8>(dk);
   attention_clear<1, HD / 8>(dv);
-  const uint32_t steps = (walk.tile_end - walk.tile_first) * part_heads;
+  const uint32_t steps = (walk.tile_end - walk.tile_first) * block.heads;
   uint32_t query = walk.tile_first * STEP;
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t tile = stage_first + (step & 1) * keys_stage_bytes<HD>;
@@ -275,9 +254,9 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
     };
     const float4 *statistics = reinterpret_cast<const float4 *>(
         shared + keys_fixed_bytes<HD> + (step & 1) * keys_stage_bytes<HD> + 2 * tile_bytes<HD, STEP>);
-    if (query + STEP > key + group_first)
+    if (query + STEP > block.key + group_first)
       add_queries<T, HD>(dk, dv, p, ds, k_tile + group_first * PANEL_ROW, v_tile + group_first * PANEL_ROW, tile,
-                         statistics, static_cast<int>(key + first) - static_cast<int>(query), args.scale_log2,
+                         statistics, static_cast<int>(block.key + first) - static_cast<int>(query), args.scale_log2,
                          load_next);
     else
       load_next();
@@ -290,24 +269,7 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(c
   wgmma_hold(dv);
   __syncthreads();
 
-  const uint32_t valid = rows > first ? rows - first : 0;
-  if (args.parts > 1) {
-    const uint64_t stride = static_cast<uint64_t>(args.kv_heads) * args.head_size;
-    const uint64_t count = static_cast<uint64_t>(args.batch) * args.keys * stride;
-    float *to = args.partial + 2 * part * count + (static_cast<uint64_t>(sequence) * args.keys + key + first) * stride +
-                kv_head * args.head_size;
-    attention_store_partial<HD, 1>(to, stride, valid, args.head_size, dk, args.scale);
-    attention_store_partial<HD, 1>(to + count, stride, valid, args.head_size, dv, 1.0f);
-    return;
-  }
-  float scale[1][2], one[1][2];
-  attention_fill<1>(scale, args.scale);
-  attention_fill<1>(one, 1.0f);
-  const uint64_t to = kv_offset + first * args.kv_stride;
-  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dk) + to, args.kv_stride, valid, args.head_size, dk,
-                                 scale, shared + first * attention_row_bytes<HD>);
-  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dv) + to, args.kv_stride, valid, args.head_size, dv, one,
-                                 shared + (ROWS<HD> + first) * attention_row_bytes<HD>);
+  attention_store_keys<T, HD, 1, ROWS<HD>>(args, block, first, dk, dv, shared);
 }
 
 /* ---- backward, pass two: dq ---- */
@@ -360,27 +322,17 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_queries_kerne
   const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t stage_first = dout_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
-  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
-  const uint32_t query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * ROWS<HD>;
-  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
-  const uint32_t kv_head = head / (args.heads / args.kv_heads);
-  const uint32_t rows = min(static_cast<uint32_t>(ROWS<HD>), args.queries - query), end = query + rows;
-  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + query;
-  const uint64_t packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
-  const uint64_t q_offset = token * args.q_stride + head * args.head_size;
-  const uint64_t kv_offset = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
-  const uint16_t *k = static_cast<const uint16_t *>(args.k) + kv_offset;
-  const uint16_t *v = static_cast<const uint16_t *>(args.v) + kv_offset;
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, static_cast<const uint16_t *>(args.q) + q_offset, rows, args.q_stride,
+  const attention_query_block block = attention_query_block_of<ROWS<HD>>(args);
+  const uint32_t end = block.query + block.rows;
+  const uint16_t *k = attention_at(args.k, block.kv), *v = attention_at(args.v, block.kv);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
                                          args.head_size);
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(
-      dout_tile, static_cast<const uint16_t *>(args.dout) + token * packed_stride + head * args.head_size, rows,
-      packed_stride, args.head_size);
+  panels_load<HD, ROWS<HD>, THREADS<HD>>(dout_tile, attention_at(args.dout, block.packed), block.rows,
+                                         block.packed_stride, args.head_size);
   load_keys<HD>(args, k, v, 0, end, stage_first);
 
   float2 statistics[1][2];
-  attention_load_statistics<1>(statistics, args.statistics + static_cast<uint64_t>(pair) * args.queries + query, first,
-                               rows);
+  attention_load_statistics<1>(statistics, args.statistics + block.statistic, first, block.rows);
   float dq[1][HD / 8][4];
   attention_clear<1, HD / 8>(dq);
   left_rows<HD, HELD<HD>> q_rows, dout_rows;
@@ -396,17 +348,17 @@ __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_queries_kerne
       if (key + STEP < end)
         load_keys<HD>(args, k, v, key + STEP, end, stage_first + (stage ^ 1) * 2 * tile_bytes<HD, STEP>);
     };
-    if (key < query + group_first + 64)
+    if (key < block.query + group_first + 64)
       add_keys<T, HD>(dq, q_rows, dout_rows, k_tile, statistics,
-                      static_cast<int>(query + first) - static_cast<int>(key), args.scale_log2, load_next);
+                      static_cast<int>(block.query + first) - static_cast<int>(key), args.scale_log2, load_next);
     else
       load_next();
   }
   __syncthreads();
   float scale[1][2];
   attention_fill<1>(scale, args.scale);
-  attention_store_rows<T, HD, 1>(static_cast<uint16_t *>(args.dq) + q_offset + first * args.q_stride, args.q_stride,
-                                 rows > first ? rows - first : 0, args.head_size, dq, scale,
+  attention_store_rows<T, HD, 1>(attention_at(args.dq, block.q + first * args.q_stride), args.q_stride,
+                                 block.rows > first ? block.rows - first : 0, args.head_size, dq, scale,
                                  shared + first * attention_row_bytes<HD>);
 }
 

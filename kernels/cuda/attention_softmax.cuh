@@ -18,6 +18,12 @@ template <int MT> __device__ __forceinline__ void attention_running_open(attenti
     }
 }
 
+template <int MT> __device__ __forceinline__ void attention_fill(float (&factor)[MT][2], float value) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+    factor[m][0] = factor[m][1] = value;
+}
+
 /* Hides the keys after each query. `distance` is the first query of the warp less the first key of the tile. */
 template <int MT, int KEYS>
 __device__ __forceinline__ void attention_hide_later_keys(float (&scores)[MT][KEYS / 8][4], int distance) {
@@ -157,6 +163,30 @@ __device__ __forceinline__ void attention_store_partial(float *to, uint64_t stri
     }
 }
 
+/* The end of a block of keys: stores the warp's rows of dk and dv, from `first` on, rounded or as one part's sums.
+ * `shared`: as many rows for dk, and ROWS further as many for dv, which no other warp reads any more. */
+template <typename T, int HD, int MT, int ROWS>
+__device__ __forceinline__ void attention_store_keys(const attention_args &args, const attention_key_block &block,
+                                                     uint32_t first, const float (&dk)[MT][HD / 8][4],
+                                                     const float (&dv)[MT][HD / 8][4], unsigned char *shared) {
+  constexpr uint32_t ROW = attention_row_bytes<HD>;
+  const uint32_t valid = block.rows > first ? block.rows - first : 0;
+  if (args.parts > 1) {
+    float *to = args.partial + block.partial + first * block.partial_stride;
+    attention_store_partial<HD, MT>(to, block.partial_stride, valid, args.head_size, dk, args.scale);
+    attention_store_partial<HD, MT>(to + block.partial_count, block.partial_stride, valid, args.head_size, dv, 1.0f);
+    return;
+  }
+  float scale[MT][2], one[MT][2];
+  attention_fill<MT>(scale, args.scale);
+  attention_fill<MT>(one, 1.0f);
+  const uint64_t to = block.kv + first * args.kv_stride;
+  attention_store_rows<T, HD, MT>(attention_at(args.dk, to), args.kv_stride, valid, args.head_size, dk, scale,
+                                  shared + first * ROW);
+  attention_store_rows<T, HD, MT>(attention_at(args.dv, to), args.kv_stride, valid, args.head_size, dv, one,
+                                  shared + (ROWS + first) * ROW);
+}
+
 /* ---- derivative, queries as rows ---- */
 
 /* As above; row: lse and delta of the lane's rows. `distance` is the warp's first query less the first key. */
@@ -199,12 +229,6 @@ __device__ __forceinline__ void attention_load_statistics(float2 (&row)[MT][2], 
       const uint32_t index = first + m * 16 + half * 8 + ((threadIdx.x & 31) >> 2);
       row[m][half] = index < valid ? from[index] : make_float2(0.0f, 0.0f);
     }
-}
-
-template <int MT> __device__ __forceinline__ void attention_fill(float (&factor)[MT][2], float value) {
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-    factor[m][0] = factor[m][1] = value;
 }
 
 #endif

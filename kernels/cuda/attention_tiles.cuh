@@ -130,6 +130,72 @@ __device__ __forceinline__ void attention_load_tile(uint32_t tile, const uint16_
   }
 }
 
+/* ---- what a block works on ---- */
+
+/* `rows` queries of one head, from `query` on, and where they lie: in q, in out or dout (rows `packed_stride` apart),
+ * in lse or the statistics; and where the sequence's keys and values lie. */
+struct attention_query_block {
+  uint32_t query, rows;
+  uint64_t q, packed, packed_stride, statistic, kv;
+};
+
+/* Blocks are numbered so that those with the most keys start first, over all heads. */
+template <int ROWS>
+__device__ __forceinline__ attention_query_block attention_query_block_of(const attention_args &args) {
+  const uint32_t pairs = args.batch * args.heads, pair = blockIdx.x % pairs;
+  const uint32_t sequence = pair / args.heads, head = pair % args.heads;
+  const uint32_t kv_head = head / (args.heads / args.kv_heads);
+  attention_query_block block;
+  block.query = (gridDim.x / pairs - 1 - blockIdx.x / pairs) * ROWS;
+  block.rows = min(static_cast<uint32_t>(ROWS), args.queries - block.query);
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + block.query;
+  block.packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
+  block.q = token * args.q_stride + head * args.head_size;
+  block.packed = token * block.packed_stride + head * args.head_size;
+  block.statistic = static_cast<uint64_t>(pair) * args.queries + block.query;
+  block.kv = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
+  return block;
+}
+
+/* `rows` keys of one key-value head, from `key` on, at `kv` in k, v, dk and dv, for `heads` heads of its group. Where
+ * those begin, at the sequence's first token: in q, in dout and in the statistics. */
+struct attention_key_block {
+  uint32_t key, rows, heads;
+  uint64_t kv, q, packed, statistic;
+  uint64_t partial, partial_stride; /* of dk's sums in args.partial, where there are parts; dv's are partial_count on */
+  uint64_t partial_count;
+};
+
+/* The first keys are seen by the most queries, and their blocks start first. */
+template <int ROWS> __device__ __forceinline__ attention_key_block attention_key_block_of(const attention_args &args) {
+  const uint32_t units = args.batch * args.kv_heads * args.parts, unit = blockIdx.x % units;
+  const uint32_t part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
+  const uint32_t sequence = unit / args.parts / args.kv_heads;
+  attention_key_block block;
+  block.key = blockIdx.x / units * ROWS;
+  block.rows = min(static_cast<uint32_t>(ROWS), args.keys - block.key);
+  block.heads = args.heads / args.kv_heads / args.parts;
+  const uint32_t head = kv_head * (args.heads / args.kv_heads) + part * block.heads;
+  const uint64_t token = static_cast<uint64_t>(sequence) * args.queries;
+  const uint64_t key_token = static_cast<uint64_t>(sequence) * args.keys + block.key;
+  block.kv = key_token * args.kv_stride + kv_head * args.head_size;
+  block.q = token * args.q_stride + head * args.head_size;
+  block.packed = (token * args.heads + head) * args.head_size;
+  block.statistic = (static_cast<uint64_t>(sequence) * args.heads + head) * args.queries;
+  block.partial_stride = static_cast<uint64_t>(args.kv_heads) * args.head_size;
+  block.partial_count = static_cast<uint64_t>(args.batch) * args.keys * block.partial_stride;
+  block.partial = 2 * part * block.partial_count + key_token * block.partial_stride + kv_head * args.head_size;
+  return block;
+}
+
+__device__ __forceinline__ const uint16_t *attention_at(const void *tensor, uint64_t offset) {
+  return static_cast<const uint16_t *>(tensor) + offset;
+}
+
+__device__ __forceinline__ uint16_t *attention_at(void *tensor, uint64_t offset) {
+  return static_cast<uint16_t *>(tensor) + offset;
+}
+
 /* ---- products ---- */
 
 /* c (MT * 16, N) += rows (MT * 16, HD) · tile (N, HD)ᵀ. `rows` and `tile` are addresses of first rows, at multiples
