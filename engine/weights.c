@@ -138,42 +138,65 @@ static flap_status visit_states(flap_pager *pager, const flap_layout *layout, co
 
 /* ---- from scratch ------------------------------------------------------------------------------------------ */
 
+#define INIT_ITEM ((uint64_t)8192) /* elements that one thread makes at a time */
+
 typedef struct init_context {
   uint64_t seed;
   double range;
   flap_dtype dtype;
-  float *values; /* FLAP_WEIGHTS_CHUNK */
+  flap_pool *pool; /* may be NULL */
+  float *values;   /* INIT_ITEM of each worker */
+  /* the run in work */
+  const flap_model_tensor *tensor;
+  uint64_t first, count;
+  void *to;
+  bool low;
 } init_context;
 
-static void init_values(const init_context *init, const flap_model_tensor *tensor, uint64_t first, uint64_t count,
-                        float *values) {
-  if (tensor->init != FLAP_INIT_NORMAL) {
+static void init_values(const init_context *init, uint64_t first, uint64_t count, float *values) {
+  if (init->tensor->init != FLAP_INIT_NORMAL) {
     for (uint64_t i = 0; i < count; i++)
-      values[i] = tensor->init == FLAP_INIT_ONES ? 1.0f : 0.0f;
+      values[i] = init->tensor->init == FLAP_INIT_ONES ? 1.0f : 0.0f;
     return;
   }
-  const flap_philox stream = flap_philox_stream(init->seed, tensor->name);
+  const flap_philox stream = flap_philox_stream(init->seed, init->tensor->name);
   flap_philox_normals(&stream, first, count, values);
   for (uint64_t i = 0; i < count; i++)
     values[i] = (float)(init->range * (double)values[i]);
 }
 
-static flap_status init_run(const init_context *init, const flap_model_tensor *tensor, uint64_t first, uint64_t count,
-                            void *values, bool low) {
+/* A value is a function of its tensor and place alone, so it does not matter who makes it. */
+static void init_item(void *context, uint64_t item, uint32_t worker) {
+  const init_context *init = context;
+  const uint64_t done = item * INIT_ITEM, chunk = min_of(init->count - done, INIT_ITEM);
   if (init->dtype == FLAP_F32) {
-    init_values(init, tensor, first, count, values);
-    return FLAP_OK;
+    init_values(init, init->first + done, chunk, (float *)init->to + done);
+    return;
   }
+  float *values = init->values + worker * INIT_ITEM;
+  init_values(init, init->first + done, chunk, values);
+  /* A normal value is below 9, initializer_range below 100: everything fits. */
+  const uint64_t good = init->low ? flap_values_to_low(values, chunk, (int16_t *)init->to + done)
+                                  : flap_values_to_high(values, chunk, (uint16_t *)init->to + done);
+  flap_assert(good == chunk);
+}
+
+static flap_status init_run(init_context *init, const flap_model_tensor *tensor, uint64_t first, uint64_t count,
+                            void *values, bool low) {
   if (low && tensor->init != FLAP_INIT_NORMAL)
     return FLAP_OK; /* ones and zeros have no low half */
-  for (uint64_t done = 0; done < count; done += FLAP_WEIGHTS_CHUNK) {
-    const uint64_t chunk = min_of(count - done, FLAP_WEIGHTS_CHUNK);
-    init_values(init, tensor, first + done, chunk, init->values);
-    /* A normal value is below 9, initializer_range below 100: everything fits. */
-    const uint64_t good = low ? flap_values_to_low(init->values, chunk, (int16_t *)values + done)
-                              : flap_values_to_high(init->values, chunk, (uint16_t *)values + done);
-    flap_assert(good == chunk);
+  init->tensor = tensor;
+  init->first = first;
+  init->count = count;
+  init->to = values;
+  init->low = low;
+  const uint64_t items = (count + INIT_ITEM - 1) / INIT_ITEM;
+  if (init->pool != NULL && items > 1) {
+    flap_pool_run(init->pool, items, init_item, init);
+    return FLAP_OK;
   }
+  for (uint64_t i = 0; i < items; i++)
+    init_item(init, i, 0);
   return FLAP_OK;
 }
 
@@ -194,7 +217,8 @@ flap_status flap_weights_init(flap_pager *pager, const flap_layout *layout, uint
   init_context init = {.seed = seed, .range = layout->spec.model->initializer_range, .dtype = layout->spec.shape.dtype};
   flap_status status;
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
-  init.values = malloc(FLAP_WEIGHTS_CHUNK * sizeof(float));
+  init.pool = flap_device_pool(flap_pager_device(pager));
+  init.values = malloc((init.pool != NULL ? flap_pool_threads(init.pool) : 1) * INIT_ITEM * sizeof(float));
   if (init.values == NULL) {
     status = flap_error_set(FLAP_NO_MEMORY, "no memory to make weights");
     goto fail;
