@@ -22,6 +22,7 @@
 #define CASES_PER_CHUNK 26u
 #endif
 #define STEPS 4u
+#define VOCABULARY_MAX 300u
 #define PAGE FLAP_BLOCK_ALIGN
 #define PLENTY_RAM (256 * FLAP_MIB)
 #define RAM_INEXACT (256 * FLAP_KIB)
@@ -71,7 +72,7 @@ static void draw_model(random_source *r, rig_model *m) {
   c->num_hidden_layers = between(r, 1, 6);
   c->hidden_size = 16 * between(r, 1, 6);
   c->intermediate_size = 16 * between(r, 1, 8);
-  c->vocab_size = between(r, 5, 300);
+  c->vocab_size = between(r, 5, VOCABULARY_MAX);
   c->num_key_value_heads = between(r, 1, 3);
   c->num_attention_heads = c->num_key_value_heads << between(r, 0, 2);
   c->head_dim = 4 * between(r, 1, 6);
@@ -154,6 +155,7 @@ static void run_reference(trial *t, rig_result *result) {
   rig_begin(&rig, &t->model, &(rig_place){.threads = 2});
   rig_open_choice(&rig, &choice);
   t->vram_most = rig.setup.vram_bytes;
+  rig_evaluate(&rig, result);
   rig_train(&rig, 0, STEPS, RIG_UPDATED, result);
   rig_evaluate(&rig, result);
   rig_read_state(&rig, &result->state);
@@ -237,6 +239,7 @@ static void run_plan(trial *t, const flap_budgets *budgets, const rig_result *re
   ck_assert_double_gt(costs.compute_seconds, 0);
   ck_assert_double_le(costs.compute_seconds, costs.step_seconds * 1.000001);
   rig_open_setup(&t->rig, &setup, budgets);
+  rig_evaluate(&t->rig, &got);
   rig_train(&t->rig, 0, STEPS - 2, RIG_PENDING, &got);
   rig_measure_step(&t->rig, STEPS - 2, &got, moved);
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
@@ -394,6 +397,87 @@ static void check_monotone(trial *t, const flap_budgets *accepted) {
                 (unsigned long long)more.vram_bytes, (unsigned long long)more.ram_bytes, flap_error_message());
 }
 
+/* ---- evaluations and generation -------------------------------------------------------------------------- */
+
+/* A plan of the trial's planner under random budgets, opened and filled. */
+static void open_random(trial *t, flap_plan_costs *costs, flap_budgets *budgets) {
+  flap_setup setup;
+  *budgets = draw_budgets(t);
+  MUST(flap_planner_choose(&t->planner, budgets, &setup, costs));
+  rig_open_setup(&t->rig, &setup, budgets);
+}
+
+/* A run that only evaluates sees the loss that training saw before its first step. */
+static void check_evaluation(trial *t, const rig_result *reference) {
+  flap_plan_costs costs;
+  flap_budgets budgets;
+  flap_pager_stats before, after;
+  rig_result got = {0};
+  t->planner.spec.mode = FLAP_MODE_FORWARD;
+  open_random(t, &costs, &budgets);
+  rig_evaluate(&t->rig, &got);
+  flap_pager_get_stats(t->rig.runtime.pager, &before);
+  rig_evaluate(&t->rig, &got);
+  flap_pager_get_stats(t->rig.runtime.pager, &after);
+  for (int i = 0; i < 2; i++)
+    ck_assert_msg(got.evaluated[i] == reference->evaluated[0], "evaluation %d: %.17g, not %.17g", i, got.evaluated[i],
+                  reference->evaluated[0]);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    ck_assert_uint_eq(after.bytes[lane] - before.bytes[lane], costs.lane_bytes[lane]);
+  check_sizes(t, &budgets);
+  rig_shut(&t->rig);
+  const flap_budgets plenty = plenty_of(t);
+  check_least(t, (lever)between(&t->random, VRAM, DISK), &plenty, true);
+}
+
+static flap_status no_keys(void *context, uint64_t offset, uint64_t bytes, void *memory) {
+  (void)context, (void)offset;
+  memset(memory, 0, bytes);
+  return FLAP_OK;
+}
+
+/* The logits behind the first tokens of the data, taken in pieces of at most the shape's. */
+static void decode(trial *t, uint32_t tokens, uint32_t first_piece, float *logits_out) {
+  const flap_layout *layout = t->rig.runtime.executor.layout;
+  flap_executor_result got = {0};
+  for (uint32_t i = 0; i < t->model.config.num_hidden_layers; i++)
+    MUST(flap_pager_fill(t->rig.runtime.pager, flap_layout_cache(layout, i), no_keys, NULL));
+  for (uint32_t at = 0, piece = first_piece; at < tokens; at += piece, piece = 1) {
+    const flap_executor_input input = {.tokens = t->model.tokens + at, .decode_tokens = piece, .decode_position = at};
+    MUST(flap_executor_begin(&t->rig.runtime.executor, FLAP_SETUP_DECODE));
+    MUST(flap_executor_run(&t->rig.runtime.executor, &input, &got));
+  }
+  MUST(flap_pager_settle(t->rig.runtime.pager));
+  memcpy(logits_out, got.logits, t->model.config.vocab_size * sizeof *logits_out);
+}
+
+/* The same tokens give the same logits, whatever streams. */
+static void check_generation(trial *t) {
+  float logits[2][VOCABULARY_MAX];
+  flap_setup setup;
+  flap_plan_costs costs;
+  flap_budgets budgets;
+  const uint32_t piece = between(&t->random, 1, t->model.shape.sequence);
+  const uint32_t tokens = piece + between(&t->random, 0, 3);
+  t->planner.spec.mode = FLAP_MODE_SAMPLE;
+  t->planner.spec.shape.batch = 1;
+  t->planner.spec.micro_batches = 1;
+  t->planner.spec.cache_positions = tokens;
+  const flap_budgets plenty = plenty_of(t);
+  MUST(flap_planner_choose(&t->planner, &plenty, &setup, &costs));
+  rig_open_setup(&t->rig, &setup, &plenty);
+  decode(t, tokens, piece, logits[0]);
+  rig_shut(&t->rig);
+  open_random(t, &costs, &budgets);
+  decode(t, tokens, piece, logits[1]);
+  check_sizes(t, &budgets);
+  rig_shut(&t->rig);
+  for (uint32_t i = 0; i < t->model.config.vocab_size; i++)
+    ck_assert_msg(memcmp(&logits[0][i], &logits[1][i], sizeof(float)) == 0, "logit %u is %g, not %g", i,
+                  (double)logits[1][i], (double)logits[0][i]);
+  check_least(t, (lever)between(&t->random, VRAM, DISK), &plenty, true);
+}
+
 static void run_case(uint32_t number) {
   static trial t;
   rig_result reference;
@@ -407,6 +491,10 @@ static void run_case(uint32_t number) {
   }
   check_nearly_least_ram(&t, &plenty);
   check_anything(&t);
+  if (one_in(&t.random, 2))
+    check_evaluation(&t, &reference);
+  else
+    check_generation(&t);
   check_monotone(&t, &budgets);
   rig_result_close(&reference);
   trial_close(&t);
