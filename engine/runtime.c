@@ -164,4 +164,6 @@ void flap_runtime_peaks(const flap_runtime *runtime, flap_peaks *peaks_out) {
       .vram_bytes = runtime->vram_pager_bytes + flap_units_round_up(runtime->vram.bytes_used, FLAP_BLOCK_ALIGN),
       .ram_bytes = flap_units_round_up(runtime->ram.bytes_used, FLAP_BLOCK_ALIGN) + runtime->block_bytes,
       .disk_bytes = runtime->disk_bytes};
+  if (runtime->spec.device == FLAP_DEVICE_CUDA && !runtime->simulated) /* as the driver says */
+    peaks_out->vram_bytes = flap_device_memory_peak(flap_pager_device(runtime->pager));
 }
