@@ -94,8 +94,8 @@ static void matmul(bench *b, flap_transpose transpose, uint32_t m, uint32_t n, u
 /* ---- what memory bounds ---- */
 
 static void run_norm(bench *b) {
-  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], statistics(b), NULL, b->buffers[1], NULL, b->buffers[2], TOKENS, HIDDEN,
-                   1e-5f);
+  flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], statistics(b), NULL, b->buffers[1], NULL, b->buffers[2], TOKENS,
+                   HIDDEN, 1e-5f);
 }
 static void run_norm_residual(bench *b) {
   flap_ops_rmsnorm(b->ops, b->dtype, b->buffers[0], statistics(b), b->buffers[3], b->buffers[1], b->buffers[4],
@@ -109,7 +109,8 @@ static void run_add(bench *b) {
   flap_ops_add(b->ops, b->dtype, b->buffers[0], b->buffers[1], b->buffers[2], (uint64_t)TOKENS * HIDDEN);
 }
 static void run_rope(bench *b) {
-  flap_ops_rope(b->ops, b->dtype, b->buffers[0], f32(b, 5) + ELEMENTS, TOKENS, TOKENS, 0, HEADS, HEAD_SIZE, HIDDEN, false);
+  flap_ops_rope(b->ops, b->dtype, b->buffers[0], f32(b, 5) + ELEMENTS, TOKENS, TOKENS, 0, HEADS, HEAD_SIZE, HIDDEN,
+                false);
 }
 static void run_swiglu(bench *b) {
   flap_ops_swiglu(b->ops, b->dtype, b->buffers[2], b->buffers[0], b->buffers[1], TOKENS, INTERMEDIATE, INTERMEDIATE);

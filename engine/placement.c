@@ -143,6 +143,12 @@ static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_s
   if (transfer < choice->page_bytes)
     transfer = choice->page_bytes;
   const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
+  choice->transfer_bytes = choice->page_bytes;
+  choice->read_buffers = choice->write_buffers = 1;
+  choice->trace_events = 0;
+  place(setup, choice);
+  if (setup->ram_bytes > budgets->ram_bytes)
+    return false; /* so nothing larger needs to be tried */
   for (; transfer >= choice->page_bytes; transfer /= 2)
     for (uint32_t buffers = BUFFERS_MAX; buffers > 0; buffers /= 2) {
       const bool least = transfer == choice->page_bytes && buffers == 1;

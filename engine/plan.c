@@ -57,7 +57,8 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;
-  plan->process_bytes = FLAP_BUDGETS_PROCESS_BYTES;
+  plan->process_bytes =
+      flap_budgets_resident(); /* code, stacks and libraries, as they are now: nothing of the run is taken yet */
 }
 
 static void describe_costs(const flap_prepared *p, flap_plan *plan) {

@@ -132,6 +132,16 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
   return choice;
 }
 
+/* Whether the regions alone are more than all tiers together; they are as many bytes with any slice or page size. */
+static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
+  double bytes = 0, room = (double)budgets->vram_bytes + (double)budgets->ram_bytes;
+  for (uint32_t i = 0; i < planner->spec.disk_count; i++)
+    room += (double)budgets->disk_bytes[i];
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    bytes += (double)setup->classes[k].bytes;
+  return bytes > room;
+}
+
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
 static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
@@ -141,8 +151,12 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
   const uint32_t slice_first = preferred_index(c->slices, c->slice_count, slice_wanted);
   const uint32_t page_first = preferred_index(c->pages, c->page_count, page_wanted);
+  uint64_t slice_least = 0; /* smaller ones take more ram: more regions, leases and operations */
   for (uint32_t i = 0; i < c->slice_count; i++) {
     const uint64_t slice = c->slices[from_preferred(slice_first, c->slice_count, i)];
+    planner_reach furthest = PLANNER_NO_VRAM;
+    if (slice < slice_least)
+      continue;
     flap_choice choice = choice_of(planner, c, s, slice, c->pages[page_first]);
     FLAP_TRY(flap_setup_build(&planner->spec, &choice, setup));
     for (uint32_t j = 0; j < c->page_count; j++) {
@@ -150,11 +164,15 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
       const planner_reach got = planner_fill(planner, budgets, &choice, depth, setup);
       if (got == PLANNER_FITS)
         return FLAP_OK;
-      *reach = got > *reach ? got : *reach;
+      furthest = got > furthest ? got : furthest;
       if (got == PLANNER_NO_VRAM)
         break; /* pages make no difference */
     }
-    const bool hopeless = planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes;
+    *reach = furthest > *reach ? furthest : *reach;
+    if (furthest == PLANNER_NO_RAM)
+      slice_least = slice;
+    const bool hopeless = planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes ||
+                          has_no_room(planner, budgets, setup);
     flap_setup_close(setup);
     if (hopeless)
       break;
