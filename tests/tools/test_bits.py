@@ -1,0 +1,301 @@
+"""Budgets and the planner's choices change no bit of the numbers: the whole program with its real engine, on one model
+trained in many ways. Usage: test_bits.py <flap>
+
+Every case trains the same tiny model on the same text. What metrics.jsonl says of losses and norms and every byte of
+model.safetensors must be those of the run that keeps everything in vram. Of each run the table at the end must also show that
+what moved and what was used is what had been planned, and `flap plan` must have said the same before.
+
+FLAP_TEST_ROW=<text> runs only the cases whose name holds it (and the run they are compared with)."""
+import concurrent.futures
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+FLAP = os.path.abspath(sys.argv.pop(1)) if len(sys.argv) > 1 else ""
+if not os.path.isfile(FLAP):
+    print("skipped: there is no flap program with a real engine in this build")
+    sys.exit(77)
+with open(FLAP, "rb") as program:
+    SANITIZED = re.search(rb"__[at]san_init", program.read()) is not None
+ONLY = os.environ.get("FLAP_TEST_ROW", "")
+SEED = 20240229
+LANES = ["h2d", "d2h", "disk_read", "disk_write"]
+TIERS = ["vram", "ram", "disk"]
+STEPS, LAYERS, PARAMETERS = 6, 4, 189056
+
+RUN = """model:
+  model_type: llama
+  hidden_size: 64
+  intermediate_size: 160
+  num_hidden_layers: 4
+  num_attention_heads: 4
+  num_key_value_heads: 2
+  max_position_embeddings: 64
+  tie_word_embeddings: true
+tokenizer: bytes
+dataset: text.txt
+val_size: 6
+cutoff_len: 64
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 4
+max_steps: 6
+warmup_steps: 2
+learning_rate: 1e-2
+weight_decay: 0.1
+max_grad_norm: 2.5
+logging_steps: 1
+save_strategy: no
+vram: 64MiB
+ram: 64MiB
+device: cpu
+expert: {threads: 1}
+"""
+
+# Name: overrides; the budgets of a case are those of its first word.
+BUDGETS = {"roomy": [], "device": ["vram=min"], "host": ["ram=min"], "both": ["vram=min", "ram=min"],
+           "half": ["vram=3MiB", "ram=1MiB"]}
+CASES = {
+    "device": [], "host": [], "both": [], "half": [],
+    "both io_uring": ["expert.io=io_uring"],
+    "both io threads": ["expert.io=threads"],
+    "both 3 disks": ["DISKS=3"],
+    "both 3 disks, io threads": ["DISKS=3", "expert.io=threads"],
+    **{f"both segments of {n}": [f"expert.segment_layers={n}"] for n in (1, 2, 3, 4)},
+    **{f"both groups of {n}": [f"expert.group_micro_batches={n}"] for n in (1, 2, 4)},
+    "half segments of 3, groups of 2": ["expert.segment_layers=3", "expert.group_micro_batches=2"],
+    "both keep": ["activations=keep"],
+    "half offload": ["activations=offload"],
+    "both offload": ["activations=offload"],
+    "roomy recompute": ["activations=recompute"],
+    "both recompute, segments of 2": ["activations=recompute", "expert.segment_layers=2"],
+    "both fold": ["expert.clip=fold"],
+    "both sweep": ["expert.clip=sweep"],
+    "roomy sweep": ["expert.clip=sweep"],
+    "both smallest pages": ["expert.page_bytes=4KiB"],
+    "both largest pages": ["expert.page_bytes=4MiB"],
+    "half smallest slices": ["expert.slice_bytes=4KiB"],
+    "both largest slices": ["expert.slice_bytes=64MiB"],
+    "both 3 threads": ["expert.threads=3"],
+    "roomy 3 threads": ["expert.threads=3"],
+    "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
+}
+FEW = ["both", "half", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "both sweep",
+       "both 3 threads", "half evaluated between"]
+# Where a plan must show what a case asked for.
+CHOICES = {"expert.segment_layers": "segment_layers", "expert.group_micro_batches": "group_micro_batches"}
+
+
+def text():
+    """64 KB of lines that can be learnt, and that no two seeds share."""
+    words = random.Random(SEED)
+    lines, count = [], 0
+    while count < 64 << 10:
+        a, b = words.randrange(100), words.randrange(100)
+        lines.append(f"{a} and {b} make {a + b}; {words.choice(['so', 'thus', 'hence'])} {a + b} less {b} is {a}.\n")
+        count += len(lines[-1])
+    return "".join(lines)
+
+
+def size(shown):
+    """A size as the table shows it, and how far off the rounding may be."""
+    number, unit = shown.split(" ")
+    scale = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit]
+    return float(number) * scale, 0.005 * float(number) * scale
+
+
+class Bits(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="flap-bits-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        # Rates that are measured once, so that two plans can agree.
+        cls.environment = {**os.environ, "FLAP_MACHINE": os.path.join(cls.folder, "machine.json")}
+        with open(os.path.join(cls.folder, "run.yaml"), "w") as file:
+            file.write(RUN)
+        with open(os.path.join(cls.folder, "text.txt"), "w") as file:
+            file.write(text())
+        # The first one alone, so that no two measure at once.
+        subprocess.run([FLAP, "plan", "run.yaml", "output_dir=none", "disk={path: ., size: 64MiB}"], cwd=cls.folder,
+                       env=cls.environment, capture_output=True, check=True, timeout=120)
+
+    def flap(self, *arguments):
+        return subprocess.run([FLAP, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True,
+                              timeout=300)
+
+    def arguments(self, name, overrides, out):
+        """Of plan and train, which take the same."""
+        disks = 3 if "DISKS=3" in overrides else 1
+        paths = [f"{out}-disk{i}" for i in range(disks)]
+        for path in paths:
+            os.makedirs(os.path.join(self.folder, path), exist_ok=True)
+        entries = ", ".join(f"{{path: {path}, size: 64MiB}}" for path in paths)
+        return ["run.yaml", f"output_dir={out}", f"disk=[{entries}]", *BUDGETS.get(name.split(" ")[0], []),
+                *[each for each in overrides if each != "DISKS=3"]]
+
+    def read(self, out):
+        """Losses and norms by step, held-out losses by step, and the bytes of the model."""
+        losses, evals = {}, {}
+        with open(os.path.join(self.folder, out, "metrics.jsonl")) as file:
+            for line in map(json.loads, file):
+                if "eval_loss" in line:
+                    evals[line["step"]] = line["eval_loss"]
+                else:
+                    losses[line["step"]] = (line["loss"], line["grad_norm"])
+        with open(os.path.join(self.folder, out, "model.safetensors"), "rb") as file:
+            return losses, evals, file.read()
+
+    def check_table(self, plan, shown):
+        """What the program printed at the end, beside what `flap plan` said before."""
+        for tier in TIERS:
+            row = re.search(rf"^{tier}  +(\S+ \S+)  +(\S+ \S+)  +(\S+ \S+)  +\S+$", shown, re.M)
+            self.assertIsNotNone(row, shown)
+            budget, planned, peak = row.groups()
+            self.assertEqual(planned, peak, tier)
+            for figure, key in ((budget, "budget"), (peak, "bytes")):
+                value, rounding = size(figure)
+                self.assertAlmostEqual(value, plan[f"{tier}_{key}"], delta=rounding, msg=(tier, key))
+            self.assertLessEqual(plan[f"{tier}_bytes"], plan[f"{tier}_budget"])
+        for lane in LANES:
+            row = re.search(rf"^{lane} +(\S+) +(\S+) +(\S+)$", shown, re.M)
+            self.assertIsNotNone(row, shown)
+            moved, planned, _ = row.groups()
+            self.assertEqual((moved, planned), (planned, f"{plan['lane_bytes'][lane] / PARAMETERS:.2f}"), lane)
+
+    def check_choices(self, plan, overrides):
+        for override in overrides:
+            key, value = override.split("=", 1)
+            if key in CHOICES:
+                self.assertEqual(plan[CHOICES[key]], int(value), override)
+            elif key == "expert.clip":
+                self.assertEqual(plan["sweep"], value == "sweep", override)
+            elif override == "activations=keep":
+                self.assertEqual((plan["saved_layers"], plan["saved_resident"]), (LAYERS, True))
+            elif override == "activations=recompute":
+                self.assertEqual(plan["saved_layers"], 0)
+            elif key == "expert.page_bytes":
+                self.assertEqual(plan["page_bytes"], {"4KiB": 4 << 10, "4MiB": 4 << 20}[value])
+
+    def train(self, name, overrides, out):
+        """Plans and trains; None where the system has no io_uring."""
+        arguments = self.arguments(name, overrides, out)
+        planned = self.flap("plan", "--json", *arguments)
+        self.assertEqual(planned.returncode, 0, (name, planned.stderr))
+        plan = json.loads(planned.stdout)
+        self.assertEqual(plan["parameters"], PARAMETERS)
+        self.check_choices(plan, overrides)
+        done = self.flap("train", *arguments)
+        if done.returncode and "expert.io=io_uring" in overrides and "io_uring" in done.stderr:
+            return None
+        self.assertEqual((done.returncode, done.stderr), (0, ""), (name, done.stdout))
+        self.check_table(plan, done.stdout)
+        for disk in (path for path in os.listdir(self.folder) if path.startswith(f"{out}-disk")):
+            self.assertEqual(os.listdir(os.path.join(self.folder, disk)), [])
+        return plan
+
+    def compare(self, name, out, reference, first=1):
+        losses, evals, model = self.read(out)
+        self.assertEqual(losses, {step: value for step, value in reference[0].items() if step >= first}, name)
+        self.assertIn(STEPS, evals, name)
+        self.assertEqual({step: evals[step] for step in evals if step in reference[1]},
+                         {step: value for step, value in reference[1].items() if step in evals}, name)
+        self.assertTrue(model == reference[2], f"{name}: model.safetensors differs")
+        return evals
+
+    def reference(self, tag, common):
+        plan = self.train("roomy", common, f"{tag}-roomy")
+        self.assertEqual(set(plan["lane_bytes"].values()), {0})
+        reference = self.read(f"{tag}-roomy")
+        self.assertEqual((sorted(reference[0]), sorted(reference[1])), (list(range(1, STEPS + 1)), [0, STEPS]))
+        self.assertLess(reference[1][STEPS], reference[1][0] - 1)  # it learns, and the losses are not all alike
+        self.assertEqual(len({loss for loss, _ in reference[0].values()}), STEPS)
+        norms = sorted(norm for _, norm in reference[0].values())
+        self.assertTrue(norms[0] < 2.5 < norms[-1], norms)  # some steps are clipped, others not
+        return reference
+
+    def suite(self, tag, common, names):
+        reference = self.reference(tag, common)
+
+        def case(number, name):
+            out = f"{tag}-{number}"
+            plan = self.train(name, common + CASES[name], out)
+            if plan is None:
+                return f"{tag}, {name}: left out, this system has no io_uring"
+            if name.startswith("both"):  # it does stream; buffers of the largest pages leave room for homes in RAM
+                lanes = LANES[:2] if name == "both largest pages" else LANES
+                self.assertGreater(min(plan["lane_bytes"][lane] for lane in lanes), PARAMETERS, name)
+            self.compare(name, out, reference)
+            return None
+
+        names = [name for name in names if ONLY in name]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waiting = {name: pool.submit(case, number, name) for number, name in enumerate(names)}
+        for name, result in waiting.items():
+            with self.subTest(case=name, common=common):
+                said = result.result()
+                if said:
+                    print(said)
+        return reference
+
+    def check_resume(self, tag, common, reference):
+        """A checkpoint in the middle, continued at other budgets and in other ways; then a run that was killed."""
+        saving = common + ["save_strategy=steps", "save_steps=3"]
+        self.train("half", saving, f"{tag}-saved")
+        self.compare("half, saved between", f"{tag}-saved", reference)
+        checkpoint = f"resume_from_checkpoint={tag}-saved/checkpoint-3"
+        for name, overrides in {"roomy": [], "both": ["expert.clip=sweep", "DISKS=3"],
+                                "device": ["expert.group_micro_batches=1", "expert.threads=3"]}.items():
+            out = f"{tag}-resumed-{name}"
+            done = self.flap("train", *self.arguments(name, common + overrides + [checkpoint], out))
+            self.assertEqual((done.returncode, done.stderr), (0, ""), (name, done.stdout))
+            self.assertIn("continuing after step 3", done.stdout)
+            self.compare(f"resumed: {name}", out, reference, first=4)
+
+        out = f"{tag}-killed"
+        process = subprocess.Popen([FLAP, "train", *self.arguments("both", saving, out)], cwd=self.folder,
+                                   env=self.environment, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("saved ") and "checkpoint-3" in line:
+                process.kill()
+                break
+        process.communicate(timeout=60)
+        self.assertEqual(process.returncode, -9)
+        done = self.flap("train", *self.arguments("roomy", saving + ["resume_from_checkpoint=true"], out))
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.compare("killed and resumed", out, reference)
+
+    # ---- tests ----
+
+    def test_gradients_in_bf16(self):
+        common = ["gradient_dtype=bf16"]
+        reference = self.suite("bf16", common, CASES)
+        self.check_resume("bf16", common, reference)
+
+    @unittest.skipIf(SANITIZED, "takes too long under a sanitizer")
+    def test_gradients_in_fp32(self):
+        common = ["gradient_dtype=fp32"]
+        reference = self.suite("fp32", common, CASES)
+        self.check_resume("fp32", common, reference)
+
+    def test_everything_in_fp32(self):
+        self.suite("full", ["bf16=false"], FEW)
+
+    def test_what_does_change_the_numbers_is_seen(self):
+        """The comparison can fail: another seed, another rounding, another order of the additions."""
+        seen = [self.reference(f"other-{number}", overrides) for number, overrides in
+                enumerate([[], ["seed=43"], ["gradient_dtype=fp32"], ["bf16=false"]])]
+        for which in (2, 0):
+            self.assertEqual(len({str(each[which]) for each in seen}), 4)
+        for other in seen[1:]:
+            self.assertNotEqual(other[1][STEPS], seen[0][1][STEPS])
+            with self.assertRaises(self.failureException):
+                self.compare("other", "other-0-roomy", other)
+
+
+if __name__ == "__main__":
+    unittest.main()
