@@ -26,8 +26,11 @@ static void trace_transfer(void *context, flap_lane lane, uint32_t region, uint6
 static void configure_pager(flap_runtime *runtime, const flap_setup *setup, const flap_runtime_config *config,
                             flap_pager_config *pager) {
   *pager = setup->pager;
+  /* Of a budget of host memory (a max of which can be many GiB) no more is taken, and zeroed, than the plan uses. */
+  const bool planned_only =
+      !runtime->simulated && setup->spec.device == FLAP_DEVICE_CPU && setup->vram_bytes < config->vram_bytes;
   pager->device = (flap_device_config){.kind = runtime->simulated ? FLAP_DEVICE_SIM : setup->spec.device,
-                                       .vram_bytes = config->vram_bytes,
+                                       .vram_bytes = planned_only ? setup->vram_bytes : config->vram_bytes,
                                        .pool = runtime->pool,
                                        .clock = runtime->clock};
   flap_setup_block_config(setup, &pager->disk);
