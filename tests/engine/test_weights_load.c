@@ -119,7 +119,8 @@ START_TEST(load_masters_are_exactly_the_values_of_the_file) {
   plan *p = plan_of(&config, dtypes[_i / 2]);
   p->entries[3].dtype = FLAP_SAFETENSORS_F32; /* mixtures are fine */
   (void)write_plan(p, "w.safetensors");
-  for (uint32_t i = 0; i < 2 * RIG_PLACEMENTS; i++) {
+  /* A third of the placements for each file: together every one is met with every kind of tensor. */
+  for (uint32_t i = (uint32_t)_i % 3; i < 2 * RIG_PLACEMENTS; i += 3) {
     weights_rig rig;
     rig_open(&rig, &config, i % 2 ? FLAP_F32 : FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[i / 2], scratch_path(""));
     RIG_OK(flap_weights_load(rig.pager, &rig.layout, scratch_path("w.safetensors")));
@@ -267,7 +268,7 @@ START_TEST(load_damaged_files_never_crash) {
   rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
   const flap_philox stream = flap_philox_stream(3, "damage");
   uint32_t refused = 0;
-  for (uint64_t i = 0; i < 400; i++) {
+  for (uint64_t i = 0; i < 120; i++) {
     memcpy(bad, good, bytes);
     size_t length = bytes;
     if (i % 4 == 0)
@@ -281,7 +282,7 @@ START_TEST(load_damaged_files_never_crash) {
     ck_assert(status == FLAP_OK || scratch_error_has("bad.safetensors"));
     ck_assert(length == bytes || status == FLAP_CORRUPT);
   }
-  ck_assert_uint_gt(refused, 300);
+  ck_assert_uint_gt(refused, 90);
   free(good);
   free(bad);
   rig_close(&rig);

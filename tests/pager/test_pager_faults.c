@@ -121,7 +121,7 @@ START_TEST(close_after_every_action_comes_back) {
     case_make(&c, seed + 200 + i, HOMES_MIXED, i == 0, 1);
     case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
     c.config.disk.sim = (flap_block_sim){.latency_ns = 20000, .seed = seed};
-    for (c.close_after = 1; c.close_after <= c.action_count; c.close_after++)
+    for (c.close_after = 1; c.close_after <= c.action_count; c.close_after += CASE_STRIDE)
       ck_assert_int_eq(case_run(&c), FLAP_OK);
   }
 }

@@ -14,7 +14,7 @@ static char folder[] = "/tmp/flap-pager-XXXXXX";
 static void run_cases(uint32_t first, uint32_t count, case_homes homes, bool tight, flap_block_backend backend) {
   static test_case c;
   uint64_t seed = case_first_seed();
-  for (uint32_t i = first; i < first + count; i++) {
+  for (uint32_t i = first; i < first + count; i += CASE_STRIDE) {
     case_make(&c, seed + i, homes, tight, 2);
     case_set_disk(&c, backend, folder);
     c.config.disk.sim = (flap_block_sim){.latency_ns = 200000, .seed = seed + i, .split_probability = 0.1};
