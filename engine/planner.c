@@ -242,13 +242,18 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
 static flap_status simulate_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                  const contender *list, uint32_t count, uint32_t *best_out, flap_plan_costs *costs) {
   double best = 0;
+  uint64_t transfers = 0; /* simulated so far: what it costs a person's patience */
   *best_out = 0;
-  for (uint32_t i = 0; i < count && list[i].estimate <= list[0].estimate * PLANNER_WORTH_SIMULATING; i++) {
+  for (uint32_t i = 0; i < count && list[i].estimate <= list[0].estimate * PLANNER_WORTH_SIMULATING &&
+                       transfers < PLANNER_TRANSFERS_MAX;
+       i++) {
     flap_setup setup;
     flap_plan_costs costs_here;
     planner_reach reach = PLANNER_NO_VRAM;
     FLAP_TRY(settle(planner, c, list[i].s, budgets, list[i].depth, &setup, &reach));
     flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
+    for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+      transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
     flap_setup_close(&setup);
     FLAP_TRY(status);
     if (i == 0 || costs_here.step_seconds < best * 0.9999) {

@@ -10,6 +10,7 @@
 #define PLANNER_SLICES_MAX 24
 #define PLANNER_PAGES_MAX 12
 #define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
+#define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
 #define PLANNER_CONTENDERS 12         /* that are simulated */
 #define PLANNER_TABLE_SLICES 65536    /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48        /* a slice of states is at most about this part of vram */
