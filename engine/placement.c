@@ -196,6 +196,7 @@ uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *b
 planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *given,
                            uint32_t depth, flap_setup *setup) {
   flap_choice choice = *given;
+  memcpy(setup->disk_sizes, budgets->disk_bytes, sizeof setup->disk_sizes);
   place_least(planner, setup, &choice);
   if (setup->vram_bytes > budgets->vram_bytes)
     return PLANNER_NO_VRAM;

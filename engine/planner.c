@@ -396,6 +396,7 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
   flap_setup setup;
   flap_status status = FLAP_OK;
   FLAP_TRY(flap_setup_build(&planner->spec, &choice, &setup));
+  flap_setup_set_disks(&setup, budgets->disk_bytes);
   *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
   for (uint32_t p = 0; p < c->page_count && status == FLAP_OK; p++) {
     uint64_t here = UINT64_MAX;

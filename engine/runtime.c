@@ -41,13 +41,6 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
   } else {
     pager->trace = trace_transfer;
     pager->trace_context = runtime;
-    pager->disk.disk_count = 0; /* without those that have no room for a stripe */
-    for (uint32_t i = 0; i < setup->spec.disk_count; i++) {
-      const uint64_t bytes = config->disk_bytes[i] / setup->choice.transfer_bytes * setup->choice.transfer_bytes;
-      if (bytes > 0)
-        pager->disk.disks[pager->disk.disk_count++] =
-            (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes};
-    }
   }
 }
 
@@ -81,6 +74,7 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
 
 flap_status flap_runtime_open(flap_setup *setup, const flap_runtime_config *config, flap_runtime *runtime_out) {
   memset(runtime_out, 0, sizeof *runtime_out);
+  flap_setup_set_disks(setup, config->disk_bytes);
   runtime_out->spec = setup->spec;
   runtime_out->vram_pager_bytes = setup->sizes.vram_bytes;
   runtime_out->block_bytes = setup->ram_bytes - setup->ram_arena_bytes;

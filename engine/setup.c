@@ -271,26 +271,31 @@ static void sum_classes(flap_setup *setup) {
 
 /* ---- sizes ----------------------------------------------------------------------------------------------- */
 
+/* Disks without room for a stripe are left out. */
 void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_out) {
-  *config_out = (flap_block_config){
-      .backend = setup->spec.io, .disk_count = setup->spec.disk_count, .stripe_bytes = setup->choice.transfer_bytes};
-  for (uint32_t i = 0; i < setup->spec.disk_count; i++)
-    config_out->disks[i].path = setup->spec.disk_paths[i];
+  const uint64_t stripe = setup->choice.transfer_bytes;
+  *config_out = (flap_block_config){.backend = setup->spec.io, .stripe_bytes = stripe};
+  for (uint32_t i = 0; i < setup->spec.disk_count; i++) {
+    const uint64_t bytes = setup->disk_sizes[i] / stripe * stripe;
+    if (bytes > 0)
+      config_out->disks[config_out->disk_count++] =
+          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes};
+  }
 }
 
-/* What io/block takes for itself once it is open with these buffers, if all disks differ in size (most phases of
- * stripes). */
+/* What io/block takes for itself once it is open with these buffers; 0 as long as the disks are too small or not known.
+ */
 static uint64_t block_bytes(const flap_setup *setup) {
-  if (setup->sizes.disk_bytes == 0 || setup->spec.disk_count == 0)
-    return 0;
   flap_block_config config;
   flap_setup_block_config(setup, &config);
-  const uint64_t stripe = config.stripe_bytes;
-  config.bytes = flap_units_round_up(setup->sizes.disk_bytes, stripe);
+  uint64_t room = 0;
   for (uint32_t i = 0; i < config.disk_count; i++)
-    config.disks[i].bytes = config.bytes * (i + 1);
-  config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
+    room += config.disks[i].bytes;
+  config.bytes = smaller(setup->sizes.disk_bytes, room);
+  if (config.bytes == 0)
+    return 0;
   config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers;
+  config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
   config.memory_bytes = setup->sizes.staging_bytes;
   const uint64_t bytes = flap_block_measure(&config);
   flap_assert(bytes > 0);
@@ -360,7 +365,12 @@ static void measure(flap_setup *setup) {
   setup->disk_bytes = flap_units_round_up(setup->sizes.disk_bytes, choice->transfer_bytes);
 }
 
-/* ---- the three calls ------------------------------------------------------------------------------------- */
+void flap_setup_set_disks(flap_setup *setup, const uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]) {
+  memcpy(setup->disk_sizes, disk_bytes, sizeof setup->disk_sizes);
+  measure(setup);
+}
+
+/* ---- the other calls ------------------------------------------------------------------------------------- */
 
 flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   flap_assert(choice->segment_layers == setup->choice.segment_layers &&

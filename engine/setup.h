@@ -59,6 +59,7 @@ typedef struct flap_choice {
 typedef struct flap_setup {
   flap_setup_spec spec;
   flap_choice choice;
+  uint64_t disk_sizes[FLAP_BLOCK_DISKS_MAX]; /* what each disk may hold; 0 until it is known */
   flap_layout layout;
   flap_arena layout_memory;
   bool *resident; /* per region */
@@ -96,7 +97,9 @@ typedef struct flap_setup_lists {
 } flap_setup_lists;
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out);
 
-/* The block configuration of the run: everything but the sizes of the disks, which the caller fills. */
+/* Tells what each disk may hold, and measures anew. */
+void flap_setup_set_disks(flap_setup *setup, const uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]);
+/* The disks as the run opens them; sizes of what is asked of them are the pager's to fill. */
 void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_out);
 
 #ifdef __cplusplus
