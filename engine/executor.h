@@ -49,6 +49,7 @@ typedef struct flap_executor {
   uint32_t hidden_buffers;
   flap_setup_program queue[2];
   uint32_t queued;
+  uint64_t stall_ns[FLAP_LANE_COUNT]; /* as of the last stall that was traced */
   const flap_executor_input *input;
   flap_adamw adamw; /* of the update that is pending */
   bool has_update;

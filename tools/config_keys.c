@@ -121,7 +121,8 @@ static const flap_config_key keys[] = {
            "Only none: see metrics.jsonl and trace.json in output_dir."),
 
     SECTION("The machine"),
-    WORD("device", device, device_words, "Where to compute. This version computes on the CPU; cuda is not built yet."),
+    WORD("device", device, device_words,
+         "Where to compute: auto is a GPU where flap was built with CUDA and finds one, else the CPU."),
     PLAIN("vram", SIZE, vram,
           "Memory of the device: a size (7MiB, 24 GB), max (what is there less a reserve) or min (the least that "
           "works)."),

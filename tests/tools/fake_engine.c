@@ -167,7 +167,7 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
   (void)disk_path;
   (void)fresh;
   if (device == FLAP_RUN_DEVICE_CUDA)
-    return flap_error_set(FLAP_UNSUPPORTED, "device: cuda is not built yet");
+    return flap_error_set(FLAP_UNSUPPORTED, "device: cuda: this build has no CUDA");
   fill_machine(machine_out);
   return FLAP_OK;
 }
