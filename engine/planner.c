@@ -151,7 +151,7 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
   const uint32_t slice_first = preferred_index(c->slices, c->slice_count, slice_wanted);
   const uint32_t page_first = preferred_index(c->pages, c->page_count, page_wanted);
-  uint64_t slice_least = 0; /* smaller ones take more ram: more regions, leases and operations */
+  uint64_t slice_least = 0; /* smaller ones have longer lists, and those of this one are too long for ram already */
   for (uint32_t i = 0; i < c->slice_count; i++) {
     const uint64_t slice = c->slices[from_preferred(slice_first, c->slice_count, i)];
     planner_reach furthest = PLANNER_NO_VRAM;
@@ -169,7 +169,8 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
         break; /* pages make no difference */
     }
     *reach = furthest > *reach ? furthest : *reach;
-    if (furthest == PLANNER_NO_RAM)
+    const uint64_t lists = setup->ram_arena_bytes - setup->sizes.ram_bytes;
+    if (furthest == PLANNER_NO_RAM && setup->choice.trace_events == 0 && lists > budgets->ram_bytes)
       slice_least = slice;
     const bool hopeless = planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes ||
                           has_no_room(planner, budgets, setup);

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #define SECTIONS 4u
@@ -75,14 +76,18 @@ void rig_model_close(rig_model *model) {
   model->tokens = model->targets = NULL;
 }
 
+#define SHARED_MEMORY_LEAST (512 * FLAP_MIB)
+
 /* ---- folders --------------------------------------------------------------------------------------------- */
 
 static pid_t suite_process; /* in the names of folders, so that rig_main finds those of tests that failed */
 
 static void choose_folder(bool real, char *folder, size_t bytes) {
+  struct statvfs space;
   (void)snprintf(folder, bytes, "/dev/shm");
-  if (!real && access(folder, R_OK | W_OK | X_OK) == 0)
-    return;
+  if (!real && access(folder, R_OK | W_OK | X_OK) == 0 && statvfs(folder, &space) == 0 &&
+      (uint64_t)space.f_bavail * space.f_frsize >= SHARED_MEMORY_LEAST)
+    return; /* containers often have very little of it */
   const ssize_t length = readlink("/proc/self/exe", folder, bytes - 1);
   folder[length < 0 ? 0 : length] = 0;
   if (strrchr(folder, '/') != NULL)

@@ -236,7 +236,7 @@ class Program(unittest.TestCase):
     def test_bench_machine_prints_rates(self):
         self.assertIn("matmul, float32              100.0 GFLOP/s", self.accept("bench", "machine"))
         self.assertEqual(json.loads(self.accept("bench", "machine", "--json"))["shared_cores"], 2)
-        self.refuse("cuda is not built", "bench", "machine", "--device", "cuda")
+        self.refuse("this build has no CUDA", "bench", "machine", "--device", "cuda")
         self.refuse("measure what?", "bench", "gpu")
 
     def test_bench_disk_measures_a_folder(self):
