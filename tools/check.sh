@@ -4,6 +4,8 @@
 #   --no-install   leave packages alone (they must be there)
 #   --with-torch   also put PyTorch and transformers into .venv, for the tests that compare with them (gigabytes)
 #   --quick        the gcc build and its tests only: no clang, no sanitizers
+# Random cases come from one fixed seed, so that a red run is the change's own doing; FLAP_TEST_SEED=$RANDOM tools/check.sh looks
+# for more, and so does every test that is run by itself.
 # Ends with one line: N passed, N failed, N skipped. Exit status 0 only if nothing failed.
 # Folders: build (gcc), build-clang, build-asan, build-tsan; logs in build/check-logs.
 set -u
@@ -20,6 +22,7 @@ for argument in "$@"; do
   esac
 done
 
+export FLAP_TEST_SEED=${FLAP_TEST_SEED:-20261124}
 passed=0 failed=0 skipped=0
 logs=build/check-logs
 rm -rf "$logs"
