@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define PLENTY ((uint64_t)1 << 50)
 #define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
 
 static uint64_t read_kib(const char *path, const char *key) {
@@ -43,8 +42,8 @@ static uint64_t available_memory(void) {
 
 /* A card has its own memory; some of it is left for a display and for what the driver takes in passing. */
 static flap_status resolve_card(const flap_run_config *config, flap_budgets *budgets) {
-  budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : PLENTY;
-  budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : PLENTY;
+  budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
+  budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (config->vram.kind == FLAP_SIZE_MAX) {
     uint64_t free_bytes = 0;
     FLAP_TRY(flap_machine_cuda_free(&free_bytes));
@@ -63,13 +62,13 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
     return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
   uint64_t available = vram_max || ram_max ? available_memory() : 0;
-  budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : PLENTY;
-  budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : PLENTY;
+  budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
+  budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {
     budgets->vram_bytes = budgets->ram_bytes = available / 2;
   } else if (vram_max || ram_max) {
     const uint64_t other = vram_max ? budgets->ram_bytes : budgets->vram_bytes;
-    const uint64_t taken = other == PLENTY ? available / 4 : other;
+    const uint64_t taken = other == FLAP_BUDGET_PLENTY ? available / 4 : other;
     const uint64_t left = available > taken ? available - taken : 0;
     if (left == 0)
       return flap_error_set(FLAP_BUDGET, "%s: max: %llu bytes for the other tier leave nothing of the %llu available",
@@ -88,7 +87,7 @@ static flap_status resolve_disk(const flap_run_disk *disk, uint64_t *bytes_out) 
     return FLAP_OK;
   }
   if (disk->size.kind == FLAP_SIZE_MIN) {
-    *bytes_out = PLENTY;
+    *bytes_out = FLAP_BUDGET_PLENTY;
     return FLAP_OK;
   }
   uint64_t reserve = free_bytes / 20;
@@ -115,8 +114,8 @@ static flap_status name_culprit(const flap_planner *planner, const flap_budgets 
   flap_budgets trial = *budgets;
   flap_setup setup;
   flap_plan_costs costs;
-  if (trial.vram_bytes == PLENTY)
-    trial.vram_bytes = PLENTY / 64; /* what the simulated device can address */
+  if (trial.vram_bytes == FLAP_BUDGET_PLENTY)
+    trial.vram_bytes = FLAP_BUDGET_PLENTY / 64; /* what the simulated device can address */
   FLAP_TRY(flap_planner_choose(planner, &trial, &setup, &costs));
   const uint64_t works = strcmp(key, "vram") == 0  ? setup.vram_bytes
                          : strcmp(key, "ram") == 0 ? setup.ram_bytes

@@ -316,8 +316,6 @@ flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets 
 
 /* ---- the least that works -------------------------------------------------------------------------------- */
 
-#define PLENTY ((uint64_t)1 << 50)
-
 typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
 
 /* More vram may make a small ram do: what is resident needs no home, and where nothing streams there is no staging.
@@ -325,7 +323,7 @@ typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
 static bool raise_vram_for_ram(const flap_planner *planner, flap_budgets *trial, const flap_choice *choice,
                                flap_setup *setup) {
   uint64_t low = trial->vram_bytes;
-  trial->vram_bytes = PLENTY;
+  trial->vram_bytes = FLAP_BUDGET_PLENTY;
   if (planner_fill(planner, trial, choice, 0, setup) != PLANNER_FITS)
     return false;
   uint64_t high = flap_units_round_up(setup->vram_bytes, FLAP_BLOCK_ALIGN);
@@ -366,7 +364,7 @@ static flap_status least_for(const flap_planner *planner, const flap_budgets *bu
     trial.ram_bytes = planner_least_ram(planner, choice, setup);
   else
     for (uint32_t i = 0; i < FLAP_BLOCK_DISKS_MAX; i++)
-      trial.disk_bytes[i] = i == 0 ? PLENTY : 0;
+      trial.disk_bytes[i] = i == 0 ? FLAP_BUDGET_PLENTY : 0;
   for (int tries = 0; tries < 64; tries++) {
     const planner_reach got = planner_fill(planner, &trial, choice, 0, setup);
     if (got == PLANNER_FITS) {

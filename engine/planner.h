@@ -15,9 +15,12 @@
 extern "C" {
 #endif
 
+/* Stands for "whatever is needed" in a budget, while another one is looked for. */
+#define FLAP_BUDGET_PLENTY ((uint64_t)1 << 50)
+
 typedef struct flap_budgets {
   uint64_t vram_bytes, ram_bytes;
-  uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk; UINT64_MAX / 64 stands for "whatever is needed" */
+  uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk */
 } flap_budgets;
 
 typedef struct flap_planner {

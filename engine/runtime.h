@@ -18,8 +18,6 @@ typedef struct flap_runtime_config {
   uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk: what it may hold */
   const flap_run_config *optimizer;          /* NULL where nothing is trained */
   const flap_machine *machine;               /* simulation only */
-  const flap_dataset *dataset;               /* of the reader; NULL without one */
-  uint64_t cursor;                           /* where the reader begins */
 } flap_runtime_config;
 
 typedef struct flap_runtime {
