@@ -272,6 +272,18 @@ static flap_status pin(flap_executor *x, uint32_t lease) {
   return FLAP_OK;
 }
 
+/* Labels of launches on a device that takes their times itself: the kind, from 1, and the index. */
+static uint64_t label_of(const flap_op *op) {
+  return ((uint64_t)op->kind + 1) << 32 | op->index;
+}
+
+void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t started_ns, uint64_t ended_ns) {
+  const uint64_t kind = (label >> 32) - 1;
+  flap_assert(kind < FLAP_OP_KIND_COUNT);
+  flap_trace_add(trace, FLAP_TRACE_COMPUTE, flap_program_op_name((flap_op_kind)kind), (uint32_t)label, started_ns,
+                 ended_ns, 0);
+}
+
 static bool is_forward(const flap_op *op) {
   return op->kind == FLAP_OP_EMBED || op->kind == FLAP_OP_LAYER_FORWARD || op->kind == FLAP_OP_HEAD;
 }
@@ -286,10 +298,11 @@ static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_re
     return search(x, op);
   }
   const uint64_t started_ns = x->timed ? flap_units_now_ns() : 0;
+  if (x->trace != NULL && !x->timed)
+    flap_device_label_compute(flap_ops_device(x->ops), label_of(op));
   FLAP_TRY(perform(x, op, result));
   if (x->timed)
-    flap_trace_add(x->trace, FLAP_TRACE_COMPUTE, flap_program_op_name((flap_op_kind)op->kind), op->index, started_ns,
-                   flap_units_now_ns(), 0);
+    flap_executor_trace(x->trace, label_of(op), started_ns, flap_units_now_ns());
   if (op->kind != FLAP_OP_NORM || isfinite(result->loss_sum))
     return op->kind == FLAP_OP_NORM && !isfinite(result->grad_norm) ? gradients_not_finite(x) : FLAP_OK;
   x->mode = FLAP_EXECUTE_NOTHING; /* the rest of the program would spoil the weights; then the forward is searched */

@@ -59,6 +59,9 @@ typedef struct flap_executor {
 /* Uploads what never changes: the rope table. */
 FLAP_CHECKED flap_status flap_executor_open(flap_executor *executor);
 
+/* An operation whose launches bore this label ran from start to end: a row of the trace. Any thread. */
+void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t started_ns, uint64_t ended_ns);
+
 /* Queues a program, at most two, so that its first transfers begin while the one before still computes. */
 FLAP_CHECKED flap_status flap_executor_begin(flap_executor *executor, flap_setup_program program);
 /* Runs the oldest queued program to its end. FLAP_NUMERIC names the step and the layer where a value stopped being

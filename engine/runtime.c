@@ -23,6 +23,11 @@ static void trace_transfer(void *context, flap_lane lane, uint32_t region, uint6
   flap_trace_add(runtime->lists.trace, lanes[lane], name, region, started_ns, ended_ns, bytes);
 }
 
+static void trace_compute(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns) {
+  const flap_runtime *runtime = context;
+  flap_executor_trace(runtime->lists.trace, label, started_ns, ended_ns);
+}
+
 static void configure_pager(flap_runtime *runtime, const flap_setup *setup, const flap_runtime_config *config,
                             flap_pager_config *pager) {
   *pager = setup->pager;
@@ -40,6 +45,7 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
     pager->disk.disk_count = 0; /* one disk of the machine's rates */
   } else {
     pager->trace = trace_transfer;
+    pager->trace_compute = trace_compute;
     pager->trace_context = runtime;
   }
 }

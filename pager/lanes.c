@@ -47,11 +47,15 @@ bool pager_lane_retire(flap_pager *pager, pager_lane *lane) {
   return progress;
 }
 
-/* On the copying thread. Copies of a stream are told in the order in which they were enqueued, which names them. */
+/* On the copying thread. Copies of a stream are told in the order in which they were enqueued, which names them; work on
+ * the compute stream comes with its label in place of the bytes. */
 void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t bytes) {
   flap_pager *pager = context;
-  if (stream == FLAP_STREAM_COMPUTE)
+  if (stream == FLAP_STREAM_COMPUTE) {
+    if (pager->trace_compute)
+      pager->trace_compute(pager->trace_context, bytes, started_ns, ended_ns);
     return;
+  }
   pager_lane *lane = stream == FLAP_STREAM_H2D ? &pager->h2d : &pager->d2h;
   uint32_t region = lane->labels[lane->traced++ % PAGER_LABELS];
   pager->trace(pager->trace_context, lane->lane, region, started_ns, ended_ns, bytes);

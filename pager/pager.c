@@ -61,6 +61,7 @@ static flap_status take_memory(const flap_pager_config *config, flap_arena *ram,
 static void init(flap_pager *pager, const flap_pager_config *config) {
   pager->clock = config->clock;
   pager->trace = config->trace;
+  pager->trace_compute = config->trace_compute;
   pager->trace_context = config->trace_context;
   pthread_mutex_init(&pager->lock, NULL);
   pthread_cond_init(&pager->engine_wake, NULL);

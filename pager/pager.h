@@ -71,6 +71,8 @@ typedef struct flap_pager_config {
                                 lives on    disk */
   flap_clock *clock;         /* with the sim device */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
+  /* Work on the compute stream that was labelled (flap_device_label_compute); any thread; NULL for none. */
+  void (*trace_compute)(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns);
   void *trace_context;
 } flap_pager_config;
 

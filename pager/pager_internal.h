@@ -179,6 +179,7 @@ struct flap_pager {
   flap_block *block; /* NULL when nothing is on disk */
   flap_clock *clock; /* NULL: real time, with a transfer thread */
   flap_pager_trace_fn trace;
+  void (*trace_compute)(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns);
   void *trace_context;
   void *owned_table; /* what open took itself, because the arena only measured */
   uint32_t read_depth, write_depth;

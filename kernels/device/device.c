@@ -158,10 +158,20 @@ void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *c
   pthread_mutex_unlock(&device->trace_lock);
 }
 
+void flap_device_label_compute(flap_device *device, uint64_t label) {
+  if (device->table->label_compute)
+    device->table->label_compute(device, label);
+}
+
 void flap_device_copied(flap_device *device, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
                         uint64_t bytes) {
   flap_assert(ended_ns >= started_ns);
   atomic_fetch_add_explicit(&device->busy_ns[stream], ended_ns - started_ns, memory_order_relaxed);
+  flap_device_observe(device, stream, started_ns, ended_ns, bytes);
+}
+
+void flap_device_observe(flap_device *device, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
+                         uint64_t bytes) {
   pthread_mutex_lock(&device->trace_lock);
   if (device->trace_fn)
     device->trace_fn(device->trace_context, stream, started_ns, ended_ns, bytes);

@@ -8,7 +8,8 @@
  * in order, and reports it. It only reports: no stream ever waits for it.
  * 3. A lane's lock is never held during a CUDA call, a notify or a trace.
  * 4. The compute stream's busy time is the sum of intervals. An interval opens with the first launch after the last one
- *    was closed (flap_device_cuda_compute), and closes when an event is recorded there, or when the stream has to wait.
+ *    was closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
+ *    when the label changes.
  * 5. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
@@ -33,7 +34,7 @@
 
 typedef struct slot {
   cudaEvent_t start, end; /* start: only where `timed` */
-  uint64_t bytes;
+  uint64_t bytes; /* of a copy; of the compute stream the label */
   bool timed, notify;
 } slot;
 
@@ -62,6 +63,7 @@ struct cuda_device {
   lane lanes[FLAP_STREAM_COUNT];
   cudaEvent_t *events;
   bool interval_open; /* the compute stream's launching thread's */
+  uint64_t label;     /* of the interval that is open, or that opens next; likewise */
   unsigned char *stages;
   cudaEvent_t stage_free[STAGES];
   uint32_t stage_next;
@@ -169,10 +171,13 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
     started = l->ended_ns;
   l->ended_ns = ended;
   l->last_timed = number;
-  if (l->stream == FLAP_STREAM_COMPUTE)
+  if (l->stream == FLAP_STREAM_COMPUTE) {
     atomic_fetch_add_explicit(&l->device->base.busy_ns[l->stream], took, memory_order_relaxed);
-  else
+    if (s->bytes != 0)
+      flap_device_observe(&l->device->base, l->stream, started, ended, s->bytes);
+  } else {
     flap_device_copied(&l->device->base, l->stream, started, ended, s->bytes);
+  }
 }
 
 static void report(lane *l, uint64_t number, const slot *s) {
@@ -277,10 +282,18 @@ static void compute_mark(cuda_device *device, bool notify) {
   slot *s = lane_take(l); /* the same one that the interval's start was recorded in */
   s->timed = device->interval_open;
   s->notify = notify;
-  s->bytes = 0;
+  s->bytes = device->label;
   device->interval_open = false;
   check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
   lane_put(l);
+}
+
+static void cuda_label_compute(flap_device *base, uint64_t label) {
+  cuda_device *device = self(base);
+  if (label == device->label)
+    return;
+  compute_mark(device, false);
+  device->label = label;
 }
 
 const flap_cuda_properties *flap_device_cuda_properties(const flap_device *device) {
@@ -530,5 +543,6 @@ const flap_device_table flap_device_cuda_table = {
     .synchronize = cuda_synchronize,
     .upload = cuda_upload,
     .download = cuda_download,
+    .label_compute = cuda_label_compute,
     .memory_peak = cuda_memory_peak,
 };

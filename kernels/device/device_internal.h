@@ -29,6 +29,7 @@ typedef struct flap_device_table {
   flap_status (*synchronize)(flap_device *device);
   flap_status (*upload)(flap_device *device, void *to, const void *from, uint64_t bytes);
   flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
+  void (*label_compute)(flap_device *device, uint64_t label); /* NULL where launches are over when they return */
   void (*note_compute)(flap_device *device, uint64_t ns); /* NULL where the device measures its own kernels */
   void (*sim_kernel)(flap_device *device, double flops, double bytes, bool bf16); /* NULL but in sim */
   uint64_t (*memory_peak)(const flap_device *device);
@@ -52,7 +53,10 @@ struct flap_device {
   void *trace_context;
 };
 
-/* Tells the observer, if there is one, and adds to the stream's busy time. */
+/* Tells the observer, if there is one. */
+void flap_device_observe(flap_device *device, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
+                         uint64_t bytes);
+/* The same, and adds to the stream's busy time. */
 void flap_device_copied(flap_device *device, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
                         uint64_t bytes);
 
