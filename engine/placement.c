@@ -7,7 +7,8 @@
 
 #define BUFFERS_MAX 16u
 #define TRACE_EVENTS_MAX 131072u
-#define TRACE_EVENT_BYTES 64u /* about */
+#define TRACE_EVENT_BYTES 64u    /* about */
+#define PLACEMENT_BURST_SHARE 8u /* slots for one burst take at most this part of what is left of vram */
 
 static void place(flap_setup *setup, const flap_choice *choice) {
   const flap_status status = flap_setup_place(setup, choice);
@@ -76,6 +77,19 @@ static void order_by_leases(const flap_setup *setup, int order[FLAP_CLASS_COUNT]
   }
 }
 
+/* How many leases of a class follow one another with hardly any computing between them. Gradients of a segment are
+ * stored when its backward is over; states are leased with them, a share of the next segment's after each micro-batch,
+ * or all of it. With slots for so many, what comes in a burst is moved while the layers before it compute. */
+static uint32_t burst_of(const flap_setup *setup, int k) {
+  const flap_layout *layout = &setup->layout;
+  if ((k != FLAP_CLASS_STATES && k != FLAP_CLASS_GRADIENTS) || setup->spec.mode != FLAP_MODE_TRAIN)
+    return 1;
+  const uint32_t slices = layout->parts[flap_layout_layer_part(0)].slice_count * layout->spec.segment_layers;
+  if (k == FLAP_CLASS_GRADIENTS || !setup->choice.spread)
+    return slices;
+  return (slices + layout->spec.group_micro_batches - 1) / layout->spec.group_micro_batches;
+}
+
 static void add_slots(const flap_budgets *budgets, uint32_t depth, flap_choice *choice, flap_setup *setup) {
   int order[FLAP_CLASS_COUNT];
   order_by_leases(setup, order);
@@ -84,12 +98,19 @@ static void add_slots(const flap_budgets *budgets, uint32_t depth, flap_choice *
     for (int i = 0; i < FLAP_CLASS_COUNT; i++) {
       const int k = order[i];
       const uint64_t bytes = slot_bytes(setup, k);
-      const uint32_t slots = setup->classes[k].ring_slots;
-      /* More slots than regions would never be used. */
-      if (bytes == 0 || bytes > left || (slots + choice->extra_slots[k]) * bytes >= class_bytes(setup, k) + bytes)
+      const uint64_t slots = setup->classes[k].ring_slots + choice->extra_slots[k];
+      if (bytes == 0 || slots * bytes >= class_bytes(setup, k) + bytes)
+        continue; /* more slots than regions would never be used */
+      const uint64_t regions = class_bytes(setup, k) / bytes + 1;
+      uint64_t added = burst_of(setup, k);
+      if (added > 1 && added * bytes > left / PLACEMENT_BURST_SHARE)
+        added = left / PLACEMENT_BURST_SHARE / bytes > 1 ? left / PLACEMENT_BURST_SHARE / bytes : 1;
+      if (slots + added > regions)
+        added = regions > slots ? regions - slots : 1;
+      if (added * bytes > left)
         continue;
-      choice->extra_slots[k]++;
-      left -= bytes;
+      choice->extra_slots[k] += (uint32_t)added;
+      left -= added * bytes;
     }
 }
 

@@ -4,6 +4,7 @@
 #include "base/units.h"
 #include "engine/planner_internal.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -48,8 +49,8 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
     c->saved[c->saved_count++] = layers;
     return;
   }
-  for (uint32_t half = 0; half <= 2; half++) {
-    const uint32_t saved = layers * half / 2;
+  for (uint32_t part = 0; part < PLANNER_SAVED_MAX; part++) {
+    const uint32_t saved = layers * part / (PLANNER_SAVED_MAX - 1);
     if (c->saved_count == 0 || c->saved[c->saved_count - 1] != saved)
       c->saved[c->saved_count++] = saved;
   }
@@ -221,22 +222,37 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
   return FLAP_OK;
 }
 
+/* What no placement can beat: computing, and gradient sums that travel in fp32 between groups where VRAM cannot hold
+ * them. Saves working out skeletons that cannot win. */
+static double least_seconds(const flap_planner *planner, const flap_budgets *budgets, skeleton s) {
+  const flap_setup_spec *spec = &planner->spec;
+  const flap_machine *machine = planner->machine;
+  const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
+  const double rate = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
+  const double layer = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER);
+  const double head = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
+  if (spec->mode != FLAP_MODE_TRAIN)
+    return 0;
+  const double computing = n * (layer * (4 * layers - s.saved) + 3 * head) / rate;
+  const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
+  const double travels = sums > (double)budgets->vram_bytes ? sums - (double)budgets->vram_bytes : 0;
+  const double moving = (groups - 1) * travels / machine->h2d_bytes;
+  return computing > moving ? computing : moving;
+}
+
 static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                              contender *list, uint32_t *count, planner_reach *reach) {
-  for (uint32_t i = 0; i < c->segment_count; i++)
-    for (uint32_t j = 0; j < c->saved_count; j++)
-      for (uint32_t g = 0; g < c->group_count; g++) {
-        bool fits = false;
+  for (uint32_t j = c->saved_count; j-- > 0;) /* those that compute least first */
+    for (uint32_t i = 0; i < c->segment_count; i++)
+      for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
           const skeleton s = {c->segments[i], c->groups[g], c->saved[j], spread == 1};
+          if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
+            continue;
           const flap_status status = enter_skeleton(planner, c, budgets, s, list, count, reach);
           if (status != FLAP_OK && status != FLAP_BUDGET)
             return status;
-          fits = fits || status == FLAP_OK;
         }
-        if (fits)
-          break; /* smaller groups only where larger ones do not fit */
-      }
   return FLAP_OK;
 }
 

@@ -6,39 +6,73 @@
 #define STEPS_MAX 3
 #define MANY_TRANSFERS 100000 /* a step of so many is simulated once after the first, not twice */
 
-static double matmul_flops(const flap_planner *planner, const flap_setup *setup) {
-  const flap_setup_spec *spec = &planner->spec;
-  const uint32_t layers = spec->model->num_hidden_layers;
-  const double layer = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER);
-  const double head = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
-  double passes = 1, recomputed = 0;
-  if (spec->mode == FLAP_MODE_TRAIN) {
-    passes = 3;
-    for (uint32_t i = 0; i < layers; i++)
-      recomputed += flap_layout_saved(&setup->layout, i, 0) == FLAP_REGION_NONE ? 1 : 0;
+/* What one window of a program costs: operations and leases [first, end) of the list. */
+typedef struct window {
+  double flops;
+  uint32_t first, end;
+} window;
+
+static double op_flops(const flap_planner *planner, const flap_op *op, double layer, double head) {
+  switch ((flap_op_kind)op->kind) {
+  case FLAP_OP_LAYER_FORWARD:
+  case FLAP_OP_LAYER_DECODE:
+    return layer;
+  case FLAP_OP_LAYER_BACKWARD:
+    return 2 * layer;
+  case FLAP_OP_HEAD:
+    return planner->spec.mode == FLAP_MODE_TRAIN ? 3 * head : head;
+  case FLAP_OP_LOGITS:
+    return head;
+  default:
+    return 0;
   }
-  return spec->micro_batches * (layer * (passes * layers + recomputed) + head * passes);
 }
 
 /* Lanes overlap, but not quite: a tenth of what is not the longest shows. */
-double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
+static double window_seconds(const flap_planner *planner, const flap_setup *setup, const window *w) {
   const flap_machine *machine = planner->machine;
   const flap_program *program = &setup->programs[setup->steady];
   uint64_t bytes[FLAP_LANE_COUNT];
-  flap_pager_predict(&setup->pager, program->leases, program->lease_count, bytes);
+  flap_pager_predict(&setup->pager, program->leases + w->first, w->end - w->first, bytes);
   const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
-  double longest =
-      matmul_flops(planner, setup) / (planner->spec.shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16);
+  double longest = w->flops / (planner->spec.shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16);
   double sum = longest;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
     const double seconds = bytes[lane] > 0 ? (double)bytes[lane] / rates[lane] : 0;
     sum += seconds;
     longest = seconds > longest ? seconds : longest;
   }
-  return longest + (sum - longest) * 0.1 + (double)program->op_count * 1e-9 * (double)machine->launch_ns;
+  return longest + (sum - longest) * 0.1;
+}
+
+/* Forward and backward passes are windows of their own: states that stream through the forward do not hide behind the
+ * backward, whose lanes have nothing but gradients and activations to carry. */
+double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
+  const flap_setup_spec *spec = &planner->spec;
+  const flap_program *program = &setup->programs[setup->steady];
+  const double layer = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER);
+  const double head = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
+  double seconds = (double)program->op_count * 1e-9 * (double)planner->machine->launch_ns;
+  window w = {0};
+  bool backward = false;
+  for (uint32_t i = 0; i < program->op_count; i++) {
+    const flap_op *op = &program->ops[i];
+    if (op->kind == FLAP_OP_PIN)
+      w.end = op->operand[0] + 1;
+    if (op->kind == FLAP_OP_HEAD || op->kind == FLAP_OP_EMBED) {
+      const bool turns = (op->kind == FLAP_OP_HEAD) != backward;
+      backward = op->kind == FLAP_OP_HEAD;
+      if (turns) {
+        seconds += window_seconds(planner, setup, &w);
+        w = (window){.first = w.end, .end = w.end};
+      }
+    }
+    w.flops += op_flops(planner, op, layer, head);
+  }
+  return seconds + window_seconds(planner, setup, &w);
 }
 
 static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, flap_plan_costs *costs) {
