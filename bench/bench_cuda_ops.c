@@ -102,8 +102,8 @@ static void run_norm_residual(bench *b) {
                    b->buffers[2], TOKENS, HIDDEN, 1e-5f);
 }
 static void run_norm_backward(bench *b) {
-  flap_ops_rmsnorm_backward(b->ops, b->dtype, b->buffers[0], f32(b, 6), b->buffers[1], b->buffers[3], b->buffers[2],
-                            statistics(b), b->buffers[4], TOKENS, HIDDEN);
+  flap_ops_rmsnorm_backward(b->ops, b->dtype, b->buffers[0], f32(b, 6), NULL, b->buffers[1], b->buffers[3],
+                            b->buffers[2], statistics(b), b->buffers[4], TOKENS, HIDDEN);
 }
 static void run_add(bench *b) {
   flap_ops_add(b->ops, b->dtype, b->buffers[0], b->buffers[1], b->buffers[2], (uint64_t)TOKENS * HIDDEN);
@@ -116,8 +116,8 @@ static void run_swiglu(bench *b) {
   flap_ops_swiglu(b->ops, b->dtype, b->buffers[2], b->buffers[0], b->buffers[1], TOKENS, INTERMEDIATE, INTERMEDIATE);
 }
 static void run_swiglu_backward(bench *b) {
-  flap_ops_swiglu_backward(b->ops, b->dtype, b->buffers[3], b->buffers[4], INTERMEDIATE, b->buffers[2], b->buffers[0],
-                           b->buffers[1], INTERMEDIATE, TOKENS, INTERMEDIATE);
+  flap_ops_swiglu_backward(b->ops, b->dtype, b->buffers[3], b->buffers[4], INTERMEDIATE, NULL, b->buffers[2],
+                           b->buffers[0], b->buffers[1], INTERMEDIATE, TOKENS, INTERMEDIATE);
 }
 static void run_bias(bench *b) {
   flap_ops_bias_backward(b->ops, b->dtype, f32(b, 6), b->buffers[0], TOKENS, 6144, 6144);
@@ -154,11 +154,11 @@ static void run_adamw_whole(bench *b) {
 }
 
 static void run_head(bench *b) {
-  flap_ops_head_loss(b->ops, b->dtype, statistics(b), b->buffers[0], f32(b, 6), b->buffers[1], b->buffers[7],
+  flap_ops_head_loss(b->ops, b->dtype, statistics(b), b->buffers[0], f32(b, 6), true, b->buffers[1], b->buffers[7],
                      (int32_t *)(void *)b->buffers[5], 1e-4f, TOKENS / 2, HIDDEN, VOCABULARY);
 }
 static void run_head_loss(bench *b) {
-  flap_ops_head_loss(b->ops, b->dtype, statistics(b), NULL, NULL, b->buffers[1], b->buffers[7],
+  flap_ops_head_loss(b->ops, b->dtype, statistics(b), NULL, NULL, false, b->buffers[1], b->buffers[7],
                      (int32_t *)(void *)b->buffers[5], 1e-4f, TOKENS / 2, HIDDEN, VOCABULARY);
 }
 

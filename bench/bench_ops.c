@@ -116,7 +116,7 @@ static void run_norm(bench *b) {
                    b->buffers[1], b->buffers[2], TOKENS, HIDDEN, 1e-5f);
 }
 static void run_norm_backward(bench *b) {
-  flap_ops_rmsnorm_backward(b->ops, b->dtype, b->buffers[3], (float *)(void *)b->buffers[5], b->buffers[0],
+  flap_ops_rmsnorm_backward(b->ops, b->dtype, b->buffers[3], (float *)(void *)b->buffers[5], NULL, b->buffers[0],
                             b->buffers[1], b->buffers[2], (float *)(void *)b->buffers[4], b->buffers[6], TOKENS,
                             HIDDEN);
 }
@@ -130,8 +130,8 @@ static void run_swiglu(bench *b) {
   flap_ops_swiglu(b->ops, b->dtype, b->buffers[2], b->buffers[0], b->buffers[1], TOKENS, INTERMEDIATE, INTERMEDIATE);
 }
 static void run_swiglu_backward(bench *b) {
-  flap_ops_swiglu_backward(b->ops, b->dtype, b->buffers[3], b->buffers[4], INTERMEDIATE, b->buffers[2], b->buffers[0],
-                           b->buffers[1], INTERMEDIATE, TOKENS, INTERMEDIATE);
+  flap_ops_swiglu_backward(b->ops, b->dtype, b->buffers[3], b->buffers[4], INTERMEDIATE, NULL, b->buffers[2],
+                           b->buffers[0], b->buffers[1], INTERMEDIATE, TOKENS, INTERMEDIATE);
 }
 static void run_add(bench *b) {
   flap_ops_add(b->ops, b->dtype, b->buffers[2], b->buffers[0], b->buffers[1], (uint64_t)TOKENS * HIDDEN);
@@ -183,7 +183,7 @@ static void run_head(bench *b) {
   for (int i = 0; i < TOKENS; ++i)
     targets[i] = i % VOCABULARY;
   flap_ops_head_loss(b->ops, b->dtype, (float *)(void *)b->buffers[0], b->buffers[1], (float *)(void *)b->buffers[2],
-                     b->buffers[3], b->buffers[4], targets, 1.0f / TOKENS, TOKENS, HIDDEN, VOCABULARY);
+                     true, b->buffers[3], b->buffers[4], targets, 1.0f / TOKENS, TOKENS, HIDDEN, VOCABULARY);
 }
 static void run_adamw(bench *b) {
   static const uint8_t decay_blocks[ELEMENTS / FLAP_OPS_BLOCK / 8];

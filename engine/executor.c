@@ -56,7 +56,7 @@ static void head(flap_executor *x, const flap_op *op) {
   flap_model_head_loss(&x->run, address(x, op->operand[0]), weights_at(x, op->operand[1], projection),
                        address(x, op->operand[2]), x->device.targets + first, scale, x->device.losses + first,
                        address(x, op->operand[3]), backward ? sums_at(x, op->operand[4], 0) : NULL,
-                       backward ? sums_at(x, op->operand[5], projection) : NULL);
+                       backward ? sums_at(x, op->operand[5], projection) : NULL, !op->fresh);
 }
 
 static void store_gradient(flap_executor *x, const flap_op *op) {
@@ -211,7 +211,8 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
     break;
   case FLAP_OP_LAYER_BACKWARD:
     flap_model_layer_backward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]),
-                              address(x, op->operand[2]), address(x, op->operand[3]), sums_at(x, op->operand[4], 0));
+                              address(x, op->operand[2]), address(x, op->operand[3]), sums_at(x, op->operand[4], 0),
+                              !op->fresh);
     break;
   case FLAP_OP_EMBED_BACKWARD: {
     const uint64_t first = op->micro_batch * tokens_of(x);

@@ -195,16 +195,19 @@ static void store_part(builder *b, uint32_t part, flap_operand sums) {
   }
 }
 
-/* A part's sums for one group: they begin as zero in the first group, travel in fp32 between groups, and end with the
- * last. `outlives`: they are needed again after this group's last use here (the tied embedding). */
+/* A part's sums for one group: the first group's first micro-batch writes them, they travel in fp32 between groups, and
+ * end with the last. `outlives`: they are needed again after this group's last use here (the tied embedding). */
 static flap_operand pin_sums(builder *b, uint32_t part, bool first_group, bool last_group, bool outlives) {
   const bool keeps = !last_group || outlives;
   const flap_lease_mode mode =
       first_group ? (keeps ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH) : (keeps ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME);
-  const flap_operand sums = pin(b, part_of(b, part)->sums, mode);
-  if (first_group)
-    OP(b, FLAP_OP_ZERO, part, 0, sums, NONE, NONE, NONE, NONE, NONE);
-  return sums;
+  return pin(b, part_of(b, part)->sums, mode);
+}
+
+/* The operation appended last begins the sums if this is their first micro-batch. */
+static void mark_fresh(builder *b, bool fresh) {
+  if (!b->failed)
+    b->program->ops[b->program->op_count - 1].fresh = fresh;
 }
 
 /* The input of a segment's layer j > 0 for the micro-batch in work. */
@@ -324,6 +327,7 @@ static void head(builder *b, micro_batch_range range, bool update) {
     const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, b->layout->segment_count, i), FLAP_LEASE_CONSUME);
     const flap_operand dx = backward ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
     OP(b, FLAP_OP_HEAD, 0, i, weights, projection, x_in, dx, sums, projection_sums);
+    mark_fresh(b, range.first_group && i == range.first);
     if (backward)
       unpin(b, dx);
     unpin(b, x_in);
@@ -359,6 +363,7 @@ static void backward_segment(builder *b, uint32_t segment, micro_batch_range ran
       const uint32_t j = layer - first;
       OP(b, FLAP_OP_LAYER_BACKWARD, layer, i, b->weights[j], j == 0 ? x_in : inner_input(b, j, true), b->saved[j], dx,
          b->sums[j], NONE);
+      mark_fresh(b, range.first_group && i == range.first);
     }
     unpin_saved(b, segment);
     unpin(b, x_in);

@@ -21,7 +21,7 @@ typedef enum flap_op_kind {
   FLAP_OP_HEAD,           /* head, projection holder, x_in, dx (none: loss only), head sums, projection sums */
   FLAP_OP_LAYER_BACKWARD, /* weights, x_in, saved, dx, sums */
   FLAP_OP_EMBED_BACKWARD, /* dx, embedding sums */
-  FLAP_OP_ZERO,           /* sums; `index` is the part */
+  FLAP_OP_ZERO,           /* sums; `index` is the part: where they are only added to */
   FLAP_OP_STORE_GRADIENT, /* sums, gradient; `index` is the slice */
   FLAP_OP_ADAMW,          /* weights, states, gradient; `index` is the slice */
   FLAP_OP_NORM,           /* the norms of all gradients are complete: collect them, with the losses */
@@ -40,6 +40,7 @@ typedef uint32_t flap_operand;
 #define FLAP_OP_OPERANDS 6
 typedef struct flap_op {
   uint8_t kind;
+  bool fresh;     /* HEAD, LAYER_BACKWARD: the first to write the sums, whatever they hold */
   uint32_t index; /* layer, slice or part, as the kind says */
   uint32_t micro_batch;
   flap_operand operand[FLAP_OP_OPERANDS];

@@ -94,7 +94,7 @@ void flap_ops_matmul(flap_ops *ops, const flap_matmul *matmul) {
   flap_assert(x->m > 0 && x->n > 0 && x->k > 0);
   flap_assert(x->lda >= (x->transpose == FLAP_TN ? x->m : x->k));
   flap_assert(x->ldb >= (x->transpose == FLAP_NT ? x->k : x->n));
-  flap_assert(x->ldc >= x->n && (!x->accumulate || x->c_dtype == FLAP_F32));
+  flap_assert(x->ldc >= x->n && (!x->accumulate || (x->c_dtype == FLAP_F32 && x->residual == NULL)));
   uint64_t started_ns = begin(ops);
   ops->table->matmul(ops, matmul);
   end(ops, started_ns);
@@ -142,11 +142,12 @@ void flap_ops_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, v
   end(ops, started_ns);
 }
 
-void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
-                               const void *x, const void *weight, const float *rstd, const void *dresidual,
-                               uint32_t token_count, uint32_t hidden) {
+void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                               const void *dy, const void *x, const void *weight, const float *rstd,
+                               const void *dresidual, uint32_t token_count, uint32_t hidden) {
   uint64_t started_ns = begin(ops);
-  ops->table->rmsnorm_backward(ops, dtype, dx_out, dweight, dy, x, weight, rstd, dresidual, token_count, hidden);
+  ops->table->rmsnorm_backward(ops, dtype, dx_out, dweight, normalized_out, dy, x, weight, rstd, dresidual, token_count,
+                               hidden);
   end(ops, started_ns);
 }
 
@@ -173,12 +174,12 @@ void flap_ops_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gat
   end(ops, started_ns);
 }
 
-void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                              const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate) {
   flap_assert(ld >= intermediate && ld_d >= intermediate);
   uint64_t started_ns = begin(ops);
-  ops->table->swiglu_backward(ops, dtype, dgate, dup, ld_d, dout, gate, up, ld, token_count, intermediate);
+  ops->table->swiglu_backward(ops, dtype, dgate, dup, ld_d, out, dout, gate, up, ld, token_count, intermediate);
   end(ops, started_ns);
 }
 
@@ -212,13 +213,13 @@ void flap_ops_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const
   end(ops, started_ns);
 }
 
-void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                        const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
-                        uint32_t hidden, uint32_t vocabulary) {
+void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                        const void *x, const void *weight, const int32_t *targets, float loss_scale,
+                        uint32_t token_count, uint32_t hidden, uint32_t vocabulary) {
   flap_assert(dx == NULL || dweight != NULL);
   uint64_t started_ns = begin(ops);
-  ops->table->head_loss(ops, dtype, losses, dx, dweight, x, weight, targets, loss_scale, token_count, hidden,
-                        vocabulary);
+  ops->table->head_loss(ops, dtype, losses, dx, dweight, accumulate, x, weight, targets, loss_scale, token_count,
+                        hidden, vocabulary);
   end(ops, started_ns);
 }
 

@@ -62,14 +62,15 @@ typedef enum flap_transpose { FLAP_NN, FLAP_NT, FLAP_TN } flap_transpose;
  *   FLAP_NN: a (M, K), b (K, N)   the input gradient, dx = dy W
  *   FLAP_TN: a (K, M), b (K, N)   the weight gradient, dW = dyᵀ x
  * a and b are of `dtype`; c is of `c_dtype`. With `accumulate`, c is fp32 and is added to. bias (N) of dtype or NULL.
- * lda, ldb, ldc are row strides in elements. */
+ * residual (M, N) of c_dtype with c's row stride, or NULL: added before the one rounding; c may be it. lda, ldb, ldc
+ * are row strides in elements. */
 typedef struct flap_matmul {
   flap_transpose transpose;
   uint32_t m, n, k;
   const void *a, *b;
   void *c;
   uint32_t lda, ldb, ldc;
-  const void *bias;
+  const void *bias, *residual;
   flap_dtype dtype, c_dtype;
   bool accumulate;
 } flap_matmul;
@@ -101,10 +102,11 @@ void flap_ops_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, v
                       const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon);
 
 /* dx_out = gradient through the norm of x (what was normalised) + dresidual (T, D; NULL for none), rounded once; dx_out
- * may be dresidual or dy. dweight (D) fp32 +=. */
-void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
-                               const void *x, const void *weight, const float *rstd, const void *dresidual,
-                               uint32_t token_count, uint32_t hidden);
+ * may be dresidual or dy. dweight (D) fp32 +=. normalized_out (T, D; NULL if nobody wants it): the forward's result
+ * once more, to the bit; it may be dy. */
+void flap_ops_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                               const void *dy, const void *x, const void *weight, const float *rstd,
+                               const void *dresidual, uint32_t token_count, uint32_t hidden);
 
 /* out (T, D) = a + b. out may be a or b. */
 void flap_ops_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const void *b, uint64_t elements);
@@ -131,9 +133,9 @@ void flap_ops_rope_table(const flap_rope *rope, uint32_t positions, uint32_t hea
 void flap_ops_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, const void *up, uint32_t token_count,
                      uint32_t intermediate, uint32_t ld);
 /* dgate, dup (T, F) with row stride ld_d from dout (T, F), gate and up (stride ld). dgate may be gate, dup may be up.
- */
-void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+ * out (T, F; NULL if nobody wants it): the forward's result once more, to the bit; it may be dout. */
+void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                              const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate);
 
 /* ---- attention ------------------------------------------------------------------------------------------ */
@@ -166,11 +168,11 @@ void flap_ops_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const
 /* Fused, chunked logits and cross-entropy, forward and backward. x (T, D) is the normalised hidden state, weight (V,
  * D), targets (T) in [0, V) or negative for "not counted". Logits exist for one chunk of tokens at a time; the chunk is
  * a function of shape. losses (T) fp32 out: the token's negative log-likelihood, 0 where not counted. With dx (T, D):
- * dx = d(loss_scale * sum of losses)/dx, and dweight (V, D) fp32 +=. dx NULL: loss only. Logits and their gradients are
- * rounded to dtype, as PyTorch's are. dx may be x. */
-void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                        const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
-                        uint32_t hidden, uint32_t vocabulary);
+ * dx = d(loss_scale * sum of losses)/dx, and dweight (V, D) fp32 += with `accumulate`, else =. dx NULL: loss only.
+ * Logits and their gradients are rounded to dtype, as PyTorch's are. dx may be x. */
+void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                        const void *x, const void *weight, const int32_t *targets, float loss_scale,
+                        uint32_t token_count, uint32_t hidden, uint32_t vocabulary);
 
 /* ---- optimizer ------------------------------------------------------------------------------------------ */
 

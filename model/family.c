@@ -191,16 +191,17 @@ void flap_model_layer_forward(const flap_model_run *run, const void *weights, co
 }
 
 void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                               float *dweights) {
+                               float *dweights, bool accumulate) {
   flap_assert(dx != x_in);
-  family_of(run)->layer_backward(run, weights, x_in, saved, dx, dweights);
+  family_of(run)->layer_backward(run, weights, x_in, saved, dx, dweights, accumulate);
 }
 
 void flap_model_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
                           const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
-                          float *dprojection) {
+                          float *dprojection, bool accumulate) {
   flap_assert(!dx || (dx != x_in && dhead && dprojection));
-  family_of(run)->head_loss(run, head, projection, x_in, targets, loss_scale, losses, dx, dhead, dprojection);
+  family_of(run)->head_loss(run, head, projection, x_in, targets, loss_scale, losses, dx, dhead, dprojection,
+                            accumulate);
 }
 
 void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,

@@ -34,10 +34,10 @@ struct flap_family {
                          float *dembedding);
   void (*layer_forward)(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *x_out);
   void (*layer_backward)(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                         float *dweights);
+                         float *dweights, bool accumulate);
   void (*head_loss)(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
-                    const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
-                    float *dprojection);
+                    const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead, float *dprojection,
+                    bool accumulate);
   void (*layer_decode)(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
                        uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
   void (*logits)(const flap_model_run *run, const void *head, const void *projection, const void *x, uint32_t row,

@@ -5,8 +5,8 @@
  *   1. Every value that passes between two calls of kernels/ops.h is stored in the run's dtype (softmax and norm
  * statistics and losses in fp32), so a value is the same whether it was kept or computed again.
  *   2. A layer's saved block holds what backward cannot cheaply compute from the layer's input: rotated q, k and v,
- *      attention's result and statistics, the residual stream between the two halves, and gate and up. Normalised
- * inputs and silu(gate)·up are computed again in the workspace.
+ *      attention's result and statistics, those of the norms, the residual stream between the two halves, and gate and
+ *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation.
  *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
  *      last time before it writes the gradients of q, k and v there (where they fit).
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
@@ -249,7 +249,14 @@ static uint32_t llama_tensors(const flap_model_config *config, flap_part part, u
 
 /* ---- sizes and costs ------------------------------------------------------------------------------------- */
 
-typedef enum llama_saved { LLAMA_QKV, LLAMA_ATTENTION, LLAMA_LSE, LLAMA_RESIDUAL, LLAMA_GATE_UP } llama_saved;
+typedef enum llama_saved {
+  LLAMA_QKV,
+  LLAMA_ATTENTION,
+  LLAMA_LSE,
+  LLAMA_RSTD,
+  LLAMA_RESIDUAL,
+  LLAMA_GATE_UP
+} llama_saved;
 
 static double matmul_flops(uint64_t m, uint64_t n, uint64_t k) {
   return 2.0 * (double)m * (double)n * (double)k;
@@ -274,6 +281,7 @@ static uint32_t llama_saved_tensors(const flap_model_config *config, const flap_
                                              .recompute_flops = attention_flops(config, shape)};
   /* The statistics come out of the same kernel as `attention`: they cost nothing more. */
   out[LLAMA_LSE] = (flap_saved_tensor){.name = "lse", .bytes = tokens * dims.hq * sizeof(float)}; // (B, HQ, S)
+  out[LLAMA_RSTD] = (flap_saved_tensor){.name = "rstd", .bytes = 2 * tokens * sizeof(float)}; // of both norms, (2, T)
   out[LLAMA_RESIDUAL] = (flap_saved_tensor){.name = "residual",
                                             .bytes = tokens * dims.d * element, // (T, D)
                                             .recompute_flops = matmul_flops(tokens, dims.d, dims.q)};
@@ -341,12 +349,12 @@ typedef struct llama_layer {
   llama_dims dims;
   const char *weights;
   float *dweights;
+  bool accumulate;              /* dweights += */
   uint64_t offset[LLAMA_ROLES]; /* of each tensor, in elements; UINT64_MAX for absent ones */
-  float *rstd;
-  void *first, *second, *dqkv; /* workspace */
-  char *qkv, *gate_up;         /* saved block */
+  void *first, *second, *dqkv;  /* workspace */
+  char *qkv, *gate_up;          /* saved block */
   void *attention, *residual;
-  float *lse;
+  float *lse, *rstd; /* of the scores; (2, T): of the input's norm, then of the other */
 } llama_layer;
 
 static llama_layer open_layer(const flap_model_run *run, const void *weights, void *saved, float *dweights) {
@@ -370,12 +378,12 @@ static llama_layer open_layer(const flap_model_run *run, const void *weights, vo
   layer.qkv = (char *)saved + kept[LLAMA_QKV].offset;
   layer.attention = (char *)saved + kept[LLAMA_ATTENTION].offset;
   layer.lse = (float *)(void *)((char *)saved + kept[LLAMA_LSE].offset);
+  layer.rstd = (float *)(void *)((char *)saved + kept[LLAMA_RSTD].offset);
   layer.residual = (char *)saved + kept[LLAMA_RESIDUAL].offset;
   layer.gate_up = (char *)saved + kept[LLAMA_GATE_UP].offset;
 
   llama_workspace space = workspace_of(config, &run->shape);
   char *workspace = run->workspace;
-  layer.rstd = (float *)(void *)(workspace + space.rstd);
   layer.first = workspace + space.first;
   layer.second = workspace + space.second;
   layer.dqkv = dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
@@ -443,9 +451,9 @@ static llama_member member_of(const llama_layer *layer, const llama_group *group
   return member;
 }
 
-/* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ + bias. */
+/* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ + bias + residual (rows like y's; NULL for none). */
 static void project(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs, uint32_t tokens,
-                    const void *x, void *y, uint32_t ldy) {
+                    const void *x, const void *residual, void *y, uint32_t ldy) {
   flap_matmul matmul = {.transpose = FLAP_NT,
                         .m = tokens,
                         .n = outputs,
@@ -457,6 +465,7 @@ static void project(const llama_layer *layer, llama_role role, uint32_t outputs,
                         .ldb = inputs,
                         .ldc = ldy,
                         .bias = has_bias(layer, role) ? weight_of(layer, role + LLAMA_BIAS_OF) : NULL,
+                        .residual = residual,
                         .dtype = layer->dtype,
                         .c_dtype = layer->dtype};
   flap_ops_matmul(layer->ops, &matmul);
@@ -466,7 +475,7 @@ static void project(const llama_layer *layer, llama_role role, uint32_t outputs,
 static void project_group(const llama_layer *layer, const llama_group *group, uint32_t tokens, const void *x, void *y) {
   for (uint32_t i = 0; i < member_count(group); i++) {
     llama_member member = member_of(layer, group, i);
-    project(layer, member.role, member.outputs, group->inputs, tokens, x, column(layer, y, member.column),
+    project(layer, member.role, member.outputs, group->inputs, tokens, x, NULL, column(layer, y, member.column),
             group->outputs);
   }
 }
@@ -487,7 +496,7 @@ static void group_weight_gradient(const llama_layer *layer, const llama_group *g
                           .ldc = group->inputs,
                           .dtype = layer->dtype,
                           .c_dtype = FLAP_F32,
-                          .accumulate = true};
+                          .accumulate = layer->accumulate};
     flap_ops_matmul(layer->ops, &matmul);
     if (has_bias(layer, member.role))
       flap_ops_bias_backward(layer->ops, layer->dtype, gradient_of(layer, member.role + LLAMA_BIAS_OF), matmul.a,
@@ -521,9 +530,13 @@ static void group_input_gradient(const llama_layer *layer, const llama_group *gr
 
 /* ---- one layer ------------------------------------------------------------------------------------------- */
 
-static void normalize(const llama_layer *layer, void *out, void *sum_out, const void *x, const void *residual,
-                      llama_role norm, uint32_t tokens) {
-  flap_ops_rmsnorm(layer->ops, layer->dtype, out, layer->rstd, sum_out, x, residual, weight_of(layer, norm), tokens,
+static float *rstd_of(const llama_layer *layer, llama_role norm) {
+  return layer->rstd + (norm == LLAMA_POST_NORM ? layer->tokens : 0);
+}
+
+/* out (tokens, D) = the norm of x; its statistics go to where the backward reads them. */
+static void normalize(const llama_layer *layer, void *out, const void *x, llama_role norm, uint32_t tokens) {
+  flap_ops_rmsnorm(layer->ops, layer->dtype, out, rstd_of(layer, norm), NULL, x, NULL, weight_of(layer, norm), tokens,
                    layer->dims.d, (float)layer->run->config->rms_norm_eps);
 }
 
@@ -556,55 +569,52 @@ static void activate(const llama_layer *layer, void *out, uint32_t tokens) {
   flap_ops_swiglu(layer->ops, layer->dtype, out, layer->gate_up, column(layer, layer->gate_up, f), tokens, f, 2 * f);
 }
 
-/* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals. `x_in` is read
- * before x_out is written, so they may be the same. x_out NULL stops at gate and up. */
+/* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals, which the
+ * products add. `x_in` is read before x_out is written, so they may be the same. x_out NULL stops at gate and up. */
 static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
-  llama_group output = open_group(layer, LLAMA_O, 1);
+  const uint32_t d = layer->dims.d, q = layer->dims.q, f = layer->dims.f;
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
-  llama_group down = open_group(layer, LLAMA_DOWN, 1);
-  project_group(layer, &output, tokens, layer->attention, layer->first); // (T, D)
-  normalize(layer, layer->second, layer->residual, layer->first, x_in, LLAMA_POST_NORM, tokens);
-  project_group(layer, &gate_up, tokens, layer->second, layer->gate_up); // (T, 2·F)
+  project(layer, LLAMA_O, d, q, tokens, layer->attention, x_in, layer->residual, d); // (T, D)
+  normalize(layer, layer->first, layer->residual, LLAMA_POST_NORM, tokens);
+  project_group(layer, &gate_up, tokens, layer->first, layer->gate_up); // (T, 2·F)
   if (!x_out)
     return;
-  activate(layer, layer->first, tokens);                    // (T, F)
-  project_group(layer, &down, tokens, layer->first, x_out); // (T, D)
-  flap_ops_add(layer->ops, layer->dtype, x_out, x_out, layer->residual, (uint64_t)tokens * layer->dims.d);
+  activate(layer, layer->first, tokens); // (T, F)
+  project(layer, LLAMA_DOWN, d, f, tokens, layer->first, layer->residual, x_out, d);
 }
 
 static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
                                 void *x_out) {
   llama_layer layer = open_layer(run, weights, saved, NULL);
   llama_group qkv = open_group(&layer, LLAMA_Q, 3);
-  normalize(&layer, layer.first, NULL, x_in, NULL, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
-  project_group(&layer, &qkv, layer.tokens, layer.first, layer.qkv);                // (T, qkv)
+  normalize(&layer, layer.first, x_in, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
+  project_group(&layer, &qkv, layer.tokens, layer.first, layer.qkv);    // (T, qkv)
   rotate(&layer, layer.qkv, false);
   flap_attention attention = attention_of(&layer);
   flap_ops_attention(layer.ops, &attention);
   finish_layer(&layer, layer.tokens, x_in, x_out);
 }
 
-static void normalize_backward(const llama_layer *layer, void *dx, const void *dy, const void *x, llama_role norm) {
-  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), dy, x, weight_of(layer, norm),
-                            layer->rstd, dx, layer->tokens, layer->dims.d);
+/* dx: on through the norm of x, from dy, whose place then holds the normalised x once more. */
+static void normalize_backward(const llama_layer *layer, void *dx, void *dy, const void *x, llama_role norm) {
+  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), dy, dy, x, weight_of(layer, norm),
+                            rstd_of(layer, norm), dx, layer->tokens, layer->dims.d);
 }
 
 /* dx: from the gradient of the layer's output to that of the residual stream between the halves. */
 static void mlp_backward(const llama_layer *layer, void *dx) {
   uint32_t f = layer->dims.f;
-  void *gate = layer->gate_up, *up = column(layer, layer->gate_up, f);
+  void *gate = layer->gate_up, *up = column(layer, layer->gate_up, f), *inner = layer->first;
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
   llama_group down = open_group(layer, LLAMA_DOWN, 1);
 
-  activate(layer, layer->first, layer->tokens); // silu(gate)·up (T, F), again
-  group_weight_gradient(layer, &down, layer->first, dx);
-  group_input_gradient(layer, &down, dx, layer->first, NULL); // its gradient, over it
-  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, layer->first, gate, up, 2 * f, layer->tokens, f);
+  group_input_gradient(layer, &down, dx, inner, NULL); // (T, F), over which silu(gate)·up is computed again
+  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, inner, inner, gate, up, 2 * f, layer->tokens, f);
+  group_weight_gradient(layer, &down, inner, dx);
 
-  normalize(layer, layer->first, NULL, layer->residual, NULL, LLAMA_POST_NORM, layer->tokens); // (T, D), again
-  group_weight_gradient(layer, &gate_up, layer->first, layer->gate_up);
-  group_input_gradient(layer, &gate_up, layer->gate_up, layer->first, layer->second);
+  group_input_gradient(layer, &gate_up, layer->gate_up, layer->first, layer->second); // (T, D), likewise
   normalize_backward(layer, dx, layer->first, layer->residual, LLAMA_POST_NORM);
+  group_weight_gradient(layer, &gate_up, layer->first, layer->gate_up);
 }
 
 /* dx: on to the gradient of the layer's input. Gate and up are dead by now: their place may hold dqkv. */
@@ -619,15 +629,33 @@ static void attention_backward(const llama_layer *layer, const void *x_in, void 
                               column(layer, layer->dqkv, dims->q + dims->kv), layer->first);
   rotate(layer, layer->dqkv, true);
 
-  normalize(layer, layer->first, NULL, x_in, NULL, LLAMA_INPUT_NORM, layer->tokens); // (T, D), again
-  group_weight_gradient(layer, &qkv, layer->first, layer->dqkv);
-  group_input_gradient(layer, &qkv, layer->dqkv, layer->first, layer->second);
+  group_input_gradient(layer, &qkv, layer->dqkv, layer->first, layer->second); // (T, D)
   normalize_backward(layer, dx, layer->first, x_in, LLAMA_INPUT_NORM);
+  group_weight_gradient(layer, &qkv, layer->first, layer->dqkv);
+}
+
+/* Sums that no product writes become zero: those of norms and biases, and the gaps between tensors. */
+static void clear_vectors(const llama_layer *layer) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  const uint32_t count = flap_model_tensors(layer->run->config, FLAP_PART_LAYER, 0, tensors);
+  uint64_t from = 0;
+  for (uint32_t i = 0; i <= count; i++) {
+    if (i < count && tensors[i].rank < 2)
+      continue;
+    const uint64_t to = i < count ? tensors[i].offset : flap_model_part_elements(layer->run->config, FLAP_PART_LAYER);
+    if (to > from)
+      flap_ops_zero(layer->ops, layer->dweights + from, (to - from) * sizeof(float));
+    if (i < count)
+      from = to + tensors[i].elements;
+  }
 }
 
 static void llama_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
-                                 void *dx, float *dweights) {
+                                 void *dx, float *dweights, bool accumulate) {
   llama_layer layer = open_layer(run, weights, saved, dweights);
+  layer.accumulate = accumulate;
+  if (!accumulate)
+    clear_vectors(&layer);
   mlp_backward(&layer, dx);
   attention_backward(&layer, x_in, dx);
 }
@@ -648,9 +676,21 @@ static void llama_embed_backward(const flap_model_run *run, const int32_t *token
                               run->config->hidden_size);
 }
 
+/* Sums that the product does not write: the norm's, and the gaps behind both tensors. */
+static void clear_head(const flap_model_run *run, float *dhead, float *dprojection) {
+  const flap_model_config *config = run->config;
+  const bool tied = config->tie_word_embeddings;
+  const uint64_t head = flap_model_part_elements(config, FLAP_PART_HEAD), first = flap_model_head_projection(config);
+  const uint64_t all = tied ? flap_model_part_elements(config, FLAP_PART_EMBEDDING) : head - first;
+  const uint64_t written = (uint64_t)config->vocab_size * config->hidden_size;
+  flap_ops_zero(run->ops, dhead, (tied ? head : first) * sizeof(float));
+  if (all > written)
+    flap_ops_zero(run->ops, dprojection + written, (all - written) * sizeof(float));
+}
+
 static void llama_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
                             const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
-                            float *dprojection) {
+                            float *dprojection, bool accumulate) {
   const flap_model_config *config = run->config;
   flap_dtype dtype = run->shape.dtype;
   uint32_t tokens = tokens_of(run), d = config->hidden_size;
@@ -659,10 +699,12 @@ static void llama_head_loss(const flap_model_run *run, const void *head, const v
   void *normalized = (char *)run->workspace + space.first; // (T, D)
   /* The final norm is the head's first tensor. */
   flap_ops_rmsnorm(run->ops, dtype, normalized, rstd, NULL, x_in, NULL, head, tokens, d, (float)config->rms_norm_eps);
-  flap_ops_head_loss(run->ops, dtype, losses, dx ? normalized : NULL, dprojection, normalized, projection, targets,
-                     loss_scale, tokens, d, config->vocab_size);
+  if (dx && !accumulate)
+    clear_head(run, dhead, dprojection);
+  flap_ops_head_loss(run->ops, dtype, losses, dx ? normalized : NULL, dprojection, accumulate, normalized, projection,
+                     targets, loss_scale, tokens, d, config->vocab_size);
   if (dx)
-    flap_ops_rmsnorm_backward(run->ops, dtype, dx, dhead, normalized, x_in, head, rstd, NULL, tokens, d);
+    flap_ops_rmsnorm_backward(run->ops, dtype, dx, dhead, NULL, normalized, x_in, head, rstd, NULL, tokens, d);
 }
 
 /* ---- sampling -------------------------------------------------------------------------------------------- */
@@ -675,10 +717,10 @@ static void llama_layer_decode(const flap_model_run *run, const void *weights, v
   char *new_keys = column(&layer, keys, (uint64_t)first_position * dims->kv);
   char *new_values = column(&layer, values, (uint64_t)first_position * dims->kv);
 
-  normalize(&layer, layer.first, NULL, x, NULL, LLAMA_INPUT_NORM, tokens);
-  project(&layer, LLAMA_Q, dims->q, dims->d, tokens, layer.first, layer.qkv, dims->q); // (tokens, HQ·HD)
-  project(&layer, LLAMA_K, dims->kv, dims->d, tokens, layer.first, new_keys, dims->kv);
-  project(&layer, LLAMA_V, dims->kv, dims->d, tokens, layer.first, new_values, dims->kv);
+  normalize(&layer, layer.first, x, LLAMA_INPUT_NORM, tokens);
+  project(&layer, LLAMA_Q, dims->q, dims->d, tokens, layer.first, NULL, layer.qkv, dims->q); // (tokens, HQ·HD)
+  project(&layer, LLAMA_K, dims->kv, dims->d, tokens, layer.first, NULL, new_keys, dims->kv);
+  project(&layer, LLAMA_V, dims->kv, dims->d, tokens, layer.first, NULL, new_values, dims->kv);
   flap_ops_rope(layer.ops, layer.dtype, layer.qkv, run->rope_table, tokens, tokens, first_position, dims->hq, dims->hd,
                 dims->q, false);
   flap_ops_rope(layer.ops, layer.dtype, new_keys, run->rope_table, tokens, tokens, first_position, dims->hkv, dims->hd,

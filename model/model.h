@@ -153,16 +153,18 @@ void flap_model_embed(const flap_model_run *run, const void *embedding, const in
 void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
                               void *x_out);
 
-/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) +=.
- * Uses up `saved`: parts of it are overwritten with gradients, so a saved block serves one backward. */
+/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) += with
+ * `accumulate`; without it they are written, gaps included, whatever they were. Uses up `saved`: parts of it are
+ * overwritten with gradients, so a saved block serves one backward. */
 void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                               float *dweights);
+                               float *dweights, bool accumulate);
 
-/* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead and dprojection fp32 +=.
+/* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead (the part's layout) and
+ * dprojection fp32, += or written as above: where the projection is tied, gaps of the embedding's part included.
  * `projection` is the (V, D) output matrix: flap_model_head_projection says where it is. dx NULL: losses only. */
 void flap_model_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
                           const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead,
-                          float *dprojection);
+                          float *dprojection, bool accumulate);
 /* Elements from the start of the head part (untied) or of the embedding part (tied). */
 uint64_t flap_model_head_projection(const flap_model_config *config);
 

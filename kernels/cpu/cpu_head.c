@@ -93,9 +93,9 @@ static void head_item(void *context, uint64_t item, uint32_t worker) {
   }
 }
 
-void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                        const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
-                        uint32_t hidden, uint32_t vocabulary) {
+void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                        const void *x, const void *weight, const int32_t *targets, float loss_scale,
+                        uint32_t token_count, uint32_t hidden, uint32_t vocabulary) {
   head_job job = {.cpu = flap_cpu_state(ops), .dtype = dtype, .vocabulary = vocabulary, .loss_scale = loss_scale};
   job.logits = job.cpu->shared;
   job.backward = dx != NULL;
@@ -125,7 +125,7 @@ void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx
     matmul.ldb = matmul.ldc = hidden;
     matmul.dtype = dtype;
     matmul.c_dtype = FLAP_F32;
-    matmul.accumulate = true;
+    matmul.accumulate = accumulate || token > 0;
     flap_cpu_matmul(ops, &matmul);
     matmul = (flap_matmul){.transpose = FLAP_NN, .m = job.rows, .n = hidden, .k = vocabulary, .a = job.logits};
     matmul.b = weight;

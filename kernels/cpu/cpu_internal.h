@@ -117,17 +117,17 @@ void flap_cpu_embedding_backward(flap_ops *ops, flap_dtype dtype, float *dtable,
                                  const int32_t *order, const void *dx, uint32_t token_count, uint32_t hidden);
 void flap_cpu_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void *sum_out, const void *x,
                       const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon);
-void flap_cpu_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
-                               const void *x, const void *weight, const float *rstd, const void *dresidual,
-                               uint32_t token_count, uint32_t hidden);
+void flap_cpu_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                               const void *dy, const void *x, const void *weight, const float *rstd,
+                               const void *dresidual, uint32_t token_count, uint32_t hidden);
 void flap_cpu_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const void *b, uint64_t elements);
 void flap_cpu_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, uint32_t token_count,
                    uint32_t sequence, uint32_t first_position, uint32_t heads, uint32_t head_size, uint32_t ld,
                    bool inverse);
 void flap_cpu_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, const void *up, uint32_t token_count,
                      uint32_t intermediate, uint32_t ld);
-void flap_cpu_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+void flap_cpu_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                              const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate);
 void flap_cpu_attention(flap_ops *ops, const flap_attention *attention);
 void flap_cpu_attention_backward(flap_ops *ops, const flap_attention *attention, void *dq, void *dk, void *dv,
@@ -135,9 +135,9 @@ void flap_cpu_attention_backward(flap_ops *ops, const flap_attention *attention,
 void flap_cpu_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const void *q, uint32_t q_stride,
                                const void *k_cache, const void *v_cache, uint32_t token_count, uint32_t first_position,
                                uint32_t heads, uint32_t kv_heads, uint32_t head_size);
-void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                        const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
-                        uint32_t hidden, uint32_t vocabulary);
+void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                        const void *x, const void *weight, const int32_t *targets, float loss_scale,
+                        uint32_t token_count, uint32_t hidden, uint32_t vocabulary);
 void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
                              uint64_t elements);
 void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,

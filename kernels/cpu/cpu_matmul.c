@@ -40,17 +40,25 @@ static void finish_tile(const matmul_job *job, const float *tile, uint32_t row, 
   const flap_matmul *x = job->x;
   const flap_cpu_vector *vector = job->cpu->vector;
   const bool direct = x->c_dtype == FLAP_F32;
-  float bias_buffer[FLAP_CPU_TILE], sum[FLAP_CPU_TILE];
+  float bias_buffer[FLAP_CPU_TILE], residual_buffer[FLAP_CPU_TILE], sum[FLAP_CPU_TILE];
   const float *bias = x->bias != NULL ? flap_cpu_load(job->cpu, x->dtype, bias_buffer, x->bias, column, columns) : NULL;
-  if (direct && bias == NULL)
-    return;
-  if (bias == NULL) {
-    vector->to_bf16((uint16_t *)x->c + (uint64_t)row * x->ldc + column, x->ldc, tile, stride, rows, columns);
+  if (bias == NULL && x->residual == NULL) {
+    if (!direct)
+      vector->to_bf16((uint16_t *)x->c + (uint64_t)row * x->ldc + column, x->ldc, tile, stride, rows, columns);
     return;
   }
   for (uint32_t i = 0; i < rows; ++i) {
-    vector->add(sum, tile + (uint64_t)i * stride, bias, columns);
-    flap_cpu_store(job->cpu, x->c_dtype, x->c, (uint64_t)(row + i) * x->ldc + column, sum, columns);
+    const uint64_t at = (uint64_t)(row + i) * x->ldc + column;
+    const float *values = tile + (uint64_t)i * stride;
+    if (bias != NULL) {
+      vector->add(sum, values, bias, columns);
+      values = sum;
+    }
+    if (x->residual != NULL) {
+      const float *residual = flap_cpu_load(job->cpu, x->c_dtype, residual_buffer, x->residual, at, columns);
+      vector->add(sum, values, residual, columns);
+    }
+    flap_cpu_store(job->cpu, x->c_dtype, x->c, at, sum, columns);
   }
 }
 
@@ -64,7 +72,7 @@ static void matmul_item(void *context, uint64_t item, uint32_t worker) {
   float *b_buffer = a_buffer + FLAP_CPU_TILE * FLAP_CPU_TILE_K;
   float *tile = b_buffer + FLAP_CPU_TILE * FLAP_CPU_TILE_K;
   uint32_t stride = columns;
-  if (x->c_dtype == FLAP_F32) {
+  if (x->c_dtype == FLAP_F32 && x->residual == NULL) { /* which may be c itself, and is read when the sum is there */
     tile = (float *)x->c + (uint64_t)row * x->ldc + column;
     stride = x->ldc;
   }

@@ -173,7 +173,7 @@ void flap_cpu_embedding_backward(flap_ops *ops, flap_dtype dtype, float *dtable,
 typedef struct norm_job {
   const flap_cpu_ops *cpu;
   flap_dtype dtype;
-  void *out, *sum_out;
+  void *out, *sum_out, *normalized;
   const void *x, *residual, *weight, *dy;
   const float *rstd_in;
   float *rstd, *parts, *dweight;
@@ -258,7 +258,7 @@ static void norm_backward_item(void *context, uint64_t item, uint32_t worker) {
   const norm_job *job = context;
   const flap_cpu_ops *cpu = job->cpu;
   float x_buffer[FLAP_CPU_CHUNK], dy_buffer[FLAP_CPU_CHUNK], weight_buffer[FLAP_CPU_CHUNK];
-  float residual_buffer[FLAP_CPU_CHUNK], out[FLAP_CPU_CHUNK];
+  float residual_buffer[FLAP_CPU_CHUNK], out[FLAP_CPU_CHUNK], normalized[FLAP_CPU_CHUNK];
   float *part = job->parts + item * job->hidden;
   memset(part, 0, job->hidden * sizeof *part);
   const uint32_t start = (uint32_t)item * job->per_item;
@@ -276,7 +276,12 @@ static void norm_backward_item(void *context, uint64_t item, uint32_t worker) {
                                   ? NULL
                                   : flap_cpu_load(cpu, job->dtype, residual_buffer, job->residual, offset + i, count);
       cpu->vector->norm_backward(out, part + i, dy, x, weight, residual, rstd, mean, job->dtype == FLAP_BF16, count);
+      /* Both from x before either is stored: dx may lie where dy is, and so may the normalised row. */
+      if (job->normalized != NULL)
+        cpu->vector->normalise(normalized, x, weight, rstd, job->dtype == FLAP_BF16, count);
       flap_cpu_store(cpu, job->dtype, job->out, offset + i, out, count);
+      if (job->normalized != NULL)
+        flap_cpu_store(cpu, job->dtype, job->normalized, offset + i, normalized, count);
     }
   }
 }
@@ -286,10 +291,11 @@ uint64_t flap_cpu_norm_shared_bytes(const flap_ops_limits *limits) {
   return (uint64_t)FLAP_CPU_NORM_PARTS * widest * sizeof(float);
 }
 
-void flap_cpu_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
-                               const void *x, const void *weight, const float *rstd, const void *dresidual,
-                               uint32_t token_count, uint32_t hidden) {
+void flap_cpu_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                               const void *dy, const void *x, const void *weight, const float *rstd,
+                               const void *dresidual, uint32_t token_count, uint32_t hidden) {
   norm_job job = {.cpu = flap_cpu_state(ops), .dtype = dtype, .out = dx_out, .x = x, .residual = dresidual};
+  job.normalized = normalized_out;
   flap_assert((uint64_t)FLAP_CPU_NORM_PARTS * hidden * sizeof(float) <= job.cpu->shared_bytes);
   job.weight = weight;
   job.dy = dy;
@@ -373,7 +379,7 @@ static void swiglu_item(void *context, uint64_t item, uint32_t worker) {
   const flap_cpu_ops *cpu = job->cpu;
   const bool bf16 = job->dtype == FLAP_BF16;
   float gate_buffer[FLAP_CPU_CHUNK], up_buffer[FLAP_CPU_CHUNK], dout_buffer[FLAP_CPU_CHUNK];
-  float out[FLAP_CPU_CHUNK], out2[FLAP_CPU_CHUNK];
+  float out[FLAP_CPU_CHUNK], out2[FLAP_CPU_CHUNK], again[FLAP_CPU_CHUNK];
   const uint32_t start = (uint32_t)item * job->per_item;
   const uint32_t end = flap_cpu_min(start + job->per_item, job->token_count);
   for (uint32_t token = start; token < end; ++token) {
@@ -389,6 +395,10 @@ static void swiglu_item(void *context, uint64_t item, uint32_t worker) {
       }
       const float *dout = flap_cpu_load(cpu, job->dtype, dout_buffer, job->dout, packed, count);
       cpu->vector->swiglu_backward(out, out2, dout, gate, up, bf16, count);
+      if (job->out != NULL) { /* which may lie where dout is, but not where gate and up are */
+        cpu->vector->swiglu(again, gate, up, bf16, count);
+        flap_cpu_store(cpu, job->dtype, job->out, packed, again, count);
+      }
       flap_cpu_store(cpu, job->dtype, job->dgate, (uint64_t)token * job->ld_d + i, out, count);
       flap_cpu_store(cpu, job->dtype, job->dup, (uint64_t)token * job->ld_d + i, out2, count);
     }
@@ -405,10 +415,11 @@ void flap_cpu_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gat
   flap_cpu_run(job.cpu, flap_cpu_ceil(token_count, job.per_item), swiglu_item, &job);
 }
 
-void flap_cpu_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                              const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+void flap_cpu_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                              const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate) {
   swiglu_job job = {.cpu = flap_cpu_state(ops), .dtype = dtype, .dgate = dgate, .dup = dup, .gate = gate, .up = up};
+  job.out = out;
   job.dout = dout;
   job.token_count = token_count;
   job.width = intermediate;

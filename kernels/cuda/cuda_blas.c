@@ -9,6 +9,7 @@
  * 3. A bias is added in fp32, before the only rounding. cuBLASLt does so where everything is whole vectors; for odd
  *    strides and sizes some of its kernels round the product first (seen with 13.1 on an H100), so those with a bias
  * are computed by cuda_matmul_plain too.
+ *    A residual is the C of D = A B + C: it is added in fp32 as well.
  * 4. What was found is kept per shape in a table taken at open. When the table is full it is emptied.
  * 5. cuBLASLt is column-major. A row-major matrix is its transpose there, so c = op(a) op(b) is asked for as
  *    cᵀ = op(b)ᵀ op(a)ᵀ: their first operand is our b.
@@ -168,11 +169,11 @@ static plan_key key_of(const flap_matmul *x, const void *bias) {
   key.transpose = (uint8_t)x->transpose;
   key.dtype = (uint8_t)x->dtype;
   key.c_dtype = (uint8_t)x->c_dtype;
-  key.accumulate = x->accumulate ? 1 : 0;
+  key.accumulate = x->accumulate ? 1 : x->residual != NULL ? 2 : 0;
   key.bias = bias == NULL ? 0 : alignment(bias);
   key.align_a = alignment(x->a);
   key.align_b = alignment(x->b);
-  key.align_c = alignment(x->c);
+  key.align_c = alignment(x->c) < alignment(x->residual) ? alignment(x->c) : alignment(x->residual);
   return key;
 }
 
@@ -258,7 +259,7 @@ static cublasStatus_t choose_algorithm(const cuda_blas *blas, plan *p) {
 static bool is_whole(const flap_matmul *x, const void *bias) {
   const uint32_t vector = 16 / (uint32_t)flap_dtype_bytes(x->dtype);
   return (x->lda | x->ldb | x->ldc | x->n | x->k) % vector == 0 && alignment(bias) == 16 && alignment(x->a) == 16 &&
-         alignment(x->b) == 16 && alignment(x->c) == 16;
+         alignment(x->b) == 16 && alignment(x->c) == 16 && alignment(x->residual) == 16;
 }
 
 /* The plan of this shape, made if it is new. */
@@ -282,7 +283,7 @@ static plan *plan_for(cuda_blas *blas, const flap_matmul *x, const void *bias, c
   if (status == CUBLAS_STATUS_SUCCESS)
     status = choose_algorithm(blas, p);
   p->plain = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
-             (bias != NULL && !is_whole(x, bias));
+             ((bias != NULL || x->residual != NULL) && !is_whole(x, bias));
   if (status != CUBLAS_STATUS_SUCCESS && !p->plain) {
     *status_out = status;
     return p; /* not kept */
@@ -300,6 +301,12 @@ void cuda_matmul(flap_ops *ops, const flap_matmul *matmul) {
   cuda_blas *blas = cuda_state(ops)->blas;
   const cudaStream_t stream = cuda_stream(ops);
   flap_matmul x = *matmul;
+  if (x.bias != NULL && x.residual != NULL && x.c_dtype == FLAP_F32) { /* in c, where the bias is added to it */
+    if (x.residual != x.c)
+      cuda_copy_rows(ops, x.c, x.residual, (uint64_t)x.n * sizeof(float), x.m, (uint64_t)x.ldc * sizeof(float));
+    x.residual = NULL;
+    x.accumulate = true;
+  }
   if (x.bias != NULL && x.c_dtype == FLAP_F32) { /* added in fp32 beforehand, the same with any input type */
     cuda_bias_prepare(ops, x.dtype, x.c, x.bias, x.m, x.n, x.ldc, x.accumulate);
     x.accumulate = true;
@@ -317,10 +324,11 @@ void cuda_matmul(flap_ops *ops, const flap_matmul *matmul) {
   }
   if (x.bias != NULL)
     status = blas->description_set(&p->description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &x.bias, sizeof x.bias);
-  const float alpha = 1, beta = x.accumulate ? 1 : 0;
+  const float alpha = 1, beta = x.accumulate || x.residual != NULL ? 1 : 0;
+  const void *added = x.residual != NULL ? x.residual : x.c;
   if (status == CUBLAS_STATUS_SUCCESS)
     status =
-        blas->matmul(blas->handle, &p->description, &alpha, x.b, &p->first, x.a, &p->second, &beta, x.c, &p->result,
+        blas->matmul(blas->handle, &p->description, &alpha, x.b, &p->first, x.a, &p->second, &beta, added, &p->result,
                      x.c, &p->result, &p->algorithm, blas->workspace, CUDA_BLAS_WORKSPACE_BYTES, stream);
   if (status != CUBLAS_STATUS_SUCCESS)
     fail(ops, status);

@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(THREADS)
   row_gradient(row, vocabulary, all.maximum, log_sum, (uint32_t)target, loss_scale);
 }
 
-/* dweight += gradientᵀ x, then dx = gradient · weight: in this order, since dx may take the place of x. */
+/* dweight += (or =) gradientᵀ x, then dx = gradient · weight: in this order, since dx may take the place of x. */
 static void head_backward(flap_ops *ops, flap_dtype dtype, const void *gradient, uint32_t rows, uint32_t stride,
-                          void *dx, float *dweight, const void *x, const void *weight, uint32_t hidden,
-                          uint32_t vocabulary) {
+                          void *dx, float *dweight, bool accumulate, const void *x, const void *weight,
+                          uint32_t hidden, uint32_t vocabulary) {
   flap_matmul matmul = {};
   matmul.transpose = FLAP_TN;
   matmul.m = vocabulary;
@@ -140,7 +140,7 @@ static void head_backward(flap_ops *ops, flap_dtype dtype, const void *gradient,
   matmul.ldb = matmul.ldc = hidden;
   matmul.dtype = dtype;
   matmul.c_dtype = FLAP_F32;
-  matmul.accumulate = true;
+  matmul.accumulate = accumulate;
   cuda_matmul(ops, &matmul);
   matmul.transpose = FLAP_NN;
   matmul.m = rows;
@@ -152,7 +152,7 @@ static void head_backward(flap_ops *ops, flap_dtype dtype, const void *gradient,
   cuda_matmul(ops, &matmul);
 }
 
-void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
+void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate, const void *x,
                     const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count, uint32_t hidden,
                     uint32_t vocabulary) {
   const uint32_t chunk = chunk_rows(dtype, vocabulary), stride = logits_stride(vocabulary);
@@ -180,7 +180,7 @@ void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, fl
                                                                 vocabulary, stride, loss_scale, dx != nullptr));
     cuda_launched(ops, "cross-entropy");
     if (dx != nullptr)
-      head_backward(ops, dtype, logits, rows, stride, (unsigned char *)dx + token * row_bytes, dweight, x_rows, weight,
-                    hidden, vocabulary);
+      head_backward(ops, dtype, logits, rows, stride, (unsigned char *)dx + token * row_bytes, dweight,
+                    accumulate || token > 0, x_rows, weight, hidden, vocabulary);
   }
 }

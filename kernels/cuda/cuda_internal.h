@@ -96,9 +96,12 @@ void cuda_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const voi
 uint64_t cuda_norm_workspace_bytes(const flap_ops_limits *limits);
 void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void *sum_out, const void *x,
                   const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon);
-void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy, const void *x,
-                           const void *weight, const float *rstd, const void *dresidual, uint32_t token_count,
-                           uint32_t hidden);
+/* `rows` rows of row_bytes, both sides with the same stride. */
+void cuda_copy_rows(flap_ops *ops, void *to, const void *from, uint64_t row_bytes, uint32_t rows,
+                    uint64_t stride_bytes);
+void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                           const void *dy, const void *x, const void *weight, const float *rstd, const void *dresidual,
+                           uint32_t token_count, uint32_t hidden);
 
 /* ---- cuda_rows.cu ---- */
 
@@ -118,15 +121,16 @@ void cuda_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, u
                uint32_t first_position, uint32_t heads, uint32_t head_size, uint32_t ld, bool inverse);
 void cuda_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, const void *up, uint32_t token_count,
                  uint32_t intermediate, uint32_t ld);
-void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
-                          const void *gate, const void *up, uint32_t ld, uint32_t token_count, uint32_t intermediate);
+void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                          const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+                          uint32_t intermediate);
 
 /* ---- cuda_head.cu ---- */
 
 uint64_t cuda_head_workspace_bytes(const flap_ops_limits *limits);
-void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                    const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count, uint32_t hidden,
-                    uint32_t vocabulary);
+void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                    const void *x, const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
+                    uint32_t hidden, uint32_t vocabulary);
 
 /* ---- cuda_optimizer.cu ---- */
 

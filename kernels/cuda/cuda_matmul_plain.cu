@@ -34,6 +34,8 @@ template <typename T, typename C> __global__ void __launch_bounds__(TILE *ROWS) 
       continue;
     C *at = (C *)p.x.c + (uint64_t)row * p.x.ldc + column;
     float sum = sums[i] + (bias != nullptr ? to_float(bias[column]) : 0.0f);
+    if (p.x.residual != nullptr)
+      sum += to_float(((const C *)p.x.residual)[(uint64_t)row * p.x.ldc + column]);
     if (p.x.accumulate)
       sum += to_float(*at);
     *at = from_float<C>(sum);
@@ -56,6 +58,8 @@ void cuda_matmul_plain(flap_ops *ops, const flap_matmul *matmul) {
     p.x.m = cuda_min(rows_max, matmul->m - row);
     p.x.a = (const unsigned char *)matmul->a + row * p.a_row * a_bytes;
     p.x.c = (unsigned char *)matmul->c + (uint64_t)row * matmul->ldc * c_bytes;
+    if (matmul->residual != nullptr)
+      p.x.residual = (const unsigned char *)matmul->residual + (uint64_t)row * matmul->ldc * c_bytes;
     const dim3 grid((uint32_t)cuda_ceil(matmul->n, TILE), (uint32_t)cuda_ceil(p.x.m, TILE));
     if (matmul->c_dtype == FLAP_F32)
       CUDA_FOR_DTYPE(matmul->dtype, T, plain_kernel<T, float><<<grid, threads, 0, stream>>>(p));

@@ -90,7 +90,7 @@ template <typename T> __global__ void __launch_bounds__(FORWARD_THREADS) norm_fo
 /* ---- backward ---- */
 
 template <typename T> struct backward_arguments {
-  T *dx;
+  T *dx, *normalized;
   float *parts;
   const T *dy, *x, *weight, *dresidual;
   const float *rstd;
@@ -124,7 +124,8 @@ template <typename T> __device__ inline float row_product(float sum, const row_o
   return sum;
 }
 
-/* Writes dx of one group, and adds to its columns' gradient of the weight. */
+/* Writes dx of one group, and the normalised values if they are wanted, and adds to its columns' gradient of the weight.
+ */
 template <typename T>
 __device__ inline void backward_group(const backward_arguments<T> &a, float dweight[GROUP], uint64_t at, uint32_t valid,
                                       const row_operands<T> &row, const raw_group<T> &residual, const float w[GROUP],
@@ -134,9 +135,13 @@ __device__ inline void backward_group(const backward_arguments<T> &a, float dwei
   widen(x, row.x);
 #pragma unroll
   for (uint32_t i = 0; i < GROUP; ++i) {
-    dweight[i] += dy[i] * rounded<T>(x[i] * rstd);
+    const float scaled = rounded<T>(x[i] * rstd);
+    dweight[i] += dy[i] * scaled;
     out[i] = rstd * (dy[i] * w[i] - x[i] * mean);
+    x[i] = scaled * w[i];
   }
+  if (a.normalized != nullptr)
+    store_group(a.normalized + at, x, valid, a.vectors);
   if (a.dresidual != nullptr) {
     float added[GROUP];
     widen(added, residual);
@@ -313,13 +318,14 @@ static void launch_backward(const backward_arguments<T> &arguments, uint32_t par
     norm_backward_wide<T, 4><<<parts, threads, 0, stream>>>(arguments);
 }
 
-void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy, const void *x,
+void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out, const void *dy, const void *x,
                            const void *weight, const float *rstd, const void *dresidual, uint32_t token_count,
                            uint32_t hidden) {
   if (token_count == 0)
     return;
   const cudaStream_t stream = cuda_stream(ops);
-  const bool vectors = rows_aligned(dtype, dx_out, hidden) && rows_aligned(dtype, dy, hidden) &&
+  const bool vectors = rows_aligned(dtype, dx_out, hidden) && rows_aligned(dtype, normalized_out, hidden) &&
+                       rows_aligned(dtype, dy, hidden) &&
                        rows_aligned(dtype, x, hidden) && rows_aligned(dtype, weight, hidden) &&
                        rows_aligned(dtype, dresidual, hidden) && hidden % GROUP == 0;
   const uint32_t rows = (uint32_t)cuda_ceil(token_count, parts_max(hidden));
@@ -327,7 +333,7 @@ void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float 
   float *scratch = (float *)cuda_scratch(ops);
   flap_assert((uint64_t)parts * hidden * sizeof(float) <= cuda_scratch_bytes(ops));
   CUDA_FOR_DTYPE(dtype, T,
-                 launch_backward<T>({(T *)dx_out, scratch, (const T *)dy, (const T *)x, (const T *)weight,
+                 launch_backward<T>({(T *)dx_out, (T *)normalized_out, scratch, (const T *)dy, (const T *)x, (const T *)weight,
                                      (const T *)dresidual, rstd, token_count, hidden, rows, vectors},
                                     parts, stream));
   norm_fold<<<(uint32_t)cuda_ceil(hidden, FOLD_COLUMNS), dim3(FOLD_COLUMNS, FOLD_ROWS), 0, stream>>>(dweight, scratch,

@@ -75,6 +75,13 @@ static void cuda_copy(flap_ops *ops, void *to, const void *from, uint64_t bytes)
     cuda_check(ops, "copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_stream(ops)));
 }
 
+void cuda_copy_rows(flap_ops *ops, void *to, const void *from, uint64_t row_bytes, uint32_t rows,
+                    uint64_t stride_bytes) {
+  cuda_check(ops, "copy",
+             cudaMemcpy2DAsync(to, stride_bytes, from, stride_bytes, row_bytes, rows, cudaMemcpyDeviceToDevice,
+                               cuda_stream(ops)));
+}
+
 const flap_ops_table flap_ops_cuda_table = {
     .workspace_bytes = cuda_workspace_bytes,
     .open = cuda_open,

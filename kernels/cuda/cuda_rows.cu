@@ -283,7 +283,8 @@ __global__ void __launch_bounds__(THREADS) swiglu_kernel(T *out, const T *gate, 
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    swiglu_backward_kernel(T *dgate, T *dup, const T *dout, const T *gate, const T *up, const swiglu_arguments a) {
+    swiglu_backward_kernel(T *dgate, T *dup, T *out, const T *dout, const T *gate, const T *up,
+                           const swiglu_arguments a) {
   for (uint64_t group = blockIdx.x * (uint64_t)THREADS + threadIdx.x; group < a.groups;
        group += (uint64_t)gridDim.x * THREADS) {
     const swiglu_place p = place_of(a, group);
@@ -296,9 +297,13 @@ __global__ void __launch_bounds__(THREADS)
       const float power = 1.0f + expf(-x[i]);
       const float sigmoid = 1.0f / power, silu = x[i] / power;
       const float dgate_value = d[i] * u[i] * (sigmoid * (1.0f + x[i] * (1.0f - sigmoid)));
-      u[i] = d[i] * rounded<T>(silu);
+      const float dup_value = d[i] * rounded<T>(silu);
+      d[i] = rounded<T>(silu) * u[i];
+      u[i] = dup_value;
       x[i] = dgate_value;
     }
+    if (out != nullptr)
+      store_group(out + p.packed, d, p.valid, p.whole);
     store_group(dgate + p.strided_d, x, p.valid, p.whole);
     store_group(dup + p.strided_d, u, p.valid, p.whole);
   }
@@ -327,17 +332,18 @@ void cuda_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, c
   cuda_launched(ops, "swiglu");
 }
 
-void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, const void *dout,
+void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out, const void *dout,
                           const void *gate, const void *up, uint32_t ld, uint32_t token_count, uint32_t intermediate) {
   if (token_count == 0 || intermediate == 0)
     return;
   const cudaStream_t stream = cuda_stream(ops);
   swiglu_arguments a = swiglu_shape(token_count, intermediate, ld, ld_d);
   a.vectors = rows_aligned(dtype, dout, intermediate) && rows_aligned(dtype, gate, ld) && rows_aligned(dtype, up, ld) &&
-              rows_aligned(dtype, dgate, ld_d) && rows_aligned(dtype, dup, ld_d);
+              rows_aligned(dtype, dgate, ld_d) && rows_aligned(dtype, dup, ld_d) &&
+              rows_aligned(dtype, out, intermediate);
   CUDA_FOR_DTYPE(dtype, T,
                  swiglu_backward_kernel<T><<<grid_for(a.groups), THREADS, 0, stream>>>(
-                     (T *)dgate, (T *)dup, (const T *)dout, (const T *)gate, (const T *)up, a));
+                     (T *)dgate, (T *)dup, (T *)out, (const T *)dout, (const T *)gate, (const T *)up, a));
   cuda_launched(ops, "swiglu backward");
 }
 

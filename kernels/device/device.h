@@ -104,9 +104,9 @@ void flap_device_sim_kernel(flap_device *device, double flops, double bytes, boo
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);
 void flap_device_note_compute(flap_device *device, uint64_t ns);
 
-/* What is launched on the compute stream from here on bears this label for the observer, until the next one; 0: it hears
- * nothing of it. Only where launches are asynchronous (cuda) is anything told: elsewhere the caller can take the times.
- * Costs two events per label with work. */
+/* What is launched on the compute stream from here on bears this label for the observer, until the next one; 0: it
+ * hears nothing of it. Only where launches are asynchronous (cuda) is anything told: elsewhere the caller can take the
+ * times. Costs two events per label with work. */
 void flap_device_label_compute(flap_device *device, uint64_t label);
 
 /* Observes copies for the trace: called with start and end (flap_units_now_ns or virtual) of every copy, on the copying

@@ -34,7 +34,7 @@
 
 typedef struct slot {
   cudaEvent_t start, end; /* start: only where `timed` */
-  uint64_t bytes; /* of a copy; of the compute stream the label */
+  uint64_t bytes;         /* of a copy; of the compute stream the label */
   bool timed, notify;
 } slot;
 

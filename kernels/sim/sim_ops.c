@@ -31,7 +31,7 @@ static void sim_matmul(flap_ops *ops, const flap_matmul *x) {
   const double m = x->m, n = x->n, k = x->k;
   charge(ops, x->dtype, 2 * m * n * k,
          (m * k + n * k + (x->bias != NULL ? n : 0)) * size_of(x->dtype) +
-             m * n * size_of(x->c_dtype) * (x->accumulate ? 2 : 1));
+             m * n * size_of(x->c_dtype) * (x->accumulate || x->residual != NULL ? 2 : 1));
 }
 
 static void sim_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens,
@@ -70,13 +70,14 @@ static void sim_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd,
   charge(ops, dtype, 5 * elements, elements * size_of(dtype) * (residual != NULL ? 4 : 2) + 4.0 * token_count);
 }
 
-static void sim_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, const void *dy,
-                                 const void *x, const void *weight, const float *rstd, const void *dresidual,
-                                 uint32_t token_count, uint32_t hidden) {
+static void sim_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out,
+                                 const void *dy, const void *x, const void *weight, const float *rstd,
+                                 const void *dresidual, uint32_t token_count, uint32_t hidden) {
   (void)dx_out, (void)dweight, (void)dy, (void)x, (void)weight, (void)rstd;
   const double elements = (double)token_count * hidden;
   charge(ops, dtype, 12 * elements,
-         elements * size_of(dtype) * (dresidual != NULL ? 4 : 3) + 4.0 * token_count + 8.0 * hidden);
+         elements * size_of(dtype) * ((dresidual != NULL ? 4 : 3) + (normalized_out != NULL ? 1 : 0)) +
+             4.0 * token_count + 8.0 * hidden);
 }
 
 static void sim_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const void *b, uint64_t elements) {
@@ -99,12 +100,12 @@ static void sim_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *g
   charge(ops, dtype, 20 * elements, 3 * elements * size_of(dtype));
 }
 
-static void sim_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d,
+static void sim_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
                                 const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                                 uint32_t intermediate) {
   (void)dgate, (void)dup, (void)ld_d, (void)dout, (void)gate, (void)up, (void)ld;
   const double elements = (double)token_count * intermediate;
-  charge(ops, dtype, 26 * elements, 5 * elements * size_of(dtype));
+  charge(ops, dtype, 26 * elements, (out != NULL ? 6 : 5) * elements * size_of(dtype));
 }
 
 /* Query-key pairs under the causal mask. */
@@ -138,16 +139,16 @@ static void sim_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, con
          head_size * (2.0 * token_count * heads + 2.0 * positions * kv_heads) * size_of(dtype));
 }
 
-static void sim_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, const void *x,
-                          const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
-                          uint32_t hidden, uint32_t vocabulary) {
+static void sim_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
+                          const void *x, const void *weight, const int32_t *targets, float loss_scale,
+                          uint32_t token_count, uint32_t hidden, uint32_t vocabulary) {
   (void)losses, (void)dweight, (void)x, (void)weight, (void)targets, (void)loss_scale;
   const double tokens = token_count, logits = tokens * vocabulary, weights = (double)vocabulary * hidden;
   double flops = 2 * logits * hidden + 10 * logits;
   double bytes = (tokens * hidden + weights + 2 * logits) * size_of(dtype);
   if (dx != NULL) {
     flops += 4 * logits * hidden;
-    bytes += (2 * tokens * hidden + weights + 3 * logits) * size_of(dtype) + 8 * weights;
+    bytes += (2 * tokens * hidden + weights + 3 * logits) * size_of(dtype) + (accumulate ? 8 : 4) * weights;
   }
   charge(ops, dtype, flops, bytes);
 }

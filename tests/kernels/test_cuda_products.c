@@ -21,7 +21,7 @@ static void with_rig(int index, void (*body)(gpu_rig *g, rig_random *random)) {
 typedef struct product {
   flap_matmul matmul; /* without pointers */
   uint32_t gap;       /* elements between rows, of all operands */
-  bool bias, plain;
+  bool bias, residual, plain;
 } product;
 
 static void run(gpu_rig *g, const product *p, const flap_matmul *x) {
@@ -43,14 +43,18 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
   operand b = operand_normal(g, random, g->dtype, (uint64_t)(nt ? x->n : x->k) * x->ldb, 1, 0);
   operand bias = operand_normal(g, random, g->dtype, x->n, 1, 0);
   operand c = operand_normal(g, random, x->c_dtype, (uint64_t)x->m * x->ldc, 1, 0), again = operand_copy(&c, 0);
+  operand residual = operand_copy(&c, 0);
   flap_matmul on_gpu = *x, on_cpu = *x;
   on_gpu.a = a.gpu, on_gpu.b = b.gpu, on_gpu.bias = p.bias ? bias.gpu : NULL;
   on_cpu.a = a.cpu, on_cpu.b = b.cpu, on_cpu.bias = p.bias ? bias.cpu : NULL;
   on_cpu.dtype = g->oracle;
   on_cpu.c_dtype = x->c_dtype == FLAP_F16 ? FLAP_F32 : x->c_dtype;
   on_gpu.c = again.gpu;
+  on_gpu.residual = p.residual ? again.gpu : NULL;
+  on_cpu.residual = p.residual ? residual.cpu : NULL;
   run(g, &p, &on_gpu);
   on_gpu.c = c.gpu;
+  on_gpu.residual = p.residual ? residual.gpu : NULL;
   run(g, &p, &on_gpu);
   operands_equal("product, again", &c, &again);
   on_cpu.c = c.cpu;
@@ -67,9 +71,12 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
                  : nt ? "NT"
                       : "NN",
                  x->m, x->n, x->k, p.gap, flap_dtype_name(x->c_dtype), p.bias ? ", bias" : "",
-                 x->accumulate ? ", +=" : "");
+                 x->accumulate ? ", +="
+                 : p.residual  ? ", residual"
+                               : "");
   operand_near(what, &c, rounding + 1e-6 + 0x1p-22 * sqrt(x->k), 1e-6 + 0x1p-22 * x->k);
   operand_free(&a), operand_free(&b), operand_free(&bias), operand_free(&c), operand_free(&again);
+  operand_free(&residual);
 }
 
 static product random_product(const gpu_rig *g, rig_random *random, uint32_t round) {
@@ -85,6 +92,7 @@ static product random_product(const gpu_rig *g, rig_random *random, uint32_t rou
   p.matmul.c_dtype = rig_between(random, 0, 1) == 0 ? g->dtype : FLAP_F32;
   p.matmul.accumulate = p.matmul.c_dtype == FLAP_F32 && rig_between(random, 0, 1) == 0;
   p.bias = rig_between(random, 0, 2) == 0;
+  p.residual = !p.matmul.accumulate && rig_between(random, 0, 1) == 0;
   return p;
 }
 
@@ -122,6 +130,7 @@ static void biases(gpu_rig *g, rig_random *random) {
     p.matmul.k = round % 5 == 0 ? 4096 : 8 * rig_between(random, 1, 100);
     p.matmul.c_dtype = g->dtype;
     p.gap = round % 7 == 6 ? 1 : round % 2 * 8;
+    p.residual = round % 3 == 1;
     if (p.matmul.transpose == FLAP_TN)
       p.matmul.m = (p.matmul.m + 7) / 8 * 8;
     check_product(g, random, p);
@@ -189,17 +198,17 @@ static void check_head(gpu_rig *g, rig_random *random, uint32_t tokens, uint32_t
     losses[i] = operand_empty(g, FLAP_F32, tokens, 0);
     dx[i] = operand_copy(&x, 0);
     dweight[i] = operand_copy(&before, 0);
-    flap_ops_head_loss(g->ops, dtype, losses[i].gpu, dx[i].gpu, dweight[i].gpu, i == 0 ? x.gpu : dx[i].gpu, weight.gpu,
-                       targets.gpu, 0.25f, tokens, hidden, vocabulary);
+    flap_ops_head_loss(g->ops, dtype, losses[i].gpu, dx[i].gpu, dweight[i].gpu, true, i == 0 ? x.gpu : dx[i].gpu,
+                       weight.gpu, targets.gpu, 0.25f, tokens, hidden, vocabulary);
   }
-  flap_ops_head_loss(g->ops, dtype, loss_only.gpu, NULL, NULL, x.gpu, weight.gpu, targets.gpu, 1, tokens, hidden,
+  flap_ops_head_loss(g->ops, dtype, loss_only.gpu, NULL, NULL, false, x.gpu, weight.gpu, targets.gpu, 1, tokens, hidden,
                      vocabulary);
   operands_equal("losses without a backward", &losses[0], &loss_only);
   operands_equal("losses, again", &losses[0], &losses[1]);
   operands_equal("dx, again", &dx[0], &dx[1]);
   operands_equal("dweight, again", &dweight[0], &dweight[1]);
-  flap_ops_head_loss(g->cpu.ops, g->oracle, losses[0].cpu, dx[0].cpu, dweight[0].cpu, x.cpu, weight.cpu, ids, 0.25f,
-                     tokens, hidden, vocabulary);
+  flap_ops_head_loss(g->cpu.ops, g->oracle, losses[0].cpu, dx[0].cpu, dweight[0].cpu, true, x.cpu, weight.cpu, ids,
+                     0.25f, tokens, hidden, vocabulary);
   /* A logit of up to 8 may be rounded the other way, which moves its probability by as much. */
   const double step = dtype == FLAP_F32 ? 1e-6 : 8 * gpu_ulp(dtype);
   operand_near("losses", &losses[0], 1e-5, 1e-5 + step);

@@ -80,7 +80,11 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
   operand dweight = operand_normal(g, random, FLAP_F32, hidden, 1, 0);
   operand rstd = operand_empty(g, FLAP_F32, tokens, 0), out = operand_empty(g, dtype, count, 0);
   flap_ops_rmsnorm(g->cpu.ops, g->oracle, out.cpu, rstd.cpu, NULL, x.cpu, NULL, weight.cpu, tokens, hidden, 1e-5f);
-  operand rstd_in = operand_of(g, FLAP_F32, rstd.cpu, tokens);
+  operand rstd_in = operand_of(g, FLAP_F32, rstd.cpu, tokens), rstd_gpu = operand_empty(g, FLAP_F32, tokens, 0);
+  operand normalized = operand_empty(g, dtype, count, 0);
+  flap_ops_rmsnorm(g->ops, dtype, normalized.gpu, rstd_gpu.gpu, NULL, x.gpu, NULL, weight.gpu, tokens, hidden, 1e-5f);
+  operand_free(&rstd_in);
+  rstd_in = rstd_gpu; /* with its own statistics the forward's result comes again to the bit */
   operand dx[3], dw[3];
   for (uint32_t run = 0; run < 3; ++run) {
     const uint32_t shift = run == 2 ? 1 : 0;
@@ -88,8 +92,11 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
     operand x_run = operand_copy(&x, shift), empty = operand_empty(g, dtype, count, shift);
     dw[run] = operand_copy(&dweight, shift);
     dx[run] = place == 0 ? empty : place == 1 ? residual_run : dy_run;
-    flap_ops_rmsnorm_backward(g->ops, dtype, dx[run].gpu, dw[run].gpu, dy_run.gpu, x_run.gpu, weight.gpu, rstd_in.gpu,
-                              place == 0 ? NULL : residual_run.gpu, tokens, hidden);
+    operand again = operand_empty(g, dtype, count, shift);
+    flap_ops_rmsnorm_backward(g->ops, dtype, dx[run].gpu, dw[run].gpu, place == 1 ? dy_run.gpu : again.gpu, dy_run.gpu,
+                              x_run.gpu, weight.gpu, rstd_in.gpu, place == 0 ? NULL : residual_run.gpu, tokens, hidden);
+    operands_equal("normalised, again", &normalized, place == 1 ? &dy_run : &again);
+    operand_free(&again);
     operands_equal("dx, again", &dx[0], &dx[run]);
     operands_equal("dweight, again", &dw[0], &dw[run]);
     if (place != 0)
@@ -100,7 +107,7 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
       operand_free(&dy_run);
     operand_free(&x_run);
   }
-  flap_ops_rmsnorm_backward(g->cpu.ops, g->oracle, dx[0].cpu, dw[0].cpu, place == 2 ? dx[0].cpu : dy.cpu, x.cpu,
+  flap_ops_rmsnorm_backward(g->cpu.ops, g->oracle, dx[0].cpu, dw[0].cpu, NULL, place == 2 ? dx[0].cpu : dy.cpu, x.cpu,
                             weight.cpu, rstd.cpu,
                             place == 0   ? NULL
                             : place == 1 ? dx[0].cpu
@@ -113,7 +120,7 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
   for (uint32_t run = 0; run < 3; ++run)
     operand_free(&dx[run]), operand_free(&dw[run]);
   operand_free(&x), operand_free(&weight), operand_free(&dy), operand_free(&residual), operand_free(&dweight);
-  operand_free(&rstd), operand_free(&out), operand_free(&rstd_in);
+  operand_free(&rstd), operand_free(&out), operand_free(&rstd_in), operand_free(&normalized);
 }
 
 static void norm_backward(gpu_rig *g, rig_random *random) {
@@ -182,15 +189,18 @@ static void check_swiglu(gpu_rig *g, rig_random *random, uint32_t tokens, uint32
     flap_ops_swiglu(g->ops, dtype, out[run].gpu, gate, gate + width * bytes, tokens, width, ld);
     if (in_place)
       gate = dgate;
-    flap_ops_swiglu_backward(g->ops, dtype, dgate, dgate + width * bytes, ld, dout.gpu, gate, gate + width * bytes, ld,
-                             tokens, width);
+    operand dout_run = operand_copy(&dout, run), again = operand_empty(g, dtype, count, run);
+    flap_ops_swiglu_backward(g->ops, dtype, dgate, dgate + width * bytes, ld, in_place ? dout_run.gpu : again.gpu,
+                             dout_run.gpu, gate, gate + width * bytes, ld, tokens, width);
+    operands_equal("the forward, again", &out[run], in_place ? &dout_run : &again);
+    operand_free(&dout_run), operand_free(&again);
     operand_free(&in);
   }
   operands_equal("out at an odd address", &out[0], &out[1]);
   operands_equal("dgate and dup at odd addresses", &dboth[0], &dboth[1]);
   unsigned char *gate = both.cpu, *dgate = dboth[0].cpu;
   flap_ops_swiglu(g->cpu.ops, g->oracle, out[0].cpu, gate, gate + width * oracle_bytes, tokens, width, ld);
-  flap_ops_swiglu_backward(g->cpu.ops, g->oracle, dgate, dgate + width * oracle_bytes, ld, dout.cpu, gate,
+  flap_ops_swiglu_backward(g->cpu.ops, g->oracle, dgate, dgate + width * oracle_bytes, ld, NULL, dout.cpu, gate,
                            gate + width * oracle_bytes, ld, tokens, width);
   const double ulp = gpu_ulp(dtype);
   operand_near("out", &out[0], 3 * ulp, 1e-6);

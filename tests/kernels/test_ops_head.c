@@ -52,9 +52,10 @@ static void check_head(rig rigs[RIG_THREADS_MAX], rig_random *random, flap_dtype
     dweight[t] = rig_copy(before, w_count * 4);
     losses[t] = rig_bytes(tokens * 4);
     float *loss_only = rig_bytes(tokens * 4);
-    flap_ops_head_loss(rigs[t].ops, dtype, loss_only, NULL, NULL, x, weight, targets, 1, tokens, hidden, vocabulary);
+    flap_ops_head_loss(rigs[t].ops, dtype, loss_only, NULL, NULL, false, x, weight, targets, 1, tokens, hidden,
+                       vocabulary);
     /* With one thread dx is another place than x, else the same. */
-    flap_ops_head_loss(rigs[t].ops, dtype, losses[t], dx[t], dweight[t], t == 0 ? x : dx[t], weight, targets,
+    flap_ops_head_loss(rigs[t].ops, dtype, losses[t], dx[t], dweight[t], true, t == 0 ? x : dx[t], weight, targets,
                        (float)scale, tokens, hidden, vocabulary);
     rig_same("losses with and without backward", losses[t], loss_only, tokens * 4);
     rig_same("losses", losses[0], losses[t], tokens * 4);
@@ -62,6 +63,17 @@ static void check_head(rig rigs[RIG_THREADS_MAX], rig_random *random, flap_dtype
     rig_same("dweight", dweight[0], dweight[t], w_count * 4);
     free(loss_only);
   }
+  /* Without accumulation: what adding to zeros gives, whatever was there. */
+  float *fresh = rig_bytes(w_count * 4), *zeros = rig_bytes(w_count * 4);
+  memset(fresh, 0xff, w_count * 4);
+  memset(zeros, 0, w_count * 4);
+  flap_ops_head_loss(rigs[0].ops, dtype, losses[0], dx[0], fresh, false, x, weight, targets, (float)scale, tokens,
+                     hidden, vocabulary);
+  flap_ops_head_loss(rigs[0].ops, dtype, losses[0], dx[0], zeros, true, x, weight, targets, (float)scale, tokens,
+                     hidden, vocabulary);
+  for (uint64_t i = 0; i < w_count; ++i)
+    ck_assert_msg(fresh[i] == zeros[i], "dweight %llu without accumulation", (unsigned long long)i);
+  free(fresh), free(zeros);
   head_case h = {.tokens = tokens, .hidden = hidden, .vocabulary = vocabulary, .targets = targets, .dtype = dtype};
   h.x = rig_doubles(dtype, x, x_count);
   h.weight = rig_doubles(dtype, weight, w_count);
@@ -134,7 +146,7 @@ static void rounded(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   float losses[9];
   for (uint32_t i = 0; i < tokens; ++i)
     targets[i] = (int32_t)i * 5;
-  flap_ops_head_loss(rigs[0].ops, dtype, losses, NULL, NULL, x, weight, targets, 1, tokens, hidden, vocabulary);
+  flap_ops_head_loss(rigs[0].ops, dtype, losses, NULL, NULL, false, x, weight, targets, 1, tokens, hidden, vocabulary);
   for (uint32_t i = 0; i < tokens; ++i) {
     double sum = 0, at_target = 0;
     for (uint32_t j = 0; j < vocabulary; ++j) {

@@ -10,7 +10,7 @@ typedef struct shape {
   flap_transpose transpose;
   uint32_t m, n, k;
   flap_dtype dtype, c_dtype;
-  bool accumulate, bias;
+  bool accumulate, bias, residual;
   uint32_t pad; /* added to every row stride */
 } shape;
 
@@ -48,6 +48,8 @@ static void check_matmul(rig rigs[RIG_THREADS_MAX], rig_random *random, const sh
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     c[t] = rig_copy(c_before, c_bytes);
     x.c = c[t];
+    if (s->residual) /* in the place of the result, too */
+      x.residual = t % 2 == 1 ? c[t] : c_before;
     flap_ops_matmul(rigs[t].ops, &x);
     rig_same("c of several threads", c[0], c[t], c_bytes);
   }
@@ -58,7 +60,7 @@ static void check_matmul(rig rigs[RIG_THREADS_MAX], rig_random *random, const sh
       const uint64_t at = (uint64_t)i * x.ldc + j;
       double magnitude, want = expected(s, &x, a64, b64, i, j, &magnitude);
       want += s->bias ? rig_at(s->dtype, bias, j) : 0;
-      want += s->accumulate ? rig_at(s->c_dtype, c_before, at) : 0;
+      want += s->accumulate || s->residual ? rig_at(s->c_dtype, c_before, at) : 0;
       rig_near("c", at, rig_at(s->c_dtype, c[0], at), want, rig_ulp(s->c_dtype),
                1e-6 + 0x1p-23 * magnitude * sqrt((double)s->k));
     }
@@ -85,6 +87,7 @@ static void random_shapes(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
     s.k = rig_between(&random, 1, 300);
     s.accumulate = s.c_dtype == FLAP_F32 && rig_between(&random, 0, 1) == 1;
     s.bias = rig_between(&random, 0, 1) == 1;
+    s.residual = !s.accumulate && rig_between(&random, 0, 1) == 1;
     s.pad = rig_between(&random, 0, 1) * rig_between(&random, 1, 9);
     check_matmul(rigs, &random, &s);
   }

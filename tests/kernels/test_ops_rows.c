@@ -108,11 +108,19 @@ static void check_norm_backward(rig rigs[RIG_THREADS_MAX], rig_random *random, f
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     void *dx_t = place == 1 ? rig_copy(dresidual, bytes) : place == 2 ? rig_copy(dy, bytes) : rig_bytes(bytes);
     float *dweight_t = rig_copy(dweight_before, hidden * 4);
-    flap_ops_rmsnorm_backward(rigs[t].ops, dtype, dx_t, dweight_t, place == 2 ? dx_t : dy, x, weight, rstd,
+    void *dy_t = place == 2 ? dx_t : rig_copy(dy, bytes), *again = place == 1 ? dy_t : rig_bytes(bytes);
+    flap_ops_rmsnorm_backward(rigs[t].ops, dtype, dx_t, dweight_t, t % 2 == 0 || place == 1 ? again : NULL, dy_t, x,
+                              weight, rstd,
                               place == 0   ? NULL
                               : place == 1 ? dx_t
                                            : dresidual,
                               tokens, hidden);
+    if (t % 2 == 0 || place == 1)
+      rig_same("normalised again", again, out, bytes);
+    if (again != dy_t)
+      free(again);
+    if (dy_t != dx_t)
+      free(dy_t);
     keep_first("dx", &dx, dx_t, bytes, t);
     keep_first("dweight", &dweight, dweight_t, hidden * 4, t);
   }
@@ -264,9 +272,15 @@ static void swiglu(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
     for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
       void *out_t = rig_bytes(packed * size), *dgate_t = rig_copy(gate, count * size),
            *dup_t = rig_copy(up, count * size);
+      void *dout_t = rig_copy(dout, packed * size), *again = round % 4 < 2 ? dout_t : rig_bytes(packed * size);
       flap_ops_swiglu(rigs[t].ops, dtype, out_t, gate, up, tokens, width, ld);
-      flap_ops_swiglu_backward(rigs[t].ops, dtype, dgate_t, dup_t, ld, dout, round % 2 ? gate : dgate_t,
-                               round % 2 ? up : dup_t, ld, tokens, width);
+      flap_ops_swiglu_backward(rigs[t].ops, dtype, dgate_t, dup_t, ld, round == 7 ? NULL : again, dout_t,
+                               round % 2 ? gate : dgate_t, round % 2 ? up : dup_t, ld, tokens, width);
+      if (round != 7)
+        rig_same("the forward again", again, out_t, packed * size);
+      if (again != dout_t)
+        free(again);
+      free(dout_t);
       keep_first("out", &out, out_t, packed * size, t);
       keep_first("dgate", &dgate, dgate_t, count * size, t);
       keep_first("dup", &dup, dup_t, count * size, t);
@@ -318,7 +332,7 @@ START_TEST(swiglu_extreme_gates_stay_finite) {
   float gate[6] = {-1e30f, -200.0f, -88.0f, 0.0f, 88.0f, 1e30f}, up[6] = {1, 1, 1, 1, 1, 1}, out[6];
   float dgate[6], dup[6];
   flap_ops_swiglu(r.ops, FLAP_F32, out, gate, up, 1, 6, 6);
-  flap_ops_swiglu_backward(r.ops, FLAP_F32, dgate, dup, 6, up, gate, up, 6, 1, 6);
+  flap_ops_swiglu_backward(r.ops, FLAP_F32, dgate, dup, 6, NULL, up, gate, up, 6, 1, 6);
   for (uint32_t i = 0; i < 6; ++i) {
     rig_near("out", i, (double)out[i], gate[i] > 0 ? (double)gate[i] : 0, 1e-6, 1e-30);
     ck_assert_msg(isfinite(dgate[i]) && isfinite(dup[i]), "gradient %u is not finite", i);

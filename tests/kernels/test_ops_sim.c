@@ -108,13 +108,13 @@ START_TEST(sim_every_operation_takes_time_and_touches_nothing) {
   CHARGES(flap_ops_embedding(s.ops, FLAP_BF16, a, tokens, b, 1000, 1000));
   CHARGES(flap_ops_embedding_backward(s.ops, FLAP_BF16, a, tokens, tokens, b, 1000, 1000));
   CHARGES(flap_ops_rmsnorm(s.ops, FLAP_BF16, a, b, c, d, d, a, 1000, 1000, 1e-5f));
-  CHARGES(flap_ops_rmsnorm_backward(s.ops, FLAP_BF16, a, b, c, d, a, b, c, 1000, 1000));
+  CHARGES(flap_ops_rmsnorm_backward(s.ops, FLAP_BF16, a, b, NULL, c, d, a, b, c, 1000, 1000));
   CHARGES(flap_ops_add(s.ops, FLAP_BF16, a, b, c, 1000000));
   CHARGES(flap_ops_rope(s.ops, FLAP_BF16, a, b, 1000, 100, 0, 8, 64, 512, false));
   CHARGES(flap_ops_swiglu(s.ops, FLAP_BF16, a, b, c, 1000, 1000, 1000));
-  CHARGES(flap_ops_swiglu_backward(s.ops, FLAP_BF16, a, b, 1000, c, a, b, 1000, 1000, 1000));
-  CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, NULL, NULL, b, c, tokens, 1, 1000, 100, 1000));
-  CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, b, c, d, a, tokens, 1, 1000, 100, 1000));
+  CHARGES(flap_ops_swiglu_backward(s.ops, FLAP_BF16, a, b, 1000, NULL, c, a, b, 1000, 1000, 1000));
+  CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, NULL, NULL, false, b, c, tokens, 1, 1000, 100, 1000));
+  CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, b, c, true, d, a, tokens, 1, 1000, 100, 1000));
   CHARGES(flap_ops_gradient_store(s.ops, FLAP_BF16, a, b, c, FLAP_OPS_BLOCK * 100));
   CHARGES(flap_ops_adamw(s.ops, &scalars, FLAP_BF16, FLAP_BF16, a, b, c, d, a, nowhere(6), nowhere(7),
                          FLAP_OPS_BLOCK * 100));

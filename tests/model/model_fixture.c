@@ -329,10 +329,10 @@ double fixture_backward(model_fixture *fixture, float loss_scale) {
   uint32_t layers = fixture->config.num_hidden_layers;
   flap_model_head_loss(&fixture->run, fixture->weights[FLAP_PART_HEAD][0], fixture_projection(fixture),
                        fixture->x[layers], fixture->targets, loss_scale, fixture->losses, fixture->dx,
-                       fixture->gradients[FLAP_PART_HEAD][0], fixture_projection_gradient(fixture));
+                       fixture->gradients[FLAP_PART_HEAD][0], fixture_projection_gradient(fixture), !fixture->fresh);
   for (uint32_t i = layers; i-- > 0;)
     flap_model_layer_backward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], fixture->saved[i],
-                              fixture->dx, fixture->gradients[FLAP_PART_LAYER][i]);
+                              fixture->dx, fixture->gradients[FLAP_PART_LAYER][i], !fixture->fresh);
   flap_model_embed_backward(&fixture->run, fixture->tokens, fixture->order, fixture->dx,
                             fixture->gradients[FLAP_PART_EMBEDDING][0]);
   double sum = 0;

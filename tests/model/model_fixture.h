@@ -37,6 +37,7 @@ typedef struct model_fixture {
   void *dx;
   float *losses, *logits;
   int32_t *tokens, *targets, *order;
+  bool fresh; /* fixture_backward writes sums instead of adding to them */
 } model_fixture;
 
 /* Fills the table's fields from the config.json of a folder, as the family's keys say, and finishes the configuration.

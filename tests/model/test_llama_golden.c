@@ -113,7 +113,7 @@ START_TEST(logits_and_loss_agree_with_pytorch) {
 
   /* Losses only, without any gradient. */
   flap_model_head_loss(&fixture.run, fixture.weights[FLAP_PART_HEAD][0], fixture_projection(&fixture),
-                       fixture.x[layers], fixture.targets, 1.0f, fixture.losses, NULL, NULL, NULL);
+                       fixture.x[layers], fixture.targets, 1.0f, fixture.losses, NULL, NULL, NULL, false);
   double sum = 0;
   uint32_t counted = 0;
   for (uint32_t i = 0; i < recorded.batch * recorded.sequence; i++) {

@@ -121,13 +121,45 @@ START_TEST(threads_leave_the_same_bits) {
 }
 END_TEST
 
+/* ---- the first micro-batch ------------------------------------------------------------------------------- */
+
+/* Without accumulation a backward gives what adding to zeros gives, whatever was in the sums; gaps become zero. Only
+ * the embedding's own backward adds always: its sums are poisoned where the head writes them first. */
+static void poison_gradients(const model_fixture *f) {
+  for (int part = 0; part < FLAP_PART_COUNT; part++)
+    for (uint32_t i = 0; i < layers_of((flap_part)part, &f->config); i++)
+      if (part != FLAP_PART_EMBEDDING || f->config.tie_word_embeddings)
+        memset(f->gradients[part][i], 0xff, flap_model_part_elements(&f->config, (flap_part)part) * sizeof(float));
+}
+
+START_TEST(first_backward_equals_adding_to_zeros) {
+  random_case chosen = make_case((uint32_t)_i, _i % 2 ? FLAP_F32 : FLAP_BF16);
+  model_fixture zeros, fresh;
+  open_case(&zeros, &chosen, 2, 7);
+  open_case(&fresh, &chosen, 2, 7);
+  fixture_forward(&zeros);
+  fixture_forward(&fresh);
+  poison_gradients(&fresh);
+  fresh.fresh = true;
+  ck_assert_double_eq(fixture_backward(&zeros, 0.5f), fixture_backward(&fresh, 0.5f));
+  for (int part = 0; part < FLAP_PART_COUNT; part++)
+    for (uint32_t i = 0; i < layers_of((flap_part)part, &zeros.config); i++)
+      for (uint64_t j = 0; j < flap_model_part_elements(&zeros.config, (flap_part)part); j++)
+        ck_assert_msg(zeros.gradients[part][i][j] == fresh.gradients[part][i][j],
+                      "case %d: part %d, sum %llu: %g, not %g", _i, part, (unsigned long long)j,
+                      (double)fresh.gradients[part][i][j], (double)zeros.gradients[part][i][j]);
+  fixture_close(&zeros);
+  fixture_close(&fresh);
+}
+END_TEST
+
 /* ---- finite differences ---------------------------------------------------------------------------------- */
 
 static double loss_of(model_fixture *fixture) {
   fixture_forward(fixture);
   flap_model_head_loss(&fixture->run, fixture->weights[FLAP_PART_HEAD][0], fixture_projection(fixture),
                        fixture->x[fixture->config.num_hidden_layers], fixture->targets, 1.0f, fixture->losses, NULL,
-                       NULL, NULL);
+                       NULL, NULL, false);
   double sum = 0;
   for (uint32_t i = 0; i < fixture->shape.batch * fixture->shape.sequence; i++)
     sum += fixture->losses[i];
@@ -279,10 +311,12 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
   CHECK_CHARGE(layer_flops, 0.02, flap_model_layer_forward(run, layer, x, saved, y));
   CHECK_CHARGE(layer_flops - down, 0.02, flap_model_layer_forward(run, layer, x, saved, NULL));
   /* Two matmuls for each of the forward's, and 5 passes over attention's squares for its 2. */
-  CHECK_CHARGE(2 * layer_flops + 0.5 * attention, 0.02, flap_model_layer_backward(run, layer, x, saved, dx, dlayer));
-  CHECK_CHARGE(head_flops, 0.05, flap_model_head_loss(run, head, projection, x, targets, 1, losses, NULL, NULL, NULL));
+  CHECK_CHARGE(2 * layer_flops + 0.5 * attention, 0.02,
+               flap_model_layer_backward(run, layer, x, saved, dx, dlayer, true));
+  CHECK_CHARGE(head_flops, 0.05,
+               flap_model_head_loss(run, head, projection, x, targets, 1, losses, NULL, NULL, NULL, false));
   CHECK_CHARGE(3 * head_flops, 0.05,
-               flap_model_head_loss(run, head, projection, x, targets, 1, losses, dx, dhead, dprojection));
+               flap_model_head_loss(run, head, projection, x, targets, 1, losses, dx, dhead, dprojection, true));
   CHECK_CHARGE(head_flops / tokens, 0.01, flap_model_logits(run, head, projection, x, 3, fixture.logits));
   CHECK_CHARGE((layer_flops - attention) / tokens, 0.02,
                flap_model_layer_decode(run, layer, x, saved, cache, fixture.cache_positions, 1, 0));
@@ -298,6 +332,7 @@ int main(void) {
   tcase_set_timeout(tests, 120);
   tcase_add_loop_test(tests, recompute_leaves_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, threads_leave_the_same_bits, 0, CASES);
+  tcase_add_loop_test(tests, first_backward_equals_adding_to_zeros, 0, CASES);
   tcase_add_loop_test(tests, gradients_agree_with_finite_differences, 0, CASES);
   tcase_add_loop_test(tests, decode_follows_the_full_forward, 0, CASES);
   tcase_add_test(tests, sim_charges_the_flops_that_the_family_promises);
