@@ -38,8 +38,7 @@ const char *flap_model_architecture(const flap_family *family) {
 }
 
 const flap_model_key *flap_model_keys(const flap_family *family, uint32_t *count_out) {
-  *count_out = family->key_count;
-  return family->keys;
+  return family->keys(count_out);
 }
 
 flap_status flap_model_finish_config(flap_model_config *config) {

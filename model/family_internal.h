@@ -15,9 +15,8 @@
 struct flap_family {
   const char *name; /* the `model_type` */
   const char *architecture;
-  const flap_model_key *keys;
-  uint32_t key_count;
 
+  const flap_model_key *(*keys)(uint32_t *count_out);
   flap_status (*finish_config)(flap_model_config *config);
   /* Names, shapes, initial values and decay; family.c fills in `elements` and `offset`. */
   uint32_t (*tensors)(const flap_model_config *config, flap_part part, uint32_t layer, flap_model_tensor *tensors_out);
