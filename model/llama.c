@@ -10,7 +10,8 @@
  *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
  *      last time before it writes the gradients of q, k and v there (where they fit).
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
- *      shapes: each one's size is a multiple of FLAP_OPS_BLOCK elements.
+ *      shapes: each one's size is a multiple of FLAP_OPS_BLOCK elements. Their biases are then put side by side in the
+ *      workspace, which changes no value: a bias is added in fp32, before the one rounding, either way.
  */
 #include "model/llama_internal.h"
 
@@ -190,6 +191,7 @@ static double llama_forward_flops(const flap_model_config *config, const flap_mo
  * the next comes: normalised inputs, silu(gate)·up and its gradient, the gradient of attention. */
 typedef struct llama_workspace {
   uint64_t rstd;   /* (T) fp32 */
+  uint64_t bias;   /* (qkv), where q, k and v have biases: these side by side, as one product wants them */
   uint64_t first;  /* (T, max(D, F, HQ·HD)) */
   uint64_t second; /* (T, D), while `first` holds no more than that */
   uint64_t dqkv;   /* (T, qkv), beside `first` and `second`; unused where the saved gate and up are wide enough */
@@ -207,7 +209,9 @@ static llama_workspace workspace_of(const flap_model_config *config, const flap_
   uint64_t hidden = flap_units_round_up(row * dims.d, FLAP_MODEL_ALIGN);
   uint64_t inner = flap_units_round_up(row * dims.f, FLAP_MODEL_ALIGN);
   uint64_t heads = flap_units_round_up(row * dims.q, FLAP_MODEL_ALIGN);
-  llama_workspace space = {.rstd = 0, .first = flap_units_round_up(tokens * sizeof(float), FLAP_MODEL_ALIGN)};
+  uint64_t bias = config->attention_bias ? dims.qkv * flap_dtype_bytes(shape->dtype) : 0;
+  llama_workspace space = {.rstd = 0, .bias = flap_units_round_up(tokens * sizeof(float), FLAP_MODEL_ALIGN)};
+  space.first = space.bias + flap_units_round_up(bias, FLAP_MODEL_ALIGN);
   space.second = space.first + hidden;
   space.dqkv = space.first + (2 * hidden > heads ? 2 * hidden : heads);
   space.bytes = space.dqkv;
@@ -236,6 +240,7 @@ typedef struct llama_layer {
   bool accumulate;              /* dweights += */
   uint64_t offset[LLAMA_ROLES]; /* of each tensor, in elements; UINT64_MAX for absent ones */
   void *first, *second, *dqkv;  /* workspace */
+  char *bias;                   /* workspace too */
   char *qkv, *gate_up;          /* saved block */
   void *attention, *residual;
   float *lse, *rstd; /* of the scores; (2, T): of the input's norm, then of the other */
@@ -268,6 +273,7 @@ static llama_layer open_layer(const flap_model_run *run, const void *weights, vo
 
   llama_workspace space = workspace_of(config, &run->shape);
   char *workspace = run->workspace;
+  layer.bias = workspace + space.bias;
   layer.first = workspace + space.first;
   layer.second = workspace + space.second;
   layer.dqkv = dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
@@ -300,7 +306,7 @@ typedef struct llama_group {
 } llama_group;
 
 static llama_group open_group(const llama_layer *layer, llama_role first, uint32_t count) {
-  llama_group group = {.role = first, .count = count, .fused = count == 1 || !has_bias(layer, first)};
+  llama_group group = {.role = first, .count = count, .fused = true};
   for (uint32_t i = 0; i < count; i++) {
     uint32_t outputs;
     role_shape(&layer->dims, first + i, &outputs, &group.inputs);
@@ -311,33 +317,56 @@ static llama_group open_group(const llama_layer *layer, llama_role first, uint32
   return group;
 }
 
-/* One matmul over the group's member `index`, or over all of it. */
+/* A run of the group's outputs: of one projection, or of one matmul. */
 typedef struct llama_member {
   llama_role role;
   uint32_t outputs, column;
 } llama_member;
 
-static uint32_t member_count(const llama_group *group) {
-  return group->fused ? 1 : group->count;
-}
-
-static llama_member member_of(const llama_layer *layer, const llama_group *group, uint32_t index) {
-  llama_member member = {.role = group->role, .outputs = group->outputs};
-  if (group->fused)
-    return member;
+/* The group's projection `index`. */
+static llama_member projection_of(const llama_layer *layer, const llama_group *group, uint32_t index) {
+  llama_member member = {0};
   for (uint32_t i = 0; i <= index; i++) {
     uint32_t inputs;
-    if (i > 0)
-      member.column += member.outputs;
+    member.column += member.outputs;
     member.role = group->role + i;
     role_shape(&layer->dims, member.role, &member.outputs, &inputs);
   }
   return member;
 }
 
+/* Matmuls, each over one projection or over all. */
+static uint32_t member_count(const llama_group *group) {
+  return group->fused ? 1 : group->count;
+}
+
+static llama_member member_of(const llama_layer *layer, const llama_group *group, uint32_t index) {
+  if (!group->fused)
+    return projection_of(layer, group, index);
+  return (llama_member){.role = group->role, .outputs = group->outputs};
+}
+
+/* NULL for none. */
+static const void *bias_of(const llama_layer *layer, llama_role role) {
+  return has_bias(layer, role) ? weight_of(layer, role + LLAMA_BIAS_OF) : NULL;
+}
+
+/* The group's biases side by side in the workspace, or NULL if it has none. In the part each begins a block, so they
+ * have gaps between them, and one product takes one vector. */
+static const void *gather_biases(const llama_layer *layer, const llama_group *group) {
+  if (group->count == 1 || !has_bias(layer, group->role))
+    return bias_of(layer, group->role);
+  for (uint32_t i = 0; i < group->count; i++) {
+    llama_member member = projection_of(layer, group, i);
+    flap_ops_copy(layer->ops, column(layer, layer->bias, member.column), bias_of(layer, member.role),
+                  member.outputs * flap_dtype_bytes(layer->dtype));
+  }
+  return layer->bias;
+}
+
 /* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ + bias + residual (rows like y's; NULL for none). */
-static void project(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs, uint32_t tokens,
-                    const void *x, const void *residual, void *y, uint32_t ldy) {
+static void project(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs, const void *bias,
+                    uint32_t tokens, const void *x, const void *residual, void *y, uint32_t ldy) {
   flap_matmul matmul = {.transpose = FLAP_NT,
                         .m = tokens,
                         .n = outputs,
@@ -348,7 +377,7 @@ static void project(const llama_layer *layer, llama_role role, uint32_t outputs,
                         .lda = inputs,
                         .ldb = inputs,
                         .ldc = ldy,
-                        .bias = has_bias(layer, role) ? weight_of(layer, role + LLAMA_BIAS_OF) : NULL,
+                        .bias = bias,
                         .residual = residual,
                         .dtype = layer->dtype,
                         .c_dtype = layer->dtype};
@@ -359,8 +388,19 @@ static void project(const llama_layer *layer, llama_role role, uint32_t outputs,
 static void project_group(const llama_layer *layer, const llama_group *group, uint32_t tokens, const void *x, void *y) {
   for (uint32_t i = 0; i < member_count(group); i++) {
     llama_member member = member_of(layer, group, i);
-    project(layer, member.role, member.outputs, group->inputs, tokens, x, NULL, column(layer, y, member.column),
+    const void *bias = group->fused ? gather_biases(layer, group) : bias_of(layer, member.role);
+    project(layer, member.role, member.outputs, group->inputs, bias, tokens, x, NULL, column(layer, y, member.column),
             group->outputs);
+  }
+}
+
+/* Every projection's own, from dy (T, all outputs): gradients of biases have the gaps that biases have. */
+static void group_bias_gradient(const llama_layer *layer, const llama_group *group, const void *dy) {
+  for (uint32_t i = 0; i < group->count; i++) {
+    llama_member member = projection_of(layer, group, i);
+    if (has_bias(layer, member.role))
+      flap_ops_bias_backward(layer->ops, layer->dtype, gradient_of(layer, member.role + LLAMA_BIAS_OF),
+                             column(layer, dy, member.column), layer->tokens, member.outputs, group->outputs);
   }
 }
 
@@ -382,10 +422,8 @@ static void group_weight_gradient(const llama_layer *layer, const llama_group *g
                           .c_dtype = FLAP_F32,
                           .accumulate = layer->accumulate};
     flap_ops_matmul(layer->ops, &matmul);
-    if (has_bias(layer, member.role))
-      flap_ops_bias_backward(layer->ops, layer->dtype, gradient_of(layer, member.role + LLAMA_BIAS_OF), matmul.a,
-                             layer->tokens, member.outputs, group->outputs);
   }
+  group_bias_gradient(layer, group, dy);
 }
 
 /* dx (T, inputs) from dy (T, all outputs). Members that cannot be multiplied as one are added up in dtype, as PyTorch
@@ -458,13 +496,13 @@ static void activate(const llama_layer *layer, void *out, uint32_t tokens) {
 static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
   const uint32_t d = layer->dims.d, q = layer->dims.q, f = layer->dims.f;
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
-  project(layer, LLAMA_O, d, q, tokens, layer->attention, x_in, layer->residual, d); // (T, D)
+  project(layer, LLAMA_O, d, q, bias_of(layer, LLAMA_O), tokens, layer->attention, x_in, layer->residual, d); // (T, D)
   normalize(layer, layer->first, layer->residual, LLAMA_POST_NORM, tokens);
   project_group(layer, &gate_up, tokens, layer->first, layer->gate_up); // (T, 2·F)
   if (!x_out)
     return;
   activate(layer, layer->first, tokens); // (T, F)
-  project(layer, LLAMA_DOWN, d, f, tokens, layer->first, layer->residual, x_out, d);
+  project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->first, layer->residual, x_out, d);
 }
 
 static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
@@ -602,9 +640,11 @@ static void llama_layer_decode(const flap_model_run *run, const void *weights, v
   char *new_values = column(&layer, values, (uint64_t)first_position * dims->kv);
 
   normalize(&layer, layer.first, x, LLAMA_INPUT_NORM, tokens);
-  project(&layer, LLAMA_Q, dims->q, dims->d, tokens, layer.first, NULL, layer.qkv, dims->q); // (tokens, HQ·HD)
-  project(&layer, LLAMA_K, dims->kv, dims->d, tokens, layer.first, NULL, new_keys, dims->kv);
-  project(&layer, LLAMA_V, dims->kv, dims->d, tokens, layer.first, NULL, new_values, dims->kv);
+  project(&layer, LLAMA_Q, dims->q, dims->d, bias_of(&layer, LLAMA_Q), tokens, layer.first, NULL, layer.qkv,
+          dims->q); // (tokens, HQ·HD)
+  project(&layer, LLAMA_K, dims->kv, dims->d, bias_of(&layer, LLAMA_K), tokens, layer.first, NULL, new_keys, dims->kv);
+  project(&layer, LLAMA_V, dims->kv, dims->d, bias_of(&layer, LLAMA_V), tokens, layer.first, NULL, new_values,
+          dims->kv);
   flap_ops_rope(layer.ops, layer.dtype, layer.qkv, run->rope_table, tokens, tokens, first_position, dims->hq, dims->hd,
                 dims->q, false);
   flap_ops_rope(layer.ops, layer.dtype, new_keys, run->rope_table, tokens, tokens, first_position, dims->hkv, dims->hd,

@@ -153,6 +153,63 @@ START_TEST(first_backward_equals_adding_to_zeros) {
 }
 END_TEST
 
+/* ---- biases ---------------------------------------------------------------------------------------------- */
+
+/* With weights of zero a projection's result is its bias, and position 0 is not turned: the first row of the saved q, k
+ * and v is their three biases side by side, exactly. The matrices are whole blocks, so one product makes that row; the
+ * biases are not, so they have gaps between them. */
+START_TEST(biases_of_one_product_stand_at_their_columns) {
+  flap_model_config config = {.family = flap_model_find_family("llama"),
+                              .vocab_size = 17,
+                              .hidden_size = 64,
+                              .intermediate_size = 64,
+                              .num_hidden_layers = 1,
+                              .num_attention_heads = 8,
+                              .num_key_value_heads = 4,
+                              .head_dim = 16,
+                              .max_position_embeddings = 64,
+                              .rms_norm_eps = 1e-6,
+                              .initializer_range = 0.02,
+                              .attention_bias = true,
+                              .rope = {.theta = 100}};
+  ck_assert_msg(flap_model_finish_config(&config) == FLAP_OK, "%s", flap_error_message());
+  random_case chosen = {config, {.dtype = _i & 1 ? FLAP_BF16 : FLAP_F32, .batch = 2, .sequence = 5}};
+  model_fixture fixture;
+  open_case(&fixture, &chosen, 2, 9);
+
+  static const char *const names[] = {"q_proj", "k_proj", "v_proj"};
+  const uint64_t element = flap_dtype_bytes(chosen.shape.dtype);
+  char *weights = fixture.weights[FLAP_PART_LAYER][0], expected[256 * sizeof(float)];
+  uint64_t matrix_end = 0, bytes = 0;
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  uint32_t count = flap_model_tensors(&config, FLAP_PART_LAYER, 0, tensors);
+  for (size_t n = 0; n < sizeof names / sizeof *names; n++)
+    for (uint32_t i = 0; i < count; i++) {
+      char *values = weights + tensors[i].offset * element;
+      if (!strstr(tensors[i].name, names[n]))
+        continue;
+      if (tensors[i].rank == 2) {
+        ck_assert(n == 0 || tensors[i].offset == matrix_end);
+        matrix_end = tensors[i].offset + tensors[i].elements;
+        memset(values, 0, tensors[i].elements * element);
+      } else {
+        memcpy(expected + bytes, values, tensors[i].elements * element);
+        bytes += tensors[i].elements * element;
+      }
+    }
+  ck_assert_uint_eq(bytes, 256 * element);
+
+  fixture_forward(&fixture);
+  flap_saved_tensor kept[FLAP_MODEL_SAVED_MAX];
+  (void)flap_model_saved_tensors(&config, &chosen.shape, kept);
+  ck_assert_str_eq(kept[0].name, "qkv");
+  ck_assert_mem_eq((char *)fixture.saved[0] + kept[0].offset, expected, bytes);
+  ck_assert_mem_eq((char *)fixture.saved[0] + kept[0].offset + 5 * bytes, expected, bytes);
+  ck_assert_str_eq(fixture_overrun(&fixture), "");
+  fixture_close(&fixture);
+}
+END_TEST
+
 /* ---- finite differences ---------------------------------------------------------------------------------- */
 
 static double loss_of(model_fixture *fixture) {
@@ -333,6 +390,7 @@ int main(void) {
   tcase_add_loop_test(tests, recompute_leaves_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, threads_leave_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, first_backward_equals_adding_to_zeros, 0, CASES);
+  tcase_add_loop_test(tests, biases_of_one_product_stand_at_their_columns, 0, 2);
   tcase_add_loop_test(tests, gradients_agree_with_finite_differences, 0, CASES);
   tcase_add_loop_test(tests, decode_follows_the_full_forward, 0, CASES);
   tcase_add_test(tests, sim_charges_the_flops_that_the_family_promises);
