@@ -45,21 +45,36 @@ static json_t *wanted_value(const flap_model_key *key) {
   return json_loads(key->must_be, JSON_DECODE_ANY, NULL);
 }
 
+static bool same_value(const json_t *value, const json_t *wanted) {
+  return json_is_number(value) && json_is_number(wanted) ? json_number_value(value) == json_number_value(wanted)
+                                                         : json_equal(value, wanted) != 0;
+}
+
+/* The element at `index`, or the value itself at 0 where the key is not for a list. */
+static const json_t *value_at(const flap_model_key *key, const json_t *value, size_t index) {
+  if (key->kind == FLAP_KEY_ALL_MUST_BE)
+    return json_array_get(value, index);
+  return index == 0 ? value : NULL;
+}
+
 static flap_status check_must_be(const flap_json_object *object, const flap_model_key *key) {
   const json_t *value = json_object_get(object->json, key->name);
   if (value == NULL || json_is_null(value))
     return FLAP_OK;
+  if (key->kind == FLAP_KEY_ALL_MUST_BE)
+    FLAP_TRY(flap_json_get_array(object, key->name, &value));
   json_t *wanted = wanted_value(key);
   if (wanted == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read it", object->file);
-  const bool same = json_is_number(value) && json_is_number(wanted)
-                        ? json_number_value(value) == json_number_value(wanted)
-                        : json_equal(value, wanted) != 0;
+  const json_t *found = value_at(key, value, 0);
+  for (size_t i = 0; found != NULL && same_value(found, wanted); i++)
+    found = value_at(key, value, i + 1);
   json_decref(wanted);
-  if (same)
+  if (found == NULL)
     return FLAP_OK;
   char shown[SHOWN_BYTES];
-  (void)flap_json_error(object, key->name, "is %s, but only %s is supported", show(value, shown), key->must_be);
+  (void)flap_json_error(object, key->name, "%s %s, but only %s is supported",
+                        key->kind == FLAP_KEY_ALL_MUST_BE ? "holds" : "is", show(found, shown), key->must_be);
   return FLAP_UNSUPPORTED;
 }
 
@@ -169,6 +184,7 @@ static flap_status read_key(const flap_json_object *object, const flap_model_key
   case FLAP_KEY_ROPE:
     return read_rope(config->family, object, key->name, field);
   case FLAP_KEY_MUST_BE:
+  case FLAP_KEY_ALL_MUST_BE:
     return check_must_be(object, key);
   case FLAP_KEY_COUNT:
   case FLAP_KEY_IGNORED:
@@ -256,14 +272,16 @@ static json_t *rope_mapping(const flap_rope *rope) {
   return json_null();
 }
 
-/* Some code asks whether these are there, not what they are; where they are absent they mean what FLAP needs. The
- * older of the two rope mappings is written, because older and newer versions of transformers read it. */
+/* Some code asks whether these are there, not what they are; where they are absent they mean what FLAP needs, as lists
+ * that may hold one value only do. "use_mrope" is no key of transformers. The older of the two rope mappings is
+ * written, because older and newer versions of transformers read it. */
 static bool is_written(const flap_model_key *key) {
-  static const char *const left_out[] = {"quantization_config", "partial_rotary_factor", "rope_parameters"};
+  static const char *const left_out[] = {"quantization_config", "partial_rotary_factor", "use_mrope",
+                                         "rope_parameters"};
   for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
     if (strcmp(left_out[i], key->name) == 0)
       return false;
-  return key->kind != FLAP_KEY_IGNORED;
+  return key->kind != FLAP_KEY_IGNORED && key->kind != FLAP_KEY_ALL_MUST_BE;
 }
 
 static json_t *key_value(const flap_model_config *config, const flap_model_key *key) {
@@ -279,6 +297,7 @@ static json_t *key_value(const flap_model_config *config, const flap_model_key *
     return rope_mapping(field);
   case FLAP_KEY_MUST_BE:
     return wanted_value(key);
+  case FLAP_KEY_ALL_MUST_BE:
   case FLAP_KEY_IGNORED:
     break;
   }

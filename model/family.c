@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <string.h>
 
-static const flap_family *const FAMILIES[] = {&flap_model_llama, &flap_model_mistral};
+static const flap_family *const FAMILIES[] = {&flap_model_llama, &flap_model_mistral, &flap_model_qwen2};
 #define FAMILY_COUNT (sizeof FAMILIES / sizeof *FAMILIES)
 
 /* ---- registry -------------------------------------------------------------------------------------------- */
@@ -26,7 +26,7 @@ const flap_family *flap_model_find_family(const char *model_type) {
 }
 
 const char *flap_model_families(void) {
-  return "llama, mistral";
+  return "llama, mistral, qwen2";
 }
 
 const char *flap_model_family_name(const flap_family *family) {

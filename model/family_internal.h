@@ -45,6 +45,7 @@ struct flap_family {
 
 extern const flap_family flap_model_llama;
 extern const flap_family flap_model_mistral; /* without its sliding window, Llama under another name */
+extern const flap_family flap_model_qwen2;   /* Llama with biases on q, k and v */
 
 /* Bytes from the start of a layer's KV cache to its values; the keys come first. */
 uint64_t flap_model_cache_values(const flap_model_config *config, flap_dtype dtype, uint32_t positions);

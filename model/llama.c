@@ -1,5 +1,6 @@
 /* The Llama family: RMSNorm, rotary grouped-query attention, SwiGLU (Touvron et al. 2023; Dubey et al. 2024), with the
- * tensors and the places of rounding of transformers' LlamaForCausalLM.
+ * tensors and the places of rounding of transformers' LlamaForCausalLM; with other names, keys (llama_config.c) and
+ * biases also Mistral and Qwen2 (Qwen team 2024).
  *
  * Invariants:
  *   1. Every value that passes between two calls of kernels/ops.h is stored in the run's dtype (softmax and norm
@@ -86,7 +87,9 @@ static void role_shape(const llama_dims *dims, llama_role role, uint32_t *output
 }
 
 static bool has_role(const flap_model_config *config, llama_role role) {
-  return config->attention_bias || role < LLAMA_Q_BIAS || role > LLAMA_O_BIAS;
+  if (role >= LLAMA_Q_BIAS && role <= LLAMA_V_BIAS)
+    return config->attention_bias;
+  return role != LLAMA_O_BIAS || config->output_bias;
 }
 
 static void fill_tensor(flap_model_tensor *tensor, uint64_t rows, uint64_t columns, flap_init init) {
@@ -695,3 +698,5 @@ const flap_family flap_model_llama =
     LLAMA_FAMILY("llama", "LlamaForCausalLM", flap_llama_keys, flap_llama_finish_config);
 const flap_family flap_model_mistral =
     LLAMA_FAMILY("mistral", "MistralForCausalLM", flap_mistral_keys, flap_llama_finish_config);
+const flap_family flap_model_qwen2 =
+    LLAMA_FAMILY("qwen2", "Qwen2ForCausalLM", flap_qwen2_keys, flap_qwen2_finish_config);

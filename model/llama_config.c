@@ -1,8 +1,8 @@
 /* The configurations of the Llama family: keys of config.json with the fallbacks of transformers, and checks.
  *
  * Invariants:
- *   1. What a key may say that would change the math, and that llama.c does not compute, is refused (FLAP_KEY_MUST_BE);
- *      a key that is ignored says nothing about training.
+ *   1. What a key may say that would change the math, and that llama.c does not compute, is refused (FLAP_KEY_MUST_BE,
+ *      FLAP_KEY_ALL_MUST_BE); a key that is ignored says nothing about training.
  *   2. A finished configuration is complete: nothing after it asks which member of the family it is for.
  */
 #include "model/llama_internal.h"
@@ -16,6 +16,7 @@
 #define LLAMA_VOCABULARY_MAX (1u << 24)
 #define LLAMA_LAYERS_MAX (1u << 16)
 #define LLAMA_POSITIONS_MAX (1u << 30)
+#define QWEN2_KEY_VALUE_HEADS 32 /* what an absent num_key_value_heads means there, whatever the query heads */
 
 #define FIELD(name) offsetof(flap_model_config, name)
 #define COUNT_KEY(key) \
@@ -28,6 +29,8 @@
   { #key, FLAP_KEY_BOOL, FIELD(key), false, 0, NULL }
 #define MUST_BE_KEY(key, text) \
   { key, FLAP_KEY_MUST_BE, 0, false, 0, text }
+#define ALL_MUST_BE_KEY(key, text) \
+  { key, FLAP_KEY_ALL_MUST_BE, 0, false, 0, text }
 #define IGNORED_KEY(key) \
   { key, FLAP_KEY_IGNORED, 0, false, 0, NULL }
 
@@ -68,6 +71,19 @@ static const flap_model_key MISTRAL_KEYS[] = {
     LLAMA_IGNORED_KEYS,
 };
 
+/* `sliding_window` and `max_window_layers` say nothing where `use_sliding_window` is false, and published files have
+ * them all the same. */
+static const flap_model_key QWEN2_KEYS[] = {
+    LLAMA_COMMON_KEYS,
+    COUNT_KEY_OR(num_key_value_heads, QWEN2_KEY_VALUE_HEADS),
+    COUNT_KEY_OR(max_position_embeddings, 32768),
+    MUST_BE_KEY("use_sliding_window", "false"),
+    ALL_MUST_BE_KEY("layer_types", "\"full_attention\""),
+    MUST_BE_KEY("use_mrope", "false"),
+    IGNORED_KEY("sliding_window"),
+    LLAMA_IGNORED_KEYS,
+};
+
 #define TABLE(keys) (*count_out = (uint32_t)(sizeof(keys) / sizeof *(keys)), (keys))
 
 const flap_model_key *flap_llama_keys(uint32_t *count_out) {
@@ -76,6 +92,10 @@ const flap_model_key *flap_llama_keys(uint32_t *count_out) {
 
 const flap_model_key *flap_mistral_keys(uint32_t *count_out) {
   return TABLE(MISTRAL_KEYS);
+}
+
+const flap_model_key *flap_qwen2_keys(uint32_t *count_out) {
+  return TABLE(QWEN2_KEYS);
 }
 
 /* ---- checks ---------------------------------------------------------------------------------------------- */
@@ -136,5 +156,19 @@ static flap_status check_all(flap_model_config *config) {
 }
 
 flap_status flap_llama_finish_config(flap_model_config *config) {
+  config->output_bias = config->attention_bias;
+  return check_all(config);
+}
+
+flap_status flap_qwen2_finish_config(flap_model_config *config) {
+  config->attention_bias = true;
+  config->output_bias = false;
+  /* Most small models would fail on the fallback, which the general message could not tell from a key. */
+  if (config->num_key_value_heads == QWEN2_KEY_VALUE_HEADS && config->num_attention_heads > 0 &&
+      config->num_attention_heads % QWEN2_KEY_VALUE_HEADS != 0)
+    return flap_error_set(FLAP_INVALID,
+                          "num_key_value_heads is %u, which is also what qwen2 takes it to be when it is absent; it "
+                          "must divide num_attention_heads, which is %u: say how many there are",
+                          config->num_key_value_heads, config->num_attention_heads);
   return check_all(config);
 }

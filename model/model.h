@@ -28,8 +28,10 @@ typedef struct flap_model_config {
   uint32_t vocab_size, hidden_size, intermediate_size, num_hidden_layers;
   uint32_t num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings;
   double rms_norm_eps, initializer_range;
-  bool tie_word_embeddings, attention_bias;
-  flap_rope rope; /* rope_theta and rope_scaling */
+  bool tie_word_embeddings;
+  bool attention_bias; /* q, k and v have biases: a key of some families, in others the same for every model */
+  bool output_bias;    /* o has one; flap_model_finish_config sets it */
+  flap_rope rope;      /* rope_theta and rope_scaling */
 } flap_model_config;
 
 /* ---- configuration --------------------------------------------------------------------------------------- */
@@ -40,7 +42,8 @@ typedef enum flap_key_kind {
   FLAP_KEY_BOOL,    /* bool */
   FLAP_KEY_ROPE,    /* the `rope_scaling` or `rope_parameters` mapping or null, into flap_rope: see below */
   FLAP_KEY_MUST_BE, /* a value that must equal `must_be` (JSON text, as in "\"silu\"", "0.0", "null") or be absent */
-  FLAP_KEY_IGNORED  /* allowed, without effect on training */
+  FLAP_KEY_ALL_MUST_BE, /* a list, each element of which must equal `must_be`, or absent */
+  FLAP_KEY_IGNORED      /* allowed, without effect on training */
 } flap_key_kind;
 
 /* One config.json key that a family reads; the reader of JSON lives elsewhere and fills the struct by this table, in
@@ -58,7 +61,7 @@ typedef struct flap_model_key {
   const char *must_be;
 } flap_model_key;
 
-/* The family of a config.json's `model_type` ("llama", "mistral" without sliding window...); NULL if there is none. */
+/* The family of a config.json's `model_type` ("llama", "qwen2"...); NULL if there is none. */
 const flap_family *flap_model_find_family(const char *model_type);
 /* "llama, ..." for messages. */
 const char *flap_model_families(void);
@@ -67,8 +70,8 @@ const char *flap_model_family_name(const flap_family *family);
 const char *flap_model_architecture(const flap_family *family);
 const flap_model_key *flap_model_keys(const flap_family *family, uint32_t *count_out);
 
-/* Derives what was absent (num_key_value_heads, head_dim) and checks that everything fits together: FLAP_INVALID names
- * the key, its value and what it must be. */
+/* Derives what was absent (num_key_value_heads, head_dim), says which projections have biases, and checks that
+ * everything fits together: FLAP_INVALID names the key, its value and what it must be. */
 FLAP_CHECKED flap_status flap_model_finish_config(flap_model_config *config);
 
 /* ---- tensors --------------------------------------------------------------------------------------------- */

@@ -78,6 +78,8 @@ static void draw_model(random_source *r, rig_model *m) {
   c->head_dim = 4 * between(r, 1, 6);
   c->tie_word_embeddings = one_in(r, 2);
   c->attention_bias = one_in(r, 3);
+  if (one_in(r, 4))
+    c->family = flap_model_find_family("qwen2");
   if (one_in(r, 3))
     c->rope = (flap_rope){.kind = FLAP_ROPE_LLAMA3,
                           .theta = 1000,
@@ -133,7 +135,10 @@ static void trial_open(trial *t, uint32_t number) {
                  "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d",
                  (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size,
                  c->vocab_size, c->num_attention_heads, c->num_key_value_heads, c->head_dim,
-                 c->tie_word_embeddings ? ", tied" : "", c->attention_bias ? ", bias" : "",
+                 c->tie_word_embeddings ? ", tied" : "",
+                 c->output_bias      ? ", bias"
+                 : c->attention_bias ? ", qkv bias"
+                                     : "",
                  flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype), t->model.shape.batch,
                  t->model.shape.sequence, t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers,
                  e->group_micro_batches, (int)e->clip, (unsigned long long)e->page_bytes,

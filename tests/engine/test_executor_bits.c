@@ -138,6 +138,7 @@ static void record_references(void) {
     model->config.num_hidden_layers = LAYERS;
     model->config.tie_word_embeddings = NUMERICS[i].tied;
     model->config.attention_bias = NUMERICS[i].bias;
+    MUST(flap_model_finish_config(&model->config));
     model->micro_batches = MICRO_BATCHES;
     model->shape.dtype = NUMERICS[i].dtype;
     model->gradient_dtype = NUMERICS[i].gradient_dtype;

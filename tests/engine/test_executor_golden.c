@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const MODELS[] = {"mha", "tied", "gqa", "rope3", "bias"};
+static const char *const MODELS[] = {"llama_mha", "llama_tied", "llama_gqa", "llama_rope3", "llama_bias", "qwen2_gqa"};
 #define MODEL_COUNT ((int)(sizeof MODELS / sizeof *MODELS))
 
 #define LOSS_ERROR 1e-6
@@ -89,7 +89,7 @@ static void read_data(golden *g) {
 static void golden_open(golden *g, const char *name) {
   char path[128];
   memset(g, 0, sizeof *g);
-  (void)snprintf(g->folder, sizeof g->folder, "tests/golden/llama_%s", name);
+  (void)snprintf(g->folder, sizeof g->folder, "tests/golden/%s", name);
   (void)snprintf(path, sizeof path, "%s/expected.safetensors", g->folder);
   MUST(flap_safetensors_open(path, &g->expected));
   (void)snprintf(path, sizeof path, "%s/expected.json", g->folder);

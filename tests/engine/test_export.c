@@ -153,6 +153,20 @@ START_TEST(export_keeps_what_others_wrote) {
 }
 END_TEST
 
+START_TEST(export_of_a_qwen2_model_says_so) {
+  flap_model_config config, wanted;
+  RIG_OK(flap_engine_export("tests/golden/qwen2_gqa", scratch_path("to"), FLAP_F16, SHARD_MAX));
+  char *text = scratch_read("to/config.json", NULL);
+  ck_assert(strstr(text, "\"Qwen2ForCausalLM\"") && strstr(text, "\"model_type\": \"qwen2\""));
+  free(text);
+  RIG_OK(flap_hf_config_read("tests/golden/qwen2_gqa", &wanted));
+  RIG_OK(flap_hf_config_read(scratch_path("to"), &config));
+  ck_assert_ptr_eq(config.family, wanted.family);
+  ck_assert(config.attention_bias && !config.output_bias);
+  RIG_OK(flap_weights_check(&config, scratch_path("to")));
+}
+END_TEST
+
 START_TEST(export_refusals_leave_nothing) {
   make_checkpoint(FLAP_BF16);
   const char *from = "out/checkpoint-1";
@@ -212,6 +226,7 @@ int main(void) {
   tcase_add_test(tests, export_of_an_fp32_checkpoint_rounds_to_nearest_even);
   tcase_add_test(tests, export_folders_hold_config_and_tokenizer_and_no_states);
   tcase_add_test(tests, export_keeps_what_others_wrote);
+  tcase_add_test(tests, export_of_a_qwen2_model_says_so);
   tcase_add_test(tests, export_refusals_leave_nothing);
   tcase_add_loop_test(tests, export_values_too_large_for_half_precision_are_named, 0, 4);
   suite_add_tcase(suite, tests);

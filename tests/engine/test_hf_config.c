@@ -15,6 +15,11 @@
   "\"model_type\": \"llama\", \"vocab_size\": 100, \"hidden_size\": 32, \"intermediate_size\": 64, " \
   "\"num_hidden_layers\": 2, \"num_attention_heads\": 4"
 
+#define QWEN2                                                                                        \
+  "\"model_type\": \"qwen2\", \"vocab_size\": 100, \"hidden_size\": 64, \"intermediate_size\": 64, " \
+  "\"num_hidden_layers\": 2"
+#define GOLDEN_COUNT 6
+
 static flap_status parse(const char *text, bool strict, uint32_t fallback, flap_model_config *config_out) {
   json_t *root = NULL;
   RIG_OK(flap_json_load_text("test", text, strlen(text), &root));
@@ -37,6 +42,7 @@ static void same_config(const flap_model_config *a, const flap_model_config *b) 
   ck_assert_double_eq(a->initializer_range, b->initializer_range);
   ck_assert_int_eq(a->tie_word_embeddings, b->tie_word_embeddings);
   ck_assert_int_eq(a->attention_bias, b->attention_bias);
+  ck_assert_int_eq(a->output_bias, b->output_bias);
   ck_assert_int_eq(a->rope.kind, b->rope.kind);
   ck_assert_double_eq(a->rope.theta, b->rope.theta);
   ck_assert_double_eq(a->rope.factor, b->rope.factor);
@@ -46,7 +52,8 @@ static void same_config(const flap_model_config *a, const flap_model_config *b) 
 }
 
 START_TEST(config_golden_files_are_read_and_written_back) {
-  static const char *const folders[] = {"llama_mha", "llama_tied", "llama_gqa", "llama_rope3", "llama_bias"};
+  static const char *const folders[GOLDEN_COUNT] = {"llama_mha",   "llama_tied", "llama_gqa",
+                                                    "llama_rope3", "llama_bias", "qwen2_gqa"};
   char path[128], *text = NULL;
   flap_model_config config, wanted, again;
   (void)snprintf(path, sizeof path, "tests/golden/%s", folders[_i]);
@@ -76,6 +83,66 @@ START_TEST(config_fallbacks_are_those_of_transformers) {
                true, 0, &config));
   ck_assert_uint_eq(config.vocab_size, 9);
   ck_assert_uint_eq(config.max_position_embeddings, 131072);
+}
+END_TEST
+
+/* What is true of every qwen2 model, and what published files say beside it. */
+START_TEST(config_of_qwen2_has_its_own_fallbacks_and_biases) {
+  flap_model_config config;
+  RIG_OK(parse("{" QWEN2 ", \"num_attention_heads\": 32}", true, 0, &config));
+  ck_assert_str_eq(flap_model_architecture(config.family), "Qwen2ForCausalLM");
+  ck_assert_uint_eq(config.num_key_value_heads, 32);
+  ck_assert_uint_eq(config.max_position_embeddings, 32768);
+  ck_assert_double_eq(config.rms_norm_eps, 1e-6);
+  ck_assert_double_eq(config.rope.theta, 10000);
+  ck_assert(!config.tie_word_embeddings && config.attention_bias && !config.output_bias);
+  RIG_OK(parse("{" QWEN2
+               ", \"architectures\": [\"Qwen2ForCausalLM\"], \"attention_dropout\": 0.0, \"bos_token_id\": 1, "
+               "\"eos_token_id\": 2, \"hidden_act\": \"silu\", \"initializer_range\": 0.02, "
+               "\"max_position_embeddings\": 131072, \"max_window_layers\": 28, \"num_attention_heads\": 14, "
+               "\"head_dim\": 64, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0, "
+               "\"sliding_window\": 131072, \"tie_word_embeddings\": true, \"torch_dtype\": \"bfloat16\", "
+               "\"transformers_version\": \"4.43.1\", \"use_cache\": true, \"use_mrope\": false, "
+               "\"use_sliding_window\": false, \"layer_types\": [\"full_attention\", \"full_attention\"]}",
+               true, 0, &config));
+  ck_assert_uint_eq(config.num_key_value_heads, 2);
+  ck_assert_double_eq(config.rope.theta, 1e6);
+  ck_assert(config.tie_word_embeddings);
+  RIG_OK(parse("{" QWEN2 ", \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"layer_types\": [], "
+               "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 2e6}}",
+               true, 0, &config));
+  ck_assert_double_eq(config.rope.theta, 2e6);
+  RIG_OK(parse("{" BASE ", \"attention_bias\": true}", true, 0, &config));
+  ck_assert(config.attention_bias && config.output_bias);
+}
+END_TEST
+
+START_TEST(config_of_qwen2_refuses_what_it_cannot_compute) {
+  static const struct {
+    const char *text;
+    flap_status status;
+    const char *part, *more;
+  } cases[] = {
+      {"\"num_attention_heads\": 4", FLAP_INVALID, "num_key_value_heads is 32", "num_attention_heads, which is 4"},
+      {"\"num_attention_heads\": 4, \"num_key_value_heads\": 3", FLAP_INVALID, "num_key_value_heads is 3", "divide"},
+      {"\"num_attention_heads\": 32, \"use_sliding_window\": true", FLAP_UNSUPPORTED, "use_sliding_window: is true",
+       "only false"},
+      {"\"num_attention_heads\": 32, \"layer_types\": [\"full_attention\", \"sliding_attention\"]", FLAP_UNSUPPORTED,
+       "layer_types: holds \"sliding_attention\"", "only \"full_attention\""},
+      {"\"num_attention_heads\": 32, \"layer_types\": \"full_attention\"", FLAP_INVALID, "layer_types: must be",
+       "array"},
+      {"\"num_attention_heads\": 32, \"attention_dropout\": 0.5", FLAP_UNSUPPORTED, "attention_dropout: is 0.5", "0.0"},
+      {"\"num_attention_heads\": 32, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}", FLAP_UNSUPPORTED,
+       "rope_scaling.rope_type: is yarn", ""},
+      {"\"num_attention_heads\": 32, \"attention_bias\": true", FLAP_INVALID, "attention_bias: unknown key", ""},
+  };
+  flap_model_config config;
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    char text[512];
+    (void)snprintf(text, sizeof text, "{" QWEN2 ", %s}", cases[i].text);
+    RIG_REFUSED(parse(text, true, 0, &config), cases[i].status, cases[i].part, cases[i].more);
+    ck_assert(scratch_error_has("run.yaml: model"));
+  }
 }
 END_TEST
 
@@ -117,9 +184,9 @@ START_TEST(config_what_is_wrong_is_named) {
     const char *part, *more;
   } cases[] = {
       {"[]", FLAP_INVALID, "run.yaml: model: must hold an object", ""},
-      {"{}", FLAP_INVALID, "model_type: this key is missing", "llama, mistral"},
+      {"{}", FLAP_INVALID, "model_type: this key is missing", "llama, mistral, qwen2"},
       {"{\"model_type\": 3}", FLAP_INVALID, "model_type: must be a string", ""},
-      {"{\"model_type\": \"gpt2\"}", FLAP_UNSUPPORTED, "model_type: is gpt2", "llama, mistral"},
+      {"{\"model_type\": \"gpt2\"}", FLAP_UNSUPPORTED, "model_type: is gpt2", "llama, mistral, qwen2"},
       {"{\"model_type\": \"llama\"}", FLAP_INVALID, "vocab_size: this key is missing", ""},
       {"{" BASE ", \"head_dim\": \"8\"}", FLAP_INVALID, "head_dim: must be an integer, not a string", ""},
       {"{" BASE ", \"head_dim\": 0}", FLAP_INVALID, "head_dim: 0 is not within 1", ""},
@@ -156,6 +223,33 @@ START_TEST(config_what_is_wrong_is_named) {
     return;
   RIG_REFUSED(parse(cases[i].text, true, 0, &config), cases[i].status, cases[i].part, cases[i].more);
   ck_assert(scratch_error_has("run.yaml: model"));
+}
+END_TEST
+
+START_TEST(config_text_of_qwen2_is_what_transformers_wants) {
+  flap_model_config config, again;
+  char *text = NULL;
+  json_t *root = NULL;
+  RIG_OK(parse("{" QWEN2 ", \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"rope_theta\": 1e6, "
+               "\"sliding_window\": 77}",
+               true, 0, &config));
+  RIG_OK(flap_hf_config_format(&config, FLAP_BF16, 2, -1, &text));
+  RIG_OK(flap_json_load_text("text", text, strlen(text), &root));
+  json_t *wanted = json_pack(
+      "{s:[s], s:s, s:s, s:n, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:b, s:f, s:n, s:s, s:f, s:b, "
+      "s:b}",
+      "architectures", "Qwen2ForCausalLM", "model_type", "qwen2", "torch_dtype", "bfloat16", "bos_token_id",
+      "eos_token_id", 2, "vocab_size", 100, "hidden_size", 64, "intermediate_size", 64, "num_hidden_layers", 2,
+      "num_attention_heads", 4, "num_key_value_heads", 2, "head_dim", 16, "max_position_embeddings", 32768,
+      "rms_norm_eps", 1e-6, "initializer_range", 0.02, "tie_word_embeddings", 0, "rope_theta", 1e6, "rope_scaling",
+      "hidden_act", "silu", "attention_dropout", 0.0, "use_sliding_window", 0, "use_cache", 1);
+  ck_assert_ptr_nonnull(wanted);
+  ck_assert_msg(json_equal(root, wanted), "%s", text);
+  RIG_OK(parse(text, true, 0, &again));
+  same_config(&again, &config);
+  json_decref(root);
+  json_decref(wanted);
+  free(text);
 }
 END_TEST
 
@@ -208,8 +302,11 @@ int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tests = tcase_create("hf_config");
   tcase_add_checked_fixture(tests, scratch_setup, scratch_teardown);
-  tcase_add_loop_test(tests, config_golden_files_are_read_and_written_back, 0, 5);
+  tcase_add_loop_test(tests, config_golden_files_are_read_and_written_back, 0, GOLDEN_COUNT);
   tcase_add_test(tests, config_fallbacks_are_those_of_transformers);
+  tcase_add_test(tests, config_of_qwen2_has_its_own_fallbacks_and_biases);
+  tcase_add_test(tests, config_of_qwen2_refuses_what_it_cannot_compute);
+  tcase_add_test(tests, config_text_of_qwen2_is_what_transformers_wants);
   tcase_add_test(tests, config_vocabulary_may_come_from_the_tokenizer);
   tcase_add_test(tests, config_rope_mappings_of_both_kinds);
   tcase_add_loop_test(tests, config_what_is_wrong_is_named, 0, 26);

@@ -47,9 +47,10 @@ def wanted_shapes(config):
                  "self_attn.q_proj.weight": (q, d), "self_attn.k_proj.weight": (kv, d),
                  "self_attn.v_proj.weight": (kv, d), "self_attn.o_proj.weight": (d, q),
                  "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+        if config.get("attention_bias") or config["model_type"] == "qwen2":
+            parts |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
         if config.get("attention_bias"):
-            parts |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,),
-                      "self_attn.o_proj.bias": (d,)}
+            parts |= {"self_attn.o_proj.bias": (d,)}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
     return shapes
 
@@ -123,7 +124,7 @@ def main():
         full = True
     except ImportError:
         full = False
-    for family in ("llama", "mistral"):
+    for family in ("llama", "mistral", "qwen2"):
         for dtype in ("bf16", "fp32"):
             for tied in "01":
                 with tempfile.TemporaryDirectory() as folder:

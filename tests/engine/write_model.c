@@ -33,6 +33,8 @@ int main(int argc, char **argv) {
   const bool mistral = strcmp(argv[1], "mistral") == 0;
   rig_model(strcmp(argv[3], "1") == 0, !mistral, &config);
   config.family = flap_model_find_family(argv[1]);
+  if (config.family == NULL || flap_model_finish_config(&config) != FLAP_OK)
+    return EXIT_FAILURE;
   rig_open(&rig, &config, strcmp(argv[2], "bf16") == 0 ? FLAP_BF16 : FLAP_F32, FLAP_MODE_TRAIN, &rig_placements[1],
            NULL);
   const flap_status status = write_checkpoint(&rig, &config, argv[4]);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what transformers and PyTorch compute, in fp32 on the CPU, for tiny Llama models.
+"""Records what transformers and PyTorch compute, in fp32 on the CPU, for tiny models of the Llama family.
 
     python tests/golden/record_llama.py [output folder]
 
@@ -18,7 +18,9 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup,
+)
 
 NOT_COUNTED = -100
 BATCH = 2
@@ -57,9 +59,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+
+# By folder; the family is the first word of its name.
 MODELS = {
     # Every matrix is a multiple of 4096 elements: neighbours are multiplied as one.
-    "mha": {
+    "llama_mha": {
         "seed": 11,
         "sequence": 32,
         "config": dict(
@@ -67,7 +72,7 @@ MODELS = {
             rms_norm_eps=1e-5, tie_word_embeddings=False,
         ),
     },
-    "tied": {
+    "llama_tied": {
         "seed": 12,
         "sequence": 24,
         "config": dict(
@@ -77,7 +82,7 @@ MODELS = {
         ),
     },
     # 8 query heads share 2 key heads; heads together are wider than the hidden size.
-    "gqa": {
+    "llama_gqa": {
         "seed": 13,
         "sequence": 37,
         "config": dict(
@@ -86,7 +91,7 @@ MODELS = {
         ),
     },
     # q, k and v together are wider than gate and up together.
-    "rope3": {
+    "llama_rope3": {
         "seed": 14,
         "sequence": 40,
         "config": dict(
@@ -94,7 +99,7 @@ MODELS = {
             num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=LLAMA3,
         ),
     },
-    "bias": {
+    "llama_bias": {
         "seed": 15,
         "sequence": 28,
         "config": dict(
@@ -103,14 +108,25 @@ MODELS = {
             rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
         ),
     },
+    # 8 query heads share 4 key heads; q, k and v are multiples of 4096 elements, multiplied as one and have biases.
+    "qwen2_gqa": {
+        "seed": 16,
+        "sequence": 30,
+        "config": dict(
+            vocab_size=59, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        ),
+    },
 }
 
 
-def build(config, seed):
+def build(family, config, seed):
     """A model whose every parameter matters: norms differ from one, biases from zero."""
+    make_config, make_model = FAMILIES[family]
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = make_model(
+        make_config(
             **config, max_position_embeddings=128, initializer_range=0.1, bos_token_id=None, eos_token_id=None,
             attn_implementation="eager", dtype=torch.float32,
         )
@@ -212,11 +228,12 @@ def train(model, vocabulary, sequence, seed, tensors):
 def record(name, model_spec, folder):
     vocabulary = model_spec["config"]["vocab_size"]
     sequence, seed = model_spec["sequence"], model_spec["seed"]
-    model = build(model_spec["config"], seed)
+    family = name.split("_")[0]
+    model = build(family, model_spec["config"], seed)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
-    loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = FAMILIES[family][1].from_pretrained(folder, dtype=torch.float32)
     for (key, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs), f"{name}: {key} did not survive saving"
 
@@ -245,7 +262,7 @@ def main():
     torch.use_deterministic_algorithms(True)
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name, model_spec in MODELS.items():
-        folder = output / f"llama_{name}"
+        folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
         record(name, model_spec, folder)
 

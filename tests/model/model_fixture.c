@@ -63,6 +63,7 @@ static void read_key(const flap_model_key *key, const json_t *value, flap_model_
       read_rope(value, field);
     break;
   case FLAP_KEY_MUST_BE:
+  case FLAP_KEY_ALL_MUST_BE:
   case FLAP_KEY_IGNORED:
     break;
   }

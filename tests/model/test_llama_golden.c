@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const MODELS[] = {"mha", "tied", "gqa", "rope3", "bias"};
+static const char *const MODELS[] = {"llama_mha", "llama_tied", "llama_gqa", "llama_rope3", "llama_bias", "qwen2_gqa"};
 #define MODEL_COUNT ((int)(sizeof MODELS / sizeof *MODELS))
 #define MUST(call) ck_assert_msg((call) == FLAP_OK, "%s: %s", #call, flap_error_message())
 
@@ -32,7 +32,7 @@ static double number_at(const json_t *object, const char *key) {
 
 static void golden_open(golden *recorded, const char *name) {
   char path[128];
-  snprintf(recorded->folder, sizeof recorded->folder, "tests/golden/llama_%s", name);
+  snprintf(recorded->folder, sizeof recorded->folder, "tests/golden/%s", name);
   MUST(flap_safetensors_open(recorded->folder, &recorded->model));
   snprintf(path, sizeof path, "%s/expected.safetensors", recorded->folder);
   MUST(flap_safetensors_open(path, &recorded->expected));

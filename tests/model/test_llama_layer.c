@@ -40,7 +40,10 @@ static random_case make_case(uint32_t number, flap_dtype dtype) {
   config.num_hidden_layers = PICK(1, 2);
   config.head_dim = PICK(2, 6, 16, 64);
   config.tie_word_embeddings = PICK(0, 1);
-  config.attention_bias = PICK(0, 0, 1);
+  uint32_t biases = PICK(0, 0, 1, 2, 2); /* none, on q, k, v and o, on q, k and v */
+  config.attention_bias = biases == 1;
+  if (biases == 2)
+    config.family = flap_model_find_family("qwen2");
   flap_model_shape shape = {.dtype = dtype};
   shape.batch = PICK(1, 2, 3);
   shape.sequence = PICK(1, 7, 16, 33);
@@ -159,7 +162,7 @@ END_TEST
  * and v is their three biases side by side, exactly. The matrices are whole blocks, so one product makes that row; the
  * biases are not, so they have gaps between them. */
 START_TEST(biases_of_one_product_stand_at_their_columns) {
-  flap_model_config config = {.family = flap_model_find_family("llama"),
+  flap_model_config config = {.family = flap_model_find_family(_i & 1 ? "qwen2" : "llama"),
                               .vocab_size = 17,
                               .hidden_size = 64,
                               .intermediate_size = 64,
@@ -173,7 +176,7 @@ START_TEST(biases_of_one_product_stand_at_their_columns) {
                               .attention_bias = true,
                               .rope = {.theta = 100}};
   ck_assert_msg(flap_model_finish_config(&config) == FLAP_OK, "%s", flap_error_message());
-  random_case chosen = {config, {.dtype = _i & 1 ? FLAP_BF16 : FLAP_F32, .batch = 2, .sequence = 5}};
+  random_case chosen = {config, {.dtype = _i & 2 ? FLAP_BF16 : FLAP_F32, .batch = 2, .sequence = 5}};
   model_fixture fixture;
   open_case(&fixture, &chosen, 2, 9);
 
@@ -390,7 +393,7 @@ int main(void) {
   tcase_add_loop_test(tests, recompute_leaves_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, threads_leave_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, first_backward_equals_adding_to_zeros, 0, CASES);
-  tcase_add_loop_test(tests, biases_of_one_product_stand_at_their_columns, 0, 2);
+  tcase_add_loop_test(tests, biases_of_one_product_stand_at_their_columns, 0, 4);
   tcase_add_loop_test(tests, gradients_agree_with_finite_differences, 0, CASES);
   tcase_add_loop_test(tests, decode_follows_the_full_forward, 0, CASES);
   tcase_add_test(tests, sim_charges_the_flops_that_the_family_promises);

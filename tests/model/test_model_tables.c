@@ -24,7 +24,8 @@ static flap_model_config good_config(void) {
 /* ---- registry and keys ----------------------------------------------------------------------------------- */
 
 START_TEST(families_are_found_by_model_type) {
-  static const char *const known[][2] = {{"llama", "LlamaForCausalLM"}, {"mistral", "MistralForCausalLM"}};
+  static const char *const known[][2] = {
+      {"llama", "LlamaForCausalLM"}, {"mistral", "MistralForCausalLM"}, {"qwen2", "Qwen2ForCausalLM"}};
   for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
     const flap_family *family = flap_model_find_family(known[i][0]);
     ck_assert_ptr_nonnull(family);
@@ -50,8 +51,8 @@ static const flap_model_key *find_key(const char *family, const char *name) {
 }
 
 START_TEST(keys_are_unique_and_lie_inside_the_struct) {
-  static const char *const families[] = {"llama", "mistral"};
-  for (size_t f = 0; f < 2; f++) {
+  static const char *const families[] = {"llama", "mistral", "qwen2"};
+  for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
     uint32_t count;
     const flap_model_key *keys = flap_model_keys(flap_model_find_family(families[f]), &count);
     for (uint32_t i = 0; i < count; i++) {
@@ -60,10 +61,12 @@ START_TEST(keys_are_unique_and_lie_inside_the_struct) {
                                      [FLAP_KEY_BOOL] = sizeof(bool),
                                      [FLAP_KEY_ROPE] = sizeof(flap_rope),
                                      [FLAP_KEY_MUST_BE] = 0,
+                                     [FLAP_KEY_ALL_MUST_BE] = 0,
                                      [FLAP_KEY_IGNORED] = 0};
       ck_assert_ptr_eq(find_key(families[f], keys[i].name), &keys[i]);
       ck_assert_uint_le(keys[i].offset + sizes[keys[i].kind], sizeof(flap_model_config));
-      ck_assert_int_eq(keys[i].kind == FLAP_KEY_MUST_BE, keys[i].must_be != NULL);
+      bool pinned = keys[i].kind == FLAP_KEY_MUST_BE || keys[i].kind == FLAP_KEY_ALL_MUST_BE;
+      ck_assert_int_eq(pinned, keys[i].must_be != NULL);
     }
   }
 }
@@ -72,16 +75,28 @@ END_TEST
 START_TEST(keys_that_change_the_math_are_pinned) {
   static const struct {
     const char *family, *key, *must_be;
-  } pinned[] = {{"llama", "hidden_act", "\"silu\""},       {"llama", "mlp_bias", "false"},
-                {"llama", "pretraining_tp", "1"},          {"llama", "attention_dropout", "0.0"},
-                {"llama", "partial_rotary_factor", "1.0"}, {"llama", "quantization_config", "null"},
-                {"mistral", "sliding_window", "null"},     {"mistral", "hidden_act", "\"silu\""},
-                {"mistral", "attention_dropout", "0.0"},   {"mistral", "quantization_config", "null"}};
+  } pinned[] = {{"llama", "hidden_act", "\"silu\""},
+                {"llama", "mlp_bias", "false"},
+                {"llama", "pretraining_tp", "1"},
+                {"llama", "attention_dropout", "0.0"},
+                {"llama", "partial_rotary_factor", "1.0"},
+                {"llama", "quantization_config", "null"},
+                {"mistral", "sliding_window", "null"},
+                {"mistral", "hidden_act", "\"silu\""},
+                {"mistral", "attention_dropout", "0.0"},
+                {"mistral", "quantization_config", "null"},
+                {"qwen2", "use_sliding_window", "false"},
+                {"qwen2", "hidden_act", "\"silu\""},
+                {"qwen2", "attention_dropout", "0.0"},
+                {"qwen2", "quantization_config", "null"},
+                {"qwen2", "use_mrope", "false"}};
   for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++) {
     const flap_model_key *key = find_key(pinned[i].family, pinned[i].key);
     ck_assert_msg(key && key->kind == FLAP_KEY_MUST_BE, "%s: %s", pinned[i].family, pinned[i].key);
     ck_assert_str_eq(key->must_be, pinned[i].must_be);
   }
+  ck_assert_int_eq(find_key("qwen2", "layer_types")->kind, FLAP_KEY_ALL_MUST_BE);
+  ck_assert_str_eq(find_key("qwen2", "layer_types")->must_be, "\"full_attention\"");
   ck_assert(find_key("llama", "rope_theta") < find_key("llama", "rope_scaling"));
   ck_assert(find_key("llama", "rope_theta") < find_key("llama", "rope_parameters"));
 }
@@ -207,11 +222,43 @@ START_TEST(good_configurations_are_accepted) {
 }
 END_TEST
 
+static uint32_t count_of(const flap_model_config *config, const char *part_of_name) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  uint32_t count = flap_model_tensors(config, FLAP_PART_LAYER, 0, tensors), found = 0;
+  for (uint32_t i = 0; i < count; i++)
+    found += strstr(tensors[i].name, part_of_name) != NULL;
+  return found;
+}
+
+START_TEST(biases_are_where_the_family_has_them) {
+  static const struct {
+    const char *family;
+    bool key;
+    uint32_t inputs, outputs; /* biases of q, k and v, and of o */
+  } cases[] = {{"llama", false, 0, 0},
+               {"llama", true, 3, 1},
+               {"mistral", false, 0, 0},
+               {"qwen2", false, 3, 0},
+               {"qwen2", true, 3, 0}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    flap_model_config config = good_config();
+    config.family = flap_model_find_family(cases[i].family);
+    config.attention_bias = cases[i].key;
+    config.output_bias = !cases[i].outputs;
+    ck_assert_msg(flap_model_finish_config(&config) == FLAP_OK, "%s", flap_error_message());
+    ck_assert_uint_eq(count_of(&config, ".bias"), cases[i].inputs + cases[i].outputs);
+    ck_assert_uint_eq(count_of(&config, "o_proj.bias"), cases[i].outputs);
+    ck_assert_uint_eq(count_of(&config, ".weight"), 9);
+  }
+}
+END_TEST
+
 /* ---- tensors and sizes ----------------------------------------------------------------------------------- */
 
 START_TEST(parts_are_laid_out_in_blocks_without_overlap) {
   flap_model_config config = good_config();
-  for (int variant = 0; variant < 4; variant++) {
+  for (int variant = 0; variant < 6; variant++) {
+    config.family = flap_model_find_family(variant < 4 ? "llama" : "qwen2");
     config.tie_word_embeddings = variant & 1;
     config.attention_bias = variant & 2;
     config.head_dim = 0;
@@ -236,7 +283,8 @@ START_TEST(parts_are_laid_out_in_blocks_without_overlap) {
     }
     ck_assert_uint_eq(flap_model_parameters(&config), parameters);
     uint64_t d = 192, f = 512, kv = 96, v = 256;
-    uint64_t layer = 2 * d + 2 * d * d + 2 * kv * d + 3 * f * d + (config.attention_bias ? 2 * d + 2 * kv : 0);
+    uint64_t biases = variant < 2 ? 0 : variant < 4 ? 2 * d + 2 * kv : d + 2 * kv;
+    uint64_t layer = 2 * d + 2 * d * d + 2 * kv * d + 3 * f * d + biases;
     ck_assert_uint_eq(parameters, 12 * layer + d + v * d * (config.tie_word_embeddings ? 1 : 2));
     ck_assert_uint_eq(flap_model_head_projection(&config), config.tie_word_embeddings ? 0 : FLAP_OPS_BLOCK);
   }
@@ -319,6 +367,7 @@ int main(void) {
   tcase_add_test(tests, finish_derives_what_was_absent);
   tcase_add_test(tests, bad_configurations_are_refused_and_the_key_is_named);
   tcase_add_test(tests, good_configurations_are_accepted);
+  tcase_add_test(tests, biases_are_where_the_family_has_them);
   tcase_add_test(tests, parts_are_laid_out_in_blocks_without_overlap);
   tcase_add_test(tests, matrices_with_one_input_are_adjacent);
   tcase_add_test(tests, saved_block_holds_its_tensors_and_their_costs_add_up);

@@ -49,7 +49,11 @@ MODELS = {
     "untied": {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": False, "rope_theta": 100.0,
                "rope_scaling": LLAMA3, "head_dim": 16, "rms_norm_eps": 1e-5},
     "tied": {**SMALL, "tie_word_embeddings": True},
+    # Biases on q, k and v, which are multiplied as one: each matrix is a multiple of 4096 elements.
+    "qwen2": {**SMALL, "model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "head_dim": 16, "tie_word_embeddings": True, "rope_theta": 1000.0},
 }
+CLASSES = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}
 RUN = """tokenizer: bytes
 dataset: text.txt
 cutoff_len: 48
@@ -147,7 +151,7 @@ class Transformers(unittest.TestCase):
         evaluated = self.evaluate(f"{out}.yaml")
         self.assertEqual(evaluated["tokens"], HELDOUT * SEQUENCE)
         model = self.load(out, dtype)
-        self.assertIsInstance(model, transformers.LlamaForCausalLM)
+        self.assertIsInstance(model, CLASSES[MODELS[name]["model_type"]])
         theirs = self.loss(model)
         self.close(trained, theirs, dtype, f"{name}, {dtype}, after training")
         self.close(evaluated["loss"], theirs, dtype, f"{name}, {dtype}, eval")
@@ -158,7 +162,7 @@ class Transformers(unittest.TestCase):
         self.check_tokenizer(out)
 
     def check_canaries(self, name, model, dtype, theirs):
-        """The comparison can fail: other sequences, and other rotary embeddings, have other losses."""
+        """The comparison can fail: other sequences, other rotary embeddings, and no biases have other losses."""
         if dtype == "fp32":
             shifted = self.loss(model, self.stream[:-SEQUENCE])
             self.assertGreater(abs(shifted - theirs), 10 * RELATIVE[dtype] * theirs)
@@ -169,6 +173,16 @@ class Transformers(unittest.TestCase):
             other = transformers.LlamaForCausalLM(config).eval()
             other.load_state_dict(model.state_dict())
             self.assertGreater(abs(self.loss(other) - theirs), 2 * RELATIVE[dtype] * theirs)
+        if name == "qwen2" and dtype == "fp32":
+            with torch.no_grad():
+                biases = [each for key, each in model.named_parameters() if key.endswith(".bias")]
+                self.assertEqual(len(biases), 3 * SMALL["num_hidden_layers"])
+                given = [each.clone() for each in biases]
+                for each in biases:
+                    each.zero_()
+                self.assertGreater(abs(self.loss(model) - theirs), 2 * RELATIVE[dtype] * theirs)
+                for each, values in zip(biases, given):
+                    each.copy_(values)
 
     def check_exports(self, name, out, dtype, theirs):
         for source, each in [(out, "fp32"), (out, "bf16"), (out, "fp16"), (f"{out}/checkpoint-40", "fp32")]:
@@ -211,8 +225,14 @@ class Transformers(unittest.TestCase):
     def test_trained_in_bf16_tied(self):
         self.check_trained("tied", "bf16")
 
-    def test_greedy_generation_is_the_same(self):
-        out, _ = self.train("untied", "fp32")
+    def test_trained_in_fp32_qwen2(self):
+        self.check_trained("qwen2", "fp32")
+
+    def test_trained_in_bf16_qwen2(self):
+        self.check_trained("qwen2", "bf16")
+
+    def check_generation(self, name):
+        out, _ = self.train(name, "fp32")
         model = self.load(out, "fp32")
         for prompt in ("Ann sees ", "Duc calls Carla at 1", "Where"):
             given = list(prompt.encode())
@@ -221,18 +241,25 @@ class Transformers(unittest.TestCase):
                                      pad_token_id=256)[0].tolist()[len(given):]
             theirs = bytes(each for each in ids if each < 256).decode()
             ours = self.flap("sample", f"{out}.yaml", "--prompt", prompt, "-n", "40", "--temperature", "0")
-            print(f"after {prompt!r}: {theirs!r}")
+            print(f"{name}, after {prompt!r}: {theirs!r}")
             self.assertEqual(ours, theirs + "\n", prompt)
+
+    def test_greedy_generation_is_the_same(self):
+        self.check_generation("untied")
+
+    def test_greedy_generation_is_the_same_with_qwen2(self):
+        self.check_generation("qwen2")
 
     # ---- from transformers to flap ----
 
     def make(self, name, dtype, folder):
         """Random weights with which every parameter matters: wide, and norms that differ from one."""
         torch.manual_seed(SEED)
-        keys = {key: value for key, value in MODELS[name].items() if key != "model_type"}
+        keys = dict(MODELS[name])
         theta = keys.pop("rope_theta", 10000.0)
         keys["rope_parameters"] = {"rope_theta": theta, "rope_type": "default", **(keys.pop("rope_scaling", None) or {})}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys, vocab_size=257, initializer_range=0.15))
+        make = CLASSES[keys.pop("model_type")]
+        model = make(make.config_class(**keys, vocab_size=257, initializer_range=0.15))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -262,17 +289,21 @@ class Transformers(unittest.TestCase):
 
     def test_made_by_transformers_trained_further_by_flap(self):
         """The model that comes out is the one that went in when the learning rate is 0, and has its config's keys."""
-        self.make("untied", "fp32", "given")
-        self.flap("train", self.write_further(), "output_dir=further")
-        theirs = self.load("given", "fp32").state_dict()
-        ours = self.load("further", "fp32").state_dict()
-        self.assertEqual(sorted(theirs), sorted(ours))
-        for name, tensor in theirs.items():
-            self.assertTrue(torch.equal(tensor, ours[name]), name)
+        for model in ("untied", "qwen2"):
+            with self.subTest(model=model):
+                self.make(model, "fp32", f"given-{model}")
+                self.flap("train", self.write_further(f"given-{model}"), f"output_dir=further-{model}")
+                theirs = self.load(f"given-{model}", "fp32")
+                ours = self.load(f"further-{model}", "fp32")
+                self.assertIs(type(theirs), type(ours))
+                theirs, ours = theirs.state_dict(), ours.state_dict()
+                self.assertEqual(sorted(theirs), sorted(ours))
+                for name, tensor in theirs.items():
+                    self.assertTrue(torch.equal(tensor, ours[name]), name)
 
-    def write_further(self):
+    def write_further(self, given):
         with open(self.path("further.yaml"), "w") as file:
-            file.write("model_name_or_path: given\nbf16: false\n" + RUN.replace("learning_rate: 1e-2", "learning_rate: 0")
+            file.write(f"model_name_or_path: {given}\nbf16: false\n" + RUN.replace("learning_rate: 1e-2", "learning_rate: 0")
                        .replace("max_steps: 40", "max_steps: 2").replace("save_strategy: steps", "save_strategy: no"))
         return "further.yaml"
 
