@@ -85,6 +85,9 @@ def variant(rng, data, name):
         stages.insert(0, {"type": "Split", "pattern": pattern, "behavior": rng.choice(["Isolated", "Removed"]), "invert": False})
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": stages}
     tokenizer["model"]["ignore_merges"] = rng.random() < 0.5
+    if rng.random() < 0.5:  # as the published files of Qwen2 say that there is none, and write merges
+        tokenizer["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+        tokenizer["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     tokenizer["normalizer"] = rng.choice([None, {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}])
     added = tokenizer["added_tokens"]
     # Of "[é]" and its decomposed form only one: the library picks either at random.
