@@ -246,8 +246,9 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
   return FLAP_OK;
 }
 
-/* A stall in the trace bears the name of the lane that was waited for most since the last one. */
-static void trace_stall(flap_executor *x, uint64_t started_ns, uint64_t ended_ns) {
+/* A stall in the trace bears the name of the lane that was waited for most since the last one, and the region. Where
+ * launches are asynchronous it is the engine thread that waits: the device has what was launched before to do. */
+static void trace_stall(flap_executor *x, uint32_t region, uint64_t started_ns, uint64_t ended_ns) {
   static const char *const names[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = "waits for h2d",
                                                      [FLAP_LANE_D2H] = "waits for d2h",
                                                      [FLAP_LANE_DISK_READ] = "waits for disk read",
@@ -259,17 +260,17 @@ static void trace_stall(flap_executor *x, uint64_t started_ns, uint64_t ended_ns
     if (stats.stall_ns[lane] - x->stall_ns[lane] > stats.stall_ns[most] - x->stall_ns[most])
       most = lane;
   memcpy(x->stall_ns, stats.stall_ns, sizeof x->stall_ns);
-  flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], FLAP_TRACE_NO_DETAIL, started_ns, ended_ns, 0);
+  flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, started_ns, ended_ns, 0);
 }
 
 static flap_status pin(flap_executor *x, uint32_t lease) {
-  const uint64_t started_ns = x->timed ? flap_units_now_ns() : 0;
+  if (x->trace == NULL)
+    return flap_pager_pin(x->pager, lease, &x->host.addresses[lease]);
+  const uint64_t started_ns = flap_units_now_ns();
   FLAP_TRY(flap_pager_pin(x->pager, lease, &x->host.addresses[lease]));
-  if (x->timed) {
-    const uint64_t ended_ns = flap_units_now_ns();
-    if (x->trace != NULL && ended_ns - started_ns > STALL_TRACED_NS)
-      trace_stall(x, started_ns, ended_ns);
-  }
+  const uint64_t ended_ns = flap_units_now_ns();
+  if (ended_ns - started_ns > STALL_TRACED_NS)
+    trace_stall(x, x->programs[x->queue[0]].leases[lease].region, started_ns, ended_ns);
   return FLAP_OK;
 }
 

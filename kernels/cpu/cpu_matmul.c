@@ -72,7 +72,7 @@ static void matmul_item(void *context, uint64_t item, uint32_t worker) {
   float *b_buffer = a_buffer + FLAP_CPU_TILE * FLAP_CPU_TILE_K;
   float *tile = b_buffer + FLAP_CPU_TILE * FLAP_CPU_TILE_K;
   uint32_t stride = columns;
-  if (x->c_dtype == FLAP_F32 && x->residual == NULL) { /* which may be c itself, and is read when the sum is there */
+  if (x->c_dtype == FLAP_F32) {
     tile = (float *)x->c + (uint64_t)row * x->ldc + column;
     stride = x->ldc;
   }

@@ -139,31 +139,30 @@ struct attention_query_block {
   uint64_t q, packed, packed_stride, statistic, kv;
 };
 
-/* Blocks come in sections of a few units (heads of sequences) whose other operand stays in the L2 cache while all of
- * their tiles read it; within a section those with the longest rows start first. Over all units at once every block
- * would read from memory: the keys and values of 4 sequences of 2048 tokens with 32 heads of 128 are 134 MB. */
-constexpr uint64_t ATTENTION_SECTION_BYTES = 4 << 20;
+/* Blocks come in sections of a few units, within which those with the longest rows start first. A unit is what one set of
+ * keys and values serves, or in the pass for dk and dv one set of queries: with at most so many units at a time several
+ * of a unit's tiles run together and share what they read through the L2 cache. Over all units at once every block reads
+ * from memory, where units are many: keys and values of 4 sequences of 2048 tokens with 32 heads of 128 are 134 MB. Fewer
+ * units would leave too few blocks to even out their lengths. */
+constexpr uint32_t ATTENTION_SECTION_UNITS = 32;
 
 struct attention_place {
-  uint32_t unit, rank; /* rank 0: the tile that starts first */
+  uint32_t item, rank; /* rank 0: the tile that starts first */
 };
 
-/* `unit_bytes` is what the tiles of `shared` units in a row read in common. */
-__device__ __forceinline__ attention_place attention_place_of(uint32_t units, uint64_t unit_bytes, uint32_t shared) {
-  const uint32_t tiles = gridDim.x / units;
-  const uint32_t fitting = static_cast<uint32_t>(ATTENTION_SECTION_BYTES / unit_bytes);
-  const uint32_t section_units = (fitting > 0 ? fitting : 1) * shared;
-  const uint32_t section = blockIdx.x / (section_units * tiles), first = section * section_units;
-  const uint32_t count = min(section_units, units - first), index = blockIdx.x - first * tiles;
+/* `items` in all, `per_unit` of them in a row to a unit; the grid has the same number of tiles for each item. */
+__device__ __forceinline__ attention_place attention_place_of(uint32_t items, uint32_t per_unit) {
+  const uint32_t tiles = gridDim.x / items, section_items = ATTENTION_SECTION_UNITS * per_unit;
+  const uint32_t section = blockIdx.x / (section_items * tiles), first = section * section_items;
+  const uint32_t count = min(section_items, items - first), index = blockIdx.x - first * tiles;
   return {first + index % count, index / count};
 }
 
 template <int ROWS>
 __device__ __forceinline__ attention_query_block attention_query_block_of(const attention_args &args) {
   const uint32_t pairs = args.batch * args.heads, shared = args.heads / args.kv_heads;
-  const attention_place place =
-      attention_place_of(pairs, static_cast<uint64_t>(args.keys) * args.head_size * 4, shared);
-  const uint32_t pair = place.unit, sequence = pair / args.heads, head = pair % args.heads;
+  const attention_place place = attention_place_of(pairs, shared);
+  const uint32_t pair = place.item, sequence = pair / args.heads, head = pair % args.heads;
   const uint32_t kv_head = head / shared;
   attention_query_block block;
   block.query = (gridDim.x / pairs - 1 - place.rank) * ROWS;
@@ -191,9 +190,8 @@ template <int ROWS> __device__ __forceinline__ attention_key_block attention_key
   const uint32_t units = args.batch * args.kv_heads * args.parts;
   attention_key_block block;
   block.heads = args.heads / args.kv_heads / args.parts;
-  const attention_place place =
-      attention_place_of(units, static_cast<uint64_t>(args.queries) * args.head_size * 4 * block.heads, 1);
-  const uint32_t unit = place.unit, part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
+  const attention_place place = attention_place_of(units, 1);
+  const uint32_t unit = place.item, part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
   const uint32_t sequence = unit / args.parts / args.kv_heads;
   block.key = place.rank * ROWS;
   block.rows = min(static_cast<uint32_t>(ROWS), args.keys - block.key);

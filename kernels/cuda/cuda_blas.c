@@ -302,8 +302,7 @@ void cuda_matmul(flap_ops *ops, const flap_matmul *matmul) {
   const cudaStream_t stream = cuda_stream(ops);
   flap_matmul x = *matmul;
   if (x.bias != NULL && x.residual != NULL && x.c_dtype == FLAP_F32) { /* in c, where the bias is added to it */
-    if (x.residual != x.c)
-      cuda_copy_rows(ops, x.c, x.residual, (uint64_t)x.n * sizeof(float), x.m, (uint64_t)x.ldc * sizeof(float));
+    cuda_copy_rows(ops, x.c, x.residual, (uint64_t)x.n * sizeof(float), x.m, (uint64_t)x.ldc * sizeof(float));
     x.residual = NULL;
     x.accumulate = true;
   }

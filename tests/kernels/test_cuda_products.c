@@ -50,11 +50,10 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
   on_cpu.dtype = g->oracle;
   on_cpu.c_dtype = x->c_dtype == FLAP_F16 ? FLAP_F32 : x->c_dtype;
   on_gpu.c = again.gpu;
-  on_gpu.residual = p.residual ? again.gpu : NULL;
+  on_gpu.residual = p.residual ? residual.gpu : NULL;
   on_cpu.residual = p.residual ? residual.cpu : NULL;
   run(g, &p, &on_gpu);
   on_gpu.c = c.gpu;
-  on_gpu.residual = p.residual ? residual.gpu : NULL;
   run(g, &p, &on_gpu);
   operands_equal("product, again", &c, &again);
   on_cpu.c = c.cpu;

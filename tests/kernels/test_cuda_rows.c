@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 static const flap_dtype dtypes[] = {FLAP_F32, FLAP_BF16, FLAP_F16};
 
@@ -84,7 +85,11 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
   operand normalized = operand_empty(g, dtype, count, 0);
   flap_ops_rmsnorm(g->ops, dtype, normalized.gpu, rstd_gpu.gpu, NULL, x.gpu, NULL, weight.gpu, tokens, hidden, 1e-5f);
   operand_free(&rstd_in);
-  rstd_in = rstd_gpu; /* with its own statistics the forward's result comes again to the bit */
+  rstd_in =
+      rstd_gpu; /* with its own statistics the forward's result comes again to the bit; the oracle takes them too */
+  float *statistics = operand_bytes(&rstd_gpu);
+  memcpy(rstd.cpu, statistics, tokens * sizeof *statistics);
+  free(statistics);
   operand dx[3], dw[3];
   for (uint32_t run = 0; run < 3; ++run) {
     const uint32_t shift = run == 2 ? 1 : 0;

@@ -45,11 +45,10 @@ static void check_matmul(rig rigs[RIG_THREADS_MAX], rig_random *random, const sh
   x.a = a;
   x.b = b;
   x.bias = bias;
+  x.residual = s->residual ? c_before : NULL;
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     c[t] = rig_copy(c_before, c_bytes);
     x.c = c[t];
-    if (s->residual) /* in the place of the result, too */
-      x.residual = t % 2 == 1 ? c[t] : c_before;
     flap_ops_matmul(rigs[t].ops, &x);
     rig_same("c of several threads", c[0], c[t], c_bytes);
   }
