@@ -1,0 +1,161 @@
+"""PyTorch's own way to train what does not fit: FSDP2 with states in the host's memory and Adam on the CPU, one GPU.
+
+  python3 bench/peers/torch_fsdp2_offload.py 3b [--batch 4] [--sequence 2048] [--micro-batches 4] [--steps 3]
+          [--vram 18GiB] [--adam fused|foreach] [--no-checkpointing] [--clip 1.0] [--json FILE] [--device cpu]
+
+fully_shard over a mesh of one device, CPUOffloadPolicy with pinned memory, fp32 weights and moments on the host, bf16 for
+computing, gradients reduced in fp32, every layer checkpointed. What lies on the host is 16 bytes per parameter (weight, gradient,
+two moments). --vram caps what PyTorch's allocator takes of the GPU, as a share of it; what the driver takes for the context is
+beside that, so the peer gets more than a FLAP run of that budget. A step is tens of seconds for 3.5 billion parameters, most of
+it Adam on the CPU; one step warms up. Gradients of each micro-batch go to the host and are summed there, as FSDP2 does it;
+--keep-gradients sums them on the GPU in fp32 until the last one, where there is room for all.
+"""
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+
+import torch_model  # first: it sets the environment of transformers
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+WARMUP_STEPS = 1
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+
+
+def bytes_of(text):
+    found = re.fullmatch(r"([\d.]+)\s*(GiB|MiB|GB|MB)", text)
+    if not found:
+        sys.exit(f"torch_fsdp2_offload: {text} is no size like 18GiB")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def start(options, folder):
+    """A process group of one, and the cap of the GPU's memory."""
+    backend = "cuda:nccl,cpu:gloo" if options.device == "cuda" else "gloo"
+    if options.device == "cuda":
+        torch.cuda.set_device(0)
+        if options.vram:
+            everything = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, bytes_of(options.vram) / everything))
+    dist.init_process_group(backend, init_method=f"file://{os.path.join(folder, 'store')}", rank=0, world_size=1)
+    return init_device_mesh(options.device, (1,))
+
+
+def shard(model, mesh):
+    policies = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda"),
+                "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    for layer in model.model.layers:
+        fully_shard(layer, **policies)
+    fully_shard(model, **policies)
+
+
+def fill(model, device):
+    """Random weights, drawn on the device: drawing billions of them on one core of the host takes minutes."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.empty(parameter.shape, device=device)
+            if parameter.dim() == 2:
+                values.normal_(0.0, 0.02, generator=generator)
+            else:
+                values.fill_(1.0)
+            parameter.to_local().copy_(values)
+
+
+def make(options, mesh):
+    """The sharded model: made without memory, sharded, then filled, so that the host never holds it twice."""
+    with torch.device("meta"):
+        model = torch_model.build(torch_model.shapes.shape_of(options.shape))
+    tied = model.config.tie_word_embeddings
+    if options.checkpointing:
+        torch_model.checkpoint_layers(model)
+    shard(model, mesh)
+    model.to_empty(device="cpu")
+    if tied:
+        model.tie_weights()
+    fill(model, options.device)
+    # Its buffers were emptied too, and FSDP leaves buffers where they are.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(options.device)
+    return model
+
+
+def adam(options, model):
+    """(optimizer, which one): Adam on the host's tensors, fused where this PyTorch can."""
+    kinds = ["fused", "foreach"] if options.adam == "fused" else ["foreach"]
+    for kind in kinds:
+        try:
+            return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                                     **{kind: True}), kind
+        except (RuntimeError, ValueError) as error:
+            print(f"no {kind} AdamW for these tensors: {error}")
+    sys.exit("torch_fsdp2_offload: PyTorch has no AdamW for tensors of the host")
+
+
+def step(options, model, optimizer, tokens, targets):
+    """(loss, seconds of forward and backward, seconds of the update)."""
+    began = time.perf_counter()
+    total = 0.0
+    for micro_batch in range(options.micro_batches):
+        if options.keep_gradients:
+            model.set_requires_gradient_sync(micro_batch == options.micro_batches - 1)
+        loss = torch_model.loss_of(model, tokens[micro_batch], targets[micro_batch]) / options.micro_batches
+        loss.backward()
+        total += loss.item()
+    torch_model.synchronize(options.device)
+    between = time.perf_counter()
+    if options.clip > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, between - began, time.perf_counter() - between
+
+
+def measure(options, mesh):
+    model = make(options, mesh)
+    optimizer, kind = adam(options, model)
+    tokens, targets = torch_model.random_windows(torch_model.shapes.shape_of(options.shape), options.micro_batches,
+                                                 options.batch, options.sequence, options.device)
+    times, losses = [], []
+    for number in range(WARMUP_STEPS + options.steps):
+        loss, passes, update = step(options, model, optimizer, tokens, targets)
+        print(f"step {number + 1}: loss {loss:.4f}, forward and backward {passes:.2f} s, clipping and update {update:.2f} s",
+              flush=True)
+        losses.append(loss)
+        times.append((passes, update))
+    timed = times[WARMUP_STEPS:]
+    torch_model.report(options, "FSDP2 with CPU offload", [sum(each) for each in timed], losses, adam=kind,
+                       checkpointing=options.checkpointing, vram=options.vram, clip=options.clip,
+                       keep_gradients=options.keep_gradients, pass_seconds=[each[0] for each in timed],
+                       update_seconds=[each[1] for each in timed])
+    print(f"AdamW {kind}, {torch.get_num_threads()} threads; checkpointing {'yes' if options.checkpointing else 'no'}; "
+          f"the GPU's memory capped at {options.vram or 'nothing'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    torch_model.add_shape_arguments(parser, batch=4, sequence=2048, micro_batches=4, steps=3)
+    parser.add_argument("--vram", help="most that PyTorch's allocator may take of the GPU, for example 18GiB")
+    parser.add_argument("--adam", choices=("fused", "foreach"), default="fused")
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--keep-gradients", action="store_true")
+    parser.add_argument("--clip", type=float, default=0.0, help="the global norm that gradients are clipped to; 0: not")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of Adam on the CPU")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="flap-fsdp2-") as folder:
+        mesh = start(options, folder)
+        try:
+            measure(options, mesh)
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"torch_fsdp2_offload: does not fit: {str(error).splitlines()[0]}")
+        finally:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
