@@ -15,7 +15,7 @@ bf16, and fp16 where this flap has it: rounding makes curves part, so FLAP's is 
 They are runs with weights of that dtype and an fp32 master (what FLAP does), with several attention back ends, ways of summing
 gradients and reductions, and one with autocast over fp32 weights. The distance of two curves is the root of the mean square of
 their differences. FLAP's from the mean of PyTorch's must be at most the largest between two of PyTorch's; a canary, the same
-training with a learning rate that is 20% higher, must be further. fp16 scales losses by 2^16, halves that and skips the
+training with a learning rate that is 20% higher, must be further. fp16 scales losses by 2^16, and halves that and skips the
 update when a gradient overflows.
 
 --device cpu compares FLAP's cpu device with PyTorch on the CPU, at sizes that take seconds. Exit status 1 when something is
@@ -178,6 +178,8 @@ class Case:
             entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
         if [entry["step"] for entry in entries] != list(range(1, self.steps + 1)):
             sys.exit(f"parity: {output}/metrics.jsonl does not hold {self.steps} steps")
+        if any(entry["loss"] is None for entry in entries):
+            sys.exit(f"parity: {output}/metrics.jsonl has losses that are not finite")
         return [entry["loss"] for entry in entries], [entry["grad_norm"] for entry in entries]
 
 
@@ -224,7 +226,7 @@ class Torch:
         self.optimizer = torch.optim.AdamW([{"params": decays, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
                                            lr=case.rate, betas=BETAS, eps=EPSILON, foreach=False)
         self.scale = 65536.0 if self.dtype == torch.float16 else 1.0
-        self.norms = []
+        self.norms, self.updates = [], 0
 
     def contexts(self):
         stack = contextlib.ExitStack()
@@ -256,7 +258,7 @@ class Torch:
             master.grad = each.div_(self.scale)
         return total
 
-    def step(self, number, windows):
+    def step(self, windows):
         if self.copied:
             with torch.no_grad():
                 for copy, master in zip(self.model.parameters(), self.parameters):
@@ -265,20 +267,21 @@ class Torch:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
         self.norms.append(norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.variant.rate * self.case.rate * min(1.0, number / WARMUP)
+            group["lr"] = self.variant.rate * self.case.rate * min(1.0, self.updates / WARMUP)
         if math.isfinite(norm):
             self.optimizer.step()
+            self.updates += 1  # what is skipped does not count for the learning rate
         elif self.dtype == torch.float16:
             self.scale /= 2
         else:
-            sys.exit(f"parity: PyTorch's gradients in step {number + 1} are not finite")
+            sys.exit(f"parity: PyTorch's gradients in step {len(self.norms)} are not finite")
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def losses(self):
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.variant.reduced
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = self.variant.reduced
-        return [self.step(number, windows) for number, windows in enumerate(self.case.batches(self.variant.shuffled))]
+        return [self.step(windows) for windows in self.case.batches(self.variant.shuffled)]
 
 
 # ---- comparing ----
