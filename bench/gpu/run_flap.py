@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -183,6 +184,7 @@ def run(options):
                "lane_bytes_planned": foreseen["lane_bytes"], "vram_budget": foreseen["vram_budget"],
                "vram_planned": foreseen["vram_bytes"], "ram_budget": foreseen["ram_budget"],
                "ram_planned": foreseen["ram_bytes"], "disk_planned": foreseen["disk_bytes"]}
+    shutil.rmtree(os.path.join(folder, "run"), ignore_errors=True)  # or an earlier run's steps could pass for this one's
     status, cut, usage, watch = train(options, configuration, folder)
     entries = steps_of(folder)
     with open(os.path.join(folder, "flap.log"), errors="replace") as file:
