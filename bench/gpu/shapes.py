@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=1 << 21)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="key=value, further lines of the configuration")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.shape is None:
         print(f"{'shape':14} {'parameters':>14} {'hidden':>7} {'layers':>6} {'inner':>6} {'heads':>5} {'kv':>3} {'vocabulary':>10}")
         for name, each in SHAPES.items():
