@@ -12,8 +12,8 @@ the peaks: nvidia_smi_mib is the most that nvidia-smi showed while it ran, rss_b
 
 nvidia-smi is asked for the process; where it lists none (in some virtual machines and containers) for the whole GPU instead, and
 nvidia_smi_source says which. Steps count as steady from the third to the last but one, because the first fill the
-pipeline and the last waits for the update. A run that is still going after --seconds is ended: its record says "cut": true and
-holds the steps that were logged. Exit status 1 if flap failed or logged no step.
+pipeline and the last waits for the update. A run that is still going --seconds after its plan was asked for is ended: its
+record says "cut": true and holds the steps that were logged. Exit status 1 if flap failed or logged no step.
 """
 import argparse
 import json
@@ -108,13 +108,12 @@ def plan(options, configuration, folder):
     return json.loads(done.stdout), None
 
 
-def train(options, configuration, folder):
+def train(options, configuration, folder, end):
     """Returns (exit status, cut short?, resource usage, watch)."""
     watch = Watch()
     with open(os.path.join(folder, "flap.log"), "w") as log:
         child = subprocess.Popen([options.flap, "train", configuration, *options.overrides], stdout=log,
                                  stderr=subprocess.STDOUT)
-    end = time.monotonic() + options.seconds
     cut = False
     while True:
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -173,6 +172,7 @@ def run(options):
     record = {"shape": options.shape, "vram": options.vram, "ram": options.ram, "disk": options.disk, "device": options.device,
               "batch": options.batch, "sequence": options.sequence, "micro_batches": options.micro_batches,
               "max_steps": options.steps, "overrides": options.overrides, "folder": folder}
+    end = time.monotonic() + options.seconds
     foreseen, error = plan(options, configuration, folder)
     counted = shapes.parameters(shapes.shape_of(options.shape))
     if not error and foreseen["parameters"] != counted:
@@ -185,7 +185,7 @@ def run(options):
                "vram_planned": foreseen["vram_bytes"], "ram_budget": foreseen["ram_budget"],
                "ram_planned": foreseen["ram_bytes"], "disk_planned": foreseen["disk_bytes"]}
     shutil.rmtree(os.path.join(folder, "run"), ignore_errors=True)  # or an earlier run's steps could pass for this one's
-    status, cut, usage, watch = train(options, configuration, folder)
+    status, cut, usage, watch = train(options, configuration, folder, end)
     entries = steps_of(folder)
     with open(os.path.join(folder, "flap.log"), errors="replace") as file:
         log = file.read()
