@@ -209,6 +209,30 @@ void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
                     void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements);
 
+/* Elements that share the largest moment which their codes are relative to. */
+#define FLAP_OPS_MOMENT_BLOCK 256u
+
+/* AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): the update
+ * above, with its arithmetic, contract and order of operations, between reading codes and writing them.
+ *
+ * m (elements) are signed codes, v (elements) unsigned ones. m_largest and v_largest are fp32, one per block of
+ * FLAP_OPS_MOMENT_BLOCK elements. 2.03125 bytes per element; all bytes zero is the state at the start.
+ *
+ * Reading: m = ratio(code) * m_largest; root = ratio(code) * v_largest, v = root * root. The ratios are those of
+ * dynamic tree quantisation, in kernels/moments.h: codes -127 to 127 with six decades, 0 to 255 with seven.
+ *
+ * Writing: m_largest is the block's largest |m|, v_largest its largest sqrt(v); inverse = 1 / largest, or 0 for a block
+ * of zeros. The code is the nearest one to |m| * inverse (m's sign is kept) or sqrt(v) * inverse; ties go to the even
+ * code. v's code is 0 where v is 0 alone, and at least 1 elsewhere.
+ *
+ * v is kept as its root, and does not become 0, because the update divides by the root: where v was lost beside an m
+ * that was not, the weight would move by m / epsilon. See kernels/README.md for what that is worth.
+ *
+ * A moment that is not finite has no code: it is stored as 0, and *fault is set to 1. */
+void flap_ops_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                         void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                         const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
+
 #ifdef __cplusplus
 }
 #endif

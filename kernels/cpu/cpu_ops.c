@@ -102,4 +102,5 @@ const flap_ops_table flap_ops_cpu_table = {
     .head_loss = flap_cpu_head_loss,
     .gradient_store = flap_cpu_gradient_store,
     .adamw = flap_cpu_adamw,
+    .adamw_8bit = flap_cpu_adamw_8bit,
 };

@@ -16,6 +16,9 @@ typedef struct optimizer_job {
   void *weight;
   int16_t *low;
   float *m, *v;
+  int8_t *m_codes; /* NULL: moments are fp32 */
+  uint8_t *v_codes;
+  float *m_largest, *v_largest;
   const void *grad;
   const uint8_t *decay_blocks;
   int32_t *fault;
@@ -58,10 +61,30 @@ void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, f
   flap_cpu_run(job.cpu, flap_cpu_ceil(job.blocks, BLOCKS_PER_ITEM), gradient_item, &job);
 }
 
+/* One chunk, whatever its moments are stored as. Returns whether something was refused. */
+static bool adamw_chunk(const optimizer_job *job, float decay, uint64_t i, float *m, float *v, const float *grad) {
+  const flap_cpu_vector *vector = job->cpu->vector;
+  if (job->weight_dtype == FLAP_BF16)
+    return vector->adamw_split(job->scalars, decay, (uint16_t *)job->weight + i, job->low + i, m, v, grad,
+                               FLAP_CPU_CHUNK);
+  return vector->adamw_f32(job->scalars, decay, (float *)job->weight + i, m, v, grad, FLAP_CPU_CHUNK);
+}
+
+static bool adamw_8bit_chunk(const optimizer_job *job, float decay, uint64_t i, const float *grad) {
+  const flap_cpu_vector *vector = job->cpu->vector;
+  const uint64_t block = i / FLAP_OPS_MOMENT_BLOCK;
+  float m[FLAP_CPU_CHUNK], v[FLAP_CPU_CHUNK];
+  vector->moments_load(m, v, job->m_codes + i, job->v_codes + i, job->m_largest + block, job->v_largest + block,
+                       FLAP_CPU_CHUNK);
+  const bool refused = adamw_chunk(job, decay, i, m, v, grad);
+  return vector->moments_store(job->m_codes + i, job->v_codes + i, job->m_largest + block, job->v_largest + block, m, v,
+                               FLAP_CPU_CHUNK) ||
+         refused;
+}
+
 static void adamw_item(void *context, uint64_t item, uint32_t worker) {
   (void)worker;
   const optimizer_job *job = context;
-  const flap_cpu_vector *vector = job->cpu->vector;
   float buffer[FLAP_CPU_CHUNK];
   bool refused = false;
   for (uint64_t block = item * BLOCKS_PER_ITEM; block < last_block(job, item); ++block) {
@@ -69,12 +92,10 @@ static void adamw_item(void *context, uint64_t item, uint32_t worker) {
     const float decay = decays ? job->scalars->decay : 1.0f; /* times 1 changes no bit */
     for (uint64_t i = block * FLAP_OPS_BLOCK; i < (block + 1) * FLAP_OPS_BLOCK; i += FLAP_CPU_CHUNK) {
       const float *grad = flap_cpu_load(job->cpu, job->grad_dtype, buffer, job->grad, i, FLAP_CPU_CHUNK);
-      if (job->weight_dtype == FLAP_BF16)
-        refused |= vector->adamw_split(job->scalars, decay, (uint16_t *)job->weight + i, job->low + i, job->m + i,
-                                       job->v + i, grad, FLAP_CPU_CHUNK);
+      if (job->m_codes != NULL)
+        refused |= adamw_8bit_chunk(job, decay, i, grad);
       else
-        refused |= vector->adamw_f32(job->scalars, decay, (float *)job->weight + i, job->m + i, job->v + i, grad,
-                                     FLAP_CPU_CHUNK);
+        refused |= adamw_chunk(job, decay, i, job->m + i, job->v + i, grad);
     }
   }
   if (refused)
@@ -93,6 +114,26 @@ void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
   job.low = low;
   job.m = m;
   job.v = v;
+  job.grad = grad;
+  job.decay_blocks = decay_blocks;
+  job.fault = fault;
+  flap_cpu_run(job.cpu, flap_cpu_ceil(job.blocks, BLOCKS_PER_ITEM), adamw_item, &job);
+}
+
+void flap_cpu_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                         void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                         const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  optimizer_job job = {.cpu = flap_cpu_state(ops), .blocks = elements / FLAP_OPS_BLOCK, .grad_dtype = grad_dtype};
+  job.weight_dtype = weight_dtype;
+  job.scalars = scalars;
+  job.weight = weight;
+  job.low = low;
+  job.m_codes = m;
+  job.v_codes = v;
+  job.m_largest = m_largest;
+  job.v_largest = v_largest;
   job.grad = grad;
   job.decay_blocks = decay_blocks;
   job.fault = fault;

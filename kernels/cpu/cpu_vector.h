@@ -61,6 +61,13 @@ typedef struct flap_cpu_vector {
                       const float *grad, size_t count);
   bool (*adamw_f32)(const flap_adamw *scalars, float decay, float *weight, float *m, float *v, const float *grad,
                     size_t count);
+
+  /* The 8-bit moments of flap_ops_adamw_8bit, whole blocks of FLAP_OPS_MOMENT_BLOCK: codes to fp32, and fp32 to codes
+   * with the blocks' largest values. The latter returns whether a moment was not finite. */
+  void (*moments_load)(float *m, float *v, const int8_t *m_codes, const uint8_t *v_codes, const float *m_largest,
+                       const float *v_largest, size_t count);
+  bool (*moments_store)(int8_t *m_codes, uint8_t *v_codes, float *m_largest, float *v_largest, const float *m,
+                        const float *v, size_t count);
 } flap_cpu_vector;
 
 extern const flap_cpu_vector flap_cpu_vector_generic;

@@ -104,4 +104,5 @@ const flap_ops_table flap_ops_cuda_table = {
     .head_loss = cuda_head_loss,
     .gradient_store = cuda_gradient_store,
     .adamw = cuda_adamw,
+    .adamw_8bit = cuda_adamw_8bit,
 };

@@ -167,6 +167,15 @@ static void sim_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weigh
   charge(ops, FLAP_F32, 16.0 * (double)elements, (double)elements * (24.0 + size_of(grad_dtype)));
 }
 
+static void sim_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                           void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                           const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
+  (void)scalars, (void)weight_dtype, (void)weight, (void)low, (void)m, (void)v, (void)m_largest, (void)v_largest;
+  (void)grad, (void)decay_blocks, (void)fault;
+  const double moments = 2 * (2 + 8.0 / FLAP_OPS_MOMENT_BLOCK); /* read and written */
+  charge(ops, FLAP_F32, 105.0 * (double)elements, (double)elements * (8.0 + moments + size_of(grad_dtype)));
+}
+
 const flap_ops_table flap_ops_sim_table = {
     .workspace_bytes = sim_workspace_bytes,
     .open = sim_open,
@@ -189,4 +198,5 @@ const flap_ops_table flap_ops_sim_table = {
     .head_loss = sim_head_loss,
     .gradient_store = sim_gradient_store,
     .adamw = sim_adamw,
+    .adamw_8bit = sim_adamw_8bit,
 };

@@ -96,6 +96,61 @@ START_TEST(vector_tables_give_the_same_bits) {
 }
 END_TEST
 
+#define MOMENTS 1024u
+
+typedef struct moments {
+  int8_t m_codes[MOMENTS];
+  uint8_t v_codes[MOMENTS];
+  float m_largest[MOMENTS / FLAP_OPS_MOMENT_BLOCK], v_largest[MOMENTS / FLAP_OPS_MOMENT_BLOCK];
+  float m[MOMENTS], v[MOMENTS];
+} moments;
+
+/* Ordinary numbers, zeros, denormals, the largest, and what is not finite: the first block has all of these, the second
+ * is zero, the third has denormals alone. */
+static void fill_moments(rig_random *random, float *m, float *v) {
+  static const float odd[8] = {0.0f, -0.0f, 0x1p-149f, -0x1p-140f, 0x1.fffffep127f, INFINITY, -INFINITY, NAN};
+  float *wide = rig_normal_f32(random, MOMENTS, 12);
+  for (uint32_t i = 0; i < MOMENTS; ++i) {
+    m[i] = (i % 2 == 0 ? 1.0f : -1.0f) * (float)exp((double)wide[i]);
+    v[i] = m[i] * m[i];
+    const uint32_t block = i / FLAP_OPS_MOMENT_BLOCK;
+    if (block == 0 && i % 5 == 0) {
+      m[i] = odd[rig_between(random, 0, 7)];
+      v[i] = fabsf(odd[rig_between(random, 0, 7)]);
+    } else if (block == 1) {
+      m[i] = v[i] = 0;
+    } else if (block == 2) {
+      m[i] *= 0x1p-149f;
+      v[i] *= 0x1p-149f;
+    }
+  }
+  free(wide);
+}
+
+START_TEST(vector_tables_give_the_same_moments) {
+  const flap_cpu_vector *tables[3];
+  const uint32_t count = flap_cpu_vector_list(tables);
+  rig_random random = rig_random_named("moments");
+  for (uint32_t round = 0; round < 50; ++round) {
+    float m[MOMENTS], v[MOMENTS];
+    fill_moments(&random, m, v);
+    moments *first = calloc(1, sizeof *first), *other = calloc(1, sizeof *other);
+    for (uint32_t t = 0; t < count; ++t) {
+      moments *to = t == 0 ? first : other;
+      const bool refused =
+          tables[t]->moments_store(to->m_codes, to->v_codes, to->m_largest, to->v_largest, m, v, MOMENTS);
+      ck_assert(refused);
+      tables[t]->moments_load(to->m, to->v, to->m_codes, to->v_codes, to->m_largest, to->v_largest, MOMENTS);
+      if (t > 0)
+        rig_same(tables[t]->name, first, other, sizeof *first);
+    }
+    for (uint32_t i = 0; i < MOMENTS; ++i)
+      ck_assert(isfinite(first->m[i]) && isfinite(first->v_largest[i / FLAP_OPS_MOMENT_BLOCK]));
+    free(first), free(other);
+  }
+}
+END_TEST
+
 START_TEST(vector_exponential_within_two_ulp) {
   const flap_cpu_vector *tables[3];
   (void)flap_cpu_vector_list(tables);
@@ -148,6 +203,7 @@ int main(void) {
   TCase *tests = tcase_create("cpu_vector");
   tcase_set_timeout(tests, 300);
   tcase_add_test(tests, vector_tables_give_the_same_bits);
+  tcase_add_test(tests, vector_tables_give_the_same_moments);
   tcase_add_test(tests, vector_exponential_within_two_ulp);
   tcase_add_test(tests, vector_exponential_ends_are_zero_infinity_and_nan);
   tcase_add_test(tests, vector_to_bf16_equals_the_scalar_for_every_upper_half);

@@ -1,4 +1,5 @@
-/* AdamW and gradient rounding on cuda: bit for bit the cpu's, over several steps and many slices. */
+/* AdamW, with fp32 and with 8-bit moments, and gradient rounding on cuda: bit for bit the cpu's, over several steps and
+ * many slices. */
 #include "tests/kernels/gpu_rig.h"
 
 #include <float.h>
@@ -162,6 +163,139 @@ START_TEST(adamw_not_a_number_leaves_the_weight) {
 }
 END_TEST
 
+/* ---- 8-bit moments ---- */
+
+/* Bytes are operands of fp32, four to each. */
+typedef struct states8 {
+  operand weight, low, m, v, m_largest, v_largest, fault;
+  bool split;
+} states8;
+
+static operand zeros(gpu_rig *g, uint64_t bytes) {
+  void *values = calloc(1, bytes);
+  operand o = operand_of(g, FLAP_F32, values, bytes / 4);
+  free(values);
+  return o;
+}
+
+static states8 make_states8(gpu_rig *g, rig_random *random, bool split) {
+  states8 s = {.split = split};
+  float *weight = rig_normal_f32(random, ELEMENTS, 0.5);
+  uint16_t *high = rig_bytes(ELEMENTS * 2), *low = rig_bytes(ELEMENTS * 2);
+  for (uint64_t i = 0; i < ELEMENTS; ++i) {
+    const uint32_t bits = flap_f32_bits(weight[i]);
+    high[i] = (uint16_t)((bits + 0x8000u) >> 16);
+    low[i] = (uint16_t)(bits - ((uint32_t)high[i] << 16));
+  }
+  s.weight = split ? operand_of(g, FLAP_BF16, high, ELEMENTS) : operand_of(g, FLAP_F32, weight, ELEMENTS);
+  s.low = operand_of(g, FLAP_BF16, low, ELEMENTS);
+  s.m = zeros(g, ELEMENTS);
+  s.v = zeros(g, ELEMENTS);
+  s.m_largest = zeros(g, ELEMENTS / FLAP_OPS_MOMENT_BLOCK * 4);
+  s.v_largest = zeros(g, ELEMENTS / FLAP_OPS_MOMENT_BLOCK * 4);
+  s.fault = zeros(g, 4);
+  free(weight), free(high), free(low);
+  return s;
+}
+
+static void free_states8(states8 *s) {
+  operand_free(&s->weight), operand_free(&s->low), operand_free(&s->m), operand_free(&s->v);
+  operand_free(&s->m_largest), operand_free(&s->v_largest), operand_free(&s->fault);
+}
+
+/* One step on both sides; the GPU's in slices of `slice` elements. */
+static void step8(gpu_rig *g, states8 *s, const flap_adamw *scalars, const operand *grad, uint64_t slice) {
+  uint8_t decays[BLOCKS / 8 + 1];
+  for (uint32_t i = 0; i < sizeof decays; ++i)
+    decays[i] = (uint8_t)(i * 37 + 0xa6);
+  const flap_dtype weight_dtype = s->split ? FLAP_BF16 : FLAP_F32;
+  flap_ops_adamw_8bit(g->cpu.ops, scalars, weight_dtype, grad->dtype, s->weight.cpu, s->split ? s->low.cpu : NULL,
+                      s->m.cpu, s->v.cpu, s->m_largest.cpu, s->v_largest.cpu, grad->cpu, decays, s->fault.cpu,
+                      ELEMENTS);
+  for (uint64_t start = 0; start < ELEMENTS; start += slice) {
+    const uint64_t count = ELEMENTS - start < slice ? ELEMENTS - start : slice, block = start / FLAP_OPS_BLOCK;
+    const uint64_t moments = start / FLAP_OPS_MOMENT_BLOCK;
+    flap_ops_adamw_8bit(
+        g->ops, scalars, weight_dtype, grad->dtype, at(s->weight.gpu, start, flap_dtype_bytes(weight_dtype)),
+        s->split ? (int16_t *)(void *)at(s->low.gpu, start, 2) : NULL, (int8_t *)s->m.gpu + start,
+        (uint8_t *)s->v.gpu + start, (float *)s->m_largest.gpu + moments, (float *)s->v_largest.gpu + moments,
+        at(grad->gpu, start, flap_dtype_bytes(grad->dtype)), decays + block / 8, s->fault.gpu, count);
+  }
+}
+
+static void same_states8(states8 *s) {
+  operand_same("largest m", &s->m_largest);
+  operand_same("largest v", &s->v_largest);
+  operand_same("codes of m", &s->m);
+  operand_same("codes of v", &s->v);
+  operand_same("weight", &s->weight);
+  operand_same("low half", &s->low);
+  operand_same("fault", &s->fault);
+}
+
+/* Gradients over many orders of magnitude, blocks of zeros, and ones whose squares no moment holds. */
+static operand wide_gradient(gpu_rig *g, rig_random *random, flap_dtype dtype, uint32_t shift) {
+  float *values = rig_normal_f32(random, ELEMENTS, 1e-2);
+  for (uint64_t i = 0; i < ELEMENTS; ++i) {
+    const uint64_t block = i / FLAP_OPS_MOMENT_BLOCK;
+    values[i] *= (float)pow(10, -(double)(i % 7) * (double)(block % 3));
+    if (block % 5 == 0 || i % 97 == 0)
+      values[i] = 0;
+    else if (block % 5 == 1)
+      values[i] *= block % 2 == 0 ? 1e-38f : 1e-28f;
+  }
+  uint16_t *halves = rig_bytes(ELEMENTS * 2);
+  for (uint64_t i = 0; i < ELEMENTS; ++i)
+    halves[i] = flap_f32_to_bf16(values[i]);
+  operand plain = operand_of(g, dtype, dtype == FLAP_F32 ? (void *)values : (void *)halves, ELEMENTS);
+  operand grad = operand_copy(&plain, shift);
+  operand_free(&plain);
+  free(values), free(halves);
+  return grad;
+}
+
+static void adamw_8bit(gpu_rig *g, rig_random *random, int index) {
+  const flap_dtype grad_dtype = index % 2 == 0 ? FLAP_F32 : FLAP_BF16;
+  const uint64_t slices[] = {ELEMENTS, 8 * FLAP_OPS_BLOCK, 64 * FLAP_OPS_BLOCK, ELEMENTS};
+  states8 s = make_states8(g, random, index / 2 == 0);
+  for (uint32_t i = 1; i <= 4; ++i) {
+    const flap_adamw scalars = scalars_of(i);
+    operand grad = wide_gradient(g, random, grad_dtype, i == 4 ? 1 : 0);
+    step8(g, &s, &scalars, &grad, slices[i - 1]);
+    same_states8(&s);
+    operand_free(&grad);
+  }
+  ck_assert_int_eq(*(int32_t *)s.fault.cpu, 0);
+  free_states8(&s);
+}
+
+START_TEST(adamw_8bit_has_the_bits_of_the_cpu) {
+  with_rig(adamw_8bit, _i);
+}
+END_TEST
+
+/* No bit pattern of a NaN is stored, so everything is compared. */
+static void faults_8bit(gpu_rig *g, rig_random *random, int index) {
+  states8 s = make_states8(g, random, index == 0);
+  const flap_adamw scalars = scalars_of(1);
+  const float odd[5] = {INFINITY, -INFINITY, NAN, FLT_MAX, 1e25f};
+  float *values = rig_normal_f32(random, ELEMENTS, 1);
+  for (uint64_t i = 0; i < ELEMENTS; i += 1000)
+    values[i] = odd[i / 1000 % 5];
+  operand grad = operand_of(g, FLAP_F32, values, ELEMENTS);
+  step8(g, &s, &scalars, &grad, ELEMENTS);
+  same_states8(&s);
+  ck_assert_int_eq(*(int32_t *)s.fault.cpu, 1);
+  free(values);
+  operand_free(&grad);
+  free_states8(&s);
+}
+
+START_TEST(adamw_8bit_refuses_what_the_cpu_refuses) {
+  with_rig(faults_8bit, _i);
+}
+END_TEST
+
 static void gradient(gpu_rig *g, rig_random *random, int index) {
   const flap_dtype dtype = index == 0 ? FLAP_F32 : FLAP_BF16;
   float *values = rig_normal_f32(random, ELEMENTS, 1);
@@ -198,6 +332,8 @@ int main(void) {
   tcase_add_loop_test(tests, adamw_has_the_bits_of_the_cpu, 0, 4);
   tcase_add_loop_test(tests, adamw_refuses_what_the_cpu_refuses, 0, 2);
   tcase_add_loop_test(tests, adamw_not_a_number_leaves_the_weight, 0, 2);
+  tcase_add_loop_test(tests, adamw_8bit_has_the_bits_of_the_cpu, 0, 4);
+  tcase_add_loop_test(tests, adamw_8bit_refuses_what_the_cpu_refuses, 0, 2);
   tcase_add_loop_test(tests, gradient_store_has_the_bits_of_the_cpu, 0, 2);
   suite_add_tcase(suite, tests);
   return gpu_rig_main(suite);

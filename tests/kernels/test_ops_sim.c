@@ -118,6 +118,8 @@ START_TEST(sim_every_operation_takes_time_and_touches_nothing) {
   CHARGES(flap_ops_gradient_store(s.ops, FLAP_BF16, a, b, c, FLAP_OPS_BLOCK * 100));
   CHARGES(flap_ops_adamw(s.ops, &scalars, FLAP_BF16, FLAP_BF16, a, b, c, d, a, nowhere(6), nowhere(7),
                          FLAP_OPS_BLOCK * 100));
+  CHARGES(flap_ops_adamw_8bit(s.ops, &scalars, FLAP_BF16, FLAP_BF16, a, b, c, d, a, b, c, nowhere(6), nowhere(7),
+                              FLAP_OPS_BLOCK * 100));
   close_sim(&s);
 }
 END_TEST
