@@ -153,6 +153,23 @@ static void run_adamw_whole(bench *b) {
   adamw(b, FLAP_F32);
 }
 
+/* The codes are any bytes; what they are relative to lies beyond what other rows use of buffer 5. */
+static void adamw_8bit(bench *b, flap_dtype weight) {
+  static const uint8_t decays[FLAP_OPS_ADAMW_BLOCKS_MAX / 8] = {0xff};
+  const flap_adamw s = {1e-4f, 0.9f, 0.95f, 0.1f, 0.05f, 1.1f, 1.2f, 1e-8f, 0.99999f, 1.0f};
+  float *largest = f32(b, 5) + 2 * ELEMENTS;
+  flap_ops_adamw_8bit(b->ops, &s, weight, FLAP_BF16, b->buffers[0],
+                      weight == FLAP_BF16 ? (int16_t *)(void *)b->buffers[1] : NULL, (int8_t *)b->buffers[2],
+                      b->buffers[3], largest, largest + ELEMENTS / FLAP_OPS_MOMENT_BLOCK, b->buffers[4], decays,
+                      (int32_t *)(void *)b->buffers[6], ELEMENTS);
+}
+static void run_adamw_8bit_split(bench *b) {
+  adamw_8bit(b, FLAP_BF16);
+}
+static void run_adamw_8bit_whole(bench *b) {
+  adamw_8bit(b, FLAP_F32);
+}
+
 static void run_head(bench *b) {
   flap_ops_head_loss(b->ops, b->dtype, statistics(b), b->buffers[0], f32(b, 6), true, b->buffers[1], b->buffers[7],
                      (int32_t *)(void *)b->buffers[5], 1e-4f, TOKENS / 2, HIDDEN, VOCABULARY);
@@ -183,6 +200,8 @@ static void all_traffic(bench *b) {
   traffic(b, "gradient store", run_store, 6 * elements);
   traffic(b, "adamw, split master", run_adamw_split, 26 * elements);
   traffic(b, "adamw, fp32", run_adamw_whole, 26 * elements);
+  traffic(b, "adamw 8-bit, split master", run_adamw_8bit_split, (14 + 16.0 / FLAP_OPS_MOMENT_BLOCK) * elements);
+  traffic(b, "adamw 8-bit, fp32", run_adamw_8bit_whole, (14 + 16.0 / FLAP_OPS_MOMENT_BLOCK) * elements);
   traffic(b, "embedding", run_embedding, 2 * rows);
   traffic(b, "embedding backward", run_embedding_backward, 5 * rows);
 }
