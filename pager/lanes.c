@@ -47,8 +47,8 @@ bool pager_lane_retire(flap_pager *pager, pager_lane *lane) {
   return progress;
 }
 
-/* On the copying thread. Copies of a stream are told in the order in which they were enqueued, which names them; work on
- * the compute stream comes with its label in place of the bytes. */
+/* On the copying thread. Copies of a stream are told in the order in which they were enqueued, which names them; work
+ * on the compute stream comes with its label in place of the bytes. */
 void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t bytes) {
   flap_pager *pager = context;
   if (stream == FLAP_STREAM_COMPUTE) {

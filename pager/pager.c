@@ -65,6 +65,7 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager->trace_context = config->trace_context;
   pthread_mutex_init(&pager->lock, NULL);
   pthread_cond_init(&pager->engine_wake, NULL);
+  pthread_cond_init(&pager->engine_entered, NULL);
   pthread_mutex_init(&pager->bell_lock, NULL);
   pthread_cond_init(&pager->bell, NULL);
   pager_list_init(&pager->loading);
@@ -173,7 +174,7 @@ static bool nothing_under_way(const flap_pager *pager) {
 
 /* Events on the clock know the pager and its requests, so they happen before it goes. */
 static void wind_down_clock(flap_pager *pager) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   if (pager->error == FLAP_OK)
     pager->error = FLAP_CLOSED; /* nothing new starts */
   for (bool advanced = true; advanced;) {
@@ -182,7 +183,7 @@ static void wind_down_clock(flap_pager *pager) {
       break;
     pthread_mutex_unlock(&pager->lock);
     advanced = flap_clock_advance(pager->clock);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
   }
   pthread_mutex_unlock(&pager->lock);
   pager->closing = true;
@@ -200,6 +201,7 @@ void flap_pager_close(flap_pager *pager) {
   pthread_cond_destroy(&pager->bell);
   pthread_mutex_destroy(&pager->bell_lock);
   pthread_cond_destroy(&pager->engine_wake);
+  pthread_cond_destroy(&pager->engine_entered);
   pthread_mutex_destroy(&pager->lock);
   free(pager->owned_table);
 }
@@ -235,7 +237,7 @@ static void queue_lease(flap_pager *pager, pager_region *region, uint32_t lease)
 }
 
 flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32_t count) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status != FLAP_OK) {
     pthread_mutex_unlock(&pager->lock);
@@ -293,13 +295,13 @@ static void order_compute(flap_pager *pager, uint32_t slot) {
   uint64_t started_ns = pager_now_ns(pager);
   pthread_mutex_unlock(&pager->lock);
   flap_device_stream_wait(pager->device, FLAP_STREAM_COMPUTE, pager_load_event(slot));
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   pager->stats.stall_ns[FLAP_LANE_H2D] += pager_now_ns(pager) - started_ns;
 }
 
 flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out) {
   *memory_out = NULL;
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status != FLAP_OK)
     goto fail;
@@ -345,7 +347,7 @@ static void release_region(flap_pager *pager, pager_region *region, flap_lease_m
 }
 
 void flap_pager_unpin(flap_pager *pager, uint32_t index) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   pager_program *program = &pager->programs[pager->program_first];
   flap_assert(pager->program_count > 0 && index < program->pinned);
   const flap_lease *what = &program->leases[index];
@@ -366,7 +368,7 @@ void flap_pager_unpin(flap_pager *pager, uint32_t index) {
 }
 
 flap_status flap_pager_end(flap_pager *pager) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status == FLAP_OK) {
     const pager_program *program = &pager->programs[pager->program_first];
@@ -380,7 +382,7 @@ flap_status flap_pager_end(flap_pager *pager) {
 }
 
 flap_status flap_pager_settle(flap_pager *pager) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status == FLAP_OK) {
     flap_assert(pager->program_count == 0);
@@ -394,7 +396,7 @@ flap_status flap_pager_settle(flap_pager *pager) {
 /* ---- statistics --------------------------------------------------------------------------------------- */
 
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out) {
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   *stats_out = pager->stats;
   stats_out->busy_ns[FLAP_LANE_H2D] = flap_device_busy_ns(pager->device, FLAP_STREAM_H2D) - pager->at_rest_ns[0];
   stats_out->busy_ns[FLAP_LANE_D2H] = flap_device_busy_ns(pager->device, FLAP_STREAM_D2H) - pager->at_rest_ns[1];

@@ -155,6 +155,7 @@ typedef struct pager_wait {
   pager_ready_fn ready; /* NULL: nobody waits */
   uint32_t argument;
   bool is_pin;    /* then argument is a lease, and the time is charged */
+  bool sleeping;  /* the engine thread is in pthread_cond_wait */
   flap_lane lane; /* charged since since_ns; FLAP_LANE_COUNT for none */
   uint64_t since_ns;
 } pager_wait;
@@ -187,7 +188,8 @@ struct flap_pager {
 
   /* under lock */
   pthread_mutex_t lock;
-  pthread_cond_t engine_wake;
+  pthread_cond_t engine_wake, engine_entered;
+  _Atomic uint32_t engine_wants; /* calls of the engine thread that want the lock: the pump lets them in */
   pager_wait wait;
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
@@ -293,6 +295,9 @@ bool pager_staging_check(flap_pager *pager);
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
+/* Takes the lock on the engine thread. The pump goes on for as long as anything moves, which with both copy lanes busy
+ * may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
+void pager_enter(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
 void pager_ring_bell(void *context);
 /* Waits on the engine thread until ready(argument) or until the pager has failed. */

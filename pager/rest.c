@@ -13,7 +13,7 @@ typedef struct piece {
 
 static flap_status enter(flap_pager *pager, uint32_t region) {
   flap_assert(region < pager->region_count);
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   FLAP_TRY(pager_error(pager));
   if (pager->program_count > 0)
     pager_mistake(pager, "region %u is filled or drained while a program is queued", region);
@@ -55,7 +55,7 @@ static piece resident_piece(const flap_pager *pager, const pager_region *region,
 static flap_status wait_for_compute(flap_pager *pager) {
   pthread_mutex_unlock(&pager->lock);
   flap_status status = flap_device_synchronize(pager->device);
-  pthread_mutex_lock(&pager->lock);
+  pager_enter(pager);
   return status;
 }
 
@@ -66,7 +66,7 @@ static flap_status fill_resident(flap_pager *pager, uint32_t index, flap_pager_f
     piece p = resident_piece(pager, region, offset);
     pthread_mutex_unlock(&pager->lock);
     flap_status status = fill(context, p.offset, p.bytes, pager->bounce);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
     FLAP_TRY(status);
     FLAP_TRY(copy_at_rest(pager, &pager->h2d, region->home + offset, pager->bounce, index, p.bytes));
     offset += p.bytes;
@@ -82,7 +82,7 @@ static flap_status drain_resident(flap_pager *pager, uint32_t index, flap_pager_
     FLAP_TRY(copy_at_rest(pager, &pager->d2h, pager->bounce, region->home + offset, index, p.bytes));
     pthread_mutex_unlock(&pager->lock);
     flap_status status = drain(context, p.offset, p.bytes, pager->bounce);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
     FLAP_TRY(status);
     offset += p.bytes;
   }
@@ -101,7 +101,7 @@ static flap_status visit_ram(flap_pager *pager, uint32_t index, flap_pager_fill_
     pthread_mutex_unlock(&pager->lock);
     flap_status status = fill ? fill(context, offset, bytes, region->home + offset)
                               : drain(context, offset, bytes, region->home + offset);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
     FLAP_TRY(status);
     page += count;
   }
@@ -154,7 +154,7 @@ static flap_status fill_disk(flap_pager *pager, uint32_t index, flap_pager_fill_
     pthread_mutex_unlock(&pager->lock);
     status = fill(context, page * pager->page_bytes, pager_chunk_bytes(pager, region, page, count),
                   pager->buffers[taken].memory);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
     hand_over(pager, taken, status == FLAP_OK);
     page += count;
   }
@@ -209,7 +209,7 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
     pthread_mutex_unlock(&pager->lock);
     status = drain(context, page * pager->page_bytes, pager_chunk_bytes(pager, region, page, count),
                    pager->buffers[taken].memory);
-    pthread_mutex_lock(&pager->lock);
+    pager_enter(pager);
     pager_buffer_free(pager, taken);
     page += count;
   }

@@ -12,6 +12,7 @@
 #include "base/units.h"
 
 #include <signal.h>
+#include <stdatomic.h>
 
 uint64_t pager_now_ns(const flap_pager *pager) {
   return pager->clock ? flap_clock_now_ns(pager->clock) : flap_units_now_ns();
@@ -23,6 +24,23 @@ static void flush(flap_pager *pager) {
   if (pager->submitted)
     flap_block_flush(pager->block);
   pager->submitted = false;
+}
+
+static void entered(flap_pager *pager) {
+  if (atomic_fetch_sub(&pager->engine_wants, 1) == 1)
+    pthread_cond_signal(&pager->engine_entered);
+}
+
+void pager_enter(flap_pager *pager) {
+  atomic_fetch_add(&pager->engine_wants, 1);
+  pthread_mutex_lock(&pager->lock);
+  entered(pager);
+}
+
+/* A mutex that is given back and taken again at once goes to the thread that never slept: so this one sleeps. */
+static void let_engine_in(flap_pager *pager) {
+  while (!pager->clock && atomic_load(&pager->engine_wants) > 0)
+    pthread_cond_wait(&pager->engine_entered, &pager->lock);
 }
 
 /* What frees something comes before what needs it, so most rounds need no second one. After a failure only what is
@@ -43,6 +61,8 @@ void pager_pump(flap_pager *pager) {
       pager_wait_look(pager);
       progress |= pager_staging_check(pager);
     }
+    if (progress)
+      let_engine_in(pager);
   } while (progress);
   flush(pager);
   pager_assert_state(pager);
@@ -139,6 +159,10 @@ void pager_wait_look(flap_pager *pager) {
   if (!over)
     return;
   wait->ready = NULL;
+  if (!wait->sleeping)
+    return;
+  wait->sleeping = false;
+  atomic_fetch_add(&pager->engine_wants, 1); /* it gets the lock back before the next round */
   pthread_cond_signal(&pager->engine_wake);
 }
 
@@ -166,6 +190,8 @@ void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument
     wait_on_clock(pager);
     return;
   }
+  pager->wait.sleeping = true;
   while (pager->wait.ready)
     pthread_cond_wait(&pager->engine_wake, &pager->lock);
+  entered(pager);
 }
