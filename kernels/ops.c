@@ -3,6 +3,7 @@
 
 #include "base/assert.h"
 #include "base/units.h"
+#include "kernels/cuda/cuda_sizes.h"
 
 #include <stdlib.h>
 
@@ -23,9 +24,10 @@ static const flap_ops_table *table_of(flap_device_kind kind) {
 }
 
 uint64_t flap_ops_workspace_bytes(flap_device_kind kind, const flap_ops_limits *limits) {
-  const flap_ops_table *table = table_of(kind);
-  flap_assert(table != NULL && limits != NULL);
-  return flap_units_round_up(table->workspace_bytes(limits), FLAP_OPS_ALIGN);
+  flap_assert(limits != NULL);
+  if (kind == FLAP_DEVICE_CUDA) /* also of a build without CUDA: it plans for machines that have it */
+    return flap_units_round_up(cuda_workspace_bytes(limits), FLAP_OPS_ALIGN);
+  return flap_units_round_up(table_of(kind)->workspace_bytes(limits), FLAP_OPS_ALIGN);
 }
 
 static flap_status check_limits(const flap_ops_limits *limits) {

@@ -42,7 +42,7 @@ typedef struct flap_ops_limits {
   uint32_t threads;          /* of the pool */
 } flap_ops_limits;
 
-/* Bytes of device memory that the kernels need as scratch for these limits. */
+/* Bytes of device memory that the kernels need as scratch for these limits; of every kind, whatever this build has. */
 uint64_t flap_ops_workspace_bytes(flap_device_kind kind, const flap_ops_limits *limits);
 
 /* `workspace` is device memory of that size, aligned to 256, and belongs to the ops until close. */

@@ -63,23 +63,10 @@ attention_args arguments(const flap_cuda_attention_shape *shape, const void *q, 
   return args;
 }
 
-uint64_t statistics_bytes(const flap_cuda_attention_shape *shape) {
-  const uint64_t rows = static_cast<uint64_t>(shape->batch) * shape->queries * shape->heads;
-  return (rows * sizeof(float2) + 255) / 256 * 256;
-}
-
 } // namespace
 
-uint64_t flap_cuda_attention_forward_scratch_bytes(const flap_cuda_attention_shape *shape) {
-  return attention_forward_few_partial_bytes(shape);
-}
-
-uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_shape *shape) {
-  return statistics_bytes(shape) + attention_backward_mma_partial_bytes(shape);
-}
-
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, bool backward) {
-  if (!backward && shape->queries <= ATTENTION_FEW_QUERIES)
+  if (!backward && shape->queries <= CUDA_ATTENTION_FEW_QUERIES)
     return "few";
   if (!takes_tiles(shape))
     return "plain";
@@ -96,7 +83,7 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
   args.out = out;
   args.lse_out = lse;
   args.partial = static_cast<float *>(scratch);
-  if (shape->queries <= ATTENTION_FEW_QUERIES)
+  if (shape->queries <= CUDA_ATTENTION_FEW_QUERIES)
     return attention_forward_few(args, shape->dtype, stream);
   if (!takes_tiles(shape))
     return attention_forward_plain(args, shape->dtype, stream);
@@ -123,10 +110,10 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (status != cudaSuccess)
     return status;
   args.statistics = statistics;
-  args.partial = reinterpret_cast<float *>(static_cast<unsigned char *>(scratch) + statistics_bytes(shape));
+  args.partial = reinterpret_cast<float *>(static_cast<unsigned char *>(scratch) + cuda_attention_statistics_bytes(shape));
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
-  args.parts = attention_backward_mma_parts(shape);
+  args.parts = cuda_attention_backward_parts(shape);
   status = backward_takes_hopper(shape) ? attention_backward_hopper(args, shape->dtype, stream)
                                         : attention_backward_mma(args, shape->dtype, stream);
   return status != cudaSuccess ? status : attention_backward_join_parts(args, shape->dtype, stream);

@@ -10,7 +10,7 @@
 #ifndef FLAP_KERNELS_CUDA_ATTENTION_H
 #define FLAP_KERNELS_CUDA_ATTENTION_H
 
-#include "base/dtype.h"
+#include "kernels/cuda/cuda_sizes.h"
 
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
@@ -22,22 +22,7 @@ extern "C" {
 
 #define FLAP_CUDA_ATTENTION_HEAD_MAX 256u
 
-/* Shapes and operands. q (B, queries, HQ, HD), k and v (B, keys, HKV, HD), each with a token stride in elements; out
- * and dout (B, queries, HQ, HD) contiguous; lse (B, HQ, queries) fp32, in natural logarithms of the scaled scores.
- * Query t of a sequence is at position first_position + t and sees the keys up to there: keys = first_position +
- * queries. */
-typedef struct flap_cuda_attention_shape {
-  uint32_t batch, queries, keys, first_position;
-  uint32_t heads, kv_heads, head_size;
-  uint32_t q_stride, kv_stride;
-  flap_dtype dtype;
-  bool portable; /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones */
-} flap_cuda_attention_shape;
-
-/* Scratch of a forward and of a backward. Both grow with batch, queries and first_position, so that the bytes of the
- * largest shape do for all smaller ones of the same heads. */
-uint64_t flap_cuda_attention_forward_scratch_bytes(const flap_cuda_attention_shape *shape);
-uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_shape *shape);
+/* flap_cuda_attention_shape, and how much scratch a shape takes: cuda_sizes.h. */
 
 /* lse NULL: not wanted. */
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,

@@ -15,7 +15,7 @@ namespace {
 
 /* ---- pass one: dk and dv ---- */
 
-constexpr int KEYS = 128, STEP_QUERIES = 64;
+constexpr int KEYS = CUDA_ATTENTION_KEYS, STEP_QUERIES = 64;
 
 /* How the 128 keys are dealt: rows of a warp, and the queries whose scores it holds at a time. The sums of dk and dv
  * take 128 registers either way. */
@@ -253,32 +253,7 @@ template <typename T, int HD> cudaError_t launch(attention_args args, cudaStream
   return status;
 }
 
-/* Blocks that fill a large GPU twice; a constant, so that the order of sums is the same on every device. */
-constexpr uint64_t BLOCKS_WANTED = 264;
-
-uint64_t key_blocks(const flap_cuda_attention_shape *shape) {
-  return static_cast<uint64_t>((shape->keys + KEYS - 1) / KEYS) * shape->batch * shape->kv_heads;
-}
-
 } // namespace
-
-/* The largest number of equal parts that does not overshoot. */
-uint32_t attention_backward_mma_parts(const flap_cuda_attention_shape *shape) {
-  const uint32_t group = shape->heads / shape->kv_heads;
-  uint32_t parts = group;
-  while (parts > 1 && (group % parts != 0 || key_blocks(shape) * parts > BLOCKS_WANTED))
-    --parts;
-  return parts;
-}
-
-/* For the worst of all smaller shapes: parts times key blocks never exceeds BLOCKS_WANTED unless there is one part. */
-uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *shape) {
-  const uint64_t group = shape->heads / shape->kv_heads;
-  if (group == 1)
-    return 0;
-  const uint64_t all = key_blocks(shape) * group, blocks = all < BLOCKS_WANTED ? all : BLOCKS_WANTED;
-  return blocks * KEYS * shape->head_size * 2 * sizeof(float);
-}
 
 cudaError_t attention_backward_join_parts(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
   if (args.parts == 1)

@@ -11,12 +11,6 @@
 namespace {
 
 constexpr int THREADS = 128, DEPTH = 4; /* keys that a team has in flight */
-constexpr uint32_t PART_KEYS = 128, PARTS_MAX = 64;
-
-uint32_t parts_of(uint32_t keys) {
-  const uint32_t parts = (keys + PART_KEYS - 1) / PART_KEYS;
-  return parts < PARTS_MAX ? parts : PARTS_MAX;
-}
 
 template <int R> struct team_state { float out[R][8], maximum[R], sum[R]; };
 
@@ -210,16 +204,9 @@ template <typename T> cudaError_t launch(const attention_args &args, cudaStream_
 
 } // namespace
 
-/* Of the worst of all shapes with fewer queries at the same first position or a lower one. */
-uint64_t attention_forward_few_partial_bytes(const flap_cuda_attention_shape *shape) {
-  const uint32_t queries = shape->queries < ATTENTION_FEW_QUERIES ? shape->queries : ATTENTION_FEW_QUERIES;
-  return static_cast<uint64_t>(queries) * shape->batch * shape->heads * parts_of(shape->first_position + queries) *
-         (shape->head_size + 2) * sizeof(float);
-}
-
 cudaError_t attention_forward_few(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
   attention_args with = args;
-  with.parts = parts_of(args.keys);
+  with.parts = cuda_attention_few_parts(args.keys);
   return dtype == FLAP_F32    ? launch<float>(with, stream)
          : dtype == FLAP_BF16 ? launch<__nv_bfloat16>(with, stream)
                               : launch<__half>(with, stream);

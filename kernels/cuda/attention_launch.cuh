@@ -7,8 +7,6 @@
 
 /* Head sizes up to this go to the kernels on the tensor cores. */
 constexpr uint32_t ATTENTION_MMA_HEAD_MAX = 128;
-/* Up to so many queries, tiles of 128 would be wasted, and taking the keys in parts is what helps. */
-constexpr uint32_t ATTENTION_FEW_QUERIES = 16;
 
 cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* With args.parts above 1, dk and dv are left in parts. */
@@ -18,9 +16,6 @@ cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtyp
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* Adds the parts of dk and dv in order; nothing where there is one. */
 cudaError_t attention_backward_join_parts(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-/* In how many parts the heads of a group are taken for dk and dv, and the scratch of their sums. */
-uint32_t attention_backward_mma_parts(const flap_cuda_attention_shape *shape);
-uint64_t attention_backward_mma_partial_bytes(const flap_cuda_attention_shape *shape);
 
 cudaError_t attention_forward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 cudaError_t attention_backward_plain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
@@ -29,7 +24,6 @@ cudaError_t attention_statistics(const attention_args &args, flap_dtype dtype, f
 
 /* For few queries: the keys are read in parts, whose results go through args.partial. */
 cudaError_t attention_forward_few(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-uint64_t attention_forward_few_partial_bytes(const flap_cuda_attention_shape *shape);
 
 /* One launch with `shared_bytes` of dynamic shared memory. Raising the limit of a kernel is cheap and is no work of the
  * stream, so it is done every time: no state is kept between calls, whatever device is current. */

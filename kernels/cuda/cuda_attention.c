@@ -4,32 +4,6 @@
 
 #include "base/assert.h"
 
-static uint64_t max_of(uint64_t a, uint64_t b) {
-  return a > b ? a : b;
-}
-
-uint64_t cuda_attention_workspace_bytes(const flap_ops_limits *limits) {
-  flap_cuda_attention_shape shape = {.batch = limits->batch_max,
-                                     .queries = limits->sequence_max,
-                                     .keys = limits->sequence_max,
-                                     .heads = limits->heads,
-                                     .kv_heads = limits->kv_heads,
-                                     .head_size = limits->head_size,
-                                     .q_stride = limits->heads * limits->head_size,
-                                     .kv_stride = limits->kv_heads * limits->head_size,
-                                     .dtype = limits->dtype};
-  uint64_t bytes = 0;
-  if (shape.queries > 0)
-    bytes =
-        max_of(flap_cuda_attention_forward_scratch_bytes(&shape), flap_cuda_attention_backward_scratch_bytes(&shape));
-  if (limits->cache_tokens_max > 0) {
-    shape.batch = 1;
-    shape.queries = shape.first_position = shape.keys = limits->cache_tokens_max;
-    bytes = max_of(bytes, flap_cuda_attention_forward_scratch_bytes(&shape));
-  }
-  return bytes;
-}
-
 static flap_cuda_attention_shape shape_of(const flap_attention *x) {
   return (flap_cuda_attention_shape){.batch = x->batch,
                                      .queries = x->sequence,

@@ -1,27 +1,7 @@
 /* Logits and cross-entropy, chunk by chunk of tokens: logits, then their gradient in place, then the two products. */
 #include "kernels/cuda/cuda_elements.cuh"
 
-/* Logits of a chunk take up to this much. dweight, fp32, is read and written once for each chunk, which costs as much
- * as the products of a few hundred tokens: so a chunk has many, and where the vocabulary is large at least ROWS_MIN. */
-#define CHUNK_BYTES ((uint64_t)256 << 20)
-#define ROWS_MIN 128u
-#define ROWS_MAX 4096u
 #define THREADS 1024u
-
-static uint32_t chunk_rows(flap_dtype dtype, uint32_t vocabulary) {
-  const uint64_t fit = CHUNK_BYTES / (vocabulary * flap_dtype_bytes(dtype)) / ROWS_MIN * ROWS_MIN;
-  return fit < ROWS_MIN ? ROWS_MIN : fit > ROWS_MAX ? ROWS_MAX : (uint32_t)fit;
-}
-
-/* Rows of logits are apart by whole vectors, whatever the vocabulary. */
-static uint32_t logits_stride(uint32_t vocabulary) {
-  return (vocabulary + GROUP - 1) / GROUP * GROUP;
-}
-
-uint64_t cuda_head_workspace_bytes(const flap_ops_limits *limits) {
-  const uint64_t rows = cuda_min(chunk_rows(limits->dtype, limits->vocabulary), limits->tokens_max);
-  return rows * logits_stride(limits->vocabulary) * flap_dtype_bytes(limits->dtype);
-}
 
 /* The sum of e^(x - maximum) over some values, and their maximum; empty: 0 and -infinity. */
 struct softmax_sum {
@@ -155,7 +135,7 @@ static void head_backward(flap_ops *ops, flap_dtype dtype, const void *gradient,
 void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate, const void *x,
                     const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count, uint32_t hidden,
                     uint32_t vocabulary) {
-  const uint32_t chunk = chunk_rows(dtype, vocabulary), stride = logits_stride(vocabulary);
+  const uint32_t chunk = cuda_head_rows(dtype, vocabulary), stride = cuda_head_stride(vocabulary);
   const uint64_t row_bytes = hidden * flap_dtype_bytes(dtype);
   flap_assert((uint64_t)cuda_min(chunk, token_count) * stride * flap_dtype_bytes(dtype) <= cuda_scratch_bytes(ops));
   void *logits = cuda_scratch(ops);

@@ -4,7 +4,7 @@
  * 2. After the launches of an operation: cuda_launched(ops, "name"). Errors are sticky in the device; nothing returns
  *    them, and an operation after a failed one may launch or not.
  * 3. Operations run one after another in the stream, so they take turns in one scratch: cuda_scratch(ops), of
- *    cuda_scratch_bytes(ops) bytes, aligned to 256, as large as the largest need that a cuda_*_workspace_bytes told.
+ *    cuda_scratch_bytes(ops) bytes, aligned to 256, as large as the largest need that cuda_sizes.c knows.
  *    cuBLASLt has a workspace of its own: an operation may call cuda_matmul and keep its scratch.
  * 4. Which kernel runs, its grid and the order of its sums are a function of shape and dtype. Not of addresses (an
  *    unaligned pointer changes how bytes are loaded, not what is added to what), not of the number of multiprocessors.
@@ -15,6 +15,7 @@
 #ifndef FLAP_KERNELS_CUDA_INTERNAL_H
 #define FLAP_KERNELS_CUDA_INTERNAL_H
 
+#include "kernels/cuda/cuda_sizes.h"
 #include "kernels/device/device_cuda.h"
 #include "kernels/ops_internal.h"
 
@@ -67,9 +68,6 @@ static inline uint32_t cuda_min(uint32_t a, uint32_t b) {
 
 /* ---- cuda_blas.c: cuBLASLt, found at run time ---- */
 
-/* Device memory of cuBLASLt itself, apart from the scratch. */
-#define CUDA_BLAS_WORKSPACE_BYTES ((uint64_t)32 << 20)
-
 flap_status cuda_blas_open(flap_ops *ops, void *workspace, cuda_blas **blas_out);
 void cuda_blas_close(cuda_blas *blas);
 /* "cublaslt-13.1.0"; static storage or the object's. */
@@ -83,7 +81,6 @@ void cuda_matmul_plain(flap_ops *ops, const flap_matmul *matmul);
 
 /* ---- cuda_attention*.cu ---- */
 
-uint64_t cuda_attention_workspace_bytes(const flap_ops_limits *limits);
 void cuda_attention(flap_ops *ops, const flap_attention *attention);
 void cuda_attention_backward(flap_ops *ops, const flap_attention *attention, void *dq, void *dk, void *dv,
                              const void *dout);
@@ -93,7 +90,6 @@ void cuda_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const voi
 
 /* ---- cuda_norm.cu ---- */
 
-uint64_t cuda_norm_workspace_bytes(const flap_ops_limits *limits);
 void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void *sum_out, const void *x,
                   const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon);
 /* `rows` rows of row_bytes, both sides with the same stride. */
@@ -127,7 +123,6 @@ void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *du
 
 /* ---- cuda_head.cu ---- */
 
-uint64_t cuda_head_workspace_bytes(const flap_ops_limits *limits);
 void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
                     const void *x, const void *weight, const int32_t *targets, float loss_scale, uint32_t token_count,
                     uint32_t hidden, uint32_t vocabulary);

@@ -8,10 +8,6 @@
 #define FORWARD_HELD 4u
 #define FORWARD_THREADS 512u
 #define BACKWARD_THREADS 512u
-/* The parts of dweight take about this many floats together, whatever the width. */
-#define PARTS_ELEMENTS (1u << 20)
-#define PARTS_MAX 1024u
-#define PARTS_MIN 32u
 #define FOLD_COLUMNS 32u
 #define FOLD_ROWS 8u
 
@@ -271,18 +267,6 @@ __global__ void norm_fold(float *dweight, const float *parts, uint32_t count, ui
 
 /* ---- host ---- */
 
-static uint32_t parts_max(uint32_t hidden) {
-  const uint32_t parts = PARTS_ELEMENTS / hidden;
-  return parts > PARTS_MAX ? PARTS_MAX : parts < PARTS_MIN ? PARTS_MIN : parts;
-}
-
-uint64_t cuda_norm_workspace_bytes(const flap_ops_limits *limits) {
-  /* Norms of heads have more rows than there are tokens, so the parts are bounded by the width alone. */
-  const uint64_t widest = limits->hidden > limits->head_size ? limits->hidden : limits->head_size;
-  const uint64_t elements = widest * PARTS_MIN > PARTS_ELEMENTS ? widest * PARTS_MIN : PARTS_ELEMENTS;
-  return (elements < PARTS_MAX * widest ? elements : PARTS_MAX * widest) * sizeof(float);
-}
-
 /* Whole warps, with so many groups of a row per thread. */
 static uint32_t threads_for(uint32_t hidden, uint32_t threads_max, uint32_t groups) {
   const uint32_t threads = (uint32_t)cuda_ceil(cuda_ceil(hidden, GROUP), WARP * groups) * WARP;
@@ -328,7 +312,7 @@ void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float 
                        rows_aligned(dtype, dy, hidden) &&
                        rows_aligned(dtype, x, hidden) && rows_aligned(dtype, weight, hidden) &&
                        rows_aligned(dtype, dresidual, hidden) && hidden % GROUP == 0;
-  const uint32_t rows = (uint32_t)cuda_ceil(token_count, parts_max(hidden));
+  const uint32_t rows = (uint32_t)cuda_ceil(token_count, cuda_norm_parts(hidden));
   const uint32_t parts = (uint32_t)cuda_ceil(token_count, rows);
   float *scratch = (float *)cuda_scratch(ops);
   flap_assert((uint64_t)parts * hidden * sizeof(float) <= cuda_scratch_bytes(ops));

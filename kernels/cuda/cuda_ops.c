@@ -1,26 +1,8 @@
 /* The cuda ops as an object: workspace, numerics text, table; and the operations that CUDA does by itself. */
 #include "kernels/cuda/cuda_internal.h"
 
-#include "base/units.h"
-
 #include <stdio.h>
 #include <stdlib.h>
-
-static uint64_t max_of(uint64_t a, uint64_t b) {
-  return a > b ? a : b;
-}
-
-/* Operations run one after another, so they take turns in one scratch. */
-static uint64_t scratch_bytes(const flap_ops_limits *limits) {
-  uint64_t bytes = cuda_attention_workspace_bytes(limits);
-  bytes = max_of(bytes, cuda_norm_workspace_bytes(limits));
-  bytes = max_of(bytes, cuda_head_workspace_bytes(limits));
-  return flap_units_round_up(bytes, FLAP_OPS_ALIGN);
-}
-
-static uint64_t cuda_workspace_bytes(const flap_ops_limits *limits) {
-  return CUDA_BLAS_WORKSPACE_BYTES + scratch_bytes(limits);
-}
 
 static flap_status check_kernels(const flap_cuda_properties *card) {
   const cudaError_t error = cuda_kernels_there();
@@ -50,7 +32,7 @@ static flap_status cuda_open(flap_ops *ops) {
     return status;
   }
   cuda->scratch = (unsigned char *)ops->workspace + CUDA_BLAS_WORKSPACE_BYTES;
-  cuda->scratch_bytes = scratch_bytes(limits);
+  cuda->scratch_bytes = cuda_scratch_needed(limits);
   ops->state = cuda;
   (void)snprintf(ops->numerics, sizeof ops->numerics, "cuda sm_%u %s, driver %u.%u, runtime %u.%u, %s",
                  card->capability, card->name, card->driver / 1000, card->driver % 1000 / 10, card->runtime / 1000,

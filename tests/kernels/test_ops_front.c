@@ -48,6 +48,33 @@ START_TEST(workspace_grows_with_what_needs_it_and_less_than_activations) {
 }
 END_TEST
 
+/* A plan for a machine with a card is made in any build, so the sizes are known in any. By hand: 32 MiB of cuBLASLt,
+ * and the largest of what attention, norms and the head want in turn. */
+START_TEST(workspace_of_cuda_is_known_without_cuda) {
+  flap_ops_limits limits = {.dtype = FLAP_BF16,
+                            .batch_max = 2,
+                            .sequence_max = 4096,
+                            .tokens_max = 8192,
+                            .hidden = 4096,
+                            .intermediate = 14336,
+                            .vocabulary = 128256,
+                            .heads = 32,
+                            .kv_heads = 8,
+                            .head_size = 128,
+                            .threads = 2};
+  /* Logits: 256 MiB hold 1,046 rows of 128,256, of which whole groups of 128 are 1,024. */
+  ck_assert_uint_eq(flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, &limits), 32 * FLAP_MIB + (uint64_t)1024 * 128256 * 2);
+  limits.vocabulary = 250; /* 256 apart, 4,096 rows at most: 2 MiB; a norm's parts: 256 of 4,096 floats, 4 MiB */
+  /* Attention: 8 bytes per token and head, and 264 blocks of 128 keys with two sums of 128 floats. */
+  const uint64_t attention = (uint64_t)2 * 4096 * 32 * 8 + (uint64_t)264 * 128 * 128 * 2 * 4;
+  ck_assert_uint_eq(flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, &limits), 32 * FLAP_MIB + attention);
+  limits.sequence_max = limits.batch_max = 1; /* one query: 32 heads of 130 floats; then the norm decides */
+  limits.kv_heads = 32;
+  limits.tokens_max = 1;
+  ck_assert_uint_eq(flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, &limits), 36 * FLAP_MIB);
+}
+END_TEST
+
 START_TEST(open_names_the_instruction_set_and_blas) {
   const flap_ops_limits limits = rig_limits(FLAP_BF16);
   rig r;
@@ -111,6 +138,7 @@ int main(void) {
   TCase *tests = tcase_create("ops_front");
   tcase_add_test(tests, workspace_small_model_is_below_one_mebibyte);
   tcase_add_test(tests, workspace_grows_with_what_needs_it_and_less_than_activations);
+  tcase_add_test(tests, workspace_of_cuda_is_known_without_cuda);
   tcase_add_test(tests, open_names_the_instruction_set_and_blas);
   tcase_add_test(tests, open_more_pool_threads_than_workspace_is_refused);
   tcase_add_test(tests, compute_time_is_told_to_the_device);
