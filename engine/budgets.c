@@ -2,6 +2,7 @@
 
 #include "base/units.h"
 #include "engine/machine_cuda.h"
+#include "engine/machine_profile.h"
 #include "io/block/block.h"
 
 #include <stdio.h>
@@ -31,8 +32,9 @@ uint64_t flap_budgets_resident_peak(void) {
   return read_kib("/proc/self/status", "VmHWM:");
 }
 
-static uint64_t available_memory(void) {
-  const uint64_t available = read_kib("/proc/meminfo", "MemAvailable:");
+static uint64_t available_memory(const flap_run_config *config) {
+  const uint64_t available =
+      config->profile != NULL ? config->profile->ram_bytes : read_kib("/proc/meminfo", "MemAvailable:");
   uint64_t reserve = available / 10;
   if (reserve < 512 * FLAP_MIB)
     reserve = 512 * FLAP_MIB;
@@ -45,13 +47,14 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (config->vram.kind == FLAP_SIZE_MAX) {
-    uint64_t free_bytes = 0;
-    FLAP_TRY(flap_machine_cuda_free(&free_bytes));
+    uint64_t free_bytes = config->profile != NULL ? config->profile->vram_bytes : 0;
+    if (config->profile == NULL)
+      FLAP_TRY(flap_machine_cuda_free(&free_bytes));
     const uint64_t reserve = free_bytes / 20 > 512 * FLAP_MIB ? free_bytes / 20 : 512 * FLAP_MIB;
     budgets->vram_bytes = free_bytes > reserve ? free_bytes - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
-    budgets->ram_bytes = available_memory();
+    budgets->ram_bytes = available_memory(config);
   budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   return FLAP_OK;
 }
@@ -61,7 +64,7 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   if (device == FLAP_DEVICE_CUDA)
     return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
-  uint64_t available = vram_max || ram_max ? available_memory() : 0;
+  uint64_t available = vram_max || ram_max ? available_memory(config) : 0;
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {
@@ -79,9 +82,11 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   return FLAP_OK;
 }
 
-static flap_status resolve_disk(const flap_run_disk *disk, uint64_t *bytes_out) {
-  uint64_t free_bytes = 0;
-  FLAP_TRY(flap_block_space(disk->path, &free_bytes));
+static flap_status resolve_disk(const flap_run_config *config, uint32_t index, uint64_t *bytes_out) {
+  const flap_run_disk *disk = &config->disk[index];
+  uint64_t free_bytes = config->profile != NULL ? config->profile->disks[index].bytes : 0;
+  if (config->profile == NULL)
+    FLAP_TRY(flap_block_space(disk->path, &free_bytes));
   if (disk->size.kind == FLAP_SIZE_BYTES) {
     *bytes_out = disk->size.bytes;
     return FLAP_OK;
@@ -162,7 +167,7 @@ flap_status flap_budgets_resolve(const flap_run_config *config, const flap_plann
   memset(budgets_out, 0, sizeof *budgets_out);
   FLAP_TRY(resolve_memory(config, planner->spec.device, budgets_out));
   for (uint32_t i = 0; i < config->disk_count; i++)
-    FLAP_TRY(resolve_disk(&config->disk[i], &budgets_out->disk_bytes[i]));
+    FLAP_TRY(resolve_disk(config, i, &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)
     FLAP_TRY(resolve_min(planner, budgets_out, "vram", &budgets_out->vram_bytes, flap_planner_vram_min));
   if (config->ram.kind == FLAP_SIZE_MIN)

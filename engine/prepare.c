@@ -5,6 +5,7 @@
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/hf_config.h"
+#include "engine/machine_profile.h"
 #include "engine/weights.h"
 
 #include <sched.h>
@@ -94,10 +95,22 @@ void flap_prepare_close(flap_prepared *p) {
 
 static uint32_t thread_count(const flap_run_config *config) {
   cpu_set_t set;
+  if (config->profile != NULL && config->expert.threads == 0)
+    return config->profile->threads;
   if (config->expert.threads > 0)
     return config->expert.threads < FLAP_POOL_THREADS_MAX ? config->expert.threads : FLAP_POOL_THREADS_MAX;
   const int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
   return cores < 1 ? 1 : cores > FLAP_POOL_THREADS_MAX ? FLAP_POOL_THREADS_MAX : (uint32_t)cores;
+}
+
+/* A machine that is described is not asked anything, and neither is this one. */
+static flap_status take_profile(flap_prepared *p, const flap_machine_profile *profile) {
+  flap_setup_spec *spec = &p->planner.spec;
+  FLAP_TRY(flap_machine_profile_check(profile, p->config));
+  flap_machine_profile_rates(profile, p->config->disk_count, &p->machine);
+  spec->device = profile->device == FLAP_RUN_DEVICE_CUDA ? FLAP_DEVICE_CUDA : FLAP_DEVICE_CPU;
+  spec->vram_overhead_bytes = p->machine.overhead_bytes;
+  return FLAP_OK;
 }
 
 /* auto: a GPU that FLAP can use, else the CPU. */
@@ -105,6 +118,8 @@ static flap_status choose_device(flap_prepared *p) {
   const flap_run_device wanted = p->config->device;
   const char *disk = p->config->disk_count > 0 ? p->config->disk[0].path : NULL;
   flap_setup_spec *spec = &p->planner.spec;
+  if (p->config->profile != NULL)
+    return take_profile(p, p->config->profile);
   if (wanted != FLAP_RUN_DEVICE_CPU) {
     const flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, false, &p->machine);
     if (status == FLAP_OK) {

@@ -164,6 +164,7 @@ flap_status flap_run_config_check(const flap_run_config *config) {
 
 void flap_run_config_close(flap_run_config *config) {
   json_decref(config->model);
+  free(config->profile);
   for (uint32_t i = 0; i < config->dataset_count; i++)
     free(config->dataset[i]);
   memset(config, 0, sizeof *config);

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 struct json_t;
+struct flap_machine_profile;
 
 #ifdef __cplusplus
 extern "C" {
@@ -105,6 +106,8 @@ typedef struct flap_run_config {
 
   /* the machine */
   flap_run_device device;
+  char machine[FLAP_PATH_MAX];          /* a preset or a file, for planning alone; "": this one */
+  struct flap_machine_profile *profile; /* what it says; owned; NULL: this machine */
   flap_size vram, ram;
   uint32_t disk_count;
   flap_run_disk disk[FLAP_RUN_DISKS_MAX];

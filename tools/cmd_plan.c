@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 #include "tools/arguments.h"
 #include "tools/config_yaml.h"
+#include "tools/machine_file.h"
 #include "tools/print_plan.h"
 
 #include <stdio.h>
@@ -11,9 +12,10 @@
 static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
   static flap_plan plan;
-  bool json = false, help = false;
+  bool json = false, list = false, help = false;
   const flap_option options[] = {
-      {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."}};
+      {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."},
+      {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
   if (argc > ARGUMENTS_MAX)
@@ -21,6 +23,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   FLAP_TRY(flap_arguments_parse(command, options, sizeof options / sizeof options[0], argc, argv, rest, &count, &help));
   if (help)
     return FLAP_OK;
+  if (list)
+    return flap_machine_file_list(stdout);
   if (count == 0)
     return flap_arguments_error(command, "which configuration? name a run.yaml");
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
@@ -37,6 +41,7 @@ const flap_command flap_command_plan = {
     .name = "plan",
     .usage = "<run.yaml> [key=value ...]",
     .summary = "Show what a run takes of vram, ram and disk, and how fast it should be; start nothing.",
-    .details = "The dataset need not exist. What does not fit is refused, with the smallest budget that works.",
+    .details = "The dataset need not exist. What does not fit is refused, with the smallest budget that works.\n"
+               "machine=rtx4090-64g-1nvme plans for such a machine, wherever this runs.",
     .run = run,
 };

@@ -123,6 +123,9 @@ static const flap_config_key keys[] = {
     SECTION("The machine"),
     WORD("device", device, device_words,
          "Where to compute: auto is a GPU where flap was built with CUDA and finds one, else the CPU."),
+    PLAIN("machine", PATH, machine,
+          "For flap plan alone: plans for that machine instead of this one, which need not have a GPU. A preset (flap "
+          "plan --list-machines) or a file of figures; its disks are used where `disk` is not given."),
     PLAIN("vram", SIZE, vram,
           "Memory of the device: a size (7MiB, 24 GB), max (what is there less a reserve) or min (the least that "
           "works)."),

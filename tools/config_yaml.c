@@ -1,6 +1,8 @@
 #include "tools/config_yaml.h"
 
+#include "engine/machine_profile.h"
 #include "tools/config_keys.h"
+#include "tools/machine_file.h"
 #include "tools/yaml_tree.h"
 
 #include <jansson.h>
@@ -135,9 +137,42 @@ static flap_status use_trained_model(flap_config_reader *reader) {
   return FLAP_OK;
 }
 
+/* Disks of a machine that is not here have no folders: their names only tell them apart. */
+static void take_disks(flap_run_config *config) {
+  const flap_machine_profile *profile = config->profile;
+  for (uint32_t i = 0; i < profile->disk_count; i++) {
+    flap_run_disk *disk = &config->disk[i];
+    memset(disk, 0, sizeof *disk);
+    disk->size.kind = FLAP_SIZE_MAX;
+    (void)snprintf(disk->path, sizeof disk->path, "disk %u of %s", i + 1, profile->machine.name);
+  }
+  config->disk_count = profile->disk_count;
+}
+
+static flap_status load_machine(flap_config_reader *reader, flap_config_purpose purpose) {
+  flap_run_config *config = reader->config;
+  if (!config->machine[0])
+    return FLAP_OK;
+  if (purpose != FLAP_CONFIG_PLAN)
+    return flap_error_set(FLAP_INVALID,
+                          "machine: %s is a machine to plan for, and only flap plan does: take it out, "
+                          "and vram, ram and disk are those of this machine",
+                          config->machine);
+  config->profile = malloc(sizeof *config->profile);
+  if (!config->profile)
+    return flap_error_set(FLAP_NO_MEMORY, "machine: not enough memory");
+  flap_status status = flap_machine_file_load(config->machine, config->profile);
+  if (status != FLAP_OK)
+    return flap_error_prefix(status, "machine");
+  if (line_of(reader, "disk") == FLAP_CONFIG_UNSET)
+    take_disks(config);
+  return FLAP_OK;
+}
+
 static flap_status finish(flap_config_reader *reader, const char *file, bool is_folder, flap_config_purpose purpose) {
   flap_run_config *config = reader->config;
   FLAP_TRY(place_error(reader, file, finish_keys(reader)));
+  FLAP_TRY(place_error(reader, file, load_machine(reader, purpose)));
   if (purpose == FLAP_CONFIG_USE && !is_folder)
     FLAP_TRY(place_error(reader, file, use_trained_model(reader)));
   if (purpose == FLAP_CONFIG_USE && !config->output_dir[0])

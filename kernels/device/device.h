@@ -31,12 +31,15 @@ typedef enum flap_stream { FLAP_STREAM_COMPUTE, FLAP_STREAM_H2D, FLAP_STREAM_D2H
 /* Measured or assumed rates of a machine; what the simulator and the bound calculate with. All per second. */
 typedef struct flap_machine {
   char name[64];
-  double flops_bf16, flops_f32; /* matmul rate with that storage type */
-  double device_bytes;          /* memory traffic of element-wise kernels */
-  double h2d_bytes, d2h_bytes;
-  double disk_read_bytes, disk_write_bytes; /* of all disks together */
-  double host_bytes;                        /* read + write by the host's cores */
-  uint64_t launch_ns;                       /* fixed cost of a kernel, a copy, a disk request */
+  double flops_bf16, flops_f32;             /* matmul rate with that storage type */
+  double device_bytes;                      /* memory traffic of element-wise kernels */
+  double h2d_bytes, d2h_bytes;              /* while nothing goes the other way */
+  double h2d_both_bytes, d2h_both_bytes;    /* of each while both go on; 0: not known, and taken for as fast as alone */
+  double disk_read_bytes, disk_write_bytes; /* of all disks together, while nothing goes the other way */
+  double
+      disk_both_bytes; /* read and written together while both go on; 0: not known, and taken for both at full rate */
+  double host_bytes;   /* read + write by the host's cores */
+  uint64_t launch_ns;  /* fixed cost of a kernel, a copy, a disk request */
   uint64_t copy_ns;
   uint64_t disk_ns;
   bool synchronous;        /* compute blocks the launching thread (the cpu device) */

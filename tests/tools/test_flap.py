@@ -105,6 +105,48 @@ class Flap(unittest.TestCase):
         self.assertLessEqual(max(map(len, self.accept("plan", "run.yaml").splitlines())), 100)
         self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "run.yaml"])
 
+    LARGE = """model: {model_type: llama, vocab_size: 32000, hidden_size: 5120, intermediate_size: 13824, num_hidden_layers: 40,
+  num_attention_heads: 40, max_position_embeddings: 4096, tie_word_embeddings: false}
+tokenizer: bytes
+dataset: text.txt
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 16
+output_dir: out
+machine: rtx4090-64g-1nvme
+"""
+
+    def test_plan_for_a_machine_that_is_not_here(self):
+        self.write("large.yaml", self.LARGE)
+        start = time.monotonic()
+        plan = json.loads(self.accept("plan", "large.yaml", "--json"))
+        self.assertLess(time.monotonic() - start, 60)  # two seconds on an idle machine; sanitizers take longer
+        self.assertEqual(plan["device"], "cuda")
+        self.assertEqual(plan["device_name"], "RTX 4090 24 GB, 64 GiB RAM, 1 NVMe")
+        self.assertGreater(plan["parameters"], 13e9)
+        self.assertEqual(plan["vram_budget"], ((24564 << 20) - (24564 << 20) // 20) // 4096 * 4096)
+        self.assertEqual(plan["ram_budget"], (64 << 30) - (64 << 30) // 10 - (96 << 20))
+        self.assertEqual(plan["disk_budget"], 1900 * 10**9 - 1900 * 10**9 // 20)
+        self.assertLessEqual(plan["vram_bytes"], plan["vram_budget"])
+        self.assertGreater(plan["vram_scratch_bytes"], 32 << 20)  # the cuda kernels', not the cpu's
+        self.assertGreater(plan["disk_bytes"], 0)
+        self.assertGreaterEqual(plan["step_seconds"], plan["bound_seconds"])
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "large.yaml", "run.yaml", "text.txt"])
+
+    def test_machine_refusals(self):
+        self.write("large.yaml", self.LARGE)
+        self.refuse("large.yaml:9: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
+                    "train", "large.yaml")
+        self.refuse("vram: 40.0 GiB is more than the 24.0 GiB of the machine", "plan", "large.yaml", "vram=40GiB")
+        self.refuse("ram: 65.0 GiB is more than", "plan", "large.yaml", "ram=65GiB")
+        self.refuse("disk: 2.00 TiB is more than", "plan", "large.yaml", "disk={path: /mnt/x, size: 2TiB}")
+        self.refuse("disk: 2 folders, but the machine", "plan", "large.yaml", "disk=[/mnt/x, /mnt/y]")
+        self.refuse("device: cpu contradicts machine", "plan", "large.yaml", "device=cpu")
+        self.refuse("give a disk of at least", "plan", "large.yaml", "disk=[]")
+        listed = self.accept("plan", "--list-machines")
+        for wanted in ["h100-80g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
+            self.assertIn(wanted, listed)
+
     def test_train_eval_sample_export_inspect(self):
         text = self.accept("train", "run.yaml")
         for wanted in ["step 8/8  loss ", "held-out loss ", "unigram entropy", "of the bound reached", "Hugging Face's format: out"]:
