@@ -409,8 +409,11 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
                                   bool *fits_vram) {
   flap_choice choice = choice_of(planner, c, s, slice, c->pages[0]);
   flap_setup setup;
-  flap_status status = FLAP_OK;
-  FLAP_TRY(flap_setup_build(&planner->spec, &choice, &setup));
+  flap_status status = flap_setup_build(&planner->spec, &choice, &setup);
+  *fits_vram = false;
+  if (status == FLAP_BUDGET) /* other groups and segments may have less to keep */
+    return FLAP_OK;
+  FLAP_TRY(status);
   flap_setup_set_disks(&setup, budgets->disk_bytes);
   *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
   for (uint32_t p = 0; p < c->page_count && status == FLAP_OK; p++) {

@@ -9,6 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What the pager can number: four thousand million blocks of 4 KiB, with room for rounding. Very many micro-batches
+ * whose activations are all saved come to more. */
+#define REGION_BYTES_MAX ((uint64_t)8 << 40)
+
 static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
@@ -43,6 +47,15 @@ static flap_status build_layout(flap_setup *setup) {
   flap_layout_build(&spec, &measure, &setup->layout);
   FLAP_TRY(flap_arena_open(&setup->layout_memory, "layout", measure.bytes_used));
   flap_layout_build(&spec, &setup->layout_memory, &setup->layout);
+  return FLAP_OK;
+}
+
+static flap_status check_regions(const flap_layout *layout) {
+  uint64_t bytes = 0;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (!flap_units_add(bytes, layout->regions[i].bytes, &bytes) || bytes > REGION_BYTES_MAX)
+      return flap_error_set(FLAP_BUDGET, "%u micro-batches a step: more than %llu TiB to keep",
+                            layout->spec.micro_batches, (unsigned long long)(REGION_BYTES_MAX >> 40));
   return FLAP_OK;
 }
 
@@ -393,6 +406,7 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   setup_out->choice = *choice;
   flap_status status = FLAP_OK;
   FLAP_TRY_GOTO(status, build_layout(setup_out));
+  FLAP_TRY_GOTO(status, check_regions(&setup_out->layout));
   FLAP_TRY_GOTO(status, build_programs(setup_out));
   const uint32_t regions = setup_out->layout.region_count;
   setup_out->resident = calloc(regions, sizeof *setup_out->resident);

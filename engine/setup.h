@@ -79,7 +79,8 @@ typedef struct flap_setup {
   uint64_t disk_bytes;                 /* rounded up to whole stripes */
 } flap_setup;
 
-/* FLAP_NO_MEMORY only. After a failure there is nothing to close. */
+/* FLAP_NO_MEMORY, or FLAP_BUDGET for more bytes than any budget could hold. After a failure there is nothing to close.
+ */
 FLAP_CHECKED flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice,
                                           flap_setup *setup_out);
 /* Decides homes and sizes anew for another choice that differs only in placement: transfers, buffers, trace, extra
