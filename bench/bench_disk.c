@@ -26,12 +26,12 @@ int main(int argc, char **argv) {
     (void)fprintf(stderr, "bench_disk: a request has at most %u KiB\n", FLAP_BLOCK_REQUEST_BYTES_MAX >> 10);
     return EXIT_FAILURE;
   }
-  double read = 0, write = 0;
+  flap_block_rates rates;
   if (flap_block_measure_rates(folder, bytes, (uint32_t)request_bytes, (uint32_t)depth,
-                               threads ? FLAP_BLOCK_THREADS : FLAP_BLOCK_URING, &read, &write) != FLAP_OK) {
+                               threads ? FLAP_BLOCK_THREADS : FLAP_BLOCK_URING, &rates) != FLAP_OK) {
     (void)fprintf(stderr, "bench_disk: %s\n", flap_error_message());
     return EXIT_FAILURE;
   }
-  printf("read %.3f GB/s\nwrite %.3f GB/s\n", read * 1e-9, write * 1e-9);
+  printf("read %.3f GB/s\nwrite %.3f GB/s\n", rates.read_bytes * 1e-9, rates.write_bytes * 1e-9);
   return EXIT_SUCCESS;
 }

@@ -1,6 +1,7 @@
 #include "engine/bound.h"
 
 #include "base/assert.h"
+#include "base/duplex.h"
 #include "base/units.h"
 
 #include <math.h>
@@ -45,6 +46,20 @@ static void compute_lanes(const flap_bound_spec *spec, flap_bound *bound) {
       bound->lane_seconds[lane] = rates[lane] > 0 ? (double)bound->lane_bytes[lane] / rates[lane] : (double)INFINITY;
 }
 
+static void compute_pairs(const flap_machine *machine, flap_bound *bound) {
+  const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
+  const flap_duplex bus = {.alone_bytes = machine->h2d_bytes,
+                           .other_alone_bytes = machine->d2h_bytes,
+                           .both_bytes = known ? machine->h2d_both_bytes + machine->d2h_both_bytes : 0};
+  const flap_duplex disk = {.alone_bytes = machine->disk_read_bytes,
+                            .other_alone_bytes = machine->disk_write_bytes,
+                            .both_bytes = machine->disk_both_bytes};
+  bound->copies_seconds = flap_duplex_least_seconds((double)bound->lane_bytes[FLAP_LANE_H2D],
+                                                    (double)bound->lane_bytes[FLAP_LANE_D2H], &bus);
+  bound->disks_seconds = flap_duplex_least_seconds((double)bound->lane_bytes[FLAP_LANE_DISK_READ],
+                                                   (double)bound->lane_bytes[FLAP_LANE_DISK_WRITE], &disk);
+}
+
 /* Seconds of one core for a copy: the cheaper of the two prices. */
 static double copy_core_seconds(const flap_machine *machine, uint64_t bytes, double alone_bytes) {
   const double together_bytes = machine->host_bytes / 2 / machine->shared_cores;
@@ -58,12 +73,14 @@ void flap_bound_compute(const flap_bound_spec *spec, flap_bound *bound_out) {
   flap_bound bound = {0};
   bound.compute_seconds = 3 * forward_flops(spec) * spec->micro_batches / flops;
   compute_lanes(spec, &bound);
+  compute_pairs(machine, &bound);
   if (machine->shared_cores > 0) {
     double copies = copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_H2D], machine->h2d_bytes) +
                     copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_D2H], machine->d2h_bytes);
     bound.shared_seconds = bound.compute_seconds + copies / machine->shared_cores;
   }
   bound.seconds = fmax(bound.compute_seconds, bound.shared_seconds);
+  bound.seconds = fmax(bound.seconds, fmax(bound.copies_seconds, bound.disks_seconds));
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     bound.seconds = fmax(bound.seconds, bound.lane_seconds[lane]);
   *bound_out = bound;

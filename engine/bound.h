@@ -15,6 +15,10 @@
  * RAM as what can be held: max(0, state + gradients - vram - ram) bytes are read, and as many written. The budgets
  * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed.
  *
+ * Both ways at once. A bus moves less each way while both go on, and a disk less of reading and writing together, than
+ * alone. Whatever the order, no moment moves more than both together can (or one alone, where that is more): so
+ * (in + out) / that rate is a least time too, copies_seconds and disks_seconds.
+ *
  * The cpu device. Compute and copies share the cores. Matmul rates were measured with all of them, so compute takes all
  * cores for compute_seconds; a copy takes a core for as long as memcpy runs. All this work over the cores is
  * shared_seconds. Per byte the cheaper of two prices is charged: one thread copying alone (h2d_bytes, d2h_bytes), or
@@ -43,7 +47,8 @@ typedef struct flap_bound {
   double seconds; /* the largest of all below; infinite when bytes must go to a disk that the machine has not */
   double compute_seconds;
   double lane_seconds[FLAP_LANE_COUNT];
-  double shared_seconds; /* cpu device: the CPU work of compute and copies over the cores; else 0 */
+  double copies_seconds, disks_seconds; /* both ways of the bus, and of the disks; 0 where the rates are not known */
+  double shared_seconds;                /* cpu device: the CPU work of compute and copies over the cores; else 0 */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
 } flap_bound;
 

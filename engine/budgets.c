@@ -32,9 +32,12 @@ uint64_t flap_budgets_resident_peak(void) {
   return read_kib("/proc/self/status", "VmHWM:");
 }
 
+uint64_t flap_budgets_free_memory(void) {
+  return read_kib("/proc/meminfo", "MemAvailable:");
+}
+
 static uint64_t available_memory(const flap_run_config *config) {
-  const uint64_t available =
-      config->profile != NULL ? config->profile->ram_bytes : read_kib("/proc/meminfo", "MemAvailable:");
+  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_budgets_free_memory();
   uint64_t reserve = available / 10;
   if (reserve < 512 * FLAP_MIB)
     reserve = 512 * FLAP_MIB;

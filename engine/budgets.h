@@ -21,6 +21,8 @@ FLAP_CHECKED flap_status flap_budgets_resolve(const flap_run_config *config, con
                                               flap_budgets *budgets_out);
 /* The sum of the disks. */
 uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budgets);
+/* Bytes that programs may take of this host's memory now, as Linux estimates it. */
+uint64_t flap_budgets_free_memory(void);
 /* Resident bytes of this process now, and the most so far; 0 where the system does not tell. */
 uint64_t flap_budgets_resident(void);
 uint64_t flap_budgets_resident_peak(void);

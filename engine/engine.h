@@ -8,6 +8,7 @@
 #ifndef FLAP_ENGINE_ENGINE_H
 #define FLAP_ENGINE_ENGINE_H
 
+#include "engine/machine_profile.h"
 #include "engine/run_config.h"
 #include "model/model.h"
 #include "pager/pager.h"
@@ -73,11 +74,19 @@ typedef struct flap_plan {
   /* what a steady step moves (exact) and is expected to take */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   double compute_seconds, step_seconds;  /* simulated */
+  double lane_seconds[FLAP_LANE_COUNT];  /* for which each lane is busy in it, simulated */
   double bound_seconds;                  /* machine bound, independent of the plan */
   uint64_t bound_bytes[FLAP_LANE_COUNT]; /* least bytes at these budgets */
   double bound_lane_seconds[FLAP_LANE_COUNT];
   double bound_compute_seconds;
+  double bound_copies_seconds, bound_disks_seconds; /* both ways at once; 0 where the rates are not known */
   double tokens_per_second;
+
+  /* what training (without checkpoints and exports) writes to the disks, and how long they bear it */
+  uint64_t ssd_step_bytes; /* a step */
+  double ssd_bytes_per_billion_tokens;
+  uint64_t ssd_tbw_bytes; /* that may be written in all: ssd_tbw, or the machine's; 0: not known */
+  double ssd_steps;       /* until that is used up; 0: not known, or nothing is written */
 
   /* the least that would be accepted, other budgets unchanged */
   uint64_t vram_min, ram_min, disk_min;
@@ -86,6 +95,19 @@ typedef struct flap_plan {
 /* Plans a training run: reads model and tokenizer (not the data). FLAP_BUDGET names the budget and the smallest that
  * works. */
 FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out);
+
+/* From how many tokens a step on compute hides everything else. */
+#define FLAP_KNEE_SHARE 0.9 /* of the step is then compute */
+#define FLAP_KNEE_MICRO_BATCHES_MAX 4096
+typedef struct flap_knee {
+  uint32_t micro_batches;   /* the fewest, to about an eighth; 0: not even the most that were tried */
+  uint32_t tried_max;       /* the most that were tried */
+  uint64_t tokens_per_step; /* of micro_batches, or of tried_max */
+  double step_seconds, compute_seconds, tokens_per_second; /* with them */
+} flap_knee;
+/* Plans with other numbers of micro-batches, at most a dozen times. What `expert` says of groups must fit one
+ * micro-batch. FLAP_BUDGET if not even one micro-batch has a plan. */
+FLAP_CHECKED flap_status flap_engine_knee(const flap_run_config *config, flap_knee *knee_out);
 
 /* ---- train ----------------------------------------------------------------------------------------------- */
 
@@ -181,6 +203,10 @@ FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char 
  * is no error. */
 FLAP_CHECKED flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path,
                                              bool fresh, flap_machine *machine_out);
+
+/* The same as a profile that `machine` can name elsewhere: with the memory of host, card and disk that is free now. */
+FLAP_CHECKED flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path,
+                                             bool fresh, flap_machine_profile *profile_out);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,6 @@
 /* Rates of this machine: from the file that keeps them, or measured. */
 #include "base/units.h"
+#include "engine/budgets.h"
 #include "engine/engine.h"
 #include "engine/machine_cache.h"
 #include "engine/machine_cuda.h"
@@ -25,7 +26,7 @@
 #define DISK_REQUEST_BYTES (256 * FLAP_KIB)
 #define DISK_PROBE_BYTES FLAP_MIB
 #define DISK_BYTES_MAX (64 * FLAP_MIB)
-#define DISK_SECONDS_MAX 0.9 /* of the three passes together */
+#define DISK_SECONDS_MAX 0.9 /* of the four passes together */
 
 /* ---- matmul ---------------------------------------------------------------------------------------------- */
 
@@ -192,7 +193,7 @@ static flap_status measure_cpu(uint32_t threads, const char *cpu, flap_machine *
   const uint32_t cores = count_cores();
   machine.shared_cores = threads >= cores ? cores : 0;
   (void)snprintf(machine.name, sizeof machine.name, "%.47s, %u thread%s", cpu, threads, threads == 1 ? "" : "s");
-  machine.disk_read_bytes = machine.disk_write_bytes = 0;
+  machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;
   *machine_out = machine;
   return FLAP_OK;
 }
@@ -202,18 +203,18 @@ static flap_status measure_cpu(uint32_t threads, const char *cpu, flap_machine *
 /* A small extent tells how large a one the time allows. */
 static flap_status measure_disk(const char *path, flap_machine *machine) {
   uint64_t free_bytes;
-  double read_bytes, write_bytes;
+  flap_block_rates rates;
   FLAP_TRY(flap_block_space(path, &free_bytes));
-  FLAP_TRY(flap_block_measure_rates(path, DISK_PROBE_BYTES, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &read_bytes,
-                                    &write_bytes));
-  double allowed = DISK_SECONDS_MAX / (2 / write_bytes + 1 / read_bytes);
+  FLAP_TRY(flap_block_measure_rates(path, DISK_PROBE_BYTES, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &rates));
+  double allowed = DISK_SECONDS_MAX / (2 / rates.write_bytes + 1 / rates.read_bytes + 1 / rates.both_bytes);
   uint64_t bytes = allowed < (double)DISK_BYTES_MAX ? (uint64_t)allowed : DISK_BYTES_MAX;
   bytes = bytes < free_bytes / 2 ? bytes : free_bytes / 2;
   bytes -= bytes % DISK_PROBE_BYTES;
   if (bytes > DISK_PROBE_BYTES)
-    FLAP_TRY(flap_block_measure_rates(path, bytes, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &read_bytes, &write_bytes));
-  machine->disk_read_bytes = read_bytes;
-  machine->disk_write_bytes = write_bytes;
+    FLAP_TRY(flap_block_measure_rates(path, bytes, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &rates));
+  machine->disk_read_bytes = rates.read_bytes;
+  machine->disk_write_bytes = rates.write_bytes;
+  machine->disk_both_bytes = rates.both_bytes;
   return FLAP_OK;
 }
 
@@ -251,11 +252,16 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   return FLAP_OK;
 }
 
+static uint32_t count_threads(uint32_t wanted) {
+  const uint32_t cores = count_cores();
+  return wanted > 0 ? wanted : cores < FLAP_POOL_THREADS_MAX ? cores : FLAP_POOL_THREADS_MAX;
+}
+
 flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
                                 flap_machine *machine_out) {
   const uint32_t cores = count_cores();
   machine_wish wish = {.disk_path = disk_path, .fresh = fresh, .cuda = device == FLAP_RUN_DEVICE_CUDA};
-  wish.threads = threads > 0 ? threads : cores < FLAP_POOL_THREADS_MAX ? cores : FLAP_POOL_THREADS_MAX;
+  wish.threads = count_threads(threads);
   if (wish.threads > FLAP_POOL_THREADS_MAX)
     return flap_error_set(FLAP_INVALID, "threads: %u are more than the %d that are possible", wish.threads,
                           FLAP_POOL_THREADS_MAX);
@@ -276,4 +282,26 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
   flap_status status = gather(&cache, &wish, machine_out);
   flap_machine_cache_close(&cache);
   return status;
+}
+
+flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
+                                flap_machine_profile *profile_out) {
+  flap_machine_profile *profile = profile_out;
+  memset(profile, 0, sizeof *profile);
+  flap_machine *machine = &profile->machine;
+  FLAP_TRY(flap_engine_machine(device, threads, disk_path, fresh, machine));
+  profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
+  profile->threads = count_threads(threads);
+  profile->ram_bytes = flap_budgets_free_memory();
+  if (profile->device == FLAP_RUN_DEVICE_CUDA)
+    FLAP_TRY(flap_machine_cuda_free(&profile->vram_bytes));
+  if (disk_path) {
+    flap_profile_disk *disk = &profile->disks[profile->disk_count++];
+    *disk = (flap_profile_disk){.read_bytes = machine->disk_read_bytes,
+                                .write_bytes = machine->disk_write_bytes,
+                                .both_bytes = machine->disk_both_bytes};
+    FLAP_TRY(flap_block_space(disk_path, &disk->bytes));
+  }
+  machine->disk_read_bytes = machine->disk_write_bytes = machine->disk_both_bytes = 0;
+  return FLAP_OK;
 }

@@ -54,6 +54,10 @@ static flap_status object_at(const flap_json_object *parent, const char *name, c
   return json_is_object(object_out->json) ? FLAP_OK : flap_json_error(object_out, NULL, "not an object");
 }
 
+typedef struct disk_rates {
+  double read, write, both; /* bytes per second; both 0: not known */
+} disk_rates;
+
 typedef struct entry_key {
   const char *device, *host; /* host NULL: any */
   int64_t threads;           /* 0: any */
@@ -74,7 +78,8 @@ static flap_status read_rates(const flap_json_object *entry, flap_machine *machi
                {"d2h_bytes", &machine->d2h_bytes},       {"host_bytes", &machine->host_bytes}};
   for (size_t i = 0; i < sizeof rates / sizeof *rates; i++)
     FLAP_TRY(flap_json_get_number(entry, rates[i].name, 1, RATE_MAX, rates[i].rate));
-  return FLAP_OK;
+  FLAP_TRY(flap_json_opt_number(entry, "h2d_both_bytes", 0, RATE_MAX, 0, &machine->h2d_both_bytes));
+  return flap_json_opt_number(entry, "d2h_both_bytes", 0, RATE_MAX, 0, &machine->d2h_both_bytes);
 }
 
 static flap_status read_machine(const flap_json_object *entry, flap_machine *machine_out) {
@@ -101,24 +106,26 @@ static flap_status read_machine(const flap_json_object *entry, flap_machine *mac
   machine.overhead_bytes = (uint64_t)overhead;
   machine.disk_read_bytes = machine_out->disk_read_bytes;
   machine.disk_write_bytes = machine_out->disk_write_bytes;
+  machine.disk_both_bytes = machine_out->disk_both_bytes;
   *machine_out = machine;
   return FLAP_OK;
 }
 
-/* Both disk rates, of a disk or of an entry; `required`, or 0 when absent. One alone is an error. */
-static flap_status read_disk_rates(const flap_json_object *object, bool required, double *read_out, double *write_out) {
-  *read_out = *write_out = 0;
+/* The rates of a disk or of an entry; `required`, or 0 when absent. One way alone is an error; both at once may be
+ * absent. */
+static flap_status read_disk_rates(const flap_json_object *object, bool required, disk_rates *rates_out) {
+  *rates_out = (disk_rates){0};
   if (!required && !flap_json_has(object, "disk_read_bytes") && !flap_json_has(object, "disk_write_bytes"))
     return FLAP_OK;
-  FLAP_TRY(flap_json_get_number(object, "disk_read_bytes", 1, RATE_MAX, read_out));
-  return flap_json_get_number(object, "disk_write_bytes", 1, RATE_MAX, write_out);
+  FLAP_TRY(flap_json_get_number(object, "disk_read_bytes", 1, RATE_MAX, &rates_out->read));
+  FLAP_TRY(flap_json_get_number(object, "disk_write_bytes", 1, RATE_MAX, &rates_out->write));
+  return flap_json_opt_number(object, "disk_both_bytes", 0, RATE_MAX, 0, &rates_out->both);
 }
 
 /* The rates that an entry holds for a disk (NULL: for every path); 0 if none. Reads all disks, so that a file is either
  * well-formed or not, whatever is asked of it. */
-static flap_status read_disks(const flap_json_object *entry, const flap_machine_disk *disk, double *read_out,
-                              double *write_out) {
-  FLAP_TRY(read_disk_rates(entry, false, read_out, write_out));
+static flap_status read_disks(const flap_json_object *entry, const flap_machine_disk *disk, disk_rates *rates_out) {
+  FLAP_TRY(read_disk_rates(entry, false, rates_out));
   if (!flap_json_has(entry, "disks"))
     return FLAP_OK;
   const json_t *disks;
@@ -127,15 +134,13 @@ static flap_status read_disks(const flap_json_object *entry, const flap_machine_
     flap_json_object object;
     const char *path;
     int64_t number;
-    double read_bytes, write_bytes;
+    disk_rates rates;
     FLAP_TRY(object_at(entry, "disks", disks, i, &object));
     FLAP_TRY(flap_json_get_string(&object, "path", &path));
     FLAP_TRY(flap_json_get_integer(&object, "number", INT64_MIN, INT64_MAX, &number));
-    FLAP_TRY(read_disk_rates(&object, true, &read_bytes, &write_bytes));
-    if (disk && strcmp(path, disk->path) == 0 && (uint64_t)number == disk->number) {
-      *read_out = read_bytes;
-      *write_out = write_bytes;
-    }
+    FLAP_TRY(read_disk_rates(&object, true, &rates));
+    if (disk && strcmp(path, disk->path) == 0 && (uint64_t)number == disk->number)
+      *rates_out = rates;
   }
   return FLAP_OK;
 }
@@ -156,10 +161,10 @@ static flap_status check(const json_t *root, const char *file) {
   FLAP_TRY(get_machines(root, file, &object, &machines));
   for (size_t i = 0; i < json_array_size(machines); i++) {
     flap_machine machine = {0};
-    double read_bytes, write_bytes;
+    disk_rates rates;
     FLAP_TRY(object_at(&object, "machines", machines, i, &entry));
     FLAP_TRY(read_machine(&entry, &machine));
-    FLAP_TRY(read_disks(&entry, NULL, &read_bytes, &write_bytes));
+    FLAP_TRY(read_disks(&entry, NULL, &rates));
   }
   return FLAP_OK;
 }
@@ -244,12 +249,13 @@ bool flap_machine_cache_find(const flap_machine_cache *cache, const flap_machine
 bool flap_machine_cache_find_disk(const flap_machine_cache *cache, const flap_machine_key *key,
                                   const flap_machine_disk *disk, flap_machine *machine_out) {
   flap_json_object entry;
-  double read_bytes, write_bytes;
-  if (!find_entry(cache->root, key, cache->named, &entry) ||
-      read_disks(&entry, disk, &read_bytes, &write_bytes) != FLAP_OK || read_bytes == 0)
+  disk_rates rates;
+  if (!find_entry(cache->root, key, cache->named, &entry) || read_disks(&entry, disk, &rates) != FLAP_OK ||
+      rates.read == 0)
     return false;
-  machine_out->disk_read_bytes = read_bytes;
-  machine_out->disk_write_bytes = write_bytes;
+  machine_out->disk_read_bytes = rates.read;
+  machine_out->disk_write_bytes = rates.write;
+  machine_out->disk_both_bytes = rates.both;
   return true;
 }
 
@@ -270,6 +276,10 @@ static bool put_rates(json_t *entry, const flap_machine_key *key, const flap_mac
   done &= put(entry, "device_bytes", json_real(machine->device_bytes));
   done &= put(entry, "h2d_bytes", json_real(machine->h2d_bytes));
   done &= put(entry, "d2h_bytes", json_real(machine->d2h_bytes));
+  if (machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0) {
+    done &= put(entry, "h2d_both_bytes", json_real(machine->h2d_both_bytes));
+    done &= put(entry, "d2h_both_bytes", json_real(machine->d2h_both_bytes));
+  }
   done &= put(entry, "host_bytes", json_real(machine->host_bytes));
   done &= put(entry, "launch_ns", json_integer((json_int_t)machine->launch_ns));
   done &= put(entry, "copy_ns", json_integer((json_int_t)machine->copy_ns));
@@ -298,6 +308,8 @@ static bool put_disk(json_t *entry, const flap_machine *machine, const flap_mach
   done &= put(added, "number", json_integer((json_int_t)disk->number));
   done &= put(added, "disk_read_bytes", json_real(machine->disk_read_bytes));
   done &= put(added, "disk_write_bytes", json_real(machine->disk_write_bytes));
+  if (machine->disk_both_bytes > 0)
+    done &= put(added, "disk_both_bytes", json_real(machine->disk_both_bytes));
   if (!done) {
     json_decref(added);
     return false;

@@ -7,9 +7,10 @@
  *                  "flops_bf16": ..., <every rate of flap_machine by its name>,
  *                  "disks": [{"path": "/fast", "number": 2049, "disk_read_bytes": ..., "disk_write_bytes": ...}]}]}
  *
- * In an entry, `name`, `launch_ns`, `copy_ns`, `disk_ns`, `synchronous` and `shared_cores` may be absent (the defaults
- * of the device), `threads` and `host` too (any), and its own `disk_read_bytes` and `disk_write_bytes` serve every path
- * that `disks` does not name.
+ * In an entry, `name`, `h2d_both_bytes` and `d2h_both_bytes` (0: not known), `launch_ns`, `copy_ns`, `disk_ns`,
+ * `synchronous` and `shared_cores` may be absent (the defaults of the device), `threads` and `host` too (any), and its
+ * own `disk_read_bytes` and `disk_write_bytes` serve every path that `disks` does not name. `disk_both_bytes` may be
+ * absent beside them.
  *
  * The default file is a cache: entries count only for the same device, threads and host, and whatever is wrong with the
  * file, it is as if it were not there. A file named by FLAP_MACHINE is what somebody asked for: an entry of the device

@@ -61,6 +61,27 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
       flap_budgets_resident(); /* code, stacks and libraries, as they are now: nothing of the run is taken yet */
 }
 
+/* The disks that are used share what is written, so their lives add up. */
+static uint64_t tbw_of(const flap_run_config *config) {
+  uint64_t bytes = 0;
+  if (config->ssd_tbw > 0 || config->profile == NULL)
+    return config->ssd_tbw;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    if (config->profile->disks[i].tbw_bytes == 0)
+      return 0;
+    bytes += config->profile->disks[i].tbw_bytes;
+  }
+  return bytes;
+}
+
+static void describe_wear(const flap_run_config *config, flap_plan *plan) {
+  const double written = (double)plan->lane_bytes[FLAP_LANE_DISK_WRITE];
+  plan->ssd_step_bytes = plan->lane_bytes[FLAP_LANE_DISK_WRITE];
+  plan->ssd_bytes_per_billion_tokens = written / (double)plan->tokens_per_step * 1e9;
+  plan->ssd_tbw_bytes = tbw_of(config);
+  plan->ssd_steps = written > 0 ? (double)plan->ssd_tbw_bytes / written : 0;
+}
+
 static void describe_costs(const flap_prepared *p, flap_plan *plan) {
   const flap_setup_spec *spec = &p->planner.spec;
   const flap_bound_spec bound_spec = {.model = &p->model,
@@ -73,11 +94,14 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
   flap_bound bound;
   flap_bound_compute(&bound_spec, &bound);
   memcpy(plan->lane_bytes, p->costs.lane_bytes, sizeof plan->lane_bytes);
+  memcpy(plan->lane_seconds, p->costs.lane_seconds, sizeof plan->lane_seconds);
   plan->compute_seconds = p->costs.compute_seconds;
   plan->step_seconds = p->costs.step_seconds;
   plan->tokens_per_second = plan->step_seconds > 0 ? (double)plan->tokens_per_step / plan->step_seconds : 0;
   plan->bound_seconds = bound.seconds;
   plan->bound_compute_seconds = bound.compute_seconds;
+  plan->bound_copies_seconds = bound.copies_seconds;
+  plan->bound_disks_seconds = bound.disks_seconds;
   memcpy(plan->bound_bytes, bound.lane_bytes, sizeof plan->bound_bytes);
   memcpy(plan->bound_lane_seconds, bound.lane_seconds, sizeof plan->bound_lane_seconds);
 }
@@ -88,6 +112,7 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
   describe_choices(&p->setup, plan);
   describe_sizes(p, plan);
   describe_costs(p, plan);
+  describe_wear(p->config, plan);
   if (p->planner.spec.mode != FLAP_MODE_TRAIN)
     return FLAP_OK;
   if (p->config->save_strategy != FLAP_STRATEGY_NO)

@@ -32,6 +32,7 @@ typedef struct flap_planner {
 
 typedef struct flap_plan_costs {
   double step_seconds, compute_seconds; /* of a steady step, simulated */
+  double lane_seconds[FLAP_LANE_COUNT]; /* for which each lane was busy in it */
   uint64_t lane_bytes[FLAP_LANE_COUNT]; /* exact */
 } flap_plan_costs;
 

@@ -1,5 +1,6 @@
 /* What a step of a setup costs: an estimate from bytes and operations, and a simulation by the code that runs steps. */
 #include "base/assert.h"
+#include "base/duplex.h"
 #include "engine/planner_internal.h"
 #include "engine/runtime.h"
 
@@ -28,6 +29,18 @@ static double op_flops(const flap_planner *planner, const flap_op *op, double la
   }
 }
 
+/* The longer of what each pair of lanes takes that slow each other down; 0 where none does. */
+static double pairs_seconds(const flap_machine *machine, const uint64_t bytes[FLAP_LANE_COUNT]) {
+  const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
+  const flap_duplex bus = {machine->h2d_bytes, machine->d2h_bytes,
+                           known ? machine->h2d_both_bytes + machine->d2h_both_bytes : 0};
+  const flap_duplex disk = {machine->disk_read_bytes, machine->disk_write_bytes, machine->disk_both_bytes};
+  const double copies = flap_duplex_least_seconds((double)bytes[FLAP_LANE_H2D], (double)bytes[FLAP_LANE_D2H], &bus);
+  const double disks =
+      flap_duplex_least_seconds((double)bytes[FLAP_LANE_DISK_READ], (double)bytes[FLAP_LANE_DISK_WRITE], &disk);
+  return copies > disks ? copies : disks;
+}
+
 /* Lanes overlap, but not quite: a tenth of what is not the longest shows. */
 static double window_seconds(const flap_planner *planner, const flap_setup *setup, const window *w) {
   const flap_machine *machine = planner->machine;
@@ -44,6 +57,11 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
     const double seconds = bytes[lane] > 0 ? (double)bytes[lane] / rates[lane] : 0;
     sum += seconds;
     longest = seconds > longest ? seconds : longest;
+  }
+  const double pairs = pairs_seconds(machine, bytes);
+  if (pairs > longest) {
+    sum += pairs - longest;
+    longest = pairs;
   }
   return longest + (sum - longest) * 0.1;
 }
@@ -86,6 +104,7 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
   const int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
   flap_setup_program sequence[STEPS_MAX];
   uint64_t ended_ns[steps], busy_ns[STEPS_MAX];
+  flap_pager_stats stats[STEPS_MAX];
   for (int i = 0; i < steps; i++)
     sequence[i] = setup->steady;
   if (setup->steady == FLAP_SETUP_STEADY)
@@ -97,9 +116,12 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
     FLAP_TRY(flap_executor_run(x, &input, &result));
     ended_ns[i] = flap_clock_now_ns(runtime->clock);
     busy_ns[i] = flap_device_busy_ns(flap_pager_device(runtime->pager), FLAP_STREAM_COMPUTE);
+    flap_pager_get_stats(runtime->pager, &stats[i]);
   }
   costs->step_seconds = (double)(ended_ns[steps - 1] - ended_ns[steps - 2]) * 1e-9;
   costs->compute_seconds = (double)(busy_ns[steps - 1] - busy_ns[steps - 2]) * 1e-9;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    costs->lane_seconds[lane] = (double)(stats[steps - 1].busy_ns[lane] - stats[steps - 2].busy_ns[lane]) * 1e-9;
   return flap_pager_settle(runtime->pager);
 }
 

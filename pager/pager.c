@@ -116,6 +116,8 @@ static void simulate_disk(flap_block_config *disk, const flap_pager_config *conf
     disk->sim.read_bytes_per_second = config->device.machine.disk_read_bytes;
   if (disk->sim.write_bytes_per_second <= 0)
     disk->sim.write_bytes_per_second = config->device.machine.disk_write_bytes;
+  if (disk->sim.both_bytes_per_second <= 0)
+    disk->sim.both_bytes_per_second = config->device.machine.disk_both_bytes;
   if (disk->sim.latency_ns == 0)
     disk->sim.latency_ns = config->device.machine.disk_ns;
   if (disk->stripe_bytes == 0)
@@ -141,6 +143,7 @@ static flap_status open_disk(flap_pager *pager, const flap_pager_config *config)
   if (config->clock) {
     simulate_disk(&disk, config, pager->sizes.disk_bytes);
     pager->read_depth = pager->write_depth = 1; /* its lanes serve one request at a time */
+    pager->disk_latency_ns = disk.sim.latency_ns;
   }
   return flap_block_open(&disk, &pager->block);
 }

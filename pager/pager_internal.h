@@ -184,6 +184,7 @@ struct flap_pager {
   void *trace_context;
   void *owned_table; /* what open took itself, because the arena only measured */
   uint32_t read_depth, write_depth;
+  uint64_t disk_latency_ns; /* of a simulated disk: part of a request's time, but not of its lane's */
   bool has_bytes;
 
   /* under lock */

@@ -74,7 +74,8 @@ static void account(flap_pager *pager, const pager_buffer *buffer) {
   if (buffer->at_rest)
     return;
   pager->stats.bytes[lane] += request->bytes;
-  pager->disk_ns[request->op == FLAP_BLOCK_READ ? 0 : 1] += request->ended_ns - request->started_ns;
+  pager->disk_ns[request->op == FLAP_BLOCK_READ ? 0 : 1] +=
+      request->ended_ns - request->started_ns - pager->disk_latency_ns;
 }
 
 static void complete(flap_pager *pager, uint32_t index) {

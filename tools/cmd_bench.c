@@ -44,13 +44,13 @@ static flap_status bench_disk(const flap_command *command, const bench_options *
     return flap_arguments_error(command, "--bytes must be at least one request");
   uint64_t bytes = options->bytes / options->request_bytes * options->request_bytes;
   const char *path = options->path ? options->path : ".";
-  double read = 0, write = 0;
-  FLAP_TRY(
-      flap_block_measure_rates(path, bytes, (uint32_t)options->request_bytes, options->depth, backend, &read, &write));
+  flap_block_rates rates;
+  FLAP_TRY(flap_block_measure_rates(path, bytes, (uint32_t)options->request_bytes, options->depth, backend, &rates));
   if (options->json) {
-    json_t *object = json_pack("{s:s, s:I, s:I, s:i, s:f, s:f}", "path", path, "bytes", (json_int_t)bytes,
+    json_t *object = json_pack("{s:s, s:I, s:I, s:i, s:f, s:f, s:f}", "path", path, "bytes", (json_int_t)bytes,
                                "request_bytes", (json_int_t)options->request_bytes, "depth", (int)options->depth,
-                               "read_bytes_per_second", read, "write_bytes_per_second", write);
+                               "read_bytes_per_second", rates.read_bytes, "write_bytes_per_second", rates.write_bytes,
+                               "both_bytes_per_second", rates.both_bytes);
     if (!object)
       return flap_error_set(FLAP_INVALID, "%s: not UTF-8, which JSON needs", path);
     (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
@@ -59,7 +59,8 @@ static flap_status bench_disk(const flap_command *command, const bench_options *
     return FLAP_OK;
   }
   printf("%s: %s in requests of %s\n", path, flap_text_bytes(bytes).text, flap_text_bytes(options->request_bytes).text);
-  printf("read   %8.3f GB/s\nwrite  %8.3f GB/s\n", read / 1e9, write / 1e9);
+  printf("read   %8.3f GB/s\nwrite  %8.3f GB/s\n", rates.read_bytes / 1e9, rates.write_bytes / 1e9);
+  printf("both   %8.3f GB/s together, half of it each\n", rates.both_bytes / 1e9);
   return FLAP_OK;
 }
 
@@ -71,10 +72,12 @@ static flap_status bench_machine(const flap_command *command, const bench_option
     device = FLAP_RUN_DEVICE_CUDA;
   else if (strcmp(options->device, "auto") != 0)
     return flap_arguments_error(command, "--device: %.64s is none of auto, cpu, cuda", options->device);
+  flap_machine_profile profile;
+  FLAP_TRY(flap_engine_profile(device, options->threads, options->path, true, &profile));
   flap_machine machine;
-  FLAP_TRY(flap_engine_machine(device, options->threads, options->path, true, &machine));
+  flap_machine_profile_rates(&profile, profile.disk_count, &machine);
   if (options->json) {
-    json_t *object = flap_print_machine_json(&machine);
+    json_t *object = flap_print_profile_json(&profile);
     (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
     json_decref(object);
     putchar('\n');
@@ -86,10 +89,14 @@ static flap_status bench_machine(const flap_command *command, const bench_option
   printf("memory of the device    %10.2f GB/s\n", machine.device_bytes / 1e9);
   printf("host to device          %10.2f GB/s\n", machine.h2d_bytes / 1e9);
   printf("device to host          %10.2f GB/s\n", machine.d2h_bytes / 1e9);
+  if (machine.h2d_both_bytes > 0)
+    printf("both at once            %10.2f and %.2f GB/s\n", machine.h2d_both_bytes / 1e9,
+           machine.d2h_both_bytes / 1e9);
   printf("memory of the host      %10.2f GB/s\n", machine.host_bytes / 1e9);
   if (options->path) {
     printf("disk, read              %10.2f GB/s\n", machine.disk_read_bytes / 1e9);
     printf("disk, write             %10.2f GB/s\n", machine.disk_write_bytes / 1e9);
+    printf("disk, both at once      %10.2f GB/s together\n", machine.disk_both_bytes / 1e9);
   }
   return FLAP_OK;
 }
@@ -106,7 +113,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
       {"--backend", 0, FLAP_OPTION_TEXT, &bench.backend, "disk: auto, io_uring or threads (default: auto)."},
       {"--device", 0, FLAP_OPTION_TEXT, &bench.device, "machine: auto, cpu or cuda (default: auto)."},
       {"--threads", 0, FLAP_OPTION_U32, &bench.threads, "machine: threads that compute; 0 for all cores."},
-      {"--json", 0, FLAP_OPTION_FLAG, &bench.json, "Print the figures as JSON, for programs."},
+      {"--json", 0, FLAP_OPTION_FLAG, &bench.json,
+       "Print the figures as JSON; of the machine, a file that `machine` can name."},
   };
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;

@@ -12,9 +12,12 @@
 static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
   static flap_plan plan;
-  bool json = false, list = false, help = false;
+  bool json = false, list = false, knee = false, help = false;
+  flap_knee found;
   const flap_option options[] = {
       {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."},
+      {"--knee", 0, FLAP_OPTION_FLAG, &knee,
+       "Also: from how many tokens a step on compute hides all else (a dozen plans)."},
       {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
@@ -29,10 +32,14 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "which configuration? name a run.yaml");
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
   flap_status status = flap_engine_plan(&config, &plan);
+  if (status == FLAP_OK && knee)
+    status = flap_engine_knee(&config, &found);
   if (status == FLAP_OK && json)
-    status = flap_print_plan_json(stdout, &config, &plan);
+    status = flap_print_plan_json(stdout, &config, &plan, knee ? &found : NULL);
   else if (status == FLAP_OK)
     flap_print_plan(stdout, &config, &plan);
+  if (status == FLAP_OK && knee && !json)
+    flap_print_knee(stdout, &found);
   flap_run_config_close(&config);
   return status;
 }

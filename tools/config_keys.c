@@ -132,6 +132,9 @@ static const flap_config_key keys[] = {
     PLAIN("ram", SIZE, ram, "Memory of the host for everything that FLAP keeps there: a size, max or min."),
     CUSTOM("disk", flap_config_set_disk, "a list of {path, size}, a path, or a list of paths", "none",
            "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default."),
+    PLAIN("ssd_tbw", BYTES, ssd_tbw,
+          "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
+          "steps that is."),
 
     SECTION("Expert choices, which the planner makes otherwise. None of them changes the numbers"),
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),
@@ -229,7 +232,7 @@ static const char *default_text(const flap_config_key *key, const flap_run_confi
     return size_text(*(const flap_size *)(const void *)field, buffer, bytes);
   case FLAP_CONFIG_BYTES:
     memcpy(&u64, field, sizeof u64);
-    return u64 == 0 ? "auto" : flap_units_format_bytes(u64, buffer, bytes);
+    return u64 == 0 ? (expert ? "auto" : "not known") : flap_units_format_bytes(u64, buffer, bytes);
   case FLAP_CONFIG_CUSTOM:
     break;
   }

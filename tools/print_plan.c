@@ -19,6 +19,14 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
       longest = plan->bound_lane_seconds[lane];
       name = flap_pager_lane_name((flap_lane)lane);
     }
+  if (plan->bound_copies_seconds > longest) {
+    longest = plan->bound_copies_seconds;
+    name = "h2d and d2h together";
+  }
+  if (plan->bound_disks_seconds > longest) {
+    longest = plan->bound_disks_seconds;
+    name = "disk_read and disk_write together";
+  }
   /* On lanes that share cores the bound is more than each of them: the cores themselves are what is busy. */
   return plan->bound_seconds > longest * 1.0001 ? "the cores that all lanes share" : name;
 }
@@ -85,15 +93,38 @@ static void print_classes(FILE *out, const flap_plan *plan) {
 
 static void print_lanes(FILE *out, const flap_plan *plan) {
   double parameters = (double)plan->parameters;
-  fprintf(out, "\n%-12s%16s%16s%20s%20s%12s\n", "lane", "bytes a step", "per parameter", "least a step",
+  fprintf(out, "\n%-12s%14s%15s%12s%15s%16s%12s\n", "lane", "bytes a step", "per parameter", "busy for", "least a step",
           "per parameter", "least time");
   for (int i = 0; i < FLAP_LANE_COUNT; i++)
-    fprintf(out, "%-12s%16s%16s%20s%20s%12s\n", flap_pager_lane_name((flap_lane)i),
+    fprintf(out, "%-12s%14s%15s%12s%15s%16s%12s\n", flap_pager_lane_name((flap_lane)i),
             flap_text_bytes(plan->lane_bytes[i]).text, flap_text_ratio((double)plan->lane_bytes[i], parameters, 2).text,
-            flap_text_bytes(plan->bound_bytes[i]).text,
+            flap_text_seconds(plan->lane_seconds[i]).text, flap_text_bytes(plan->bound_bytes[i]).text,
             flap_text_ratio((double)plan->bound_bytes[i], parameters, 2).text,
             flap_text_seconds(plan->bound_lane_seconds[i]).text);
-  fprintf(out, "%-12s%84s\n", "compute", flap_text_seconds(plan->bound_compute_seconds).text);
+  fprintf(out, "%-12s%41s%43s\n", "compute", flap_text_seconds(plan->compute_seconds).text,
+          flap_text_seconds(plan->bound_compute_seconds).text);
+}
+
+/* In TB of 10^12 bytes, as data sheets of drives are. */
+static void print_wear(FILE *out, const flap_plan *plan) {
+  if (plan->ssd_step_bytes == 0)
+    return;
+  fprintf(out, "ssd       %s written a step, %.4g TB per billion tokens", flap_text_bytes(plan->ssd_step_bytes).text,
+          plan->ssd_bytes_per_billion_tokens / 1e12);
+  if (plan->ssd_tbw_bytes > 0)
+    fprintf(out, "; %.4g TB last %s steps", (double)plan->ssd_tbw_bytes / 1e12,
+            flap_text_grouped((uint64_t)plan->ssd_steps).text);
+  fputc('\n', out);
+}
+
+void flap_print_knee(FILE *out, const flap_knee *knee) {
+  if (knee->micro_batches > 0)
+    fprintf(out, "knee      compute hides the rest from about %s tokens a step (%u micro-batches), %s tokens/s\n",
+            flap_text_grouped(knee->tokens_per_step).text, knee->micro_batches,
+            flap_text_rate(knee->tokens_per_second).text);
+  else
+    fprintf(out, "knee      compute does not hide the rest, up to %s tokens a step (%u micro-batches)\n",
+            flap_text_grouped(knee->tokens_per_step).text, knee->tried_max);
 }
 
 void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *plan) {
@@ -107,6 +138,7 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
           flap_text_percent(plan->bound_seconds, plan->step_seconds).text);
   fprintf(out, "bound     %s a step, set by %s\n", flap_text_seconds(plan->bound_seconds).text,
           flap_print_bound_lane(plan));
+  print_wear(out, plan);
   fprintf(out, "files     %s a checkpoint, %s the trained model, in %s\n", flap_text_bytes(plan->checkpoint_bytes).text,
           flap_text_bytes(plan->export_bytes).text, config->output_dir);
 }
@@ -143,7 +175,7 @@ static json_t *lanes_numbers(const double *values) {
   return object;
 }
 
-json_t *flap_print_machine_json(const flap_machine *machine) {
+static json_t *machine_json(const flap_machine *machine) {
   json_t *object = json_object();
   set_text(object, "name", machine->name);
   set_number(object, "flops_bf16", machine->flops_bf16);
@@ -151,14 +183,40 @@ json_t *flap_print_machine_json(const flap_machine *machine) {
   set_number(object, "device_bytes", machine->device_bytes);
   set_number(object, "h2d_bytes", machine->h2d_bytes);
   set_number(object, "d2h_bytes", machine->d2h_bytes);
+  set_number(object, "h2d_both_bytes", machine->h2d_both_bytes);
+  set_number(object, "d2h_both_bytes", machine->d2h_both_bytes);
   set_number(object, "disk_read_bytes", machine->disk_read_bytes);
   set_number(object, "disk_write_bytes", machine->disk_write_bytes);
+  set_number(object, "disk_both_bytes", machine->disk_both_bytes);
   set_number(object, "host_bytes", machine->host_bytes);
   set_integer(object, "launch_ns", machine->launch_ns);
   set_integer(object, "copy_ns", machine->copy_ns);
   set_integer(object, "disk_ns", machine->disk_ns);
   set_bool(object, "synchronous", machine->synchronous);
   set_integer(object, "shared_cores", machine->shared_cores);
+  set_integer(object, "overhead_bytes", machine->overhead_bytes);
+  return object;
+}
+
+json_t *flap_print_profile_json(const flap_machine_profile *profile) {
+  json_t *object = machine_json(&profile->machine), *disks = json_array();
+  static const char *const per_disk[] = {"disk_read_bytes", "disk_write_bytes", "disk_both_bytes"};
+  for (size_t i = 0; i < sizeof per_disk / sizeof per_disk[0]; i++)
+    (void)json_object_del(object, per_disk[i]);
+  set_text(object, "device", profile->device == FLAP_RUN_DEVICE_CUDA ? "cuda" : "cpu");
+  set_integer(object, "threads", profile->threads);
+  set_integer(object, "vram_bytes", profile->vram_bytes);
+  set_integer(object, "ram_bytes", profile->ram_bytes);
+  for (uint32_t i = 0; i < profile->disk_count; i++) {
+    const flap_profile_disk *disk = &profile->disks[i];
+    json_t *entry = json_object();
+    set_integer(entry, "size_bytes", disk->bytes);
+    set_number(entry, "read_bytes", disk->read_bytes);
+    set_number(entry, "write_bytes", disk->write_bytes);
+    set_number(entry, "both_bytes", disk->both_bytes);
+    (void)json_array_append_new(disks, entry);
+  }
+  (void)json_object_set_new(object, "disks", disks);
   return object;
 }
 
@@ -216,19 +274,38 @@ static void add_sizes(json_t *object, const flap_run_config *config, const flap_
 
 static void add_costs(json_t *object, const flap_plan *plan) {
   (void)json_object_set_new(object, "lane_bytes", lanes_integers(plan->lane_bytes));
+  (void)json_object_set_new(object, "lane_seconds", lanes_numbers(plan->lane_seconds));
   set_number(object, "compute_seconds", plan->compute_seconds);
   set_number(object, "step_seconds", plan->step_seconds);
   set_number(object, "bound_seconds", plan->bound_seconds);
   (void)json_object_set_new(object, "bound_bytes", lanes_integers(plan->bound_bytes));
   (void)json_object_set_new(object, "bound_lane_seconds", lanes_numbers(plan->bound_lane_seconds));
   set_number(object, "bound_compute_seconds", plan->bound_compute_seconds);
+  set_number(object, "bound_copies_seconds", plan->bound_copies_seconds);
+  set_number(object, "bound_disks_seconds", plan->bound_disks_seconds);
   set_number(object, "tokens_per_second", plan->tokens_per_second);
   set_integer(object, "vram_min", plan->vram_min);
   set_integer(object, "ram_min", plan->ram_min);
   set_integer(object, "disk_min", plan->disk_min);
+  set_integer(object, "ssd_step_bytes", plan->ssd_step_bytes);
+  set_number(object, "ssd_bytes_per_billion_tokens", plan->ssd_bytes_per_billion_tokens);
+  set_integer(object, "ssd_tbw_bytes", plan->ssd_tbw_bytes);
+  set_number(object, "ssd_steps", plan->ssd_steps);
 }
 
-flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const flap_plan *plan) {
+static json_t *knee_json(const flap_knee *knee) {
+  json_t *object = json_object();
+  set_integer(object, "micro_batches", knee->micro_batches);
+  set_integer(object, "tried_max", knee->tried_max);
+  set_integer(object, "tokens_per_step", knee->tokens_per_step);
+  set_number(object, "step_seconds", knee->step_seconds);
+  set_number(object, "compute_seconds", knee->compute_seconds);
+  set_number(object, "tokens_per_second", knee->tokens_per_second);
+  return object;
+}
+
+flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const flap_plan *plan,
+                                 const flap_knee *knee) {
   json_t *object = json_object();
   set_integer(object, "parameters", plan->parameters);
   set_integer(object, "state_bytes", plan->state_bytes);
@@ -239,10 +316,12 @@ flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const
   set_text(object, "gradient_dtype", flap_dtype_name(plan->gradient_dtype));
   set_text(object, "device", device_kind_name(plan->device));
   set_text(object, "device_name", plan->device_name);
-  (void)json_object_set_new(object, "machine", flap_print_machine_json(&plan->machine));
+  (void)json_object_set_new(object, "machine", machine_json(&plan->machine));
   add_choices(object, plan);
   add_sizes(object, config, plan);
   add_costs(object, plan);
+  if (knee)
+    (void)json_object_set_new(object, "knee", knee_json(knee));
   int failed = json_dumpf(object, out, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
   json_decref(object);
   if (failed || fputc('\n', out) == EOF)

@@ -48,7 +48,9 @@ typedef struct flap_block_disk {
 typedef struct flap_block_sim {
   flap_clock *clock;
   double read_bytes_per_second, write_bytes_per_second; /* with clock: each lane is first come, first served */
-  uint64_t latency_ns;                                  /* per request; without clock: maximum of a seeded draw */
+  double both_bytes_per_second; /* with clock: of both lanes together while both are busy; 0: they do not slow each
+                                   other */
+  uint64_t latency_ns;          /* per request; without clock: maximum of a seeded draw */
   uint64_t seed;
   /* Faults, without clock. The countdowns fire once, at the n-th read or the n-th write (1 is the first); 0 is never.
    */

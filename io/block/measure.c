@@ -46,17 +46,25 @@ static flap_block_request *wait_for_one(rate_meter *meter) {
   }
 }
 
-/* Moves all bytes once, in order, with every request in use. After a failure it only drains. */
-static flap_status run_pass(rate_meter *meter, flap_block_op op, double *bytes_per_second_out) {
+typedef enum pass_kind { PASS_READ, PASS_WRITE, PASS_BOTH } pass_kind;
+
+/* The request at `turn` of a pass: in order; or reads of the first half and writes of the second by turns. */
+static void submit_turn(rate_meter *meter, pass_kind kind, uint64_t turn, flap_block_request *request) {
+  const uint64_t half = (meter->bytes / meter->request_bytes + 1) / 2;
+  const bool writes = kind == PASS_WRITE || (kind == PASS_BOTH && turn % 2 == 1);
+  request->op = writes ? FLAP_BLOCK_WRITE : FLAP_BLOCK_READ;
+  request->offset = (kind != PASS_BOTH ? turn : turn / 2 + (writes ? half : 0)) * meter->request_bytes;
+  flap_block_submit(meter->block, request);
+}
+
+/* Moves all bytes once, with every request in use. After a failure it only drains. */
+static flap_status run_pass(rate_meter *meter, pass_kind kind, double *bytes_per_second_out) {
   flap_status status = FLAP_OK;
-  uint64_t offset = 0, start_ns = flap_units_now_ns();
+  const uint64_t start_ns = flap_units_now_ns(), turns = meter->bytes / meter->request_bytes;
+  uint64_t turn = 0;
   uint32_t active = 0;
-  for (uint32_t i = 0; i < meter->request_count && offset < meter->bytes; i++, offset += meter->request_bytes) {
-    meter->requests[i].op = op;
-    meter->requests[i].offset = offset;
-    flap_block_submit(meter->block, &meter->requests[i]);
-    active++;
-  }
+  for (; turn < meter->request_count && turn < turns; turn++, active++)
+    submit_turn(meter, kind, turn, &meter->requests[turn]);
   flap_block_flush(meter->block);
   while (active > 0) {
     flap_block_request *request = wait_for_one(meter);
@@ -65,10 +73,8 @@ static flap_status run_pass(rate_meter *meter, flap_block_op op, double *bytes_p
       active--;
       if (request->status != FLAP_OK && status == FLAP_OK)
         status = flap_block_explain(meter->block, request);
-      if (status == FLAP_OK && offset < meter->bytes) {
-        request->offset = offset;
-        offset += meter->request_bytes;
-        flap_block_submit(meter->block, request);
+      if (status == FLAP_OK && turn < turns) {
+        submit_turn(meter, kind, turn++, request);
         active++;
         submitted = true;
       }
@@ -80,11 +86,12 @@ static flap_status run_pass(rate_meter *meter, flap_block_op op, double *bytes_p
   return status;
 }
 
-static flap_status run_passes(rate_meter *meter, double *read_out, double *write_out) {
+static flap_status run_passes(rate_meter *meter, flap_block_rates *rates) {
   double unwritten = 0;
-  FLAP_TRY(run_pass(meter, FLAP_BLOCK_WRITE, &unwritten));
-  FLAP_TRY(run_pass(meter, FLAP_BLOCK_WRITE, write_out));
-  return run_pass(meter, FLAP_BLOCK_READ, read_out);
+  FLAP_TRY(run_pass(meter, PASS_WRITE, &unwritten));
+  FLAP_TRY(run_pass(meter, PASS_WRITE, &rates->write_bytes));
+  FLAP_TRY(run_pass(meter, PASS_READ, &rates->read_bytes));
+  return run_pass(meter, PASS_BOTH, &rates->both_bytes);
 }
 
 /* Drives may compress, or skip zeros. */
@@ -98,7 +105,7 @@ static void fill(unsigned char *memory, uint64_t bytes) {
 }
 
 static flap_status measure_with(rate_meter *meter, const char *path, uint32_t depth, flap_block_backend backend,
-                                flap_arena *arena, double *read_out, double *write_out) {
+                                flap_arena *arena, flap_block_rates *rates) {
   uint64_t memory_bytes = (uint64_t)meter->request_count * meter->request_bytes;
   unsigned char *memory = flap_arena_take(arena, memory_bytes, FLAP_BLOCK_ALIGN);
   meter->requests = FLAP_ARENA_ARRAY(arena, flap_block_request, meter->request_count);
@@ -121,15 +128,14 @@ static flap_status measure_with(rate_meter *meter, const char *path, uint32_t de
   FLAP_TRY(flap_block_open(&config, &meter->block));
   if (strstr(flap_block_describe(meter->block), "buffered") != NULL)
     flap_log(FLAP_LOG_WARNING, "disk %s: no O_DIRECT here; the page cache is measured, not the drive", path);
-  flap_status status = run_passes(meter, read_out, write_out);
+  flap_status status = run_passes(meter, rates);
   flap_block_close(meter->block);
   return status;
 }
 
 flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t request_bytes, uint32_t depth,
-                                     flap_block_backend backend, double *read_bytes_per_second_out,
-                                     double *write_bytes_per_second_out) {
-  *read_bytes_per_second_out = *write_bytes_per_second_out = 0;
+                                     flap_block_backend backend, flap_block_rates *rates_out) {
+  *rates_out = (flap_block_rates){0};
   if (request_bytes == 0 || request_bytes > FLAP_BLOCK_REQUEST_BYTES_MAX || request_bytes % FLAP_BLOCK_ALIGN != 0)
     return flap_error_set(FLAP_INVALID, "disk measurement: requests must be multiples of %u bytes, at most %u",
                           FLAP_BLOCK_ALIGN, FLAP_BLOCK_REQUEST_BYTES_MAX);
@@ -150,8 +156,7 @@ flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t 
   FLAP_TRY(flap_arena_open(&arena, "disk measurement", memory_bytes));
   pthread_mutex_init(&meter.mutex, NULL);
   pthread_cond_init(&meter.news, NULL);
-  flap_status status =
-      measure_with(&meter, path, depth, backend, &arena, read_bytes_per_second_out, write_bytes_per_second_out);
+  flap_status status = measure_with(&meter, path, depth, backend, &arena, rates_out);
   pthread_cond_destroy(&meter.news);
   pthread_mutex_destroy(&meter.mutex);
   flap_arena_close(&arena);

@@ -1,7 +1,8 @@
 /* The simulated disk, in two kinds.
  *
  * On a virtual clock: no bytes and no threads. The read lane and the write lane each serve requests in the order of
- * their submission, one after the other at the lane's rate; a request completes `latency` after its last byte.
+ * their submission, one after the other at the lane's rate; a request completes `latency` after its last byte. Where
+ * both lanes together do less than each alone, a request that starts beside the other lane's gets what that leaves.
  *
  * In memory: a thread holds the pieces in flight, gives each a seeded delay, and serves them as they fall due, so that
  * completions come out of order. It may serve a piece in parts, as systems do, and may fail as told. Only that thread
@@ -10,11 +11,11 @@
 #include "io/block/block_internal.h"
 
 #include "base/assert.h"
+#include "base/duplex.h"
 #include "base/philox.h"
 #include "base/units.h"
 
 #include <errno.h>
-#include <math.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -52,11 +53,16 @@ static void complete_on_clock(void *context) {
 static void accept_on_clock(flap_block *block, flap_block_request *request) {
   sim_state *state = block->state;
   const flap_block_sim *sim = &block->config.sim;
-  double rate = request->op == FLAP_BLOCK_READ ? sim->read_bytes_per_second : sim->write_bytes_per_second;
+  const bool reads = request->op == FLAP_BLOCK_READ;
+  const flap_duplex lanes = {.alone_bytes = reads ? sim->read_bytes_per_second : sim->write_bytes_per_second,
+                             .other_alone_bytes = reads ? sim->write_bytes_per_second : sim->read_bytes_per_second,
+                             .both_bytes = sim->both_bytes_per_second};
   uint64_t *free_ns = &state->lane_free_ns[request->op];
   uint64_t now_ns = flap_clock_now_ns(sim->clock);
   request->started_ns = now_ns > *free_ns ? now_ns : *free_ns;
-  *free_ns = request->started_ns + (uint64_t)llround((double)request->bytes / rate * 1e9);
+  /* Whatever the other lane has left it works on from now on, without a gap. */
+  *free_ns = flap_duplex_end_ns(&lanes, request->started_ns, request->bytes, now_ns,
+                                state->lane_free_ns[reads ? FLAP_BLOCK_WRITE : FLAP_BLOCK_READ]);
   request->private_state[0] = (uint64_t)(uintptr_t)block;
   flap_clock_schedule(sim->clock, *free_ns + sim->latency_ns, complete_on_clock, request);
 }
@@ -251,7 +257,7 @@ static flap_status sim_open(flap_block *block) {
   sim_state *state = block->state;
   const flap_block_sim *sim = &block->config.sim;
   if (sim->clock != NULL) {
-    if (!(sim->read_bytes_per_second > 0) || !(sim->write_bytes_per_second > 0))
+    if (!(sim->read_bytes_per_second > 0) || !(sim->write_bytes_per_second > 0) || !(sim->both_bytes_per_second >= 0))
       return flap_error_set(FLAP_INVALID, "simulated disk: its rates must be above 0");
     return FLAP_OK;
   }

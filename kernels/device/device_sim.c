@@ -7,11 +7,15 @@
  * 3. machine.shared_cores: a copy of duration d takes d / shared_cores of the compute lane, charged at the moment when
  *    the copy starts, so that a copy that ran while nothing was computed delays nothing that comes later. A launch that
  *    is being lived through is stretched; one that ran ahead keeps the end that was promised. Copies are never slowed.
- * 4. A notify is scheduled on the clock at the time of its event. Close waits for all of them.
+ * 4. machine.h2d_both_bytes and d2h_both_bytes: a copy that starts while the other direction is busy gets what both
+ *    together can do, less what the other was promised. `busy_from_ns` is where the lane's last copies without a gap
+ *    begin: earlier ones are forgotten.
+ * 5. A notify is scheduled on the clock at the time of its event. Close waits for all of them.
  */
 #include "kernels/device/device_internal.h"
 
 #include "base/assert.h"
+#include "base/duplex.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -30,7 +34,7 @@ typedef struct charges {
 typedef struct sim_device {
   flap_device base;
   uint64_t *events; /* the time of each event */
-  uint64_t free_ns[FLAP_STREAM_COUNT];
+  uint64_t free_ns[FLAP_STREAM_COUNT], busy_from_ns[FLAP_STREAM_COUNT];
   charges charges[FLAP_STREAM_COUNT];
   uint32_t scheduled; /* functions that the clock still holds for us */
 } sim_device;
@@ -65,6 +69,12 @@ static flap_status check_machine(const flap_machine *machine) {
     if (!(rates[i].rate > 0) || !isfinite(rates[i].rate))
       return flap_error_set(FLAP_INVALID, "machine \"%.63s\": %s is %g; a rate per second above 0 is needed",
                             machine->name, rates[i].name, rates[i].rate);
+  if (!(machine->h2d_both_bytes >= 0) || !(machine->d2h_both_bytes >= 0) || !isfinite(machine->h2d_both_bytes) ||
+      !isfinite(machine->d2h_both_bytes))
+    return flap_error_set(FLAP_INVALID,
+                          "machine \"%.63s\": h2d_both_bytes is %g and d2h_both_bytes %g; rates per second, "
+                          "or 0 where they are not known, are needed",
+                          machine->name, machine->h2d_both_bytes, machine->d2h_both_bytes);
   return FLAP_OK;
 }
 
@@ -161,6 +171,18 @@ static void sim_kernel(flap_device *device, double flops, double bytes, bool bf1
   compute(self(device), machine->launch_ns + later(math_ns, memory_ns));
 }
 
+/* The end of a copy whose first byte moves at start_ns. */
+static uint64_t copy_end(const sim_device *sim, flap_stream stream, uint64_t start_ns, uint64_t bytes) {
+  const flap_machine *machine = &sim->base.config.machine;
+  const flap_stream other = stream == FLAP_STREAM_H2D ? FLAP_STREAM_D2H : FLAP_STREAM_H2D;
+  const double h2d = machine->h2d_bytes, d2h = machine->d2h_bytes;
+  const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
+  const flap_duplex lanes = {.alone_bytes = stream == FLAP_STREAM_H2D ? h2d : d2h,
+                             .other_alone_bytes = stream == FLAP_STREAM_H2D ? d2h : h2d,
+                             .both_bytes = known ? machine->h2d_both_bytes + machine->d2h_both_bytes : 0};
+  return flap_duplex_end_ns(&lanes, start_ns, (double)bytes, sim->busy_from_ns[other], sim->free_ns[other]);
+}
+
 static void sim_copy(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes) {
   (void)to, (void)from;
   sim_device *sim = self(device);
@@ -169,12 +191,13 @@ static void sim_copy(flap_device *device, flap_stream stream, void *to, const vo
     sim_kernel(device, 0, 2.0 * (double)bytes, false); /* read and written in device memory */
     return;
   }
-  double rate = stream == FLAP_STREAM_H2D ? machine->h2d_bytes : machine->d2h_bytes;
-  uint64_t ns = machine->copy_ns + duration((double)bytes, rate);
   uint64_t start_ns = later(sim->free_ns[stream], now(sim));
-  sim->free_ns[stream] = start_ns + ns;
-  share_cores(sim, stream, start_ns, ns);
-  flap_device_copied(device, stream, start_ns, start_ns + ns, bytes);
+  uint64_t end_ns = copy_end(sim, stream, start_ns + machine->copy_ns, bytes);
+  if (start_ns > sim->free_ns[stream])
+    sim->busy_from_ns[stream] = start_ns;
+  sim->free_ns[stream] = end_ns;
+  share_cores(sim, stream, start_ns, end_ns - start_ns);
+  flap_device_copied(device, stream, start_ns, end_ns, bytes);
 }
 
 /* ---- events --------------------------------------------------------------------------------------------- */
@@ -209,7 +232,8 @@ static void sim_event_wait(flap_device *device, flap_event event) {
 
 static void sim_stream_wait(flap_device *device, flap_stream stream, flap_event event) {
   sim_device *sim = self(device);
-  sim->free_ns[stream] = later(sim->free_ns[stream], sim->events[event]);
+  if (sim->events[event] > sim->free_ns[stream]) /* until then the lane rests */
+    sim->free_ns[stream] = sim->busy_from_ns[stream] = sim->events[event];
   if (stream == FLAP_STREAM_COMPUTE && device->config.machine.synchronous)
     sim_event_wait(device, event);
 }

@@ -16,7 +16,7 @@ static void note(void *context) {
   ((clock_case *)context)->notices++;
 }
 
-static void open_case(clock_case *test) {
+static void open_both(clock_case *test, double both) {
   *test = (clock_case){0};
   ck_assert_int_eq(flap_clock_open(&test->clock), FLAP_OK);
   flap_block_config config = {.backend = FLAP_BLOCK_SIM,
@@ -30,9 +30,14 @@ static void open_case(clock_case *test) {
                               .sim = {.clock = test->clock,
                                       .read_bytes_per_second = 1048576.0 * 1000, /* 1 MiB takes 1 ms */
                                       .write_bytes_per_second = 1048576.0 * 500,
+                                      .both_bytes_per_second = both,
                                       .latency_ns = 70000}};
   ck_assert_msg(flap_block_open(&config, &test->block) == FLAP_OK, "%s", flap_error_message());
   ck_assert_str_eq(flap_block_describe(test->block), "sim");
+}
+
+static void open_case(clock_case *test) {
+  open_both(test, 0);
 }
 
 static void close_case(clock_case *test) {
@@ -94,6 +99,26 @@ START_TEST(clock_disk_idle_lane_starts_now) {
 }
 END_TEST
 
+/* Reading alone 1 MiB a ms, writing half of that, together as much as reading alone: what reads is beside a write gets
+ * a half. */
+START_TEST(clock_disk_lanes_slow_each_other) {
+  clock_case test;
+  open_both(&test, 1048576.0 * 1000);
+  flap_block_request write = make(FLAP_BLOCK_WRITE, 0, 2), read = make(FLAP_BLOCK_READ, 1, 3);
+  flap_block_request late = make(FLAP_BLOCK_READ, 2, 1);
+  flap_block_submit(test.block, &write); /* 0 .. 4 ms, as promised */
+  flap_block_submit(test.block, &read);  /* 2 MiB in 4 ms, and 1 MiB alone */
+  flap_block_submit(test.block, &late);
+  flap_block_flush(test.block);
+  while (flap_clock_advance(test.clock))
+    ;
+  ck_assert_uint_eq(write.ended_ns, 4000000 + 70000);
+  ck_assert_uint_eq(read.ended_ns, 5000000 + 70000);
+  ck_assert_uint_eq(late.ended_ns, 6000000 + 70000);
+  close_case(&test);
+}
+END_TEST
+
 START_TEST(clock_disk_close_runs_what_is_in_flight) {
   clock_case test;
   open_case(&test);
@@ -124,6 +149,7 @@ int main(void) {
   TCase *tests = tcase_create("clock");
   tcase_add_test(tests, clock_disk_lanes_are_first_come_first_served);
   tcase_add_test(tests, clock_disk_idle_lane_starts_now);
+  tcase_add_test(tests, clock_disk_lanes_slow_each_other);
   tcase_add_test(tests, clock_disk_close_runs_what_is_in_flight);
   tcase_add_test(tests, clock_disk_without_rates_is_refused);
   suite_add_tcase(suite, tests);

@@ -14,30 +14,31 @@ START_TEST(measure_rates_are_finite_and_nothing_is_left) {
   const flap_block_backend backends[] = {FLAP_BLOCK_AUTO, FLAP_BLOCK_URING, FLAP_BLOCK_THREADS, FLAP_BLOCK_SIM};
   char folder[] = "/tmp/flap-test-XXXXXX";
   ck_assert_ptr_nonnull(mkdtemp(folder));
-  double read_rate = 0, write_rate = 0;
-  flap_status status = flap_block_measure_rates(folder, 24 * MIB, 65536, 4, backends[_i], &read_rate, &write_rate);
+  flap_block_rates rates = {0};
+  flap_status status = flap_block_measure_rates(folder, 24 * MIB, 65536, 4, backends[_i], &rates);
   ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
-  ck_assert(isfinite(read_rate) && read_rate > 1e6);
-  ck_assert(isfinite(write_rate) && write_rate > 1e6);
+  ck_assert(isfinite(rates.read_bytes) && rates.read_bytes > 1e6);
+  ck_assert(isfinite(rates.write_bytes) && rates.write_bytes > 1e6);
+  ck_assert(isfinite(rates.both_bytes) && rates.both_bytes > 1e6);
   ck_assert_int_eq(rmdir(folder), 0);
 }
 END_TEST
 
 START_TEST(measure_extent_smaller_than_the_queue_works) {
-  double read_rate = 0, write_rate = 0;
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 0, FLAP_BLOCK_AUTO, &read_rate, &write_rate), FLAP_OK);
-  ck_assert(read_rate > 0 && write_rate > 0);
+  flap_block_rates rates = {0};
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 0, FLAP_BLOCK_AUTO, &rates), FLAP_OK);
+  ck_assert(rates.read_bytes > 0 && rates.write_bytes > 0 && rates.both_bytes > 0);
 }
 END_TEST
 
 START_TEST(measure_nonsense_is_refused) {
-  double r = 1, w = 1;
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 0, 4, FLAP_BLOCK_AUTO, &r, &w), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 1000, 4, FLAP_BLOCK_AUTO, &r, &w), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", 3 * MIB, 2 * MIB, 4, FLAP_BLOCK_AUTO, &r, &w), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 5000, FLAP_BLOCK_AUTO, &r, &w), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/nowhere", MIB, MIB, 4, FLAP_BLOCK_AUTO, &r, &w), FLAP_NOT_FOUND);
-  ck_assert_double_eq(r, 0);
+  flap_block_rates rates = {1, 1, 1};
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 0, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 1000, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", 3 * MIB, 2 * MIB, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 5000, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/nowhere", MIB, MIB, 4, FLAP_BLOCK_AUTO, &rates), FLAP_NOT_FOUND);
+  ck_assert(rates.read_bytes == 0 && rates.write_bytes == 0 && rates.both_bytes == 0);
 }
 END_TEST
 

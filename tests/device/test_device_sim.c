@@ -172,6 +172,66 @@ START_TEST(lanes_overlap_and_are_first_come_first_served) {
 }
 END_TEST
 
+/* h2d moves 1 byte a ns and d2h a half alone; 0.8 and 0.4 where both are busy, 1.2 together. */
+static void open_duplex(void) {
+  ck_assert_int_eq(flap_clock_open(&clock_), FLAP_OK);
+  flap_device_config config = {.kind = FLAP_DEVICE_SIM,
+                               .vram_bytes = VRAM,
+                               .events_max = 16,
+                               .notify = notified,
+                               .clock = clock_,
+                               .machine = machine(false, 0)};
+  config.machine.h2d_both_bytes = 0.8e9;
+  config.machine.d2h_both_bytes = 0.4e9;
+  ck_assert_int_eq(flap_device_open(&config, &device_), FLAP_OK);
+  arena_ = flap_device_arena(device_, NULL);
+}
+
+START_TEST(copies_both_ways_slow_each_other) {
+  open_duplex();
+  h2d(1000); /* 0 .. 1100, as promised: nothing went the other way */
+  record(0, FLAP_STREAM_H2D);
+  d2h(400); /* its bytes from 100 on: 200 by 1100, at the 0.2 that are left; 200 more alone, 400 ns */
+  record(1, FLAP_STREAM_D2H);
+  ck_assert_uint_eq(wait_ns(0), 1100);
+  ck_assert_uint_eq(wait_ns(1), 1500);
+  ck_assert_uint_eq(flap_device_busy_ns(device_, FLAP_STREAM_D2H), 1500);
+  h2d(100); /* alone again: 1500 .. 1700 */
+  record(0, FLAP_STREAM_H2D);
+  ck_assert_uint_eq(wait_ns(0), 1700);
+  close_sim();
+}
+END_TEST
+
+START_TEST(copies_are_not_slowed_by_a_lane_that_waits) {
+  open_duplex();
+  kernel(5000); /* 0 .. 5010 */
+  record(0, FLAP_STREAM_COMPUTE);
+  flap_device_stream_wait(device_, FLAP_STREAM_D2H, 0);
+  d2h(500); /* 5010 .. 6110 */
+  record(1, FLAP_STREAM_D2H);
+  h2d(1000); /* 0 .. 1100: the other lane is only waiting */
+  record(2, FLAP_STREAM_H2D);
+  h2d(4700); /* 1100: bytes from 1200 on, 3810 by 5010; then at 0.7, half less than both: 770 by 6110; 120 alone */
+  record(3, FLAP_STREAM_H2D);
+  ck_assert_uint_eq(wait_ns(2), 1100);
+  ck_assert_uint_eq(wait_ns(1), 6110);
+  ck_assert_uint_eq(wait_ns(3), 6230);
+  close_sim();
+}
+END_TEST
+
+START_TEST(rates_of_both_that_are_none_are_refused) {
+  ck_assert_int_eq(flap_clock_open(&clock_), FLAP_OK);
+  flap_device_config config = {
+      .kind = FLAP_DEVICE_SIM, .vram_bytes = VRAM, .clock = clock_, .machine = machine(false, 0)};
+  config.machine.h2d_both_bytes = -1;
+  ck_assert_int_eq(flap_device_open(&config, &device_), FLAP_INVALID);
+  ck_assert_ptr_nonnull(strstr(flap_error_message(), "h2d_both_bytes"));
+  flap_clock_close(clock_);
+}
+END_TEST
+
 START_TEST(stream_wait_starts_no_earlier_than_the_event) {
   open_sim(false, 0);
   h2d(1000); /* 0 .. 1100 */
@@ -415,6 +475,9 @@ int main(void) {
   tcase_add_test(tests, default_machines_open_as_sim);
   tcase_add_test(tests, kernel_takes_launch_and_the_longer_of_math_and_memory);
   tcase_add_test(tests, lanes_overlap_and_are_first_come_first_served);
+  tcase_add_test(tests, copies_both_ways_slow_each_other);
+  tcase_add_test(tests, copies_are_not_slowed_by_a_lane_that_waits);
+  tcase_add_test(tests, rates_of_both_that_are_none_are_refused);
   tcase_add_test(tests, stream_wait_starts_no_earlier_than_the_event);
   tcase_add_test(tests, event_recorded_again_moves);
   tcase_add_test(tests, synchronous_kernel_advances_the_clock);

@@ -128,6 +128,35 @@ START_TEST(shared_cores_add_copies_to_compute) {
 }
 END_TEST
 
+START_TEST(both_ways_at_once_take_what_both_can_do) {
+  flap_model_config config = model();
+  flap_machine both = gpu; /* 4e6 up and 2e6 down alone; 1e6 read and 5e5 written */
+  both.h2d_both_bytes = 2.5e6;
+  both.d2h_both_bytes = 1e6;
+  flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &both);
+  near(bound.copies_seconds, 2 * 1000000 / 4e6); /* 3.5e6 together, but 4e6 going up alone */
+  near(bound.seconds, 0.5);
+  both.d2h_both_bytes = 1.7e6;
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &both);
+  near(bound.copies_seconds, 2 * 1000000 / 4.2e6); /* and d2h alone takes longer */
+  near(bound.seconds, 0.5);
+  both.h2d_both_bytes = 2e6;
+  both.h2d_bytes = 2.2e6;
+  both.d2h_both_bytes = 1e6;
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 1000000, &both);
+  near(bound.seconds, 2 * 1000000 / 3e6);
+  both.disk_both_bytes = 1.1e6;
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &both);
+  near(bound.disks_seconds, 2 * 600000 / 1.1e6);
+  near(bound.seconds, 600000 / 5e5); /* writing alone takes longer */
+  both.disk_write_bytes = 1e6;
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &both);
+  near(bound.seconds, 2 * 600000 / 1.1e6);
+  both.disk_both_bytes = 0;
+  ck_assert_double_eq(bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &both).disks_seconds, 0);
+}
+END_TEST
+
 START_TEST(bounds_never_rise_with_a_budget) {
   flap_model_config config = model();
   double before = INFINITY;
@@ -262,6 +291,7 @@ int main(void) {
   tcase_add_test(tests, what_vram_cannot_hold_crosses_once_each_way);
   tcase_add_test(tests, what_ram_cannot_hold_either_is_read_and_written);
   tcase_add_test(tests, shared_cores_add_copies_to_compute);
+  tcase_add_test(tests, both_ways_at_once_take_what_both_can_do);
   tcase_add_test(tests, bounds_never_rise_with_a_budget);
   tcase_add_test(tests, no_program_moves_less_than_the_bound);
   suite_add_tcase(suite, tests);

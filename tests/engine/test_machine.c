@@ -123,6 +123,8 @@ START_TEST(measured_rates_are_kept_by_threads_and_disk) {
   flap_machine kept = machine_of(1, path_of("."), false); /* the same folder by another name */
   ck_assert_double_eq(kept.disk_read_bytes, with_disk.disk_read_bytes);
   ck_assert_double_eq(kept.disk_write_bytes, with_disk.disk_write_bytes);
+  ck_assert_double_gt(with_disk.disk_both_bytes, 0);
+  ck_assert_double_eq(kept.disk_both_bytes, with_disk.disk_both_bytes);
   flap_machine two = machine_of(2, NULL, false);
   ck_assert_ptr_nonnull(strstr(two.name, ", 2 threads"));
   again = machine_of(1, folder, false);
@@ -185,7 +187,8 @@ END_TEST
 START_TEST(a_named_file_is_used_as_it_is) {
   const char *name = path_of("mine.json");
   write_text(name, made_up(", \"name\": \"abacus\", \"threads\": 3, \"host\": \"elsewhere\", \"disk_read_bytes\": 7e8,"
-                           " \"disk_write_bytes\": 6e8, \"launch_ns\": 11, \"copy_ns\": 12, \"disk_ns\": 13,"
+                           " \"disk_write_bytes\": 6e8, \"disk_both_bytes\": 8e8, \"h2d_both_bytes\": 3e9,"
+                           " \"d2h_both_bytes\": 2e9, \"launch_ns\": 11, \"copy_ns\": 12, \"disk_ns\": 13,"
                            " \"synchronous\": true, \"shared_cores\": 5"));
   ck_assert_int_eq(setenv("FLAP_MACHINE", name, 1), 0);
   char *before = read_text(name);
@@ -196,6 +199,8 @@ START_TEST(a_named_file_is_used_as_it_is) {
                                  .device_bytes = 3e9,
                                  .h2d_bytes = 4e9,
                                  .d2h_bytes = 5e9,
+                                 .h2d_both_bytes = 3e9,
+                                 .d2h_both_bytes = 2e9,
                                  .host_bytes = 6e9,
                                  .launch_ns = 11,
                                  .copy_ns = 12,
@@ -205,6 +210,7 @@ START_TEST(a_named_file_is_used_as_it_is) {
   same_rates(&machine, &expected);
   ck_assert_double_eq(machine.disk_read_bytes, 7e8);
   ck_assert_double_eq(machine.disk_write_bytes, 6e8);
+  ck_assert_double_eq(machine.disk_both_bytes, 8e8);
   machine = machine_of(2, NULL, false);
   ck_assert_double_eq(machine.disk_read_bytes, 0);
   char *after = read_text(name);

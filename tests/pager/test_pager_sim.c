@@ -60,6 +60,7 @@ typedef struct line { /* one region per lease, all alike, one chunk each; a byte
   uint64_t compute_ns;
   double h2d_ns, d2h_ns, disk_ns; /* of one region */
   uint64_t copy_ns;               /* of one copy, whatever its size */
+  double both;                    /* what both ways of the bus, and of the disk, move together, in rates of one; 0: 2 */
 } line;
 
 static flap_machine machine_of(const line *l) {
@@ -72,6 +73,9 @@ static flap_machine machine_of(const line *l) {
                         .d2h_bytes = per_second / l->d2h_ns,
                         .disk_read_bytes = per_second / l->disk_ns,
                         .disk_write_bytes = per_second / l->disk_ns,
+                        .h2d_both_bytes = l->both / 2 * per_second / l->h2d_ns,
+                        .d2h_both_bytes = l->both / 2 * per_second / l->d2h_ns,
+                        .disk_both_bytes = l->both * per_second / l->disk_ns,
                         .copy_ns = l->copy_ns,
                         .synchronous = l->synchronous};
 }
@@ -185,6 +189,34 @@ START_TEST(overlap_slot_is_reused_while_the_disk_still_writes) {
             .d2h_ns = 500,
             .disk_ns = 500};
   expect_time(l, (LEASES + 2) * 500, (LEASES + 4) * 500);
+}
+END_TEST
+
+/* Every region comes and goes once, both ways at once, so what both can do together is what decides; the first load and
+ * the last stores have nothing beside them. */
+START_TEST(overlap_both_ways_take_what_both_can_do) {
+  flap_pager_stats stats;
+  uint64_t settled = 0;
+  for (int disk = 0; disk < 2; disk++) {
+    line l = {.disk = disk,
+              .mode = FLAP_LEASE_UPDATE,
+              .slots = 6,
+              .compute_ns = 10,
+              .h2d_ns = 500,
+              .d2h_ns = 500,
+              .both = 1.25};
+    l.h2d_ns = l.d2h_ns = disk ? 50 : 500;
+    l.disk_ns = 500;
+    (void)run_line(&l, &stats, &settled);
+    const double least = 2 * LEASES * 500 / 1.25;
+    ck_assert_msg((double)settled >= least && (double)settled <= 1.1 * least, "%g ns instead of %g", (double)settled,
+                  least);
+    for (int way = 0; way < 2; way++) { /* each lane was slowed, and about alike */
+      const uint64_t busy = stats.busy_ns[disk ? (way ? FLAP_LANE_DISK_WRITE : FLAP_LANE_DISK_READ)
+                                               : (way ? FLAP_LANE_D2H : FLAP_LANE_H2D)];
+      ck_assert_msg(busy > LEASES * 600 && (double)busy <= 1.1 * least, "%llu ns busy", (unsigned long long)busy);
+    }
+  }
 }
 END_TEST
 
@@ -391,6 +423,7 @@ int main(void) {
   tcase_add_test(tcase, overlap_disk_reads_with_three_slots_take_the_longest_lane);
   tcase_add_test(tcase, overlap_disk_reads_ahead_of_a_single_slot);
   tcase_add_test(tcase, overlap_slot_is_reused_while_the_disk_still_writes);
+  tcase_add_test(tcase, overlap_both_ways_take_what_both_can_do);
   tcase_add_test(tcase, stall_is_charged_to_the_lane_that_was_waited_for);
   tcase_add_test(tcase, order_full_ring_does_not_hold_up_another_ring);
   tcase_add_test(tcase, order_next_program_is_loaded_during_this_one);

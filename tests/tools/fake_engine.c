@@ -1,6 +1,6 @@
 /* An engine that computes nothing, for tests of the command line: every figure is made up, distinct, and known to
  * test_program.py. FLAP_FAKE chooses what goes wrong: "nan" fails in step 3, "slow" takes 50 ms a step, "stuck" never
- * looks at the stop flag, "nosave" leaves no checkpoint. */
+ * looks at the stop flag, "nosave" leaves no checkpoint, "noknee" has no knee. */
 #include "engine/engine.h"
 
 #include <stdio.h>
@@ -67,12 +67,17 @@ static void fill_plan(const flap_run_config *config, flap_plan *plan) {
     plan->lane_bytes[i] = 70000000 + i;
     plan->bound_bytes[i] = 60000000 + i;
     plan->bound_lane_seconds[i] = 0.01 * (i + 1);
+    plan->lane_seconds[i] = 0.02 * (i + 1);
   }
   plan->compute_seconds = 0.5;
   plan->bound_compute_seconds = 0.45;
   plan->bound_seconds = 0.45;
   plan->step_seconds = 0.5;
   plan->tokens_per_second = 4096;
+  plan->ssd_step_bytes = 70000003;
+  plan->ssd_bytes_per_billion_tokens = 34e12;
+  plan->ssd_tbw_bytes = config->ssd_tbw;
+  plan->ssd_steps = (double)config->ssd_tbw / 70000003;
 }
 
 flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
@@ -80,6 +85,16 @@ flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few: 5000000 is the least that works",
                           (unsigned long long)config->vram.bytes);
   fill_plan(config, plan_out);
+  return FLAP_OK;
+}
+
+flap_status flap_engine_knee(const flap_run_config *config, flap_knee *knee_out) {
+  *knee_out = (flap_knee){.micro_batches = fake("noknee") ? 0 : 24,
+                          .tried_max = 32,
+                          .tokens_per_step = (uint64_t)config->cutoff_len * (fake("noknee") ? 32 : 24),
+                          .step_seconds = 2,
+                          .compute_seconds = 1.95,
+                          .tokens_per_second = 5000};
   return FLAP_OK;
 }
 
@@ -170,4 +185,22 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
     return flap_error_set(FLAP_UNSUPPORTED, "device: cuda: this build has no CUDA");
   fill_machine(machine_out);
   return FLAP_OK;
+}
+
+flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
+                                flap_machine_profile *profile_out) {
+  memset(profile_out, 0, sizeof *profile_out);
+  FLAP_TRY(flap_engine_machine(device, threads, disk_path, fresh, &profile_out->machine));
+  profile_out->device = FLAP_RUN_DEVICE_CPU;
+  profile_out->threads = 2;
+  profile_out->ram_bytes = (uint64_t)8 << 30;
+  if (disk_path)
+    profile_out->disks[profile_out->disk_count++] =
+        (flap_profile_disk){.bytes = 1000000000000, .read_bytes = 2e9, .write_bytes = 1e9, .both_bytes = 1.5e9};
+  return FLAP_OK;
+}
+
+void flap_machine_profile_rates(const flap_machine_profile *profile, uint32_t disk_count, flap_machine *machine_out) {
+  *machine_out = profile->machine;
+  machine_out->disk_both_bytes = disk_count > 0 ? profile->disks[0].both_bytes : 0;
 }

@@ -132,6 +132,23 @@ class Program(unittest.TestCase):
         self.assertEqual((plan["dtype"], plan["device"], plan["sweep"]), ("bfloat16", "cpu", False))
         self.assertEqual(plan["machine"]["flops_bf16"], 50e9)
 
+    def test_plan_shows_wear_and_knee(self):
+        text = self.accept("plan", "run.yaml")
+        self.assertIn("ssd       66.8 MiB written a step, 34 TB per billion tokens\n", text)
+        self.assertNotIn("knee", text)
+        text = self.accept("plan", "run.yaml", "ssd_tbw=7TB", "--knee")
+        self.assertIn("per billion tokens; 7 TB last 99,999 steps\n", text)
+        self.assertIn("knee      compute hides the rest from about 49,152 tokens a step (24 micro-batches), "
+                      "5.00k tokens/s\n", text)
+        self.assertLessEqual(max(map(len, text.splitlines())), 100)
+        self.assertRegex(text, r"\nh2d +66\.8 MiB +14\.00 +20\.0 ms +57\.2 MiB +12\.00 +10\.0 ms\n")
+        self.assertRegex(text, r"\ncompute +500 ms +450 ms\n")
+        plan = json.loads(self.accept("plan", "run.yaml", "--knee", "--json"))
+        self.assertEqual(plan["knee"]["micro_batches"], 24)
+        self.assertEqual(plan["lane_seconds"]["disk_read"], 0.06)
+        text = self.accept("plan", "run.yaml", "--knee", fake="noknee")
+        self.assertIn("knee      compute does not hide the rest, up to 65,536 tokens a step (32 micro-batches)", text)
+
     def test_plan_that_does_not_fit_is_refused(self):
         self.refuse("vram: 1048576 bytes are too few", "plan", "run.yaml", "vram=1MiB")
 
@@ -237,6 +254,11 @@ class Program(unittest.TestCase):
         self.assertIn("matmul, float32              100.0 GFLOP/s", self.accept("bench", "machine"))
         self.assertEqual(json.loads(self.accept("bench", "machine", "--json"))["shared_cores"], 2)
         self.refuse("this build has no CUDA", "bench", "machine", "--device", "cuda")
+        profile = self.accept("bench", "machine", "--json", "--path", ".")
+        self.assertEqual(json.loads(profile)["disks"][0]["both_bytes"], 1.5e9)
+        with open(os.path.join(self.folder.name, "here.json"), "w") as file:
+            file.write(profile)
+        self.accept("plan", "run.yaml", "machine=here.json")  # what bench writes, plan reads
         self.refuse("measure what?", "bench", "gpu")
 
     def test_bench_disk_measures_a_folder(self):
