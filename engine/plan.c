@@ -125,10 +125,9 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
 /* Only for `flap plan`: a run does not need them. */
 static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
   FLAP_TRY(flap_planner_vram_min(&p->planner, &p->budgets, &plan->vram_min));
-  FLAP_TRY(flap_planner_ram_min(&p->planner, &p->budgets, &plan->ram_min));
-  if (p->planner.spec.disk_count > 0)
-    FLAP_TRY(flap_planner_disk_min(&p->planner, &p->budgets, &plan->disk_min));
-  return FLAP_OK;
+  if (p->planner.spec.disk_count == 0)
+    return flap_planner_ram_min(&p->planner, &p->budgets, &plan->ram_min);
+  return flap_planner_ram_and_disk_min(&p->planner, &p->budgets, &plan->ram_min, &plan->disk_min);
 }
 
 flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {

@@ -403,10 +403,34 @@ static flap_status least_for(const flap_planner *planner, const flap_budgets *bu
   return FLAP_OK;
 }
 
-/* All page sizes with one slice size. `fits_vram` tells whether the given vram is enough for the slice. */
-static flap_status least_of_slice(const flap_planner *planner, const flap_budgets *budgets, lever which,
-                                  const planner_candidates *c, skeleton s, uint64_t slice, uint64_t *least_io,
-                                  bool *fits_vram) {
+/* The levers that a search asks for, and the least of each so far. */
+typedef struct search {
+  uint32_t count;
+  lever which[2]; /* vram alone, for it takes other slices */
+  uint64_t least[2];
+} search;
+
+/* All page sizes with a setup of one slice size. */
+static flap_status least_of_pages(const flap_planner *planner, const flap_budgets *budgets, lever which,
+                                  const planner_candidates *c, flap_choice choice, bool fits_vram, flap_setup *setup,
+                                  uint64_t *least_io) {
+  for (uint32_t p = 0; p < c->page_count; p++) {
+    uint64_t here = UINT64_MAX;
+    choice.page_bytes = choice.transfer_bytes = c->pages[p];
+    if (which == LEVER_VRAM ? planner_least_vram(planner, &choice, setup) >= *least_io : !fits_vram)
+      break;
+    if (which == LEVER_RAM && planner_least_ram(planner, &choice, setup) >= *least_io)
+      continue;
+    FLAP_TRY(least_for(planner, budgets, which, &choice, setup, &here));
+    if (here < *least_io)
+      *least_io = here;
+  }
+  return FLAP_OK;
+}
+
+/* `fits_vram` tells whether the given vram is enough for the slice. */
+static flap_status least_of_slice(const flap_planner *planner, const flap_budgets *budgets, const planner_candidates *c,
+                                  skeleton s, uint64_t slice, search *found, bool *fits_vram) {
   flap_choice choice = choice_of(planner, c, s, slice, c->pages[0]);
   flap_setup setup;
   flap_status status = flap_setup_build(&planner->spec, &choice, &setup);
@@ -416,48 +440,48 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
   FLAP_TRY(status);
   flap_setup_set_disks(&setup, budgets->disk_bytes);
   *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
-  for (uint32_t p = 0; p < c->page_count && status == FLAP_OK; p++) {
-    uint64_t here = UINT64_MAX;
-    choice.page_bytes = choice.transfer_bytes = c->pages[p];
-    if (which == LEVER_VRAM ? planner_least_vram(planner, &choice, &setup) >= *least_io : !*fits_vram)
-      break;
-    if (which == LEVER_RAM && planner_least_ram(planner, &choice, &setup) >= *least_io)
-      continue;
-    status = least_for(planner, budgets, which, &choice, &setup, &here);
-    if (here < *least_io)
-      *least_io = here;
-  }
+  for (uint32_t i = 0; i < found->count && status == FLAP_OK; i++)
+    status = least_of_pages(planner, budgets, found->which[i], c, choice, *fits_vram, &setup, &found->least[i]);
   flap_setup_close(&setup);
   return status;
 }
 
 /* What saves a budget is known, so not every candidate is tried: no saved layers; groups of all micro-batches or of
  * one; for vram the smallest slices and segments, for ram and disk (tables and lists) the two largest slices that vram
- * allows. */
-static flap_status least(const flap_planner *planner, const flap_budgets *budgets, lever which, uint64_t *bytes_out) {
+ * allows. So ram and disk are looked for in the same setups. */
+static flap_status find_least(const flap_planner *planner, const flap_budgets *budgets, search *found) {
+  const bool vram = found->which[0] == LEVER_VRAM;
   planner_candidates c;
   planner_list(planner, &c);
+  for (uint32_t i = 0; i < found->count; i++)
+    found->least[i] = UINT64_MAX;
+  for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
+    for (uint32_t g = 0; g<c.group_count; g += c.group_count> 1 ? c.group_count - 1 : 1) {
+      uint32_t fitting = 0;
+      for (uint32_t k = 0; k < c.slice_count && fitting < 2; k++) {
+        const skeleton s = {c.segments[i], c.groups[g], c.saved[0], false};
+        const uint64_t before = found->least[0];
+        bool fits = false;
+        FLAP_TRY(least_of_slice(planner, budgets, &c, s, c.slices[vram ? k : c.slice_count - 1 - k], found, &fits));
+        fitting += vram ? (found->least[0] < before ? 2 : 0) : (fits ? 1 : 0);
+      }
+    }
+  for (uint32_t i = 0; i < found->count; i++)
+    if (found->least[i] == UINT64_MAX)
+      return flap_error_set(FLAP_BUDGET, "the other budgets are too small");
+  return FLAP_OK;
+}
+
+static flap_status least(const flap_planner *planner, const flap_budgets *budgets, lever which, uint64_t *bytes_out) {
+  search found = {.count = 1, .which = {which}};
   flap_planner with_disk = *planner;
   if (which == LEVER_DISK && with_disk.spec.disk_count == 0) {
     with_disk.spec.disk_count = 1;
     with_disk.spec.disk_paths[0] = "disk";
   }
-  *bytes_out = UINT64_MAX;
-  for (uint32_t i = 0; i < c.segment_count && !(which == LEVER_VRAM && *bytes_out < UINT64_MAX); i++)
-    for (uint32_t g = 0; g<c.group_count; g += c.group_count> 1 ? c.group_count - 1 : 1) {
-      uint32_t fitting = 0;
-      for (uint32_t k = 0; k < c.slice_count && fitting < 2; k++) {
-        const skeleton s = {c.segments[i], c.groups[g], c.saved[0], false};
-        const uint64_t before = *bytes_out;
-        bool fits = false;
-        FLAP_TRY(least_of_slice(&with_disk, budgets, which, &c, s,
-                                c.slices[which == LEVER_VRAM ? k : c.slice_count - 1 - k], bytes_out, &fits));
-        fitting += which == LEVER_VRAM ? (*bytes_out < before ? 2 : 0) : (fits ? 1 : 0);
-      }
-    }
-  if (*bytes_out == UINT64_MAX)
-    return flap_error_set(FLAP_BUDGET, "the other budgets are too small");
-  return FLAP_OK;
+  const flap_status status = find_least(&with_disk, budgets, &found);
+  *bytes_out = found.least[0];
+  return status;
 }
 
 flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
@@ -470,4 +494,14 @@ flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets
 
 flap_status flap_planner_disk_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
   return least(planner, budgets, LEVER_DISK, bytes_out);
+}
+
+flap_status flap_planner_ram_and_disk_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *ram_out,
+                                          uint64_t *disk_out) {
+  search found = {.count = 2, .which = {LEVER_RAM, LEVER_DISK}};
+  flap_assert(planner->spec.disk_count > 0);
+  const flap_status status = find_least(planner, budgets, &found);
+  *ram_out = found.least[0];
+  *disk_out = found.least[1];
+  return status;
 }

@@ -45,6 +45,9 @@ FLAP_CHECKED flap_status flap_planner_vram_min(const flap_planner *planner, cons
                                                uint64_t *bytes_out);
 FLAP_CHECKED flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets *budgets,
                                               uint64_t *bytes_out);
+/* Both in one search; there are disks. */
+FLAP_CHECKED flap_status flap_planner_ram_and_disk_min(const flap_planner *planner, const flap_budgets *budgets,
+                                                       uint64_t *ram_out, uint64_t *disk_out);
 /* Of all disks together. */
 FLAP_CHECKED flap_status flap_planner_disk_min(const flap_planner *planner, const flap_budgets *budgets,
                                                uint64_t *bytes_out);

@@ -134,23 +134,25 @@ static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
   return (index + 1) * wanted / regions > index * wanted / regions;
 }
 
-static void choose_residents(flap_setup *setup, flap_region_class klass) {
+static void choose_residents(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
-  const uint64_t bytes_max = setup->choice.resident_bytes[klass];
-  uint64_t regions = 0, bytes = 0, largest = 0;
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    if (layout->regions[i].klass == klass) {
-      regions++;
-      bytes += layout->regions[i].bytes;
-      largest = layout->regions[i].bytes > largest ? layout->regions[i].bytes : largest;
-    }
-  if (regions == 0)
-    return;
-  const uint64_t wanted = bytes_max >= bytes ? regions : bytes_max / largest;
-  uint64_t index = 0;
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    if (layout->regions[i].klass == klass)
-      setup->resident[i] = is_chosen(index++, wanted, regions);
+  uint64_t regions[FLAP_CLASS_COUNT] = {0}, bytes[FLAP_CLASS_COUNT] = {0}, largest[FLAP_CLASS_COUNT] = {0};
+  uint64_t wanted[FLAP_CLASS_COUNT] = {0}, index[FLAP_CLASS_COUNT] = {0};
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    regions[region->klass]++;
+    bytes[region->klass] += region->bytes;
+    largest[region->klass] = region->bytes > largest[region->klass] ? region->bytes : largest[region->klass];
+  }
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    const uint64_t bytes_max = setup->choice.resident_bytes[k];
+    if (regions[k] > 0)
+      wanted[k] = bytes_max >= bytes[k] ? regions[k] : bytes_max / largest[k];
+  }
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_region_class k = layout->regions[i].klass;
+    setup->resident[i] = is_chosen(index[k]++, wanted[k], regions[k]);
+  }
 }
 
 static void count_live(const flap_setup *setup, uint32_t live_max[FLAP_CLASS_COUNT]) {
@@ -391,8 +393,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
               choice->saved_layers == setup->choice.saved_layers && choice->sweep == setup->choice.sweep &&
               choice->spread == setup->choice.spread && choice->slice_elements == setup->choice.slice_elements);
   setup->choice = *choice;
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    choose_residents(setup, (flap_region_class)k);
+  choose_residents(setup);
   lay_rings(setup);
   lay_homes(setup);
   sum_classes(setup);
