@@ -133,6 +133,35 @@ machine: rtx4090-64g-1nvme
         self.assertGreaterEqual(plan["step_seconds"], plan["bound_seconds"])
         self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "large.yaml", "run.yaml", "text.txt"])
 
+    SLOW = """{"name": "slow", "device": "cpu", "ram_bytes": 1073741824, "threads": 1, "flops_bf16": 1e9, "flops_f32": 1e9,
+"device_bytes": 1e10, "h2d_bytes": 1e8, "d2h_bytes": 1e8, "host_bytes": 1e10, "synchronous": false, "shared_cores": 0,
+"copy_ns": 0, "launch_ns": 0, "disks": [{"size_bytes": 4000000000, "read_bytes": 1e8, "write_bytes": 2e7, "tbw_bytes": "1TB"}]}
+"""
+
+    def test_plan_finds_the_knee(self):
+        self.write("slow.json", self.SLOW)
+        slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
+        plan = json.loads(self.accept(*slow, "--knee"))
+        knee = plan["knee"]
+        self.assertGreater(knee["micro_batches"], plan["micro_batches"])
+        self.assertLess(plan["compute_seconds"], 0.9 * plan["step_seconds"])
+        self.assertEqual(plan["ssd_step_bytes"], plan["lane_bytes"]["disk_write"])
+        self.assertEqual(plan["ssd_tbw_bytes"], 10**12)
+        self.assertAlmostEqual(plan["ssd_steps"] * plan["ssd_step_bytes"] / 10**12, 1)
+        self.assertAlmostEqual(plan["lane_seconds"]["disk_write"], plan["ssd_step_bytes"] / 2e7, delta=1e-3)
+        there = json.loads(self.accept(*slow, f"gradient_accumulation_steps={knee['micro_batches']}"))
+        self.assertEqual(there["step_seconds"], knee["step_seconds"])
+        self.assertGreaterEqual(there["compute_seconds"], 0.9 * there["step_seconds"])
+        self.assertNotIn("knee", there)
+        worn = json.loads(self.accept(*slow, "ssd_tbw=2TB"))
+        self.assertAlmostEqual(worn["ssd_steps"], 2 * plan["ssd_steps"])
+
+    def test_bench_writes_what_plan_reads(self):
+        self.write("here.json", self.accept("bench", "machine", "--json", "--path", "disk", "--threads", "1"))
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "machine=here.json", "disk=null"))
+        self.assertEqual(plan["device"], "cpu")
+        self.assertGreater(plan["machine"]["disk_both_bytes"], 0)
+
     def test_machine_refusals(self):
         self.write("large.yaml", self.LARGE)
         self.refuse("large.yaml:9: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
