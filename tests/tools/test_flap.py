@@ -112,6 +112,7 @@ dataset: text.txt
 cutoff_len: 2048
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 16
+activations: recompute
 output_dir: out
 machine: rtx4090-64g-1nvme
 """
@@ -164,7 +165,7 @@ machine: rtx4090-64g-1nvme
 
     def test_machine_refusals(self):
         self.write("large.yaml", self.LARGE)
-        self.refuse("large.yaml:9: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
+        self.refuse("large.yaml:10: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
                     "train", "large.yaml")
         self.refuse("vram: 40.0 GiB is more than the 24.0 GiB of the machine", "plan", "large.yaml", "vram=40GiB")
         self.refuse("ram: 65.0 GiB is more than", "plan", "large.yaml", "ram=65GiB")
