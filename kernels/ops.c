@@ -235,12 +235,12 @@ void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, f
 }
 
 void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements) {
   flap_assert(elements % FLAP_OPS_BLOCK == 0 && elements / FLAP_OPS_BLOCK <= FLAP_OPS_ADAMW_BLOCKS_MAX);
-  flap_assert((weight_dtype == FLAP_BF16) == (low != NULL));
+  flap_assert((weight_dtype == FLAP_F32) == (master == NULL));
   uint64_t started_ns = begin(ops);
-  ops->table->adamw(ops, scalars, weight_dtype, grad_dtype, weight, low, m, v, grad, decay_blocks, fault, elements);
+  ops->table->adamw(ops, scalars, weight_dtype, grad_dtype, weight, master, m, v, grad, decay_blocks, fault, elements);
   end(ops, started_ns);
 }
 

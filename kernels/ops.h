@@ -3,7 +3,7 @@
  * Role: computes on pointers into device memory. It knows no pages, layers or files, and never allocates: scratch is
  * the `workspace` of the ops object, of a size that flap_ops_workspace_bytes tells beforehand.
  *
- * Numbers: `dtype` is the storage type (FLAP_BF16 or FLAP_F32; FLAP_F16 on cuda). Arithmetic is fp32; results are
+ * Numbers: `dtype` is the storage type (FLAP_BF16, FLAP_F16 or FLAP_F32). Arithmetic is fp32; results are
  * rounded once, to nearest even, when stored. All matrices are row-major and contiguous unless strides are given.
  * Results are a function of shapes, dtype and values only: never of threads, addresses or history. Reductions have a
  * fixed order. "+=" outputs are fp32 sums that the kernel adds to.
@@ -177,9 +177,9 @@ void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx
 
 /* ---- optimizer ------------------------------------------------------------------------------------------ */
 
-/* Gradient sums to their stored form: grad (elements) of grad_dtype = sum (fp32), rounded once; block_squares
- * (elements / FLAP_OPS_BLOCK) fp32 = the sum of squares of each block of the rounded values. elements is a multiple of
- * FLAP_OPS_BLOCK. grad NULL: the rounded values are only measured (same bits). */
+/* Gradient sums to their stored form: grad (elements) of grad_dtype (FLAP_BF16 or FLAP_F32) = sum (fp32), rounded once;
+ * block_squares (elements / FLAP_OPS_BLOCK) fp32 = the sum of squares of each block of the rounded values. elements is
+ * a multiple of FLAP_OPS_BLOCK. grad NULL: the rounded values are only measured (same bits). */
 void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
                              uint64_t elements);
 
@@ -193,20 +193,23 @@ typedef struct flap_adamw {
   float inverse_sqrt_bias2; /* 1 / sqrt(1 - beta2^t) */
   float epsilon;
   float decay;          /* 1 - learning_rate * weight_decay; applied where decay_blocks says */
-  float gradient_scale; /* the clip coefficient; 1 when nothing is clipped */
+  float gradient_scale; /* the clip coefficient over the loss scale; 1 when nothing is clipped or scaled */
 } flap_adamw;
 
 /* AdamW (Loshchilov and Hutter 2019), in place, per element, in this order and nothing contracted but the fma's
  * written: g = grad * gradient_scale m = fma(one_minus_beta1, g, beta1 * m);  v = fma(one_minus_beta2 * g, g, beta2 *
  * v) |m|, |v| below 2^-100 become 0 denom = fma(sqrt(v), inverse_sqrt_bias2, epsilon) w = decays ? w * decay : w;   w =
- * fma(-learning_rate, (m * inverse_bias1) / denom, w) weight_dtype FLAP_BF16: `weight` is the high and `low` (int16)
- * the low half of the fp32 master weight: hi = (bits + 0x8000) >> 16, lo = (int16)(bits - (hi << 16)). FLAP_F32:
- * `weight` is the master, `low` is NULL. decay_blocks: a bit per block of FLAP_OPS_BLOCK elements, first block in bit 0
- * of byte 0, host memory, read before the call returns; elements is a multiple of FLAP_OPS_BLOCK, at most
- * FLAP_OPS_ADAMW_BLOCKS_MAX of them. A weight that is not finite, or would round to infinity in bf16, is left as it was
- * and *fault (a device word, int32) is set to 1. */
+ * fma(-learning_rate, (m * inverse_bias1) / denom, w). The fp32 master weight w is in `weight` and `master`:
+ *   weight_dtype FLAP_F32    `weight` is the master, `master` is NULL.
+ *   weight_dtype FLAP_BF16   `weight` is the high and `master` (int16) the low half of the master:
+ *                            hi = (bits + 0x8000) >> 16, lo = (int16)(bits - (hi << 16)).
+ *   weight_dtype FLAP_F16    `master` (fp32) is the master; `weight` is written: the master rounded to nearest even.
+ * decay_blocks: a bit per block of FLAP_OPS_BLOCK elements, first block in bit 0 of byte 0, host memory, read before
+ * the call returns; elements is a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them. A weight that
+ * is not finite, or would round to infinity in weight_dtype, is left as it was and *fault (a device word, int32) is set
+ * to 1. */
 void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements);
 
 /* Elements that share the largest moment which their codes are relative to. */

@@ -48,7 +48,7 @@ typedef struct flap_ops_table {
   void (*gradient_store)(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
                          uint64_t elements);
   void (*adamw)(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight,
-                int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
+                void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                 uint64_t elements);
   void (*adamw_8bit)(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
                      void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,

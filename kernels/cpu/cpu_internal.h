@@ -5,7 +5,7 @@
 #include "kernels/cpu/cpu_vector.h"
 #include "kernels/ops_internal.h"
 
-/* Matmul tiles: at most this many rows and columns of c, and for bf16 this much of k converted at a time. */
+/* Matmul tiles: at most this many rows and columns of c, and for 16-bit types this much of k converted at a time. */
 #define FLAP_CPU_TILE 128u
 #define FLAP_CPU_TILE_K 256u
 /* Attention tiles; rows of scores are whole vectors. */
@@ -51,12 +51,30 @@ static inline void *flap_cpu_at_mutable(flap_dtype dtype, void *base, uint64_t o
   return (unsigned char *)base + offset * flap_dtype_bytes(dtype);
 }
 
+/* A rectangle of a 16-bit type to fp32, and back, rounded to nearest even. */
+static inline void flap_cpu_widen(const flap_cpu_ops *cpu, flap_dtype dtype, float *out, size_t out_stride,
+                                  const void *in, uint64_t offset, size_t in_stride, size_t rows, size_t columns) {
+  (dtype == FLAP_F16 ? cpu->vector->from_f16 : cpu->vector->from_bf16)(out, out_stride, (const uint16_t *)in + offset,
+                                                                       in_stride, rows, columns);
+}
+static inline void flap_cpu_narrow(const flap_cpu_ops *cpu, flap_dtype dtype, void *out, uint64_t offset,
+                                   size_t out_stride, const float *in, size_t in_stride, size_t rows, size_t columns) {
+  (dtype == FLAP_F16 ? cpu->vector->to_f16 : cpu->vector->to_bf16)((uint16_t *)out + offset, out_stride, in, in_stride,
+                                                                   rows, columns);
+}
+
+/* Each value to the nearest that the type has. */
+static inline void flap_cpu_round(const flap_cpu_ops *cpu, flap_dtype dtype, float *values, size_t count) {
+  if (dtype != FLAP_F32)
+    (dtype == FLAP_F16 ? cpu->vector->round_f16 : cpu->vector->round_bf16)(values, count);
+}
+
 /* `count` elements as fp32: in place where they are fp32, converted into `buffer` otherwise. */
 static inline const float *flap_cpu_load(const flap_cpu_ops *cpu, flap_dtype dtype, float *buffer, const void *base,
                                          uint64_t offset, size_t count) {
   if (dtype == FLAP_F32)
     return (const float *)base + offset;
-  cpu->vector->from_bf16(buffer, count, (const uint16_t *)base + offset, count, 1, count);
+  flap_cpu_widen(cpu, dtype, buffer, count, base, offset, count, 1, count);
   return buffer;
 }
 
@@ -65,7 +83,7 @@ static inline void flap_cpu_store(const flap_cpu_ops *cpu, flap_dtype dtype, voi
   if (dtype == FLAP_F32)
     memcpy((float *)base + offset, values, count * sizeof *values);
   else
-    cpu->vector->to_bf16((uint16_t *)base + offset, count, values, count, 1, count);
+    flap_cpu_narrow(cpu, dtype, base, offset, count, values, count, 1, count);
 }
 
 /* A rectangle as fp32, with its row stride: in place where it is fp32, converted into `buffer` otherwise. */
@@ -76,7 +94,7 @@ static inline const float *flap_cpu_load_tile(const flap_cpu_ops *cpu, flap_dtyp
     *stride_out = (uint32_t)stride;
     return (const float *)base + offset;
   }
-  cpu->vector->from_bf16(buffer, columns, (const uint16_t *)base + offset, stride, rows, columns);
+  flap_cpu_widen(cpu, dtype, buffer, columns, base, offset, stride, rows, columns);
   *stride_out = columns;
   return buffer;
 }
@@ -84,7 +102,7 @@ static inline const float *flap_cpu_load_tile(const flap_cpu_ops *cpu, flap_dtyp
 static inline void flap_cpu_store_tile(const flap_cpu_ops *cpu, flap_dtype dtype, void *base, uint64_t offset,
                                        uint64_t stride, const float *values, uint32_t rows, uint32_t columns) {
   if (dtype != FLAP_F32) {
-    cpu->vector->to_bf16((uint16_t *)base + offset, stride, values, columns, rows, columns);
+    flap_cpu_narrow(cpu, dtype, base, offset, stride, values, columns, rows, columns);
     return;
   }
   for (uint32_t row = 0; row < rows; ++row)
@@ -141,7 +159,7 @@ void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx
 void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
                              uint64_t elements);
 void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements);
 void flap_cpu_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
                          void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,

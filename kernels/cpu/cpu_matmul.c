@@ -1,6 +1,6 @@
 /* Matrix products: tiles of c fixed by shape, each one item of the pool, each a few single-threaded sgemm calls.
  *
- * bf16 operands are converted to fp32 in the worker's scratch, FLAP_CPU_TILE_K of k at a time; the parts of k are
+ * 16-bit operands are converted to fp32 in the worker's scratch, FLAP_CPU_TILE_K of k at a time; the parts of k are
  * summed in order, in fp32. */
 #include "kernels/cpu/cpu_internal.h"
 
@@ -44,7 +44,7 @@ static void finish_tile(const matmul_job *job, const float *tile, uint32_t row, 
   const float *bias = x->bias != NULL ? flap_cpu_load(job->cpu, x->dtype, bias_buffer, x->bias, column, columns) : NULL;
   if (bias == NULL && x->residual == NULL) {
     if (!direct)
-      vector->to_bf16((uint16_t *)x->c + (uint64_t)row * x->ldc + column, x->ldc, tile, stride, rows, columns);
+      flap_cpu_narrow(job->cpu, x->c_dtype, x->c, (uint64_t)row * x->ldc + column, x->ldc, tile, stride, rows, columns);
     return;
   }
   for (uint32_t i = 0; i < rows; ++i) {
@@ -96,8 +96,7 @@ uint64_t flap_cpu_matmul_worker_bytes(void) {
 }
 
 void flap_cpu_matmul(flap_ops *ops, const flap_matmul *matmul) {
-  flap_assert(matmul->dtype == FLAP_F32 || matmul->dtype == FLAP_BF16);
-  flap_assert(matmul->c_dtype == FLAP_F32 || matmul->c_dtype == FLAP_BF16);
+  flap_assert(matmul->dtype != FLAP_I32 && matmul->c_dtype != FLAP_I32);
   matmul_job job = {.cpu = flap_cpu_state(ops), .x = matmul};
   job.tile_m = tile_size(matmul->m);
   job.tile_n = tile_size(matmul->n);

@@ -42,8 +42,8 @@ static flap_status cpu_open(flap_ops *ops) {
   const flap_ops_limits *limits = &ops->limits;
   flap_pool *pool = flap_device_pool(ops->device);
   flap_assert(pool != NULL);
-  if (limits->dtype != FLAP_F32 && limits->dtype != FLAP_BF16)
-    return flap_error_set(FLAP_UNSUPPORTED, "kernels: the cpu device computes bfloat16 and float32, not %s",
+  if (limits->dtype != FLAP_F32 && limits->dtype != FLAP_BF16 && limits->dtype != FLAP_F16)
+    return flap_error_set(FLAP_UNSUPPORTED, "kernels: the cpu device computes bfloat16, float16 and float32, not %s",
                           flap_dtype_name(limits->dtype));
   if (flap_pool_threads(pool) > limits->threads)
     return flap_error_set(FLAP_INVALID, "kernels: workspace is for %u threads, but the pool has %u", limits->threads,

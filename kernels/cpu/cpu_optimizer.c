@@ -14,7 +14,7 @@ typedef struct optimizer_job {
   const float *sum;
   const flap_adamw *scalars;
   void *weight;
-  int16_t *low;
+  void *master;
   float *m, *v;
   int8_t *m_codes; /* NULL: moments are fp32 */
   uint8_t *v_codes;
@@ -65,8 +65,11 @@ void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, f
 static bool adamw_chunk(const optimizer_job *job, float decay, uint64_t i, float *m, float *v, const float *grad) {
   const flap_cpu_vector *vector = job->cpu->vector;
   if (job->weight_dtype == FLAP_BF16)
-    return vector->adamw_split(job->scalars, decay, (uint16_t *)job->weight + i, job->low + i, m, v, grad,
+    return vector->adamw_split(job->scalars, decay, (uint16_t *)job->weight + i, (int16_t *)job->master + i, m, v, grad,
                                FLAP_CPU_CHUNK);
+  if (job->weight_dtype == FLAP_F16)
+    return vector->adamw_f16(job->scalars, decay, (uint16_t *)job->weight + i, (float *)job->master + i, m, v, grad,
+                             FLAP_CPU_CHUNK);
   return vector->adamw_f32(job->scalars, decay, (float *)job->weight + i, m, v, grad, FLAP_CPU_CHUNK);
 }
 
@@ -103,15 +106,15 @@ static void adamw_item(void *context, uint64_t item, uint32_t worker) {
 }
 
 void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                    void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                    void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(weight_dtype != FLAP_I32);
   flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
   optimizer_job job = {.cpu = flap_cpu_state(ops), .blocks = elements / FLAP_OPS_BLOCK, .grad_dtype = grad_dtype};
   job.weight_dtype = weight_dtype;
   job.scalars = scalars;
   job.weight = weight;
-  job.low = low;
+  job.master = master;
   job.m = m;
   job.v = v;
   job.grad = grad;
@@ -129,7 +132,7 @@ void flap_cpu_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype we
   job.weight_dtype = weight_dtype;
   job.scalars = scalars;
   job.weight = weight;
-  job.low = low;
+  job.master = low;
   job.m_codes = m;
   job.v_codes = v;
   job.m_largest = m_largest;

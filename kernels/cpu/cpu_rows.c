@@ -192,8 +192,7 @@ static float norm_statistics(const norm_job *job, uint64_t offset) {
     if (job->residual != NULL) {
       cpu->vector->add(sum, x, flap_cpu_load(cpu, job->dtype, residual_buffer, job->residual, offset + i, count),
                        count);
-      if (job->dtype == FLAP_BF16)
-        cpu->vector->round_bf16(sum, count);
+      flap_cpu_round(cpu, job->dtype, sum, count);
       flap_cpu_store(cpu, job->dtype, job->sum_out, offset + i, sum, count);
       x = sum;
     }
@@ -218,7 +217,7 @@ static void norm_item(void *context, uint64_t item, uint32_t worker) {
       const uint32_t count = flap_cpu_min(FLAP_CPU_CHUNK, job->hidden - i);
       const float *x = flap_cpu_load(cpu, job->dtype, x_buffer, normalised, offset + i, count);
       const float *weight = flap_cpu_load(cpu, job->dtype, weight_buffer, job->weight, i, count);
-      cpu->vector->normalise(out, x, weight, rstd, job->dtype == FLAP_BF16, count);
+      cpu->vector->normalise(out, x, weight, rstd, job->dtype, count);
       flap_cpu_store(cpu, job->dtype, job->out, offset + i, out, count);
     }
   }
@@ -275,10 +274,10 @@ static void norm_backward_item(void *context, uint64_t item, uint32_t worker) {
       const float *residual = job->residual == NULL
                                   ? NULL
                                   : flap_cpu_load(cpu, job->dtype, residual_buffer, job->residual, offset + i, count);
-      cpu->vector->norm_backward(out, part + i, dy, x, weight, residual, rstd, mean, job->dtype == FLAP_BF16, count);
+      cpu->vector->norm_backward(out, part + i, dy, x, weight, residual, rstd, mean, job->dtype, count);
       /* Both from x before either is stored: dx may lie where dy is, and so may the normalised row. */
       if (job->normalized != NULL)
-        cpu->vector->normalise(normalized, x, weight, rstd, job->dtype == FLAP_BF16, count);
+        cpu->vector->normalise(normalized, x, weight, rstd, job->dtype, count);
       flap_cpu_store(cpu, job->dtype, job->out, offset + i, out, count);
       if (job->normalized != NULL)
         flap_cpu_store(cpu, job->dtype, job->normalized, offset + i, normalized, count);
@@ -377,7 +376,6 @@ static void swiglu_item(void *context, uint64_t item, uint32_t worker) {
   (void)worker;
   const swiglu_job *job = context;
   const flap_cpu_ops *cpu = job->cpu;
-  const bool bf16 = job->dtype == FLAP_BF16;
   float gate_buffer[FLAP_CPU_CHUNK], up_buffer[FLAP_CPU_CHUNK], dout_buffer[FLAP_CPU_CHUNK];
   float out[FLAP_CPU_CHUNK], out2[FLAP_CPU_CHUNK], again[FLAP_CPU_CHUNK];
   const uint32_t start = (uint32_t)item * job->per_item;
@@ -389,14 +387,14 @@ static void swiglu_item(void *context, uint64_t item, uint32_t worker) {
       const float *gate = flap_cpu_load(cpu, job->dtype, gate_buffer, job->gate, offset, count);
       const float *up = flap_cpu_load(cpu, job->dtype, up_buffer, job->up, offset, count);
       if (job->dout == NULL) {
-        cpu->vector->swiglu(out, gate, up, bf16, count);
+        cpu->vector->swiglu(out, gate, up, job->dtype, count);
         flap_cpu_store(cpu, job->dtype, job->out, packed, out, count);
         continue;
       }
       const float *dout = flap_cpu_load(cpu, job->dtype, dout_buffer, job->dout, packed, count);
-      cpu->vector->swiglu_backward(out, out2, dout, gate, up, bf16, count);
+      cpu->vector->swiglu_backward(out, out2, dout, gate, up, job->dtype, count);
       if (job->out != NULL) { /* which may lie where dout is, but not where gate and up are */
-        cpu->vector->swiglu(again, gate, up, bf16, count);
+        cpu->vector->swiglu(again, gate, up, job->dtype, count);
         flap_cpu_store(cpu, job->dtype, job->out, packed, again, count);
       }
       flap_cpu_store(cpu, job->dtype, job->dgate, (uint64_t)token * job->ld_d + i, out, count);

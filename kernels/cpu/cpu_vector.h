@@ -15,32 +15,35 @@
 typedef struct flap_cpu_vector {
   const char *name;
 
-  /* Conversions, by rows with strides in elements. to_bf16 rounds to nearest even. */
+  /* Conversions, by rows with strides in elements. Those to 16 bits round to nearest even. */
   void (*from_bf16)(float *out, size_t out_stride, const uint16_t *in, size_t in_stride, size_t rows, size_t columns);
   void (*to_bf16)(uint16_t *out, size_t out_stride, const float *in, size_t in_stride, size_t rows, size_t columns);
+  void (*from_f16)(float *out, size_t out_stride, const uint16_t *in, size_t in_stride, size_t rows, size_t columns);
+  void (*to_f16)(uint16_t *out, size_t out_stride, const float *in, size_t in_stride, size_t rows, size_t columns);
 
   void (*add)(float *out, const float *a, const float *b, size_t count);
   void (*scale)(float *x, float factor, size_t count);
   void (*round_bf16)(float *x, size_t count); /* each to the nearest bf16 value */
+  void (*round_f16)(float *x, size_t count);
   /* partial sums of lane i % 16 += x² */
   void (*squares)(float sums[FLAP_CPU_LANES], const float *x, size_t count);
   void (*dot)(float sums[FLAP_CPU_LANES], const float *a, const float *b, size_t count);
   float (*max)(const float *x, size_t count, float initial);
 
-  /* out = bf16(x * rstd) * weight; without the rounding when !bf16. */
-  void (*normalise)(float *out, const float *x, const float *weight, float rstd, bool bf16, size_t count);
+  /* out = dtype(x * rstd) * weight. `dtype` is what is rounded to in the middle, here and below; FLAP_F32: nothing. */
+  void (*normalise)(float *out, const float *x, const float *weight, float rstd, flap_dtype dtype, size_t count);
   /* sums += dy * weight * x. */
   void (*norm_dot)(float sums[FLAP_CPU_LANES], const float *dy, const float *weight, const float *x, size_t count);
-  /* out = rstd * (dy * weight - x * mean) (+ residual); dweight += dy * bf16(x * rstd). */
+  /* out = rstd * (dy * weight - x * mean) (+ residual); dweight += dy * dtype(x * rstd). */
   void (*norm_backward)(float *out, float *dweight, const float *dy, const float *x, const float *weight,
-                        const float *residual, float rstd, float mean, bool bf16, size_t count);
+                        const float *residual, float rstd, float mean, flap_dtype dtype, size_t count);
 
   /* Rotates `heads` heads at x in place; cosines and sines of head_size / 2 angles. */
   void (*rope)(float *x, const float *cosines, const float *sines, size_t heads, size_t head_size, bool inverse);
 
-  void (*swiglu)(float *out, const float *gate, const float *up, bool bf16, size_t count);
-  void (*swiglu_backward)(float *dgate, float *dup, const float *dout, const float *gate, const float *up, bool bf16,
-                          size_t count);
+  void (*swiglu)(float *out, const float *gate, const float *up, flap_dtype dtype, size_t count);
+  void (*swiglu_backward)(float *dgate, float *dup, const float *dout, const float *gate, const float *up,
+                          flap_dtype dtype, size_t count);
 
   /* One row of an attention tile: the first `valid` of `count` scores become exp(score * scale - maximum), the rest 0;
    * maximum and sum are brought up to date. Returns the factor for what was accumulated before. Up to the next multiple
@@ -56,9 +59,11 @@ typedef struct flap_cpu_vector {
   void (*softmax)(float *out, const float *x, float maximum, float log_sum, float factor, size_t count);
   void (*exponential)(float *out, const float *x, size_t count);
 
-  /* AdamW as ops.h tells, `decay` being 1 where nothing decays. The split form returns whether a weight was refused. */
+  /* AdamW as ops.h tells, `decay` being 1 where nothing decays. Each returns whether a weight was refused. */
   bool (*adamw_split)(const flap_adamw *scalars, float decay, uint16_t *high, int16_t *low, float *m, float *v,
                       const float *grad, size_t count);
+  bool (*adamw_f16)(const flap_adamw *scalars, float decay, uint16_t *weight, float *master, float *m, float *v,
+                    const float *grad, size_t count);
   bool (*adamw_f32)(const flap_adamw *scalars, float decay, float *weight, float *m, float *v, const float *grad,
                     size_t count);
 

@@ -80,9 +80,11 @@ __device__ inline bool update_split(const flap_adamw &s, float decay, uint16_t *
   *low = (int16_t)(uint16_t)bits;
   return bad;
 }
-__device__ inline bool update_whole(const flap_adamw &s, float decay, float *weight, float *m, float *v, float grad) {
+/* `limit`: bits of the least magnitude that is refused; infinity's, unless a rounding must stay finite too. */
+__device__ inline bool update_whole(const flap_adamw &s, float decay, float *weight, float *m, float *v, float grad,
+                                    uint32_t limit = 0x7f800000u) {
   const float after = adamw_element(s, decay, *weight, m, v, grad);
-  const bool bad = (__float_as_uint(after) & 0x7fffffffu) >= 0x7f800000u;
+  const bool bad = (__float_as_uint(after) & 0x7fffffffu) >= limit;
   *weight = bad ? *weight : after;
   return bad;
 }
@@ -107,7 +109,7 @@ struct adamw_arguments {
   flap_adamw scalars;
   decay_bits decays;
   void *weight;
-  int16_t *low;
+  void *master; /* what the master has beside `weight`, as ops.h tells */
   float *m, *v;
   const void *grad;
   int32_t *fault;
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_split(const __grid_consta
   alignas(16) int16_t low[GROUP];
   float grad[GROUP], m[GROUP], v[GROUP];
   load_words(high, weight, a.vectors);
-  load_words(low, a.low + at, a.vectors);
+  load_words(low, (const int16_t *)a.master + at, a.vectors);
   load_group(grad, (const G *)a.grad + at, GROUP, a.vectors);
   load_group(m, a.m + at, GROUP, a.vectors);
   load_group(v, a.v + at, GROUP, a.vectors);
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_split(const __grid_consta
   for (uint32_t i = 0; i < GROUP; ++i)
     refused |= update_split(a.scalars, decay, &high[i], &low[i], &m[i], &v[i], grad[i]);
   store_words(weight, high, a.vectors);
-  store_words(a.low + at, low, a.vectors);
+  store_words((int16_t *)a.master + at, low, a.vectors);
   store_group(a.m + at, m, GROUP, a.vectors);
   store_group(a.v + at, v, GROUP, a.vectors);
   if (refused)
@@ -165,10 +167,33 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_whole(const __grid_consta
     *a.fault = 1;
 }
 
+/* The fp16 weight is not read: it is its master, rounded. */
+template <typename G>
+__global__ void __launch_bounds__(ADAMW_THREADS) adamw_master(const __grid_constant__ adamw_arguments a) {
+  const uint64_t at = (uint64_t)blockIdx.x * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+  float *master = (float *)a.master + at;
+  float values[GROUP], grad[GROUP], m[GROUP], v[GROUP];
+  load_group(values, master, GROUP, a.vectors);
+  load_group(grad, (const G *)a.grad + at, GROUP, a.vectors);
+  load_group(m, a.m + at, GROUP, a.vectors);
+  load_group(v, a.v + at, GROUP, a.vectors);
+  const float decay = block_decay(a);
+  bool refused = false;
+#pragma unroll
+  for (uint32_t i = 0; i < GROUP; ++i)
+    refused |= update_whole(a.scalars, decay, &values[i], &m[i], &v[i], grad[i], FLAP_F16_LIMIT_BITS);
+  store_group((__half *)a.weight + at, values, GROUP, a.vectors);
+  store_group(master, values, GROUP, a.vectors);
+  store_group(a.m + at, m, GROUP, a.vectors);
+  store_group(a.v + at, v, GROUP, a.vectors);
+  if (refused)
+    *a.fault = 1;
+}
+
 void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight,
-                int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
+                void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                 uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
   flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
   const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
   if (blocks == 0)
@@ -178,17 +203,21 @@ void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtyp
   for (uint32_t i = 0; i < (blocks + 7) / 8; ++i)
     a.decays.bytes[i] = decay_blocks[i];
   a.weight = weight;
-  a.low = low;
+  a.master = master;
   a.m = m;
   a.v = v;
   a.grad = grad;
   a.fault = fault;
-  a.vectors = aligned16(weight) && aligned16(low) && aligned16(m) && aligned16(v) && aligned16(grad);
+  a.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
   const cudaStream_t stream = cuda_stream(ops);
   if (weight_dtype == FLAP_BF16 && grad_dtype == FLAP_BF16)
     adamw_split<__nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (weight_dtype == FLAP_BF16)
     adamw_split<float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+  else if (weight_dtype == FLAP_F16 && grad_dtype == FLAP_BF16)
+    adamw_master<__nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+  else if (weight_dtype == FLAP_F16)
+    adamw_master<float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (grad_dtype == FLAP_BF16)
     adamw_whole<__nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else
@@ -301,7 +330,7 @@ struct whole_weight {
 
 __device__ inline void load_weight(split_weight *weight, const adamw_arguments &a, uint64_t at) {
   load_words(weight->high, (const uint16_t *)a.weight + at, a.vectors);
-  load_words(weight->low, a.low + at, a.vectors);
+  load_words(weight->low, (const int16_t *)a.master + at, a.vectors);
 }
 __device__ inline void load_weight(whole_weight *weight, const adamw_arguments &a, uint64_t at) {
   load_group(weight->values, (const float *)a.weight + at, GROUP, a.vectors);
@@ -309,7 +338,7 @@ __device__ inline void load_weight(whole_weight *weight, const adamw_arguments &
 
 __device__ inline void store_weight(const adamw_arguments &a, uint64_t at, const split_weight &weight) {
   store_words((uint16_t *)a.weight + at, weight.high, a.vectors);
-  store_words(a.low + at, weight.low, a.vectors);
+  store_words((int16_t *)a.master + at, weight.low, a.vectors);
 }
 __device__ inline void store_weight(const adamw_arguments &a, uint64_t at, const whole_weight &weight) {
   store_group((float *)a.weight + at, weight.values, GROUP, a.vectors);
@@ -378,7 +407,7 @@ void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight
   for (uint32_t i = 0; i < (blocks + 7) / 8; ++i)
     a.common.decays.bytes[i] = decay_blocks[i];
   a.common.weight = weight;
-  a.common.low = low;
+  a.common.master = low;
   a.common.grad = grad;
   a.common.fault = fault;
   a.common.vectors = aligned16(weight) && aligned16(low) && aligned16(m) && aligned16(v) && aligned16(grad);

@@ -160,11 +160,12 @@ static void sim_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad,
 }
 
 static void sim_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                      void *weight, int16_t *low, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
+                      void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                       int32_t *fault, uint64_t elements) {
-  (void)scalars, (void)weight_dtype, (void)weight, (void)low, (void)m, (void)v, (void)grad, (void)decay_blocks;
+  (void)scalars, (void)weight, (void)master, (void)m, (void)v, (void)grad, (void)decay_blocks;
   (void)fault;
-  charge(ops, FLAP_F32, 16.0 * (double)elements, (double)elements * (24.0 + size_of(grad_dtype)));
+  const double moved = weight_dtype == FLAP_F16 ? 26.0 : 24.0; /* the fp16 weight is written beside its master */
+  charge(ops, FLAP_F32, 16.0 * (double)elements, (double)elements * (moved + size_of(grad_dtype)));
 }
 
 static void sim_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,

@@ -1,7 +1,7 @@
 /* What the tests of the cuda kernels share: ops of the cpu as the oracle beside ops of the cuda device, and operands
  * that are in both memories.
  *
- * The oracle has no fp16: an operand of fp16 is fp32 on its side, with values that fp16 has. */
+ * An operand of fp16 is fp32 on the oracle's side, with values that fp16 has: what is compared is rounded once. */
 #ifndef FLAP_TESTS_GPU_RIG_H
 #define FLAP_TESTS_GPU_RIG_H
 

@@ -9,6 +9,11 @@
 #define GUARD_BYTES 4096u
 #define GUARD 0x5au
 
+flap_dtype rig_dtype(int index) {
+  static const flap_dtype dtypes[RIG_DTYPES] = {FLAP_F32, FLAP_BF16, FLAP_F16};
+  return dtypes[index];
+}
+
 flap_ops_limits rig_limits(flap_dtype dtype) {
   return (flap_ops_limits){.dtype = dtype,
                            .batch_max = 4,
@@ -109,7 +114,7 @@ void *rig_normal(rig_random *random, flap_dtype dtype, uint64_t count, double sc
     if (dtype == FLAP_F32)
       ((float *)values)[i] = value;
     else
-      ((uint16_t *)values)[i] = flap_f32_to_bf16(value);
+      ((uint16_t *)values)[i] = dtype == FLAP_F16 ? flap_f32_to_f16(value) : flap_f32_to_bf16(value);
   }
   random->drawn += count + 64;
   return values;
@@ -122,7 +127,8 @@ float *rig_normal_f32(rig_random *random, uint64_t count, double scale) {
 double rig_at(flap_dtype dtype, const void *values, uint64_t index) {
   if (dtype == FLAP_F32)
     return (double)((const float *)values)[index];
-  return (double)flap_bf16_to_f32(((const uint16_t *)values)[index]);
+  const uint16_t half = ((const uint16_t *)values)[index];
+  return (double)(dtype == FLAP_F16 ? flap_f16_to_f32(half) : flap_bf16_to_f32(half));
 }
 
 double *rig_doubles(flap_dtype dtype, const void *values, uint64_t count) {
@@ -133,6 +139,8 @@ double *rig_doubles(flap_dtype dtype, const void *values, uint64_t count) {
 }
 
 double rig_round(flap_dtype dtype, double value) {
+  if (dtype == FLAP_F16)
+    return (double)flap_f16_to_f32(flap_f32_to_f16((float)value));
   return dtype == FLAP_F32 ? (double)(float)value : (double)flap_bf16_to_f32(flap_f32_to_bf16((float)value));
 }
 
@@ -152,7 +160,11 @@ void rig_same(const char *what, const void *a, const void *b, uint64_t bytes) {
 }
 
 double rig_ulp(flap_dtype dtype) {
-  return dtype == FLAP_F32 ? 0x1p-23 : 0x1p-8;
+  return dtype == FLAP_F32 ? 0x1p-23 : dtype == FLAP_F16 ? 0x1p-11 : 0x1p-8;
+}
+
+double rig_floor(flap_dtype dtype) {
+  return dtype == FLAP_F16 ? 0x1p-25 : 0;
 }
 
 double rig_slope(double *x, double step, double (*f)(void *context), void *context) {

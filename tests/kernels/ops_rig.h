@@ -19,6 +19,10 @@ typedef struct rig {
   size_t workspace_bytes;
 } rig;
 
+/* The storage types, for loop tests over 0 to RIG_DTYPES: fp32, bf16, fp16. */
+#define RIG_DTYPES 3
+flap_dtype rig_dtype(int index);
+
 /* Limits that admit the shapes of most tests. */
 flap_ops_limits rig_limits(flap_dtype dtype);
 void rig_open(rig *r, const flap_ops_limits *limits, uint32_t threads);
@@ -52,8 +56,11 @@ double rig_round(flap_dtype dtype, double value); /* to fp32, then to dtype */
 /* |got - want| <= relative * |want| + absolute, or the test fails, naming `what` and the index. */
 void rig_near(const char *what, uint64_t index, double got, double want, double relative, double absolute);
 void rig_same(const char *what, const void *a, const void *b, uint64_t bytes);
-/* The rounding of one result: 2^-8 for bf16, 2^-23 for fp32 (half of the distance of neighbours at worst). */
+/* The rounding of one result: 2^-8 for bf16, 2^-11 for fp16, 2^-23 for fp32 (half of the distance of neighbours at
+ * worst). */
 double rig_ulp(flap_dtype dtype);
+/* The same of a result that is nearly 0: 2^-25 for fp16, whose subnormal numbers lie far apart; else 0. */
+double rig_floor(flap_dtype dtype);
 
 /* Central difference of f(context) along *x. */
 double rig_slope(double *x, double step, double (*f)(void *context), void *context);

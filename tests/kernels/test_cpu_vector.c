@@ -8,12 +8,12 @@
 
 #define LENGTH_MAX 300u
 #define ROOM 304u /* whole vectors */
-#define OUTPUTS 24u
+#define OUTPUTS 34u
 
 /* What all loops made of the same inputs. */
 typedef struct results {
   float values[OUTPUTS][ROOM];
-  uint16_t halves[3][LENGTH_MAX];
+  uint16_t halves[5][LENGTH_MAX];
   bool refused;
 } results;
 
@@ -30,15 +30,15 @@ static void fill_results(const flap_cpu_vector *v, results *r, const float *a, c
   v->squares(r->values[4], a, count);
   v->dot(r->values[5], a, b, count);
   r->values[6][0] = v->max(a, count, -INFINITY);
-  v->normalise(r->values[7], a, b, 0.3f, true, count);
-  v->normalise(r->values[8], a, b, 0.3f, false, count);
+  v->normalise(r->values[7], a, b, 0.3f, FLAP_BF16, count);
+  v->normalise(r->values[8], a, b, 0.3f, FLAP_F32, count);
   v->norm_dot(r->values[9], a, b, c, count);
-  v->norm_backward(r->values[10], r->values[11], a, b, c, a, 0.3f, 0.1f, true, count);
-  v->norm_backward(r->values[12], r->values[13], a, b, c, NULL, 0.3f, 0.1f, false, count);
+  v->norm_backward(r->values[10], r->values[11], a, b, c, a, 0.3f, 0.1f, FLAP_BF16, count);
+  v->norm_backward(r->values[12], r->values[13], a, b, c, NULL, 0.3f, 0.1f, FLAP_F32, count);
   memcpy(r->values[14], a, count * 4);
   v->rope(r->values[14], b, c, 1, count / 2 * 2, true);
-  v->swiglu(r->values[15], a, b, count % 2 == 0, count);
-  v->swiglu_backward(r->values[16], r->values[17], a, b, c, count % 2 == 0, count);
+  v->swiglu(r->values[15], a, b, count % 2 == 0 ? FLAP_BF16 : FLAP_F32, count);
+  v->swiglu_backward(r->values[16], r->values[17], a, b, c, count % 2 == 0 ? FLAP_BF16 : FLAP_F32, count);
   memcpy(r->values[18], a, count * 4);
   float maximum = 0.5f, sum = 2;
   r->values[6][1] = v->softmax_row(r->values[18], count - count / 3, count, 0.7f, &maximum, &sum);
@@ -69,6 +69,18 @@ static void fill_results(const flap_cpu_vector *v, results *r, const float *a, c
   r->refused |= v->adamw_split(&s, 0.99f, r->halves[1], (int16_t *)r->halves[2], moment, second, c, count);
   v->add(r->values[23], r->values[23], moment, count);
   v->add(r->values[23], r->values[23], second, count);
+
+  v->from_f16(r->values[24], count, half, count, 1, count);
+  v->to_f16(r->halves[3], count, a, count, 1, count);
+  memcpy(r->values[25], a, count * 4);
+  v->round_f16(r->values[25], count);
+  v->normalise(r->values[26], a, b, 0.3f, FLAP_F16, count);
+  v->norm_backward(r->values[27], r->values[28], a, b, c, a, 0.3f, 0.1f, FLAP_F16, count);
+  v->swiglu(r->values[29], a, b, FLAP_F16, count);
+  v->swiglu_backward(r->values[30], r->values[31], a, b, c, FLAP_F16, count);
+  memcpy(r->values[32], a, count * 4);
+  r->refused |= v->adamw_f16(&s, 0.99f, r->halves[4], r->values[32], moment, second, c, count);
+  memcpy(r->values[33], moment, count * 4);
 }
 
 START_TEST(vector_tables_give_the_same_bits) {
@@ -198,6 +210,36 @@ START_TEST(vector_to_bf16_equals_the_scalar_for_every_upper_half) {
 }
 END_TEST
 
+/* Every fp16 number there is, and every fp32 number around each: the processor's conversions are ours to the bit, with
+ * subnormal numbers, infinity and NaN. */
+START_TEST(vector_f16_equals_the_scalar_for_every_value) {
+  const flap_cpu_vector *tables[3];
+  const uint32_t count = flap_cpu_vector_list(tables);
+  static const int32_t off[] = {-0x1001, -0x1000, -0xfff, -1, 0, 1, 0xfff, 0x1000, 0x1001};
+  for (uint32_t start = 0; start < 65536; start += 37) { /* whole vectors, and single elements behind them */
+    uint16_t half[37], back[37];
+    float x[37], y[37];
+    for (uint32_t i = 0; i < 37; ++i)
+      half[i] = (uint16_t)(start + i);
+    for (uint32_t t = 0; t < count; ++t) {
+      tables[t]->from_f16(y, 37, half, 37, 1, 37);
+      for (uint32_t i = 0; i < 37; ++i)
+        if (flap_f32_bits(y[i]) != flap_f32_bits(flap_f16_to_f32(half[i])))
+          ck_abort_msg("%s: %04x became %08x", tables[t]->name, half[i], flap_f32_bits(y[i]));
+      for (uint32_t k = 0; k < sizeof off / sizeof *off; ++k) {
+        for (uint32_t i = 0; i < 37; ++i)
+          x[i] = flap_f32_from_bits(flap_f32_bits(flap_f16_to_f32(half[i])) + (uint32_t)off[k]);
+        tables[t]->to_f16(back, 37, x, 37, 1, 37);
+        for (uint32_t i = 0; i < 37; ++i)
+          if (back[i] != flap_f32_to_f16(x[i]))
+            ck_abort_msg("%s: %08x became %04x, expected %04x", tables[t]->name, flap_f32_bits(x[i]), back[i],
+                         flap_f32_to_f16(x[i]));
+      }
+    }
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("kernels");
   TCase *tests = tcase_create("cpu_vector");
@@ -207,6 +249,7 @@ int main(void) {
   tcase_add_test(tests, vector_exponential_within_two_ulp);
   tcase_add_test(tests, vector_exponential_ends_are_zero_infinity_and_nan);
   tcase_add_test(tests, vector_to_bf16_equals_the_scalar_for_every_upper_half);
+  tcase_add_test(tests, vector_f16_equals_the_scalar_for_every_value);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

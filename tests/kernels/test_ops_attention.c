@@ -179,7 +179,7 @@ static void attention(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(attention_any_shape_matches_naive_and_finite_differences) {
-  const flap_ops_limits limits = rig_limits(_i == 0 ? FLAP_F32 : FLAP_BF16);
+  const flap_ops_limits limits = rig_limits(rig_dtype(_i));
   rig_with_threads(&limits, attention);
 }
 END_TEST
@@ -250,7 +250,7 @@ static void decode(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(decode_any_position_matches_naive) {
-  const flap_ops_limits limits = rig_limits(_i == 0 ? FLAP_F32 : FLAP_BF16);
+  const flap_ops_limits limits = rig_limits(rig_dtype(_i));
   rig_with_threads(&limits, decode);
 }
 END_TEST
@@ -259,9 +259,9 @@ int main(void) {
   Suite *suite = suite_create("kernels");
   TCase *tests = tcase_create("ops_attention");
   tcase_set_timeout(tests, 300);
-  tcase_add_loop_test(tests, attention_any_shape_matches_naive_and_finite_differences, 0, 2);
+  tcase_add_loop_test(tests, attention_any_shape_matches_naive_and_finite_differences, 0, RIG_DTYPES);
   tcase_add_test(tests, attention_large_scores_stay_finite);
-  tcase_add_loop_test(tests, decode_any_position_matches_naive, 0, 2);
+  tcase_add_loop_test(tests, decode_any_position_matches_naive, 0, RIG_DTYPES);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

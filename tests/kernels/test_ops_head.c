@@ -114,7 +114,7 @@ static void head(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(head_loss_any_shape_matches_fp64_and_finite_differences) {
-  const flap_ops_limits limits = rig_limits(_i == 0 ? FLAP_F32 : FLAP_BF16);
+  const flap_ops_limits limits = rig_limits(rig_dtype(_i));
   rig_with_threads(&limits, head);
 }
 END_TEST
@@ -126,7 +126,7 @@ static void tight(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(head_loss_large_vocabulary_stays_in_workspace) {
-  flap_ops_limits limits = {.dtype = _i == 0 ? FLAP_F32 : FLAP_BF16, .batch_max = 1, .sequence_max = 70};
+  flap_ops_limits limits = {.dtype = rig_dtype(_i), .batch_max = 1, .sequence_max = 70};
   limits.tokens_max = 70;
   limits.hidden = limits.intermediate = 8;
   limits.vocabulary = 40000;
@@ -169,8 +169,8 @@ int main(void) {
   Suite *suite = suite_create("kernels");
   TCase *tests = tcase_create("ops_head");
   tcase_set_timeout(tests, 300);
-  tcase_add_loop_test(tests, head_loss_any_shape_matches_fp64_and_finite_differences, 0, 2);
-  tcase_add_loop_test(tests, head_loss_large_vocabulary_stays_in_workspace, 0, 2);
+  tcase_add_loop_test(tests, head_loss_any_shape_matches_fp64_and_finite_differences, 0, RIG_DTYPES);
+  tcase_add_loop_test(tests, head_loss_large_vocabulary_stays_in_workspace, 0, RIG_DTYPES);
   tcase_add_test(tests, head_loss_bf16_logits_are_rounded_once);
   suite_add_tcase(suite, tests);
   return rig_main(suite);

@@ -73,7 +73,7 @@ static void check_matmul(rig rigs[RIG_THREADS_MAX], rig_random *random, const sh
 }
 
 static void with_rigs(int index, void (*body)(rig rigs[RIG_THREADS_MAX], flap_dtype dtype)) {
-  const flap_ops_limits limits = rig_limits(index == 0 ? FLAP_F32 : FLAP_BF16);
+  const flap_ops_limits limits = rig_limits(rig_dtype(index));
   rig_with_threads(&limits, body);
 }
 
@@ -226,11 +226,11 @@ int main(void) {
   Suite *suite = suite_create("kernels");
   TCase *tests = tcase_create("ops_matmul");
   tcase_set_timeout(tests, 300);
-  tcase_add_loop_test(tests, matmul_random_shapes_match_sums_in_fp64, 0, 2);
-  tcase_add_loop_test(tests, matmul_edge_shapes_match_sums_in_fp64, 0, 2);
-  tcase_add_loop_test(tests, matmul_accumulate_twice_equals_joined_k, 0, 2);
+  tcase_add_loop_test(tests, matmul_random_shapes_match_sums_in_fp64, 0, RIG_DTYPES);
+  tcase_add_loop_test(tests, matmul_edge_shapes_match_sums_in_fp64, 0, RIG_DTYPES);
+  tcase_add_loop_test(tests, matmul_accumulate_twice_equals_joined_k, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, matmul_fp32_operands_are_not_read_beyond_their_end, FLAP_NN, FLAP_TN + 1);
-  tcase_add_loop_test(tests, bias_backward_sums_columns, 0, 2);
+  tcase_add_loop_test(tests, bias_backward_sums_columns, 0, RIG_DTYPES);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

@@ -99,9 +99,10 @@ static void adamw(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
   rig_random random = rig_random_named("adamw");
   states start = make_states(&random), want = copy_states(&start);
   const uint8_t decay_blocks[3] = {0xa6, 0x01, 0x12};
-  states split_got[RIG_THREADS_MAX], f32_got[RIG_THREADS_MAX];
+  states split_got[RIG_THREADS_MAX], f32_got[RIG_THREADS_MAX], f16_got[RIG_THREADS_MAX];
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     split_got[t] = copy_states(&start);
+    f16_got[t] = copy_states(&start); /* `high` takes the fp16 weight, `weight` is the master */
     f32_got[t] = copy_states(&start);
   }
   for (uint32_t step = 1; step <= 3; ++step) {
@@ -118,6 +119,8 @@ static void adamw(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
                      split_got[t].v, grad, decay_blocks, &fault, ELEMENTS);
       flap_ops_adamw(rigs[t].ops, &s, FLAP_F32, grad_dtype, f32_got[t].weight, NULL, f32_got[t].m, f32_got[t].v, grad,
                      decay_blocks, &fault, ELEMENTS);
+      flap_ops_adamw(rigs[t].ops, &s, FLAP_F16, grad_dtype, f16_got[t].high, f16_got[t].weight, f16_got[t].m,
+                     f16_got[t].v, grad, decay_blocks, &fault, ELEMENTS);
       ck_assert_int_eq(fault, 0);
     }
     free(grad);
@@ -131,6 +134,12 @@ static void adamw(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     rig_same("v", f32_got[t].v, want.v, ELEMENTS * 4);
     rig_same("m of split", split_got[t].m, want.m, ELEMENTS * 4);
     rig_same("v of split", split_got[t].v, want.v, ELEMENTS * 4);
+    rig_same("master of fp16", f16_got[t].weight, want.weight, ELEMENTS * 4);
+    rig_same("m of fp16", f16_got[t].m, want.m, ELEMENTS * 4);
+    rig_same("v of fp16", f16_got[t].v, want.v, ELEMENTS * 4);
+    for (uint32_t i = 0; i < ELEMENTS; ++i)
+      if (rig_at(FLAP_F16, f16_got[t].high, i) != rig_round(FLAP_F16, (double)want.weight[i]))
+        ck_abort_msg("element %u: %04x, of the master %a", i, f16_got[t].high[i], (double)want.weight[i]);
     for (uint32_t i = 0; i < ELEMENTS; ++i) {
       uint16_t high;
       int16_t low;
@@ -142,13 +151,14 @@ static void adamw(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     }
     free_states(&split_got[t]);
     free_states(&f32_got[t]);
+    free_states(&f16_got[t]);
   }
   ck_assert_uint_eq(zeros, (ELEMENTS + 100) / 101); /* those without a gradient, and no other */
   free_states(&start);
   free_states(&want);
 }
 
-START_TEST(adamw_split_and_fp32_give_the_bits_of_scalar_fmaf) {
+START_TEST(adamw_all_forms_give_the_bits_of_scalar_fmaf) {
   with_rigs(adamw, _i == 0 ? FLAP_F32 : FLAP_BF16);
 }
 END_TEST
@@ -199,7 +209,7 @@ END_TEST
 
 static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   const flap_adamw s = scalars_of(1);
-  const bool is_split = dtype == FLAP_BF16;
+  const bool is_split = dtype == FLAP_BF16, is_f16 = dtype == FLAP_F16;
   rig_random random = rig_random_named("faults");
   /* One bad element each: an infinite gradient, a NaN gradient, a weight about to round to infinity, a NaN weight. */
   for (uint32_t sort = 0; sort < 4; ++sort) {
@@ -209,19 +219,24 @@ static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
     if (sort < 2)
       grad[bad] = sort == 0 ? INFINITY : NAN;
     else
-      start.weight[bad] = sort == 3 ? NAN : is_split ? flap_f32_from_bits(0x7f7f7fffu) : FLT_MAX;
+      start.weight[bad] = sort == 3 ? NAN : is_f16 ? 65519.0f : is_split ? flap_f32_from_bits(0x7f7f7fffu) : FLT_MAX;
     if (sort == 2)
       grad[bad] = -1e15f;
     split(start.weight[bad], &start.high[bad], &start.low[bad]);
+    if (is_f16)
+      start.high[bad] = flap_f32_to_f16(start.weight[bad]);
     const uint8_t decay_blocks[3] = {0, 0, 0};
     flap_adamw big = s;
     if (sort == 2)
-      big.learning_rate = is_split ? 0x1p112f : 0x1p105f;
+      big.learning_rate = is_f16 ? 2.0f : is_split ? 0x1p112f : 0x1p105f;
     states got = copy_states(&start);
     int32_t fault = 0;
     if (is_split)
       flap_ops_adamw(rigs[sort % 3].ops, &big, FLAP_BF16, FLAP_F32, got.high, got.low, got.m, got.v, grad, decay_blocks,
                      &fault, ELEMENTS);
+    else if (is_f16)
+      flap_ops_adamw(rigs[sort % 3].ops, &big, FLAP_F16, FLAP_F32, got.high, got.weight, got.m, got.v, grad,
+                     decay_blocks, &fault, ELEMENTS);
     else
       flap_ops_adamw(rigs[sort % 3].ops, &big, FLAP_F32, FLAP_F32, got.weight, NULL, got.m, got.v, grad, decay_blocks,
                      &fault, ELEMENTS);
@@ -240,7 +255,7 @@ static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(adamw_weight_not_finite_is_refused_and_reported) {
-  with_rigs(faults, _i == 0 ? FLAP_F32 : FLAP_BF16);
+  with_rigs(faults, rig_dtype(_i));
 }
 END_TEST
 
@@ -290,9 +305,9 @@ int main(void) {
   Suite *suite = suite_create("kernels");
   TCase *tests = tcase_create("ops_optimizer");
   tcase_set_timeout(tests, 300);
-  tcase_add_loop_test(tests, adamw_split_and_fp32_give_the_bits_of_scalar_fmaf, 0, 2);
+  tcase_add_loop_test(tests, adamw_all_forms_give_the_bits_of_scalar_fmaf, 0, 2);
   tcase_add_test(tests, adamw_no_update_reassembles_every_bit);
-  tcase_add_loop_test(tests, adamw_weight_not_finite_is_refused_and_reported, 0, 2);
+  tcase_add_loop_test(tests, adamw_weight_not_finite_is_refused_and_reported, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, gradient_store_rounds_once_and_sums_squares, 0, 2);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
