@@ -6,7 +6,11 @@
 
 #include <math.h>
 
-#define STATE_BYTES 12u /* per element: the fp32 master weight (in bf16 its two halves) and two fp32 moments */
+/* Of an element: the fp32 master weight (in bf16 its two halves), in fp16 the weight beside it, and two fp32 moments.
+ */
+static uint64_t state_bytes(flap_dtype dtype) {
+  return dtype == FLAP_F16 ? 14 : 12;
+}
 
 /* Elements of all parts, the gaps between tensors included: they are paged like everything else. */
 static uint64_t count_elements(const flap_model_config *model) {
@@ -36,7 +40,8 @@ static void compute_lanes(const flap_bound_spec *spec, flap_bound *bound) {
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
   uint64_t live = 0;
-  bool fits = flap_units_mul(count_elements(spec->model), STATE_BYTES + flap_dtype_bytes(spec->gradient_dtype), &live);
+  bool fits = flap_units_mul(count_elements(spec->model),
+                             state_bytes(spec->shape.dtype) + flap_dtype_bytes(spec->gradient_dtype), &live);
   flap_assert(fits);
   const uint64_t outside = beyond(live, spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
   bound->lane_bytes[FLAP_LANE_H2D] = bound->lane_bytes[FLAP_LANE_D2H] = outside;

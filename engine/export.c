@@ -26,7 +26,10 @@ static const char *const COPIED[] = {"tokenizer.json",
 typedef struct export_job {
   flap_model_config config;
   flap_weights_list list;
-  flap_weights_source weights, low; /* low.reader NULL: no low halves */
+  /* `master`: what makes exact masters of the weights: their low halves (bf16) or the masters themselves (fp16). Its
+   * reader is NULL where there is none, or none is wanted. */
+  flap_weights_source weights, master;
+  flap_safetensors_dtype master_of; /* weights of this type */
   flap_dtype dtype;
   uint16_t *halves; /* FLAP_WEIGHTS_CHUNK: converted values, or low halves before that */
   flap_weights_target target;
@@ -43,10 +46,10 @@ static flap_status numeric(const export_job *job, uint64_t tensor, uint64_t elem
   return flap_weights_source_numeric(&job->weights, tensor, element, job->dtype);
 }
 
-/* The exact master weights from both halves. */
+/* The exact master weights from both halves, in place of the weights' values. */
 static flap_status join_halves(export_job *job, uint64_t tensor, uint64_t first, uint64_t count) {
   FLAP_TRY(flap_weights_source_read(&job->weights, tensor, first, count, job->weights.raw));
-  FLAP_TRY(flap_weights_source_read(&job->low, tensor, first, count, job->halves));
+  FLAP_TRY(flap_weights_source_read(&job->master, tensor, first, count, job->halves));
   const uint64_t good =
       flap_values_join(job->weights.raw, (const int16_t *)(const void *)job->halves, count, job->weights.values);
   return good == count ? FLAP_OK : numeric(job, tensor, first + good);
@@ -65,11 +68,13 @@ static flap_status write_chunk(export_job *job, uint64_t tensor, uint64_t first,
   const flap_safetensors_dtype from = job->weights.tensors[tensor]->dtype;
   if (from == flap_safetensors_from_flap_dtype(job->dtype))
     return write_same(job, tensor, first, count);
-  if (from == FLAP_SAFETENSORS_BF16 && job->low.reader != NULL)
+  const bool exact = job->master.reader != NULL && from == job->master_of;
+  flap_weights_source *source = exact && from == FLAP_SAFETENSORS_F16 ? &job->master : &job->weights;
+  if (exact && from == FLAP_SAFETENSORS_BF16)
     FLAP_TRY(join_halves(job, tensor, first, count));
   else
-    FLAP_TRY(flap_weights_source_values(&job->weights, tensor, first, count));
-  const float *values = job->weights.values;
+    FLAP_TRY(flap_weights_source_values(source, tensor, first, count));
+  const float *values = source->values;
   if (job->dtype == FLAP_F32)
     return flap_weights_target_write(&job->target, values, count * sizeof(float));
   const uint64_t good = job->dtype == FLAP_BF16 ? flap_values_to_bf16(values, count, job->halves)
@@ -127,16 +132,31 @@ static flap_status copy_files(const char *from_folder, const char *to_folder) {
 
 /* ---- all of it ----------------------------------------------------------------------------------------------- */
 
+/* Weights of a checkpoint that are wanted in another type are rounded from the masters, where these are there. */
+static flap_status open_masters(export_job *job, const char *folder) {
+  static const struct {
+    flap_dtype weights;
+    const char *name;
+    flap_safetensors_dtype dtype;
+  } kinds[] = {{FLAP_BF16, FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16},
+               {FLAP_F16, FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32}};
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds && job->master.reader == NULL; i++) {
+    char path[FLAP_PATH_MAX];
+    FLAP_TRY(flap_durable_join(path, folder, kinds[i].name));
+    job->master_of = flap_safetensors_from_flap_dtype(kinds[i].weights);
+    if (job->dtype != kinds[i].weights && is_there(path))
+      FLAP_TRY(
+          flap_weights_source_open(&job->config, &job->list, path, FLAP_WANTED_EXACTLY, kinds[i].dtype, &job->master));
+  }
+  return FLAP_OK;
+}
+
 static flap_status open_sources(export_job *job, const char *folder) {
-  char low[FLAP_PATH_MAX];
   FLAP_TRY(flap_hf_config_read(folder, &job->config));
   FLAP_TRY(flap_weights_list_open(&job->config, &job->list));
   FLAP_TRY(flap_weights_source_open(&job->config, &job->list, folder, FLAP_WANTED_ANY_FLOAT, FLAP_SAFETENSORS_F32,
                                     &job->weights));
-  FLAP_TRY(flap_durable_join(low, folder, FLAP_WEIGHTS_LOW_FILE));
-  if (job->dtype != FLAP_BF16 && is_there(low))
-    FLAP_TRY(
-        flap_weights_source_open(&job->config, &job->list, low, FLAP_WANTED_EXACTLY, FLAP_SAFETENSORS_I16, &job->low));
+  FLAP_TRY(open_masters(job, folder));
   job->halves = malloc(FLAP_WEIGHTS_CHUNK * sizeof *job->halves);
   return job->halves != NULL ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "%s: no memory to export it", folder);
 }
@@ -189,7 +209,7 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   if (status == FLAP_OK)
     status = write_folder(&job, from_folder, to_folder, max_shard_bytes);
   free(job.halves);
-  flap_weights_source_close(&job.low);
+  flap_weights_source_close(&job.master);
   flap_weights_source_close(&job.weights);
   flap_weights_list_close(&job.list);
   return status;

@@ -3,16 +3,27 @@
 #include "base/assert.h"
 #include "base/units.h"
 
-uint64_t flap_layout_state_bytes(flap_dtype dtype) {
-  return dtype == FLAP_F32 ? 8 : 10;
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype) {
+  flap_state_format format = {.moment1_bytes = 4, .moment2_bytes = 4};
+  if (weight_dtype == FLAP_BF16)
+    format.master_bytes = 2;
+  else if (weight_dtype == FLAP_F16)
+    format.master_bytes = 4;
+  return format;
+}
+
+uint64_t flap_layout_state_bytes(flap_dtype weight_dtype) {
+  const flap_state_format format = flap_layout_state_format(weight_dtype);
+  return format.master_bytes + format.moment1_bytes + format.moment2_bytes;
 }
 
 uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements) {
-  return layout->spec.shape.dtype == FLAP_F32 ? 0 : elements * 2;
+  return elements * flap_layout_state_format(layout->spec.shape.dtype).master_bytes;
 }
 
 uint64_t flap_layout_moment2_offset(const flap_layout *layout, uint64_t elements) {
-  return flap_layout_moment1_offset(layout, elements) + elements * 4;
+  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype);
+  return elements * (format.master_bytes + format.moment1_bytes);
 }
 
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out) {

@@ -46,8 +46,17 @@ typedef struct flap_layout_part {
   uint64_t first_block; /* of its FLAP_OPS_BLOCK-element blocks in the run's list of blocks */
 } flap_layout_part;
 
-/* A piece of a part's optimizer states and of its rounded gradient.
- * The states region holds, one after the other: low halves (int16; bf16 only), first moments, second moments (fp32). */
+/* What a states region holds, section after section: bytes of each element in each. A section of no bytes is not there.
+ * Everything about the states' bytes follows from this. */
+typedef struct flap_state_format {
+  uint64_t master_bytes;  /* what makes a master weight of the compute weight: the int16 low half with bf16 weights, the
+                             fp32 master itself with fp16; none with fp32 weights, which are their own masters */
+  uint64_t moment1_bytes; /* fp32 */
+  uint64_t moment2_bytes; /* fp32 */
+} flap_state_format;
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype);
+
+/* A piece of a part's optimizer states and of its rounded gradient. */
 typedef struct flap_layout_slice {
   uint32_t part;
   uint64_t first_element, elements; /* in the part; multiples of FLAP_OPS_BLOCK */
@@ -83,11 +92,11 @@ uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 
-/* Offsets in a states region, in bytes; the low halves are at 0. */
+/* Offsets in the states region of a slice of so many elements, in bytes; the master's section is at 0. */
 uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements);
 uint64_t flap_layout_moment2_offset(const flap_layout *layout, uint64_t elements);
-/* Bytes per element of a states region: 10 with bf16 weights, 8 with fp32. */
-uint64_t flap_layout_state_bytes(flap_dtype dtype);
+/* Bytes per element of a states region: 10 with bf16 weights, 12 with fp16, 8 with fp32. */
+uint64_t flap_layout_state_bytes(flap_dtype weight_dtype);
 
 #ifdef __cplusplus
 }

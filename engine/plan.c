@@ -14,7 +14,7 @@ static void describe_model(const flap_prepared *p, flap_plan *plan) {
   for (uint32_t i = 0; i < p->setup.layout.part_count; i++)
     elements += p->setup.layout.parts[i].elements;
   plan->parameters = flap_model_parameters(&p->model);
-  plan->state_bytes = elements * 12;
+  plan->state_bytes = elements * (flap_dtype_bytes(spec->shape.dtype) + flap_layout_state_bytes(spec->shape.dtype));
   plan->tokens_per_step = (uint64_t)spec->shape.batch * spec->shape.sequence * spec->micro_batches;
   plan->layers = p->model.num_hidden_layers;
   plan->micro_batches = spec->micro_batches;

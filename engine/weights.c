@@ -1,9 +1,9 @@
 /* Weights and states between regions and files.
  *
  * A region is a row of sections of equal length in elements: a weights region is one section of weights, a states
- * region one of low halves (bf16 only), one of first and one of second moments. The pager fills and drains regions in
- * pieces; visit() cuts each piece at sections and tensors and hands the runs to a function per section. Runs come in
- * order, so every file is written front to back.
+ * region is what engine/layout.h says: what makes master weights, first and second moments. The pager fills and drains
+ * regions in pieces; visit() cuts each piece at sections and tensors and hands the runs to a function per section. Runs
+ * come in order, so every file is written front to back.
  */
 #include "engine/weights.h"
 
@@ -15,12 +15,26 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char LOW_FILE[] = FLAP_WEIGHTS_LOW_FILE;
-static const char MOMENT1_FILE[] = "optimizer-exp_avg.safetensors";
-static const char MOMENT2_FILE[] = "optimizer-exp_avg_sq.safetensors";
-
 #define STATE_SECTIONS 3u
-typedef enum state_section { STATE_LOW, STATE_MOMENT1, STATE_MOMENT2 } state_section;
+typedef enum state_section { STATE_MASTER, STATE_MOMENT1, STATE_MOMENT2 } state_section;
+
+/* Where a section of the states is in a checkpoint. */
+typedef struct state_file {
+  const char *name; /* NULL: the format has no such section */
+  flap_safetensors_dtype dtype;
+} state_file;
+
+static state_file state_file_of(flap_dtype weight_dtype, uint32_t section) {
+  if (section == STATE_MOMENT1)
+    return (state_file){"optimizer-exp_avg.safetensors", FLAP_SAFETENSORS_F32};
+  if (section == STATE_MOMENT2)
+    return (state_file){"optimizer-exp_avg_sq.safetensors", FLAP_SAFETENSORS_F32};
+  if (weight_dtype == FLAP_BF16)
+    return (state_file){FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16};
+  if (weight_dtype == FLAP_F16)
+    return (state_file){FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32};
+  return (state_file){NULL, FLAP_SAFETENSORS_F32};
+}
 
 /* ---- visiting regions -------------------------------------------------------------------------------------- */
 
@@ -121,15 +135,15 @@ static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, c
 /* The states of all slices, through a function and a context per section. */
 static flap_status visit_states(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, bool fill,
                                 const run_fn runs[STATE_SECTIONS], void *const contexts[STATE_SECTIONS]) {
-  const bool low = layout->spec.shape.dtype != FLAP_F32;
+  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype);
   for (uint32_t i = 0; i < layout->slice_count; i++) {
     const flap_layout_slice *slice = &layout->slices[i];
     visit_region region = part_of(layout, list, slice->part);
     region.first_element = slice->first_element;
     region.elements = slice->elements;
-    region.sections[STATE_LOW] = (section){runs[STATE_LOW], contexts[STATE_LOW], low ? sizeof(int16_t) : 0};
-    region.sections[STATE_MOMENT1] = (section){runs[STATE_MOMENT1], contexts[STATE_MOMENT1], sizeof(float)};
-    region.sections[STATE_MOMENT2] = (section){runs[STATE_MOMENT2], contexts[STATE_MOMENT2], sizeof(float)};
+    region.sections[STATE_MASTER] = (section){runs[STATE_MASTER], contexts[STATE_MASTER], format.master_bytes};
+    region.sections[STATE_MOMENT1] = (section){runs[STATE_MOMENT1], contexts[STATE_MOMENT1], format.moment1_bytes};
+    region.sections[STATE_MOMENT2] = (section){runs[STATE_MOMENT2], contexts[STATE_MOMENT2], format.moment2_bytes};
     FLAP_TRY(fill ? flap_pager_fill(pager, slice->states, fill_piece, &region)
                   : flap_pager_drain(pager, slice->states, drain_piece, &region));
   }
@@ -150,7 +164,7 @@ typedef struct init_context {
   const flap_model_tensor *tensor;
   uint64_t first, count;
   void *to;
-  bool low;
+  bool master; /* what the states have of the weight, not the weight itself */
 } init_context;
 
 static void init_values(const init_context *init, uint64_t first, uint64_t count, float *values) {
@@ -169,27 +183,28 @@ static void init_values(const init_context *init, uint64_t first, uint64_t count
 static void init_item(void *context, uint64_t item, uint32_t worker) {
   const init_context *init = context;
   const uint64_t done = item * INIT_ITEM, chunk = min_of(init->count - done, INIT_ITEM);
-  if (init->dtype == FLAP_F32) {
+  if (init->dtype == FLAP_F32 || (init->dtype == FLAP_F16 && init->master)) {
     init_values(init, init->first + done, chunk, (float *)init->to + done);
     return;
   }
   float *values = init->values + worker * INIT_ITEM;
   init_values(init, init->first + done, chunk, values);
   /* A normal value is below 9, initializer_range below 100: everything fits. */
-  const uint64_t good = init->low ? flap_values_to_low(values, chunk, (int16_t *)init->to + done)
-                                  : flap_values_to_high(values, chunk, (uint16_t *)init->to + done);
+  const uint64_t good = init->dtype == FLAP_F16 ? flap_values_to_f16(values, chunk, (uint16_t *)init->to + done)
+                        : init->master          ? flap_values_to_low(values, chunk, (int16_t *)init->to + done)
+                                                : flap_values_to_high(values, chunk, (uint16_t *)init->to + done);
   flap_assert(good == chunk);
 }
 
 static flap_status init_run(init_context *init, const flap_model_tensor *tensor, uint64_t first, uint64_t count,
-                            void *values, bool low) {
-  if (low && tensor->init != FLAP_INIT_NORMAL)
+                            void *values, bool master) {
+  if (master && init->dtype == FLAP_BF16 && tensor->init != FLAP_INIT_NORMAL)
     return FLAP_OK; /* ones and zeros have no low half */
   init->tensor = tensor;
   init->first = first;
   init->count = count;
   init->to = values;
-  init->low = low;
+  init->master = master;
   const uint64_t items = (count + INIT_ITEM - 1) / INIT_ITEM;
   if (init->pool != NULL && items > 1) {
     flap_pool_run(init->pool, items, init_item, init);
@@ -206,8 +221,8 @@ static flap_status init_weights_run(void *context, uint64_t index, const flap_mo
   return init_run(context, tensor, first, count, values, false);
 }
 
-static flap_status init_low_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
-                                uint64_t count, void *values) {
+static flap_status init_master_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
+                                   uint64_t count, void *values) {
   (void)index;
   return init_run(context, tensor, first, count, values, true);
 }
@@ -224,7 +239,7 @@ flap_status flap_weights_init(flap_pager *pager, const flap_layout *layout, uint
     goto fail;
   }
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, init_weights_run, &init));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){init_low_run, NULL, NULL},
+  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){init_master_run, NULL, NULL},
                                      (void *[]){&init, NULL, NULL}));
 fail:
   free(init.values);
@@ -258,6 +273,8 @@ static flap_status load_weights_run(void *context, uint64_t index, const flap_mo
     uint64_t good = chunk;
     if (load->dtype == FLAP_F32)
       memcpy((float *)values + done, load->source.values, chunk * sizeof(float));
+    else if (load->dtype == FLAP_F16)
+      good = flap_values_to_f16(load->source.values, chunk, (uint16_t *)values + done);
     else
       good = flap_values_to_high(load->source.values, chunk, (uint16_t *)values + done);
     if (good != chunk)
@@ -266,15 +283,20 @@ static flap_status load_weights_run(void *context, uint64_t index, const flap_mo
   return FLAP_OK;
 }
 
-static flap_status load_low_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
-                                uint64_t count, void *values) {
+/* The file's value is the master weight, exactly. That it fits was seen when the weight was loaded. */
+static flap_status load_master_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
+                                   uint64_t count, void *values) {
   (void)tensor;
   load_context *load = context;
-  if (load->source.tensors[index]->dtype == FLAP_SAFETENSORS_BF16)
+  if (load->dtype == FLAP_BF16 && load->source.tensors[index]->dtype == FLAP_SAFETENSORS_BF16)
     return FLAP_OK; /* the master is the bf16 value: zeros */
   for (uint64_t done = 0; done < count; done += FLAP_WEIGHTS_CHUNK) {
     const uint64_t chunk = min_of(count - done, FLAP_WEIGHTS_CHUNK);
     FLAP_TRY(flap_weights_source_values(&load->source, index, first + done, chunk));
+    if (load->dtype == FLAP_F16) {
+      memcpy((float *)values + done, load->source.values, chunk * sizeof(float));
+      continue;
+    }
     const uint64_t good = flap_values_to_low(load->source.values, chunk, (int16_t *)values + done);
     if (good != chunk)
       return flap_weights_source_numeric(&load->source, index, first + done + good, load->dtype);
@@ -290,7 +312,7 @@ flap_status flap_weights_load(flap_pager *pager, const flap_layout *layout, cons
   FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &list, folder, FLAP_WANTED_ANY_FLOAT,
                                                  FLAP_SAFETENSORS_F32, &load.source));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, load_weights_run, &load));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){load_low_run, NULL, NULL},
+  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){load_master_run, NULL, NULL},
                                      (void *[]){&load, NULL, NULL}));
 fail:
   flap_weights_source_close(&load.source);
@@ -333,30 +355,14 @@ fail:
   return status;
 }
 
-typedef struct state_file {
-  const char *name;
-  flap_safetensors_dtype dtype;
-} state_file;
-
-static const state_file STATE_FILES[STATE_SECTIONS] = {
-    [STATE_LOW] = {LOW_FILE, FLAP_SAFETENSORS_I16},
-    [STATE_MOMENT1] = {MOMENT1_FILE, FLAP_SAFETENSORS_F32},
-    [STATE_MOMENT2] = {MOMENT2_FILE, FLAP_SAFETENSORS_F32},
-};
-
-/* With fp32 weights there are no low halves. */
-static uint32_t first_state(flap_dtype dtype) {
-  return dtype == FLAP_F32 ? STATE_MOMENT1 : STATE_LOW;
-}
-
-static flap_status save_low_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
+static flap_status save_i16_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
                                 uint64_t count, void *values) {
   (void)index, (void)tensor, (void)first;
   return flap_safetensors_write(context, values, count * sizeof(int16_t));
 }
 
-static flap_status save_moment_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
-                                   uint64_t count, void *values) {
+static flap_status save_f32_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
+                                uint64_t count, void *values) {
   (void)index, (void)tensor, (void)first;
   return flap_safetensors_write(context, values, count * sizeof(float));
 }
@@ -366,19 +372,25 @@ flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layou
   const flap_dtype dtype = layout->spec.shape.dtype;
   flap_weights_list list = {0};
   flap_safetensors_writer *writers[STATE_SECTIONS] = {0};
+  run_fn runs[STATE_SECTIONS] = {0};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
-  for (uint32_t i = first_state(dtype); i < STATE_SECTIONS; i++)
-    FLAP_TRY_GOTO(status,
-                  flap_weights_file_begin(&list, folder, STATE_FILES[i].name, STATE_FILES[i].dtype, &writers[i]));
+  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
+    const state_file file = state_file_of(dtype, i);
+    if (file.name == NULL)
+      continue;
+    FLAP_TRY_GOTO(status, flap_weights_file_begin(&list, folder, file.name, file.dtype, &writers[i]));
+    runs[i] = file.dtype == FLAP_SAFETENSORS_I16 ? save_i16_run : save_f32_run;
+  }
   FLAP_TRY_GOTO(status,
-                visit_states(pager, layout, &list, false, (run_fn[]){save_low_run, save_moment_run, save_moment_run},
-                             (void *[]){writers[STATE_LOW], writers[STATE_MOMENT1], writers[STATE_MOMENT2]}));
-  for (uint32_t i = first_state(dtype); i < STATE_SECTIONS; i++) {
+                visit_states(pager, layout, &list, false, runs,
+                             (void *[]){writers[STATE_MASTER], writers[STATE_MOMENT1], writers[STATE_MOMENT2]}));
+  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
     flap_safetensors_writer *writer = writers[i];
     writers[i] = NULL;
-    FLAP_TRY_GOTO(status, flap_safetensors_write_end(writer));
+    if (writer != NULL)
+      FLAP_TRY_GOTO(status, flap_safetensors_write_end(writer));
   }
 fail:
   for (uint32_t i = 0; i < STATE_SECTIONS; i++)
@@ -397,11 +409,13 @@ static flap_status resume_run(void *context, uint64_t index, const flap_model_te
 
 static flap_status open_states(const flap_layout *layout, const flap_weights_list *list, const char *folder,
                                flap_weights_source sources[STATE_SECTIONS]) {
-  for (uint32_t i = first_state(layout->spec.shape.dtype); i < STATE_SECTIONS; i++) {
+  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
+    const state_file file = state_file_of(layout->spec.shape.dtype, i);
     char path[FLAP_DURABLE_PATH_MAX];
-    FLAP_TRY(flap_durable_join(path, folder, STATE_FILES[i].name));
-    FLAP_TRY(flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, STATE_FILES[i].dtype,
-                                      &sources[i]));
+    if (file.name == NULL)
+      continue;
+    FLAP_TRY(flap_durable_join(path, folder, file.name));
+    FLAP_TRY(flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, file.dtype, &sources[i]));
   }
   return FLAP_OK;
 }
@@ -417,8 +431,9 @@ flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, co
                                                  flap_safetensors_from_flap_dtype(dtype), &weights));
   FLAP_TRY_GOTO(status, open_states(layout, &list, folder, states));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, resume_run, &weights));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){resume_run, resume_run, resume_run},
-                                     (void *[]){&states[STATE_LOW], &states[STATE_MOMENT1], &states[STATE_MOMENT2]}));
+  FLAP_TRY_GOTO(status,
+                visit_states(pager, layout, &list, true, (run_fn[]){resume_run, resume_run, resume_run},
+                             (void *[]){&states[STATE_MASTER], &states[STATE_MOMENT1], &states[STATE_MOMENT2]}));
 fail:
   for (uint32_t i = 0; i < STATE_SECTIONS; i++)
     flap_weights_source_close(&states[i]);
@@ -443,9 +458,12 @@ flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtyp
   flap_weights_list list = {0};
   flap_status status = flap_weights_list_open(config, &list);
   *bytes_out = 0;
-  for (uint32_t i = first_state(dtype); i < STATE_SECTIONS && status == FLAP_OK; i++) {
+  for (uint32_t i = 0; i < STATE_SECTIONS && status == FLAP_OK; i++) {
+    const state_file file = state_file_of(dtype, i);
     uint64_t file_bytes = 0;
-    status = flap_weights_measure_file(&list, STATE_FILES[i].dtype, &file_bytes);
+    if (file.name == NULL)
+      continue;
+    status = flap_weights_measure_file(&list, file.dtype, &file_bytes);
     *bytes_out += file_bytes;
   }
   flap_weights_list_close(&list);

@@ -15,7 +15,8 @@ extern "C" {
 /* What marks a file of weights as ours, so that FLAP deletes no others: a pair of its metadata. */
 #define FLAP_WEIGHTS_MARK_KEY "producer"
 #define FLAP_WEIGHTS_MARK_VALUE "flap"
-#define FLAP_WEIGHTS_LOW_FILE "optimizer-low.safetensors"
+#define FLAP_WEIGHTS_LOW_FILE "optimizer-low.safetensors"       /* of bf16 weights: I16 */
+#define FLAP_WEIGHTS_MASTER_FILE "optimizer-master.safetensors" /* of fp16 weights: F32 */
 
 /* ---- the list ---------------------------------------------------------------------------------------------- */
 

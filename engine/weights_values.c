@@ -1,5 +1,4 @@
-/* Conversions of weights, element by element. All are plain loops over integers, so they do not depend on the rounding
- * mode or on flush-to-zero. */
+/* Conversions of weights, element by element. */
 #include "engine/weights_internal.h"
 
 #include "base/assert.h"
@@ -64,49 +63,18 @@ uint64_t flap_values_from_bf16(const uint16_t *from, uint64_t count, float *to) 
   return count;
 }
 
-/* A fp16 number is 2^(e - 25) · (1024 + f) for e > 0, and 2^-24 · f for e = 0. */
-static float from_f16(uint16_t half) {
-  const uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 31u, fraction = half & 0x3ffu;
-  if (exponent == 0) {
-    const uint32_t magnitude = flap_f32_bits((float)fraction * 0x1p-24f);
-    return flap_f32_from_bits(sign | magnitude);
-  }
-  return flap_f32_from_bits(sign | (exponent + 112u) << 23 | fraction << 13);
-}
-
 uint64_t flap_values_from_f16(const uint16_t *from, uint64_t count, float *to) {
   for (uint64_t i = 0; i < count; i++) {
     if ((from[i] & 0x7c00u) == 0x7c00u)
       return i;
-    to[i] = from_f16(from[i]);
+    to[i] = flap_f16_to_f32(from[i]);
   }
   return count;
 }
 
-/* `value` / 2^shift, to nearest, ties to even; 1 <= shift <= 31. */
-static uint32_t shift_to_even(uint32_t value, uint32_t shift) {
-  const uint32_t half = 1u << (shift - 1), odd = (value >> shift) & 1u;
-  return (uint32_t)(((uint64_t)value + half - 1 + odd) >> shift);
-}
-
-/* A carry out of the fraction becomes the next exponent, as it should; 0x7c00 is infinity. */
-static uint16_t to_f16(uint32_t bits) {
-  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & F32_MAGNITUDE;
-  if (magnitude >= 0x47800000u) /* 2^16 and more, and what is not finite */
-    return (uint16_t)(sign | 0x7c00u);
-  if (magnitude >= 0x38800000u) /* 2^-14: normal */
-    return (uint16_t)(sign | shift_to_even(magnitude - (112u << 23), 13));
-  if (magnitude < 0x33000000u) /* below 2^-25: nearer to 0 than to the smallest */
-    return sign;
-  const uint32_t fraction = (magnitude & 0x7fffffu) | 0x800000u;
-  return (uint16_t)(sign | shift_to_even(fraction, 126u - (magnitude >> 23)));
-}
-
 uint64_t flap_values_to_f16(const float *from, uint64_t count, uint16_t *to) {
   for (uint64_t i = 0; i < count; i++) {
-    to[i] = to_f16(flap_f32_bits(from[i]));
+    to[i] = flap_f32_to_f16(from[i]);
     if ((to[i] & 0x7c00u) == 0x7c00u)
       return i;
   }

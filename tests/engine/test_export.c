@@ -114,6 +114,24 @@ START_TEST(export_of_an_fp32_checkpoint_rounds_to_nearest_even) {
 }
 END_TEST
 
+START_TEST(export_of_an_fp16_checkpoint_rounds_from_its_masters) {
+  make_checkpoint(FLAP_F16);
+  const char *from = "out/checkpoint-1";
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f32"), FLAP_F32, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("bf16"), FLAP_BF16, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f16"), FLAP_F16, SHARD_MAX));
+  compare("f32", FLAP_SAFETENSORS_F32, NULL);
+  compare("bf16", FLAP_SAFETENSORS_BF16, nearest_bf16); /* once, not by way of fp16 */
+  compare("f16", FLAP_SAFETENSORS_F16, nearest_f16);
+  rig_same_files("out/checkpoint-1/model.safetensors", "f16/model.safetensors");
+  rig_same_files("masters/model.safetensors", "f32/model.safetensors");
+  ck_assert(!scratch_exists("f32/optimizer-master.safetensors"));
+  ck_assert_int_eq(remove(scratch_path("out/checkpoint-1/optimizer-master.safetensors")), 0);
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("rough"), FLAP_F32, SHARD_MAX));
+  compare("rough", FLAP_SAFETENSORS_F32, nearest_f16);
+}
+END_TEST
+
 START_TEST(export_folders_hold_config_and_tokenizer_and_no_states) {
   flap_model_config config, wanted;
   flap_tokenizer *tokenizer = NULL;
@@ -224,6 +242,7 @@ int main(void) {
   tcase_set_timeout(tests, 120);
   tcase_add_test(tests, export_of_a_bf16_checkpoint);
   tcase_add_test(tests, export_of_an_fp32_checkpoint_rounds_to_nearest_even);
+  tcase_add_test(tests, export_of_an_fp16_checkpoint_rounds_from_its_masters);
   tcase_add_test(tests, export_folders_hold_config_and_tokenizer_and_no_states);
   tcase_add_test(tests, export_keeps_what_others_wrote);
   tcase_add_test(tests, export_of_a_qwen2_model_says_so);

@@ -16,9 +16,20 @@
 #include <sys/stat.h>
 
 #define SHARD_MAX ((uint64_t)1 << 40)
-#define STATE_FILES 3u
-static const char *const files[] = {"optimizer-low.safetensors", "optimizer-exp_avg.safetensors",
-                                    "optimizer-exp_avg_sq.safetensors", "model.safetensors"};
+#define FILES_MAX 4u
+static const flap_dtype dtypes[] = {FLAP_BF16, FLAP_F32, FLAP_F16};
+#define DTYPES ((int)(sizeof dtypes / sizeof *dtypes))
+
+/* The files of a checkpoint, the states' first; returns how many. */
+static uint32_t files_of(flap_dtype dtype, const char *names[FILES_MAX]) {
+  uint32_t count = 0;
+  if (dtype != FLAP_F32)
+    names[count++] = dtype == FLAP_BF16 ? "optimizer-low.safetensors" : "optimizer-master.safetensors";
+  names[count++] = "optimizer-exp_avg.safetensors";
+  names[count++] = "optimizer-exp_avg_sq.safetensors";
+  names[count++] = "model.safetensors";
+  return count;
+}
 
 static const char *folder_path(const char *name) {
   const char *path = scratch_path(name);
@@ -39,10 +50,13 @@ static void save_all(const weights_rig *rig, const char *folder) {
   RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder)));
 }
 
-static void same_folders(const char *a, const char *b, bool low) {
-  for (size_t i = low ? 0 : 1; i < sizeof files / sizeof *files; i++)
+static void same_folders(const char *a, const char *b, flap_dtype dtype) {
+  const char *files[FILES_MAX];
+  const uint32_t count = files_of(dtype, files);
+  for (uint32_t i = 0; i < count; i++)
     rig_same_files(in(a, files[i]), in(b, files[i]));
-  ck_assert(low == scratch_exists(in(b, files[0])));
+  ck_assert((dtype == FLAP_BF16) == scratch_exists(in(b, "optimizer-low.safetensors")));
+  ck_assert((dtype == FLAP_F16) == scratch_exists(in(b, "optimizer-master.safetensors")));
 }
 
 /* ---- values -------------------------------------------------------------------------------------------------- */
@@ -135,8 +149,8 @@ static void check_init(const weights_rig *rig, const char *name, uint64_t seed) 
 }
 
 START_TEST(weights_init_is_the_same_in_all_placements) {
-  const flap_dtype dtype = _i % 2 ? FLAP_F32 : FLAP_BF16;
-  const bool tied = _i / 2 % 2;
+  const flap_dtype dtype = dtypes[_i % DTYPES];
+  const bool tied = _i / DTYPES % 2;
   flap_model_config config;
   rig_model(tied, !tied, &config);
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
@@ -153,7 +167,7 @@ START_TEST(weights_init_is_the_same_in_all_placements) {
       check_init(&rig, "model.layers.1.self_attn.v_proj.bias", 77);
     }
     save_all(&rig, name);
-    same_folders("p0", name, dtype == FLAP_BF16);
+    same_folders("p0", name, dtype);
     rig_close(&rig);
   }
 }
@@ -184,16 +198,17 @@ END_TEST
 
 /* Files with random bits, read into one placement and written from it, come out as they were. */
 START_TEST(weights_resume_gives_back_the_same_bits) {
-  const flap_dtype dtype = _i % 2 ? FLAP_F32 : FLAP_BF16;
-  const bool low = dtype == FLAP_BF16;
+  const flap_dtype dtype = dtypes[_i % DTYPES];
+  const char *files[FILES_MAX];
+  const uint32_t file_count = files_of(dtype, files);
   flap_model_config config;
   weights_rig rig;
-  rig_model(_i / 2 % 2, true, &config);
+  rig_model(_i / DTYPES % 2, true, &config);
   rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[0], scratch_path(""));
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
   save_all(&rig, "from");
   rig_close(&rig);
-  for (size_t i = low ? 0 : 1; i < sizeof files / sizeof *files; i++)
+  for (uint32_t i = 0; i < file_count; i++)
     rig_scribble(in("from", files[i]), i);
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     char name[16];
@@ -201,7 +216,7 @@ START_TEST(weights_resume_gives_back_the_same_bits) {
     rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
     RIG_OK(flap_weights_resume(rig.pager, &rig.layout, scratch_path("from")));
     save_all(&rig, name);
-    same_folders("from", name, low);
+    same_folders("from", name, dtype);
     uint32_t part;
     const uint64_t elements = rig_tensor(&rig, "model.norm.weight", &part).elements;
     float *master = malloc(elements * sizeof(float));
@@ -231,7 +246,7 @@ START_TEST(weights_resume_refuses_other_dtypes_and_missing_states) {
 END_TEST
 
 START_TEST(weights_sizes_are_those_of_the_files) {
-  const flap_dtype dtype = _i % 2 ? FLAP_F32 : FLAP_BF16;
+  const flap_dtype dtype = dtypes[_i];
   flap_model_config config;
   weights_rig rig;
   uint64_t wanted = 0, actual = 0;
@@ -244,7 +259,9 @@ START_TEST(weights_sizes_are_those_of_the_files) {
   ck_assert_int_eq(stat(scratch_path("a/model.safetensors"), &about), 0);
   ck_assert_uint_eq(wanted, (uint64_t)about.st_size);
   RIG_OK(flap_weights_states_bytes(&config, dtype, &wanted));
-  for (uint32_t i = dtype == FLAP_F32 ? 1 : 0; i < STATE_FILES; i++) {
+  const char *files[FILES_MAX];
+  const uint32_t count = files_of(dtype, files);
+  for (uint32_t i = 0; i + 1 < count; i++) { /* the last is the model's */
     ck_assert_int_eq(stat(scratch_path(in("a", files[i])), &about), 0);
     actual += (uint64_t)about.st_size;
   }
@@ -312,7 +329,9 @@ START_TEST(weights_failed_saves_leave_no_file_behind) {
   scratch_unlimit();
   ck_assert_int_eq(weights, FLAP_NO_SPACE);
   ck_assert_int_eq(states, FLAP_NO_SPACE);
-  for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+  const char *files[FILES_MAX];
+  const uint32_t count = files_of(FLAP_BF16, files);
+  for (uint32_t i = 0; i < count; i++)
     ck_assert_msg(!scratch_exists(in("a", files[i])), "%s stayed", files[i]);
   save_all(&rig, "a"); /* the pager is as before */
   rig_close(&rig);
@@ -327,11 +346,11 @@ int main(void) {
   tcase_add_test(tests, values_halves_join_to_the_same_bits);
   tcase_add_test(tests, values_the_largest_masters_are_refused);
   tcase_add_test(tests, values_half_precision_rounds_to_nearest_even);
-  tcase_add_loop_test(tests, weights_init_is_the_same_in_all_placements, 0, 4);
+  tcase_add_loop_test(tests, weights_init_is_the_same_in_all_placements, 0, 2 * DTYPES);
   tcase_add_test(tests, weights_forward_layouts_hold_the_same_weights);
-  tcase_add_loop_test(tests, weights_resume_gives_back_the_same_bits, 0, 4);
+  tcase_add_loop_test(tests, weights_resume_gives_back_the_same_bits, 0, 2 * DTYPES);
   tcase_add_test(tests, weights_resume_refuses_other_dtypes_and_missing_states);
-  tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, 2);
+  tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, DTYPES);
   tcase_add_test(tests, weights_shards_hold_the_same_tensors);
   tcase_add_test(tests, weights_failed_saves_leave_no_file_behind);
   suite_add_tcase(suite, tests);

@@ -154,25 +154,54 @@ static void pick(const flap_layout_slice *slice, const flap_model_tensor *tensor
   }
 }
 
+static float *rig_copy_floats(const float *from, uint64_t count) {
+  float *copy = malloc(count * sizeof *copy);
+  ck_assert_ptr_nonnull(copy);
+  memcpy(copy, from, count * sizeof *copy);
+  return copy;
+}
+
+static void check_rounded(const flap_layout_slice *slice, const flap_model_tensor *tensor, const float *master,
+                          const float *rounded) {
+  for (uint64_t i = 0; i < tensor->elements; i++) {
+    const uint64_t element = tensor->offset + i;
+    if (element < slice->first_element || element >= slice->first_element + slice->elements)
+      continue;
+    if (flap_f32_bits(rig_from_f16(rig_to_f16(master[i]))) != flap_f32_bits(rounded[i]))
+      ck_abort_msg("element %llu: the fp16 weight is not its master, rounded", (unsigned long long)i);
+  }
+}
+
 void rig_read(const weights_rig *rig, const char *name, float *master, float *moment1, float *moment2) {
   uint32_t index;
   const flap_model_tensor tensor = rig_tensor(rig, name, &index);
   const flap_layout_part *part = &rig->layout.parts[index];
-  const bool halves = rig->layout.spec.shape.dtype == FLAP_BF16;
+  const flap_dtype dtype = rig->layout.spec.shape.dtype;
+  const bool halves = dtype == FLAP_BF16;
+  const uint64_t master_bytes = dtype == FLAP_BF16 ? 2 : dtype == FLAP_F16 ? 4 : 0;
   uint16_t *weights = drain(rig, part->weights);
-  check_gaps(rig, part, 0, part->elements, (const char *)weights, halves ? 2 : 4);
+  check_gaps(rig, part, 0, part->elements, (const char *)weights, dtype == FLAP_F32 ? 4 : 2);
   for (uint64_t i = 0; i < tensor.elements; i++)
-    master[i] = halves ? flap_bf16_to_f32(weights[tensor.offset + i])
-                       : ((const float *)(const void *)weights)[tensor.offset + i];
+    master[i] = dtype == FLAP_F16 ? flap_f16_to_f32(weights[tensor.offset + i])
+                : halves          ? flap_bf16_to_f32(weights[tensor.offset + i])
+                                  : ((const float *)(const void *)weights)[tensor.offset + i];
   for (uint32_t s = part->first_slice; s < part->first_slice + part->slice_count; s++) {
     const flap_layout_slice *slice = &rig->layout.slices[s];
     char *states = drain(rig, slice->states);
-    const float *first = (const float *)(const void *)(states + (halves ? slice->elements * 2 : 0));
+    const float *first = (const float *)(const void *)(states + slice->elements * master_bytes);
     const float *second = first + slice->elements;
     check_gaps(rig, part, slice->first_element, slice->elements, (const char *)first, 4);
     check_gaps(rig, part, slice->first_element, slice->elements, (const char *)second, 4);
-    if (halves)
-      check_gaps(rig, part, slice->first_element, slice->elements, states, 2);
+    if (master_bytes > 0)
+      check_gaps(rig, part, slice->first_element, slice->elements, states, master_bytes);
+    if (dtype == FLAP_F16 && moment1 != NULL) { /* the weight is its master, rounded */
+      float *rounded = rig_copy_floats(master, tensor.elements);
+      pick(slice, &tensor, (const float *)(const void *)states, master);
+      check_rounded(slice, &tensor, master, rounded);
+      free(rounded);
+    } else if (dtype == FLAP_F16) {
+      pick(slice, &tensor, (const float *)(const void *)states, master);
+    }
     pick(slice, &tensor, first, moment1);
     pick(slice, &tensor, second, moment2);
     for (uint64_t i = 0; halves && i < slice->elements; i++) {

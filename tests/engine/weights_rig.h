@@ -33,8 +33,9 @@ void rig_open(weights_rig *rig, const flap_model_config *config, flap_dtype dtyp
               const rig_placement *placement, const char *disk);
 void rig_close(weights_rig *rig);
 
-/* A tensor's master weights (with bf16: both halves joined) and moments, as the regions hold them; each an array of its
- * elements, or NULL. Gaps of all regions that this touches must be zero. */
+/* A tensor's master weights (with bf16 both halves joined) and moments, as the regions hold them; each an array of its
+ * elements, or NULL. Gaps of all regions that this touches must be zero. With fp16 and `moment1`, weights must also be
+ * their masters, rounded. */
 void rig_read(const weights_rig *rig, const char *name, float *master, float *moment1, float *moment2);
 /* The tensor in the list of its part; stores the part's index. */
 flap_model_tensor rig_tensor(const weights_rig *rig, const char *name, uint32_t *part_out);
