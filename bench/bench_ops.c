@@ -400,8 +400,8 @@ int main(int argc, char **argv) {
     return EXIT_FAILURE;
   }
   pin(pool);
-  const flap_dtype dtypes[] = {FLAP_BF16, FLAP_F32};
-  for (int i = 0; i < 2; ++i) {
+  const flap_dtype dtypes[] = {FLAP_BF16, FLAP_F16, FLAP_F32};
+  for (int i = 0; i < 3; ++i) {
     bench b = {.threads = flap_pool_threads(pool), .dtype = dtypes[i]};
     flap_device *device = NULL;
     if (open_ops(&b, pool, &device) != 0) {

@@ -29,6 +29,15 @@ static json_int_t to_json(uint64_t value) {
   return value > INT64_MAX ? INT64_MAX : (json_int_t)value;
 }
 
+static bool add_loss_scale(json_t *root, const flap_trainer_state *state) {
+  const flap_loss_scale *scale = &state->loss_scale;
+  if (scale->scale == 0)
+    return true;
+  return json_object_set_new(root, "loss_scale", flap_json_real(scale->scale)) == 0 &&
+         json_object_set_new(root, "loss_scale_good_steps", json_integer(to_json(scale->good_steps))) == 0 &&
+         json_object_set_new(root, "updates_applied", json_integer(to_json(state->step - scale->skipped))) == 0;
+}
+
 /* Numbers that use all 64 bits are texts: JSON readers have 63 or 53. */
 static flap_status write_state(const char *folder, const flap_trainer_state *state) {
   char path[FLAP_PATH_MAX], seed[32], digest[32];
@@ -39,8 +48,10 @@ static flap_status write_state(const char *folder, const flap_trainer_state *sta
       json_pack("{s:s, s:i, s:I, s:I, s:I, s:s, s:s, s:s}", "format", STATE_FORMAT, "version", STATE_VERSION,
                 "global_step", to_json(state->step), "max_steps", to_json(state->max_steps), "sequences_consumed",
                 to_json(state->cursor), "seed", seed, "dataset_digest", digest, "numerics", state->numerics);
-  if (root == NULL)
+  if (root == NULL || !add_loss_scale(root, state)) {
+    json_decref(root);
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
+  }
   const flap_status status = flap_json_write_file(path, root);
   json_decref(root);
   return status;
@@ -65,6 +76,24 @@ static flap_status read_count(const flap_json_object *root, const char *key, uin
   return FLAP_OK;
 }
 
+/* A run without a loss scale has none of these keys. */
+static flap_status parse_loss_scale(const flap_json_object *root, flap_trainer_state *state) {
+  uint64_t applied = 0;
+  FLAP_TRY(flap_json_opt_number(root, "loss_scale", 0, 1e300, 0, &state->loss_scale.scale));
+  if (state->loss_scale.scale == 0)
+    return FLAP_OK;
+  if (!flap_loss_scale_valid(state->loss_scale.scale))
+    return flap_json_error(root, "loss_scale", "%g is not a power of two between 2^-24 and 2^60",
+                           state->loss_scale.scale);
+  FLAP_TRY(read_count(root, "loss_scale_good_steps", &state->loss_scale.good_steps));
+  FLAP_TRY(read_count(root, "updates_applied", &applied));
+  if (applied > state->step)
+    return flap_json_error(root, "updates_applied", "%llu is more than the %llu steps in global_step",
+                           (unsigned long long)applied, (unsigned long long)state->step);
+  state->loss_scale.skipped = state->step - applied;
+  return FLAP_OK;
+}
+
 static flap_status parse_state(const flap_json_object *root, flap_trainer_state *state) {
   const char *format = NULL, *numerics = NULL;
   int64_t version = 0;
@@ -84,6 +113,7 @@ static flap_status parse_state(const flap_json_object *root, flap_trainer_state 
   FLAP_TRY(read_count(root, "sequences_consumed", &state->cursor));
   FLAP_TRY(read_long(root, "seed", 10, &state->seed));
   FLAP_TRY(read_long(root, "dataset_digest", 16, &state->dataset_digest));
+  FLAP_TRY(parse_loss_scale(root, state));
   FLAP_TRY(flap_json_get_string(root, "numerics", &numerics));
   if (strlen(numerics) >= FLAP_NUMERICS_MAX)
     return flap_json_error(root, "numerics", "is longer than %d bytes", FLAP_NUMERICS_MAX - 1);

@@ -8,6 +8,7 @@
 #define FLAP_ENGINE_CHECKPOINT_H
 
 #include "engine/layout.h"
+#include "engine/loss_scale.h"
 #include "io/formats/tokenizer.h"
 
 #ifdef __cplusplus
@@ -18,11 +19,12 @@ extern "C" {
 
 /* trainer_state.json, all that a resumed run must know beside weights and states. */
 typedef struct flap_trainer_state {
-  uint64_t step;      /* done; also AdamW's t */
+  uint64_t step;      /* done; less those that were skipped, AdamW's t */
   uint64_t max_steps; /* of the run that saved; for people */
   uint64_t cursor;    /* training sequences consumed */
   uint64_t seed;
   uint64_t dataset_digest;
+  flap_loss_scale loss_scale;       /* all zero but with fp16 */
   char numerics[FLAP_NUMERICS_MAX]; /* the numerics key */
 } flap_trainer_state;
 

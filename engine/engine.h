@@ -23,9 +23,9 @@ extern "C" {
 
 /* Classes of regions, in the order of tables. */
 typedef enum flap_region_class {
-  FLAP_CLASS_WEIGHTS,       /* of the layers: bf16 halves of the master, or fp32 */
+  FLAP_CLASS_WEIGHTS,       /* of the layers: bf16 halves of the master, fp16, or fp32 */
   FLAP_CLASS_VOCABULARY,    /* weights of embedding and head */
-  FLAP_CLASS_STATES,        /* optimizer slices: low halves and moments */
+  FLAP_CLASS_STATES,        /* optimizer slices: the rest of the master, and moments */
   FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
   FLAP_CLASS_GRADIENT_SUMS, /* fp32, of the layers */
   FLAP_CLASS_VOCABULARY_SUMS,
@@ -114,8 +114,10 @@ FLAP_CHECKED flap_status flap_engine_knee(const flap_run_config *config, flap_kn
 typedef struct flap_step_report {
   uint64_t step, max_steps; /* step counts from 1 */
   double epoch;
-  double loss;      /* mean over the step's tokens */
-  double grad_norm; /* before clipping */
+  double loss;       /* mean over the step's tokens */
+  double grad_norm;  /* before clipping; neither is finite where fp16 overflowed */
+  double loss_scale; /* with fp16, of this step; else 0 */
+  bool skipped;      /* with fp16: it overflowed, and nothing was updated */
   double learning_rate;
   uint64_t tokens;
   double step_seconds, tokens_per_second, mfu; /* mfu: of the machine's matmul rate */
@@ -123,7 +125,7 @@ typedef struct flap_step_report {
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   double eta_seconds;
-  bool logged; /* a logging step: also a line in metrics.jsonl */
+  bool logged; /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
 
 typedef struct flap_eval_report {
@@ -140,7 +142,8 @@ typedef struct flap_peaks {
 } flap_peaks;
 
 typedef struct flap_train_result {
-  uint64_t steps; /* done, those before a resume included */
+  uint64_t steps;         /* done, those before a resume included */
+  uint64_t skipped_steps; /* of these; with fp16 only */
   bool interrupted;
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
@@ -190,7 +193,8 @@ FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const
                                             flap_sample_fn emit, void *context);
 
 /* A checkpoint or model folder to a plain Hugging Face folder (weights, config, tokenizer; no optimizer states),
- * sharded by max_shard_bytes, in `dtype`. The target must not exist. */
+ * sharded by max_shard_bytes, in `dtype`: weights of another type are rounded from their masters where the folder is a
+ * checkpoint. The target must not exist. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
                                             uint64_t max_shard_bytes);
 

@@ -49,10 +49,15 @@ static void embed(flap_executor *x, const flap_op *op) {
                    address(x, op->operand[1]));
 }
 
+/* What losses are multiplied by, and gradients with them. */
+static double scale_of(const flap_executor *x) {
+  return x->loss_scale.scale > 0 ? x->loss_scale.scale : 1;
+}
+
 static void head(flap_executor *x, const flap_op *op) {
   const uint64_t first = op->micro_batch * tokens_of(x), projection = flap_model_head_projection(x->run.config);
   const bool backward = op->operand[3] != FLAP_OPERAND_NONE;
-  const float scale = (float)(1.0 / (double)x->input->counted);
+  const float scale = (float)(scale_of(x) / (double)x->input->counted);
   flap_model_head_loss(&x->run, address(x, op->operand[0]), weights_at(x, op->operand[1], projection),
                        address(x, op->operand[2]), x->device.targets + first, scale, x->device.losses + first,
                        address(x, op->operand[3]), backward ? sums_at(x, op->operand[4], 0) : NULL,
@@ -67,14 +72,17 @@ static void store_gradient(flap_executor *x, const flap_op *op) {
                           slice->elements);
 }
 
+/* The update of a skipped step leaves what its leases hold as it is. */
 static void adamw(flap_executor *x, const flap_op *op) {
   const flap_layout_slice *slice = &x->layout->slices[op->index];
   const flap_dtype dtype = x->run.shape.dtype;
   unsigned char *states = address(x, op->operand[1]);
   flap_assert(x->has_update);
+  if (x->skips)
+    return;
   flap_ops_adamw(
       x->ops, &x->adamw, dtype, x->layout->spec.gradient_dtype, weights_at(x, op->operand[0], slice->first_element),
-      dtype == FLAP_F32 ? NULL : (int16_t *)(void *)states,
+      flap_layout_state_format(dtype).master_bytes > 0 ? states : NULL,
       (float *)(void *)(states + flap_layout_moment1_offset(x->layout, slice->elements)),
       (float *)(void *)(states + flap_layout_moment2_offset(x->layout, slice->elements)), address(x, op->operand[2]),
       x->host.decay + op->index * x->host.decay_stride, x->device.fault, slice->elements);
@@ -104,12 +112,15 @@ static const char *part_name(const flap_layout_part *part, char *buffer, size_t 
 }
 
 static flap_status not_finite(const flap_executor *x, const char *what, uint32_t part) {
-  char name[32];
+  char name[32], advice[96] = "";
+  if (x->loss_scale.scale > 0)
+    (void)snprintf(advice, sizeof advice, ", even at the loss scale of %g (fp16_min_scale): use bf16, or",
+                   x->loss_scale.scale);
   return flap_error_set(FLAP_NUMERIC,
-                        "step %llu: %s %s not finite (NaN or infinity), first in %s: lower learning_rate, set "
+                        "step %llu: %s %s not finite (NaN or infinity), first in %s%s lower learning_rate, set "
                         "max_grad_norm or more warmup_steps, or look at the data",
                         (unsigned long long)x->input->step + 1, what, strcmp(what, "the loss") == 0 ? "is" : "are",
-                        part_name(&x->layout->parts[part], name, sizeof name));
+                        part_name(&x->layout->parts[part], name, sizeof name), advice[0] ? advice : ":");
 }
 
 /* Backward runs from the head down, so the highest part with such a gradient is where it began. */
@@ -125,8 +136,9 @@ static flap_status gradients_not_finite(const flap_executor *x) {
 
 static bool all_finite(const void *memory, flap_dtype dtype, uint64_t elements) {
   for (uint64_t i = 0; i < elements; i++) {
-    const float value =
-        dtype == FLAP_F32 ? ((const float *)memory)[i] : flap_bf16_to_f32(((const uint16_t *)memory)[i]);
+    const float value = dtype == FLAP_F32   ? ((const float *)memory)[i]
+                        : dtype == FLAP_F16 ? flap_f16_to_f32(((const uint16_t *)memory)[i])
+                                            : flap_bf16_to_f32(((const uint16_t *)memory)[i]);
     if (!isfinite(value))
       return false;
   }
@@ -171,9 +183,14 @@ static flap_status check_fault(flap_executor *x) {
   if (fault == 0)
     return FLAP_OK;
   return flap_error_set(FLAP_NUMERIC,
-                        "step %llu: the optimizer would make a weight infinite or NaN: lower learning_rate, or set "
+                        "step %llu: the optimizer would make a weight infinite or NaN%s: lower learning_rate, or set "
                         "max_grad_norm",
-                        (unsigned long long)x->input->step + 1);
+                        (unsigned long long)x->input->step + 1,
+                        x->run.shape.dtype == FLAP_F16 ? " (in float16, which ends at 65504)" : "");
+}
+
+static bool is_finite(const flap_executor_result *result) {
+  return isfinite(result->loss_sum) && isfinite(result->grad_norm);
 }
 
 /* The gradients are complete: their norm, the clip coefficient, and the scalars of the update. */
@@ -184,14 +201,19 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
   double squares = 0;
   for (uint64_t i = 0; i < x->layout->block_count; i++)
     squares += (double)x->host.block_squares[i];
-  result->grad_norm = sqrt(squares);
+  result->grad_norm = sqrt(squares) / scale_of(x);
+  result->loss_scale = x->loss_scale.scale;
   x->has_update = true;
+  x->skips = false;
   if (x->config == NULL)
     return FLAP_OK; /* a simulation */
-  if (!isfinite(result->loss_sum) || !isfinite(result->grad_norm))
-    return FLAP_OK; /* the caller stops the run: there is no update to scale */
+  if (!is_finite(result))
+    return FLAP_OK; /* there is no update to scale: the caller skips it, or stops the run */
   const double clip = flap_schedule_clip(x->config->max_grad_norm, result->grad_norm);
-  flap_schedule_adamw(x->config, x->input->learning_rate, clip, x->input->step, &x->adamw);
+  flap_schedule_adamw(x->config, x->input->learning_rate, clip / scale_of(x), x->input->step - x->loss_scale.skipped,
+                      &x->adamw);
+  if (x->loss_scale.scale > 0)
+    flap_loss_scale_good(x->config, &x->loss_scale);
   return FLAP_OK;
 }
 
@@ -290,6 +312,18 @@ static bool is_forward(const flap_op *op) {
   return op->kind == FLAP_OP_EMBED || op->kind == FLAP_OP_LAYER_FORWARD || op->kind == FLAP_OP_HEAD;
 }
 
+/* With fp16 a smaller loss scale may help, and the step is skipped. Otherwise the run ends here. */
+static flap_status overflowed(flap_executor *x, flap_executor_result *result) {
+  if (x->loss_scale.scale > 0 && flap_loss_scale_back_off(x->config, &x->loss_scale)) {
+    x->skips = result->skipped = true;
+    return FLAP_OK;
+  }
+  if (isfinite(result->loss_sum))
+    return gradients_not_finite(x);
+  x->mode = FLAP_EXECUTE_NOTHING; /* the rest of the program would spoil the weights; then the forward is searched */
+  return FLAP_OK;
+}
+
 static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_result *result) {
   if (x->mode == FLAP_EXECUTE_NOTHING || (x->mode == FLAP_EXECUTE_UPDATE && op->kind != FLAP_OP_ADAMW))
     return FLAP_OK;
@@ -305,10 +339,7 @@ static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_re
   FLAP_TRY(perform(x, op, result));
   if (x->timed)
     flap_executor_trace(x->trace, label_of(op), started_ns, flap_units_now_ns());
-  if (op->kind != FLAP_OP_NORM || isfinite(result->loss_sum))
-    return op->kind == FLAP_OP_NORM && !isfinite(result->grad_norm) ? gradients_not_finite(x) : FLAP_OK;
-  x->mode = FLAP_EXECUTE_NOTHING; /* the rest of the program would spoil the weights; then the forward is searched */
-  return FLAP_OK;
+  return op->kind == FLAP_OP_NORM && !is_finite(result) ? overflowed(x, result) : FLAP_OK;
 }
 
 static flap_status run_ops(flap_executor *x, flap_setup_program which, flap_executor_result *result) {
@@ -421,6 +452,8 @@ flap_status flap_executor_open(flap_executor *x) {
                             .rope_table = x->device.rope_table,
                             .workspace = x->device.model_workspace};
   x->hidden_buffers = flap_program_hidden_buffers(x->layout);
+  if (x->config != NULL && spec->mode == FLAP_MODE_TRAIN)
+    flap_loss_scale_begin(spec->shape.dtype, x->config, &x->loss_scale);
   flap_device *device = flap_ops_device(x->ops);
   x->timed = flap_device_get_kind(device) == FLAP_DEVICE_CPU;
   const uint32_t positions = spec->mode == FLAP_MODE_SAMPLE ? spec->cache_positions : spec->shape.sequence;

@@ -8,6 +8,7 @@
 #define FLAP_ENGINE_EXECUTOR_H
 
 #include "engine/buffers.h"
+#include "engine/loss_scale.h"
 #include "engine/setup.h"
 
 #ifdef __cplusplus
@@ -28,7 +29,9 @@ typedef struct flap_executor_input {
 typedef struct flap_executor_result {
   double loss; /* mean over the counted tokens */
   double loss_sum;
-  double grad_norm;    /* before clipping; steps only */
+  double grad_norm;    /* before clipping, without the loss scale; steps only */
+  double loss_scale;   /* of the step; 0: not scaled */
+  bool skipped;        /* a step of fp16 whose loss or gradients are not finite: its update will change nothing */
   const float *logits; /* (V), of the last token; sampling only; until the next run */
 } flap_executor_result;
 
@@ -43,6 +46,8 @@ typedef struct flap_executor {
   flap_host_buffers host;
   struct flap_trace *trace; /* or NULL */
   bool timed;               /* launches are over when they return, so their times go to the trace */
+  /* of the next step; begun by flap_executor_open, set by the owner who resumes a run */
+  flap_loss_scale loss_scale;
 
   /* its own */
   flap_model_run run;
@@ -51,8 +56,8 @@ typedef struct flap_executor {
   uint32_t queued;
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* as of the last stall that was traced */
   const flap_executor_input *input;
-  flap_adamw adamw; /* of the update that is pending */
-  bool has_update;
+  flap_adamw adamw;       /* of the update that is pending */
+  bool has_update, skips; /* skips: the pending update is a skipped step's */
   enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH, FLAP_EXECUTE_UPDATE } mode;
 } flap_executor;
 
@@ -65,7 +70,8 @@ void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t star
 /* Queues a program, at most two, so that its first transfers begin while the one before still computes. */
 FLAP_CHECKED flap_status flap_executor_begin(flap_executor *executor, flap_setup_program program);
 /* Runs the oldest queued program to its end. FLAP_NUMERIC names the step and the layer where a value stopped being
- * finite; the executor is of no use then. */
+ * finite; the executor is of no use then. With fp16 that is so only at the least loss scale: above it the step is
+ * skipped. */
 FLAP_CHECKED flap_status flap_executor_run(flap_executor *executor, const flap_executor_input *input,
                                            flap_executor_result *result_out);
 /* Runs the queued program for its folded update alone: a step that was begun but is not wanted any more. */

@@ -1,6 +1,7 @@
 #include "engine/run_config.h"
 
 #include "base/units.h"
+#include "engine/loss_scale.h"
 
 #include <jansson.h>
 #include <math.h>
@@ -28,6 +29,9 @@ void flap_run_config_defaults(flap_run_config *config) {
   config->adam_epsilon = 1e-8;
   config->max_grad_norm = 1.0;
   config->bf16 = true;
+  config->fp16_init_scale = 65536; /* this and the interval are torch.amp.GradScaler's */
+  config->fp16_min_scale = 1;
+  config->fp16_growth_interval = 2000;
   config->gradient_dtype = FLAP_BF16;
   config->activations = FLAP_ACTIVATIONS_AUTO;
   config->seed = 42;
@@ -83,6 +87,20 @@ static flap_status check_steps(const flap_run_config *config) {
   return FLAP_OK;
 }
 
+static flap_status check_loss_scale(const flap_run_config *config) {
+  static const char power[] = "must be a power of two between 2^-24 and 2^60";
+  if (!flap_loss_scale_valid(config->fp16_init_scale))
+    return flap_error_set(FLAP_INVALID, "fp16_init_scale: %g %s", config->fp16_init_scale, power);
+  if (!flap_loss_scale_valid(config->fp16_min_scale))
+    return flap_error_set(FLAP_INVALID, "fp16_min_scale: %g %s", config->fp16_min_scale, power);
+  if (config->fp16_min_scale > config->fp16_init_scale)
+    return flap_error_set(FLAP_INVALID, "fp16_min_scale: %g is more than fp16_init_scale, %g", config->fp16_min_scale,
+                          config->fp16_init_scale);
+  if (config->fp16_growth_interval < 1)
+    return flap_error_set(FLAP_INVALID, "fp16_growth_interval: must be at least 1");
+  return FLAP_OK;
+}
+
 static flap_status check_optimizer(const flap_run_config *config) {
   if (!between(config->learning_rate, 0, 1e6))
     return flap_error_set(FLAP_INVALID, "learning_rate: %g must be 0 or more", config->learning_rate);
@@ -100,9 +118,7 @@ static flap_status check_optimizer(const flap_run_config *config) {
     return flap_error_set(FLAP_INVALID, "max_grad_norm: %g must be 0 (no clipping) or more", config->max_grad_norm);
   if (config->bf16 && config->fp16)
     return flap_error_set(FLAP_INVALID, "fp16: contradicts bf16: at most one of them can be true");
-  if (config->fp16)
-    return flap_error_set(FLAP_UNSUPPORTED,
-                          "fp16: not supported yet: use bf16: true, or set both to false to train in fp32");
+  FLAP_TRY(check_loss_scale(config));
   if (config->gradient_dtype != FLAP_BF16 && config->gradient_dtype != FLAP_F32)
     return flap_error_set(FLAP_INVALID, "gradient_dtype: must be bf16 or fp32");
   return FLAP_OK;

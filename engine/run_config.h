@@ -86,10 +86,13 @@ typedef struct flap_run_config {
   uint64_t warmup_steps; /* wins over warmup_ratio when > 0 */
   double warmup_ratio;
   double weight_decay, adam_beta1, adam_beta2, adam_epsilon;
-  double max_grad_norm;         /* 0: no clipping */
-  bool bf16, fp16;              /* both false: everything fp32 */
-  flap_dtype gradient_dtype;    /* FLAP_BF16 or FLAP_F32; with fp32 weights always FLAP_F32 */
-  flap_activations activations; /* gradient_checkpointing: true means recompute */
+  double max_grad_norm;          /* 0: no clipping */
+  bool bf16, fp16;               /* both false: everything fp32 */
+  double fp16_init_scale;        /* of the loss, with fp16: powers of two */
+  double fp16_min_scale;         /* an overflow at this one ends the run */
+  uint64_t fp16_growth_interval; /* good steps in a row that double it */
+  flap_dtype gradient_dtype;     /* FLAP_BF16 or FLAP_F32; with fp32 weights always FLAP_F32 */
+  flap_activations activations;  /* gradient_checkpointing: true means recompute */
   uint64_t seed;
 
   /* reporting and saving */

@@ -65,9 +65,9 @@ double flap_schedule_clip(double max_grad_norm, double norm) {
   return coefficient < 1 ? coefficient : 1;
 }
 
-void flap_schedule_adamw(const flap_run_config *config, double learning_rate, double clip, uint64_t step,
+void flap_schedule_adamw(const flap_run_config *config, double learning_rate, double gradient_scale, uint64_t update,
                          flap_adamw *scalars_out) {
-  const double t = (double)step + 1;
+  const double t = (double)update + 1;
   *scalars_out = (flap_adamw){
       .learning_rate = (float)learning_rate,
       .beta1 = (float)config->adam_beta1,
@@ -78,6 +78,6 @@ void flap_schedule_adamw(const flap_run_config *config, double learning_rate, do
       .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(config->adam_beta2, t))),
       .epsilon = (float)config->adam_epsilon,
       .decay = (float)(1 - learning_rate * config->weight_decay),
-      .gradient_scale = (float)clip,
+      .gradient_scale = (float)gradient_scale,
   };
 }

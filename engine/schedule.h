@@ -20,14 +20,17 @@ uint64_t flap_schedule_steps(const flap_run_config *config, uint64_t sequences, 
 /* warmup_steps if given, else ceil(warmup_ratio * steps). May be more than `steps`: then the run ends warming up. */
 uint64_t flap_schedule_warmup(const flap_run_config *config, uint64_t steps);
 /* The learning rate of step `step` (from 0) of `steps`, as transformers.get_scheduler gives it for lr_scheduler_type.
+ * Skipped steps do not count in `step`, as they do not in the Trainer, whose scheduler stands still when the optimizer
+ * did nothing: after k of them a run ends k steps before the schedule does.
  * All but the constant schedule rise from 0 at step 0 to learning_rate at step warmup_steps, linearly; the constant one
  * has no warm-up, whatever warmup_steps is. Linear and cosine then fall to 0 at step `steps`, which is never taken. */
 double flap_schedule_learning_rate(const flap_run_config *config, uint64_t warmup_steps, uint64_t steps, uint64_t step);
 /* max_grad_norm / (norm + 1e-6) where that is below 1, as torch.nn.utils.clip_grad_norm_; otherwise, and for
  * max_grad_norm 0, exactly 1. The norm is finite: whoever measured it has refused anything else. */
 double flap_schedule_clip(double max_grad_norm, double norm);
-/* The scalars of step `step` (from 0; AdamW's t is step + 1), each computed in fp64 and rounded once to fp32. */
-void flap_schedule_adamw(const flap_run_config *config, double learning_rate, double clip, uint64_t step,
+/* The scalars of update `update` (from 0; AdamW's t is update + 1), each computed in fp64 and rounded once to fp32.
+ * `gradient_scale`: the clip coefficient, over the loss scale where there is one. */
+void flap_schedule_adamw(const flap_run_config *config, double learning_rate, double gradient_scale, uint64_t update,
                          flap_adamw *scalars_out);
 
 #ifdef __cplusplus

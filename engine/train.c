@@ -126,7 +126,15 @@ static flap_status fill_regions(trainer *t) {
                           "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
                           "max_steps or num_train_epochs",
                           t->resume_folder, (unsigned long long)t->step, (unsigned long long)t->steps);
-  return flap_weights_resume(pager, layout, t->resume_folder);
+  FLAP_TRY(flap_weights_resume(pager, layout, t->resume_folder));
+  if ((t->state.loss_scale.scale > 0) != (layout->spec.shape.dtype == FLAP_F16))
+    return flap_error_set(
+        FLAP_INVALID,
+        "resume_from_checkpoint: trainer_state.json in %s %s a loss_scale, but its weights are %s: it "
+        "was changed by hand, or is another checkpoint's",
+        t->resume_folder, t->state.loss_scale.scale > 0 ? "has" : "has no", flap_dtype_name(layout->spec.shape.dtype));
+  t->runtime.executor.loss_scale = t->state.loss_scale;
+  return FLAP_OK;
 }
 
 static flap_status open_run(trainer *t) {
@@ -165,6 +173,7 @@ flap_status trainer_save(trainer *t) {
                               .max_steps = t->steps,
                               .cursor = t->cursor,
                               .seed = t->config->seed,
+                              .loss_scale = t->runtime.executor.loss_scale,
                               .dataset_digest = flap_dataset_digest(t->dataset)};
   const uint64_t started_ns = flap_units_now_ns();
   numerics_key(t, state.numerics);
@@ -236,6 +245,7 @@ static flap_status finish(trainer *t) {
   FLAP_TRY(flap_trace_write(t->runtime.lists.trace, path));
   FLAP_TRY(flap_metrics_sync(t->metrics));
   t->result->steps = t->step;
+  t->result->skipped_steps = t->runtime.executor.loss_scale.skipped;
   if (t->result->interrupted || !t->config->export_final)
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));

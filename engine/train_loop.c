@@ -85,6 +85,10 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   flap_metrics_add_number(m, "loss", report->loss);
   flap_metrics_add_number(m, "grad_norm", report->grad_norm);
   flap_metrics_add_number(m, "learning_rate", report->learning_rate);
+  if (report->loss_scale > 0) {
+    flap_metrics_add_number(m, "loss_scale", report->loss_scale);
+    flap_metrics_add_bool(m, "skipped", report->skipped);
+  }
   flap_metrics_add_number(m, "tokens_per_second", report->tokens_per_second);
   flap_metrics_add_number(m, "mfu", report->mfu);
   flap_metrics_add_number(m, "step_seconds", report->step_seconds);
@@ -111,6 +115,8 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
                              .epoch = (double)t->cursor / (double)t->sequences,
                              .loss = result->loss,
                              .grad_norm = result->grad_norm,
+                             .loss_scale = result->loss_scale,
+                             .skipped = result->skipped,
                              .learning_rate = learning_rate,
                              .tokens = plan->tokens_per_step,
                              .step_seconds = seconds,
@@ -122,7 +128,7 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
     report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
     report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
   }
-  report.logged = t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
+  report.logged = result->skipped || t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
   if (report.logged)
     FLAP_TRY(write_metrics(t, &report));
   if (t->observer.stepped != NULL)
@@ -135,9 +141,10 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
 /* Runs the queued step; `rests`: nothing is queued behind it. */
 static flap_status run_step(trainer *t, flap_setup_program program, bool rests, uint64_t *ended_ns) {
   flap_executor_result result;
+  const uint64_t updates = t->step - t->runtime.executor.loss_scale.skipped; /* before this step */
   flap_executor_input input = {.step = t->step,
                                .counted = t->step_sequences * t->config->cutoff_len,
-                               .learning_rate = flap_schedule_learning_rate(t->config, t->warmup, t->steps, t->step)};
+                               .learning_rate = flap_schedule_learning_rate(t->config, t->warmup, t->steps, updates)};
   flap_pager_stats before;
   flap_pager_get_stats(t->runtime.pager, &before);
   FLAP_TRY(flap_reader_next(t->runtime.reader, &input.tokens, &input.targets));

@@ -84,9 +84,18 @@ static const flap_config_key keys[] = {
     PLAIN("adam_beta2", NUMBER, adam_beta2, "Decay of the second moment."),
     PLAIN("adam_epsilon", NUMBER, adam_epsilon, "Added to the root of the second moment."),
     PLAIN("max_grad_norm", NUMBER, max_grad_norm, "Gradients are scaled down to this global norm; 0 for no clipping."),
-    PLAIN("bf16", BOOL, bf16,
-          "bfloat16 weights and activations beside exact fp32 states. With false everything is fp32."),
-    PLAIN("fp16", BOOL, fp16, "true is not supported yet."),
+    PLAIN(
+        "bf16", BOOL, bf16,
+        "bfloat16 weights and activations beside exact fp32 states. With bf16 and fp16 both false everything is fp32."),
+    PLAIN(
+        "fp16", BOOL, fp16,
+        "float16 weights and activations beside fp32 master weights, with dynamic loss scaling: a step that overflows "
+        "is skipped, does not count for the learning rate, and halves the scale. In place of bf16."),
+    PLAIN("fp16_init_scale", NUMBER, fp16_init_scale, "With fp16, the first loss scale: a power of two."),
+    PLAIN("fp16_growth_interval", U64, fp16_growth_interval,
+          "With fp16, the loss scale doubles after so many good steps in a row."),
+    PLAIN("fp16_min_scale", NUMBER, fp16_min_scale,
+          "With fp16, the least loss scale, a power of two: a step that overflows with it ends the run."),
     WORD("gradient_dtype", gradient_dtype, gradient_words,
          "What finished gradients are rounded to (sums are fp32 always). fp32 where weights are fp32."),
     WORD("activations", activations, activation_words,

@@ -62,11 +62,14 @@ static void on_stepped(void *context, const flap_step_report *report) {
   flap_progress *progress = context;
   if (!progress->terminal && !report->logged)
     return;
-  char line[LINE_BYTES];
+  char line[LINE_BYTES], scale[48] = "";
+  if (report->loss_scale > 0)
+    (void)snprintf(scale, sizeof scale, "  scale %.9g%s", report->loss_scale, report->skipped ? ": skipped" : "");
+  /* Neither is below 0; the sign of a NaN, in a step that is skipped, would say nothing. */
   int length = snprintf(
-      line, sizeof line, "step %llu/%llu  loss %.4f  norm %.3g  lr %.3g  %s tok/s  %s of bound  ETA %s",
-      (unsigned long long)report->step, (unsigned long long)report->max_steps, report->loss, report->grad_norm,
-      report->learning_rate, flap_text_rate(report->tokens_per_second).text,
+      line, sizeof line, "step %llu/%llu  loss %.4f  norm %.3g  lr %.3g%s  %s tok/s  %s of bound  ETA %s",
+      (unsigned long long)report->step, (unsigned long long)report->max_steps, fabs(report->loss),
+      fabs(report->grad_norm), report->learning_rate, scale, flap_text_rate(report->tokens_per_second).text,
       flap_text_percent(report->bound_seconds, report->step_seconds).text, flap_text_seconds(report->eta_seconds).text);
   if (!progress->terminal) {
     fprintf(progress->out, "%s\n", line);
@@ -144,6 +147,9 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
   flap_progress_end_line(progress);
   fprintf(out, "\n%llu steps in %s\n", (unsigned long long)result->steps,
           flap_text_seconds(result->total_seconds).text);
+  if (result->skipped_steps > 0)
+    fprintf(out, "%llu of them were skipped: float16 overflowed, and the loss scale was halved\n",
+            (unsigned long long)result->skipped_steps);
   if (result->last_eval.tokens > 0) {
     fprintf(out, "held-out loss %.4f before, %.4f after; unigram entropy of the same text %.4f nats per token\n",
             result->first_eval.loss, result->last_eval.loss, result->last_eval.unigram_entropy);

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #define SECTIONS 4u
-static const char *const SECTION_NAMES[SECTIONS] = {"weight", "low half", "first moment", "second moment"};
+static const char *const SECTION_NAMES[SECTIONS] = {"weight", "rest of the master", "first moment", "second moment"};
 
 /* ---- models ---------------------------------------------------------------------------------------------- */
 
@@ -230,7 +230,7 @@ static flap_executor_input input_of(const engine_rig *rig, uint64_t step) {
   if (step < model->options.max_steps)
     input.learning_rate =
         flap_schedule_learning_rate(&model->options, flap_schedule_warmup(&model->options, model->options.max_steps),
-                                    model->options.max_steps, step);
+                                    model->options.max_steps, step - rig->runtime.executor.loss_scale.skipped);
   return input;
 }
 
@@ -248,9 +248,12 @@ static void run_step(engine_rig *rig, uint32_t step, rig_result *result) {
   ck_assert_uint_lt(result->steps, RIG_STEPS_MAX);
   MUST(flap_executor_run(&rig->runtime.executor, &input, &got));
   result->losses[result->steps] = got.loss;
+  result->loss_scales[result->steps] = got.loss_scale;
+  result->skipped[result->steps] = got.skipped ? 1 : 0;
   result->grad_norms[result->steps] = got.grad_norm;
   result->learning_rates[result->steps] = input.learning_rate;
-  result->clips[result->steps++] = flap_schedule_clip(rig->model->options.max_grad_norm, got.grad_norm);
+  result->clips[result->steps++] =
+      got.skipped ? 1 : flap_schedule_clip(rig->model->options.max_grad_norm, got.grad_norm);
 }
 
 void rig_train(engine_rig *rig, uint32_t first, uint32_t end, rig_ending ending, rig_result *result) {
@@ -320,7 +323,7 @@ void rig_run_choice(const rig_model *model, const rig_place *place, const flap_c
 /* Bytes of an element in each section. */
 static void section_widths(const rig_model *model, uint64_t widths[SECTIONS]) {
   widths[0] = flap_dtype_bytes(model->shape.dtype);
-  widths[1] = model->shape.dtype == FLAP_F32 ? 0 : 2;
+  widths[1] = model->shape.dtype == FLAP_F32 ? 0 : model->shape.dtype == FLAP_F16 ? 4 : 2;
   widths[2] = widths[3] = 4;
 }
 
@@ -473,6 +476,10 @@ const char *rig_difference(const rig_model *model, const rig_result *a, const ri
     found = list_difference("grad_norm", a->grad_norms, b->grad_norms, a->steps);
   if (*found == 0)
     found = list_difference("learning_rate", a->learning_rates, b->learning_rates, a->steps);
+  if (*found == 0)
+    found = list_difference("loss_scale", a->loss_scales, b->loss_scales, a->steps);
+  if (*found == 0)
+    found = list_difference("skipped", a->skipped, b->skipped, a->steps);
   if (*found == 0)
     found = list_difference("evaluation", a->evaluated, b->evaluated, a->evaluations);
   if (*found != 0)

@@ -72,13 +72,15 @@ flap_choice rig_choice_streaming(const rig_model *model, bool from_disk);
 
 /* ---- running --------------------------------------------------------------------------------------------- */
 
-typedef struct rig_state { /* part by part: weights, low halves (bf16 only), first moments, second moments */
+typedef struct rig_state { /* part by part: weights, low halves (bf16) or masters (fp16), first moments, second moments
+                            */
   uint64_t bytes, digest;
   unsigned char *data; /* owned */
 } rig_state;
 
 typedef struct rig_result {
   double losses[RIG_STEPS_MAX], grad_norms[RIG_STEPS_MAX], learning_rates[RIG_STEPS_MAX], clips[RIG_STEPS_MAX];
+  double loss_scales[RIG_STEPS_MAX], skipped[RIG_STEPS_MAX]; /* with fp16; skipped: 0 or 1 */
   uint32_t steps, evaluations;
   double evaluated[RIG_STEPS_MAX];
   rig_state state;
@@ -112,7 +114,8 @@ void rig_run_choice(const rig_model *model, const rig_place *place, const flap_c
 
 /* "" if every bit agrees, else what differs first; static storage. */
 const char *rig_difference(const rig_model *model, const rig_result *a, const rig_result *b);
-/* Turns one bit of a part's state over. `section`: 0 weights, 1 low halves (bf16), then the moments. At rest only. */
+/* Turns one bit of a part's state over. `section`: 0 weights, 1 low halves (bf16) or masters (fp16), then the moments.
+ * At rest only. */
 void rig_flip_bit(engine_rig *rig, uint32_t part, uint32_t section, uint64_t bit);
 /* Bytes of the open files in the rig's folders. */
 uint64_t rig_disk_file_bytes(const engine_rig *rig);

@@ -127,6 +127,7 @@ static flap_trainer_state state_of(uint64_t step) {
                               .cursor = 8 * step,
                               .seed = UINT64_MAX - step,
                               .dataset_digest = 0xfedcba9876543210u,
+                              .loss_scale = {.scale = step > 1 ? 1024 : 0, .good_steps = 7, .skipped = 2},
                               .numerics = "cpu; avx2; \"quoted\""};
 }
 
@@ -178,6 +179,7 @@ START_TEST(checkpoint_is_found_with_everything_in_it) {
   ck_assert_uint_eq(state.seed, wanted.seed);
   ck_assert_uint_eq(state.dataset_digest, wanted.dataset_digest);
   ck_assert_str_eq(state.numerics, wanted.numerics);
+  ck_assert(state.loss_scale.scale == 1024 && state.loss_scale.good_steps == 7 && state.loss_scale.skipped == 2);
   ck_assert_str_eq(folder, scratch_path("out/checkpoint-10"));
   ck_assert(!scratch_exists("out/checkpoint-10.tmp"));
   RIG_OK(flap_hf_config_read(folder, &again));
@@ -234,6 +236,7 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
 #define STATE(more)                                                                             \
   "{\"format\": \"flap-trainer-state\", \"version\": 1, \"global_step\": 2, \"max_steps\": 3, " \
   "\"sequences_consumed\": 4, \"numerics\": \"n\", " more "}"
+#define LONGS "\"seed\": \"5\", \"dataset_digest\": \"0x0\""
   static const struct {
     const char *text;
     flap_status status;
@@ -246,6 +249,11 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
       {STATE("\"seed\": \"5x\", \"dataset_digest\": \"0x0\""), FLAP_INVALID, "seed: 5x is not"},
       {STATE("\"seed\": \"99999999999999999999\", \"dataset_digest\": \"0x0\""), FLAP_INVALID, "seed: 9999"},
       {STATE("\"seed\": \"5\""), FLAP_INVALID, "dataset_digest: this key is missing"},
+      {STATE(LONGS ", \"loss_scale\": 3"), FLAP_INVALID, "loss_scale: 3 is not a power of two"},
+      {STATE(LONGS ", \"loss_scale\": -1"), FLAP_INVALID, "loss_scale: "},
+      {STATE(LONGS ", \"loss_scale\": 4"), FLAP_INVALID, "loss_scale_good_steps: this key is missing"},
+      {STATE(LONGS ", \"loss_scale\": 4, \"loss_scale_good_steps\": 1, \"updates_applied\": 3"), FLAP_INVALID,
+       "updates_applied: 3 is more than the 2 steps"},
       {"{", FLAP_INVALID, "trainer_state.json:1:"},
   };
   char folder[FLAP_PATH_MAX];

@@ -88,7 +88,7 @@ static void draw_model(random_source *r, rig_model *m) {
                           .high_freq_factor = 4,
                           .original_max_position = 16};
   MUST(flap_model_finish_config(c));
-  m->shape.dtype = one_in(r, 3) ? FLAP_F32 : FLAP_BF16;
+  m->shape.dtype = one_in(r, 3) ? FLAP_F32 : one_in(r, 3) ? FLAP_F16 : FLAP_BF16;
   m->gradient_dtype = m->shape.dtype == FLAP_F32 || one_in(r, 4) ? FLAP_F32 : FLAP_BF16;
   m->shape.batch = between(r, 1, 3);
   m->shape.sequence = between(r, 2, 20);

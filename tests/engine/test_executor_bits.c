@@ -5,6 +5,7 @@
 
 #include "base/units.h"
 
+#include <math.h>
 #include <string.h>
 
 #define LAYERS 3u
@@ -16,12 +17,16 @@ typedef struct numerics {
   const char *name;
   flap_dtype dtype, gradient_dtype;
   bool tied, bias;
+  double init_scale; /* of fp16: the losses' */
 } numerics;
 
-static const numerics NUMERICS[] = {{"bf16", FLAP_BF16, FLAP_BF16, true, true},
-                                    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false},
-                                    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true},
-                                    {"fp32", FLAP_F32, FLAP_F32, true, false}};
+static const numerics NUMERICS[] = {{"bf16", FLAP_BF16, FLAP_BF16, true, true, 0},
+                                    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0},
+                                    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0},
+                                    {"fp32", FLAP_F32, FLAP_F32, true, false, 0},
+                                    {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536},
+                                    {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20}};
+#define OVERFLOWING (NUMERICS_COUNT - 1)
 #define NUMERICS_COUNT ((int)(sizeof NUMERICS / sizeof *NUMERICS))
 
 static rig_model models[NUMERICS_COUNT];
@@ -142,6 +147,10 @@ static void record_references(void) {
     model->micro_batches = MICRO_BATCHES;
     model->shape.dtype = NUMERICS[i].dtype;
     model->gradient_dtype = NUMERICS[i].gradient_dtype;
+    if (NUMERICS[i].dtype == FLAP_F16) {
+      model->options.fp16_init_scale = NUMERICS[i].init_scale;
+      model->options.fp16_growth_interval = 2;
+    }
     rig_model_random_data(model);
     flap_choice choice = rig_choice_resident(model);
     choice.sweep = true;
@@ -180,11 +189,20 @@ START_TEST(the_references_have_trained) {
     const rig_result *r = &references[i];
     ck_assert_uint_eq(r->steps, 5);
     ck_assert_uint_eq(r->evaluations, 3);
-    ck_assert(r->clips[0] < 1);                    /* clipping takes part */
-    ck_assert(r->evaluated[0] == r->evaluated[1]); /* the first step of a warm-up has rate 0 */
+    ck_assert(r->clips[0] < 1 || i == OVERFLOWING); /* clipping takes part */
+    ck_assert(r->evaluated[0] == r->evaluated[1]);  /* the first step of a warm-up has rate 0 */
     ck_assert(r->evaluated[0] != r->evaluated[2]);
-    for (uint32_t step = 0; step < r->steps; step++)
-      ck_assert(r->losses[step] > 1 && r->losses[step] < 20 && r->grad_norms[step] > 0.01);
+    uint32_t skipped = 0, grown = 0;
+    for (uint32_t step = 0; step < r->steps; step++) {
+      ck_assert(r->losses[step] > 1 && r->losses[step] < 20);
+      ck_assert(r->skipped[step] != 0 ? !isfinite(r->grad_norms[step]) : r->grad_norms[step] > 0.01);
+      ck_assert((r->loss_scales[step] > 0) == (NUMERICS[i].dtype == FLAP_F16));
+      skipped += r->skipped[step] != 0;
+      grown += step > 0 && r->loss_scales[step] > r->loss_scales[step - 1];
+    }
+    /* Of a scale that is too large some steps are skipped, others are not, and it grows again. */
+    ck_assert(i == OVERFLOWING ? skipped > 1 && skipped < r->steps : skipped == 0);
+    ck_assert((grown > 0) == (NUMERICS[i].dtype == FLAP_F16));
     for (int j = 0; j < i; j++)
       ck_assert_uint_ne(r->state.digest, references[j].state.digest);
   }

@@ -238,7 +238,9 @@ ROWS = [
     ("sequences beyond the model's positions", ["train", "run.yaml", "cutoff_len=65"],
      ["cutoff_len", "65", "64", "max_position_embeddings"]),
     ("unknown device", ["train", "run.yaml", "device=gpu"], ["device: wanted one of auto, cpu, cuda, found gpu"]),
-    ("fp16", ["train", "run.yaml", "fp16=true", "bf16=false"], ["fp16: not supported yet: use bf16"]),
+    ("fp16 beside bf16", ["train", "run.yaml", "fp16=true", "bf16=true"], ["fp16: contradicts bf16"]),
+    ("loss scale that is no power of two", ["train", "run.yaml", "fp16=true", "fp16_init_scale=1000"],
+     ["fp16_init_scale: 1000 must be a power of two"]),
     ("model twice", ["train", "run.yaml", "model_name_or_path=good"], ["model_name_or_path: contradicts model"]),
     # YAML
     ("no such configuration", ["train", "nothing.yaml"], [r"nothing\.yaml: cannot open"]),

@@ -139,14 +139,14 @@ class Bits(unittest.TestCase):
                 *[each for each in overrides if each != "DISKS=3"]]
 
     def read(self, out):
-        """Losses and norms by step, held-out losses by step, and the bytes of the model."""
+        """Losses, norms and loss scales by step, held-out losses by step, and the bytes of the model."""
         losses, evals = {}, {}
         with open(os.path.join(self.folder, out, "metrics.jsonl")) as file:
             for line in map(json.loads, file):
                 if "eval_loss" in line:
                     evals[line["step"]] = line["eval_loss"]
                 else:
-                    losses[line["step"]] = (line["loss"], line["grad_norm"])
+                    losses[line["step"]] = (line["loss"], line["grad_norm"], line.get("loss_scale"), line.get("skipped"))
         with open(os.path.join(self.folder, out, "model.safetensors"), "rb") as file:
             return losses, evals, file.read()
 
@@ -207,19 +207,21 @@ class Bits(unittest.TestCase):
         self.assertTrue(model == reference[2], f"{name}: model.safetensors differs")
         return evals
 
-    def reference(self, tag, common):
+    def reference(self, tag, common, skipped=()):
+        skipped = list(skipped)
         plan = self.train("roomy", common, f"{tag}-roomy")
         self.assertEqual(set(plan["lane_bytes"].values()), {0})
         reference = self.read(f"{tag}-roomy")
         self.assertEqual((sorted(reference[0]), sorted(reference[1])), (list(range(1, STEPS + 1)), [0, STEPS]))
         self.assertLess(reference[1][STEPS], reference[1][0] - 1)  # it learns, and the losses are not all alike
-        self.assertEqual(len({loss for loss, _ in reference[0].values()}), STEPS)
-        norms = sorted(norm for _, norm in reference[0].values())
-        self.assertTrue(norms[0] < 2.5 < norms[-1], norms)  # some steps are clipped, others not
+        self.assertEqual(len({step[0] for step in reference[0].values()}), STEPS)
+        self.assertEqual([number for number, step in reference[0].items() if step[3]], skipped)
+        norms = sorted(step[1] for number, step in reference[0].items() if number not in skipped)
+        self.assertTrue((norms[0] < 2.5 or skipped) and 2.5 < norms[-1], norms)  # some are clipped, others not
         return reference
 
-    def suite(self, tag, common, names):
-        reference = self.reference(tag, common)
+    def suite(self, tag, common, names, skipped=()):
+        reference = self.reference(tag, common, skipped)
 
         def case(number, name):
             out = f"{tag}-{number}"
@@ -285,12 +287,27 @@ class Bits(unittest.TestCase):
     def test_everything_in_fp32(self):
         self.suite("full", ["bf16=false"], FEW)
 
+    def test_everything_in_fp16(self):
+        common = ["fp16=true"]
+        reference = self.suite("fp16", common, FEW)
+        self.assertEqual({step[2:] for step in reference[0].values()}, {(65536, False)})
+
+    def test_fp16_with_skipped_steps(self):
+        """Overflow at first, then a scale that fits, that grows after two good steps and is too large again. The checkpoint
+        is between the two good steps, and is continued past the next overflow."""
+        common = ["fp16=true", "fp16_init_scale=4194304", "fp16_growth_interval=2", "gradient_dtype=fp32"]
+        reference = self.suite("skips", common, FEW, skipped=[1, 2, 5])
+        million = 1 << 20
+        self.assertEqual([reference[0][step][2] for step in range(1, STEPS + 1)],
+                         [4 * million, 2 * million, million, million, 2 * million, million])
+        self.check_resume("skips", common, reference)
+
     def test_what_does_change_the_numbers_is_seen(self):
         """The comparison can fail: another seed, another rounding, another order of the additions."""
         seen = [self.reference(f"other-{number}", overrides) for number, overrides in
-                enumerate([[], ["seed=43"], ["gradient_dtype=fp32"], ["bf16=false"]])]
+                enumerate([[], ["seed=43"], ["gradient_dtype=fp32"], ["bf16=false"], ["fp16=true"]])]
         for which in (2, 0):
-            self.assertEqual(len({str(each[which]) for each in seen}), 4)
+            self.assertEqual(len({str(each[which]) for each in seen}), 5)
         for other in seen[1:]:
             self.assertNotEqual(other[1][STEPS], seen[0][1][STEPS])
             with self.assertRaises(self.failureException):

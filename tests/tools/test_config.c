@@ -266,13 +266,34 @@ END_TEST
 START_TEST(config_what_is_not_supported_says_what_is) {
   refuse_base("optim: adamw_8bit\n", "run.yaml:4: optim: adamw_8bit is not supported yet: use adamw");
   refuse_base("optim: sgd\n", "optim: wanted adamw, found sgd");
-  refuse_base("fp16: true\n", "run.yaml:4: fp16: not supported yet: use bf16: true");
-  refuse_base("bf16: true\nfp16: true\n", "run.yaml:5: fp16: contradicts bf16");
   refuse_base("packing: false\n", "run.yaml:4: packing: false is not supported yet");
   refuse_base("neat_packing: true\n", "run.yaml:4: neat_packing: true is not supported yet: use packing: true");
   refuse_base("template: llama3\n", "run.yaml:4: template: llama3: chat templates are not supported yet");
   refuse_base("report_to: wandb\n", "run.yaml:4: report_to: wandb is not supported: use none");
   refuse_base("report_to: [none, wandb]\n", "report_to: none is not supported");
+}
+END_TEST
+
+START_TEST(config_fp16_alone_takes_the_place_of_bf16) {
+  ck_assert_msg(load(BASE "fp16: true\n") == FLAP_OK, "%s", flap_error_message());
+  ck_assert_int_eq(flap_run_config_dtype(&config), FLAP_F16);
+  ck_assert_int_eq(config.gradient_dtype, FLAP_BF16);
+  ck_assert(config.fp16_init_scale == 65536 && config.fp16_min_scale == 1 && config.fp16_growth_interval == 2000);
+  flap_run_config_close(&config);
+  ck_assert_int_eq(load(BASE "fp16: true\nbf16: false\ngradient_dtype: fp32\nfp16_init_scale: 1024\n"
+                             "fp16_min_scale: 0.5\nfp16_growth_interval: 10\n"),
+                   FLAP_OK);
+  ck_assert_int_eq(flap_run_config_dtype(&config), FLAP_F16);
+  ck_assert_int_eq(config.gradient_dtype, FLAP_F32);
+  ck_assert(config.fp16_init_scale == 1024 && config.fp16_min_scale == 0.5 && config.fp16_growth_interval == 10);
+  flap_run_config_close(&config);
+  refuse_base("bf16: true\nfp16: true\n", "run.yaml:5: fp16: contradicts bf16");
+  refuse_base("fp16: true\nfp16_init_scale: 1000\n", "run.yaml:5: fp16_init_scale: 1000 must be a power of two");
+  refuse_base("fp16: true\nfp16_init_scale: .inf\n", "run.yaml:5: fp16_init_scale: ");
+  refuse_base("fp16: true\nfp16_min_scale: 0\n", "run.yaml:5: fp16_min_scale: 0 must be a power of two");
+  refuse_base("fp16: true\nfp16_init_scale: 2\nfp16_min_scale: 4\n",
+              "run.yaml:6: fp16_min_scale: 4 is more than fp16_init_scale, 2");
+  refuse_base("fp16: true\nfp16_growth_interval: 0\n", "run.yaml:5: fp16_growth_interval: must be at least 1");
 }
 END_TEST
 
@@ -466,6 +487,7 @@ int main(void) {
   tcase_add_test(cases, config_wrong_type_says_what_is_wanted);
   tcase_add_test(cases, config_disk_errors_name_the_entry);
   tcase_add_test(cases, config_what_is_not_supported_says_what_is);
+  tcase_add_test(cases, config_fp16_alone_takes_the_place_of_bf16);
   tcase_add_test(cases, config_ranges_and_contradictions_name_line_and_key);
   tcase_add_test(cases, config_broken_yaml_names_the_line);
   tcase_add_test(cases, config_hostile_sizes_are_refused_early);
