@@ -153,6 +153,37 @@ START_TEST(scale_grows_after_good_steps) {
 }
 END_TEST
 
+/* Of the first moments of layer 0, after two steps at a scale. Its section follows weights (2 bytes) and masters (4).
+ */
+static double moments_norm(double init_scale) {
+  rig_model model;
+  engine_rig rig;
+  rig_result result = {0};
+  make_model(&model, init_scale, 2000);
+  open_rig(&rig, &model, true);
+  rig_train(&rig, 0, 2, RIG_UPDATED, &result);
+  rig_read_state(&rig, &result.state);
+  const uint64_t elements = flap_model_part_elements(&model.config, FLAP_PART_LAYER);
+  const float *moments =
+      (const float *)(const void *)(rig_state_weights(&model, &result.state, 1) + elements * (2 + 4));
+  double squares = 0;
+  for (uint64_t i = 0; i < elements; i++)
+    squares += (double)moments[i] * (double)moments[i];
+  ck_assert(result.skipped[0] == 0 && result.skipped[1] == 0);
+  rig_result_close(&result);
+  rig_close(&rig);
+  rig_model_close(&model);
+  return sqrt(squares);
+}
+
+/* AdamW hardly sees how large gradients are, as long as they all grow alike: only its moments tell. */
+START_TEST(moments_do_not_carry_the_scale) {
+  const double small = moments_norm(0x1p9), large = moments_norm(0x1p14);
+  ck_assert_double_gt(small, 1e-6);
+  ck_assert_double_eq_tol(large / small, 1, 1e-2);
+}
+END_TEST
+
 static void must_end(engine_rig *rig, uint32_t step, const char *const parts[], size_t count) {
   const rig_model *model = rig->model;
   const uint64_t tokens = (uint64_t)model->shape.batch * model->shape.sequence * model->micro_batches;
@@ -216,6 +247,7 @@ int main(void) {
   tcase_add_loop_test(tests, skipped_step_leaves_every_bit, 0, 3);
   tcase_add_loop_test(tests, skipped_steps_count_for_nothing, 0, 2);
   tcase_add_test(tests, scale_grows_after_good_steps);
+  tcase_add_test(tests, moments_do_not_carry_the_scale);
   tcase_add_test(tests, least_scale_that_overflows_ends_the_run);
   tcase_add_test(tests, activations_that_overflow_end_at_the_layer);
   suite_add_tcase(suite, tests);
