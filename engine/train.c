@@ -128,11 +128,11 @@ static flap_status fill_regions(trainer *t) {
                           t->resume_folder, (unsigned long long)t->step, (unsigned long long)t->steps);
   FLAP_TRY(flap_weights_resume(pager, layout, t->resume_folder));
   if ((t->state.loss_scale.scale > 0) != (layout->spec.shape.dtype == FLAP_F16))
-    return flap_error_set(
-        FLAP_INVALID,
-        "resume_from_checkpoint: trainer_state.json in %s %s a loss_scale, but its weights are %s: it "
-        "was changed by hand, or is another checkpoint's",
-        t->resume_folder, t->state.loss_scale.scale > 0 ? "has" : "has no", flap_dtype_name(layout->spec.shape.dtype));
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: trainer_state.json in %s %s loss_scale, but its weights are %s: it "
+                          "was changed by hand, or is another checkpoint's",
+                          t->resume_folder, t->state.loss_scale.scale > 0 ? "has a" : "has no",
+                          flap_dtype_name(layout->spec.shape.dtype));
   t->runtime.executor.loss_scale = t->state.loss_scale;
   return FLAP_OK;
 }

@@ -301,6 +301,15 @@ class Bits(unittest.TestCase):
         self.assertEqual([reference[0][step][2] for step in range(1, STEPS + 1)],
                          [4 * million, 2 * million, million, million, 2 * million, million])
         self.check_resume("skips", common, reference)
+        state = os.path.join(self.folder, "skips-saved", "checkpoint-3", "trainer_state.json")
+        with open(state) as file:
+            kept = {key: value for key, value in json.load(file).items() if key != "loss_scale"}
+        with open(state, "w") as file:
+            json.dump(kept, file)
+        done = self.flap("train", *self.arguments("roomy", common + ["resume_from_checkpoint=skips-saved/checkpoint-3"],
+                                                  "skips-changed"))
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("skips-saved/checkpoint-3 has no loss_scale, but its weights are float16", done.stderr)
 
     def test_what_does_change_the_numbers_is_seen(self):
         """The comparison can fail: another seed, another rounding, another order of the additions."""
