@@ -245,12 +245,12 @@ void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
 }
 
 void flap_ops_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                         void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                         void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                          const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
   flap_assert(elements % FLAP_OPS_BLOCK == 0 && elements / FLAP_OPS_BLOCK <= FLAP_OPS_ADAMW_BLOCKS_MAX);
-  flap_assert((weight_dtype == FLAP_BF16) == (low != NULL));
+  flap_assert((weight_dtype == FLAP_F32) == (master == NULL));
   uint64_t started_ns = begin(ops);
-  ops->table->adamw_8bit(ops, scalars, weight_dtype, grad_dtype, weight, low, m, v, m_largest, v_largest, grad,
+  ops->table->adamw_8bit(ops, scalars, weight_dtype, grad_dtype, weight, master, m, v, m_largest, v_largest, grad,
                          decay_blocks, fault, elements);
   end(ops, started_ns);
 }

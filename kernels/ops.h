@@ -233,7 +233,7 @@ void flap_ops_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
  *
  * A moment that is not finite has no code: it is stored as 0, and *fault is set to 1. */
 void flap_ops_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                         void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                         void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                          const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
 
 #ifdef __cplusplus

@@ -51,7 +51,7 @@ typedef struct flap_ops_table {
                 void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                 uint64_t elements);
   void (*adamw_8bit)(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                     void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                     void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                      const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
 } flap_ops_table;
 

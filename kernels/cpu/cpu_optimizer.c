@@ -124,15 +124,15 @@ void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
 }
 
 void flap_cpu_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                         void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                         void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                          const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(weight_dtype != FLAP_I32);
   flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
   optimizer_job job = {.cpu = flap_cpu_state(ops), .blocks = elements / FLAP_OPS_BLOCK, .grad_dtype = grad_dtype};
   job.weight_dtype = weight_dtype;
   job.scalars = scalars;
   job.weight = weight;
-  job.master = low;
+  job.master = master;
   job.m_codes = m;
   job.v_codes = v;
   job.m_largest = m_largest;

@@ -135,7 +135,7 @@ void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtyp
                 void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                 uint64_t elements);
 void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                     void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                     void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                      const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
 
 #ifdef __cplusplus

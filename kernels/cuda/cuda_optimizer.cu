@@ -327,6 +327,9 @@ struct split_weight {
 struct whole_weight {
   float values[GROUP];
 };
+struct half_weight { /* the fp32 master of an fp16 weight, which is not read */
+  float values[GROUP];
+};
 
 __device__ inline void load_weight(split_weight *weight, const adamw_arguments &a, uint64_t at) {
   load_words(weight->high, (const uint16_t *)a.weight + at, a.vectors);
@@ -334,6 +337,10 @@ __device__ inline void load_weight(split_weight *weight, const adamw_arguments &
 }
 __device__ inline void load_weight(whole_weight *weight, const adamw_arguments &a, uint64_t at) {
   load_group(weight->values, (const float *)a.weight + at, GROUP, a.vectors);
+}
+
+__device__ inline void load_weight(half_weight *weight, const adamw_arguments &a, uint64_t at) {
+  load_group(weight->values, (const float *)a.master + at, GROUP, a.vectors);
 }
 
 __device__ inline void store_weight(const adamw_arguments &a, uint64_t at, const split_weight &weight) {
@@ -344,6 +351,11 @@ __device__ inline void store_weight(const adamw_arguments &a, uint64_t at, const
   store_group((float *)a.weight + at, weight.values, GROUP, a.vectors);
 }
 
+__device__ inline void store_weight(const adamw_arguments &a, uint64_t at, const half_weight &weight) {
+  store_group((__half *)a.weight + at, weight.values, GROUP, a.vectors);
+  store_group((float *)a.master + at, weight.values, GROUP, a.vectors);
+}
+
 __device__ inline bool update_element(split_weight *weight, uint32_t i, const flap_adamw &s, float decay, float *m,
                                       float *v, float grad) {
   return update_split(s, decay, &weight->high[i], &weight->low[i], m, v, grad);
@@ -351,6 +363,11 @@ __device__ inline bool update_element(split_weight *weight, uint32_t i, const fl
 __device__ inline bool update_element(whole_weight *weight, uint32_t i, const flap_adamw &s, float decay, float *m,
                                       float *v, float grad) {
   return update_whole(s, decay, &weight->values[i], m, v, grad);
+}
+
+__device__ inline bool update_element(half_weight *weight, uint32_t i, const flap_adamw &s, float decay, float *m,
+                                      float *v, float grad) {
+  return update_whole(s, decay, &weight->values[i], m, v, grad, FLAP_F16_LIMIT_BITS);
 }
 
 template <typename W, typename G>
@@ -395,9 +412,9 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_8bit(const __grid_constan
 }
 
 void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                     void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                     void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                      const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16);
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
   flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
   const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
   if (blocks == 0)
@@ -407,10 +424,10 @@ void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight
   for (uint32_t i = 0; i < (blocks + 7) / 8; ++i)
     a.common.decays.bytes[i] = decay_blocks[i];
   a.common.weight = weight;
-  a.common.master = low;
+  a.common.master = master;
   a.common.grad = grad;
   a.common.fault = fault;
-  a.common.vectors = aligned16(weight) && aligned16(low) && aligned16(m) && aligned16(v) && aligned16(grad);
+  a.common.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
   a.m = m;
   a.v = v;
   a.m_largest = m_largest;
@@ -420,6 +437,10 @@ void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight
     adamw_8bit<split_weight, __nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (weight_dtype == FLAP_BF16)
     adamw_8bit<split_weight, float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+  else if (weight_dtype == FLAP_F16 && grad_dtype == FLAP_BF16)
+    adamw_8bit<half_weight, __nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+  else if (weight_dtype == FLAP_F16)
+    adamw_8bit<half_weight, float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (grad_dtype == FLAP_BF16)
     adamw_8bit<whole_weight, __nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else

@@ -169,12 +169,13 @@ static void sim_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weigh
 }
 
 static void sim_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                           void *weight, int16_t *low, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                           void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                            const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
-  (void)scalars, (void)weight_dtype, (void)weight, (void)low, (void)m, (void)v, (void)m_largest, (void)v_largest;
+  (void)scalars, (void)weight, (void)master, (void)m, (void)v, (void)m_largest, (void)v_largest;
   (void)grad, (void)decay_blocks, (void)fault;
+  const double weights = weight_dtype == FLAP_F16 ? 10.0 : 8.0;
   const double moments = 2 * (2 + 8.0 / FLAP_OPS_MOMENT_BLOCK); /* read and written */
-  charge(ops, FLAP_F32, 105.0 * (double)elements, (double)elements * (8.0 + moments + size_of(grad_dtype)));
+  charge(ops, FLAP_F32, 105.0 * (double)elements, (double)elements * (weights + moments + size_of(grad_dtype)));
 }
 
 const flap_ops_table flap_ops_sim_table = {

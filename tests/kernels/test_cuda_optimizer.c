@@ -173,8 +173,8 @@ END_TEST
 
 /* Bytes are operands of fp32, four to each. */
 typedef struct states8 {
-  operand weight, low, m, v, m_largest, v_largest, fault;
-  bool split;
+  operand weight, master, m, v, m_largest, v_largest, fault; /* as in states */
+  flap_dtype dtype;
 } states8;
 
 static operand zeros(gpu_rig *g, uint64_t bytes) {
@@ -184,8 +184,8 @@ static operand zeros(gpu_rig *g, uint64_t bytes) {
   return o;
 }
 
-static states8 make_states8(gpu_rig *g, rig_random *random, bool split) {
-  states8 s = {.split = split};
+static states8 make_states8(gpu_rig *g, rig_random *random, flap_dtype dtype) {
+  states8 s = {.dtype = dtype};
   float *weight = rig_normal_f32(random, ELEMENTS, 0.5);
   uint16_t *high = rig_bytes(ELEMENTS * 2), *low = rig_bytes(ELEMENTS * 2);
   for (uint64_t i = 0; i < ELEMENTS; ++i) {
@@ -193,8 +193,10 @@ static states8 make_states8(gpu_rig *g, rig_random *random, bool split) {
     high[i] = (uint16_t)((bits + 0x8000u) >> 16);
     low[i] = (uint16_t)(bits - ((uint32_t)high[i] << 16));
   }
-  s.weight = split ? operand_of(g, FLAP_BF16, high, ELEMENTS) : operand_of(g, FLAP_F32, weight, ELEMENTS);
-  s.low = operand_of(g, FLAP_BF16, low, ELEMENTS);
+  for (uint64_t i = 0; i < ELEMENTS && dtype == FLAP_F16; ++i)
+    high[i] = flap_f32_to_f16(weight[i]);
+  s.weight = dtype == FLAP_F32 ? operand_of(g, FLAP_F32, weight, ELEMENTS) : operand_of(g, FLAP_BF16, high, ELEMENTS);
+  s.master = dtype == FLAP_F16 ? operand_of(g, FLAP_F32, weight, ELEMENTS) : operand_of(g, FLAP_BF16, low, ELEMENTS);
   s.m = zeros(g, ELEMENTS);
   s.v = zeros(g, ELEMENTS);
   s.m_largest = zeros(g, ELEMENTS / FLAP_OPS_MOMENT_BLOCK * 4);
@@ -205,7 +207,7 @@ static states8 make_states8(gpu_rig *g, rig_random *random, bool split) {
 }
 
 static void free_states8(states8 *s) {
-  operand_free(&s->weight), operand_free(&s->low), operand_free(&s->m), operand_free(&s->v);
+  operand_free(&s->weight), operand_free(&s->master), operand_free(&s->m), operand_free(&s->v);
   operand_free(&s->m_largest), operand_free(&s->v_largest), operand_free(&s->fault);
 }
 
@@ -214,18 +216,18 @@ static void step8(gpu_rig *g, states8 *s, const flap_adamw *scalars, const opera
   uint8_t decays[BLOCKS / 8 + 1];
   for (uint32_t i = 0; i < sizeof decays; ++i)
     decays[i] = (uint8_t)(i * 37 + 0xa6);
-  const flap_dtype weight_dtype = s->split ? FLAP_BF16 : FLAP_F32;
-  flap_ops_adamw_8bit(g->cpu.ops, scalars, weight_dtype, grad->dtype, s->weight.cpu, s->split ? s->low.cpu : NULL,
-                      s->m.cpu, s->v.cpu, s->m_largest.cpu, s->v_largest.cpu, grad->cpu, decays, s->fault.cpu,
-                      ELEMENTS);
+  const bool whole = s->dtype == FLAP_F32;
+  const uint64_t master_bytes = flap_dtype_bytes(s->master.dtype);
+  flap_ops_adamw_8bit(g->cpu.ops, scalars, s->dtype, grad->dtype, s->weight.cpu, whole ? NULL : s->master.cpu, s->m.cpu,
+                      s->v.cpu, s->m_largest.cpu, s->v_largest.cpu, grad->cpu, decays, s->fault.cpu, ELEMENTS);
   for (uint64_t start = 0; start < ELEMENTS; start += slice) {
     const uint64_t count = ELEMENTS - start < slice ? ELEMENTS - start : slice, block = start / FLAP_OPS_BLOCK;
     const uint64_t moments = start / FLAP_OPS_MOMENT_BLOCK;
-    flap_ops_adamw_8bit(
-        g->ops, scalars, weight_dtype, grad->dtype, at(s->weight.gpu, start, flap_dtype_bytes(weight_dtype)),
-        s->split ? (int16_t *)(void *)at(s->low.gpu, start, 2) : NULL, (int8_t *)s->m.gpu + start,
-        (uint8_t *)s->v.gpu + start, (float *)s->m_largest.gpu + moments, (float *)s->v_largest.gpu + moments,
-        at(grad->gpu, start, flap_dtype_bytes(grad->dtype)), decays + block / 8, s->fault.gpu, count);
+    flap_ops_adamw_8bit(g->ops, scalars, s->dtype, grad->dtype, at(s->weight.gpu, start, flap_dtype_bytes(s->dtype)),
+                        whole ? NULL : at(s->master.gpu, start, master_bytes), (int8_t *)s->m.gpu + start,
+                        (uint8_t *)s->v.gpu + start, (float *)s->m_largest.gpu + moments,
+                        (float *)s->v_largest.gpu + moments, at(grad->gpu, start, flap_dtype_bytes(grad->dtype)),
+                        decays + block / 8, s->fault.gpu, count);
   }
 }
 
@@ -235,7 +237,7 @@ static void same_states8(states8 *s) {
   operand_same("codes of m", &s->m);
   operand_same("codes of v", &s->v);
   operand_same("weight", &s->weight);
-  operand_same("low half", &s->low);
+  operand_same("master", &s->master);
   operand_same("fault", &s->fault);
 }
 
@@ -263,7 +265,7 @@ static operand wide_gradient(gpu_rig *g, rig_random *random, flap_dtype dtype, u
 static void adamw_8bit(gpu_rig *g, rig_random *random, int index) {
   const flap_dtype grad_dtype = index % 2 == 0 ? FLAP_F32 : FLAP_BF16;
   const uint64_t slices[] = {ELEMENTS, 8 * FLAP_OPS_BLOCK, 64 * FLAP_OPS_BLOCK, ELEMENTS};
-  states8 s = make_states8(g, random, index / 2 == 0);
+  states8 s = make_states8(g, random, rig_dtype(index / 2));
   for (uint32_t i = 1; i <= 4; ++i) {
     const flap_adamw scalars = scalars_of(i);
     operand grad = wide_gradient(g, random, grad_dtype, i == 4 ? 1 : 0);
@@ -282,7 +284,7 @@ END_TEST
 
 /* No bit pattern of a NaN is stored, so everything is compared. */
 static void faults_8bit(gpu_rig *g, rig_random *random, int index) {
-  states8 s = make_states8(g, random, index == 0);
+  states8 s = make_states8(g, random, rig_dtype(index));
   const flap_adamw scalars = scalars_of(1);
   const float odd[5] = {INFINITY, -INFINITY, NAN, FLT_MAX, 1e25f};
   float *values = rig_normal_f32(random, ELEMENTS, 1);
@@ -338,8 +340,8 @@ int main(void) {
   tcase_add_loop_test(tests, adamw_has_the_bits_of_the_cpu, 0, 2 * RIG_DTYPES);
   tcase_add_loop_test(tests, adamw_refuses_what_the_cpu_refuses, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, adamw_not_a_number_leaves_the_weight, 0, RIG_DTYPES);
-  tcase_add_loop_test(tests, adamw_8bit_has_the_bits_of_the_cpu, 0, 4);
-  tcase_add_loop_test(tests, adamw_8bit_refuses_what_the_cpu_refuses, 0, 2);
+  tcase_add_loop_test(tests, adamw_8bit_has_the_bits_of_the_cpu, 0, 2 * RIG_DTYPES);
+  tcase_add_loop_test(tests, adamw_8bit_refuses_what_the_cpu_refuses, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, gradient_store_has_the_bits_of_the_cpu, 0, 2);
   suite_add_tcase(suite, tests);
   return gpu_rig_main(suite);

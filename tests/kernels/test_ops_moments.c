@@ -243,8 +243,13 @@ static void reference_block(states *s, const flap_adamw *scalars, bool decay, ui
   s->v_largest[block] = v_top;
 }
 
+/* With fp16, `high` takes the weights and `weight` is the master. */
+static void *master_at(states *s, flap_dtype dtype, uint64_t at) {
+  return dtype == FLAP_F32 ? NULL : dtype == FLAP_F16 ? (void *)(s->weight + at) : (void *)(s->low + at);
+}
+
 /* One step in slices of at most `slice` blocks, whose first ones are wherever that puts them. */
-static void step(flap_ops *ops, states *s, bool is_split, const flap_adamw *scalars, flap_dtype grad_dtype,
+static void step(flap_ops *ops, states *s, flap_dtype dtype, const flap_adamw *scalars, flap_dtype grad_dtype,
                  const void *grad, const uint8_t *decay_blocks, uint32_t slice) {
   for (uint32_t first = 0; first < BLOCKS; first += slice) {
     const uint32_t count = BLOCKS - first < slice ? BLOCKS - first : slice;
@@ -254,8 +259,8 @@ static void step(flap_ops *ops, states *s, bool is_split, const flap_adamw *scal
       if (decays(decay_blocks, first + i))
         bits[i / 8] = (uint8_t)(bits[i / 8] | 1u << i % 8);
     int32_t fault = 0;
-    flap_ops_adamw_8bit(ops, scalars, is_split ? FLAP_BF16 : FLAP_F32, grad_dtype,
-                        is_split ? (void *)(s->high + at) : (void *)(s->weight + at), is_split ? s->low + at : NULL,
+    flap_ops_adamw_8bit(ops, scalars, dtype, grad_dtype,
+                        dtype == FLAP_F32 ? (void *)(s->weight + at) : (void *)(s->high + at), master_at(s, dtype, at),
                         s->m + at, s->v + at, s->m_largest + at / MOMENT, s->v_largest + at / MOMENT,
                         (const unsigned char *)grad + at * flap_dtype_bytes(grad_dtype), bits, &fault,
                         (uint64_t)count * FLAP_OPS_BLOCK);
@@ -291,10 +296,11 @@ static void operation(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
   states start = make_states(&random), want = copy_states(&start);
   const uint8_t decay_blocks[2] = {0xa6, 0x05};
   const uint32_t slices[RIG_THREADS_MAX] = {BLOCKS, 1, 3};
-  states split_got[RIG_THREADS_MAX], f32_got[RIG_THREADS_MAX];
+  states split_got[RIG_THREADS_MAX], f32_got[RIG_THREADS_MAX], f16_got[RIG_THREADS_MAX];
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     split_got[t] = copy_states(&start);
     f32_got[t] = copy_states(&start);
+    f16_got[t] = copy_states(&start);
   }
   for (uint32_t number = 1; number <= 4; ++number) {
     const flap_adamw s = scalars_of(number);
@@ -302,8 +308,10 @@ static void operation(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     for (uint32_t block = 0; block < MOMENTS; ++block)
       reference_block(&want, &s, decays(decay_blocks, block / (FLAP_OPS_BLOCK / MOMENT)), block, grad_dtype, grad);
     for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
-      step(rigs[t].ops, &split_got[t], true, &s, grad_dtype, grad, decay_blocks, slices[t]);
-      step(rigs[t].ops, &f32_got[t], false, &s, grad_dtype, grad, decay_blocks, slices[(t + number) % RIG_THREADS_MAX]);
+      step(rigs[t].ops, &split_got[t], FLAP_BF16, &s, grad_dtype, grad, decay_blocks, slices[t]);
+      step(rigs[t].ops, &f32_got[t], FLAP_F32, &s, grad_dtype, grad, decay_blocks,
+           slices[(t + number) % RIG_THREADS_MAX]);
+      step(rigs[t].ops, &f16_got[t], FLAP_F16, &s, grad_dtype, grad, decay_blocks, slices[t]);
     }
     free(grad);
   }
@@ -315,6 +323,12 @@ static void operation(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     rig_same("low half", split_got[t].low, want.low, ELEMENTS * 2);
     same_moments(&f32_got[t], &want);
     same_moments(&split_got[t], &want);
+    rig_same("master of fp16", f16_got[t].weight, want.weight, ELEMENTS * 4);
+    same_moments(&f16_got[t], &want);
+    for (uint32_t i = 0; i < ELEMENTS; ++i)
+      if (f16_got[t].high[i] != flap_f32_to_f16(want.weight[i]))
+        ck_abort_msg("element %u: %04x, of the master %a", i, f16_got[t].high[i], (double)want.weight[i]);
+    free_states(&f16_got[t]);
     free_states(&split_got[t]);
     free_states(&f32_got[t]);
   }
@@ -340,20 +354,22 @@ END_TEST
 
 static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   const flap_adamw s = scalars_of(1);
-  const bool is_split = dtype == FLAP_BF16;
   const uint8_t decay_blocks[2] = {0, 0};
   /* Infinite, NaN, and finite with a square that is not: whose weight may stay, but whose v has no code. */
   const float sorts[4] = {INFINITY, -INFINITY, NAN, 1e25f};
   rig_random random = rig_random_named("faults");
   for (uint32_t sort = 0; sort < 4; ++sort) {
-    states start = make_states(&random), got = copy_states(&start);
+    states start = make_states(&random);
+    for (uint32_t i = 0; i < ELEMENTS && dtype == FLAP_F16; ++i)
+      start.high[i] = flap_f32_to_f16(start.weight[i]);
+    states got = copy_states(&start);
     const uint32_t bad = rig_between(&random, 0, ELEMENTS - 1), block = bad / MOMENT;
     float *grad = rig_normal_f32(&random, ELEMENTS, 1e-2);
     grad[bad] = sorts[sort];
     int32_t fault = 0;
-    flap_ops_adamw_8bit(rigs[sort % 3].ops, &s, dtype, FLAP_F32, is_split ? (void *)got.high : (void *)got.weight,
-                        is_split ? got.low : NULL, got.m, got.v, got.m_largest, got.v_largest, grad, decay_blocks,
-                        &fault, ELEMENTS);
+    flap_ops_adamw_8bit(rigs[sort % 3].ops, &s, dtype, FLAP_F32,
+                        dtype == FLAP_F32 ? (void *)got.weight : (void *)got.high, master_at(&got, dtype, 0), got.m,
+                        got.v, got.m_largest, got.v_largest, grad, decay_blocks, &fault, ELEMENTS);
     ck_assert_int_eq(fault, 1);
     ck_assert(got.v[bad] == 0 && (got.m[bad] == 0 || sort == 3));
     ck_assert(got.high[bad] == start.high[bad] && got.low[bad] == start.low[bad]);
@@ -361,7 +377,7 @@ static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
     ck_assert(isfinite(got.m_largest[block]) && got.v_largest[block] > 0 && got.v_largest[block] < 1);
     const uint32_t good = bad % MOMENT > 0 ? bad - 1 : bad + 1;
     ck_assert_msg(got.v[good] > 0, "a neighbour in the block lost its second moment");
-    const bool moved = is_split ? got.low[good] != start.low[good] : got.weight[good] != start.weight[good];
+    const bool moved = dtype == FLAP_BF16 ? got.low[good] != start.low[good] : got.weight[good] != start.weight[good];
     ck_assert_msg(moved, "a neighbour in the block was not updated");
     free(grad);
     free_states(&start);
@@ -370,7 +386,7 @@ static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
 }
 
 START_TEST(adamw_8bit_moment_not_finite_is_reported_and_harms_no_neighbour) {
-  with_rigs(faults, _i == 0 ? FLAP_F32 : FLAP_BF16);
+  with_rigs(faults, rig_dtype(_i));
 }
 END_TEST
 
@@ -442,7 +458,7 @@ int main(void) {
   tcase_add_test(tests, moments_codes_stand_for_the_dynamic_tree);
   tcase_add_test(tests, moments_codes_are_the_nearest_and_v_never_zero);
   tcase_add_loop_test(tests, adamw_8bit_any_slices_give_the_bits_of_scalar_code, 0, 2);
-  tcase_add_loop_test(tests, adamw_8bit_moment_not_finite_is_reported_and_harms_no_neighbour, 0, 2);
+  tcase_add_loop_test(tests, adamw_8bit_moment_not_finite_is_reported_and_harms_no_neighbour, 0, RIG_DTYPES);
   tcase_add_test(tests, adamw_8bit_stays_near_fp32_and_takes_no_huge_step);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
