@@ -25,7 +25,7 @@ except ImportError:
     print("skipped: the safetensors package is not there (neither here nor in $FLAP_VENV)")
     sys.exit(77)
 
-NUMPY = {"F32": numpy.float32, "I16": numpy.int16, "BF16": numpy.uint16}
+NUMPY = {"F32": numpy.float32, "I16": numpy.int16, "BF16": numpy.uint16, "F16": numpy.float16}
 
 
 def read(path):
@@ -59,7 +59,8 @@ def check_files(folder, dtype):
     checkpoint = folder / "checkpoint-1"
     config = json.loads((checkpoint / "config.json").read_text())
     shapes = wanted_shapes(config)
-    names = ["model", "optimizer-exp_avg", "optimizer-exp_avg_sq"] + ["optimizer-low"] * (dtype == "BF16")
+    names = ["model", "optimizer-exp_avg", "optimizer-exp_avg_sq"]
+    names += {"BF16": ["optimizer-low"], "F16": ["optimizer-master"], "F32": []}[dtype]
     files = {name: read(checkpoint / f"{name}.safetensors") for name in names}
     for name, tensors in files.items():
         found = {key: array.shape for key, (_, array) in tensors.items()}
@@ -78,6 +79,9 @@ def check_files(folder, dtype):
             master = bits.astype(numpy.uint32).view(numpy.float32)
             away = (bits + 0x8000) >> 16
             assert (away == high).all(), key
+        elif dtype == "F16":
+            master_dtype, master = files["optimizer-master"][key]
+            assert master_dtype == "F32" and (master.astype(numpy.float16) == high).all(), key
         if key.endswith("norm.weight"):
             assert (master == 1).all(), key
         elif key.endswith(".bias"):
@@ -108,8 +112,8 @@ def check_transformers(folder, tensors, family):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
     state = model.state_dict()
     for key, (dtype, array) in tensors.items():
-        assert state[key].dtype == {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
-        bits = state[key].view(torch.int16 if dtype == "BF16" else torch.int32).numpy()
+        assert state[key].dtype == {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+        bits = state[key].view(torch.int32 if dtype == "F32" else torch.int16).numpy()
         assert bits.tobytes() == array.tobytes(), key
     assert model.config.eos_token_id == 256
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "checkpoint-1")
@@ -125,11 +129,11 @@ def main():
     except ImportError:
         full = False
     for family in ("llama", "mistral", "qwen2"):
-        for dtype in ("bf16", "fp32"):
+        for dtype in ("bf16", "fp16", "fp32"):
             for tied in "01":
                 with tempfile.TemporaryDirectory() as folder:
                     subprocess.run([program, family, dtype, tied, folder], check=True)
-                    tensors = check_files(pathlib.Path(folder), {"bf16": "BF16", "fp32": "F32"}[dtype])
+                    tensors = check_files(pathlib.Path(folder), {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype])
                     if full:
                         check_transformers(pathlib.Path(folder), tensors, family)
     print("ok" if full else "ok; transformers is not installed: what needs it was left out")

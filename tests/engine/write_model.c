@@ -1,5 +1,5 @@
 /* Writes a checkpoint of a small model, for weights_reference.py.
- * Usage: write_model <family> <bf16|fp32> <tied: 0|1> <output_dir> */
+ * Usage: write_model <family> <bf16|fp16|fp32> <tied: 0|1> <output_dir> */
 #include "engine/checkpoint.h"
 #include "engine/hf_config.h"
 #include "engine/weights.h"
@@ -35,8 +35,10 @@ int main(int argc, char **argv) {
   config.family = flap_model_find_family(argv[1]);
   if (config.family == NULL || flap_model_finish_config(&config) != FLAP_OK)
     return EXIT_FAILURE;
-  rig_open(&rig, &config, strcmp(argv[2], "bf16") == 0 ? FLAP_BF16 : FLAP_F32, FLAP_MODE_TRAIN, &rig_placements[1],
-           NULL);
+  const flap_dtype dtype = strcmp(argv[2], "bf16") == 0   ? FLAP_BF16
+                           : strcmp(argv[2], "fp16") == 0 ? FLAP_F16
+                                                          : FLAP_F32;
+  rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[1], NULL);
   const flap_status status = write_checkpoint(&rig, &config, argv[4]);
   if (status != FLAP_OK)
     fprintf(stderr, "write_model: %s\n", flap_error_message());
