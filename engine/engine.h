@@ -98,9 +98,10 @@ FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, flap_pl
 
 /* From how many tokens a step on compute hides everything else. */
 #define FLAP_KNEE_SHARE 0.9 /* of the step is then compute */
-#define FLAP_KNEE_MICRO_BATCHES_MAX 4096
+#define FLAP_KNEE_MICRO_BATCHES_MAX 1024
 typedef struct flap_knee {
-  uint32_t micro_batches;   /* the fewest, to about an eighth; 0: not even the most that were tried */
+  uint32_t micro_batches;   /* the fewest, to about an eighth; 0: not even the most that were tried: more than fit, or
+                               more   than compute gains by */
   uint32_t tried_max;       /* the most that were tried */
   uint64_t tokens_per_step; /* of micro_batches, or of tried_max */
   double step_seconds, compute_seconds, tokens_per_second; /* with them */

@@ -4,6 +4,8 @@
 #include <math.h>
 
 #define TRIES_MAX 12
+#define GAIN 1.01 /* of compute's share by twice the micro-batches: less is none */
+#define IDLE_MAX 2
 
 typedef struct search {
   const flap_run_config *config;
@@ -44,8 +46,11 @@ static uint32_t guess(const flap_plan *one) {
   return wanted < 1 ? 1 : wanted > FLAP_KNEE_MICRO_BATCHES_MAX ? FLAP_KNEE_MICRO_BATCHES_MAX : (uint32_t)wanted;
 }
 
-/* Up from `tried` until compute hides the rest; `high_out` 0: it never does. */
+/* Up from `tried` until compute hides the rest; `high_out` 0: it never does. Where activations stream too, they grow
+ * with compute: once two doublings have given compute no larger share, more would only take longer to plan. */
 static flap_status climb(search *s, uint32_t tried, uint32_t *low_io, uint32_t *high_out, flap_knee *knee) {
+  double best_share = s->plan.compute_seconds / s->plan.step_seconds;
+  uint32_t idle = 0; /* doublings without a gain */
   *high_out = 0;
   while (s->tries < TRIES_MAX) {
     const flap_status status = plan_with(s, tried);
@@ -60,9 +65,12 @@ static flap_status climb(search *s, uint32_t tried, uint32_t *low_io, uint32_t *
       *high_out = tried;
       return FLAP_OK;
     }
-    *low_io = tried;
-    if (tried == FLAP_KNEE_MICRO_BATCHES_MAX)
+    const double share = s->plan.compute_seconds / s->plan.step_seconds;
+    idle = share < best_share * GAIN ? idle + 1 : 0;
+    best_share = fmax(share, best_share);
+    if (tried == FLAP_KNEE_MICRO_BATCHES_MAX || idle == IDLE_MAX)
       return FLAP_OK;
+    *low_io = tried;
     tried = tried > FLAP_KNEE_MICRO_BATCHES_MAX / 2 ? FLAP_KNEE_MICRO_BATCHES_MAX : tried * 2;
   }
   return FLAP_OK;
