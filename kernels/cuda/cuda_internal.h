@@ -92,6 +92,8 @@ void cuda_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const voi
 
 void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void *sum_out, const void *x,
                   const void *residual, const void *weight, uint32_t token_count, uint32_t hidden, float epsilon);
+/* sums (width) += parts (count, width), added in an order that count alone decides. */
+void cuda_fold_rows(flap_ops *ops, float *sums, const float *parts, uint32_t count, uint32_t width);
 /* `rows` rows of row_bytes, both sides with the same stride. */
 void cuda_copy_rows(flap_ops *ops, void *to, const void *from, uint64_t row_bytes, uint32_t rows,
                     uint64_t stride_bytes);

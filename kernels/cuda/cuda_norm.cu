@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) norm_backward_wide(const bac
   }
 }
 
-/* dweight += the parts, in an order that their number alone decides. */
-__global__ void norm_fold(float *dweight, const float *parts, uint32_t count, uint32_t hidden) {
+/* sums += the parts, in an order that their number alone decides. */
+__global__ void fold_rows(float *sums, const float *parts, uint32_t count, uint32_t hidden) {
   __shared__ float shared[FOLD_ROWS][FOLD_COLUMNS];
   const uint32_t column = blockIdx.x * FOLD_COLUMNS + threadIdx.x;
   float sum = 0;
@@ -262,7 +262,7 @@ __global__ void norm_fold(float *dweight, const float *parts, uint32_t count, ui
     return;
   for (uint32_t row = 1; row < FOLD_ROWS; ++row)
     sum += shared[row][threadIdx.x];
-  dweight[column] += sum;
+  sums[column] += sum;
 }
 
 /* ---- host ---- */
@@ -302,6 +302,13 @@ static void launch_backward(const backward_arguments<T> &arguments, uint32_t par
     norm_backward_wide<T, 4><<<parts, threads, 0, stream>>>(arguments);
 }
 
+void cuda_fold_rows(flap_ops *ops, float *sums, const float *parts, uint32_t count, uint32_t width) {
+  const cudaStream_t stream = cuda_stream(ops);
+  fold_rows<<<(uint32_t)cuda_ceil(width, FOLD_COLUMNS), dim3(FOLD_COLUMNS, FOLD_ROWS), 0, stream>>>(sums, parts, count,
+                                                                                                    width);
+  cuda_launched(ops, "a sum of parts");
+}
+
 void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float *dweight, void *normalized_out, const void *dy, const void *x,
                            const void *weight, const float *rstd, const void *dresidual, uint32_t token_count,
                            uint32_t hidden) {
@@ -320,7 +327,6 @@ void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float 
                  launch_backward<T>({(T *)dx_out, (T *)normalized_out, scratch, (const T *)dy, (const T *)x, (const T *)weight,
                                      (const T *)dresidual, rstd, token_count, hidden, rows, vectors},
                                     parts, stream));
-  norm_fold<<<(uint32_t)cuda_ceil(hidden, FOLD_COLUMNS), dim3(FOLD_COLUMNS, FOLD_ROWS), 0, stream>>>(dweight, scratch,
-                                                                                                     parts, hidden);
+  cuda_fold_rows(ops, dweight, scratch, parts, hidden);
   cuda_launched(ops, "rmsnorm backward");
 }

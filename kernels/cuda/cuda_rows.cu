@@ -40,23 +40,26 @@ void cuda_add(flap_ops *ops, flap_dtype dtype, void *out, const void *a, const v
   cuda_launched(ops, "add");
 }
 
-/* ---- bias: a block has some columns, and sums them over all tokens ---- */
+/* ---- bias: a block sums some columns over a part of the tokens; the parts are added in order ---- */
 
 #define BIAS_LANES 8u /* groups of columns side by side: 64 columns */
-#define BIAS_ROWS 64u
+#define BIAS_ROWS 32u
 #define BIAS_COLUMNS (BIAS_LANES * GROUP)
 
+/* parts (gridDim.y, n) = sums over the tokens of each part. */
 template <typename T>
 __global__ void __launch_bounds__(BIAS_LANES *BIAS_ROWS)
-    bias_kernel(float *dbias, const T *dy, uint32_t tokens, uint32_t n, uint32_t ld, bool vectors) {
+    bias_kernel(float *parts, const T *dy, uint32_t tokens, uint32_t n, uint32_t ld, bool vectors) {
   __shared__ float shared[BIAS_ROWS][BIAS_COLUMNS + 1];
   const uint32_t column = blockIdx.x * BIAS_COLUMNS + threadIdx.x * GROUP;
   const uint32_t valid = column < n ? min(n - column, GROUP) : 0;
+  const uint32_t per_part = (tokens + gridDim.y - 1) / gridDim.y;
+  const uint32_t first = blockIdx.y * per_part, last = min(first + per_part, tokens);
   const bool whole = vectors && valid == GROUP;
   float sum[GROUP] = {};
   if (valid > 0) {
 #pragma unroll 4
-    for (uint32_t token = threadIdx.y; token < tokens; token += BIAS_ROWS) {
+    for (uint32_t token = first + threadIdx.y; token < last; token += BIAS_ROWS) {
       float values[GROUP];
       load_group(values, dy + (uint64_t)token * ld + column, valid, whole);
 #pragma unroll
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(BIAS_LANES *BIAS_ROWS)
   float total = 0;
   for (uint32_t row = 0; row < BIAS_ROWS; ++row)
     total += shared[row][mine];
-  dbias[at] += total;
+  parts[(uint64_t)blockIdx.y * n + at] = total;
 }
 
 void cuda_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens, uint32_t n,
@@ -83,10 +86,20 @@ void cuda_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const voi
     return;
   const cudaStream_t stream = cuda_stream(ops);
   const bool vectors = rows_aligned(dtype, dy, ld);
-  CUDA_FOR_DTYPE(dtype, T,
-                 bias_kernel<T><<<(uint32_t)cuda_ceil(n, BIAS_COLUMNS), dim3(BIAS_LANES, BIAS_ROWS), 0, stream>>>(
-                     dbias, (const T *)dy, tokens, n, ld, vectors));
-  cuda_launched(ops, "bias backward");
+  const uint32_t parts = cuda_bias_parts(tokens);
+  const uint64_t fitting = cuda_scratch_bytes(ops) / (parts * sizeof(float)) / BIAS_COLUMNS * BIAS_COLUMNS;
+  const uint32_t columns_max = fitting < n ? (uint32_t)fitting : n; /* wider than any bias of the limits */
+  float *scratch = (float *)cuda_scratch(ops);
+  flap_assert(columns_max > 0);
+  for (uint32_t column = 0; column < n; column += columns_max) {
+    const uint32_t columns = cuda_min(columns_max, n - column);
+    const dim3 grid((uint32_t)cuda_ceil(columns, BIAS_COLUMNS), parts), threads(BIAS_LANES, BIAS_ROWS);
+    CUDA_FOR_DTYPE(dtype, T,
+                   bias_kernel<T><<<grid, threads, 0, stream>>>(scratch, (const T *)dy + column, tokens, columns, ld,
+                                                                vectors));
+    cuda_launched(ops, "bias backward");
+    cuda_fold_rows(ops, dbias + column, scratch, parts, columns);
+  }
 }
 
 template <typename T>

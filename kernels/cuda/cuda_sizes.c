@@ -14,10 +14,16 @@
 #define NORM_PARTS_MIN 32u
 
 /* Logits of a chunk take up to this much. dweight, fp32, is read and written once for each chunk, which costs as much
- * as the products of a few hundred tokens: so a chunk has many, and where the vocabulary is large at least ROWS_MIN. */
+ * as the products of 350 tokens on an H100: so a chunk has many, and where the vocabulary is large at least ROWS_MIN.
+ */
 #define CHUNK_BYTES ((uint64_t)256 << 20)
-#define ROWS_MIN 128u
+#define ROWS_MIN 2048u
 #define ROWS_MAX 4096u
+#define ROWS_STEP 128u
+
+/* Sums of a bias: a part has so many tokens, more where there are many. */
+#define BIAS_PART_TOKENS 256u
+#define BIAS_PARTS_MAX 64u
 #define ROW_GROUP 8u /* elements that a thread of a row-wise kernel loads at once */
 
 static uint64_t max_of(uint64_t a, uint64_t b) {
@@ -107,10 +113,21 @@ static uint64_t norm_bytes(const flap_ops_limits *limits) {
   return min_of(elements, NORM_PARTS_MAX * widest) * sizeof(float);
 }
 
+/* ---- biases ---- */
+
+uint32_t cuda_bias_parts(uint32_t tokens) {
+  return (uint32_t)min_of(((uint64_t)tokens + BIAS_PART_TOKENS - 1) / BIAS_PART_TOKENS, BIAS_PARTS_MAX);
+}
+
+static uint64_t bias_bytes(const flap_ops_limits *limits) {
+  const uint64_t widest = max_of(limits->hidden, (uint64_t)limits->heads * limits->head_size);
+  return cuda_bias_parts(limits->tokens_max) * widest * sizeof(float);
+}
+
 /* ---- head ---- */
 
 uint32_t cuda_head_rows(flap_dtype dtype, uint32_t vocabulary) {
-  const uint64_t fit = CHUNK_BYTES / (vocabulary * flap_dtype_bytes(dtype)) / ROWS_MIN * ROWS_MIN;
+  const uint64_t fit = CHUNK_BYTES / (vocabulary * flap_dtype_bytes(dtype)) / ROWS_STEP * ROWS_STEP;
   return fit < ROWS_MIN ? ROWS_MIN : fit > ROWS_MAX ? ROWS_MAX : (uint32_t)fit;
 }
 
@@ -128,7 +145,8 @@ static uint64_t head_bytes(const flap_ops_limits *limits) {
 
 /* Operations run one after another, so they take turns in one scratch. */
 uint64_t cuda_scratch_needed(const flap_ops_limits *limits) {
-  const uint64_t bytes = max_of(attention_bytes(limits), max_of(norm_bytes(limits), head_bytes(limits)));
+  const uint64_t bytes =
+      max_of(attention_bytes(limits), max_of(max_of(norm_bytes(limits), bias_bytes(limits)), head_bytes(limits)));
   return flap_units_round_up(bytes, FLAP_OPS_ALIGN);
 }
 

@@ -54,6 +54,10 @@ uint32_t cuda_attention_few_parts(uint32_t keys);
 
 uint32_t cuda_norm_parts(uint32_t hidden);
 
+/* ---- biases: in how many parts the tokens are summed ---- */
+
+uint32_t cuda_bias_parts(uint32_t tokens);
+
 /* ---- head: rows of logits at a time, and how far apart they are, in elements ---- */
 
 uint32_t cuda_head_rows(flap_dtype dtype, uint32_t vocabulary);

@@ -14,32 +14,8 @@
 
 /* ---- fp16 on the host ---- */
 
-static uint16_t to_f16(double value) { /* to nearest even */
-  const uint16_t sign = signbit(value) ? 0x8000u : 0u;
-  const double magnitude = fabs(value);
-  if (magnitude == 0)
-    return sign;
-  int exponent;
-  (void)frexp(magnitude, &exponent);
-  const int last = exponent - 11 < -24 ? -24 : exponent - 11; /* power of the last bit */
-  const uint32_t units = (uint32_t)nearbyint(ldexp(magnitude, -last));
-  return (uint16_t)(sign | (((uint32_t)(last + 24) << 10) + units)); /* the leading bit of normal numbers adds one */
-}
-
-static double from_f16(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  const double magnitude = exponent == 31  ? (fraction != 0 ? (double)NAN : (double)INFINITY)
-                           : exponent == 0 ? ldexp(fraction, -24)
-                                           : ldexp(1024 + fraction, exponent - 25);
-  return (bits & 0x8000u) != 0 ? -magnitude : magnitude;
-}
-
-static double value_at(flap_dtype dtype, const void *values, uint64_t index) {
-  return dtype == FLAP_F16 ? from_f16(((const uint16_t *)values)[index]) : rig_at(dtype, values, index);
-}
-
 double gpu_ulp(flap_dtype dtype) {
-  return dtype == FLAP_F16 ? 0x1p-11 : rig_ulp(dtype);
+  return rig_ulp(dtype);
 }
 
 /* ---- the rig ---- */
@@ -114,10 +90,7 @@ void gpu_rig_open(gpu_rig *g, const flap_ops_limits *limits) {
   close_left();
   memset(g, 0, sizeof *g);
   g->dtype = limits->dtype;
-  g->oracle = limits->dtype == FLAP_F16 ? FLAP_F32 : limits->dtype;
-  flap_ops_limits oracle = *limits;
-  oracle.dtype = g->oracle;
-  rig_open(&g->cpu, &oracle, 2);
+  rig_open(&g->cpu, limits, 2);
   g->device = open_device();
   if (g->device == NULL)
     ck_abort_msg("%s", flap_error_message());
@@ -159,7 +132,7 @@ void gpu_rig_close(gpu_rig *g) {
 /* ---- operands ---- */
 
 static operand operand_make(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32_t shift) {
-  operand o = {.rig = g, .dtype = dtype, .oracle = dtype == FLAP_F16 ? FLAP_F32 : dtype, .count = count};
+  operand o = {.rig = g, .dtype = dtype, .count = count};
   const uint64_t bytes = count * flap_dtype_bytes(dtype);
   g->used = flap_units_round_up(g->used, 4096);
   ck_assert_uint_le(g->used + 3 * GUARD_BYTES + bytes, g->arena_bytes);
@@ -172,29 +145,19 @@ static operand operand_make(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32
 }
 
 static void to_gpu(operand *o) {
-  if (o->dtype != FLAP_F16) {
-    upload(o->rig, o->gpu, o->cpu, operand_size(o));
-    return;
-  }
-  uint16_t *halves = rig_bytes(operand_size(o));
-  for (uint64_t i = 0; i < o->count; ++i) {
-    halves[i] = to_f16((double)((float *)o->cpu)[i]);
-    ((float *)o->cpu)[i] = (float)from_f16(halves[i]);
-  }
-  upload(o->rig, o->gpu, halves, operand_size(o));
-  free(halves);
+  upload(o->rig, o->gpu, o->cpu, operand_size(o));
 }
 
 operand operand_normal(gpu_rig *g, rig_random *random, flap_dtype dtype, uint64_t count, double scale, uint32_t shift) {
   operand o = operand_make(g, dtype, count, shift);
-  o.cpu = rig_normal(random, o.oracle, count, scale);
+  o.cpu = rig_normal(random, dtype, count, scale);
   to_gpu(&o);
   return o;
 }
 
 operand operand_empty(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32_t shift) {
   operand o = operand_make(g, dtype, count, shift);
-  o.cpu = rig_bytes(count * flap_dtype_bytes(o.oracle));
+  o.cpu = rig_bytes(count * flap_dtype_bytes(dtype));
   fill(g, o.gpu, 0xa5, operand_size(&o));
   return o;
 }
@@ -208,7 +171,7 @@ operand operand_of(gpu_rig *g, flap_dtype dtype, const void *values, uint64_t co
 
 operand operand_copy(const operand *from, uint32_t shift) {
   operand o = operand_make(from->rig, from->dtype, from->count, shift);
-  o.cpu = rig_copy(from->cpu, from->count * flap_dtype_bytes(from->oracle));
+  o.cpu = rig_copy(from->cpu, from->count * flap_dtype_bytes(from->dtype));
   void *bytes = operand_bytes(from);
   upload(o.rig, o.gpu, bytes, operand_size(&o));
   free(bytes);
@@ -236,7 +199,7 @@ void *operand_bytes(const operand *o) {
 void operand_near(const char *what, const operand *o, double relative, double absolute) {
   void *bytes = operand_bytes(o);
   for (uint64_t i = 0; i < o->count; ++i)
-    rig_near(what, i, value_at(o->dtype, bytes, i), value_at(o->oracle, o->cpu, i), relative, absolute);
+    rig_near(what, i, rig_at(o->dtype, bytes, i), rig_at(o->dtype, o->cpu, i), relative, absolute);
   free(bytes);
 }
 

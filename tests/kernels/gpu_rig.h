@@ -1,7 +1,6 @@
 /* What the tests of the cuda kernels share: ops of the cpu as the oracle beside ops of the cuda device, and operands
  * that are in both memories.
- *
- * An operand of fp16 is fp32 on the oracle's side, with values that fp16 has: what is compared is rounded once. */
+ */
 #ifndef FLAP_TESTS_GPU_RIG_H
 #define FLAP_TESTS_GPU_RIG_H
 
@@ -13,13 +12,13 @@ typedef struct gpu_rig {
   flap_ops *ops;
   unsigned char *arena;
   uint64_t arena_bytes, workspace_bytes, used; /* operands follow the workspace */
-  flap_dtype dtype, oracle;                    /* oracle: of the cpu's operands */
+  flap_dtype dtype;
 } gpu_rig;
 
-/* One operand: `cpu` of the oracle's type, `gpu` between guards. */
+/* One operand: `cpu` for the oracle, `gpu` between guards. */
 typedef struct operand {
   gpu_rig *rig;
-  flap_dtype dtype, oracle;
+  flap_dtype dtype;
   uint64_t count;
   void *cpu, *gpu;
 } operand;
@@ -40,7 +39,7 @@ void gpu_rig_clear(gpu_rig *g);
 operand operand_normal(gpu_rig *g, rig_random *random, flap_dtype dtype, uint64_t count, double scale, uint32_t shift);
 /* 0xa5 everywhere. */
 operand operand_empty(gpu_rig *g, flap_dtype dtype, uint64_t count, uint32_t shift);
-/* Takes bytes as they are; int32 and fp32 (and bf16) only. */
+/* Takes bytes as they are. */
 operand operand_of(gpu_rig *g, flap_dtype dtype, const void *values, uint64_t count);
 /* The same values in another place of the GPU; the cpu side is copied too. */
 operand operand_copy(const operand *from, uint32_t shift);
@@ -55,7 +54,7 @@ void operand_near(const char *what, const operand *o, double relative, double ab
 void operand_same(const char *what, const operand *o);
 /* Two operands of the GPU have the same bits. */
 void operands_equal(const char *what, const operand *a, const operand *b);
-/* Rounding of one result of the type: 2^-11 for fp16, else rig_ulp. */
+/* Rounding of one result of the type. */
 double gpu_ulp(flap_dtype dtype);
 
 #endif

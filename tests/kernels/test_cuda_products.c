@@ -47,8 +47,7 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
   flap_matmul on_gpu = *x, on_cpu = *x;
   on_gpu.a = a.gpu, on_gpu.b = b.gpu, on_gpu.bias = p.bias ? bias.gpu : NULL;
   on_cpu.a = a.cpu, on_cpu.b = b.cpu, on_cpu.bias = p.bias ? bias.cpu : NULL;
-  on_cpu.dtype = g->oracle;
-  on_cpu.c_dtype = x->c_dtype == FLAP_F16 ? FLAP_F32 : x->c_dtype;
+  on_cpu.dtype = g->dtype;
   on_gpu.c = again.gpu;
   on_gpu.residual = p.residual ? residual.gpu : NULL;
   on_cpu.residual = p.residual ? residual.cpu : NULL;
@@ -62,8 +61,8 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
    * adds up to less than k * 2^-22. On the way to a large result partial sums are as large as that: k roundings of it,
    * in either direction, come to about sqrt(k) * 2^-24 of the result for each of the two sums; twice that is allowed.
    * Operands cut to ten bits of fraction, as tf32 has, would be off by more. Then both are rounded, perhaps to
-   * neighbours; the oracle of fp16 is not. */
-  const double rounding = x->c_dtype == FLAP_F16 ? 0x1p-11 : 2 * gpu_ulp(x->c_dtype);
+   * neighbours. */
+  const double rounding = 2 * gpu_ulp(x->c_dtype);
   char what[96];
   (void)snprintf(what, sizeof what, "%s %u x %u, k %u, gap %u, %s%s%s",
                  tn   ? "TN"
@@ -206,7 +205,7 @@ static void check_head(gpu_rig *g, rig_random *random, uint32_t tokens, uint32_t
   operands_equal("losses, again", &losses[0], &losses[1]);
   operands_equal("dx, again", &dx[0], &dx[1]);
   operands_equal("dweight, again", &dweight[0], &dweight[1]);
-  flap_ops_head_loss(g->cpu.ops, g->oracle, losses[0].cpu, dx[0].cpu, dweight[0].cpu, true, x.cpu, weight.cpu, ids,
+  flap_ops_head_loss(g->cpu.ops, g->dtype, losses[0].cpu, dx[0].cpu, dweight[0].cpu, true, x.cpu, weight.cpu, ids,
                      0.25f, tokens, hidden, vocabulary);
   /* A logit of up to 8 may be rounded the other way, which moves its probability by as much. */
   const double step = dtype == FLAP_F32 ? 1e-6 : 8 * gpu_ulp(dtype);
