@@ -219,7 +219,23 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
 
 /* ---- running --------------------------------------------------------------------------------------------- */
 
+/* A simulated operation takes its time, and that is all. False: it has none, and is performed on the sim device. */
+static bool charge(flap_executor *x, const flap_op *op) {
+  uint64_t elements = 0;
+  if (op->kind == FLAP_OP_STORE_GRADIENT || op->kind == FLAP_OP_ADAMW)
+    elements = x->layout->slices[op->index].elements;
+  else if (op->kind == FLAP_OP_ZERO)
+    elements = x->layout->parts[op->index].elements;
+  const uint64_t ns = flap_op_times_of(x->times, op, elements);
+  if (ns == 0)
+    return false;
+  flap_device_sim_work(flap_ops_device(x->ops), ns);
+  return true;
+}
+
 static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_result *result) {
+  if (x->times != NULL && charge(x, op))
+    return FLAP_OK;
   switch ((flap_op_kind)op->kind) {
   case FLAP_OP_EMBED:
     embed(x, op);

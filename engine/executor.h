@@ -9,6 +9,7 @@
 
 #include "engine/buffers.h"
 #include "engine/loss_scale.h"
+#include "engine/op_times.h"
 #include "engine/setup.h"
 
 #ifdef __cplusplus
@@ -44,8 +45,9 @@ typedef struct flap_executor {
   flap_ops *ops;
   flap_device_buffers device;
   flap_host_buffers host;
-  struct flap_trace *trace; /* or NULL */
-  bool timed;               /* launches are over when they return, so their times go to the trace */
+  const flap_op_times *times; /* a simulation's: what operations take; else NULL */
+  struct flap_trace *trace;   /* or NULL */
+  bool timed;                 /* launches are over when they return, so their times go to the trace */
   /* of the next step; begun by flap_executor_open, set by the owner who resumes a run */
   flap_loss_scale loss_scale;
 

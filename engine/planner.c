@@ -226,17 +226,15 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
  * them. Saves working out skeletons that cannot win. */
 static double least_seconds(const flap_planner *planner, const flap_budgets *budgets, skeleton s) {
   const flap_setup_spec *spec = &planner->spec;
-  const flap_machine *machine = planner->machine;
+  const flap_op_times *t = planner->times;
   const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
-  const double rate = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
-  const double layer = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER);
-  const double head = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
   if (spec->mode != FLAP_MODE_TRAIN)
     return 0;
-  const double computing = n * (layer * (4 * layers - s.saved) + 3 * head) / rate;
+  const double layer_ns = (double)(t->forward_ns + t->backward_ns), head_ns = (double)t->head_ns;
+  const double computing = n * (layer_ns * layers + (double)t->recompute_ns * (layers - s.saved) + head_ns) * 1e-9;
   const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
   const double travels = sums > (double)budgets->vram_bytes ? sums - (double)budgets->vram_bytes : 0;
-  const double moving = (groups - 1) * travels / machine->h2d_bytes;
+  const double moving = (groups - 1) * travels / planner->machine->h2d_bytes;
   return computing > moving ? computing : moving;
 }
 
@@ -316,12 +314,19 @@ static flap_status refuse(const flap_planner *planner, const flap_budgets *budge
       "vram, ram: both are too small for this model and batch: try `vram: min` and `ram: min` with flap plan");
 }
 
-flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
+flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *budgets, flap_setup *setup_out,
                                 flap_plan_costs *costs_out) {
+  flap_planner timed = *given;
+  const flap_planner *planner = &timed;
+  flap_op_times times;
   planner_candidates c;
   contender list[PLANNER_CONTENDERS + 1];
   uint32_t count = 0, best = 0;
   planner_reach reach = PLANNER_NO_VRAM;
+  if (timed.times == NULL) {
+    FLAP_TRY(planner_times(planner, &times));
+    timed.times = &times;
+  }
   planner_list(planner, &c);
   FLAP_TRY(shortlist(planner, &c, budgets, list, &count, &reach));
   if (count == 0)

@@ -9,6 +9,7 @@
 #ifndef FLAP_ENGINE_PLANNER_H
 #define FLAP_ENGINE_PLANNER_H
 
+#include "engine/op_times.h"
 #include "engine/setup.h"
 
 #ifdef __cplusplus
@@ -28,6 +29,7 @@ typedef struct flap_planner {
   flap_expert expert;
   flap_activations activations;
   const flap_machine *machine;
+  const flap_op_times *times; /* NULL: from the machine's rates */
 } flap_planner;
 
 typedef struct flap_plan_costs {

@@ -41,7 +41,8 @@ uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choic
 /* Bytes by which the disks are too small for the setup as it is placed now. */
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
 
-/* pricing.c. */
+/* pricing.c. Planners here have their times. */
+FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_times *times_out);
 double planner_estimate(const flap_planner *planner, const flap_setup *setup);
 FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                           flap_plan_costs *costs_out);

@@ -170,6 +170,29 @@ static flap_status check_sequence(const flap_prepared *p, uint32_t positions, co
   return FLAP_OK;
 }
 
+/* A card here times the run's own layer; where that cannot be, rates must do. */
+static flap_status give_times(flap_prepared *p) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  const flap_op_times_spec of = {.model = spec->model,
+                                 .shape = spec->shape,
+                                 .gradient_dtype = spec->gradient_dtype,
+                                 .training = spec->mode == FLAP_MODE_TRAIN,
+                                 .threads = spec->threads,
+                                 .launch_ns = p->machine.launch_ns};
+  p->planner.times = &p->times;
+  if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
+    const flap_status status =
+        flap_op_times_measure_cuda(&of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times);
+    if (status == FLAP_OK)
+      return FLAP_OK;
+    if (status != FLAP_BUDGET)
+      return status;
+    flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
+    flap_error_clear();
+  }
+  return flap_op_times_from_rates(&of, &p->machine, &p->times);
+}
+
 flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t batch, uint32_t sequence,
                               uint32_t micro_batches, uint32_t cache_positions) {
   const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
@@ -178,6 +201,7 @@ flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t bat
     FLAP_TRY(check_sequence(p, sequence, "cutoff_len"));
   FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));
   FLAP_TRY(flap_budgets_resolve(p->config, &p->planner, &p->budgets));
+  FLAP_TRY(give_times(p));
   FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
   p->has_setup = true;
   return flap_plan_describe(p, &p->plan);

@@ -19,6 +19,7 @@ typedef struct flap_prepared {
   flap_model_config model;
   flap_tokenizer *tokenizer; /* NULL when the data are tokens already and nobody named one */
   flap_machine machine;
+  flap_op_times times;
   flap_planner planner;
   flap_budgets budgets;
   flap_setup setup; /* moves into the run */

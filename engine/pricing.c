@@ -7,26 +7,28 @@
 #define STEPS_MAX 3
 #define MANY_TRANSFERS 100000 /* a step of so many is simulated once after the first, not twice */
 
+flap_status planner_times(const flap_planner *planner, flap_op_times *times_out) {
+  const flap_setup_spec *spec = &planner->spec;
+  const flap_op_times_spec of = {.model = spec->model,
+                                 .shape = spec->shape,
+                                 .gradient_dtype = spec->gradient_dtype,
+                                 .training = spec->mode == FLAP_MODE_TRAIN,
+                                 .threads = spec->threads,
+                                 .launch_ns = planner->machine->launch_ns};
+  return flap_op_times_from_rates(&of, planner->machine, times_out);
+}
+
 /* What one window of a program costs: operations and leases [first, end) of the list. */
 typedef struct window {
-  double flops;
+  double seconds; /* of computing */
   uint32_t first, end;
 } window;
 
-static double op_flops(const flap_planner *planner, const flap_op *op, double layer, double head) {
-  switch ((flap_op_kind)op->kind) {
-  case FLAP_OP_LAYER_FORWARD:
-  case FLAP_OP_LAYER_DECODE:
-    return layer;
-  case FLAP_OP_LAYER_BACKWARD:
-    return 2 * layer;
-  case FLAP_OP_HEAD:
-    return planner->spec.mode == FLAP_MODE_TRAIN ? 3 * head : head;
-  case FLAP_OP_LOGITS:
-    return head;
-  default:
-    return 0;
-  }
+static double op_seconds(const flap_planner *planner, const flap_setup *setup, const flap_op *op) {
+  uint64_t elements = 0;
+  if (op->kind == FLAP_OP_STORE_GRADIENT || op->kind == FLAP_OP_ADAMW)
+    elements = setup->layout.slices[op->index].elements;
+  return 1e-9 * (double)flap_op_times_of(planner->times, op, elements);
 }
 
 /* The longer of what each pair of lanes takes that slow each other down; 0 where none does. */
@@ -51,8 +53,7 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
-  double longest = w->flops / (planner->spec.shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16);
-  double sum = longest;
+  double longest = w->seconds, sum = longest;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
     const double seconds = bytes[lane] > 0 ? (double)bytes[lane] / rates[lane] : 0;
     sum += seconds;
@@ -69,11 +70,8 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
 /* Forward and backward passes are windows of their own: states that stream through the forward do not hide behind the
  * backward, whose lanes have nothing but gradients and activations to carry. */
 double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
-  const flap_setup_spec *spec = &planner->spec;
   const flap_program *program = &setup->programs[setup->steady];
-  const double layer = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_LAYER);
-  const double head = flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD);
-  double seconds = (double)program->op_count * 1e-9 * (double)planner->machine->launch_ns;
+  double seconds = 0;
   window w = {0};
   bool backward = false;
   for (uint32_t i = 0; i < program->op_count; i++) {
@@ -88,7 +86,7 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
         w = (window){.first = w.end, .end = w.end};
       }
     }
-    w.flops += op_flops(planner, op, layer, head);
+    w.seconds += op_seconds(planner, setup, op);
   }
   return seconds + window_seconds(planner, setup, &w);
 }
@@ -127,7 +125,8 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
 
 flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                              flap_plan_costs *costs_out) {
-  const flap_runtime_config config = {.vram_bytes = budgets->vram_bytes, .machine = planner->machine};
+  const flap_runtime_config config = {
+      .vram_bytes = budgets->vram_bytes, .machine = planner->machine, .times = planner->times};
   flap_runtime runtime;
   const flap_program *program = &setup->programs[setup->steady];
   *costs_out = (flap_plan_costs){0};

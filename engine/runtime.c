@@ -66,6 +66,7 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   x->layout = &runtime->lists.layout;
   x->programs = runtime->lists.programs;
   x->pager = runtime->pager;
+  x->times = runtime->simulated ? config->times : NULL;
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
   flap_buffers_take_host(x->layout, setup->pager.leases_max, &runtime->ram, &x->host);

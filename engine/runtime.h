@@ -17,7 +17,8 @@ typedef struct flap_runtime_config {
   uint64_t vram_bytes;                       /* the budget */
   uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk: what it may hold */
   const flap_run_config *optimizer;          /* NULL where nothing is trained */
-  const flap_machine *machine;               /* simulation only */
+  const flap_machine *machine;               /* simulation only, like: */
+  const flap_op_times *times;
 } flap_runtime_config;
 
 typedef struct flap_runtime {

@@ -141,6 +141,11 @@ void flap_device_sim_kernel(flap_device *device, double flops, double bytes, boo
   device->table->sim_kernel(device, flops, bytes, bf16);
 }
 
+void flap_device_sim_work(flap_device *device, uint64_t ns) {
+  flap_assert(device->table->sim_work);
+  device->table->sim_work(device, ns);
+}
+
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream) {
   flap_assert((unsigned)stream < FLAP_STREAM_COUNT);
   return atomic_load_explicit(&device->busy_ns[stream], memory_order_relaxed);

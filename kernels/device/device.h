@@ -102,6 +102,8 @@ FLAP_CHECKED flap_status flap_device_download(flap_device *device, void *to, con
 /* sim: a kernel of so many operations and bytes of device-memory traffic on the compute stream; the dtype chooses the
  * matmul rate. Elsewhere a mistake. */
 void flap_device_sim_kernel(flap_device *device, double flops, double bytes, bool bf16);
+/* sim: work of so many ns on the compute stream. */
+void flap_device_sim_work(flap_device *device, uint64_t ns);
 /* Busy time of a stream so far, ns: virtual in sim, measured elsewhere (for cpu compute: as told by
  * flap_device_note_compute). */
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);

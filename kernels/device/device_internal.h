@@ -31,6 +31,7 @@ typedef struct flap_device_table {
   flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
   void (*label_compute)(flap_device *device, uint64_t label); /* NULL where launches are over when they return */
   void (*note_compute)(flap_device *device, uint64_t ns);     /* NULL where the device measures its own kernels */
+  void (*sim_work)(flap_device *device, uint64_t ns);         /* NULL but in sim */
   void (*sim_kernel)(flap_device *device, double flops, double bytes, bool bf16); /* NULL but in sim */
   uint64_t (*memory_peak)(const flap_device *device);
 } flap_device_table;

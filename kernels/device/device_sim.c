@@ -164,6 +164,10 @@ static void compute(sim_device *sim, uint64_t ns) {
       flap_clock_advance_to(sim->base.config.clock, *free_ns);
 }
 
+static void sim_work(flap_device *device, uint64_t ns) {
+  compute(self(device), ns);
+}
+
 static void sim_kernel(flap_device *device, double flops, double bytes, bool bf16) {
   const flap_machine *machine = &device->config.machine;
   uint64_t math_ns = duration(flops, bf16 ? machine->flops_bf16 : machine->flops_f32);
@@ -296,6 +300,7 @@ const flap_device_table flap_device_sim_table = {
     .synchronize = sim_synchronize,
     .upload = sim_upload,
     .download = sim_download,
+    .sim_work = sim_work,
     .sim_kernel = sim_kernel,
     .memory_peak = sim_memory_peak,
 };

@@ -1,0 +1,364 @@
+#include "engine/op_times.h"
+
+#include "base/assert.h"
+#include "base/philox.h"
+#include "base/units.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SLICE_ELEMENTS ((uint64_t)1 << 22)
+#define MEASURE_NS ((uint64_t)120000000) /* per operation; the second half counts, when clocks have settled */
+#define ROUNDS_MAX 4096
+#define PATTERN_BYTES FLAP_MIB
+
+/* A device with one layer, the vocabulary and a slice on it. Pointers are device memory. */
+typedef struct bench {
+  const flap_op_times_spec *spec;
+  flap_device *device;
+  flap_clock *clock; /* of sim */
+  flap_ops *ops;
+  flap_model_run run;
+  unsigned char *layer, *head, *projection, *saved, *x_in, *x_out, *dx, *states, *gradient, *weight;
+  float *sums, *head_sums, *projection_sums, *losses, *squares;
+  int32_t *tokens, *order, *fault;
+  void *ops_workspace, *model_workspace, *rope;
+  uint8_t *decay; /* host memory */
+  bool fresh;     /* of the operation that is timed */
+} bench;
+
+/* ---- memory ---------------------------------------------------------------------------------------------- */
+
+static void *take(flap_arena *arena, uint64_t bytes) {
+  return flap_arena_take(arena, flap_units_round_up(bytes, 4096), 4096);
+}
+
+/* In the order in which they are taken, so that a measuring arena tells the sum. */
+static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
+  const flap_op_times_spec *spec = b->spec;
+  const flap_model_config *model = spec->model;
+  const uint64_t size = flap_dtype_bytes(spec->shape.dtype),
+                 tokens = (uint64_t)spec->shape.batch * spec->shape.sequence;
+  const uint64_t layer = flap_model_part_elements(model, FLAP_PART_LAYER);
+  const uint64_t head = flap_model_part_elements(model, FLAP_PART_HEAD);
+  const uint64_t embedding = flap_model_part_elements(model, FLAP_PART_EMBEDDING);
+  const uint64_t hidden = flap_model_hidden_bytes(model, &spec->shape), projection = flap_model_head_projection(model);
+  const bool tied = model->tie_word_embeddings;
+  flap_ops_limits limits;
+  flap_model_ops_limits(model, &spec->shape, spec->threads, &limits);
+  b->ops_workspace = take(arena, flap_ops_workspace_bytes(kind, &limits));
+  b->model_workspace = take(arena, flap_model_workspace_bytes(model, &spec->shape));
+  b->rope = take(arena, flap_model_rope_bytes(model, spec->shape.sequence));
+  b->layer = take(arena, layer * size);
+  b->head = take(arena, head * size);
+  b->projection = tied ? take(arena, embedding * size) : b->head + projection * size;
+  b->saved = take(arena, flap_model_saved_bytes(model, &spec->shape));
+  b->x_in = take(arena, hidden);
+  b->x_out = take(arena, hidden);
+  b->dx = take(arena, hidden);
+  b->tokens = take(arena, tokens * 4);
+  b->order = take(arena, tokens * 4);
+  b->losses = take(arena, tokens * 4);
+  if (!spec->training)
+    return;
+  b->sums = take(arena, layer * 4);
+  b->head_sums = take(arena, head * 4);
+  b->projection_sums = tied ? take(arena, embedding * 4) : b->head_sums + projection;
+  b->states = take(arena, SLICE_ELEMENTS * 12); /* low halves or a master, and two moments */
+  b->gradient = take(arena, SLICE_ELEMENTS * 4);
+  b->weight = take(arena, SLICE_ELEMENTS * 4);
+  b->squares = take(arena, SLICE_ELEMENTS / FLAP_OPS_BLOCK * 4);
+  b->fault = take(arena, 4);
+}
+
+/* Ordinary values of both signs, about as large as weights are: a card computes faster on zeros. */
+static flap_status fill(bench *b, void *memory, uint64_t bytes, const unsigned char *pattern) {
+  for (uint64_t at = 0; at < bytes; at += PATTERN_BYTES) {
+    const uint64_t piece = bytes - at < PATTERN_BYTES ? bytes - at : PATTERN_BYTES;
+    unsigned char *to = (unsigned char *)memory + at;
+    if (at == 0)
+      FLAP_TRY(flap_device_upload(b->device, to, pattern, piece));
+    else
+      flap_ops_copy(b->ops, to, memory, piece);
+  }
+  return FLAP_OK;
+}
+
+static void make_pattern(flap_dtype dtype, unsigned char *pattern) {
+  const flap_philox stream = flap_philox_stream(1, "op times");
+  for (uint64_t i = 0; i < PATTERN_BYTES / flap_dtype_bytes(dtype); i++) {
+    const float value = (float)flap_philox_normal(&stream, i) * 0.02f;
+    const uint16_t half = dtype == FLAP_F16 ? flap_f32_to_f16(value) : flap_f32_to_bf16(value);
+    if (dtype == FLAP_F32)
+      memcpy(pattern + i * 4, &value, 4);
+    else
+      memcpy(pattern + i * 2, &half, 2);
+  }
+}
+
+static flap_status upload_tokens(bench *b) {
+  const uint64_t count = (uint64_t)b->spec->shape.batch * b->spec->shape.sequence;
+  const flap_philox stream = flap_philox_stream(1, "op times tokens");
+  int32_t *ids = malloc(count * sizeof *ids);
+  if (ids == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory for %llu tokens", (unsigned long long)count);
+  for (uint64_t i = 0; i < count; i++)
+    ids[i] = (int32_t)flap_philox_below(&stream, i, b->spec->model->vocab_size);
+  flap_status status = flap_device_upload(b->device, b->tokens, ids, count * 4);
+  /* Every position once, as the embedding's backward wants it: in which order matters little for its time. */
+  for (uint64_t i = 0; i < count; i++)
+    ids[i] = (int32_t)i;
+  if (status == FLAP_OK)
+    status = flap_device_upload(b->device, b->order, ids, count * 4);
+  free(ids);
+  return status;
+}
+
+/* Only where there are bytes. */
+static flap_status fill_all(bench *b) {
+  const flap_op_times_spec *spec = b->spec;
+  const flap_model_config *model = spec->model;
+  const uint64_t size = flap_dtype_bytes(spec->shape.dtype);
+  unsigned char *pattern = malloc(PATTERN_BYTES);
+  if (pattern == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the device");
+  make_pattern(spec->shape.dtype, pattern);
+  flap_status status = fill(b, b->layer, flap_model_part_elements(model, FLAP_PART_LAYER) * size, pattern);
+  if (status == FLAP_OK)
+    status = fill(b, b->projection, (uint64_t)model->vocab_size * model->hidden_size * size, pattern);
+  if (status == FLAP_OK)
+    status = fill(b, b->head, model->hidden_size * size, pattern);
+  void *const hidden[] = {b->x_in, b->dx};
+  for (size_t i = 0; i < sizeof hidden / sizeof *hidden && status == FLAP_OK; i++)
+    status = fill(b, hidden[i], flap_model_hidden_bytes(model, &spec->shape), pattern);
+  free(pattern);
+  FLAP_TRY(status);
+  FLAP_TRY(upload_tokens(b));
+  const uint64_t rope_bytes = flap_model_rope_bytes(model, spec->shape.sequence);
+  float *table = malloc(rope_bytes);
+  if (table == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the device");
+  flap_ops_rope_table(&model->rope, spec->shape.sequence, model->head_dim, table);
+  status = flap_device_upload(b->device, b->rope, table, rope_bytes);
+  free(table);
+  if (spec->training) {
+    flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 12);
+    flap_ops_zero(b->ops, b->gradient, SLICE_ELEMENTS * 4);
+    flap_ops_zero(b->ops, b->weight, SLICE_ELEMENTS * 4);
+    flap_ops_zero(b->ops, b->sums, flap_model_part_elements(model, FLAP_PART_LAYER) * 4);
+    flap_ops_zero(b->ops, b->head_sums, flap_model_part_elements(model, FLAP_PART_HEAD) * 4);
+    if (model->tie_word_embeddings)
+      flap_ops_zero(b->ops, b->projection_sums, flap_model_part_elements(model, FLAP_PART_EMBEDDING) * 4);
+  }
+  return status;
+}
+
+/* ---- operations ------------------------------------------------------------------------------------------ */
+
+static void run_embed(bench *b) {
+  flap_model_embed(&b->run, b->projection, b->tokens, b->x_out);
+}
+static void run_forward(bench *b) {
+  flap_model_layer_forward(&b->run, b->layer, b->x_in, b->saved, b->x_out);
+}
+static void run_recompute(bench *b) {
+  flap_model_layer_forward(&b->run, b->layer, b->x_in, b->saved, NULL);
+}
+static void run_loss(bench *b) {
+  flap_model_head_loss(&b->run, b->head, b->projection, b->x_in, b->tokens, 1, b->losses, NULL, NULL, NULL, false);
+}
+static void run_head(bench *b) {
+  flap_model_head_loss(&b->run, b->head, b->projection, b->x_in, b->tokens, 1e-6f, b->losses, b->x_out, b->head_sums,
+                       b->projection_sums, !b->fresh);
+}
+static void run_backward(bench *b) {
+  flap_model_layer_backward(&b->run, b->layer, b->x_in, b->saved, b->dx, b->sums, !b->fresh);
+}
+static void run_embed_backward(bench *b) {
+  flap_model_embed_backward(&b->run, b->tokens, b->order, b->dx, b->projection_sums);
+}
+static void run_store(bench *b) {
+  flap_ops_gradient_store(b->ops, b->spec->gradient_dtype, b->gradient, b->squares, (const float *)(void *)b->states,
+                          SLICE_ELEMENTS);
+}
+static void run_zero(bench *b) {
+  flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 4);
+}
+static void run_adamw(bench *b) {
+  const flap_dtype dtype = b->spec->shape.dtype;
+  const flap_adamw scalars = {.learning_rate = 1e-6f,
+                              .beta1 = 0.9f,
+                              .beta2 = 0.999f,
+                              .one_minus_beta1 = 0.1f,
+                              .one_minus_beta2 = 0.001f,
+                              .inverse_bias1 = 1,
+                              .inverse_sqrt_bias2 = 1,
+                              .epsilon = 1e-8f,
+                              .decay = 1,
+                              .gradient_scale = 1};
+  float *m = (float *)(void *)(b->states + SLICE_ELEMENTS * 4), *v = m + SLICE_ELEMENTS;
+  flap_ops_adamw(b->ops, &scalars, dtype, b->spec->gradient_dtype, b->weight, dtype == FLAP_F32 ? NULL : b->states, m,
+                 v, b->gradient, b->decay, b->fault, SLICE_ELEMENTS);
+}
+
+/* ---- time ------------------------------------------------------------------------------------------------ */
+
+static flap_status time_of(bench *b, void (*run)(bench *b), bool fresh, uint64_t *ns_out) {
+  b->fresh = fresh;
+  if (b->clock != NULL) {
+    const uint64_t before_ns = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE);
+    run(b);
+    *ns_out = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE) - before_ns;
+    return FLAP_OK;
+  }
+  run(b); /* loads code */
+  FLAP_TRY(flap_device_synchronize(b->device));
+  const uint64_t started_ns = flap_units_now_ns();
+  uint64_t half_ns = started_ns, rounds = 0;
+  for (uint32_t batch = 1; rounds < ROUNDS_MAX; batch = 4) {
+    for (uint32_t i = 0; i < batch; i++)
+      run(b);
+    FLAP_TRY(flap_device_synchronize(b->device));
+    const uint64_t now_ns = flap_units_now_ns();
+    if (now_ns - started_ns < MEASURE_NS / 2) {
+      half_ns = now_ns;
+      continue;
+    }
+    rounds += batch;
+    if (now_ns - started_ns >= MEASURE_NS) {
+      *ns_out = (now_ns - half_ns) / rounds;
+      return FLAP_OK;
+    }
+  }
+  *ns_out = (flap_units_now_ns() - half_ns) / rounds;
+  return FLAP_OK;
+}
+
+static flap_status time_per_element(bench *b, void (*run)(bench *b), uint64_t elements, double *ns_out) {
+  uint64_t ns = 0;
+  FLAP_TRY(time_of(b, run, false, &ns));
+  const uint64_t launch_ns = b->spec->launch_ns;
+  *ns_out = ns > launch_ns ? (double)(ns - launch_ns) / (double)elements : 0;
+  return FLAP_OK;
+}
+
+static flap_status time_all(bench *b, flap_op_times *t) {
+  *t = (flap_op_times){.launch_ns = b->spec->launch_ns};
+  FLAP_TRY(time_of(b, run_embed, false, &t->embed_ns));
+  FLAP_TRY(time_of(b, run_recompute, false, &t->recompute_ns));
+  FLAP_TRY(time_of(b, run_forward, false, &t->forward_ns));
+  FLAP_TRY(time_of(b, run_loss, false, &t->loss_ns));
+  if (!b->spec->training)
+    return FLAP_OK;
+  FLAP_TRY(time_of(b, run_backward, true, &t->backward_fresh_ns));
+  FLAP_TRY(time_of(b, run_backward, false, &t->backward_ns));
+  FLAP_TRY(time_of(b, run_head, true, &t->head_fresh_ns));
+  FLAP_TRY(time_of(b, run_head, false, &t->head_ns));
+  FLAP_TRY(time_of(b, run_embed_backward, false, &t->embed_backward_ns));
+  FLAP_TRY(time_per_element(b, run_zero, SLICE_ELEMENTS, &t->zero_ns));
+  FLAP_TRY(time_per_element(b, run_store, SLICE_ELEMENTS, &t->store_ns));
+  return time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_ns);
+}
+
+/* ---- on a device ----------------------------------------------------------------------------------------- */
+
+static flap_status open_ops(bench *b) {
+  flap_ops_limits limits;
+  flap_model_ops_limits(b->spec->model, &b->spec->shape, b->spec->threads, &limits);
+  FLAP_TRY(flap_ops_open(b->device, &limits, b->ops_workspace, &b->ops));
+  b->run = (flap_model_run){.config = b->spec->model,
+                            .shape = b->spec->shape,
+                            .ops = b->ops,
+                            .rope_table = b->rope,
+                            .workspace = b->model_workspace};
+  b->decay = calloc(FLAP_OPS_ADAMW_BLOCKS_MAX / 8, 1);
+  return b->decay != NULL ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "no memory to measure the device");
+}
+
+static uint64_t needed_bytes(const flap_op_times_spec *spec, flap_device_kind kind) {
+  bench b = {.spec = spec};
+  flap_arena arena;
+  flap_arena_measure(&arena, "op times");
+  take_all(&b, kind, &arena);
+  return flap_units_round_up(arena.bytes_used, 4096);
+}
+
+/* Opens the device of `config`, times everything, and closes. `kind`: whose workspaces are taken. */
+static flap_status run_on(const flap_op_times_spec *spec, const flap_device_config *config, flap_device_kind kind,
+                          flap_op_times *times_out) {
+  bench b = {.spec = spec, .clock = config->clock};
+  flap_arena arena;
+  uint64_t bytes = 0;
+  flap_status status = flap_device_open(config, &b.device);
+  FLAP_TRY(status);
+  void *memory = flap_device_arena(b.device, &bytes);
+  if (bytes < needed_bytes(spec, kind)) {
+    status = flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)bytes);
+    goto fail;
+  }
+  flap_arena_borrow(&arena, "op times", memory, bytes);
+  take_all(&b, kind, &arena);
+  FLAP_TRY_GOTO(status, open_ops(&b));
+  if (flap_device_has_bytes(b.device))
+    FLAP_TRY_GOTO(status, fill_all(&b));
+  FLAP_TRY_GOTO(status, time_all(&b, times_out));
+fail:
+  free(b.decay);
+  flap_ops_close(b.ops);
+  flap_device_close(b.device);
+  return status;
+}
+
+flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
+                                     flap_op_times *times_out) {
+  flap_clock *clock;
+  FLAP_TRY(flap_clock_open(&clock));
+  const flap_device_config config = {.kind = FLAP_DEVICE_SIM,
+                                     .vram_bytes = needed_bytes(spec, FLAP_DEVICE_SIM),
+                                     .events_max = 2,
+                                     .clock = clock,
+                                     .machine = *machine};
+  const flap_status status = run_on(spec, &config, FLAP_DEVICE_SIM, times_out);
+  flap_clock_close(clock);
+  return status;
+}
+
+flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes,
+                                       flap_op_times *times_out) {
+  const uint64_t needed = needed_bytes(spec, FLAP_DEVICE_CUDA);
+  if (needed > vram_bytes || overhead_bytes > vram_bytes - needed)
+    return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
+  const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = 2};
+  FLAP_TRY(run_on(spec, &config, FLAP_DEVICE_CUDA, times_out));
+  times_out->measured = true;
+  return FLAP_OK;
+}
+
+uint64_t flap_op_times_of(const flap_op_times *t, const flap_op *op, uint64_t elements) {
+  switch ((flap_op_kind)op->kind) {
+  case FLAP_OP_EMBED:
+    return t->embed_ns;
+  case FLAP_OP_LAYER_FORWARD:
+    return op->operand[3] == FLAP_OPERAND_NONE ? t->recompute_ns : t->forward_ns;
+  case FLAP_OP_HEAD:
+    return op->operand[3] == FLAP_OPERAND_NONE ? t->loss_ns : op->fresh ? t->head_fresh_ns : t->head_ns;
+  case FLAP_OP_LAYER_BACKWARD:
+    return op->fresh ? t->backward_fresh_ns : t->backward_ns;
+  case FLAP_OP_EMBED_BACKWARD:
+    return t->embed_backward_ns;
+  case FLAP_OP_ZERO:
+    return t->launch_ns + (uint64_t)(t->zero_ns * (double)elements);
+  case FLAP_OP_STORE_GRADIENT:
+    return t->launch_ns + (uint64_t)(t->store_ns * (double)elements);
+  case FLAP_OP_ADAMW:
+    return t->launch_ns + (uint64_t)(t->adamw_ns * (double)elements);
+  case FLAP_OP_PIN:
+  case FLAP_OP_UNPIN:
+  case FLAP_OP_NORM:
+  case FLAP_OP_LAYER_DECODE:
+  case FLAP_OP_LOGITS:
+  case FLAP_OP_KIND_COUNT:
+    break;
+  }
+  return 0;
+}

@@ -1,0 +1,52 @@
+/* What each operation of a step takes on a device: measured there, or added up from the machine's rates on the sim
+ * device.
+ *
+ * Folder-private, but for tests. A layer is a dozen kernels whose rates depend on its widths, and attention reaches a
+ * third of what products reach: so a plan for this machine asks the device itself, with the layer and the micro-batch
+ * of the run. The planner's estimates and simulations charge these times.
+ */
+#ifndef FLAP_ENGINE_OP_TIMES_H
+#define FLAP_ENGINE_OP_TIMES_H
+
+#include "engine/layout.h"
+#include "engine/program.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct flap_op_times {
+  bool measured; /* on the device; else from rates */
+  /* of one micro-batch */
+  uint64_t embed_ns, forward_ns, recompute_ns, loss_ns;
+  /* in training: `fresh` ones are the first to write their sums */
+  uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, embed_backward_ns;
+  uint64_t launch_ns;                 /* of an operation on a slice, beside its elements */
+  double store_ns, adamw_ns, zero_ns; /* per element of a slice; per element of fp32 sums */
+} flap_op_times;
+
+typedef struct flap_op_times_spec {
+  const flap_model_config *model;
+  flap_model_shape shape;
+  flap_dtype gradient_dtype;
+  bool training;
+  uint32_t threads;
+  uint64_t launch_ns; /* of the machine */
+} flap_op_times_spec;
+
+/* From rates: runs each operation once on the sim device. */
+FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
+                                                  flap_op_times *times_out);
+/* Runs each operation on the cuda device for about a tenth of a second, with at most so much of the card's memory.
+ * FLAP_BUDGET: that is too little for a layer and the head at once. Takes a second. */
+FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
+                                                    uint64_t vram_bytes, flap_op_times *times_out);
+
+/* Of an operation of a program; `elements`: of its slice, or of the sums that are zeroed. 0 for what computes nothing,
+ * and for decoding, whose cost depends on the position. */
+uint64_t flap_op_times_of(const flap_op_times *times, const flap_op *op, uint64_t elements);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
