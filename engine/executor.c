@@ -312,9 +312,11 @@ static flap_status pin(flap_executor *x, uint32_t lease) {
   return FLAP_OK;
 }
 
-/* Labels of launches on a device that takes their times itself: the kind, from 1, and the index. */
-static uint64_t label_of(const flap_op *op) {
-  return ((uint64_t)op->kind + 1) << 32 | op->index;
+/* Labels of launches on a device that takes their times itself: the kind, from 1, and the index. Slices of one part
+ * share a label, because each label costs the device a pause. */
+static uint64_t label_of(const flap_executor *x, const flap_op *op) {
+  const bool slice = op->kind == FLAP_OP_ADAMW || op->kind == FLAP_OP_STORE_GRADIENT;
+  return ((uint64_t)op->kind + 1) << 32 | (slice && !x->timed ? x->layout->slices[op->index].part : op->index);
 }
 
 void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t started_ns, uint64_t ended_ns) {
@@ -351,10 +353,10 @@ static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_re
   }
   const uint64_t started_ns = x->timed ? flap_units_now_ns() : 0;
   if (x->trace != NULL && !x->timed)
-    flap_device_label_compute(flap_ops_device(x->ops), label_of(op));
+    flap_device_label_compute(flap_ops_device(x->ops), label_of(x, op));
   FLAP_TRY(perform(x, op, result));
   if (x->timed)
-    flap_executor_trace(x->trace, label_of(op), started_ns, flap_units_now_ns());
+    flap_executor_trace(x->trace, label_of(x, op), started_ns, flap_units_now_ns());
   return op->kind == FLAP_OP_NORM && !is_finite(result) ? overflowed(x, result) : FLAP_OK;
 }
 

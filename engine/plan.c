@@ -123,11 +123,24 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
 }
 
 /* Only for `flap plan`: a run does not need them. */
-static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
+static flap_status find_least(const flap_prepared *p, flap_plan *plan) {
   FLAP_TRY(flap_planner_vram_min(&p->planner, &p->budgets, &plan->vram_min));
   if (p->planner.spec.disk_count == 0)
     return flap_planner_ram_min(&p->planner, &p->budgets, &plan->ram_min);
   return flap_planner_ram_and_disk_min(&p->planner, &p->budgets, &plan->ram_min, &plan->disk_min);
+}
+
+static uint64_t smaller(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
+
+/* The search tries few skeletons, and where another budget is tight the plan itself may be one that takes less. */
+static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
+  FLAP_TRY(find_least(p, plan));
+  plan->vram_min = smaller(plan->vram_min, plan->vram_bytes);
+  plan->ram_min = smaller(plan->ram_min, plan->ram_bytes);
+  plan->disk_min = smaller(plan->disk_min, plan->disk_bytes);
+  return FLAP_OK;
 }
 
 flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {

@@ -107,6 +107,14 @@ void flap_runtime_start_trace(flap_runtime *runtime) {
   __atomic_store_n(&runtime->tracing, 1, __ATOMIC_RELEASE);
 }
 
+void flap_runtime_stop_trace(flap_runtime *runtime) {
+  if (runtime->executor.timed)
+    return;
+  runtime->executor.trace = NULL;
+  flap_device_label_compute(flap_pager_device(runtime->pager), 0);
+  __atomic_store_n(&runtime->tracing, 0, __ATOMIC_RELEASE);
+}
+
 flap_status flap_runtime_open_reader(flap_runtime *runtime, const flap_dataset *dataset, uint64_t cursor) {
   const flap_reader_config config = {.dataset = dataset,
                                      .sequence_length = runtime->spec.shape.sequence,

@@ -46,6 +46,9 @@ FLAP_CHECKED flap_status flap_runtime_open_simulated(flap_setup *setup, const fl
                                                      flap_runtime *runtime_out);
 /* From now on operations and transfers go to the trace, until it is full. */
 void flap_runtime_start_trace(flap_runtime *runtime);
+/* No more, where looking on costs the device something: between any two operations that are told apart it pauses for
+ * some microseconds. Elsewhere the trace goes on. */
+void flap_runtime_stop_trace(flap_runtime *runtime);
 /* Opens the reader where the setup has one. Of its own, because what is read is known later than what is taken. */
 FLAP_CHECKED flap_status flap_runtime_open_reader(flap_runtime *runtime, const flap_dataset *dataset, uint64_t cursor);
 void flap_runtime_close(flap_runtime *runtime);

@@ -12,7 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TRACED_STEP 2 /* the trace begins with the third step of the process: a steady one */
+#define TRACED_STEP 2  /* the trace begins with the third step of the process: a steady one */
+#define TRACED_STEPS 2 /* on a GPU; elsewhere until the trace is full */
 
 static bool stop_asked(const trainer *t) {
   return t->stop != NULL && *t->stop != 0;
@@ -189,6 +190,8 @@ static flap_status run_to_rest(trainer *t) {
     rests = rests_after(t, t->step + 1);
     if (t->step == first + TRACED_STEP)
       flap_runtime_start_trace(&t->runtime);
+    if (t->step == first + TRACED_STEP + TRACED_STEPS)
+      flap_runtime_stop_trace(&t->runtime);
     const bool pending = !t->prepared.setup.choice.sweep && !rests;
     const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);
     queued = !rests && !stop_asked(t);

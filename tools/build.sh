@@ -1,7 +1,10 @@
 #!/bin/sh
 # Builds the release into build/. Usage: tools/build.sh [more arguments for cmake]
+# Where NVIDIA's compiler is, with the cuda device: for the GPUs that are there, or for all generations if there are none.
 set -eu
 cd "$(dirname "$0")/.."
-cmake -S . -B build -G Ninja "$@" >/dev/null
+cards=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$' | tr -d . | sort -u |
+  sed 's/$/-real/' | paste -sd ';' - || true)
+cmake -S . -B build -G Ninja ${cards:+"-DCMAKE_CUDA_ARCHITECTURES=$cards"} "$@" >/dev/null
 ninja -C build flap
 echo "build.sh: build/tools/flap"
