@@ -1,6 +1,7 @@
 #include "engine/planner.h"
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/units.h"
 #include "engine/planner_internal.h"
 
@@ -214,9 +215,10 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
     flap_choice choice = settled;
     choice.transfer_bytes = choice.page_bytes;
     choice.read_buffers = choice.write_buffers = planner->spec.disk_count > 0 ? 1 : 0;
-    if (planner_fill(planner, budgets, &choice, depths[d], &setup) == PLANNER_FITS)
-      enter(list, count, PLANNER_CONTENDERS,
-            (contender){.s = s, .depth = depths[d], .estimate = planner_estimate(planner, &setup)});
+    if (planner_fill(planner, budgets, &choice, depths[d], &setup) != PLANNER_FITS)
+      continue;
+    const double estimate = planner_estimate(planner, &setup) * (depths[d] == 0 ? PLANNER_NOTHING_AHEAD : 1);
+    enter(list, count, PLANNER_CONTENDERS, (contender){.s = s, .depth = depths[d], .estimate = estimate});
   }
   flap_setup_close(&setup);
   return FLAP_OK;
@@ -269,6 +271,10 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
     flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
+    flap_log(FLAP_LOG_DEBUG,
+             "plan: segments of %u, groups of %u, %u layers saved, %s, depth %u: estimated %.4f s, simulated %.4f s",
+             list[i].s.segment, list[i].s.group, list[i].s.saved, list[i].s.spread ? "spread" : "at once",
+             list[i].depth, list[i].estimate, costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
     if (i == 0 || costs_here.step_seconds < best * 0.9999) {

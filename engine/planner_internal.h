@@ -12,8 +12,9 @@
 #define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
 #define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
 #define PLANNER_CONTENDERS 12         /* that are simulated */
-#define PLANNER_TABLE_SLICES 65536    /* about as many slices as a run has at most */
-#define PLANNER_SLICE_SHARE 48        /* a slice of states is at most about this part of vram */
+#define PLANNER_NOTHING_AHEAD 1.1  /* rings without a slot to run ahead wait for each lease: estimates do not see it */
+#define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
+#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
