@@ -6,13 +6,17 @@
 
 #include <math.h>
 
-/* Of an element: the fp32 master weight (in bf16 its two halves), in fp16 the weight beside it, and two fp32 moments.
- */
-static uint64_t state_bytes(flap_dtype dtype) {
-  return dtype == FLAP_F16 ? 14 : 12;
+/* Of 256 elements: the fp32 master weights (in bf16 their two halves), in fp16 the weights beside them, and two moments
+ * each: fp32, or a byte, beside an fp32 number that the 256 share. */
+#define GROUP 256u
+static uint64_t group_state_bytes(flap_dtype dtype, flap_optim optim) {
+  const uint64_t weight = dtype == FLAP_F16 ? 6 : 4;
+  return optim == FLAP_OPTIM_ADAMW_8BIT ? GROUP * (weight + 2) + 2 * 4 : GROUP * (weight + 2 * 4);
 }
 
-/* Elements of all parts, the gaps between tensors included: they are paged like everything else. */
+/* Elements of all parts, the gaps between tensors included, which are whole groups: they are paged like everything
+ * else.
+ */
 static uint64_t count_elements(const flap_model_config *model) {
   uint64_t layers = 0, all = 0;
   bool fits = flap_units_mul(flap_model_part_elements(model, FLAP_PART_LAYER), model->num_hidden_layers, &layers) &&
@@ -40,8 +44,9 @@ static void compute_lanes(const flap_bound_spec *spec, flap_bound *bound) {
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
   uint64_t live = 0;
-  bool fits = flap_units_mul(count_elements(spec->model),
-                             state_bytes(spec->shape.dtype) + flap_dtype_bytes(spec->gradient_dtype), &live);
+  const uint64_t of_group =
+      group_state_bytes(spec->shape.dtype, spec->optim) + GROUP * flap_dtype_bytes(spec->gradient_dtype);
+  bool fits = flap_units_mul(count_elements(spec->model) / GROUP, of_group, &live);
   flap_assert(fits);
   const uint64_t outside = beyond(live, spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
   bound->lane_bytes[FLAP_LANE_H2D] = bound->lane_bytes[FLAP_LANE_D2H] = outside;

@@ -39,6 +39,7 @@ typedef struct flap_bound_spec {
   flap_model_shape shape; /* of a micro-batch */
   uint32_t micro_batches;
   flap_dtype gradient_dtype;
+  flap_optim optim;
   uint64_t vram_bytes, ram_bytes; /* budgets */
   const flap_machine *machine;    /* rates above 0; those of disks may be 0 where nothing needs a disk */
 } flap_bound_spec;

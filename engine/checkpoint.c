@@ -44,10 +44,10 @@ static flap_status write_state(const char *folder, const flap_trainer_state *sta
   FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
   (void)snprintf(seed, sizeof seed, "%" PRIu64, state->seed);
   (void)snprintf(digest, sizeof digest, "0x%016" PRIx64, state->dataset_digest);
-  json_t *root =
-      json_pack("{s:s, s:i, s:I, s:I, s:I, s:s, s:s, s:s}", "format", STATE_FORMAT, "version", STATE_VERSION,
-                "global_step", to_json(state->step), "max_steps", to_json(state->max_steps), "sequences_consumed",
-                to_json(state->cursor), "seed", seed, "dataset_digest", digest, "numerics", state->numerics);
+  json_t *root = json_pack("{s:s, s:i, s:I, s:I, s:I, s:s, s:s, s:s, s:s}", "format", STATE_FORMAT, "version",
+                           STATE_VERSION, "global_step", to_json(state->step), "max_steps", to_json(state->max_steps),
+                           "sequences_consumed", to_json(state->cursor), "seed", seed, "dataset_digest", digest,
+                           "optim", flap_run_config_optim_name(state->optim), "numerics", state->numerics);
   if (root == NULL || !add_loss_scale(root, state)) {
     json_decref(root);
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
@@ -94,6 +94,18 @@ static flap_status parse_loss_scale(const flap_json_object *root, flap_trainer_s
   return FLAP_OK;
 }
 
+/* What was saved before there was a choice has no such key: adamw. */
+static flap_status parse_optim(const flap_json_object *root, flap_trainer_state *state) {
+  const char *name = NULL;
+  FLAP_TRY(flap_json_opt_string(root, "optim", flap_run_config_optim_name(FLAP_OPTIM_ADAMW), &name));
+  for (int i = FLAP_OPTIM_ADAMW; i <= FLAP_OPTIM_ADAMW_8BIT; i++)
+    if (strcmp(name, flap_run_config_optim_name((flap_optim)i)) == 0) {
+      state->optim = (flap_optim)i;
+      return FLAP_OK;
+    }
+  return flap_json_error(root, "optim", "%.40s is neither adamw nor adamw_8bit", name);
+}
+
 static flap_status parse_state(const flap_json_object *root, flap_trainer_state *state) {
   const char *format = NULL, *numerics = NULL;
   int64_t version = 0;
@@ -113,6 +125,7 @@ static flap_status parse_state(const flap_json_object *root, flap_trainer_state 
   FLAP_TRY(read_count(root, "sequences_consumed", &state->cursor));
   FLAP_TRY(read_long(root, "seed", 10, &state->seed));
   FLAP_TRY(read_long(root, "dataset_digest", 16, &state->dataset_digest));
+  FLAP_TRY(parse_optim(root, state));
   FLAP_TRY(parse_loss_scale(root, state));
   FLAP_TRY(flap_json_get_string(root, "numerics", &numerics));
   if (strlen(numerics) >= FLAP_NUMERICS_MAX)
@@ -263,12 +276,12 @@ flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_d
   return FLAP_OK;
 }
 
-flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, bool only_model,
+flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim, bool only_model,
                                   uint64_t *bytes_out) {
   uint64_t states = 0;
   FLAP_TRY(flap_checkpoint_export_bytes(config, dtype, bytes_out));
   if (!only_model)
-    FLAP_TRY(flap_weights_states_bytes(config, dtype, &states));
+    FLAP_TRY(flap_weights_states_bytes(config, dtype, optim, &states));
   *bytes_out += states;
   return FLAP_OK;
 }

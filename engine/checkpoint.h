@@ -24,6 +24,7 @@ typedef struct flap_trainer_state {
   uint64_t cursor;    /* training sequences consumed */
   uint64_t seed;
   uint64_t dataset_digest;
+  flap_optim optim;
   flap_loss_scale loss_scale;       /* all zero but with fp16 */
   char numerics[FLAP_NUMERICS_MAX]; /* the numerics key */
 } flap_trainer_state;
@@ -61,8 +62,8 @@ FLAP_CHECKED flap_status flap_checkpoint_export(const char *output_dir, flap_pag
                                                 const flap_artifacts *artifacts);
 
 /* Disk space that one checkpoint, and the final export, take (files of a few kilobytes estimated upwards). */
-FLAP_CHECKED flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, bool only_model,
-                                               uint64_t *bytes_out);
+FLAP_CHECKED flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim,
+                                               bool only_model, uint64_t *bytes_out);
 FLAP_CHECKED flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype,
                                                       uint64_t *bytes_out);
 

@@ -50,6 +50,7 @@ typedef struct flap_plan {
   uint64_t tokens_per_step;
   uint32_t layers, micro_batches;
   flap_dtype dtype, gradient_dtype;
+  flap_optim optim;
   flap_device_kind device;
   char device_name[96];
   flap_machine machine;

@@ -80,12 +80,24 @@ static void adamw(flap_executor *x, const flap_op *op) {
   flap_assert(x->has_update);
   if (x->skips)
     return;
-  flap_ops_adamw(
-      x->ops, &x->adamw, dtype, x->layout->spec.gradient_dtype, weights_at(x, op->operand[0], slice->first_element),
-      flap_layout_state_format(dtype).master_bytes > 0 ? states : NULL,
-      (float *)(void *)(states + flap_layout_moment1_offset(x->layout, slice->elements)),
-      (float *)(void *)(states + flap_layout_moment2_offset(x->layout, slice->elements)), address(x, op->operand[2]),
-      x->host.decay + op->index * x->host.decay_stride, x->device.fault, slice->elements);
+  const flap_dtype gradient_dtype = x->layout->spec.gradient_dtype;
+  const flap_state_format format = flap_layout_state_format(dtype, x->layout->spec.optim);
+  unsigned char *weights = weights_at(x, op->operand[0], slice->first_element);
+  void *sections[FLAP_STATE_SECTION_COUNT];
+  for (int i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
+    sections[i] = format.sections[i].value_bytes > 0
+                      ? states + flap_layout_state_offset(&format, (flap_state_section)i, slice->elements)
+                      : NULL;
+  const uint8_t *decay = x->host.decay + op->index * x->host.decay_stride;
+  if (x->layout->spec.optim == FLAP_OPTIM_ADAMW_8BIT)
+    flap_ops_adamw_8bit(x->ops, &x->adamw, dtype, gradient_dtype, weights, sections[FLAP_STATE_MASTER],
+                        sections[FLAP_STATE_MOMENT1], sections[FLAP_STATE_MOMENT2], sections[FLAP_STATE_LARGEST1],
+                        sections[FLAP_STATE_LARGEST2], address(x, op->operand[2]), decay, x->device.fault,
+                        slice->elements);
+  else
+    flap_ops_adamw(x->ops, &x->adamw, dtype, gradient_dtype, weights, sections[FLAP_STATE_MASTER],
+                   sections[FLAP_STATE_MOMENT1], sections[FLAP_STATE_MOMENT2], address(x, op->operand[2]), decay,
+                   x->device.fault, slice->elements);
 }
 
 static void zero(flap_executor *x, const flap_op *op) {

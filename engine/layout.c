@@ -3,27 +3,27 @@
 #include "base/assert.h"
 #include "base/units.h"
 
-flap_state_format flap_layout_state_format(flap_dtype weight_dtype) {
-  flap_state_format format = {.moment1_bytes = 4, .moment2_bytes = 4};
-  if (weight_dtype == FLAP_BF16)
-    format.master_bytes = 2;
-  else if (weight_dtype == FLAP_F16)
-    format.master_bytes = 4;
-  return format;
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim) {
+  const bool codes = optim == FLAP_OPTIM_ADAMW_8BIT;
+  const uint64_t master_bytes = weight_dtype == FLAP_BF16 ? 2 : weight_dtype == FLAP_F16 ? 4 : 0;
+  const uint64_t moment_bytes = codes ? 1 : 4, largest_bytes = codes ? 4 : 0;
+  return (flap_state_format){.sections = {[FLAP_STATE_MASTER] = {master_bytes, 1},
+                                          [FLAP_STATE_MOMENT1] = {moment_bytes, 1},
+                                          [FLAP_STATE_MOMENT2] = {moment_bytes, 1},
+                                          [FLAP_STATE_LARGEST1] = {largest_bytes, FLAP_OPS_MOMENT_BLOCK},
+                                          [FLAP_STATE_LARGEST2] = {largest_bytes, FLAP_OPS_MOMENT_BLOCK}}};
 }
 
-uint64_t flap_layout_state_bytes(flap_dtype weight_dtype) {
-  const flap_state_format format = flap_layout_state_format(weight_dtype);
-  return format.master_bytes + format.moment1_bytes + format.moment2_bytes;
+uint64_t flap_layout_state_offset(const flap_state_format *format, flap_state_section section, uint64_t elements) {
+  uint64_t offset = 0;
+  flap_assert(elements % FLAP_OPS_BLOCK == 0);
+  for (int i = 0; i < (int)section; i++)
+    offset += elements / format->sections[i].value_elements * format->sections[i].value_bytes;
+  return offset;
 }
 
-uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements) {
-  return elements * flap_layout_state_format(layout->spec.shape.dtype).master_bytes;
-}
-
-uint64_t flap_layout_moment2_offset(const flap_layout *layout, uint64_t elements) {
-  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype);
-  return elements * (format.master_bytes + format.moment1_bytes);
+uint64_t flap_layout_state_bytes(const flap_state_format *format, uint64_t elements) {
+  return flap_layout_state_offset(format, FLAP_STATE_SECTION_COUNT, elements);
 }
 
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out) {
@@ -116,6 +116,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   part.elements = flap_model_part_elements(spec->model, kind);
   part.weights = add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
                             part.elements * flap_dtype_bytes(spec->shape.dtype));
+  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim);
   part.first_slice = layout->slice_count;
   part.first_block = layout->block_count;
   if (spec->mode == FLAP_MODE_TRAIN) {
@@ -124,7 +125,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
       const uint64_t left = part.elements - first;
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
       slice.elements = left < spec->slice_elements ? left : spec->slice_elements;
-      slice.states = add_region(layout, FLAP_CLASS_STATES, slice.elements * flap_layout_state_bytes(spec->shape.dtype));
+      slice.states = add_region(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&format, slice.elements));
       slice.gradient =
           add_region(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype));
       if (layout->slices != NULL)

@@ -23,6 +23,7 @@ typedef struct flap_layout_spec {
   flap_model_shape shape; /* of a micro-batch; in sample mode, of one piece of the prompt (B = 1) */
   flap_run_mode mode;
   flap_dtype gradient_dtype;
+  flap_optim optim;
   uint32_t micro_batches;       /* per step */
   uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
@@ -46,15 +47,26 @@ typedef struct flap_layout_part {
   uint64_t first_block; /* of its FLAP_OPS_BLOCK-element blocks in the run's list of blocks */
 } flap_layout_part;
 
-/* What a states region holds, section after section: bytes of each element in each. A section of no bytes is not there.
- * Everything about the states' bytes follows from this. */
+/* What a states region holds, section after section, in this order. */
+typedef enum flap_state_section {
+  FLAP_STATE_MASTER,   /* what makes a master weight of the compute weight: the int16 low half with bf16 weights, the
+                          fp32 master itself with fp16; not there with fp32 weights, which are their own masters */
+  FLAP_STATE_MOMENT1,  /* fp32; with adamw_8bit int8 codes */
+  FLAP_STATE_MOMENT2,  /* fp32; with adamw_8bit uint8 codes, of its square root */
+  FLAP_STATE_LARGEST1, /* with adamw_8bit alone: what the codes are relative to, fp32, in blocks of
+                          FLAP_OPS_MOMENT_BLOCK */
+  FLAP_STATE_LARGEST2,
+  FLAP_STATE_SECTION_COUNT
+} flap_state_section;
+
+/* Everything about the states' bytes follows from this. */
 typedef struct flap_state_format {
-  uint64_t master_bytes;  /* what makes a master weight of the compute weight: the int16 low half with bf16 weights, the
-                             fp32 master itself with fp16; none with fp32 weights, which are their own masters */
-  uint64_t moment1_bytes; /* fp32 */
-  uint64_t moment2_bytes; /* fp32 */
+  struct {
+    uint64_t value_bytes;    /* 0: no such section */
+    uint64_t value_elements; /* that share a value; divides FLAP_OPS_BLOCK */
+  } sections[FLAP_STATE_SECTION_COUNT];
 } flap_state_format;
-flap_state_format flap_layout_state_format(flap_dtype weight_dtype);
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim);
 
 /* A piece of a part's optimizer states and of its rounded gradient. */
 typedef struct flap_layout_slice {
@@ -92,11 +104,11 @@ uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 
-/* Offsets in the states region of a slice of so many elements, in bytes; the master's section is at 0. */
-uint64_t flap_layout_moment1_offset(const flap_layout *layout, uint64_t elements);
-uint64_t flap_layout_moment2_offset(const flap_layout *layout, uint64_t elements);
-/* Bytes per element of a states region: 10 with bf16 weights, 12 with fp16, 8 with fp32. */
-uint64_t flap_layout_state_bytes(flap_dtype weight_dtype);
+/* Bytes of the states of so many elements, a multiple of FLAP_OPS_BLOCK: for each of them 10 with bf16 weights, 12 with
+ * fp16, 8 with fp32; with adamw_8bit 4, 6, or 2, and 1/32 more. */
+uint64_t flap_layout_state_bytes(const flap_state_format *format, uint64_t elements);
+/* Where a section begins in the states region of a slice of so many elements, in bytes. */
+uint64_t flap_layout_state_offset(const flap_state_format *format, flap_state_section section, uint64_t elements);
 
 #ifdef __cplusplus
 }

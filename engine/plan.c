@@ -14,12 +14,14 @@ static void describe_model(const flap_prepared *p, flap_plan *plan) {
   for (uint32_t i = 0; i < p->setup.layout.part_count; i++)
     elements += p->setup.layout.parts[i].elements;
   plan->parameters = flap_model_parameters(&p->model);
-  plan->state_bytes = elements * (flap_dtype_bytes(spec->shape.dtype) + flap_layout_state_bytes(spec->shape.dtype));
+  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim);
+  plan->state_bytes = elements * flap_dtype_bytes(spec->shape.dtype) + flap_layout_state_bytes(&format, elements);
   plan->tokens_per_step = (uint64_t)spec->shape.batch * spec->shape.sequence * spec->micro_batches;
   plan->layers = p->model.num_hidden_layers;
   plan->micro_batches = spec->micro_batches;
   plan->dtype = spec->shape.dtype;
   plan->gradient_dtype = spec->gradient_dtype;
+  plan->optim = spec->optim;
   plan->device = spec->device;
   (void)snprintf(plan->device_name, sizeof plan->device_name, "%s", p->machine.name);
   plan->machine = p->machine;
@@ -35,7 +37,8 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->sweep = choice->sweep;
   plan->page_bytes = choice->page_bytes;
   plan->transfer_bytes = choice->transfer_bytes;
-  plan->slice_bytes = choice->slice_elements * flap_layout_state_bytes(setup->spec.shape.dtype);
+  const flap_state_format format = flap_layout_state_format(setup->spec.shape.dtype, setup->spec.optim);
+  plan->slice_bytes = flap_layout_state_bytes(&format, choice->slice_elements);
   plan->read_buffers = choice->read_buffers;
   plan->write_buffers = choice->write_buffers;
   memcpy(plan->classes, setup->classes, sizeof plan->classes);
@@ -88,6 +91,7 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
                                       .shape = spec->shape,
                                       .micro_batches = spec->micro_batches,
                                       .gradient_dtype = spec->gradient_dtype,
+                                      .optim = spec->optim,
                                       .vram_bytes = p->budgets.vram_bytes,
                                       .ram_bytes = p->budgets.ram_bytes,
                                       .machine = &p->machine};
@@ -116,7 +120,8 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
   if (p->planner.spec.mode != FLAP_MODE_TRAIN)
     return FLAP_OK;
   if (p->config->save_strategy != FLAP_STRATEGY_NO)
-    FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, p->config->save_only_model, &plan->checkpoint_bytes));
+    FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, p->config->save_only_model,
+                                   &plan->checkpoint_bytes));
   if (p->config->export_final)
     FLAP_TRY(flap_checkpoint_export_bytes(&p->model, plan->dtype, &plan->export_bytes));
   return FLAP_OK;

@@ -57,17 +57,23 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
   }
 }
 
+/* Of a block of FLAP_OPS_BLOCK elements, the least that a slice can be. */
+static uint64_t state_block_bytes(const flap_planner *planner) {
+  const flap_state_format format = flap_layout_state_format(planner->spec.shape.dtype, planner->spec.optim);
+  return flap_layout_state_bytes(&format, FLAP_OPS_BLOCK);
+}
+
 /* Slices: powers of two of blocks; fine enough for small budgets, and few enough for a table of a large model's slices.
  */
 static void add_slices(const flap_planner *planner, planner_candidates *c) {
-  const uint64_t per_element = flap_layout_state_bytes(planner->spec.shape.dtype);
-  const uint64_t most = 64 * FLAP_MIB / per_element / FLAP_OPS_BLOCK * FLAP_OPS_BLOCK;
+  const uint64_t block_bytes = state_block_bytes(planner);
+  const uint64_t most = 64 * FLAP_MIB / block_bytes * FLAP_OPS_BLOCK;
   if (planner->spec.mode != FLAP_MODE_TRAIN) {
     c->slices[c->slice_count++] = FLAP_OPS_BLOCK;
     return;
   }
   if (planner->expert.slice_bytes > 0) {
-    uint64_t elements = planner->expert.slice_bytes / per_element / FLAP_OPS_BLOCK * FLAP_OPS_BLOCK;
+    uint64_t elements = planner->expert.slice_bytes / block_bytes * FLAP_OPS_BLOCK;
     elements = elements < FLAP_OPS_BLOCK ? FLAP_OPS_BLOCK : elements > most ? most : elements;
     c->slices[c->slice_count++] = elements;
     return;
@@ -147,8 +153,7 @@ static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
 static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
-  const uint64_t slice_wanted =
-      budgets->vram_bytes / PLANNER_SLICE_SHARE / flap_layout_state_bytes(planner->spec.shape.dtype);
+  const uint64_t slice_wanted = budgets->vram_bytes / PLANNER_SLICE_SHARE / state_block_bytes(planner) * FLAP_OPS_BLOCK;
   const uint64_t page_wanted =
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
   const uint32_t slice_first = preferred_index(c->slices, c->slice_count, slice_wanted);

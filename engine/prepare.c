@@ -145,6 +145,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                             .shape = *shape,
                             .mode = mode,
                             .gradient_dtype = shape->dtype == FLAP_F32 ? FLAP_F32 : config->gradient_dtype,
+                            .optim = config->optim,
                             .micro_batches = micro_batches,
                             .cache_positions = cache_positions,
                             .threads = thread_count(config),

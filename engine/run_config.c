@@ -186,6 +186,10 @@ void flap_run_config_close(flap_run_config *config) {
   memset(config, 0, sizeof *config);
 }
 
+const char *flap_run_config_optim_name(flap_optim optim) {
+  return optim == FLAP_OPTIM_ADAMW_8BIT ? "adamw_8bit" : "adamw";
+}
+
 flap_dtype flap_run_config_dtype(const flap_run_config *config) {
   return config->bf16 ? FLAP_BF16 : config->fp16 ? FLAP_F16 : FLAP_F32;
 }

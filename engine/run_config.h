@@ -37,6 +37,8 @@ typedef enum flap_scheduler {
   FLAP_SCHEDULER_CONSTANT,
   FLAP_SCHEDULER_CONSTANT_WITH_WARMUP
 } flap_scheduler;
+/* What the optimizer's moments are kept in; the update is the same: fp32, or 8-bit codes (kernels/README.md). */
+typedef enum flap_optim { FLAP_OPTIM_ADAMW, FLAP_OPTIM_ADAMW_8BIT } flap_optim;
 typedef enum flap_activations {
   FLAP_ACTIVATIONS_AUTO,
   FLAP_ACTIVATIONS_KEEP,
@@ -85,6 +87,7 @@ typedef struct flap_run_config {
   flap_scheduler lr_scheduler_type;
   uint64_t warmup_steps; /* wins over warmup_ratio when > 0 */
   double warmup_ratio;
+  flap_optim optim;
   double weight_decay, adam_beta1, adam_beta2, adam_epsilon;
   double max_grad_norm;          /* 0: no clipping */
   bool bf16, fp16;               /* both false: everything fp32 */
@@ -124,6 +127,8 @@ FLAP_CHECKED flap_status flap_run_config_check(const flap_run_config *config);
 /* Frees what is owned. */
 void flap_run_config_close(flap_run_config *config);
 
+/* As the configuration spells it. */
+const char *flap_run_config_optim_name(flap_optim optim);
 /* Weights' and activations' storage type. */
 flap_dtype flap_run_config_dtype(const flap_run_config *config);
 

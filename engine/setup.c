@@ -32,6 +32,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .shape = spec->shape,
                             .mode = spec->mode,
                             .gradient_dtype = spec->gradient_dtype,
+                            .optim = spec->optim,
                             .micro_batches = spec->micro_batches,
                             .group_micro_batches = choice->group_micro_batches,
                             .segment_layers = choice->segment_layers,

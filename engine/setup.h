@@ -32,6 +32,7 @@ typedef struct flap_setup_spec {
   flap_model_shape shape;
   flap_run_mode mode;
   flap_dtype gradient_dtype;
+  flap_optim optim;
   uint32_t micro_batches;
   uint32_t cache_positions;     /* sample mode */
   uint32_t threads;             /* that compute */

@@ -34,6 +34,19 @@ static flap_status check_not_inside(const char *folder, const char *key, const c
                         path, key, path);
 }
 
+/* Moments of one kind are not made into the other: the run would not be the one that was saved. */
+static flap_status find_checkpoint(trainer *t) {
+  const flap_run_config *config = t->config;
+  FLAP_TRY(flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state));
+  if (t->state.optim == config->optim)
+    return FLAP_OK;
+  const char *saved = flap_run_config_optim_name(t->state.optim);
+  return flap_error_set(FLAP_INVALID,
+                        "optim: %s was saved with optim: %s, and cannot go on with %s: set optim: %s, or give it as "
+                        "model_name_or_path to start anew from its weights",
+                        t->resume_folder, saved, flap_run_config_optim_name(config->optim), saved);
+}
+
 static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
@@ -43,7 +56,7 @@ static flap_status check_output(trainer *t) {
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])
-    return flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state);
+    return find_checkpoint(t);
   if (!config->overwrite_output_dir && flap_checkpoint_occupied(config->output_dir, what))
     return flap_error_set(FLAP_INVALID,
                           "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "
@@ -90,9 +103,10 @@ static flap_status open_dataset(trainer *t) {
 
 static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
   const flap_plan *plan = &t->prepared.plan;
-  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw fp32",
+  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw %s",
                  flap_ops_numerics(t->runtime.ops), t->config->per_device_train_batch_size, t->config->cutoff_len,
-                 flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype));
+                 flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype),
+                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit" : "fp32");
 }
 
 /* What a resumed run does differently from the one that saved is said, not hidden. */
@@ -173,6 +187,7 @@ flap_status trainer_save(trainer *t) {
                               .max_steps = t->steps,
                               .cursor = t->cursor,
                               .seed = t->config->seed,
+                              .optim = t->config->optim,
                               .loss_scale = t->runtime.executor.loss_scale,
                               .dataset_digest = flap_dataset_digest(t->dataset)};
   const uint64_t started_ns = flap_units_now_ns();

@@ -1,7 +1,8 @@
 /* Weights and states between regions and files.
  *
- * A region is a row of sections of equal length in elements: a weights region is one section of weights, a states
- * region is what engine/layout.h says: what makes master weights, first and second moments. The pager fills and drains
+ * A region is a row of sections: a weights region is one section of weights, a states region is what engine/layout.h
+ * says: what makes master weights, first and second moments. A section has a value for each element, or for each block
+ * of some; then its list of tensors counts in blocks as well, and nothing below has to know. The pager fills and drains
  * regions in pieces; visit() cuts each piece at sections and tensors and hands the runs to a function per section. Runs
  * come in order, so every file is written front to back.
  */
@@ -15,20 +16,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STATE_SECTIONS 3u
-typedef enum state_section { STATE_MASTER, STATE_MOMENT1, STATE_MOMENT2 } state_section;
-
 /* Where a section of the states is in a checkpoint. */
 typedef struct state_file {
   const char *name; /* NULL: the format has no such section */
   flap_safetensors_dtype dtype;
 } state_file;
 
-static state_file state_file_of(flap_dtype weight_dtype, uint32_t section) {
-  if (section == STATE_MOMENT1)
-    return (state_file){"optimizer-exp_avg.safetensors", FLAP_SAFETENSORS_F32};
-  if (section == STATE_MOMENT2)
-    return (state_file){"optimizer-exp_avg_sq.safetensors", FLAP_SAFETENSORS_F32};
+static state_file master_file(flap_dtype weight_dtype) {
   if (weight_dtype == FLAP_BF16)
     return (state_file){FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16};
   if (weight_dtype == FLAP_F16)
@@ -36,23 +30,39 @@ static state_file state_file_of(flap_dtype weight_dtype, uint32_t section) {
   return (state_file){NULL, FLAP_SAFETENSORS_F32};
 }
 
+static state_file state_file_of(flap_dtype weight_dtype, flap_optim optim, int section) {
+  static const state_file fp32[] = {[FLAP_STATE_MOMENT1] = {"optimizer-exp_avg.safetensors", FLAP_SAFETENSORS_F32},
+                                    [FLAP_STATE_MOMENT2] = {"optimizer-exp_avg_sq.safetensors", FLAP_SAFETENSORS_F32},
+                                    [FLAP_STATE_LARGEST2] = {NULL, FLAP_SAFETENSORS_F32}};
+  static const state_file codes[] = {
+      [FLAP_STATE_MOMENT1] = {"optimizer-exp_avg-codes.safetensors", FLAP_SAFETENSORS_I8},
+      [FLAP_STATE_MOMENT2] = {"optimizer-exp_avg_sq-codes.safetensors", FLAP_SAFETENSORS_U8},
+      [FLAP_STATE_LARGEST1] = {"optimizer-exp_avg-largest.safetensors", FLAP_SAFETENSORS_F32},
+      [FLAP_STATE_LARGEST2] = {"optimizer-exp_avg_sq-largest.safetensors", FLAP_SAFETENSORS_F32}};
+  if (section == FLAP_STATE_MASTER)
+    return master_file(weight_dtype);
+  return optim == FLAP_OPTIM_ADAMW_8BIT ? codes[section] : fp32[section];
+}
+
 /* ---- visiting regions -------------------------------------------------------------------------------------- */
 
-/* `count` elements of a tensor from its element `first`, at `values`. `index` is the tensor's in the list. */
+/* `count` values of a tensor from its value `first`, at `values`. `index` is the tensor's in the list. */
 typedef flap_status (*run_fn)(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
                               uint64_t count, void *values);
 
 typedef struct section {
   run_fn run; /* NULL: nothing to do; filled with zeros */
   void *context;
-  uint64_t element_bytes;
+  uint64_t value_bytes;
+  const flap_model_tensor *tensors; /* of the part, in values */
+  uint64_t first, count;            /* values that the region has of the part */
 } section;
 
+#define SECTIONS_MAX FLAP_STATE_SECTION_COUNT
+
 typedef struct visit_region {
-  const flap_model_tensor *tensors; /* of the part */
-  uint64_t tensor_count, first_tensor;
-  uint64_t first_element, elements; /* of the part, in each section */
-  section sections[STATE_SECTIONS];
+  uint64_t tensor_count, first_tensor; /* of the part, in the list */
+  section sections[SECTIONS_MAX];
 } visit_region;
 
 static uint64_t min_of(uint64_t a, uint64_t b) {
@@ -63,30 +73,30 @@ static uint64_t max_of(uint64_t a, uint64_t b) {
   return a > b ? a : b;
 }
 
-/* Elements [begin, end) of the part, whose values start at `memory`. */
-static flap_status visit_elements(const visit_region *region, const section *s, uint64_t begin, uint64_t end,
-                                  char *memory) {
+/* Values [begin, end) of the part, which start at `memory`. */
+static flap_status visit_values(const visit_region *region, const section *s, uint64_t begin, uint64_t end,
+                                char *memory) {
   for (uint64_t i = 0; i < region->tensor_count; i++) {
-    const flap_model_tensor *tensor = &region->tensors[i];
+    const flap_model_tensor *tensor = &s->tensors[i];
     const uint64_t from = max_of(begin, tensor->offset), to = min_of(end, tensor->offset + tensor->elements);
     if (from < to)
       FLAP_TRY(s->run(s->context, region->first_tensor + i, tensor, from - tensor->offset, to - from,
-                      memory + (from - begin) * s->element_bytes));
+                      memory + (from - begin) * s->value_bytes));
   }
   return FLAP_OK;
 }
 
 static flap_status visit(const visit_region *region, uint64_t offset, uint64_t bytes, char *memory) {
   uint64_t start = 0; /* of the section */
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
+  for (uint32_t i = 0; i < SECTIONS_MAX; i++) {
     const section *s = &region->sections[i];
-    const uint64_t length = region->elements * s->element_bytes;
+    const uint64_t length = s->count * s->value_bytes;
     const uint64_t from = max_of(offset, start), to = min_of(offset + bytes, start + length);
     if (from < to && s->run != NULL) {
-      /* Pieces, sections and elements all end at multiples of an element's size. */
-      flap_assert((from - start) % s->element_bytes == 0 && (to - start) % s->element_bytes == 0);
-      const uint64_t first = region->first_element + (from - start) / s->element_bytes;
-      FLAP_TRY(visit_elements(region, s, first, first + (to - from) / s->element_bytes, memory + (from - offset)));
+      /* Pieces, sections and values all end at multiples of a value's size. */
+      flap_assert((from - start) % s->value_bytes == 0 && (to - start) % s->value_bytes == 0);
+      const uint64_t first = s->first + (from - start) / s->value_bytes;
+      FLAP_TRY(visit_values(region, s, first, first + (to - from) / s->value_bytes, memory + (from - offset)));
     }
     start += length;
   }
@@ -104,7 +114,7 @@ static flap_status drain_piece(void *context, uint64_t offset, uint64_t bytes, c
 
 static visit_region part_of(const flap_layout *layout, const flap_weights_list *list, uint32_t index) {
   const flap_layout_part *part = &layout->parts[index];
-  visit_region region = {.elements = part->elements};
+  visit_region region = {.tensor_count = 0};
   if (part->kind == FLAP_PART_LAYER) {
     region.tensor_count = list->layer_count;
     region.first_tensor = list->embedding_count + part->layer * list->layer_count;
@@ -114,17 +124,20 @@ static visit_region part_of(const flap_layout *layout, const flap_weights_list *
     region.first_tensor = list->embedding_count + layout->spec.model->num_hidden_layers * list->layer_count;
     region.tensor_count = list->count - region.first_tensor;
   }
-  region.tensors = &list->tensors[region.first_tensor];
   return region;
 }
 
 /* The weights regions of all parts, through one function. */
 static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, bool fill,
                                  run_fn run, void *context) {
-  const uint64_t element_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
+  const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
   for (uint32_t i = 0; i < layout->part_count; i++) {
     visit_region region = part_of(layout, list, i);
-    region.sections[0] = (section){run, context, element_bytes};
+    region.sections[0] = (section){.run = run,
+                                   .context = context,
+                                   .value_bytes = value_bytes,
+                                   .tensors = &list->tensors[region.first_tensor],
+                                   .count = layout->parts[i].elements};
     const uint32_t index = layout->parts[i].weights;
     FLAP_TRY(fill ? flap_pager_fill(pager, index, fill_piece, &region)
                   : flap_pager_drain(pager, index, drain_piece, &region));
@@ -132,22 +145,61 @@ static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, c
   return FLAP_OK;
 }
 
-/* The states of all slices, through a function and a context per section. */
-static flap_status visit_states(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, bool fill,
-                                const run_fn runs[STATE_SECTIONS], void *const contexts[STATE_SECTIONS]) {
-  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype);
-  for (uint32_t i = 0; i < layout->slice_count; i++) {
-    const flap_layout_slice *slice = &layout->slices[i];
-    visit_region region = part_of(layout, list, slice->part);
-    region.first_element = slice->first_element;
-    region.elements = slice->elements;
-    region.sections[STATE_MASTER] = (section){runs[STATE_MASTER], contexts[STATE_MASTER], format.master_bytes};
-    region.sections[STATE_MOMENT1] = (section){runs[STATE_MOMENT1], contexts[STATE_MOMENT1], format.moment1_bytes};
-    region.sections[STATE_MOMENT2] = (section){runs[STATE_MOMENT2], contexts[STATE_MOMENT2], format.moment2_bytes};
-    FLAP_TRY(fill ? flap_pager_fill(pager, slice->states, fill_piece, &region)
-                  : flap_pager_drain(pager, slice->states, drain_piece, &region));
+/* What is done with each section of the states, and the tensors that its files name. */
+typedef struct states_visit {
+  run_fn runs[FLAP_STATE_SECTION_COUNT];
+  void *contexts[FLAP_STATE_SECTION_COUNT];
+  const flap_weights_list *lists[FLAP_STATE_SECTION_COUNT];
+} states_visit;
+
+static flap_status visit_slice(flap_pager *pager, const flap_layout *layout, const flap_layout_slice *slice, bool fill,
+                               const states_visit *v) {
+  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype, layout->spec.optim);
+  visit_region region = part_of(layout, v->lists[FLAP_STATE_MASTER], slice->part);
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
+    const uint64_t value_elements = format.sections[i].value_elements;
+    region.sections[i] = (section){.run = v->runs[i],
+                                   .context = v->contexts[i],
+                                   .value_bytes = format.sections[i].value_bytes,
+                                   .tensors = v->lists[i] != NULL ? &v->lists[i]->tensors[region.first_tensor] : NULL,
+                                   .first = slice->first_element / value_elements,
+                                   .count = slice->elements / value_elements};
   }
+  return fill ? flap_pager_fill(pager, slice->states, fill_piece, &region)
+              : flap_pager_drain(pager, slice->states, drain_piece, &region);
+}
+
+static flap_status visit_states(flap_pager *pager, const flap_layout *layout, bool fill, const states_visit *v) {
+  for (uint32_t i = 0; i < layout->slice_count; i++)
+    FLAP_TRY(visit_slice(pager, layout, &layout->slices[i], fill, v));
   return FLAP_OK;
+}
+
+/* Masters are filled in by `run`, moments are zero. */
+static flap_status start_states(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, run_fn run,
+                                void *context) {
+  const states_visit v = {.runs = {run}, .contexts = {context}, .lists = {list}};
+  return visit_states(pager, layout, true, &v);
+}
+
+/* The tensors of each section of a format that has files. */
+typedef struct section_lists {
+  flap_weights_list elements, blocks;
+} section_lists;
+
+static flap_status open_lists(const flap_model_config *config, section_lists *lists_out) {
+  *lists_out = (section_lists){0};
+  FLAP_TRY(flap_weights_list_open(config, &lists_out->elements));
+  return flap_weights_list_blocks(&lists_out->elements, FLAP_OPS_MOMENT_BLOCK, &lists_out->blocks);
+}
+
+static void close_lists(section_lists *lists) {
+  flap_weights_list_close(&lists->elements);
+  flap_weights_list_close(&lists->blocks);
+}
+
+static const flap_weights_list *list_of(const section_lists *lists, const flap_state_format *format, uint32_t which) {
+  return format->sections[which].value_elements == 1 ? &lists->elements : &lists->blocks;
 }
 
 /* ---- from scratch ------------------------------------------------------------------------------------------ */
@@ -239,8 +291,7 @@ flap_status flap_weights_init(flap_pager *pager, const flap_layout *layout, uint
     goto fail;
   }
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, init_weights_run, &init));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){init_master_run, NULL, NULL},
-                                     (void *[]){&init, NULL, NULL}));
+  FLAP_TRY_GOTO(status, start_states(pager, layout, &list, init_master_run, &init));
 fail:
   free(init.values);
   flap_weights_list_close(&list);
@@ -312,8 +363,7 @@ flap_status flap_weights_load(flap_pager *pager, const flap_layout *layout, cons
   FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &list, folder, FLAP_WANTED_ANY_FLOAT,
                                                  FLAP_SAFETENSORS_F32, &load.source));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, load_weights_run, &load));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, &list, true, (run_fn[]){load_master_run, NULL, NULL},
-                                     (void *[]){&load, NULL, NULL}));
+  FLAP_TRY_GOTO(status, start_states(pager, layout, &list, load_master_run, &load));
 fail:
   flap_weights_source_close(&load.source);
   flap_weights_list_close(&list);
@@ -355,47 +405,56 @@ fail:
   return status;
 }
 
-static flap_status save_i16_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
-                                uint64_t count, void *values) {
+/* A file that is being written, of values of so many bytes. */
+typedef struct save_context {
+  flap_safetensors_writer *writer;
+  uint64_t value_bytes;
+} save_context;
+
+static flap_status save_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
+                            uint64_t count, void *values) {
   (void)index, (void)tensor, (void)first;
-  return flap_safetensors_write(context, values, count * sizeof(int16_t));
+  const save_context *save = context;
+  return flap_safetensors_write(save->writer, values, count * save->value_bytes);
 }
 
-static flap_status save_f32_run(void *context, uint64_t index, const flap_model_tensor *tensor, uint64_t first,
-                                uint64_t count, void *values) {
-  (void)index, (void)tensor, (void)first;
-  return flap_safetensors_write(context, values, count * sizeof(float));
-}
-
-/* Three writers are open at once, so that each region is read once. */
-flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder) {
+static flap_status begin_files(const flap_layout *layout, const section_lists *lists, const char *folder,
+                               save_context saves[FLAP_STATE_SECTION_COUNT], states_visit *v) {
   const flap_dtype dtype = layout->spec.shape.dtype;
-  flap_weights_list list = {0};
-  flap_safetensors_writer *writers[STATE_SECTIONS] = {0};
-  run_fn runs[STATE_SECTIONS] = {0};
-  flap_status status;
-  flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
-  FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
-    const state_file file = state_file_of(dtype, i);
+  const flap_state_format format = flap_layout_state_format(dtype, layout->spec.optim);
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
+    const state_file file = state_file_of(dtype, layout->spec.optim, (int)i);
+    v->lists[i] = list_of(lists, &format, i);
     if (file.name == NULL)
       continue;
-    FLAP_TRY_GOTO(status, flap_weights_file_begin(&list, folder, file.name, file.dtype, &writers[i]));
-    runs[i] = file.dtype == FLAP_SAFETENSORS_I16 ? save_i16_run : save_f32_run;
+    FLAP_TRY(flap_weights_file_begin(v->lists[i], folder, file.name, file.dtype, &saves[i].writer));
+    saves[i].value_bytes = format.sections[i].value_bytes;
+    v->runs[i] = save_run;
+    v->contexts[i] = &saves[i];
   }
-  FLAP_TRY_GOTO(status,
-                visit_states(pager, layout, &list, false, runs,
-                             (void *[]){writers[STATE_MASTER], writers[STATE_MOMENT1], writers[STATE_MOMENT2]}));
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
-    flap_safetensors_writer *writer = writers[i];
-    writers[i] = NULL;
+  return FLAP_OK;
+}
+
+/* All writers are open at once, so that each region is read once. */
+flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder) {
+  section_lists lists;
+  save_context saves[FLAP_STATE_SECTION_COUNT] = {{0}};
+  states_visit v = {.runs = {NULL}};
+  flap_status status;
+  flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
+  FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
+  FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, saves, &v));
+  FLAP_TRY_GOTO(status, visit_states(pager, layout, false, &v));
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
+    flap_safetensors_writer *writer = saves[i].writer;
+    saves[i].writer = NULL;
     if (writer != NULL)
       FLAP_TRY_GOTO(status, flap_safetensors_write_end(writer));
   }
 fail:
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++)
-    flap_safetensors_write_abort(writers[i]);
-  flap_weights_list_close(&list);
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
+    flap_safetensors_write_abort(saves[i].writer);
+  close_lists(&lists);
   return status;
 }
 
@@ -407,38 +466,43 @@ static flap_status resume_run(void *context, uint64_t index, const flap_model_te
   return flap_weights_source_read(context, index, first, count, values);
 }
 
-static flap_status open_states(const flap_layout *layout, const flap_weights_list *list, const char *folder,
-                               flap_weights_source sources[STATE_SECTIONS]) {
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
-    const state_file file = state_file_of(layout->spec.shape.dtype, i);
+static flap_status open_states(const flap_layout *layout, const section_lists *lists, const char *folder,
+                               flap_weights_source sources[FLAP_STATE_SECTION_COUNT], states_visit *v) {
+  const flap_dtype dtype = layout->spec.shape.dtype;
+  const flap_state_format format = flap_layout_state_format(dtype, layout->spec.optim);
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
+    const state_file file = state_file_of(dtype, layout->spec.optim, (int)i);
     char path[FLAP_DURABLE_PATH_MAX];
+    v->lists[i] = list_of(lists, &format, i);
     if (file.name == NULL)
       continue;
     FLAP_TRY(flap_durable_join(path, folder, file.name));
-    FLAP_TRY(flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, file.dtype, &sources[i]));
+    FLAP_TRY(
+        flap_weights_source_open(layout->spec.model, v->lists[i], path, FLAP_WANTED_EXACTLY, file.dtype, &sources[i]));
+    v->runs[i] = resume_run;
+    v->contexts[i] = &sources[i];
   }
   return FLAP_OK;
 }
 
 flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder) {
   const flap_dtype dtype = layout->spec.shape.dtype;
-  flap_weights_list list = {0};
-  flap_weights_source weights = {0}, states[STATE_SECTIONS] = {{0}};
+  section_lists lists;
+  flap_weights_source weights = {0}, states[FLAP_STATE_SECTION_COUNT] = {{0}};
+  states_visit v = {.runs = {NULL}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
-  FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
-  FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &list, folder, FLAP_WANTED_EXACTLY,
+  FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
+  FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &lists.elements, folder, FLAP_WANTED_EXACTLY,
                                                  flap_safetensors_from_flap_dtype(dtype), &weights));
-  FLAP_TRY_GOTO(status, open_states(layout, &list, folder, states));
-  FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, resume_run, &weights));
-  FLAP_TRY_GOTO(status,
-                visit_states(pager, layout, &list, true, (run_fn[]){resume_run, resume_run, resume_run},
-                             (void *[]){&states[STATE_MASTER], &states[STATE_MOMENT1], &states[STATE_MOMENT2]}));
+  FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, states, &v));
+  FLAP_TRY_GOTO(status, visit_weights(pager, layout, &lists.elements, true, resume_run, &weights));
+  FLAP_TRY_GOTO(status, visit_states(pager, layout, true, &v));
 fail:
-  for (uint32_t i = 0; i < STATE_SECTIONS; i++)
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
     flap_weights_source_close(&states[i]);
   flap_weights_source_close(&weights);
-  flap_weights_list_close(&list);
+  close_lists(&lists);
   return status;
 }
 
@@ -454,18 +518,20 @@ flap_status flap_weights_file_bytes(const flap_model_config *config, flap_dtype 
   return status;
 }
 
-flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtype dtype, uint64_t *bytes_out) {
-  flap_weights_list list = {0};
-  flap_status status = flap_weights_list_open(config, &list);
+flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim,
+                                      uint64_t *bytes_out) {
+  const flap_state_format format = flap_layout_state_format(dtype, optim);
+  section_lists lists;
+  flap_status status = open_lists(config, &lists);
   *bytes_out = 0;
-  for (uint32_t i = 0; i < STATE_SECTIONS && status == FLAP_OK; i++) {
-    const state_file file = state_file_of(dtype, i);
+  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT && status == FLAP_OK; i++) {
+    const state_file file = state_file_of(dtype, optim, (int)i);
     uint64_t file_bytes = 0;
     if (file.name == NULL)
       continue;
-    status = flap_weights_measure_file(&list, file.dtype, &file_bytes);
+    status = flap_weights_measure_file(list_of(&lists, &format, i), file.dtype, &file_bytes);
     *bytes_out += file_bytes;
   }
-  flap_weights_list_close(&list);
+  close_lists(&lists);
   return status;
 }

@@ -2,9 +2,9 @@
  *
  * Folder-private, but for tests. A part's weights region holds its tensors at their offsets with zeros between them;
  * the states region of a slice holds what its format says (engine/layout.h): low halves (bf16 weights) or the fp32
- * masters (fp16 weights), first and second moments of its run of elements. What a file holds never depends on slices,
- * pages or homes. Everything streams: no more memory is taken than readers and writers of safetensors need for their
- * tables, and one piece of a tensor.
+ * masters (fp16 weights), first and second moments of its run of elements, as fp32 or as codes and what these are
+ * relative to. What a file holds never depends on slices, pages or homes. Everything streams: no more memory is taken
+ * than readers and writers of safetensors need for their tables, and one piece of a tensor.
  */
 #ifndef FLAP_ENGINE_WEIGHTS_H
 #define FLAP_ENGINE_WEIGHTS_H
@@ -44,13 +44,17 @@ FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config
 
 /* The states: optimizer-low.safetensors (I16, with bf16 weights) or optimizer-master.safetensors (F32, with fp16
  * weights), optimizer-exp_avg.safetensors and optimizer-exp_avg_sq.safetensors (F32), under the tensors' own names and
- * shapes. Each states region is read once. The layout must have states. */
+ * shapes. With adamw_8bit in place of these two optimizer-exp_avg-codes.safetensors (I8) and
+ * optimizer-exp_avg_sq-codes.safetensors (U8), of the same shapes, and optimizer-exp_avg-largest.safetensors and
+ * optimizer-exp_avg_sq-largest.safetensors (F32): under each tensor's name a row of one value for each 256 elements in
+ * order, the last for what is left. kernels/moments.h says what a code stands for. Each states region is read once. The
+ * layout must have states. */
 FLAP_CHECKED flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder);
 /* Weights of exactly the layout's dtype, and states, bit for bit as they were saved. The layout must have states; its
  * slices, pages and homes need not be those of the run that saved. */
 FLAP_CHECKED flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder);
 /* The exact bytes of the states' files. */
-FLAP_CHECKED flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtype dtype,
+FLAP_CHECKED flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim,
                                                    uint64_t *bytes_out);
 
 #ifdef __cplusplus

@@ -29,6 +29,10 @@ typedef struct flap_weights_list {
 } flap_weights_list;
 
 FLAP_CHECKED flap_status flap_weights_list_open(const flap_model_config *config, flap_weights_list *list_out);
+/* The same tensors as rows of one value for each `block` elements, the last of a tensor for fewer: elements, offsets
+ * and shapes are counted in values. `block` divides FLAP_OPS_BLOCK, so no value belongs to two tensors. */
+FLAP_CHECKED flap_status flap_weights_list_blocks(const flap_weights_list *list, uint64_t block,
+                                                  flap_weights_list *list_out);
 void flap_weights_list_close(flap_weights_list *list); /* {0} is fine */
 
 /* One entry per tensor; the caller frees. Names live as long as the list. NULL for lack of memory. */
@@ -107,7 +111,7 @@ FLAP_CHECKED flap_status flap_weights_target_end(flap_weights_target *target);
 /* Ends the target; the file in progress is removed. {0} is fine. */
 void flap_weights_target_abort(flap_weights_target *target);
 
-/* One file of all tensors: the three files of states. */
+/* One file of all tensors: the files of states. */
 FLAP_CHECKED flap_status flap_weights_file_begin(const flap_weights_list *list, const char *folder, const char *name,
                                                  flap_safetensors_dtype dtype, flap_safetensors_writer **writer_out);
 

@@ -32,6 +32,24 @@ flap_status flap_weights_list_open(const flap_model_config *config, flap_weights
   return FLAP_OK;
 }
 
+flap_status flap_weights_list_blocks(const flap_weights_list *list, uint64_t block, flap_weights_list *list_out) {
+  flap_assert(FLAP_OPS_BLOCK % block == 0);
+  *list_out = *list;
+  list_out->tensors = malloc(list->count * sizeof *list_out->tensors);
+  if (list_out->tensors == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory for a list of %llu tensors", (unsigned long long)list->count);
+  for (uint64_t i = 0; i < list->count; i++) {
+    flap_model_tensor *tensor = &list_out->tensors[i];
+    *tensor = list->tensors[i];
+    tensor->elements = (tensor->elements + block - 1) / block;
+    tensor->offset /= block;
+    tensor->rank = 1;
+    tensor->shape[0] = tensor->elements;
+    tensor->shape[1] = 0;
+  }
+  return FLAP_OK;
+}
+
 void flap_weights_list_close(flap_weights_list *list) {
   free(list->tensors);
   *list = (flap_weights_list){0};

@@ -14,8 +14,11 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#define SECTIONS 4u
-static const char *const SECTION_NAMES[SECTIONS] = {"weight", "rest of the master", "first moment", "second moment"};
+#define SECTIONS 6u
+#define STATE_SECTIONS (SECTIONS - 1)
+static const char *const SECTION_NAMES[SECTIONS] = {
+    "weight",        "rest of the master",       "first moment",
+    "second moment", "largest of first moments", "largest of second moments"};
 
 /* ---- models ---------------------------------------------------------------------------------------------- */
 
@@ -147,6 +150,7 @@ void rig_begin(engine_rig *rig, const rig_model *model, const rig_place *place) 
                                 .shape = model->shape,
                                 .mode = FLAP_MODE_TRAIN,
                                 .gradient_dtype = model->gradient_dtype,
+                                .optim = model->options.optim,
                                 .micro_batches = model->micro_batches,
                                 .threads = place->threads,
                                 .device = FLAP_DEVICE_CPU,
@@ -320,23 +324,28 @@ void rig_run_choice(const rig_model *model, const rig_place *place, const flap_c
 
 /* ---- states ---------------------------------------------------------------------------------------------- */
 
-/* Bytes of an element in each section. */
-static void section_widths(const rig_model *model, uint64_t widths[SECTIONS]) {
-  widths[0] = flap_dtype_bytes(model->shape.dtype);
-  widths[1] = model->shape.dtype == FLAP_F32 ? 0 : model->shape.dtype == FLAP_F16 ? 4 : 2;
-  widths[2] = widths[3] = 4;
+/* Bytes of so many elements, whole blocks, in a section. */
+static uint64_t section_bytes(const rig_model *model, uint32_t section, uint64_t elements) {
+  const bool codes = model->options.optim == FLAP_OPTIM_ADAMW_8BIT;
+  if (section == 0)
+    return elements * flap_dtype_bytes(model->shape.dtype);
+  if (section == 1)
+    return elements * (model->shape.dtype == FLAP_F32 ? 0 : model->shape.dtype == FLAP_F16 ? 4 : 2);
+  if (section < 4)
+    return elements * (codes ? 1 : 4);
+  return codes ? elements / 256 * 4 : 0;
 }
 
-/* A region's bytes are those of up to three places, one after the other. */
+/* A region's bytes are those of up to five places, one after the other. */
 typedef struct scatter {
-  unsigned char *to[3];
-  uint64_t bytes[3];
+  unsigned char *to[STATE_SECTIONS];
+  uint64_t bytes[STATE_SECTIONS];
 } scatter;
 
 static flap_status scatter_piece(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
   const scatter *s = context;
   uint64_t start = 0;
-  for (int i = 0; i < 3; i++) {
+  for (uint32_t i = 0; i < STATE_SECTIONS; i++) {
     const uint64_t end = start + s->bytes[i];
     const uint64_t from = offset > start ? offset : start, to = offset + bytes < end ? offset + bytes : end;
     if (from < to)
@@ -348,42 +357,43 @@ static flap_status scatter_piece(void *context, uint64_t offset, uint64_t bytes,
 
 static void read_part(engine_rig *rig, const flap_layout_part *part, unsigned char *to) {
   const flap_layout *layout = rig->runtime.executor.layout;
-  uint64_t widths[SECTIONS];
-  section_widths(rig->model, widths);
   unsigned char *sections[SECTIONS];
   for (uint32_t i = 0; i < SECTIONS; i++) {
     sections[i] = to;
-    to += part->elements * widths[i];
+    to += section_bytes(rig->model, i, part->elements);
   }
-  scatter weights = {.to = {sections[0]}, .bytes = {part->elements * widths[0]}};
+  scatter weights = {.to = {sections[0]}, .bytes = {section_bytes(rig->model, 0, part->elements)}};
   MUST(flap_pager_drain(rig->runtime.pager, part->weights, scatter_piece, &weights));
   for (uint32_t i = part->first_slice; i < part->first_slice + part->slice_count; i++) {
     const flap_layout_slice *slice = &layout->slices[i];
     scatter states;
-    for (int j = 0; j < 3; j++) {
-      states.to[j] = sections[j + 1] + slice->first_element * widths[j + 1];
-      states.bytes[j] = slice->elements * widths[j + 1];
+    for (uint32_t j = 0; j < STATE_SECTIONS; j++) {
+      states.to[j] = sections[j + 1] + section_bytes(rig->model, j + 1, slice->first_element);
+      states.bytes[j] = section_bytes(rig->model, j + 1, slice->elements);
     }
     MUST(flap_pager_drain(rig->runtime.pager, slice->states, scatter_piece, &states));
   }
 }
 
-static uint64_t element_bytes(const rig_model *model) {
-  return flap_dtype_bytes(model->shape.dtype) + flap_layout_state_bytes(model->shape.dtype);
+static uint64_t part_bytes(const rig_model *model, uint64_t elements) {
+  uint64_t bytes = 0;
+  for (uint32_t i = 0; i < SECTIONS; i++)
+    bytes += section_bytes(model, i, elements);
+  return bytes;
 }
 
 void rig_read_state(engine_rig *rig, rig_state *state_out) {
   const flap_layout *layout = rig->runtime.executor.layout;
   *state_out = (rig_state){0};
   for (uint32_t i = 0; i < layout->part_count; i++)
-    state_out->bytes += layout->parts[i].elements * element_bytes(rig->model);
+    state_out->bytes += part_bytes(rig->model, layout->parts[i].elements);
   state_out->data = malloc(state_out->bytes);
   ck_assert_ptr_nonnull(state_out->data);
   memset(state_out->data, 0xee, state_out->bytes);
   unsigned char *to = state_out->data;
   for (uint32_t i = 0; i < layout->part_count; i++) {
     read_part(rig, &layout->parts[i], to);
-    to += layout->parts[i].elements * element_bytes(rig->model);
+    to += part_bytes(rig->model, layout->parts[i].elements);
   }
   state_out->digest = flap_block_checksum(state_out->data, state_out->bytes, 0, 0, 0);
 }
@@ -411,12 +421,11 @@ void rig_flip_bit(engine_rig *rig, uint32_t part, uint32_t section, uint64_t bit
   const flap_layout *layout = rig->runtime.executor.layout;
   const flap_layout_part *p = &layout->parts[part];
   const flap_layout_slice *slice = &layout->slices[p->first_slice];
-  uint64_t widths[SECTIONS], offset = 0;
-  section_widths(rig->model, widths);
+  uint64_t offset = 0;
   for (uint32_t i = 1; i < section; i++)
-    offset += slice->elements * widths[i];
+    offset += section_bytes(rig->model, i, slice->elements);
   const uint32_t region = section == 0 ? p->weights : slice->states;
-  ck_assert_uint_lt(bit / 8, (section == 0 ? p->elements : slice->elements) * widths[section]);
+  ck_assert_uint_lt(bit / 8, section_bytes(rig->model, section, section == 0 ? p->elements : slice->elements));
   piece_of copy = {.memory = malloc(layout->regions[region].bytes)};
   ck_assert_ptr_nonnull(copy.memory);
   MUST(flap_pager_drain(rig->runtime.pager, region, keep_piece, &copy));
@@ -438,22 +447,21 @@ static flap_part part_kind(const rig_model *model, uint32_t part) {
 const unsigned char *rig_state_weights(const rig_model *model, const rig_state *state, uint32_t part) {
   const unsigned char *at = state->data;
   for (uint32_t i = 0; i < part; i++)
-    at += flap_model_part_elements(&model->config, part_kind(model, i)) * element_bytes(model);
+    at += part_bytes(model, flap_model_part_elements(&model->config, part_kind(model, i)));
   return at;
 }
 
 static const char *state_difference(const rig_model *model, uint64_t at) {
-  uint64_t widths[SECTIONS];
-  section_widths(model, widths);
   for (uint32_t part = 0; part < model->config.num_hidden_layers + 2; part++) {
     const uint64_t elements = flap_model_part_elements(&model->config, part_kind(model, part));
     for (uint32_t i = 0; i < SECTIONS; i++) {
-      if (at < elements * widths[i]) {
+      const uint64_t bytes = section_bytes(model, i, elements);
+      if (at < bytes) {
         (void)snprintf(difference, sizeof difference, "%s of element %llu of part %u", SECTION_NAMES[i],
-                       (unsigned long long)(at / widths[i]), part);
+                       (unsigned long long)((double)at / (double)bytes * (double)elements), part);
         return difference;
       }
-      at -= elements * widths[i];
+      at -= bytes;
     }
   }
   return "bytes behind the last part";

@@ -72,8 +72,9 @@ flap_choice rig_choice_streaming(const rig_model *model, bool from_disk);
 
 /* ---- running --------------------------------------------------------------------------------------------- */
 
-typedef struct rig_state { /* part by part: weights, low halves (bf16) or masters (fp16), first moments, second moments
-                            */
+/* Part by part: weights, low halves (bf16) or masters (fp16), first moments, second moments; with adamw_8bit these as
+ * codes, then the largest of first and of second moments. */
+typedef struct rig_state {
   uint64_t bytes, digest;
   unsigned char *data; /* owned */
 } rig_state;
@@ -114,8 +115,8 @@ void rig_run_choice(const rig_model *model, const rig_place *place, const flap_c
 
 /* "" if every bit agrees, else what differs first; static storage. */
 const char *rig_difference(const rig_model *model, const rig_result *a, const rig_result *b);
-/* Turns one bit of a part's state over. `section`: 0 weights, 1 low halves (bf16) or masters (fp16), then the moments.
- * At rest only. */
+/* Turns one bit of a part's state over. `section`: 0 weights, 1 low halves (bf16) or masters (fp16), then the moments,
+ * then what codes are relative to. At rest only. */
 void rig_flip_bit(engine_rig *rig, uint32_t part, uint32_t section, uint64_t bit);
 /* Bytes of the open files in the rig's folders. */
 uint64_t rig_disk_file_bytes(const engine_rig *rig);

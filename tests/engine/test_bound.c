@@ -95,6 +95,31 @@ START_TEST(what_vram_cannot_hold_crosses_once_each_way) {
 }
 END_TEST
 
+START_TEST(moments_of_8_bits_are_counted_with_what_they_are_relative_to) {
+  flap_model_config config = model();
+  static const struct {
+    flap_dtype dtype;
+    uint64_t element_bytes; /* weight, master, two codes, gradient */
+  } kinds[] = {{FLAP_BF16, 2 + 2 + 2 + 2}, {FLAP_F16, 2 + 4 + 2 + 2}, {FLAP_F32, 4 + 0 + 2 + 4}};
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    flap_bound_spec spec = {.model = &config,
+                            .shape = {.dtype = kinds[i].dtype, .batch = 2, .sequence = 32},
+                            .micro_batches = 4,
+                            .gradient_dtype = kinds[i].dtype,
+                            .optim = FLAP_OPTIM_ADAMW_8BIT,
+                            .vram_bytes = kinds[i].element_bytes * ELEMENTS + ELEMENTS / 32 - 5,
+                            .machine = &gpu};
+    flap_bound bound;
+    flap_bound_compute(&spec, &bound);
+    ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 5);
+    ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_DISK_WRITE], 5);
+    spec.vram_bytes += 5;
+    flap_bound_compute(&spec, &bound);
+    ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 0);
+  }
+}
+END_TEST
+
 START_TEST(what_ram_cannot_hold_either_is_read_and_written) {
   flap_model_config config = model();
   flap_bound bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 1000000, 400000, &gpu);
@@ -188,11 +213,13 @@ typedef struct placement {
   flap_arena arena;
 } placement;
 
-static void build_layout(placement *p, const flap_model_config *config, flap_dtype dtype, flap_dtype gradient_dtype) {
+static void build_layout(placement *p, const flap_model_config *config, flap_dtype dtype, flap_dtype gradient_dtype,
+                         flap_optim optim) {
   flap_layout_spec spec = {.model = config,
                            .shape = {.dtype = dtype, .batch = 1, .sequence = 8},
                            .mode = FLAP_MODE_TRAIN,
                            .gradient_dtype = gradient_dtype,
+                           .optim = optim,
                            .micro_batches = 4,
                            .segment_layers = 1 + (uint32_t)below(4),
                            .group_micro_batches = 1u << below(3),
@@ -252,7 +279,8 @@ START_TEST(no_program_moves_less_than_the_bound) {
     memset(&p, 0, sizeof p);
     const flap_dtype dtype = below(2) ? FLAP_BF16 : FLAP_F32;
     const flap_dtype gradient_dtype = dtype == FLAP_F32 || below(2) ? FLAP_F32 : FLAP_BF16;
-    build_layout(&p, &config, dtype, gradient_dtype);
+    const flap_optim optim = below(2) ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW;
+    build_layout(&p, &config, dtype, gradient_dtype, optim);
     place(&p);
     flap_pager_sizes sizes;
     uint64_t moved[FLAP_LANE_COUNT];
@@ -262,6 +290,7 @@ START_TEST(no_program_moves_less_than_the_bound) {
                             .shape = p.layout.spec.shape,
                             .micro_batches = 4,
                             .gradient_dtype = gradient_dtype,
+                            .optim = optim,
                             .vram_bytes = sizes.vram_bytes,
                             .ram_bytes = sizes.ram_bytes,
                             .machine = &gpu};
@@ -289,6 +318,7 @@ int main(void) {
   tcase_set_timeout(tests, 60);
   tcase_add_test(tests, everything_in_vram_is_bound_by_compute);
   tcase_add_test(tests, what_vram_cannot_hold_crosses_once_each_way);
+  tcase_add_test(tests, moments_of_8_bits_are_counted_with_what_they_are_relative_to);
   tcase_add_test(tests, what_ram_cannot_hold_either_is_read_and_written);
   tcase_add_test(tests, shared_cores_add_copies_to_compute);
   tcase_add_test(tests, both_ways_at_once_take_what_both_can_do);

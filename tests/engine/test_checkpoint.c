@@ -127,6 +127,7 @@ static flap_trainer_state state_of(uint64_t step) {
                               .cursor = 8 * step,
                               .seed = UINT64_MAX - step,
                               .dataset_digest = 0xfedcba9876543210u,
+                              .optim = step > 1 ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW,
                               .loss_scale = {.scale = step > 1 ? 1024 : 0, .good_steps = 7, .skipped = 2},
                               .numerics = "cpu; avx2; \"quoted\""};
 }
@@ -249,6 +250,8 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
       {STATE("\"seed\": \"5x\", \"dataset_digest\": \"0x0\""), FLAP_INVALID, "seed: 5x is not"},
       {STATE("\"seed\": \"99999999999999999999\", \"dataset_digest\": \"0x0\""), FLAP_INVALID, "seed: 9999"},
       {STATE("\"seed\": \"5\""), FLAP_INVALID, "dataset_digest: this key is missing"},
+      {STATE(LONGS ", \"optim\": \"sgd\""), FLAP_INVALID, "optim: sgd is neither adamw nor adamw_8bit"},
+      {STATE(LONGS ", \"optim\": 8"), FLAP_INVALID, "optim: must be a string"},
       {STATE(LONGS ", \"loss_scale\": 3"), FLAP_INVALID, "loss_scale: 3 is not a power of two"},
       {STATE(LONGS ", \"loss_scale\": -1"), FLAP_INVALID, "loss_scale: "},
       {STATE(LONGS ", \"loss_scale\": 4"), FLAP_INVALID, "loss_scale_good_steps: this key is missing"},
@@ -267,6 +270,7 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
   scratch_text("out/checkpoint-2/trainer_state.json", STATE("\"seed\": \"5\", \"dataset_digest\": \"0xab\""));
   RIG_OK(flap_checkpoint_find(scratch_path("out"), "true", folder, &state));
   ck_assert_uint_eq(state.dataset_digest, 0xab);
+  ck_assert_int_eq(state.optim, FLAP_OPTIM_ADAMW); /* from before there was a choice */
 }
 END_TEST
 
@@ -333,11 +337,11 @@ START_TEST(output_folder_sizes_are_enough) {
     ck_assert_int_eq(stat(scratch_path(name), &about), 0);
     actual += (uint64_t)about.st_size;
   }
-  RIG_OK(flap_checkpoint_bytes(&config, FLAP_BF16, false, &bytes));
+  RIG_OK(flap_checkpoint_bytes(&config, FLAP_BF16, FLAP_OPTIM_ADAMW, false, &bytes));
   ck_assert_uint_ge(bytes, actual);
   ck_assert_uint_le(bytes, actual + ((uint64_t)128 << 10));
   uint64_t model = 0, only = 0;
-  RIG_OK(flap_checkpoint_bytes(&config, FLAP_BF16, true, &only));
+  RIG_OK(flap_checkpoint_bytes(&config, FLAP_BF16, FLAP_OPTIM_ADAMW, true, &only));
   RIG_OK(flap_checkpoint_export_bytes(&config, FLAP_BF16, &model));
   ck_assert_uint_eq(only, model);
   ck_assert_uint_lt(only, bytes);

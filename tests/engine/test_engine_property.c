@@ -90,6 +90,7 @@ static void draw_model(random_source *r, rig_model *m) {
   MUST(flap_model_finish_config(c));
   m->shape.dtype = one_in(r, 3) ? FLAP_F32 : one_in(r, 3) ? FLAP_F16 : FLAP_BF16;
   m->gradient_dtype = m->shape.dtype == FLAP_F32 || one_in(r, 4) ? FLAP_F32 : FLAP_BF16;
+  m->options.optim = one_in(r, 3) ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW;
   m->shape.batch = between(r, 1, 3);
   m->shape.sequence = between(r, 2, 20);
   m->micro_batches = between(r, 1, 4);
@@ -130,19 +131,19 @@ static void trial_open(trial *t, uint32_t number) {
   t->planner.spec = t->rig.spec;
   const flap_model_config *c = &t->model.config;
   const flap_expert *e = &t->planner.expert;
-  (void)snprintf(present[chunk], sizeof present[chunk],
-                 "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, "
-                 "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d",
-                 (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size,
-                 c->vocab_size, c->num_attention_heads, c->num_key_value_heads, c->head_dim,
-                 c->tie_word_embeddings ? ", tied" : "",
-                 c->output_bias      ? ", bias"
-                 : c->attention_bias ? ", qkv bias"
-                                     : "",
-                 flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype), t->model.shape.batch,
-                 t->model.shape.sequence, t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers,
-                 e->group_micro_batches, (int)e->clip, (unsigned long long)e->page_bytes,
-                 (unsigned long long)e->slice_bytes, (int)t->planner.activations);
+  (void)snprintf(
+      present[chunk], sizeof present[chunk],
+      "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
+      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d",
+      (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
+      c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
+      c->output_bias      ? ", bias"
+      : c->attention_bias ? ", qkv bias"
+                          : "",
+      flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype),
+      flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
+      t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->group_micro_batches, (int)e->clip,
+      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations);
 }
 
 static void trial_close(trial *t) {

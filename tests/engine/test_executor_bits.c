@@ -18,14 +18,20 @@ typedef struct numerics {
   flap_dtype dtype, gradient_dtype;
   bool tied, bias;
   double init_scale; /* of fp16: the losses' */
+  flap_optim optim;
 } numerics;
 
-static const numerics NUMERICS[] = {{"bf16", FLAP_BF16, FLAP_BF16, true, true, 0},
-                                    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0},
-                                    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0},
-                                    {"fp32", FLAP_F32, FLAP_F32, true, false, 0},
-                                    {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536},
-                                    {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20}};
+static const numerics NUMERICS[] = {
+    {"bf16", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW},
+    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0, FLAP_OPTIM_ADAMW},
+    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW},
+    {"bf16, 8-bit moments", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW_8BIT},
+    {"fp32", FLAP_F32, FLAP_F32, true, false, 0, FLAP_OPTIM_ADAMW},
+    {"fp32, 8-bit moments", FLAP_F32, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW_8BIT},
+    {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW},
+    {"fp16, 8-bit moments", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW_8BIT},
+    {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20, FLAP_OPTIM_ADAMW}};
+#define EIGHT_BIT 3
 #define OVERFLOWING (NUMERICS_COUNT - 1)
 #define NUMERICS_COUNT ((int)(sizeof NUMERICS / sizeof *NUMERICS))
 
@@ -147,6 +153,7 @@ static void record_references(void) {
     model->micro_batches = MICRO_BATCHES;
     model->shape.dtype = NUMERICS[i].dtype;
     model->gradient_dtype = NUMERICS[i].gradient_dtype;
+    model->options.optim = NUMERICS[i].optim;
     if (NUMERICS[i].dtype == FLAP_F16) {
       model->options.fp16_init_scale = NUMERICS[i].init_scale;
       model->options.fp16_growth_interval = 2;
@@ -228,12 +235,14 @@ static void train_spoilt(const rig_model *model, uint32_t after, uint32_t sectio
 /* The canary: the lowest bit of any part of the state is noticed; so is, a step later, one that rounding cannot hide.
  */
 START_TEST(one_flipped_bit_is_noticed) {
-  const rig_model *model = &models[0];
+  const rig_model *model = &models[_i == 0 ? 0 : EIGHT_BIT];
+  const uint32_t sections = model->options.optim == FLAP_OPTIM_ADAMW_8BIT ? 6 : 4;
   rig_result clean, spoilt;
   train_spoilt(model, 0, 0, 0, &clean);
-  for (uint32_t section = 0; section < 4; section++)
+  for (uint32_t section = 0; section < sections; section++)
     for (uint32_t after = 1; after <= 2; after++) {
-      const uint64_t bit = after == 2 ? 0 : section == 0 ? 2 : 12;
+      const bool code = sections == 6 && (section == 2 || section == 3);
+      const uint64_t bit = after == 2 ? 0 : section == 0 ? 2 : code ? 6 : section > 3 ? 20 : 12;
       train_spoilt(model, after, section, bit, &spoilt);
       const char *difference = rig_difference(model, &clean, &spoilt);
       ck_assert_msg(*difference != 0, "section %u, after step %u: nobody noticed", section, after);
@@ -254,7 +263,7 @@ int main(void) {
   tcase_add_unchecked_fixture(tests, record_references, forget_references);
   tcase_add_loop_test(tests, every_placement_gives_the_same_bits, 0, PLACEMENT_COUNT);
   tcase_add_test(tests, the_references_have_trained);
-  tcase_add_test(tests, one_flipped_bit_is_noticed);
+  tcase_add_loop_test(tests, one_flipped_bit_is_noticed, 0, 2);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

@@ -16,17 +16,29 @@
 #include <sys/stat.h>
 
 #define SHARD_MAX ((uint64_t)1 << 40)
-#define FILES_MAX 4u
-static const flap_dtype dtypes[] = {FLAP_BF16, FLAP_F32, FLAP_F16};
-#define DTYPES ((int)(sizeof dtypes / sizeof *dtypes))
+#define FILES_MAX 6u
+static const struct {
+  flap_dtype dtype;
+  flap_optim optim;
+} formats[] = {{FLAP_BF16, FLAP_OPTIM_ADAMW},     {FLAP_F32, FLAP_OPTIM_ADAMW},
+               {FLAP_F16, FLAP_OPTIM_ADAMW},      {FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT},
+               {FLAP_F32, FLAP_OPTIM_ADAMW_8BIT}, {FLAP_F16, FLAP_OPTIM_ADAMW_8BIT}};
+#define FORMATS ((int)(sizeof formats / sizeof *formats))
 
 /* The files of a checkpoint, the states' first; returns how many. */
-static uint32_t files_of(flap_dtype dtype, const char *names[FILES_MAX]) {
+static uint32_t files_of(flap_dtype dtype, flap_optim optim, const char *names[FILES_MAX]) {
   uint32_t count = 0;
   if (dtype != FLAP_F32)
     names[count++] = dtype == FLAP_BF16 ? "optimizer-low.safetensors" : "optimizer-master.safetensors";
-  names[count++] = "optimizer-exp_avg.safetensors";
-  names[count++] = "optimizer-exp_avg_sq.safetensors";
+  if (optim == FLAP_OPTIM_ADAMW_8BIT) {
+    names[count++] = "optimizer-exp_avg-codes.safetensors";
+    names[count++] = "optimizer-exp_avg-largest.safetensors";
+    names[count++] = "optimizer-exp_avg_sq-codes.safetensors";
+    names[count++] = "optimizer-exp_avg_sq-largest.safetensors";
+  } else {
+    names[count++] = "optimizer-exp_avg.safetensors";
+    names[count++] = "optimizer-exp_avg_sq.safetensors";
+  }
   names[count++] = "model.safetensors";
   return count;
 }
@@ -50,13 +62,14 @@ static void save_all(const weights_rig *rig, const char *folder) {
   RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder)));
 }
 
-static void same_folders(const char *a, const char *b, flap_dtype dtype) {
+static void same_folders(const char *a, const char *b, flap_dtype dtype, flap_optim optim) {
   const char *files[FILES_MAX];
-  const uint32_t count = files_of(dtype, files);
+  const uint32_t count = files_of(dtype, optim, files);
   for (uint32_t i = 0; i < count; i++)
     rig_same_files(in(a, files[i]), in(b, files[i]));
   ck_assert((dtype == FLAP_BF16) == scratch_exists(in(b, "optimizer-low.safetensors")));
   ck_assert((dtype == FLAP_F16) == scratch_exists(in(b, "optimizer-master.safetensors")));
+  ck_assert((optim == FLAP_OPTIM_ADAMW) == scratch_exists(in(b, "optimizer-exp_avg.safetensors")));
 }
 
 /* ---- values -------------------------------------------------------------------------------------------------- */
@@ -149,15 +162,16 @@ static void check_init(const weights_rig *rig, const char *name, uint64_t seed) 
 }
 
 START_TEST(weights_init_is_the_same_in_all_placements) {
-  const flap_dtype dtype = dtypes[_i % DTYPES];
-  const bool tied = _i / DTYPES % 2;
+  const flap_dtype dtype = formats[_i % FORMATS].dtype;
+  const flap_optim optim = formats[_i % FORMATS].optim;
+  const bool tied = _i / FORMATS % 2;
   flap_model_config config;
   rig_model(tied, !tied, &config);
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     weights_rig rig;
     char name[16];
     (void)snprintf(name, sizeof name, "p%u", p);
-    rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
+    rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
     RIG_OK(flap_weights_init(rig.pager, &rig.layout, 77));
     check_init(&rig, "model.embed_tokens.weight", 77);
     check_init(&rig, "model.layers.1.mlp.down_proj.weight", 77);
@@ -167,7 +181,7 @@ START_TEST(weights_init_is_the_same_in_all_placements) {
       check_init(&rig, "model.layers.1.self_attn.v_proj.bias", 77);
     }
     save_all(&rig, name);
-    same_folders("p0", name, dtype);
+    same_folders("p0", name, dtype, optim);
     rig_close(&rig);
   }
 }
@@ -198,13 +212,14 @@ END_TEST
 
 /* Files with random bits, read into one placement and written from it, come out as they were. */
 START_TEST(weights_resume_gives_back_the_same_bits) {
-  const flap_dtype dtype = dtypes[_i % DTYPES];
+  const flap_dtype dtype = formats[_i % FORMATS].dtype;
+  const flap_optim optim = formats[_i % FORMATS].optim;
   const char *files[FILES_MAX];
-  const uint32_t file_count = files_of(dtype, files);
+  const uint32_t file_count = files_of(dtype, optim, files);
   flap_model_config config;
   weights_rig rig;
-  rig_model(_i / DTYPES % 2, true, &config);
-  rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[0], scratch_path(""));
+  rig_model(_i / FORMATS % 2, true, &config);
+  rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[0], scratch_path(""));
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
   save_all(&rig, "from");
   rig_close(&rig);
@@ -213,10 +228,10 @@ START_TEST(weights_resume_gives_back_the_same_bits) {
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     char name[16];
     (void)snprintf(name, sizeof name, "p%u", p);
-    rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
+    rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
     RIG_OK(flap_weights_resume(rig.pager, &rig.layout, scratch_path("from")));
     save_all(&rig, name);
-    same_folders("from", name, dtype);
+    same_folders("from", name, dtype, optim);
     uint32_t part;
     const uint64_t elements = rig_tensor(&rig, "model.norm.weight", &part).elements;
     float *master = malloc(elements * sizeof(float));
@@ -245,22 +260,61 @@ START_TEST(weights_resume_refuses_other_dtypes_and_missing_states) {
 }
 END_TEST
 
+START_TEST(weights_resume_refuses_codes_that_do_not_fit) {
+  flap_model_config config, other;
+  weights_rig rig, plain, smaller;
+  rig_model(false, false, &config);
+  rig_open_optim(&rig, &config, FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT, FLAP_MODE_TRAIN, &rig_placements[1],
+                 scratch_path(""));
+  rig_open(&plain, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  RIG_OK(flap_weights_init(plain.pager, &plain.layout, 1));
+  save_all(&rig, "eight");
+  save_all(&plain, "plain");
+  RIG_REFUSED(flap_weights_resume(plain.pager, &plain.layout, scratch_path("eight")), FLAP_NOT_FOUND,
+              "eight/optimizer-exp_avg.safetensors", "No such file");
+  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("plain")), FLAP_NOT_FOUND,
+              "plain/optimizer-exp_avg-codes.safetensors", "No such file");
+  ck_assert_int_eq(rename(scratch_path("plain/optimizer-exp_avg.safetensors"),
+                          scratch_path("eight/optimizer-exp_avg-codes.safetensors")),
+                   0);
+  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("eight")), FLAP_INVALID,
+              "eight/optimizer-exp_avg-codes.safetensors", "is F32, but this run needs I8");
+  save_all(&rig, "eight");
+  other = config;
+  other.intermediate_size = 64;
+  rig_open_optim(&smaller, &other, FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT, FLAP_MODE_TRAIN, &rig_placements[1],
+                 scratch_path(""));
+  RIG_OK(flap_weights_init(smaller.pager, &smaller.layout, 1));
+  save_all(&smaller, "smaller");
+  ck_assert_int_eq(rename(scratch_path("smaller/optimizer-exp_avg_sq-largest.safetensors"),
+                          scratch_path("eight/optimizer-exp_avg_sq-largest.safetensors")),
+                   0);
+  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("eight")), FLAP_INVALID,
+              "eight/optimizer-exp_avg_sq-largest.safetensors", "has the shape [12], but");
+  rig_close(&rig);
+  rig_close(&plain);
+  rig_close(&smaller);
+}
+END_TEST
+
 START_TEST(weights_sizes_are_those_of_the_files) {
-  const flap_dtype dtype = dtypes[_i];
+  const flap_dtype dtype = formats[_i].dtype;
+  const flap_optim optim = formats[_i].optim;
   flap_model_config config;
   weights_rig rig;
   uint64_t wanted = 0, actual = 0;
   struct stat about;
   rig_model(false, true, &config);
-  rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
+  rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
   save_all(&rig, "a");
   RIG_OK(flap_weights_file_bytes(&config, dtype, SHARD_MAX, &wanted));
   ck_assert_int_eq(stat(scratch_path("a/model.safetensors"), &about), 0);
   ck_assert_uint_eq(wanted, (uint64_t)about.st_size);
-  RIG_OK(flap_weights_states_bytes(&config, dtype, &wanted));
+  RIG_OK(flap_weights_states_bytes(&config, dtype, optim, &wanted));
   const char *files[FILES_MAX];
-  const uint32_t count = files_of(dtype, files);
+  const uint32_t count = files_of(dtype, optim, files);
   for (uint32_t i = 0; i + 1 < count; i++) { /* the last is the model's */
     ck_assert_int_eq(stat(scratch_path(in("a", files[i])), &about), 0);
     actual += (uint64_t)about.st_size;
@@ -330,7 +384,7 @@ START_TEST(weights_failed_saves_leave_no_file_behind) {
   ck_assert_int_eq(weights, FLAP_NO_SPACE);
   ck_assert_int_eq(states, FLAP_NO_SPACE);
   const char *files[FILES_MAX];
-  const uint32_t count = files_of(FLAP_BF16, files);
+  const uint32_t count = files_of(FLAP_BF16, FLAP_OPTIM_ADAMW, files);
   for (uint32_t i = 0; i < count; i++)
     ck_assert_msg(!scratch_exists(in("a", files[i])), "%s stayed", files[i]);
   save_all(&rig, "a"); /* the pager is as before */
@@ -346,11 +400,12 @@ int main(void) {
   tcase_add_test(tests, values_halves_join_to_the_same_bits);
   tcase_add_test(tests, values_the_largest_masters_are_refused);
   tcase_add_test(tests, values_half_precision_rounds_to_nearest_even);
-  tcase_add_loop_test(tests, weights_init_is_the_same_in_all_placements, 0, 2 * DTYPES);
+  tcase_add_loop_test(tests, weights_init_is_the_same_in_all_placements, 0, 2 * FORMATS);
   tcase_add_test(tests, weights_forward_layouts_hold_the_same_weights);
-  tcase_add_loop_test(tests, weights_resume_gives_back_the_same_bits, 0, 2 * DTYPES);
+  tcase_add_loop_test(tests, weights_resume_gives_back_the_same_bits, 0, 2 * FORMATS);
   tcase_add_test(tests, weights_resume_refuses_other_dtypes_and_missing_states);
-  tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, DTYPES);
+  tcase_add_test(tests, weights_resume_refuses_codes_that_do_not_fit);
+  tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, FORMATS);
   tcase_add_test(tests, weights_shards_hold_the_same_tensors);
   tcase_add_test(tests, weights_failed_saves_leave_no_file_behind);
   suite_add_tcase(suite, tests);

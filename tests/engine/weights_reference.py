@@ -7,6 +7,7 @@ Runs itself with the Python of $FLAP_VENV or of .venv in the current folder if t
 transformers is left out, and said, where that is not installed. Exit status 77: the safetensors library is nowhere.
 """
 import json
+import math
 import os
 import pathlib
 import struct
@@ -25,7 +26,7 @@ except ImportError:
     print("skipped: the safetensors package is not there (neither here nor in $FLAP_VENV)")
     sys.exit(77)
 
-NUMPY = {"F32": numpy.float32, "I16": numpy.int16, "BF16": numpy.uint16, "F16": numpy.float16}
+NUMPY = {"F32": numpy.float32, "I16": numpy.int16, "I8": numpy.int8, "U8": numpy.uint8, "BF16": numpy.uint16, "F16": numpy.float16}
 
 
 def read(path):
@@ -55,21 +56,34 @@ def wanted_shapes(config):
     return shapes
 
 
-def check_files(folder, dtype):
+def moment_files(optim):
+    """Name to dtype, and how many elements share a value."""
+    if optim == "adamw":
+        return {"optimizer-exp_avg": ("F32", 1), "optimizer-exp_avg_sq": ("F32", 1)}
+    return {"optimizer-exp_avg-codes": ("I8", 1), "optimizer-exp_avg_sq-codes": ("U8", 1),
+            "optimizer-exp_avg-largest": ("F32", 256), "optimizer-exp_avg_sq-largest": ("F32", 256)}
+
+
+def check_files(folder, dtype, optim):
     checkpoint = folder / "checkpoint-1"
     config = json.loads((checkpoint / "config.json").read_text())
     shapes = wanted_shapes(config)
-    names = ["model", "optimizer-exp_avg", "optimizer-exp_avg_sq"]
+    moments = moment_files(optim)
+    names = ["model", *moments]
     names += {"BF16": ["optimizer-low"], "F16": ["optimizer-master"], "F32": []}[dtype]
     files = {name: read(checkpoint / f"{name}.safetensors") for name in names}
     for name, tensors in files.items():
         found = {key: array.shape for key, (_, array) in tensors.items()}
-        assert found == shapes, (name, set(found) ^ set(shapes))
+        block = moments.get(name, ("", 1))[1]
+        wanted = shapes if block == 1 else {key: (-(-math.prod(shape) // block),) for key, shape in shapes.items()}
+        assert found == wanted, (name, set(found) ^ set(shapes))
+    assert len(list(checkpoint.glob("*.safetensors"))) == len(names)
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["optim"] == optim
     assert {t for t, _ in files["model"].values()} == {dtype}
     with safetensors.safe_open(checkpoint / "model.safetensors", "np") as opened:
         assert opened.metadata()["format"] == "pt"
-    for name in ("optimizer-exp_avg", "optimizer-exp_avg_sq"):
-        assert all(t == "F32" and not array.any() for t, array in files[name].values())
+    for name, (wanted, _) in moments.items():
+        assert all(t == wanted and not array.any() for t, array in files[name].values())
     for key, (_, high) in files["model"].items():
         master = high
         if dtype == "BF16":
@@ -130,10 +144,11 @@ def main():
         full = False
     for family in ("llama", "mistral", "qwen2"):
         for dtype in ("bf16", "fp16", "fp32"):
-            for tied in "01":
+            for tied, optim in (("0", "adamw"), ("1", "adamw"), ("1", "adamw_8bit")):
                 with tempfile.TemporaryDirectory() as folder:
-                    subprocess.run([program, family, dtype, tied, folder], check=True)
-                    tensors = check_files(pathlib.Path(folder), {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype])
+                    subprocess.run([program, family, dtype, optim, tied, folder], check=True)
+                    name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
+                    tensors = check_files(pathlib.Path(folder), name, optim)
                     if full:
                         check_transformers(pathlib.Path(folder), tensors, family)
     print("ok" if full else "ok; transformers is not installed: what needs it was left out")

@@ -40,11 +40,13 @@ void rig_model(bool tied, bool attention_bias, flap_model_config *config_out) {
   MUST(flap_model_finish_config(config_out));
 }
 
-static void build_layout(weights_rig *rig, flap_dtype dtype, flap_run_mode mode, const rig_placement *placement) {
+static void build_layout(weights_rig *rig, flap_dtype dtype, flap_optim optim, flap_run_mode mode,
+                         const rig_placement *placement) {
   const flap_layout_spec spec = {.model = &rig->config,
                                  .shape = {.dtype = dtype, .batch = 1, .sequence = 4},
                                  .mode = mode,
                                  .gradient_dtype = dtype,
+                                 .optim = optim,
                                  .micro_batches = 1,
                                  .group_micro_batches = 1,
                                  .segment_layers = 1,
@@ -64,9 +66,14 @@ static uint32_t ram_pages(rig_homes homes, uint32_t index, uint32_t pages) {
 
 void rig_open(weights_rig *rig, const flap_model_config *config, flap_dtype dtype, flap_run_mode mode,
               const rig_placement *placement, const char *disk) {
+  rig_open_optim(rig, config, dtype, FLAP_OPTIM_ADAMW, mode, placement, disk);
+}
+
+void rig_open_optim(weights_rig *rig, const flap_model_config *config, flap_dtype dtype, flap_optim optim,
+                    flap_run_mode mode, const rig_placement *placement, const char *disk) {
   memset(rig, 0, sizeof *rig);
   rig->config = *config;
-  build_layout(rig, dtype, mode, placement);
+  build_layout(rig, dtype, optim, mode, placement);
   const uint32_t count = rig->layout.region_count;
   flap_pager_region *regions = calloc(count, sizeof *regions);
   flap_pager_ring ring = {.name = "all", .slots = 1};
@@ -145,6 +152,45 @@ static void check_gaps(const weights_rig *rig, const flap_layout_part *part, uin
   }
 }
 
+/* Numbers that 256 elements share each: those that no tensor has a part in are zero. */
+static void check_largest_gaps(const weights_rig *rig, const flap_layout_part *part, uint64_t first, uint64_t elements,
+                               const float *values) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  const uint32_t count = flap_model_tensors(&rig->config, part->kind, part->layer, tensors);
+  for (uint64_t i = 0; i < elements / 256; i++) {
+    const uint64_t begin = first + i * 256, end = begin + 256;
+    bool inside = false;
+    for (uint32_t t = 0; t < count && !inside; t++)
+      inside = end > tensors[t].offset && begin < tensors[t].offset + tensors[t].elements;
+    if (!inside && flap_f32_bits(values[i]) != 0)
+      ck_abort_msg("what the codes from element %llu of a gap are relative to is not zero", (unsigned long long)begin);
+  }
+}
+
+/* The moments of a slice as fp32, one after the other, after a look at their gaps; codes as whole numbers. Owned by the
+ * caller. */
+static float *moments_of(const weights_rig *rig, const flap_layout_part *part, const flap_layout_slice *slice,
+                         const char *states) {
+  const uint64_t n = slice->elements, first = slice->first_element;
+  const bool codes = rig->layout.spec.optim == FLAP_OPTIM_ADAMW_8BIT;
+  float *moments = malloc(2 * n * sizeof *moments);
+  ck_assert_ptr_nonnull(moments);
+  check_gaps(rig, part, first, n, states, codes ? 1 : 4);
+  check_gaps(rig, part, first, n, states + n * (codes ? 1 : 4), codes ? 1 : 4);
+  if (!codes) {
+    memcpy(moments, states, 2 * n * sizeof *moments);
+    return moments;
+  }
+  for (uint64_t i = 0; i < n; i++) {
+    moments[i] = (float)(int8_t)states[i];
+    moments[n + i] = (float)(uint8_t)states[n + i];
+  }
+  const float *largest = (const float *)(const void *)(states + 2 * n);
+  check_largest_gaps(rig, part, first, n, largest);
+  check_largest_gaps(rig, part, first, n, largest + n / 256);
+  return moments;
+}
+
 /* One section of a slice into the tensor's array. */
 static void pick(const flap_layout_slice *slice, const flap_model_tensor *tensor, const float *section, float *out) {
   for (uint64_t i = 0; out && i < slice->elements; i++) {
@@ -188,10 +234,7 @@ void rig_read(const weights_rig *rig, const char *name, float *master, float *mo
   for (uint32_t s = part->first_slice; s < part->first_slice + part->slice_count; s++) {
     const flap_layout_slice *slice = &rig->layout.slices[s];
     char *states = drain(rig, slice->states);
-    const float *first = (const float *)(const void *)(states + slice->elements * master_bytes);
-    const float *second = first + slice->elements;
-    check_gaps(rig, part, slice->first_element, slice->elements, (const char *)first, 4);
-    check_gaps(rig, part, slice->first_element, slice->elements, (const char *)second, 4);
+    float *moments = moments_of(rig, part, slice, states + slice->elements * master_bytes);
     if (master_bytes > 0)
       check_gaps(rig, part, slice->first_element, slice->elements, states, master_bytes);
     if (dtype == FLAP_F16 && moment1 != NULL) { /* the weight is its master, rounded */
@@ -202,8 +245,9 @@ void rig_read(const weights_rig *rig, const char *name, float *master, float *mo
     } else if (dtype == FLAP_F16) {
       pick(slice, &tensor, (const float *)(const void *)states, master);
     }
-    pick(slice, &tensor, first, moment1);
-    pick(slice, &tensor, second, moment2);
+    pick(slice, &tensor, moments, moment1);
+    pick(slice, &tensor, moments + slice->elements, moment2);
+    free(moments);
     for (uint64_t i = 0; halves && i < slice->elements; i++) {
       const uint64_t element = slice->first_element + i;
       if (element < tensor.offset || element >= tensor.offset + tensor.elements)

@@ -28,14 +28,16 @@ typedef struct weights_rig {
 /* A model whose tensors do not fill their blocks: an odd vocabulary, biases if `attention_bias`. */
 void rig_model(bool tied, bool attention_bias, flap_model_config *config_out);
 
-/* `disk` is an existing folder for homes there. */
+/* `disk` is an existing folder for homes there. The optimizer is adamw, or what is named. */
 void rig_open(weights_rig *rig, const flap_model_config *config, flap_dtype dtype, flap_run_mode mode,
               const rig_placement *placement, const char *disk);
+void rig_open_optim(weights_rig *rig, const flap_model_config *config, flap_dtype dtype, flap_optim optim,
+                    flap_run_mode mode, const rig_placement *placement, const char *disk);
 void rig_close(weights_rig *rig);
 
 /* A tensor's master weights (with bf16 both halves joined) and moments, as the regions hold them; each an array of its
- * elements, or NULL. Gaps of all regions that this touches must be zero. With fp16 and `moment1`, weights must also be
- * their masters, rounded. */
+ * elements, or NULL. With adamw_8bit moments are their codes. Gaps of all regions that this touches must be zero. With
+ * fp16 and `moment1`, weights must also be their masters, rounded. */
 void rig_read(const weights_rig *rig, const char *name, float *master, float *moment1, float *moment2);
 /* The tensor in the list of its part; stores the part's index. */
 flap_model_tensor rig_tensor(const weights_rig *rig, const char *name, uint32_t *part_out);

@@ -1,5 +1,5 @@
 /* Writes a checkpoint of a small model, for weights_reference.py.
- * Usage: write_model <family> <bf16|fp16|fp32> <tied: 0|1> <output_dir> */
+ * Usage: write_model <family> <bf16|fp16|fp32> <adamw|adamw_8bit> <tied: 0|1> <output_dir> */
 #include "engine/checkpoint.h"
 #include "engine/hf_config.h"
 #include "engine/weights.h"
@@ -15,7 +15,7 @@ static flap_status write_checkpoint(weights_rig *rig, const flap_model_config *c
   char folder[FLAP_PATH_MAX];
   FLAP_TRY(flap_tokenizer_open_bytes(&tokenizer));
   const flap_artifacts artifacts = {.model = config, .tokenizer = tokenizer};
-  const flap_trainer_state state = {.step = 1};
+  const flap_trainer_state state = {.step = 1, .optim = rig->layout.spec.optim};
   flap_status status = flap_weights_init(rig->pager, &rig->layout, 4);
   if (status == FLAP_OK)
     status = flap_checkpoint_save(output_dir, rig->pager, &rig->layout, &artifacts, &state, false, 0, folder);
@@ -28,18 +28,19 @@ static flap_status write_checkpoint(weights_rig *rig, const flap_model_config *c
 int main(int argc, char **argv) {
   flap_model_config config;
   weights_rig rig;
-  if (argc != 5)
+  if (argc != 6)
     return EXIT_FAILURE;
   const bool mistral = strcmp(argv[1], "mistral") == 0;
-  rig_model(strcmp(argv[3], "1") == 0, !mistral, &config);
+  rig_model(strcmp(argv[4], "1") == 0, !mistral, &config);
   config.family = flap_model_find_family(argv[1]);
   if (config.family == NULL || flap_model_finish_config(&config) != FLAP_OK)
     return EXIT_FAILURE;
   const flap_dtype dtype = strcmp(argv[2], "bf16") == 0   ? FLAP_BF16
                            : strcmp(argv[2], "fp16") == 0 ? FLAP_F16
                                                           : FLAP_F32;
-  rig_open(&rig, &config, dtype, FLAP_MODE_TRAIN, &rig_placements[1], NULL);
-  const flap_status status = write_checkpoint(&rig, &config, argv[4]);
+  const flap_optim optim = strcmp(argv[3], "adamw_8bit") == 0 ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW;
+  rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[1], NULL);
+  const flap_status status = write_checkpoint(&rig, &config, argv[5]);
   if (status != FLAP_OK)
     fprintf(stderr, "write_model: %s\n", flap_error_message());
   rig_close(&rig);
