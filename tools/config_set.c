@@ -336,11 +336,12 @@ flap_status flap_config_set_model(flap_config_reader *reader, const flap_config_
 
 flap_status flap_config_set_optim(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value) {
   if (!value || is_text(value, "adamw") || is_text(value, "adamw_torch"))
-    return FLAP_OK;
-  if (is_text(value, "adamw_8bit"))
-    return flap_config_error(reader, FLAP_UNSUPPORTED, value, key->name,
-                             "adamw_8bit is not supported yet: use adamw, whose moments are fp32");
-  return flap_config_error_type(reader, value, key);
+    reader->config->optim = FLAP_OPTIM_ADAMW;
+  else if (is_text(value, "adamw_8bit") || is_text(value, "adamw_bnb_8bit"))
+    reader->config->optim = FLAP_OPTIM_ADAMW_8BIT;
+  else
+    return flap_config_error_type(reader, value, key);
+  return FLAP_OK;
 }
 
 flap_status flap_config_set_report_to(flap_config_reader *reader, const flap_config_key *key,

@@ -32,8 +32,9 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
 }
 
 static void print_model(FILE *out, const flap_plan *plan) {
-  fprintf(out, "model     %s parameters, %u layers, %s, state %s\n", flap_text_count(plan->parameters).text,
-          plan->layers, flap_dtype_name(plan->dtype), flap_text_bytes(plan->state_bytes).text);
+  fprintf(out, "model     %s parameters, %u layers, %s, state %s%s\n", flap_text_count(plan->parameters).text,
+          plan->layers, flap_dtype_name(plan->dtype), flap_text_bytes(plan->state_bytes).text,
+          plan->optim == FLAP_OPTIM_ADAMW_8BIT ? " (adamw_8bit)" : "");
   fprintf(out, "step      %s tokens in %u micro-batches, gradients in %s\n",
           flap_text_grouped(plan->tokens_per_step).text, plan->micro_batches, flap_dtype_name(plan->gradient_dtype));
   fprintf(out, "device    %s (%s)\n", device_kind_name(plan->device), plan->device_name);
@@ -314,6 +315,7 @@ flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const
   set_integer(object, "micro_batches", plan->micro_batches);
   set_text(object, "dtype", flap_dtype_name(plan->dtype));
   set_text(object, "gradient_dtype", flap_dtype_name(plan->gradient_dtype));
+  set_text(object, "optim", flap_run_config_optim_name(plan->optim));
   set_text(object, "device", device_kind_name(plan->device));
   set_text(object, "device_name", plan->device_name);
   (void)json_object_set_new(object, "machine", machine_json(&plan->machine));

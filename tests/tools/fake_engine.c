@@ -38,6 +38,7 @@ static void fill_plan(const flap_run_config *config, flap_plan *plan) {
   memset(plan, 0, sizeof *plan);
   plan->parameters = 5000000;
   plan->state_bytes = 60000000;
+  plan->optim = config->optim;
   plan->tokens_per_step =
       (uint64_t)config->cutoff_len * config->per_device_train_batch_size * config->gradient_accumulation_steps;
   plan->layers = 12;

@@ -311,6 +311,8 @@ ROWS = [
        [rf"{name}/tokenizer\.json"]) for name in ("t-malformed", "t-unigram", "t-list", "t-merges")],
     ("no tokenizer anywhere", ["train", "run.yaml", "model=null", "model_name_or_path=good", "tokenizer=null"],
      [r"tokenizer"]),
+    ("an optimizer that there is not", ["train", "run.yaml", "optim=adamw_4bit"],
+     ["optim: wanted adamw or adamw_8bit, found adamw_4bit"]),
     # resuming
     ("resume without a checkpoint", ["train", "run.yaml", "resume_from_checkpoint=true"], ["checkpoint", r"\bout\b"]),
     ("resume from nowhere", ["train", "run.yaml", "resume_from_checkpoint=nothing"], ["nothing"]),
@@ -474,25 +476,31 @@ class Runs(Case):
         self.assertEqual(temporaries(self.folder), [])
 
     def test_resume_from_a_broken_checkpoint_is_refused(self):
-        self.accept("train", *self.SAVING, "output_dir=source", "max_steps=3")
-        newest = self.checkpoints("source")[-1]
+        self.refuse_broken_checkpoints("adamw", 4)
+
+    def test_resume_from_a_broken_checkpoint_of_8_bit_moments_is_refused(self):
+        self.refuse_broken_checkpoints("adamw_8bit", 6)
+
+    def refuse_broken_checkpoints(self, optim, files):
+        self.accept("train", *self.SAVING, f"output_dir={optim}", "max_steps=3", f"optim={optim}")
+        newest = self.checkpoints(optim)[-1]
         states = [name for name in os.listdir(self.path(newest)) if name.endswith(".safetensors")]
-        self.assertEqual(len(states), 4, states)
+        self.assertEqual(len(states), files, states)
+        resume = ["train", "run.yaml", "output_dir=resumed", f"optim={optim}"]
         for name in [*states, "trainer_state.json"]:
             for number, change in enumerate((truncated, lambda content: b"")):
-                copy = f"broken-{number}-{name}"
+                copy = f"{optim}-broken-{number}-{name}"
                 shutil.copytree(self.path(newest), self.path(copy))
                 write(self.path(f"{copy}/{name}"), change(self.bytes_of(f"{newest}/{name}")))
                 with self.subTest(copy):
-                    self.refuse(["train", "run.yaml", "output_dir=resumed", f"resume_from_checkpoint={copy}"],
-                                [re.escape(f"{copy}/{name}")])
-            copy = f"without-{name}"
+                    self.refuse([*resume, f"resume_from_checkpoint={copy}"], [re.escape(f"{copy}/{name}")])
+            copy = f"{optim}-without-{name}"
             shutil.copytree(self.path(newest), self.path(copy))
             os.remove(self.path(f"{copy}/{name}"))
             with self.subTest(copy):
-                self.refuse(["train", "run.yaml", "output_dir=resumed", f"resume_from_checkpoint={copy}"], [re.escape(copy)])
-        self.refuse(["train", "run.yaml", "output_dir=resumed", "model.num_hidden_layers=3",
-                     f"resume_from_checkpoint={newest}"], [re.escape(newest), "layers|num_hidden_layers"])
+                self.refuse([*resume, f"resume_from_checkpoint={copy}"], [re.escape(copy)])
+        self.refuse([*resume, "model.num_hidden_layers=3", f"resume_from_checkpoint={newest}"],
+                    [re.escape(newest), "layers|num_hidden_layers"])
 
     def test_numbers_that_overflow_stop_the_run_and_keep_the_checkpoint(self):
         # Warm-up starts at 0, so the first steps are sound; then decay multiplies the weights by -1e9 a step.

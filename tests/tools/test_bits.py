@@ -292,6 +292,48 @@ class Bits(unittest.TestCase):
         reference = self.suite("fp16", common, FEW)
         self.assertEqual({step[2:] for step in reference[0].values()}, {(65536, False)})
 
+    def test_moments_in_8_bits(self):
+        common = ["optim=adamw_8bit"]
+        reference = self.suite("eight", common, FEW)
+        self.check_resume("eight", common, reference)
+        # 2 bytes of weight, 2 of its low half, two codes, and an fp32 number for each 256 of these: of whole blocks.
+        plans = [json.loads(self.flap("plan", "--json", *self.arguments("both", each, "eight-plan")).stdout)
+                 for each in ([], common)]
+        blocks = plans[0]["state_bytes"] / 12 / 256
+        self.assertEqual(plans[1]["state_bytes"], blocks * (256 * 6 + 8))
+        self.assertEqual([plan["optim"] for plan in plans], ["adamw", "adamw_8bit"])
+        for lane in LANES:
+            self.assertLess(plans[1]["lane_bytes"][lane], 0.85 * plans[0]["lane_bytes"][lane], lane)
+            self.assertLess(plans[1]["bound_bytes"][lane], 0.7 * plans[0]["bound_bytes"][lane], lane)
+
+    def test_checkpoints_of_another_optimizer_are_refused(self):
+        for saved, wanted in (("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")):
+            out, checkpoint = f"optim-{saved}", f"optim-{saved}/checkpoint-3"
+            saving = [f"optim={saved}", "save_strategy=steps", "save_steps=3", "max_steps=3"]
+            self.assertEqual(self.flap("train", *self.arguments("roomy", saving, out)).returncode, 0)
+            for resume, to in ((checkpoint, "optim-new"), ("true", out)):
+                done = self.flap("train", *self.arguments(
+                    "roomy", [f"optim={wanted}", f"resume_from_checkpoint={resume}"], to))
+                self.assertEqual(done.returncode, 1, done.stdout)
+                self.assertRegex(done.stderr, f"^flap: error: optim: {checkpoint} was saved with optim: {saved}, and "
+                                              f"cannot go on with {wanted}: set optim: {saved}, or [^\n]*\n$")
+            self.assertFalse(os.path.exists(os.path.join(self.folder, "optim-new")))
+            shown = self.flap("inspect", checkpoint)
+            self.assertEqual((shown.returncode, shown.stderr), (0, ""))
+            self.assertRegex(shown.stdout, f'(?m)^  optim +"{saved}"$')
+            for name, dtype, shape in {"adamw": [("exp_avg", "F32", "257, 64"), ("exp_avg_sq", "F32", "257, 64")],
+                                       "adamw_8bit": [("exp_avg-codes", "I8", "257, 64"), ("exp_avg-largest", "F32", "65"),
+                                                      ("exp_avg_sq-codes", "U8", "257, 64"),
+                                                      ("exp_avg_sq-largest", "F32", "65")]}[saved]:
+                shown = self.flap("inspect", f"{checkpoint}/optimizer-{name}.safetensors")
+                self.assertRegex(shown.stdout, fr"(?m)^  model\.embed_tokens\.weight +{dtype} +\({shape}\) ")
+            # Its weights are what they are, whatever their moments were: they start another run, and export to fp32.
+            export = self.flap("export", checkpoint, f"{out}-f32", "--dtype", "float32")
+            self.assertEqual((export.returncode, export.stderr), (0, ""))
+            anew = self.flap("train", *self.arguments("roomy", [
+                f"optim={wanted}", "model=null", "tokenizer=null", f"model_name_or_path={checkpoint}"], f"{out}-anew"))
+            self.assertEqual((anew.returncode, anew.stderr), (0, ""), anew.stdout)
+
     def test_fp16_with_skipped_steps(self):
         """Overflow at first, then a scale that fits, that grows after two good steps and is too large again. The checkpoint
         is between the two good steps, and is continued past the next overflow."""
@@ -314,9 +356,10 @@ class Bits(unittest.TestCase):
     def test_what_does_change_the_numbers_is_seen(self):
         """The comparison can fail: another seed, another rounding, another order of the additions."""
         seen = [self.reference(f"other-{number}", overrides) for number, overrides in
-                enumerate([[], ["seed=43"], ["gradient_dtype=fp32"], ["bf16=false"], ["fp16=true"]])]
+                enumerate([[], ["seed=43"], ["gradient_dtype=fp32"], ["bf16=false"], ["fp16=true"],
+                           ["optim=adamw_8bit"]])]
         for which in (2, 0):
-            self.assertEqual(len({str(each[which]) for each in seen}), 5)
+            self.assertEqual(len({str(each[which]) for each in seen}), 6)
         for other in seen[1:]:
             self.assertNotEqual(other[1][STEPS], seen[0][1][STEPS])
             with self.assertRaises(self.failureException):

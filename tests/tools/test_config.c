@@ -77,7 +77,7 @@ START_TEST(config_full_file_fills_every_field) {
                              "val_size: 0.05\ncutoff_len: 128\npacking: true\nneat_packing: false\ntemplate: none\n"
                              "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8\n"
                              "max_steps: 1e2\nnum_train_epochs: 1.5\nlearning_rate: 1e-3\nlr_scheduler_type: cosine\n"
-                             "warmup_steps: 10\nwarmup_ratio: 0.1\noptim: adamw_torch\nweight_decay: 0.1\n"
+                             "warmup_steps: 10\nwarmup_ratio: 0.1\noptim: adamw_bnb_8bit\nweight_decay: 0.1\n"
                              "adam_beta1: 0.8\nadam_beta2: .95\nadam_epsilon: 1.0e-6\nmax_grad_norm: 0\n"
                              "bf16: true\nfp16: no\ngradient_dtype: fp32\nactivations: recompute\n"
                              "gradient_checkpointing: true\nseed: 7\nlogging_steps: 5\neval_strategy: steps\n"
@@ -109,6 +109,7 @@ START_TEST(config_full_file_fills_every_field) {
   ck_assert_int_eq(config.lr_scheduler_type, FLAP_SCHEDULER_COSINE);
   ck_assert_uint_eq(config.warmup_steps, 10);
   ck_assert_double_eq(config.warmup_ratio, 0.1);
+  ck_assert_int_eq(config.optim, FLAP_OPTIM_ADAMW_8BIT);
   ck_assert_double_eq(config.weight_decay, 0.1);
   ck_assert_double_eq(config.adam_beta1, 0.8);
   ck_assert_double_eq(config.adam_beta2, 0.95);
@@ -264,8 +265,8 @@ START_TEST(config_disk_errors_name_the_entry) {
 END_TEST
 
 START_TEST(config_what_is_not_supported_says_what_is) {
-  refuse_base("optim: adamw_8bit\n", "run.yaml:4: optim: adamw_8bit is not supported yet: use adamw");
-  refuse_base("optim: sgd\n", "optim: wanted adamw, found sgd");
+  refuse_base("optim: sgd\n", "run.yaml:4: optim: wanted adamw or adamw_8bit, found sgd");
+  refuse_base("optim: 8\n", "run.yaml:4: optim: wanted adamw or adamw_8bit, found 8");
   refuse_base("packing: false\n", "run.yaml:4: packing: false is not supported yet");
   refuse_base("neat_packing: true\n", "run.yaml:4: neat_packing: true is not supported yet: use packing: true");
   refuse_base("template: llama3\n", "run.yaml:4: template: llama3: chat templates are not supported yet");
