@@ -3,6 +3,7 @@
 #include "base/assert.h"
 #include "base/units.h"
 #include "engine/schedule.h"
+#include "engine/update.h"
 #include "io/formats/trace.h"
 
 #include <math.h>
@@ -75,29 +76,18 @@ static void store_gradient(flap_executor *x, const flap_op *op) {
 /* The update of a skipped step leaves what its leases hold as it is. */
 static void adamw(flap_executor *x, const flap_op *op) {
   const flap_layout_slice *slice = &x->layout->slices[op->index];
-  const flap_dtype dtype = x->run.shape.dtype;
-  unsigned char *states = address(x, op->operand[1]);
+  const flap_update update = {.weight_dtype = x->run.shape.dtype,
+                              .gradient_dtype = x->layout->spec.gradient_dtype,
+                              .optim = x->layout->spec.optim,
+                              .elements = slice->elements,
+                              .weights = weights_at(x, op->operand[0], slice->first_element),
+                              .states = address(x, op->operand[1]),
+                              .gradient = address(x, op->operand[2]),
+                              .decay_blocks = x->host.decay + op->index * x->host.decay_stride,
+                              .fault = x->device.fault};
   flap_assert(x->has_update);
-  if (x->skips)
-    return;
-  const flap_dtype gradient_dtype = x->layout->spec.gradient_dtype;
-  const flap_state_format format = flap_layout_state_format(dtype, x->layout->spec.optim);
-  unsigned char *weights = weights_at(x, op->operand[0], slice->first_element);
-  void *sections[FLAP_STATE_SECTION_COUNT];
-  for (int i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
-    sections[i] = format.sections[i].value_bytes > 0
-                      ? states + flap_layout_state_offset(&format, (flap_state_section)i, slice->elements)
-                      : NULL;
-  const uint8_t *decay = x->host.decay + op->index * x->host.decay_stride;
-  if (x->layout->spec.optim == FLAP_OPTIM_ADAMW_8BIT)
-    flap_ops_adamw_8bit(x->ops, &x->adamw, dtype, gradient_dtype, weights, sections[FLAP_STATE_MASTER],
-                        sections[FLAP_STATE_MOMENT1], sections[FLAP_STATE_MOMENT2], sections[FLAP_STATE_LARGEST1],
-                        sections[FLAP_STATE_LARGEST2], address(x, op->operand[2]), decay, x->device.fault,
-                        slice->elements);
-  else
-    flap_ops_adamw(x->ops, &x->adamw, dtype, gradient_dtype, weights, sections[FLAP_STATE_MASTER],
-                   sections[FLAP_STATE_MOMENT1], sections[FLAP_STATE_MOMENT2], address(x, op->operand[2]), decay,
-                   x->device.fault, slice->elements);
+  if (!x->skips)
+    flap_update_launch(x->ops, &x->adamw, &update);
 }
 
 static void zero(flap_executor *x, const flap_op *op) {

@@ -3,6 +3,7 @@
 #include "base/assert.h"
 #include "base/philox.h"
 #include "base/units.h"
+#include "engine/update.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -64,7 +65,7 @@ static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
   b->sums = take(arena, layer * 4);
   b->head_sums = take(arena, head * 4);
   b->projection_sums = tied ? take(arena, embedding * 4) : b->head_sums + projection;
-  b->states = take(arena, SLICE_ELEMENTS * 12); /* low halves or a master, and two moments */
+  b->states = take(arena, SLICE_ELEMENTS * 12); /* at most a master, and two moments */
   b->gradient = take(arena, SLICE_ELEMENTS * 4);
   b->weight = take(arena, SLICE_ELEMENTS * 4);
   b->squares = take(arena, SLICE_ELEMENTS / FLAP_OPS_BLOCK * 4);
@@ -185,7 +186,6 @@ static void run_zero(bench *b) {
   flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 4);
 }
 static void run_adamw(bench *b) {
-  const flap_dtype dtype = b->spec->shape.dtype;
   const flap_adamw scalars = {.learning_rate = 1e-6f,
                               .beta1 = 0.9f,
                               .beta2 = 0.999f,
@@ -196,9 +196,16 @@ static void run_adamw(bench *b) {
                               .epsilon = 1e-8f,
                               .decay = 1,
                               .gradient_scale = 1};
-  float *m = (float *)(void *)(b->states + SLICE_ELEMENTS * 4), *v = m + SLICE_ELEMENTS;
-  flap_ops_adamw(b->ops, &scalars, dtype, b->spec->gradient_dtype, b->weight, dtype == FLAP_F32 ? NULL : b->states, m,
-                 v, b->gradient, b->decay, b->fault, SLICE_ELEMENTS);
+  const flap_update update = {.weight_dtype = b->spec->shape.dtype,
+                              .gradient_dtype = b->spec->gradient_dtype,
+                              .optim = b->spec->optim,
+                              .elements = SLICE_ELEMENTS,
+                              .weights = b->weight,
+                              .states = b->states,
+                              .gradient = b->gradient,
+                              .decay_blocks = b->decay,
+                              .fault = b->fault};
+  flap_update_launch(b->ops, &scalars, &update);
 }
 
 /* ---- time ------------------------------------------------------------------------------------------------ */

@@ -29,6 +29,7 @@ typedef struct flap_op_times_spec {
   const flap_model_config *model;
   flap_model_shape shape;
   flap_dtype gradient_dtype;
+  flap_optim optim;
   bool training;
   uint32_t threads;
   uint64_t launch_ns; /* of the machine */

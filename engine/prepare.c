@@ -177,6 +177,7 @@ static flap_status give_times(flap_prepared *p) {
   const flap_op_times_spec of = {.model = spec->model,
                                  .shape = spec->shape,
                                  .gradient_dtype = spec->gradient_dtype,
+                                 .optim = spec->optim,
                                  .training = spec->mode == FLAP_MODE_TRAIN,
                                  .threads = spec->threads,
                                  .launch_ns = p->machine.launch_ns};

@@ -12,6 +12,7 @@ flap_status planner_times(const flap_planner *planner, flap_op_times *times_out)
   const flap_op_times_spec of = {.model = spec->model,
                                  .shape = spec->shape,
                                  .gradient_dtype = spec->gradient_dtype,
+                                 .optim = spec->optim,
                                  .training = spec->mode == FLAP_MODE_TRAIN,
                                  .threads = spec->threads,
                                  .launch_ns = planner->machine->launch_ns};

@@ -302,6 +302,7 @@ class Bits(unittest.TestCase):
         blocks = plans[0]["state_bytes"] / 12 / 256
         self.assertEqual(plans[1]["state_bytes"], blocks * (256 * 6 + 8))
         self.assertEqual([plan["optim"] for plan in plans], ["adamw", "adamw_8bit"])
+        self.assertNotEqual(plans[0]["compute_seconds"], plans[1]["compute_seconds"])
         for lane in LANES:
             self.assertLess(plans[1]["lane_bytes"][lane], 0.85 * plans[0]["lane_bytes"][lane], lane)
             self.assertLess(plans[1]["bound_bytes"][lane], 0.7 * plans[0]["bound_bytes"][lane], lane)
