@@ -1,0 +1,167 @@
+/* What operations take: by hand from rates, and that a simulated step is charged with exactly them. */
+#include "engine/op_times.h"
+#include "engine/planner.h"
+
+#include "base/units.h"
+
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Memory and launches cost nothing, so only arithmetic counts: 1e9 operations a second. */
+static const flap_machine arithmetic = {.name = "arithmetic",
+                                        .flops_bf16 = 1e9,
+                                        .flops_f32 = 1e9,
+                                        .device_bytes = 1e18,
+                                        .h2d_bytes = 1e12,
+                                        .d2h_bytes = 1e12,
+                                        .disk_read_bytes = 1e12,
+                                        .disk_write_bytes = 1e12,
+                                        .host_bytes = 1e12};
+
+static flap_model_config model(bool tied) {
+  flap_model_config config = {.family = flap_model_find_family("llama"),
+                              .vocab_size = 256,
+                              .hidden_size = 64,
+                              .intermediate_size = 128,
+                              .num_hidden_layers = 3,
+                              .num_attention_heads = 4,
+                              .num_key_value_heads = 2,
+                              .head_dim = 16,
+                              .max_position_embeddings = 64,
+                              .rms_norm_eps = 1e-5,
+                              .initializer_range = 0.02,
+                              .tie_word_embeddings = tied,
+                              .rope = {.theta = 10000}};
+  ck_assert_int_eq(flap_model_finish_config(&config), FLAP_OK);
+  return config;
+}
+
+static flap_op_times_spec spec_of(const flap_model_config *config) {
+  return (flap_op_times_spec){.model = config,
+                              .shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 32},
+                              .gradient_dtype = FLAP_BF16,
+                              .training = true,
+                              .threads = 1};
+}
+
+static void near(const char *what, uint64_t ns, double flops, double share) {
+  const double wanted = flops; /* 1e9 a second: one a nanosecond */
+  ck_assert_msg((double)ns > wanted * (1 - share) && (double)ns < wanted * (1 + share),
+                "%s takes %llu ns, not about %.0f", what, (unsigned long long)ns, wanted);
+}
+
+START_TEST(from_rates_arithmetic_decides) {
+  const flap_model_config config = model(_i == 1);
+  const flap_op_times_spec spec = spec_of(&config);
+  flap_op_times times;
+  ck_assert_msg(flap_op_times_from_rates(&spec, &arithmetic, &times) == FLAP_OK, "%s", flap_error_message());
+  const double layer = flap_model_forward_flops(&config, &spec.shape, FLAP_PART_LAYER);
+  const double head = flap_model_forward_flops(&config, &spec.shape, FLAP_PART_HEAD);
+  const double down = 2. * 64 * 64 * 128; /* what a recomputation leaves out */
+  ck_assert(!times.measured);
+  near("forward", times.forward_ns, layer, 0.05);
+  near("recompute", times.recompute_ns, layer - down, 0.05);
+  near("backward", times.backward_ns, 2 * layer, 0.1);
+  near("loss", times.loss_ns, head, 0.1);
+  near("head", times.head_ns, 3 * head, 0.1);
+  ck_assert_uint_lt(times.recompute_ns, times.forward_ns);
+}
+END_TEST
+
+/* Sums that are written need not be read: where memory decides, the first micro-batch is cheaper. */
+START_TEST(from_rates_first_sums_cost_less) {
+  const flap_model_config config = model(false);
+  const flap_op_times_spec spec = spec_of(&config);
+  flap_machine memory = arithmetic;
+  flap_op_times times;
+  memory.flops_bf16 = memory.flops_f32 = 1e18;
+  memory.device_bytes = 1e9;
+  ck_assert_int_eq(flap_op_times_from_rates(&spec, &memory, &times), FLAP_OK);
+  ck_assert_uint_lt(times.backward_fresh_ns, times.backward_ns);
+  ck_assert_uint_lt(times.head_fresh_ns, times.head_ns);
+  ck_assert_double_eq_tol(times.zero_ns, 4, 0.01);  /* bytes an element, at one a nanosecond */
+  ck_assert_double_eq_tol(times.store_ns, 6, 0.01); /* fp32 read, bf16 written */
+  ck_assert_double_eq_tol(times.adamw_ns, 26, 0.01);
+}
+END_TEST
+
+START_TEST(of_an_operation_follows_its_kind_and_size) {
+  const flap_op_times times = {.embed_ns = 1,
+                               .forward_ns = 2,
+                               .recompute_ns = 3,
+                               .loss_ns = 4,
+                               .head_ns = 5,
+                               .head_fresh_ns = 6,
+                               .backward_ns = 7,
+                               .backward_fresh_ns = 8,
+                               .embed_backward_ns = 9,
+                               .launch_ns = 100,
+                               .store_ns = 0.5,
+                               .zero_ns = 0.25};
+#define OF(...) flap_op_times_of(&times, &(flap_op){__VA_ARGS__}, 1000)
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_EMBED), 1);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_FORWARD, .operand = {0, 1, 2, 3}), 2);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_FORWARD, .operand = {0, 1, 2, FLAP_OPERAND_NONE}), 3);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .operand = {0, 1, 2, FLAP_OPERAND_NONE}), 4);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .operand = {0, 1, 2, 3}), 5);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .fresh = true, .operand = {0, 1, 2, 3}), 6);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_BACKWARD), 7);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_BACKWARD, .fresh = true), 8);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_EMBED_BACKWARD), 9);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_ZERO), 350);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_NORM), 0);
+#undef OF
+}
+END_TEST
+
+/* Everything resident, and times that no rate would give: a step's computing is their sum. */
+START_TEST(simulated_step_is_charged_with_given_times) {
+  const flap_model_config config = model(false);
+  const flap_op_times times = {.embed_ns = 1000,
+                               .forward_ns = 20000,
+                               .recompute_ns = 17000,
+                               .loss_ns = 1,
+                               .head_ns = 50000,
+                               .head_fresh_ns = 40000,
+                               .backward_ns = 70000,
+                               .backward_fresh_ns = 60000,
+                               .embed_backward_ns = 9000,
+                               .launch_ns = 1};
+  flap_planner planner = {.spec = {.model = &config,
+                                   .shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 32},
+                                   .mode = FLAP_MODE_TRAIN,
+                                   .gradient_dtype = FLAP_BF16,
+                                   .micro_batches = 2,
+                                   .threads = 1,
+                                   .device = FLAP_DEVICE_CPU},
+                          .activations = FLAP_ACTIVATIONS_KEEP,
+                          .machine = &arithmetic,
+                          .times = &times};
+  const flap_budgets budgets = {.vram_bytes = FLAP_GIB, .ram_bytes = FLAP_GIB};
+  flap_setup setup;
+  flap_plan_costs costs;
+  ck_assert_msg(flap_planner_choose(&planner, &budgets, &setup, &costs) == FLAP_OK, "%s", flap_error_message());
+  const double layers = 3,
+               wanted = 1e-9 * (2 * 1000. + layers * (2 * 20000. + 60000 + 70000) + 40000 + 50000 + 2 * 9000.);
+  ck_assert_double_ge(costs.compute_seconds, wanted);
+  ck_assert_double_le(costs.compute_seconds, wanted * 1.02); /* slices' launches, and the downloads of the norm */
+  flap_setup_close(&setup);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("op_times");
+  TCase *tests = tcase_create("op_times");
+  tcase_add_loop_test(tests, from_rates_arithmetic_decides, 0, 2);
+  tcase_add_test(tests, from_rates_first_sums_cost_less);
+  tcase_add_test(tests, of_an_operation_follows_its_kind_and_size);
+  tcase_add_test(tests, simulated_step_is_charged_with_given_times);
+  suite_add_tcase(suite, tests);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_NORMAL);
+  const int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
