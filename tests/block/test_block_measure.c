@@ -4,8 +4,11 @@
 #include "io/block/measure.h"
 
 #include <check.h>
+#include <linux/magic.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define MIB ((uint64_t)1 << 20)
@@ -42,6 +45,84 @@ START_TEST(measure_nonsense_is_refused) {
 }
 END_TEST
 
+static flap_block_probe_config probe_config(flap_block_backend backend, const char *first, const char *second) {
+  return (flap_block_probe_config){.backend = backend,
+                                   .disk_count = second ? 2 : 1,
+                                   .paths = {first, second},
+                                   .bytes = 16 * MIB,
+                                   .depth_max = 16,
+                                   .flight_bytes = 4 * MIB};
+}
+
+/* Extents of 16 MiB and rounds of some hundred requests: every slot goes round its extent, so overlaps would be found
+ * by the simulated disk, whose requests end out of order. */
+START_TEST(probe_measures_every_mix_size_and_depth) {
+  const flap_block_backend backends[] = {FLAP_BLOCK_AUTO, FLAP_BLOCK_URING, FLAP_BLOCK_THREADS, FLAP_BLOCK_SIM};
+  const struct {
+    uint32_t request_bytes, depth;
+  } cells[] = {{16384, 1}, {16384, 16}, {262144, 3}, {262144, 16}, {FLAP_BLOCK_REQUEST_BYTES_MAX, 1}};
+  const flap_rate_effort effort = {.rounds = 2, .round_ns = 2000000};
+  char folder[] = "/tmp/flap-test-XXXXXX";
+  ck_assert_ptr_nonnull(mkdtemp(folder));
+  const flap_block_probe_config config = probe_config(backends[_i / 2], folder, _i % 2 ? folder : NULL);
+  flap_block_probe *probe = NULL;
+  ck_assert_msg(flap_block_probe_open(&config, &probe) == FLAP_OK, "%s", flap_error_message());
+  ck_assert(flap_block_probe_describe(probe)[0] != '\0');
+  for (size_t i = 0; i < sizeof cells / sizeof *cells; i++)
+    for (int mix = FLAP_BLOCK_MIX_READ; mix <= FLAP_BLOCK_MIX_BOTH; mix++) {
+      flap_rate rate = {0};
+      ck_assert_msg(flap_block_probe_measure(probe, (flap_block_mix)mix, cells[i].request_bytes, cells[i].depth,
+                                             &effort, &rate) == FLAP_OK,
+                    "%s", flap_error_message());
+      ck_assert(rate.rounds >= 1 && isfinite(rate.median) && rate.median > 1e4);
+    }
+  flap_block_probe_close(probe);
+  ck_assert_int_eq(rmdir(folder), 0);
+}
+END_TEST
+
+START_TEST(probe_nonsense_is_refused) {
+  const flap_rate_effort effort = {.rounds = 1, .round_ns = 1000000};
+  flap_block_probe *probe = NULL;
+  flap_rate rate = {.rounds = 1};
+  flap_block_probe_config config = probe_config(FLAP_BLOCK_AUTO, "/nowhere", NULL);
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_NOT_FOUND);
+  config.paths[0] = "/tmp";
+  config.bytes = 9 * MIB;
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_INVALID);
+  config.bytes = 16 * MIB;
+  config.depth_max = 65;
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_INVALID);
+  config.depth_max = 16;
+  config.disk_count = 0;
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_INVALID);
+  config.disk_count = 1;
+  config.flight_bytes = MIB;
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_INVALID);
+  ck_assert_ptr_null(probe);
+  config.flight_bytes = 16 * MIB;
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_OK);
+  ck_assert_int_eq(flap_block_probe_measure(probe, FLAP_BLOCK_MIX_READ, 5000, 1, &effort, &rate), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_probe_measure(probe, FLAP_BLOCK_MIX_READ, 65536, 17, &effort, &rate), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_probe_measure(probe, FLAP_BLOCK_MIX_READ, 65536, 0, &effort, &rate), FLAP_INVALID);
+  /* It fits in flight, but two halves of the extent do not hold it. */
+  ck_assert_int_eq(flap_block_probe_measure(probe, FLAP_BLOCK_MIX_BOTH, MIB, 9, &effort, &rate), FLAP_INVALID);
+  ck_assert_uint_eq(rate.rounds, 0);
+  flap_block_probe_close(probe);
+}
+END_TEST
+
+START_TEST(probe_of_a_folder_in_memory_is_refused) {
+  struct statfs info;
+  flap_block_probe *probe = NULL;
+  const flap_block_probe_config config = probe_config(FLAP_BLOCK_AUTO, "/dev/shm", NULL);
+  if (statfs("/dev/shm", &info) != 0 || info.f_type != TMPFS_MAGIC)
+    return; /* nothing here is a tmpfs */
+  ck_assert_int_eq(flap_block_probe_open(&config, &probe), FLAP_INVALID);
+  ck_assert_ptr_nonnull(strstr(flap_error_message(), "/dev/shm: the folder is in memory"));
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("block");
   TCase *tests = tcase_create("measure");
@@ -49,6 +130,9 @@ int main(void) {
   tcase_add_loop_test(tests, measure_rates_are_finite_and_nothing_is_left, 0, 4);
   tcase_add_test(tests, measure_extent_smaller_than_the_queue_works);
   tcase_add_test(tests, measure_nonsense_is_refused);
+  tcase_add_loop_test(tests, probe_measures_every_mix_size_and_depth, 0, 8);
+  tcase_add_test(tests, probe_nonsense_is_refused);
+  tcase_add_test(tests, probe_of_a_folder_in_memory_is_refused);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
