@@ -265,8 +265,7 @@ static void arrange(flap_block_probe *probe, pass_kind kind, uint32_t request_by
   }
 }
 
-/* Drives, not memory that looks like one. */
-static flap_status check_drive(const char *path) {
+flap_status flap_block_probe_check(const char *path) {
   struct statfs info;
   uint64_t free_bytes;
   FLAP_TRY(flap_block_space(path, &free_bytes));
@@ -288,7 +287,7 @@ static flap_status check_probe(const flap_block_probe_config *config) {
   if (config->flight_bytes < FLAP_BLOCK_REQUEST_BYTES_MAX || config->flight_bytes % FLAP_BLOCK_ALIGN != 0)
     return flap_error_set(FLAP_INVALID, "disk measurement: at least 4 MiB must fit in flight");
   for (uint32_t i = 0; i < config->disk_count; i++)
-    FLAP_TRY(check_drive(config->paths[i]));
+    FLAP_TRY(flap_block_probe_check(config->paths[i]));
   return FLAP_OK;
 }
 

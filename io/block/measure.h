@@ -51,9 +51,12 @@ typedef struct flap_block_probe_config {
   uint64_t flight_bytes;                   /* and most bytes, at least 4 MiB; as much memory is taken for each disk */
 } flap_block_probe_config;
 
-/* Makes the extents and writes them, which takes as long as it takes to write `bytes` to each disk. Folders in memory
- * (tmpfs) are FLAP_INVALID, because what would be measured is no drive; other errors as in flap_block_open. Where the
- * file system does not do O_DIRECT, a warning says that the page cache is measured. */
+/* FLAP_INVALID for a folder in memory (tmpfs): what would be measured is no drive. Other errors as in
+ * flap_block_space. */
+FLAP_CHECKED flap_status flap_block_probe_check(const char *path);
+/* Makes the extents and writes them, which takes as long as it takes to write `bytes` to each disk. Every
+ * path is checked; other errors as in flap_block_open. Where the file system does not do O_DIRECT, a warning says that
+ * the page cache is measured. */
 FLAP_CHECKED flap_status flap_block_probe_open(const flap_block_probe_config *config, flap_block_probe **probe_out);
 /* As flap_block_describe. */
 const char *flap_block_probe_describe(const flap_block_probe *probe);
