@@ -33,8 +33,8 @@ typedef struct flap_rate_effort {
 typedef flap_status (*flap_rate_fn)(void *context, uint64_t units);
 
 /* Rounds of `fn`; `amount` is what a unit counts (bytes, operations). The first call is never counted: it takes pages,
- * loads code and wakes threads. Work that is much slower than the effort allows for ends after fewer rounds, at least
- * one. What fn returns other than FLAP_OK ends it, and *rate_out is then all 0. */
+ * loads code and wakes threads. Work that is much slower than the effort allows for ends after three rounds,
+ * and after two seconds with one. What fn returns other than FLAP_OK ends it, and *rate_out is then all 0. */
 FLAP_CHECKED flap_status flap_rate_measure(const flap_rate_effort *effort, flap_rate_fn fn, void *context,
                                            double amount, flap_rate *rate_out);
 

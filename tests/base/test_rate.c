@@ -54,20 +54,30 @@ START_TEST(rate_rounds_are_filled_with_work) {
 }
 END_TEST
 
-/* A unit takes 20 times as long as a round may: no more rounds than four times the time that was asked for. */
+/* A unit takes 20 times as long as a round may: three rounds, however many were asked for. */
 START_TEST(rate_of_slow_work_ends_early) {
   work w = {.unit_ns = 20000000};
   flap_rate rate;
   const flap_rate_effort effort = {.rounds = 5, .round_ns = 1000000};
   ck_assert_int_eq(flap_rate_measure(&effort, wait_units, &w, 1, &rate), FLAP_OK);
-  ck_assert_uint_eq(rate.rounds, 1);
+  ck_assert_uint_eq(rate.rounds, 3);
   ck_assert_uint_eq(w.units_last, 1);
-  ck_assert_uint_eq(w.calls, 3); /* the first, one to learn from, one that counts */
+  ck_assert_uint_eq(w.calls, 6); /* the first, two to learn from, three that count */
+}
+END_TEST
+
+START_TEST(rate_of_very_slow_work_is_one_round) {
+  work w = {.unit_ns = 700000000};
+  flap_rate rate;
+  const flap_rate_effort effort = {.rounds = 5, .round_ns = 1000000};
+  ck_assert_int_eq(flap_rate_measure(&effort, wait_units, &w, 1, &rate), FLAP_OK);
+  ck_assert_uint_eq(rate.rounds, 1);
+  ck_assert_uint_eq(w.calls, 4);
 }
 END_TEST
 
 START_TEST(rate_of_failing_work_is_none) {
-  for (uint64_t at = 1; at <= 3; at++) {
+  for (uint64_t at = 1; at <= 4; at++) {
     work w = {.unit_ns = 2000000, .fail_at = at};
     flap_rate rate = {.rounds = 9};
     const flap_rate_effort effort = {.rounds = 2, .round_ns = 1000000};
@@ -84,6 +94,7 @@ int main(void) {
   tcase_add_test(tests, rate_of_values_is_median_with_extremes);
   tcase_add_test(tests, rate_rounds_are_filled_with_work);
   tcase_add_test(tests, rate_of_slow_work_ends_early);
+  tcase_add_test(tests, rate_of_very_slow_work_is_one_round);
   tcase_add_test(tests, rate_of_failing_work_is_none);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
