@@ -28,6 +28,8 @@ typedef struct flap_bench_options {
 
 /* Everything that this machine has: sections, the profile, and the page. */
 FLAP_CHECKED flap_status flap_bench_all(const flap_bench_options *options);
+/* On stdout, with every digit; takes the object over. */
+FLAP_CHECKED flap_status flap_bench_print_json(struct json_t *object);
 /* The rates of a profile, as lines. `disks` false leaves theirs out. */
 void flap_bench_print_machine(const flap_machine *machine, bool disks);
 

@@ -96,6 +96,16 @@ static flap_status measure_parts(bench_run *run, flap_limits *limits) {
   return limits->section_count > 0 ? FLAP_OK : FLAP_IO;
 }
 
+flap_status flap_bench_print_json(struct json_t *object) {
+  char *text = flap_json_text(object);
+  json_decref(object);
+  if (text == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory for the results as JSON");
+  fputs(text, stdout);
+  free(text);
+  return FLAP_OK;
+}
+
 static flap_status print_json(const bench_run *run, const flap_limits *limits) {
   json_t *object = json_object(), *notes = json_array();
   for (uint32_t i = 0; i < limits->note_count; i++)
@@ -105,10 +115,7 @@ static flap_status print_json(const bench_run *run, const flap_limits *limits) {
   (void)json_object_set_new(object, "profile", flap_print_profile_json(&run->profile));
   (void)json_object_set_new(object, "notes", notes);
   (void)json_object_set_new(object, "sections", flap_limits_json(limits));
-  (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-  putchar('\n');
-  json_decref(object);
-  return FLAP_OK;
+  return flap_bench_print_json(object);
 }
 
 static flap_status write_outputs(const bench_run *run, const flap_limits *limits) {

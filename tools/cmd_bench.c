@@ -106,13 +106,8 @@ static flap_status bench_machine(const flap_command *command, const flap_bench_o
   FLAP_TRY(flap_engine_profile(options->device, options->threads, path, true, &profile));
   flap_machine machine;
   flap_machine_profile_rates(&profile, profile.disk_count, &machine);
-  if (options->json) {
-    json_t *object = flap_print_profile_json(&profile);
-    (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-    json_decref(object);
-    putchar('\n');
-    return FLAP_OK;
-  }
+  if (options->json)
+    return flap_bench_print_json(flap_print_profile_json(&profile));
   flap_bench_print_machine(&machine, path != NULL);
   return FLAP_OK;
 }
@@ -158,14 +153,10 @@ static flap_status bench_limits(flap_status (*measure)(flap_limits *limits, cons
   flap_limits *limits = flap_limits_new(options->json ? NULL : stdout, options->quick);
   if (limits == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory for the results");
-  const flap_status status = measure(limits, options);
-  if (status == FLAP_OK && options->json) {
-    json_t *object = json_pack("{s:s, s:b, s:o}", "format", "flap limits 1", "quick", (int)limits->quick, "sections",
-                               flap_limits_json(limits));
-    (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-    json_decref(object);
-    putchar('\n');
-  }
+  flap_status status = measure(limits, options);
+  if (status == FLAP_OK && options->json)
+    status = flap_bench_print_json(json_pack("{s:s, s:b, s:o}", "format", "flap limits 1", "quick", (int)limits->quick,
+                                             "sections", flap_limits_json(limits)));
   free(limits);
   return status;
 }

@@ -6,7 +6,7 @@
 #include "kernels/measure_ops.h"
 #include "tools/text.h"
 
-#include <string.h>
+#include <unistd.h>
 
 #define ROUND_NS (15u * 1000 * 1000) /* a card is steadier than a host: more is not needed */
 #define VRAM_CUDA (3840 * FLAP_MIB)
@@ -14,6 +14,9 @@
 #define COPIES_VRAM (2 * FLAP_GIB)
 #define COPIES_BYTES (256 * FLAP_MIB)
 #define COPIES_BYTES_QUICK (32 * FLAP_MIB)
+#define PIN_BYTES (4 * FLAP_GIB) /* as many pieces as a run's threads pin at once, where there is memory for it */
+#define PIN_BYTES_LEAST (512 * FLAP_MIB)
+#define PIN_SHARE 16u /* of the memory that is free: three areas are pinned */
 
 /* What is asked of a device: a card gets the shapes that it is bought for, a CPU smaller ones. */
 typedef struct gpu_shapes {
@@ -219,15 +222,23 @@ static flap_status copies(flap_limits *limits, flap_copies_meter *meter, uint64_
   return FLAP_OK;
 }
 
+static uint64_t pin_bytes(bool quick) {
+  const long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+  const uint64_t share = pages > 0 && page > 0 ? (uint64_t)pages * (uint64_t)page / PIN_SHARE : 0;
+  if (quick || share < PIN_BYTES_LEAST)
+    return PIN_BYTES_LEAST;
+  return share < PIN_BYTES ? share / PIN_BYTES_LEAST * PIN_BYTES_LEAST : PIN_BYTES;
+}
+
 flap_status flap_limits_pcie(flap_limits *limits, uint64_t vram_bytes) {
   flap_copies_meter *meter;
   flap_rate pin;
-  const uint64_t bytes_max = limits->quick ? COPIES_BYTES_QUICK : COPIES_BYTES;
+  const uint64_t bytes_max = limits->quick ? COPIES_BYTES_QUICK : COPIES_BYTES, pinned = pin_bytes(limits->quick);
   flap_rate_effort effort = limits->effort;
   if (effort.round_ns > ROUND_NS)
     effort.round_ns = ROUND_NS;
-  FLAP_TRY(
-      flap_copies_meter_open(FLAP_DEVICE_CUDA, vram_bytes > 0 ? vram_bytes : COPIES_VRAM, bytes_max, &meter, &pin));
+  FLAP_TRY(flap_copies_meter_open(FLAP_DEVICE_CUDA, vram_bytes > 0 ? vram_bytes : COPIES_VRAM, bytes_max, pinned,
+                                  &meter, &pin));
   const flap_status status = copies(limits, meter, bytes_max, &effort);
   flap_copies_meter_close(meter);
   FLAP_TRY(status);
@@ -236,7 +247,7 @@ flap_status flap_limits_pcie(flap_limits *limits, uint64_t vram_bytes) {
   flap_limits_text(section->title, sizeof section->title, "Pinning memory of the host");
   flap_limits_text(section->note, sizeof section->note,
                    "Areas of %s that nobody had touched: their pages are found and zeroed meanwhile.",
-                   flap_text_bytes(2 * bytes_max).text);
+                   flap_text_bytes(pinned).text);
   flap_limits_series(section, "time");
   flap_limits_row_add(section, 0, "pin")->cells[0] = pin;
   flap_limits_end(limits, section);

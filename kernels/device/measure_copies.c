@@ -29,9 +29,8 @@ static flap_status take_area(flap_arena *arena, uint64_t bytes) {
   return FLAP_OK;
 }
 
-static flap_status pin_areas(flap_copies_meter *meter, flap_rate *pin_out) {
+static flap_status pin_areas(flap_copies_meter *meter, uint64_t bytes, flap_rate *pin_out) {
   double rates[AREAS];
-  const uint64_t bytes = 2 * meter->bytes_max;
   for (uint32_t i = 0; i < AREAS; i++) {
     FLAP_TRY(take_area(&meter->pinned[i], bytes));
     const uint64_t started_ns = flap_units_now_ns();
@@ -43,7 +42,8 @@ static flap_status pin_areas(flap_copies_meter *meter, flap_rate *pin_out) {
   return FLAP_OK;
 }
 
-static flap_status open_all(flap_copies_meter *meter, flap_device_kind kind, uint64_t vram_bytes, flap_rate *pin_out) {
+static flap_status open_all(flap_copies_meter *meter, flap_device_kind kind, uint64_t vram_bytes, uint64_t pin_bytes,
+                            flap_rate *pin_out) {
   const flap_device_config config = {.kind = kind, .vram_bytes = vram_bytes, .events_max = 1};
   uint64_t arena_bytes = 0;
   FLAP_TRY(flap_device_open(&config, &meter->device));
@@ -56,22 +56,21 @@ static flap_status open_all(flap_copies_meter *meter, flap_device_kind kind, uin
   }
   FLAP_TRY(take_area(&meter->pageable, 2 * meter->bytes_max));
   memset(meter->pageable.base, 1, 2 * meter->bytes_max); /* so that no copy takes pages */
-  FLAP_TRY(pin_areas(meter, pin_out));
-  for (uint32_t i = 0; i < AREAS; i++)
-    memset(meter->pinned[i].base, 1, 2 * meter->bytes_max);
+  FLAP_TRY(pin_areas(meter, pin_bytes, pin_out));
+  memset(meter->pinned[0].base, 1, 2 * meter->bytes_max); /* the one that copies use */
   return FLAP_OK;
 }
 
-flap_status flap_copies_meter_open(flap_device_kind kind, uint64_t vram_bytes, uint64_t bytes_max,
+flap_status flap_copies_meter_open(flap_device_kind kind, uint64_t vram_bytes, uint64_t bytes_max, uint64_t pin_bytes,
                                    flap_copies_meter **meter_out, flap_rate *pin_out) {
   *meter_out = NULL;
   *pin_out = (flap_rate){0};
-  flap_assert(bytes_max > 0 && bytes_max % ALIGN == 0);
+  flap_assert(bytes_max > 0 && bytes_max % ALIGN == 0 && pin_bytes >= 2 * bytes_max);
   flap_copies_meter *meter = calloc(1, sizeof *meter);
   if (meter == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "measuring copies: no memory");
   meter->bytes_max = bytes_max;
-  const flap_status status = open_all(meter, kind, vram_bytes, pin_out);
+  const flap_status status = open_all(meter, kind, vram_bytes, pin_bytes, pin_out);
   if (status != FLAP_OK)
     flap_copies_meter_close(meter);
   else

@@ -40,12 +40,13 @@ typedef struct flap_copies_meter flap_copies_meter;
 typedef enum flap_copies_way { FLAP_COPIES_H2D, FLAP_COPIES_D2H, FLAP_COPIES_BOTH } flap_copies_way;
 
 /* Opens a device of the kind, with a budget of `vram_bytes`, and takes host memory for copies of up to `bytes_max`
- * (a multiple of 2 MiB): pageable memory of twice that, a half for each direction, and three areas of as much that are
- * pinned one after the other. *pin_out is the bytes pinned per second, of memory that nobody had touched: its pages are
- * found and zeroed meanwhile, as in a run (on the cpu device nothing is pinned, and it means nothing). Each direction
- * has bytes_max of the arena. FLAP_NO_MEMORY, also where the arena is too small; FLAP_DEVICE, FLAP_UNSUPPORTED. */
+ * (a multiple of 2 MiB): pageable memory of twice that, a half for each direction, and three areas of `pin_bytes` (at
+ * least as much) that are pinned one after the other. *pin_out is the bytes pinned per second, of memory that nobody
+ * had touched: its pages are found and zeroed meanwhile, as in a run; several threads share in what is larger than 512
+ * MiB (on the cpu device nothing is pinned, and it means nothing). Each direction has bytes_max of the arena.
+ * FLAP_NO_MEMORY, also where the arena is too small; FLAP_DEVICE, FLAP_UNSUPPORTED. */
 FLAP_CHECKED flap_status flap_copies_meter_open(flap_device_kind kind, uint64_t vram_bytes, uint64_t bytes_max,
-                                                flap_copies_meter **meter_out, flap_rate *pin_out);
+                                                uint64_t pin_bytes, flap_copies_meter **meter_out, flap_rate *pin_out);
 /* For people; lives as long as the meter. */
 const char *flap_copies_meter_describe(const flap_copies_meter *meter);
 /* Bytes per second of copies of `bytes` each (1 to bytes_max), one launched after another without waiting in between;

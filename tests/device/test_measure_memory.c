@@ -39,8 +39,9 @@ START_TEST(copies_have_a_rate_for_every_way_kind_and_size) {
   flap_copies_meter *meter = NULL;
   flap_rate pin, rate;
   const flap_rate_effort effort = EFFORT;
-  ck_assert_msg(flap_copies_meter_open(FLAP_DEVICE_CPU, 8 * FLAP_MIB, 2 * FLAP_MIB, &meter, &pin) == FLAP_OK, "%s",
-                flap_error_message());
+  ck_assert_msg(flap_copies_meter_open(FLAP_DEVICE_CPU, 8 * FLAP_MIB, 2 * FLAP_MIB, 4 * FLAP_MIB, &meter, &pin) ==
+                    FLAP_OK,
+                "%s", flap_error_message());
   ck_assert(strstr(flap_copies_meter_describe(meter), "cpu") != NULL);
   ck_assert_uint_eq(pin.rounds, 3);
   for (int way = FLAP_COPIES_H2D; way <= FLAP_COPIES_BOTH; way++)
@@ -56,7 +57,8 @@ END_TEST
 START_TEST(copies_that_do_not_fit_are_refused) {
   flap_copies_meter *meter = NULL;
   flap_rate pin = {.rounds = 1};
-  ck_assert_int_eq(flap_copies_meter_open(FLAP_DEVICE_CPU, FLAP_MIB, 2 * FLAP_MIB, &meter, &pin), FLAP_NO_MEMORY);
+  ck_assert_int_eq(flap_copies_meter_open(FLAP_DEVICE_CPU, FLAP_MIB, 2 * FLAP_MIB, 4 * FLAP_MIB, &meter, &pin),
+                   FLAP_NO_MEMORY);
   ck_assert(strstr(flap_error_message(), "need 4.00 MiB, and 1.00 MiB are left") != NULL);
   ck_assert(meter == NULL && pin.rounds == 0);
 }

@@ -259,7 +259,7 @@ class Program(unittest.TestCase):
         with open(os.path.join(self.folder.name, "here.json"), "w") as file:
             file.write(profile)
         self.accept("plan", "run.yaml", "machine=here.json")  # what bench writes, plan reads
-        self.refuse("measure what?", "bench", "gpu")
+        self.refuse("measure what?", "bench", "nothing")
 
     def test_bench_disk_measures_a_folder(self):
         figures = json.loads(self.accept("bench", "disk", "--bytes", "4MiB", "--request", "64KiB", "--depth", "2",
