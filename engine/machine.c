@@ -6,7 +6,7 @@
 #include "engine/machine_cuda.h"
 #include "io/block/measure.h"
 #include "kernels/device/measure_machine.h"
-#include "kernels/ops.h"
+#include "kernels/measure_ops.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -19,9 +19,8 @@
 #define MATMUL_N 1024u
 #define MATMUL_K 512u
 #define MATMUL_HEADS 8u
-#define MATMUL_NS_MAX (75u * 1000 * 1000) /* per dtype and round */
-#define MATMUL_CALLS_MAX 512u
-#define OPERAND_ALIGN 4096u
+#define MATMUL_ROUNDS 15u
+#define MATMUL_ROUND_NS (5u * 1000 * 1000)
 
 #define DISK_REQUEST_BYTES (256 * FLAP_KIB)
 #define DISK_PROBE_BYTES FLAP_MIB
@@ -30,105 +29,23 @@
 
 /* ---- matmul ---------------------------------------------------------------------------------------------- */
 
-static int ascending(const void *a, const void *b) {
-  uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
-  return (left > right) - (left < right);
-}
-
-/* Ones: denormal numbers, or whatever an arena holds, might be slow. */
-static flap_status upload_ones(flap_device *device, flap_dtype dtype, void *to, uint64_t count) {
-  uint64_t bytes = count * flap_dtype_bytes(dtype);
-  unsigned char *ones = malloc(bytes);
-  if (!ones)
-    return flap_error_set(FLAP_NO_MEMORY, "measuring matmuls: no memory for %llu bytes", (unsigned long long)bytes);
-  for (uint64_t i = 0; i < count; i++) {
-    const float one = 1;
-    const uint16_t one_bf16 = flap_f32_to_bf16(one);
-    memcpy(ones + i * flap_dtype_bytes(dtype), dtype == FLAP_F32 ? (const void *)&one : (const void *)&one_bf16,
-           flap_dtype_bytes(dtype));
-  }
-  flap_status status = flap_device_upload(device, to, ones, bytes);
-  free(ones);
-  return status;
-}
-
-/* The median over as many calls as the time allows; the first one, which takes pages and wakes the pool, is left out.
- */
-static flap_status time_matmul(flap_ops *ops, const flap_matmul *matmul, double *flops_out) {
-  uint64_t ns[MATMUL_CALLS_MAX];
-  uint32_t count = 0;
-  flap_device *device = flap_ops_device(ops);
-  flap_ops_matmul(ops, matmul);
-  FLAP_TRY(flap_device_synchronize(device));
-  const uint64_t begun_ns = flap_units_now_ns();
-  uint64_t before_ns = begun_ns;
-  do {
-    flap_ops_matmul(ops, matmul);
-    FLAP_TRY(flap_device_synchronize(device));
-    uint64_t after_ns = flap_units_now_ns();
-    ns[count++] = after_ns > before_ns ? after_ns - before_ns : 1;
-    before_ns = after_ns;
-  } while (count < MATMUL_CALLS_MAX && before_ns - begun_ns < MATMUL_NS_MAX);
-  qsort(ns, count, sizeof ns[0], ascending);
-  *flops_out = 2.0 * matmul->m * matmul->n * matmul->k * 1e9 / (double)ns[count / 2];
-  return FLAP_OK;
-}
-
-static flap_status measure_on(flap_device *device, const flap_ops_limits *limits, double *flops_out) {
-  const flap_dtype dtype = limits->dtype;
-  uint64_t arena_bytes;
-  unsigned char *a = flap_device_arena(device, &arena_bytes);
-  unsigned char *b = a + flap_units_round_up(MATMUL_M * MATMUL_K * sizeof(float), OPERAND_ALIGN);
-  unsigned char *c = b + flap_units_round_up(MATMUL_N * MATMUL_K * sizeof(float), OPERAND_ALIGN);
-  unsigned char *workspace = c + flap_units_round_up(MATMUL_M * MATMUL_N * sizeof(float), OPERAND_ALIGN);
-  FLAP_TRY(upload_ones(device, dtype, a, MATMUL_M * MATMUL_K));
-  FLAP_TRY(upload_ones(device, dtype, b, MATMUL_N * MATMUL_K));
-  flap_ops *ops;
-  FLAP_TRY(flap_ops_open(device, limits, workspace, &ops));
-  const flap_matmul matmul = {.transpose = FLAP_NT,
-                              .m = MATMUL_M,
-                              .n = MATMUL_N,
-                              .k = MATMUL_K,
-                              .a = a,
-                              .b = b,
-                              .c = c,
-                              .lda = MATMUL_K,
-                              .ldb = MATMUL_K,
-                              .ldc = MATMUL_N,
-                              .dtype = dtype,
-                              .c_dtype = dtype};
-  flap_status status = time_matmul(ops, &matmul, flops_out);
-  flap_ops_close(ops);
-  return status;
-}
-
 /* Matrices of a layer of a small model, where CPUs come to their best: the bound needs a rate that no shape exceeds by
  * much. */
 static flap_status measure_matmul(flap_pool *pool, flap_dtype dtype, double *flops_out) {
-  const flap_ops_limits limits = {.dtype = dtype,
-                                  .batch_max = 1,
-                                  .sequence_max = MATMUL_M,
+  const flap_rate_effort effort = {.rounds = MATMUL_ROUNDS, .round_ns = MATMUL_ROUND_NS};
+  flap_ops_meter_config config = {.kind = FLAP_DEVICE_CPU,
+                                  .pool = pool,
                                   .tokens_max = MATMUL_M,
-                                  .hidden = MATMUL_K,
-                                  .intermediate = MATMUL_N,
-                                  .vocabulary = MATMUL_N,
                                   .heads = MATMUL_HEADS,
-                                  .kv_heads = MATMUL_HEADS,
-                                  .head_size = MATMUL_K / MATMUL_HEADS,
-                                  .threads = flap_pool_threads(pool)};
-  const uint64_t operand_bytes = flap_units_round_up(MATMUL_M * MATMUL_K * sizeof(float), OPERAND_ALIGN) +
-                                 flap_units_round_up(MATMUL_N * MATMUL_K * sizeof(float), OPERAND_ALIGN) +
-                                 flap_units_round_up(MATMUL_M * MATMUL_N * sizeof(float), OPERAND_ALIGN);
-  const flap_device_config config = {
-      .kind = FLAP_DEVICE_CPU,
-      .vram_bytes =
-          flap_units_round_up(operand_bytes + flap_ops_workspace_bytes(FLAP_DEVICE_CPU, &limits), OPERAND_ALIGN),
-      .events_max = 1,
-      .pool = pool};
-  flap_device *device;
-  FLAP_TRY(flap_device_open(&config, &device));
-  flap_status status = measure_on(device, &limits, flops_out);
-  flap_device_close(device);
+                                  .head_size_max = MATMUL_K / MATMUL_HEADS};
+  config.vram_bytes =
+      flap_ops_meter_vram(&config, (MATMUL_M * MATMUL_K + MATMUL_N * MATMUL_K + MATMUL_M * MATMUL_N) * sizeof(float));
+  flap_ops_meter *meter;
+  flap_rate rate;
+  FLAP_TRY(flap_ops_meter_open(&config, &effort, &meter));
+  const flap_status status = flap_ops_measure_matmul(meter, dtype, FLAP_NT, MATMUL_M, MATMUL_N, MATMUL_K, false, &rate);
+  flap_ops_meter_close(meter);
+  *flops_out = rate.median;
   return status;
 }
 

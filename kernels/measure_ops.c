@@ -41,6 +41,33 @@ static void make_pattern(unsigned char *pattern) {
   }
 }
 
+static flap_ops_limits limits_of(const flap_ops_meter_config *config, flap_dtype dtype) {
+  const uint32_t hidden = config->heads * config->head_size_max;
+  return (flap_ops_limits){.dtype = dtype,
+                           .batch_max = 1,
+                           .sequence_max = config->tokens_max,
+                           .tokens_max = config->tokens_max,
+                           .hidden = hidden,
+                           .intermediate = hidden,
+                           .vocabulary = VOCABULARY,
+                           .heads = config->heads,
+                           .kv_heads = config->heads,
+                           .head_size = config->head_size_max,
+                           .threads = config->pool != NULL ? flap_pool_threads(config->pool) : 1};
+}
+
+uint64_t flap_ops_meter_vram(const flap_ops_meter_config *config, uint64_t operand_bytes) {
+  static const flap_dtype dtypes[] = {FLAP_BF16, FLAP_F16, FLAP_F32};
+  uint64_t workspace = 0;
+  for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
+    const flap_ops_limits limits = limits_of(config, dtypes[i]);
+    const uint64_t bytes = flap_ops_workspace_bytes(config->kind, &limits);
+    workspace = bytes > workspace ? bytes : workspace;
+  }
+  const uint64_t operands = operand_bytes > PATTERN_BYTES ? operand_bytes : PATTERN_BYTES;
+  return flap_units_round_up(workspace, ALIGN) + flap_units_round_up(operands + OPERANDS_MAX * ALIGN, ALIGN);
+}
+
 flap_status flap_ops_meter_open(const flap_ops_meter_config *config, const flap_rate_effort *effort,
                                 flap_ops_meter **meter_out) {
   *meter_out = NULL;
@@ -66,8 +93,10 @@ const char *flap_ops_meter_describe(const flap_ops_meter *meter) {
   return flap_device_describe(meter->device);
 }
 
-uint64_t flap_ops_meter_memory_peak(const flap_ops_meter *meter) {
-  return flap_device_memory_peak(meter->device);
+uint64_t flap_ops_meter_overhead(const flap_ops_meter *meter) {
+  uint64_t arena_bytes = 0;
+  (void)flap_device_arena(meter->device, &arena_bytes);
+  return meter->config.vram_bytes - arena_bytes;
 }
 
 void flap_ops_meter_close(flap_ops_meter *meter) {
@@ -85,22 +114,10 @@ static flap_status choose(flap_ops_meter *meter, flap_dtype dtype) {
     return FLAP_OK;
   flap_ops_close(meter->ops);
   meter->ops = NULL;
-  const flap_ops_meter_config *c = &meter->config;
-  const uint32_t hidden = c->heads * c->head_size_max;
-  const flap_ops_limits limits = {.dtype = dtype,
-                                  .batch_max = 1,
-                                  .sequence_max = c->tokens_max,
-                                  .tokens_max = c->tokens_max,
-                                  .hidden = hidden,
-                                  .intermediate = hidden,
-                                  .vocabulary = VOCABULARY,
-                                  .heads = c->heads,
-                                  .kv_heads = c->heads,
-                                  .head_size = c->head_size_max,
-                                  .threads = c->pool != NULL ? flap_pool_threads(c->pool) : 1};
+  const flap_ops_limits limits = limits_of(&meter->config, dtype);
   uint64_t arena_bytes = 0;
   unsigned char *arena = flap_device_arena(meter->device, &arena_bytes);
-  const uint64_t workspace = flap_units_round_up(flap_ops_workspace_bytes(c->kind, &limits), ALIGN);
+  const uint64_t workspace = flap_units_round_up(flap_ops_workspace_bytes(meter->config.kind, &limits), ALIGN);
   if (arena_bytes < workspace + PATTERN_BYTES) {
     char wanted[FLAP_UNITS_TEXT_MAX], there[FLAP_UNITS_TEXT_MAX];
     return flap_error_set(FLAP_NO_MEMORY, "vram: the kernels' workspace takes %s, and %s are there; raise vram",

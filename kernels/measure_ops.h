@@ -26,13 +26,16 @@ typedef struct flap_ops_meter_config {
   uint32_t tokens_max, heads, head_size_max; /* of attention */
 } flap_ops_meter_config;
 
+/* The budget for operands of so many bytes, on the cpu, where a device keeps nothing for itself; vram_bytes is not
+ * read. */
+uint64_t flap_ops_meter_vram(const flap_ops_meter_config *config, uint64_t operand_bytes);
 /* Errors as in flap_device_open; FLAP_NO_MEMORY where vram_bytes does not even hold the workspace. */
 FLAP_CHECKED flap_status flap_ops_meter_open(const flap_ops_meter_config *config, const flap_rate_effort *effort,
                                              flap_ops_meter **meter_out);
 /* For people; lives as long as the meter. */
 const char *flap_ops_meter_describe(const flap_ops_meter *meter);
-/* The most that the driver has charged so far; on the cpu the arena. */
-uint64_t flap_ops_meter_memory_peak(const flap_ops_meter *meter);
+/* What the device keeps of its budget for itself: context, libraries, rounding. */
+uint64_t flap_ops_meter_overhead(const flap_ops_meter *meter);
 void flap_ops_meter_close(flap_ops_meter *meter);
 
 /* Floating-point operations per second of c (m, n) = op(a) · op(b), which counts 2 m n k; with `accumulate` c is fp32

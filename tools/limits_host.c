@@ -9,19 +9,14 @@
 #define ELEMENTS ((uint64_t)16 << 20) /* of AdamW: 224 MiB with fp32 moments */
 #define ELEMENTS_QUICK ((uint64_t)4 << 20)
 #define BYTES_QUICK (64 * FLAP_MIB)
-#define ADAMW_VRAM_PER_ELEMENT 15u /* 14 bytes, and room to align */
-#define WORKSPACE_BYTES (16 * FLAP_MIB)
+#define ADAMW_VRAM_PER_ELEMENT 14u /* weight, its low half, gradient, two moments */
 
 static flap_status measure_adamw(flap_limits *limits, flap_pool *pool, flap_rate *cells) {
   flap_ops_meter *meter;
   const uint64_t elements = limits->quick ? ELEMENTS_QUICK : ELEMENTS;
-  const flap_ops_meter_config config = {.kind = FLAP_DEVICE_CPU,
-                                        .pool = pool,
-                                        .vram_bytes = ADAMW_VRAM_PER_ELEMENT * elements +
-                                                      (1 + flap_pool_threads(pool) / 8) * WORKSPACE_BYTES,
-                                        .tokens_max = 1,
-                                        .heads = 1,
-                                        .head_size_max = 64};
+  flap_ops_meter_config config = {
+      .kind = FLAP_DEVICE_CPU, .pool = pool, .tokens_max = 1, .heads = 1, .head_size_max = 64};
+  config.vram_bytes = flap_ops_meter_vram(&config, ADAMW_VRAM_PER_ELEMENT * elements);
   FLAP_TRY(flap_ops_meter_open(&config, &limits->effort, &meter));
   flap_status status = flap_ops_measure_adamw(meter, elements, false, &cells[0]);
   if (status == FLAP_OK)

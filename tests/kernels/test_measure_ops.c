@@ -47,7 +47,7 @@ START_TEST(meter_measures_products_of_every_dtype_and_transpose) {
       check_rate(&rate, "a product");
     }
   ck_assert(strstr(flap_ops_meter_describe(meter), "cpu") != NULL);
-  ck_assert_uint_eq(flap_ops_meter_memory_peak(meter), 16 * FLAP_MIB);
+  ck_assert_uint_eq(flap_ops_meter_overhead(meter), 0);
 }
 END_TEST
 
@@ -82,6 +82,21 @@ START_TEST(meter_has_no_rate_for_what_does_not_fit) {
 }
 END_TEST
 
+START_TEST(meter_of_the_vram_that_operands_need_has_room_for_them) {
+  flap_ops_meter_config config = {
+      .kind = FLAP_DEVICE_CPU, .pool = pool, .tokens_max = 1, .heads = 1, .head_size_max = 64};
+  const flap_rate_effort effort = {.rounds = 1, .round_ns = 1000000};
+  const uint64_t elements = 128 * FLAP_OPS_BLOCK;
+  flap_rate rate;
+  config.vram_bytes = flap_ops_meter_vram(&config, 14 * elements);
+  ck_assert_int_eq(flap_ops_meter_open(&config, &effort, &meter), FLAP_OK);
+  ck_assert_int_eq(flap_ops_measure_adamw(meter, elements, false, &rate), FLAP_OK);
+  check_rate(&rate, "adamw");
+  ck_assert_int_eq(flap_ops_measure_adamw(meter, 2 * elements, false, &rate), FLAP_OK);
+  ck_assert_uint_eq(rate.rounds, 0);
+}
+END_TEST
+
 START_TEST(meter_without_room_for_the_workspace_is_refused) {
   flap_rate rate;
   open_meter(64 * FLAP_KIB);
@@ -98,6 +113,7 @@ int main(void) {
   tcase_add_test(tests, meter_measures_products_of_every_dtype_and_transpose);
   tcase_add_test(tests, meter_measures_attention_copies_and_adamw);
   tcase_add_test(tests, meter_has_no_rate_for_what_does_not_fit);
+  tcase_add_test(tests, meter_of_the_vram_that_operands_need_has_room_for_them);
   tcase_add_test(tests, meter_without_room_for_the_workspace_is_refused);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
