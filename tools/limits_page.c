@@ -21,7 +21,7 @@ static const char style[] =
     "h1{font-size:24px;line-height:1.25;margin:0 0 4px}h2{font-size:18px;margin:32px 0 10px}\n"
     "h3{font-size:15px;margin:0 0 4px;overflow-wrap:anywhere}\n"
     ".sub,.note{color:var(--dim);margin:0 0 10px}.note{font-size:13px;line-height:1.4;overflow-wrap:anywhere}\n"
-    ".tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;margin-top:16px}\n"
+    ".tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(max(146px,22%),1fr));gap:10px;margin-top:16px}\n"
     ".tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px}\n"
     ".tile{padding:10px 12px}.tile b{display:block;font-size:21px;font-variant-numeric:tabular-nums}\n"
     ".tile b small{font-size:13px;font-weight:500;color:var(--dim)}.tile span{color:var(--dim);font-size:13px}\n"

@@ -9,8 +9,8 @@
 #include <unistd.h>
 
 #define PIECE_BYTES FLAP_MIB
-#define LANES 2u /* of a vector of 16 bytes, which every processor has: one at a time, instructions would be measured \
-                  */
+/* Of a vector of 16 bytes, which every processor has: one word at a time, instructions would be measured. */
+#define LANES 2u
 #define CACHES 4u
 #define BYTES_MIN (64 * FLAP_MIB)
 #define BYTES_MAX FLAP_GIB

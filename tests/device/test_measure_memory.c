@@ -9,9 +9,9 @@
 #define EFFORT \
   { .rounds = 2, .round_ns = 2000000 }
 
-/* Anything that runs this test moves more than 10 MB/s, and nothing yet moves 10 TB/s. */
+/* Whatever else the machine does, more than 100 kB/s are moved, and nothing yet moves 10 TB/s. */
 static void check_rate(const flap_rate *rate, const char *name) {
-  ck_assert_msg(rate->median > 1e7 && rate->median < 1e13, "%s: %g", name, rate->median);
+  ck_assert_msg(rate->median > 1e5 && rate->median < 1e13, "%s: %g", name, rate->median);
   ck_assert(rate->least <= rate->median && rate->median <= rate->most && rate->rounds >= 1);
 }
 
