@@ -39,7 +39,7 @@ ROWS = {  # name: arguments of torch_in_core.py or run_flap.py
     "torch-3b": f"3b {THREE_B} --steps 6",
     "torch-3b-layers": f"3b {THREE_B} --steps 6 --compile layers",
     "flap-3b": f"3b {THREE_B} --steps 10 --vram 72GiB --ram 90GiB",
-    "flap-qwen2.5-1.5b": "qwen2.5-1.5b --batch 8 --sequence 1024 --micro-batches 32 --steps 8 --vram 72GiB --ram 60GiB",
+    "flap-qwen2.5-1.5b": "qwen2.5-1.5b --batch 16 --sequence 1024 --micro-batches 16 --steps 8 --vram 72GiB --ram 60GiB",
     "flap-llama3-8b": "llama3-8b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 76GiB --ram 100GiB",
     "flap-1b-24": f"1b {ONE_B} --steps 10 --vram 24GiB --ram 60GiB",
     "flap-1b-18": f"1b {ONE_B} --steps 10 --vram 18GiB --ram 60GiB",
