@@ -96,7 +96,7 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   } else if (shared && !layout->tied) {
     if (part->kind == FLAP_PART_HEAD)
       return layout->vocabulary_sums;
-    const uint64_t head = flap_model_part_elements(spec->model, FLAP_PART_HEAD);
+    const uint64_t head = layout->part_elements[FLAP_PART_HEAD];
     elements = head > elements ? head : elements;
   }
   const uint32_t region =
@@ -113,7 +113,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
   flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
   const bool vocabulary = kind != FLAP_PART_LAYER;
-  part.elements = flap_model_part_elements(spec->model, kind);
+  part.elements = layout->part_elements[kind];
   part.weights = add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
                             part.elements * flap_dtype_bytes(spec->shape.dtype));
   const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim);
@@ -194,6 +194,8 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
                               .first_saved = FLAP_REGION_NONE,
                               .first_cache = FLAP_REGION_NONE,
                               .tied = spec->model->tie_word_embeddings};
+  for (int kind = 0; kind < FLAP_PART_COUNT; kind++) /* once: planning builds layouts of many layers by the thousand */
+    layout_out->part_elements[kind] = flap_model_part_elements(spec->model, (flap_part)kind);
   add_all(layout_out);
   layout_out->parts = FLAP_ARENA_ARRAY(arena, flap_layout_part, layout_out->part_count);
   layout_out->slices = FLAP_ARENA_ARRAY(arena, flap_layout_slice, layout_out->slice_count);

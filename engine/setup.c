@@ -132,6 +132,8 @@ static void measure_traffic(flap_setup *setup) {
 
 /* Of `regions` regions of a class, `wanted` are chosen at even distances. */
 static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
+  if (wanted == 0 || wanted == regions)
+    return wanted > 0; /* most often, and without a division */
   return (index + 1) * wanted / regions > index * wanted / regions;
 }
 
