@@ -43,10 +43,11 @@ void flap_buffers_take_device(const flap_layout *layout, flap_device_kind kind, 
     b.fault = take(vram, 4);
   }
   b.hidden_bytes = flap_model_hidden_bytes(spec->model, &spec->shape);
-  b.saved_bytes = flap_model_saved_bytes(spec->model, &spec->shape);
+  b.scratch_bytes = flap_program_scratch_bytes(layout);
+  b.kept_bytes = flap_model_saved_bytes(spec->model, &spec->shape, spec->saved_mask);
   b.hidden_bytes = flap_units_round_up(b.hidden_bytes, 256);
   b.hidden = take(vram, b.hidden_bytes * flap_program_hidden_buffers(layout));
-  b.saved = take(vram, b.saved_bytes * flap_program_saved_buffers(layout));
+  b.scratch = take(vram, b.scratch_bytes * flap_program_scratch_buffers(layout));
   *buffers_out = b;
 }
 

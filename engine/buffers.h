@@ -16,13 +16,14 @@ extern "C" {
 typedef struct flap_device_buffers {
   void *ops_workspace, *model_workspace;
   float *rope_table;
-  int32_t *tokens, *targets, *order;  /* (n, T); sample mode: tokens of one piece only */
-  float *losses;                      /* (n, T) */
-  float *block_squares;               /* one per block of the run's list of blocks */
-  int32_t *fault;                     /* set by the optimizer when a weight would not be finite */
-  float *logits;                      /* (V), sample mode */
-  unsigned char *hidden, *saved;      /* the buffers that programs name */
-  uint64_t hidden_bytes, saved_bytes; /* of one of them */
+  int32_t *tokens, *targets, *order;    /* (n, T); sample mode: tokens of one piece only */
+  float *losses;                        /* (n, T) */
+  float *block_squares;                 /* one per block of the run's list of blocks */
+  int32_t *fault;                       /* set by the optimizer when a weight would not be finite */
+  float *logits;                        /* (V), sample mode */
+  unsigned char *hidden, *scratch;      /* the buffers that programs name */
+  uint64_t hidden_bytes, scratch_bytes; /* of one of them */
+  uint64_t kept_bytes;                  /* of a layer that saves: its input follows */
 } flap_device_buffers;
 
 /* On the host. */

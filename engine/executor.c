@@ -21,10 +21,10 @@ static unsigned char *address(const flap_executor *x, flap_operand operand) {
   if (operand & FLAP_OPERAND_BUFFER) {
     const uint32_t index = operand & ~FLAP_OPERAND_BUFFER;
     return index < x->hidden_buffers ? x->device.hidden + index * x->device.hidden_bytes
-                                     : x->device.saved + (index - x->hidden_buffers) * x->device.saved_bytes;
+                                     : x->device.scratch + (index - x->hidden_buffers) * x->device.scratch_bytes;
   }
   if (operand & FLAP_OPERAND_INPUT)
-    return (unsigned char *)x->host.addresses[operand & ~FLAP_OPERAND_INPUT] + x->device.saved_bytes;
+    return (unsigned char *)x->host.addresses[operand & ~FLAP_OPERAND_INPUT] + x->device.kept_bytes;
   return x->host.addresses[operand];
 }
 
@@ -48,6 +48,30 @@ static void embed(flap_executor *x, const flap_op *op) {
     run.shape.sequence = x->input->decode_tokens;
   flap_model_embed(&run, address(x, op->operand[0]), x->device.tokens + op->micro_batch * tokens_of(x),
                    address(x, op->operand[1]));
+}
+
+/* The places of a layer's saved tensors; where nothing is kept, all are scratch. */
+static flap_model_saved saved(const flap_executor *x, const flap_op *op) {
+  return (flap_model_saved){.kept = address(x, op->operand[2]),
+                            .scratch = address(x, op->operand[4]),
+                            .mask = op->operand[2] == FLAP_OPERAND_NONE ? 0 : x->layout->spec.saved_mask};
+}
+
+static void forward(flap_executor *x, const flap_op *op) {
+  const flap_model_saved places = saved(x, op);
+  flap_model_layer_forward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]), &places,
+                           address(x, op->operand[3]));
+}
+
+static void recompute(flap_executor *x, const flap_op *op) {
+  const flap_model_saved places = saved(x, op);
+  flap_model_layer_recompute(&x->run, address(x, op->operand[0]), address(x, op->operand[1]), &places);
+}
+
+static void backward(flap_executor *x, const flap_op *op) {
+  const flap_model_saved places = saved(x, op);
+  flap_model_layer_backward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]), &places,
+                            address(x, op->operand[3]), sums_at(x, op->operand[5], 0), !op->fresh);
 }
 
 /* What losses are multiplied by, and gradients with them. */
@@ -154,7 +178,7 @@ static flap_status search(flap_executor *x, const flap_op *op) {
     return not_finite(x, "the loss", last); /* every hidden state was finite */
   const uint32_t part = op->kind == FLAP_OP_EMBED ? 0 : flap_layout_layer_part(op->index);
   const flap_operand out = op->kind == FLAP_OP_EMBED ? op->operand[1] : op->operand[3];
-  if ((op->kind != FLAP_OP_EMBED && op->kind != FLAP_OP_LAYER_FORWARD) || out == FLAP_OPERAND_NONE)
+  if (op->kind != FLAP_OP_EMBED && op->kind != FLAP_OP_LAYER_FORWARD)
     return FLAP_OK;
   const uint64_t elements = tokens_of(x) * x->run.config->hidden_size;
   const uint64_t bytes = elements * flap_dtype_bytes(x->run.shape.dtype);
@@ -223,12 +247,7 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
 
 /* A simulated operation takes its time, and that is all. False: it has none, and is performed on the sim device. */
 static bool charge(flap_executor *x, const flap_op *op) {
-  uint64_t elements = 0;
-  if (op->kind == FLAP_OP_STORE_GRADIENT || op->kind == FLAP_OP_ADAMW)
-    elements = x->layout->slices[op->index].elements;
-  else if (op->kind == FLAP_OP_ZERO)
-    elements = x->layout->parts[op->index].elements;
-  const uint64_t ns = flap_op_times_of(x->times, op, elements);
+  const uint64_t ns = flap_op_times_of(x->times, x->layout, op);
   if (ns == 0)
     return false;
   flap_device_sim_work(flap_ops_device(x->ops), ns);
@@ -243,16 +262,16 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
     embed(x, op);
     break;
   case FLAP_OP_LAYER_FORWARD:
-    flap_model_layer_forward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]),
-                             address(x, op->operand[2]), address(x, op->operand[3]));
+    forward(x, op);
+    break;
+  case FLAP_OP_LAYER_RECOMPUTE:
+    recompute(x, op);
     break;
   case FLAP_OP_HEAD:
     head(x, op);
     break;
   case FLAP_OP_LAYER_BACKWARD:
-    flap_model_layer_backward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]),
-                              address(x, op->operand[2]), address(x, op->operand[3]), sums_at(x, op->operand[4], 0),
-                              !op->fresh);
+    backward(x, op);
     break;
   case FLAP_OP_EMBED_BACKWARD: {
     const uint64_t first = op->micro_batch * tokens_of(x);

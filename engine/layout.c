@@ -50,17 +50,15 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
 }
 
 /* Saving starts at a segment's first layer: the first segment that lies wholly in the last saved_layers layers. */
-static uint32_t first_saved_layer(const flap_layout *layout) {
-  const uint32_t layers = layout->spec.model->num_hidden_layers;
-  const uint32_t k = layout->spec.segment_layers;
-  if (layout->spec.saved_layers == 0)
-    return layers;
-  const uint32_t first = layers - layout->spec.saved_layers;
-  return (first + k - 1) / k * k;
+uint32_t flap_layout_first_saved(const flap_layout_spec *spec) {
+  const uint32_t layers = spec->model->num_hidden_layers;
+  const uint32_t k = spec->segment_layers;
+  const uint32_t first = (layers - spec->saved_layers + k - 1) / k * k;
+  return spec->saved_layers > 0 && first < layers ? first : layers;
 }
 
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch) {
-  const uint32_t first = first_saved_layer(layout);
+  const uint32_t first = flap_layout_first_saved(&layout->spec);
   if (layer < first || layout->spec.mode != FLAP_MODE_TRAIN)
     return FLAP_REGION_NONE;
   const uint32_t group = layout->spec.group_micro_batches;
@@ -153,10 +151,11 @@ static void add_activations(flap_layout *layout) {
   for (uint32_t i = 0; i < spec->micro_batches; i++)
     add_region(layout, FLAP_CLASS_HIDDEN_GRADIENTS, hidden);
   layout->first_saved = layout->region_count;
-  for (uint32_t layer = first_saved_layer(layout); layer < layers; layer++) {
+  const uint64_t kept = flap_model_saved_bytes(spec->model, &spec->shape, spec->saved_mask);
+  for (uint32_t layer = flap_layout_first_saved(spec); layer < layers; layer++) {
     const bool inner = layer % spec->segment_layers != 0;
     for (uint32_t i = 0; i < spec->group_micro_batches; i++)
-      add_region(layout, FLAP_CLASS_SAVED, flap_model_saved_bytes(spec->model, &spec->shape) + (inner ? hidden : 0));
+      add_region(layout, FLAP_CLASS_SAVED, kept + (inner ? hidden : 0));
   }
 }
 
@@ -183,6 +182,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
   const uint32_t layers = spec->model->num_hidden_layers;
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
   flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
+  flap_assert(spec->saved_layers == 0 || spec->saved_mask != 0);
   flap_assert(spec->group_micro_batches >= 1 && spec->group_micro_batches <= spec->micro_batches);
   flap_assert(spec->mode != FLAP_MODE_TRAIN ||
               (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&

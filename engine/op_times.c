@@ -20,12 +20,13 @@ typedef struct bench {
   flap_clock *clock; /* of sim */
   flap_ops *ops;
   flap_model_run run;
-  unsigned char *layer, *head, *projection, *saved, *x_in, *x_out, *dx, *states, *gradient, *weight;
+  unsigned char *layer, *head, *projection, *saved_memory, *x_in, *x_out, *dx, *states, *gradient, *weight;
   float *sums, *head_sums, *projection_sums, *losses, *squares;
   int32_t *tokens, *order, *fault;
   void *ops_workspace, *model_workspace, *rope;
-  uint8_t *decay; /* host memory */
-  bool fresh;     /* of the operation that is timed */
+  flap_model_saved saved; /* of the operation that is timed */
+  uint8_t *decay;         /* host memory */
+  bool fresh;             /* of that operation too */
 } bench;
 
 /* ---- memory ---------------------------------------------------------------------------------------------- */
@@ -53,7 +54,8 @@ static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
   b->layer = take(arena, layer * size);
   b->head = take(arena, head * size);
   b->projection = tied ? take(arena, embedding * size) : b->head + projection * size;
-  b->saved = take(arena, flap_model_saved_bytes(model, &spec->shape));
+  /* Two blocks that make up all tensors are no larger than one of all, but for their ends. */
+  b->saved_memory = take(arena, flap_model_saved_bytes(model, &spec->shape, FLAP_MODEL_SAVED_ALL) + 4096);
   b->x_in = take(arena, hidden);
   b->x_out = take(arena, hidden);
   b->dx = take(arena, hidden);
@@ -156,14 +158,20 @@ static flap_status fill_all(bench *b) {
 
 /* ---- operations ------------------------------------------------------------------------------------------ */
 
+static void place_saved(bench *b, uint32_t mask) {
+  const flap_op_times_spec *spec = b->spec;
+  b->saved = (flap_model_saved){.kept = b->saved_memory, .mask = mask};
+  b->saved.scratch = b->saved_memory + flap_model_saved_bytes(spec->model, &spec->shape, mask);
+}
+
 static void run_embed(bench *b) {
   flap_model_embed(&b->run, b->projection, b->tokens, b->x_out);
 }
 static void run_forward(bench *b) {
-  flap_model_layer_forward(&b->run, b->layer, b->x_in, b->saved, b->x_out);
+  flap_model_layer_forward(&b->run, b->layer, b->x_in, &b->saved, b->x_out);
 }
 static void run_recompute(bench *b) {
-  flap_model_layer_forward(&b->run, b->layer, b->x_in, b->saved, NULL);
+  flap_model_layer_recompute(&b->run, b->layer, b->x_in, &b->saved);
 }
 static void run_loss(bench *b) {
   flap_model_head_loss(&b->run, b->head, b->projection, b->x_in, b->tokens, 1, b->losses, NULL, NULL, NULL, false);
@@ -173,7 +181,7 @@ static void run_head(bench *b) {
                        b->projection_sums, !b->fresh);
 }
 static void run_backward(bench *b) {
-  flap_model_layer_backward(&b->run, b->layer, b->x_in, b->saved, b->dx, b->sums, !b->fresh);
+  flap_model_layer_backward(&b->run, b->layer, b->x_in, &b->saved, b->dx, b->sums, !b->fresh);
 }
 static void run_embed_backward(bench *b) {
   flap_model_embed_backward(&b->run, b->tokens, b->order, b->dx, b->projection_sums);
@@ -249,9 +257,27 @@ static flap_status time_per_element(bench *b, void (*run)(bench *b), uint64_t el
   return FLAP_OK;
 }
 
+/* Each set after a forward that keeps it, so that there are values to compute with. */
+static flap_status time_sets(bench *b, flap_op_times *t) {
+  const flap_saved_set *sets = flap_model_saved_sets(b->spec->model, &t->set_count);
+  flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
+  for (uint32_t i = 0; i < t->set_count; i++) {
+    t->set_mask[i] = sets[i].mask;
+    if (sets[i].mask == FLAP_MODEL_SAVED_ALL)
+      continue;
+    place_saved(b, sets[i].mask);
+    run_forward(b);
+    FLAP_TRY(time_of(b, run_recompute, false, &t->set_recompute_ns[i]));
+  }
+  return FLAP_OK;
+}
+
 static flap_status time_all(bench *b, flap_op_times *t) {
   *t = (flap_op_times){.launch_ns = b->spec->launch_ns};
   FLAP_TRY(time_of(b, run_embed, false, &t->embed_ns));
+  if (b->spec->training)
+    FLAP_TRY(time_sets(b, t));
+  place_saved(b, 0);
   FLAP_TRY(time_of(b, run_recompute, false, &t->recompute_ns));
   FLAP_TRY(time_of(b, run_forward, false, &t->forward_ns));
   FLAP_TRY(time_of(b, run_loss, false, &t->loss_ns));
@@ -341,12 +367,25 @@ flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t 
   return FLAP_OK;
 }
 
-uint64_t flap_op_times_of(const flap_op_times *t, const flap_op *op, uint64_t elements) {
+uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {
+  for (uint32_t i = 0; i < t->set_count; i++)
+    if (t->set_mask[i] == mask)
+      return t->set_recompute_ns[i];
+  return t->recompute_ns;
+}
+
+static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t elements) {
+  return t->launch_ns + (uint64_t)(element_ns * (double)elements);
+}
+
+uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
   switch ((flap_op_kind)op->kind) {
   case FLAP_OP_EMBED:
     return t->embed_ns;
   case FLAP_OP_LAYER_FORWARD:
-    return op->operand[3] == FLAP_OPERAND_NONE ? t->recompute_ns : t->forward_ns;
+    return t->forward_ns;
+  case FLAP_OP_LAYER_RECOMPUTE:
+    return op->operand[2] == FLAP_OPERAND_NONE ? t->recompute_ns : flap_op_times_recompute(t, layout->spec.saved_mask);
   case FLAP_OP_HEAD:
     return op->operand[3] == FLAP_OPERAND_NONE ? t->loss_ns : op->fresh ? t->head_fresh_ns : t->head_ns;
   case FLAP_OP_LAYER_BACKWARD:
@@ -354,11 +393,11 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_op *op, uint64_t el
   case FLAP_OP_EMBED_BACKWARD:
     return t->embed_backward_ns;
   case FLAP_OP_ZERO:
-    return t->launch_ns + (uint64_t)(t->zero_ns * (double)elements);
+    return per_element(t, t->zero_ns, layout->parts[op->index].elements);
   case FLAP_OP_STORE_GRADIENT:
-    return t->launch_ns + (uint64_t)(t->store_ns * (double)elements);
+    return per_element(t, t->store_ns, layout->slices[op->index].elements);
   case FLAP_OP_ADAMW:
-    return t->launch_ns + (uint64_t)(t->adamw_ns * (double)elements);
+    return per_element(t, t->adamw_ns, layout->slices[op->index].elements);
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:
   case FLAP_OP_NORM:

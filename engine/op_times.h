@@ -17,8 +17,11 @@ extern "C" {
 
 typedef struct flap_op_times {
   bool measured; /* on the device; else from rates */
-  /* of one micro-batch */
+  /* of one micro-batch; recompute: of everything, and of what a set of saved tensors does not keep */
   uint64_t embed_ns, forward_ns, recompute_ns, loss_ns;
+  uint32_t set_count; /* of the family's sets, in training */
+  uint32_t set_mask[FLAP_MODEL_SAVED_MAX];
+  uint64_t set_recompute_ns[FLAP_MODEL_SAVED_MAX];
   /* in training: `fresh` ones are the first to write their sums */
   uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, embed_backward_ns;
   uint64_t launch_ns;                 /* of an operation on a slice, beside its elements */
@@ -43,9 +46,12 @@ FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
 
-/* Of an operation of a program; `elements`: of its slice, or of the sums that are zeroed. 0 for what computes nothing,
- * and for decoding, whose cost depends on the position. */
-uint64_t flap_op_times_of(const flap_op_times *times, const flap_op *op, uint64_t elements);
+/* Of an operation of a program of this layout. 0 for what computes nothing, and for decoding, whose cost depends on the
+ * position. */
+uint64_t flap_op_times_of(const flap_op_times *times, const flap_layout *layout, const flap_op *op);
+/* Of computing again what is not kept with a mask; that of a mask which is no set of the family's is not known, and
+ * taken for that of everything. */
+uint64_t flap_op_times_recompute(const flap_op_times *times, uint32_t mask);
 
 #ifdef __cplusplus
 }

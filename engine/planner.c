@@ -130,6 +130,7 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
   flap_choice choice = {.segment_layers = s.segment,
                         .group_micro_batches = s.group,
                         .saved_layers = s.saved,
+                        .saved_mask = FLAP_MODEL_SAVED_ALL,
                         .sweep = c->sweep,
                         .spread = s.spread,
                         .slice_elements = slice,

@@ -25,13 +25,6 @@ typedef struct window {
   uint32_t first, end;
 } window;
 
-static double op_seconds(const flap_planner *planner, const flap_setup *setup, const flap_op *op) {
-  uint64_t elements = 0;
-  if (op->kind == FLAP_OP_STORE_GRADIENT || op->kind == FLAP_OP_ADAMW)
-    elements = setup->layout.slices[op->index].elements;
-  return 1e-9 * (double)flap_op_times_of(planner->times, op, elements);
-}
-
 /* The longer of what each pair of lanes takes that slow each other down; 0 where none does. */
 static double pairs_seconds(const flap_machine *machine, const uint64_t bytes[FLAP_LANE_COUNT]) {
   const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
@@ -87,7 +80,7 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
         w = (window){.first = w.end, .end = w.end};
       }
     }
-    w.seconds += op_seconds(planner, setup, op);
+    w.seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
   }
   return seconds + window_seconds(planner, setup, &w);
 }

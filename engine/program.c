@@ -14,8 +14,9 @@ typedef struct builder {
   flap_program *program;
   uint32_t live[FLAP_CLASS_COUNT];
   bool failed;
-  /* Leases of the segment in work, per layer of it. */
+  /* Leases of the segment in work, per layer of it; saved: NONE where nothing is kept. */
   flap_operand *weights, *sums, *saved;
+  bool keeps_whole; /* a layer that saves keeps every tensor */
   /* Leases of the next segment's weights (or the head's), which are being updated meanwhile. */
   flap_operand *next;
   uint32_t next_part, next_parts, next_slices, next_done;
@@ -24,15 +25,21 @@ typedef struct builder {
 } builder;
 
 const char *flap_program_op_name(flap_op_kind kind) {
-  static const char *const names[] = {"pin",  "unpin",      "embed", "forward", "head",   "backward", "embed back",
-                                      "zero", "store grad", "adamw", "norm",    "decode", "logits"};
+  static const char *const names[] = {"pin",        "unpin", "embed",      "forward", "recompute", "head",   "backward",
+                                      "embed back", "zero",  "store grad", "adamw",   "norm",      "decode", "logits"};
+  _Static_assert(sizeof names / sizeof *names == FLAP_OP_KIND_COUNT, "a name per kind");
   flap_assert(kind < FLAP_OP_KIND_COUNT);
   return names[kind];
 }
 
-/* Where every layer has its own place for saved activations and its input, nothing else is needed. */
+/* Every layer has its own place for what it keeps, and for its input. */
 static bool saves_all(const flap_layout *layout) {
   return layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saved(layout, 0, 0) != FLAP_REGION_NONE;
+}
+
+/* What a layer that saves does not keep. */
+static uint64_t missing_bytes(const flap_layout *layout) {
+  return flap_model_saved_bytes(layout->spec.model, &layout->spec.shape, ~layout->spec.saved_mask);
 }
 
 uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
@@ -44,10 +51,15 @@ uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
   return k == 1 ? 0 : k == 2 ? 1 : k - 1 > 2 ? k - 1 : 2;
 }
 
-uint32_t flap_program_saved_buffers(const flap_layout *layout) {
+uint32_t flap_program_scratch_buffers(const flap_layout *layout) {
   if (saves_all(layout))
-    return 0;
+    return missing_bytes(layout) > 0 ? 1 : 0;
   return layout->spec.mode == FLAP_MODE_TRAIN ? layout->spec.segment_layers : 1;
+}
+
+uint64_t flap_program_scratch_bytes(const flap_layout *layout) {
+  return saves_all(layout) ? missing_bytes(layout)
+                           : flap_model_saved_bytes(layout->spec.model, &layout->spec.shape, FLAP_MODEL_SAVED_ALL);
 }
 
 /* ---- appending ------------------------------------------------------------------------------------------- */
@@ -123,8 +135,8 @@ static flap_operand buffer(uint32_t index) {
   return FLAP_OPERAND_BUFFER | index;
 }
 
-/* Saved-block buffers are numbered behind the hidden-state buffers. */
-static flap_operand saved_buffer(const builder *b, uint32_t index) {
+/* Scratch is numbered behind the hidden-state buffers. */
+static flap_operand scratch_buffer(const builder *b, uint32_t index) {
   return buffer(b->hidden_buffers + index);
 }
 
@@ -212,10 +224,18 @@ static void mark_fresh(builder *b, bool fresh) {
 
 /* The input of a segment's layer j > 0 for the micro-batch in work. */
 static flap_operand inner_input(const builder *b, uint32_t j, bool backward) {
-  if (b->saved[j] != FLAP_OPERAND_NONE && !(b->saved[j] & FLAP_OPERAND_BUFFER))
+  if (b->saved[j] != NONE)
     return b->saved[j] | FLAP_OPERAND_INPUT;
   /* Forward only passes on; backward needs every layer's input again. */
   return buffer(backward ? j - 1 : (j - 1) % 2);
+}
+
+/* Where the saved tensors of the segment's layer j go that are not kept. A segment that keeps nothing is computed again
+ * as a whole, from its input; a layer that has its own input, right before its backward. */
+static flap_operand scratch(const builder *b, uint32_t j, bool backward) {
+  if (b->saved[j] == NONE)
+    return scratch_buffer(b, backward ? j : 0);
+  return b->keeps_whole ? NONE : scratch_buffer(b, 0);
 }
 
 typedef struct micro_batch_range {
@@ -223,7 +243,11 @@ typedef struct micro_batch_range {
   bool first_group, last_group;
 } micro_batch_range;
 
-/* Runs a segment's layers forward for one micro-batch; x_out NONE stops before the last down-projection. */
+static void recompute(builder *b, uint32_t layer, uint32_t j, uint32_t micro_batch, flap_operand x_in) {
+  OP(b, FLAP_OP_LAYER_RECOMPUTE, layer, micro_batch, b->weights[j], x_in, b->saved[j], NONE, scratch(b, j, true), NONE);
+}
+
+/* Runs a segment's layers forward for one micro-batch; x_out NONE: only what their backward needs. */
 static void forward_layers(builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in, flap_operand x_out,
                            bool backward) {
   uint32_t first, end;
@@ -232,20 +256,23 @@ static void forward_layers(builder *b, uint32_t segment, uint32_t micro_batch, f
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, backward);
     const flap_operand out = layer + 1 == end ? x_out : inner_input(b, j + 1, backward);
-    OP(b, FLAP_OP_LAYER_FORWARD, layer, micro_batch, b->weights[j], in, b->saved[j], out, NONE, NONE);
+    if (out == NONE)
+      recompute(b, layer, j, micro_batch, in);
+    else
+      OP(b, FLAP_OP_LAYER_FORWARD, layer, micro_batch, b->weights[j], in, b->saved[j], out, scratch(b, j, backward),
+         NONE);
   }
 }
 
 /* An evaluation passes through the same places, and leaves nothing in them. */
-static void pin_saved(builder *b, uint32_t segment, uint32_t micro_batch, flap_lease_mode mode, bool backward) {
+static void pin_saved(builder *b, uint32_t segment, uint32_t micro_batch, flap_lease_mode mode) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   if (b->spec->kind != FLAP_PROGRAM_STEP)
     mode = FLAP_LEASE_SCRATCH;
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t region = flap_layout_saved(b->layout, layer, micro_batch);
-    b->saved[layer - first] =
-        region == FLAP_REGION_NONE ? saved_buffer(b, backward ? layer - first : 0) : pin(b, region, mode);
+    b->saved[layer - first] = region == FLAP_REGION_NONE ? NONE : pin(b, region, mode);
   }
 }
 
@@ -253,7 +280,7 @@ static void unpin_saved(builder *b, uint32_t segment) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t j = 0; j < end - first; j++)
-    if (!(b->saved[j] & FLAP_OPERAND_BUFFER))
+    if (b->saved[j] != NONE)
       unpin(b, b->saved[j]);
 }
 
@@ -288,7 +315,7 @@ static void forward_segment(builder *b, uint32_t segment, micro_batch_range rang
     /* Where activations are saved from the segment's first layer on, its backward still starts from this input. */
     const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), input);
     const flap_operand x_out = pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_CREATE);
-    pin_saved(b, segment, i, FLAP_LEASE_CREATE, false);
+    pin_saved(b, segment, i, FLAP_LEASE_CREATE);
     forward_layers(b, segment, i, x_in, x_out, false);
     unpin_saved(b, segment);
     unpin(b, x_out);
@@ -343,6 +370,23 @@ static void head(builder *b, micro_batch_range range, bool update) {
   unpin(b, weights);
 }
 
+static void backward_layers(builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in, flap_operand dx,
+                            bool fresh) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  if (b->saved[0] == NONE) /* segments save as a whole */
+    forward_layers(b, segment, micro_batch, x_in, NONE, true);
+  for (uint32_t layer = end; layer-- > first;) {
+    const uint32_t j = layer - first;
+    const flap_operand in = j == 0 ? x_in : inner_input(b, j, true);
+    if (b->saved[j] != NONE && !b->keeps_whole)
+      recompute(b, layer, j, micro_batch, in);
+    OP(b, FLAP_OP_LAYER_BACKWARD, layer, micro_batch, b->weights[j], in, b->saved[j], dx, scratch(b, j, true),
+       b->sums[j]);
+    mark_fresh(b, fresh);
+  }
+}
+
 /* Backward of one segment, micro-batch by micro-batch; `held`: its weights are pinned already. */
 static void backward_segment(builder *b, uint32_t segment, micro_batch_range range, bool held) {
   uint32_t first, end;
@@ -356,15 +400,8 @@ static void backward_segment(builder *b, uint32_t segment, micro_batch_range ran
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
     const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
-    pin_saved(b, segment, i, FLAP_LEASE_CONSUME, true);
-    if (flap_layout_saved(b->layout, first, i) == FLAP_REGION_NONE)
-      forward_layers(b, segment, i, x_in, NONE, true);
-    for (uint32_t layer = end; layer-- > first;) {
-      const uint32_t j = layer - first;
-      OP(b, FLAP_OP_LAYER_BACKWARD, layer, i, b->weights[j], j == 0 ? x_in : inner_input(b, j, true), b->saved[j], dx,
-         b->sums[j], NONE);
-      mark_fresh(b, range.first_group && i == range.first);
-    }
+    pin_saved(b, segment, i, FLAP_LEASE_CONSUME);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first);
     unpin_saved(b, segment);
     unpin(b, x_in);
     unpin(b, dx);
@@ -442,7 +479,7 @@ static void build_decode(builder *b) {
   for (uint32_t layer = 0; layer < layers; layer++) {
     const flap_operand weights = pin_weights(b, flap_layout_layer_part(layer), false);
     const flap_operand cache = pin(b, flap_layout_cache(b->layout, layer), FLAP_LEASE_UPDATE);
-    OP(b, FLAP_OP_LAYER_DECODE, layer, 0, weights, x, cache, saved_buffer(b, 0), NONE, NONE);
+    OP(b, FLAP_OP_LAYER_DECODE, layer, 0, weights, x, cache, scratch_buffer(b, 0), NONE, NONE);
     unpin(b, cache);
     unpin(b, weights);
   }
@@ -462,7 +499,8 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
                .spec = spec,
                .resident = resident,
                .program = program_out,
-               .hidden_buffers = flap_program_hidden_buffers(layout)};
+               .hidden_buffers = flap_program_hidden_buffers(layout),
+               .keeps_whole = missing_bytes(layout) == 0};
   flap_operand *lists = calloc(k, 4 * sizeof *lists);
   if (lists == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to plan a segment of %u layers", k);

@@ -14,19 +14,20 @@ extern "C" {
 #endif
 
 typedef enum flap_op_kind {
-  FLAP_OP_PIN,            /* lease[0] */
-  FLAP_OP_UNPIN,          /* lease[0] */
-  FLAP_OP_EMBED,          /* memory: embedding, x_out */
-  FLAP_OP_LAYER_FORWARD,  /* weights, x_in, saved, x_out (none: recompute) */
-  FLAP_OP_HEAD,           /* head, projection holder, x_in, dx (none: loss only), head sums, projection sums */
-  FLAP_OP_LAYER_BACKWARD, /* weights, x_in, saved, dx, sums */
-  FLAP_OP_EMBED_BACKWARD, /* dx, embedding sums */
-  FLAP_OP_ZERO,           /* sums; `index` is the part: where they are only added to */
-  FLAP_OP_STORE_GRADIENT, /* sums, gradient; `index` is the slice */
-  FLAP_OP_ADAMW,          /* weights, states, gradient; `index` is the slice */
-  FLAP_OP_NORM,           /* the norms of all gradients are complete: collect them, with the losses */
-  FLAP_OP_LAYER_DECODE,   /* weights, x, cache; `index` is the layer */
-  FLAP_OP_LOGITS,         /* head, projection holder, x */
+  FLAP_OP_PIN,             /* lease[0] */
+  FLAP_OP_UNPIN,           /* lease[0] */
+  FLAP_OP_EMBED,           /* memory: embedding, x_out */
+  FLAP_OP_LAYER_FORWARD,   /* weights, x_in, kept (none: nothing is), x_out, scratch (none: everything is kept) */
+  FLAP_OP_LAYER_RECOMPUTE, /* weights, x_in, kept, nothing, scratch: what is not kept */
+  FLAP_OP_HEAD,            /* head, projection holder, x_in, dx (none: loss only), head sums, projection sums */
+  FLAP_OP_LAYER_BACKWARD,  /* weights, x_in, kept, dx, scratch, sums */
+  FLAP_OP_EMBED_BACKWARD,  /* dx, embedding sums */
+  FLAP_OP_ZERO,            /* sums; `index` is the part: where they are only added to */
+  FLAP_OP_STORE_GRADIENT,  /* sums, gradient; `index` is the slice */
+  FLAP_OP_ADAMW,           /* weights, states, gradient; `index` is the slice */
+  FLAP_OP_NORM,            /* the norms of all gradients are complete: collect them, with the losses */
+  FLAP_OP_LAYER_DECODE,    /* weights, x, cache, scratch; `index` is the layer */
+  FLAP_OP_LOGITS,          /* head, projection holder, x */
   FLAP_OP_KIND_COUNT
 } flap_op_kind;
 const char *flap_program_op_name(flap_op_kind kind);
@@ -34,8 +35,8 @@ const char *flap_program_op_name(flap_op_kind kind);
 /* An operand: a lease of the program, a buffer of the executor's, or nothing. */
 typedef uint32_t flap_operand;
 #define FLAP_OPERAND_NONE UINT32_MAX
-#define FLAP_OPERAND_BUFFER 0x80000000u /* | index: hidden-state buffers, then saved-block buffers */
-#define FLAP_OPERAND_INPUT 0x40000000u  /* | lease of saved activations: the layer input behind the saved block */
+#define FLAP_OPERAND_BUFFER 0x80000000u /* | index: hidden-state buffers, then scratch for saved tensors */
+#define FLAP_OPERAND_INPUT 0x40000000u  /* | lease of saved activations: the layer input behind the kept tensors */
 
 #define FLAP_OP_OPERANDS 6
 typedef struct flap_op {
@@ -63,9 +64,11 @@ typedef struct flap_program {
   uint32_t live_max[FLAP_CLASS_COUNT]; /* streaming leases of a class that are live at the same time, at most */
 } flap_program;
 
-/* How many buffers the programs of a layout need beside the leases: hidden states (T, D), and saved blocks. */
+/* How many buffers the programs of a layout need beside the leases: hidden states (T, D), and scratch for the saved
+ * tensors of a layer that are not kept, of so many bytes each. */
 uint32_t flap_program_hidden_buffers(const flap_layout *layout);
-uint32_t flap_program_saved_buffers(const flap_layout *layout);
+uint32_t flap_program_scratch_buffers(const flap_layout *layout);
+uint64_t flap_program_scratch_bytes(const flap_layout *layout);
 
 /* Bytes that the program's lists take in an arena. */
 uint64_t flap_program_bytes(const flap_program *program);

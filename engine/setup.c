@@ -37,6 +37,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .group_micro_batches = choice->group_micro_batches,
                             .segment_layers = choice->segment_layers,
                             .saved_layers = choice->saved_layers,
+                            .saved_mask = choice->saved_mask,
                             .slice_elements = choice->slice_elements,
                             .cache_positions = spec->cache_positions};
 }
@@ -393,8 +394,9 @@ void flap_setup_set_disks(flap_setup *setup, const uint64_t disk_bytes[FLAP_BLOC
 flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   flap_assert(choice->segment_layers == setup->choice.segment_layers &&
               choice->group_micro_batches == setup->choice.group_micro_batches &&
-              choice->saved_layers == setup->choice.saved_layers && choice->sweep == setup->choice.sweep &&
-              choice->spread == setup->choice.spread && choice->slice_elements == setup->choice.slice_elements);
+              choice->saved_layers == setup->choice.saved_layers && choice->saved_mask == setup->choice.saved_mask &&
+              choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
+              choice->slice_elements == setup->choice.slice_elements);
   setup->choice = *choice;
   choose_residents(setup);
   lay_rings(setup);

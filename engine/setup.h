@@ -46,6 +46,7 @@ typedef struct flap_setup_spec {
 
 typedef struct flap_choice {
   uint32_t segment_layers, group_micro_batches, saved_layers;
+  uint32_t saved_mask; /* which tensors these save */
   bool sweep;
   bool spread; /* the folded update of a segment is spread over the forward of the one before */
   uint64_t slice_elements, page_bytes, transfer_bytes;

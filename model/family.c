@@ -112,23 +112,36 @@ uint64_t flap_model_hidden_bytes(const flap_model_config *config, const flap_mod
   return (uint64_t)shape->batch * shape->sequence * config->hidden_size * flap_dtype_bytes(shape->dtype);
 }
 
-uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_model_shape *shape,
+static bool is_kept(uint32_t mask, uint32_t tensor) {
+  return (mask >> tensor & 1) != 0;
+}
+
+uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask,
                                   flap_saved_tensor *tensors_out) {
   uint32_t count = config->family->saved_tensors(config, shape, tensors_out);
-  flap_assert(count <= FLAP_MODEL_SAVED_MAX);
-  uint64_t offset = 0;
+  flap_assert(count > 0 && count <= FLAP_MODEL_SAVED_MAX);
+  uint64_t end[2] = {0, 0}; /* of scratch, of what is kept */
   for (uint32_t i = 0; i < count; i++) {
-    tensors_out[i].offset = offset;
-    offset += flap_units_round_up(tensors_out[i].bytes, FLAP_MODEL_ALIGN);
+    uint64_t *offset = &end[is_kept(mask, i)];
+    tensors_out[i].offset = *offset;
+    *offset += flap_units_round_up(tensors_out[i].bytes, FLAP_MODEL_ALIGN);
   }
   return count;
 }
 
-uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape) {
+uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask) {
   flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
-  uint32_t count = flap_model_saved_tensors(config, shape, tensors);
-  flap_assert(count > 0);
-  return flap_units_round_up(tensors[count - 1].offset + tensors[count - 1].bytes, FLAP_MODEL_PAGE);
+  uint32_t count = flap_model_saved_tensors(config, shape, mask, tensors);
+  uint64_t end = 0;
+  for (uint32_t i = 0; i < count; i++)
+    if (is_kept(mask, i))
+      end = tensors[i].offset + tensors[i].bytes;
+  return flap_units_round_up(end, FLAP_MODEL_PAGE);
+}
+
+const flap_saved_set *flap_model_saved_sets(const flap_model_config *config, uint32_t *count_out) {
+  *count_out = config->family->saved_set_count;
+  return config->family->saved_sets;
 }
 
 uint64_t flap_model_workspace_bytes(const flap_model_config *config, const flap_model_shape *shape) {
@@ -150,6 +163,15 @@ uint64_t flap_model_rope_bytes(const flap_model_config *config, uint32_t positio
 
 double flap_model_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part) {
   return config->family->forward_flops(config, shape, part);
+}
+
+double flap_model_recompute_flops(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask) {
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  uint32_t count = flap_model_saved_tensors(config, shape, mask, tensors);
+  double flops = 0;
+  for (uint32_t i = 0; i < count; i++)
+    flops += is_kept(mask, i) ? 0 : tensors[i].recompute_flops;
+  return flops;
 }
 
 void flap_model_ops_limits(const flap_model_config *config, const flap_model_shape *shape, uint32_t threads,
@@ -183,14 +205,19 @@ void flap_model_embed_backward(const flap_model_run *run, const int32_t *tokens,
   family_of(run)->embed_backward(run, tokens, order, dx, dembedding);
 }
 
-void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
-                              void *x_out) {
-  flap_assert(x_out != x_in);
+void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                              const flap_model_saved *saved, void *x_out) {
+  flap_assert(x_out != NULL && x_out != x_in);
   family_of(run)->layer_forward(run, weights, x_in, saved, x_out);
 }
 
-void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                               float *dweights, bool accumulate) {
+void flap_model_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
+                                const flap_model_saved *saved) {
+  family_of(run)->layer_recompute(run, weights, x_in, saved);
+}
+
+void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
+                               const flap_model_saved *saved, void *dx, float *dweights, bool accumulate) {
   flap_assert(dx != x_in);
   family_of(run)->layer_backward(run, weights, x_in, saved, dx, dweights, accumulate);
 }
@@ -203,11 +230,11 @@ void flap_model_head_loss(const flap_model_run *run, const void *head, const voi
                             accumulate);
 }
 
-void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                              uint32_t cache_positions, uint32_t tokens, uint32_t first_position) {
   flap_assert(tokens > 0 && tokens <= run->shape.batch * run->shape.sequence);
   flap_assert(first_position <= cache_positions && tokens <= cache_positions - first_position);
-  family_of(run)->layer_decode(run, weights, x, saved, cache, cache_positions, tokens, first_position);
+  family_of(run)->layer_decode(run, weights, x, scratch, cache, cache_positions, tokens, first_position);
 }
 
 void flap_model_logits(const flap_model_run *run, const void *head, const void *projection, const void *x, uint32_t row,

@@ -25,19 +25,24 @@ struct flap_family {
   /* Names, bytes and recompute costs; family.c fills in `offset`. */
   uint32_t (*saved_tensors)(const flap_model_config *config, const flap_model_shape *shape,
                             flap_saved_tensor *tensors_out);
+  const flap_saved_set *saved_sets;
+  uint32_t saved_set_count;
   uint64_t (*workspace_bytes)(const flap_model_config *config, const flap_model_shape *shape);
   double (*forward_flops)(const flap_model_config *config, const flap_model_shape *shape, flap_part part);
 
   void (*embed)(const flap_model_run *run, const void *embedding, const int32_t *tokens, void *x);
   void (*embed_backward)(const flap_model_run *run, const int32_t *tokens, const int32_t *order, const void *dx,
                          float *dembedding);
-  void (*layer_forward)(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *x_out);
-  void (*layer_backward)(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                         float *dweights, bool accumulate);
+  void (*layer_forward)(const flap_model_run *run, const void *weights, const void *x_in, const flap_model_saved *saved,
+                        void *x_out);
+  void (*layer_recompute)(const flap_model_run *run, const void *weights, const void *x_in,
+                          const flap_model_saved *saved);
+  void (*layer_backward)(const flap_model_run *run, const void *weights, const void *x_in,
+                         const flap_model_saved *saved, void *dx, float *dweights, bool accumulate);
   void (*head_loss)(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
                     const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead, float *dprojection,
                     bool accumulate);
-  void (*layer_decode)(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+  void (*layer_decode)(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                        uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
   void (*logits)(const flap_model_run *run, const void *head, const void *projection, const void *x, uint32_t row,
                  float *logits);

@@ -5,9 +5,11 @@
  * Invariants:
  *   1. Every value that passes between two calls of kernels/ops.h is stored in the run's dtype (softmax and norm
  * statistics and losses in fp32), so a value is the same whether it was kept or computed again.
- *   2. A layer's saved block holds what backward cannot cheaply compute from the layer's input: rotated q, k and v,
+ *   2. A layer's saved tensors are what backward cannot cheaply compute from the layer's input: rotated q, k and v,
  *      attention's result and statistics, those of the norms, the residual stream between the two halves, and gate and
  *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation.
+ *      Each of them is computed from the layer's input and the ones before it, so any may be kept without the others;
+ *      but attention's result and statistics, which one kernel writes, go together.
  *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
  *      last time before it writes the gradients of q, k and v there (where they fit).
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
@@ -146,6 +148,16 @@ typedef enum llama_saved {
   LLAMA_GATE_UP
 } llama_saved;
 
+/* Per byte of its 16-bit result a product costs as many operations as the hidden size, whichever it is; attention costs
+ * the sequence's length, and a GPU does it at a third of the rate. So attention is worth keeping first where sequences
+ * are long. All but gate and up is about half of the bytes: a step between nothing and everything. */
+#define LLAMA_SAVED_ATTENTION (1u << LLAMA_ATTENTION | 1u << LLAMA_LSE)
+static const flap_saved_set LLAMA_SAVED_SETS[] = {
+    {"attention", LLAMA_SAVED_ATTENTION},
+    {"all_but_mlp", LLAMA_SAVED_ATTENTION | 1u << LLAMA_QKV | 1u << LLAMA_RSTD | 1u << LLAMA_RESIDUAL},
+    {"all", FLAP_MODEL_SAVED_ALL},
+};
+
 static double matmul_flops(uint64_t m, uint64_t n, uint64_t k) {
   return 2.0 * (double)m * (double)n * (double)k;
 }
@@ -167,7 +179,7 @@ static uint32_t llama_saved_tensors(const flap_model_config *config, const flap_
   out[LLAMA_ATTENTION] = (flap_saved_tensor){.name = "attention",
                                              .bytes = tokens * dims.q * element, // (T, HQ·HD)
                                              .recompute_flops = attention_flops(config, shape)};
-  /* The statistics come out of the same kernel as `attention`: they cost nothing more. */
+  /* The statistics come out of the same kernel as `attention`, and those of a norm out of a pass: they cost no more. */
   out[LLAMA_LSE] = (flap_saved_tensor){.name = "lse", .bytes = tokens * dims.hq * sizeof(float)}; // (B, HQ, S)
   out[LLAMA_RSTD] = (flap_saved_tensor){.name = "rstd", .bytes = 2 * tokens * sizeof(float)}; // of both norms, (2, T)
   out[LLAMA_RESIDUAL] = (flap_saved_tensor){.name = "residual",
@@ -193,7 +205,7 @@ static double llama_forward_flops(const flap_model_config *config, const flap_mo
 /* Byte offsets in the workspace. `first` holds, one after the other, everything of one row per token that dies before
  * the next comes: normalised inputs, silu(gate)·up and its gradient, the gradient of attention. */
 typedef struct llama_workspace {
-  uint64_t rstd;   /* (T) fp32 */
+  uint64_t rstd;   /* (T) fp32: the final norm's; a layer's where they are kept and come once more */
   uint64_t bias;   /* (qkv), where q, k and v have biases: these side by side, as one product wants them */
   uint64_t first;  /* (T, max(D, F, HQ·HD)) */
   uint64_t second; /* (T, D), while `first` holds no more than that */
@@ -244,12 +256,35 @@ typedef struct llama_layer {
   uint64_t offset[LLAMA_ROLES]; /* of each tensor, in elements; UINT64_MAX for absent ones */
   void *first, *second, *dqkv;  /* workspace */
   char *bias;                   /* workspace too */
-  char *qkv, *gate_up;          /* saved block */
+  float *spare_rstd;            /* and this */
+  uint32_t kept;                /* bits of llama_saved */
+  char *qkv, *gate_up;          /* saved tensors, wherever they are */
   void *attention, *residual;
   float *lse, *rstd; /* of the scores; (2, T): of the input's norm, then of the other */
 } llama_layer;
 
-static llama_layer open_layer(const flap_model_run *run, const void *weights, void *saved, float *dweights) {
+static bool keeps(const llama_layer *layer, llama_saved tensor) {
+  return (layer->kept & 1u << tensor) != 0;
+}
+
+static void place_saved(llama_layer *layer, const flap_model_saved *saved) {
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  char *place[LLAMA_GATE_UP + 1];
+  layer->kept = saved->mask;
+  flap_assert(keeps(layer, LLAMA_ATTENTION) == keeps(layer, LLAMA_LSE));
+  (void)flap_model_saved_tensors(layer->run->config, &layer->run->shape, saved->mask, tensors);
+  for (llama_saved i = 0; i <= LLAMA_GATE_UP; i++)
+    place[i] = (char *)(keeps(layer, i) ? saved->kept : saved->scratch) + tensors[i].offset;
+  layer->qkv = place[LLAMA_QKV];
+  layer->attention = place[LLAMA_ATTENTION];
+  layer->lse = (float *)(void *)place[LLAMA_LSE];
+  layer->rstd = (float *)(void *)place[LLAMA_RSTD];
+  layer->residual = place[LLAMA_RESIDUAL];
+  layer->gate_up = place[LLAMA_GATE_UP];
+}
+
+static llama_layer open_layer(const flap_model_run *run, const void *weights, const flap_model_saved *saved,
+                              float *dweights) {
   const flap_model_config *config = run->config;
   llama_layer layer = {.run = run,
                        .ops = run->ops,
@@ -265,17 +300,10 @@ static llama_layer open_layer(const flap_model_run *run, const void *weights, vo
   for (llama_role role = 0; role < LLAMA_ROLES; role++)
     layer.offset[role] = has_role(config, role) ? tensors[index++].offset : UINT64_MAX;
 
-  flap_saved_tensor kept[FLAP_MODEL_SAVED_MAX];
-  (void)flap_model_saved_tensors(config, &run->shape, kept);
-  layer.qkv = (char *)saved + kept[LLAMA_QKV].offset;
-  layer.attention = (char *)saved + kept[LLAMA_ATTENTION].offset;
-  layer.lse = (float *)(void *)((char *)saved + kept[LLAMA_LSE].offset);
-  layer.rstd = (float *)(void *)((char *)saved + kept[LLAMA_RSTD].offset);
-  layer.residual = (char *)saved + kept[LLAMA_RESIDUAL].offset;
-  layer.gate_up = (char *)saved + kept[LLAMA_GATE_UP].offset;
-
+  place_saved(&layer, saved);
   llama_workspace space = workspace_of(config, &run->shape);
   char *workspace = run->workspace;
+  layer.spare_rstd = (float *)(void *)(workspace + space.rstd);
   layer.bias = workspace + space.bias;
   layer.first = workspace + space.first;
   layer.second = workspace + space.second;
@@ -459,10 +487,20 @@ static float *rstd_of(const llama_layer *layer, llama_role norm) {
   return layer->rstd + (norm == LLAMA_POST_NORM ? layer->tokens : 0);
 }
 
+static void normalize_to(const llama_layer *layer, void *out, float *rstd, const void *x, llama_role norm,
+                         uint32_t tokens) {
+  flap_ops_rmsnorm(layer->ops, layer->dtype, out, rstd, NULL, x, NULL, weight_of(layer, norm), tokens, layer->dims.d,
+                   (float)layer->run->config->rms_norm_eps);
+}
+
 /* out (tokens, D) = the norm of x; its statistics go to where the backward reads them. */
 static void normalize(const llama_layer *layer, void *out, const void *x, llama_role norm, uint32_t tokens) {
-  flap_ops_rmsnorm(layer->ops, layer->dtype, out, rstd_of(layer, norm), NULL, x, NULL, weight_of(layer, norm), tokens,
-                   layer->dims.d, (float)layer->run->config->rms_norm_eps);
+  normalize_to(layer, out, rstd_of(layer, norm), x, norm, tokens);
+}
+
+/* The same, once more: statistics that are kept stay as they are. */
+static void normalize_again(const llama_layer *layer, void *out, const void *x, llama_role norm) {
+  normalize_to(layer, out, keeps(layer, LLAMA_RSTD) ? layer->spare_rstd : rstd_of(layer, norm), x, norm, layer->tokens);
 }
 
 static void rotate(const llama_layer *layer, void *qkv, bool inverse) {
@@ -494,30 +532,67 @@ static void activate(const llama_layer *layer, void *out, uint32_t tokens) {
   flap_ops_swiglu(layer->ops, layer->dtype, out, layer->gate_up, column(layer, layer->gate_up, f), tokens, f, 2 * f);
 }
 
-/* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals, which the
- * products add. `x_in` is read before x_out is written, so they may be the same. x_out NULL stops at gate and up. */
-static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
-  const uint32_t d = layer->dims.d, q = layer->dims.q, f = layer->dims.f;
-  llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
+/* The residual stream between the halves: attention's result through the output projection, and x_in. */
+static void project_attention(const llama_layer *layer, uint32_t tokens, const void *x_in) {
+  const uint32_t d = layer->dims.d, q = layer->dims.q;
   project(layer, LLAMA_O, d, q, bias_of(layer, LLAMA_O), tokens, layer->attention, x_in, layer->residual, d); // (T, D)
-  normalize(layer, layer->first, layer->residual, LLAMA_POST_NORM, tokens);
+}
+
+/* Gate and up of the normalised residual stream in `first`. */
+static void project_gate_up(const llama_layer *layer, uint32_t tokens) {
+  llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
   project_group(layer, &gate_up, tokens, layer->first, layer->gate_up); // (T, 2·F)
-  if (!x_out)
-    return;
+}
+
+/* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals, which the
+ * products add. `x_in` is read before x_out is written, so they may be the same. */
+static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
+  const uint32_t d = layer->dims.d, f = layer->dims.f;
+  project_attention(layer, tokens, x_in);
+  normalize(layer, layer->first, layer->residual, LLAMA_POST_NORM, tokens);
+  project_gate_up(layer, tokens);
   activate(layer, layer->first, tokens); // (T, F)
   project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->first, layer->residual, x_out, d);
 }
 
-static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
-                                void *x_out) {
+/* Rotated q, k and v of the normalised input in `first`. */
+static void project_qkv(const llama_layer *layer) {
+  llama_group qkv = open_group(layer, LLAMA_Q, 3);
+  project_group(layer, &qkv, layer->tokens, layer->first, layer->qkv); // (T, qkv)
+  rotate(layer, layer->qkv, false);
+}
+
+static void attend(const llama_layer *layer) {
+  flap_attention attention = attention_of(layer);
+  flap_ops_attention(layer->ops, &attention);
+}
+
+static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                                const flap_model_saved *saved, void *x_out) {
   llama_layer layer = open_layer(run, weights, saved, NULL);
-  llama_group qkv = open_group(&layer, LLAMA_Q, 3);
   normalize(&layer, layer.first, x_in, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
-  project_group(&layer, &qkv, layer.tokens, layer.first, layer.qkv);    // (T, qkv)
-  rotate(&layer, layer.qkv, false);
-  flap_attention attention = attention_of(&layer);
-  flap_ops_attention(layer.ops, &attention);
+  project_qkv(&layer);
+  attend(&layer);
   finish_layer(&layer, layer.tokens, x_in, x_out);
+}
+
+/* The calls of the forward that write what is not kept, in its order. A norm is wanted for its statistics, or for what
+ * is projected from it. */
+static void llama_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
+                                  const flap_model_saved *saved) {
+  llama_layer layer = open_layer(run, weights, saved, NULL);
+  if (!keeps(&layer, LLAMA_QKV) || !keeps(&layer, LLAMA_RSTD))
+    normalize_again(&layer, layer.first, x_in, LLAMA_INPUT_NORM);
+  if (!keeps(&layer, LLAMA_QKV))
+    project_qkv(&layer);
+  if (!keeps(&layer, LLAMA_ATTENTION))
+    attend(&layer);
+  if (!keeps(&layer, LLAMA_RESIDUAL))
+    project_attention(&layer, layer.tokens, x_in);
+  if (!keeps(&layer, LLAMA_GATE_UP) || !keeps(&layer, LLAMA_RSTD))
+    normalize_again(&layer, layer.first, layer.residual, LLAMA_POST_NORM);
+  if (!keeps(&layer, LLAMA_GATE_UP))
+    project_gate_up(&layer, layer.tokens);
 }
 
 /* dx: on through the norm of x, from dy, whose place then holds the normalised x once more. */
@@ -575,8 +650,8 @@ static void clear_vectors(const llama_layer *layer) {
   }
 }
 
-static void llama_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
-                                 void *dx, float *dweights, bool accumulate) {
+static void llama_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
+                                 const flap_model_saved *saved, void *dx, float *dweights, bool accumulate) {
   llama_layer layer = open_layer(run, weights, saved, dweights);
   layer.accumulate = accumulate;
   if (!accumulate)
@@ -634,9 +709,9 @@ static void llama_head_loss(const flap_model_run *run, const void *head, const v
 
 /* ---- sampling -------------------------------------------------------------------------------------------- */
 
-static void llama_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+static void llama_layer_decode(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                                uint32_t cache_positions, uint32_t tokens, uint32_t first_position) {
-  llama_layer layer = open_layer(run, weights, saved, NULL);
+  llama_layer layer = open_layer(run, weights, &(flap_model_saved){.scratch = scratch}, NULL);
   const llama_dims *dims = &layer.dims;
   char *keys = cache, *values = keys + flap_model_cache_values(run->config, layer.dtype, cache_positions);
   char *new_keys = column(&layer, keys, (uint64_t)first_position * dims->kv);
@@ -684,14 +759,15 @@ static void llama_logits(const flap_model_run *run, const void *head, const void
 
 /* ---- the tables ------------------------------------------------------------------------------------------ */
 
-#define LLAMA_FAMILY(type, class, keys_function, finish_function)                                             \
-  {                                                                                                           \
-    .name = type, .architecture = class, .keys = keys_function, .finish_config = finish_function,             \
-    .tensors = llama_tensors, .head_projection_index = 1, .saved_tensors = llama_saved_tensors,               \
-    .workspace_bytes = llama_workspace_bytes, .forward_flops = llama_forward_flops, .embed = llama_embed,     \
-    .embed_backward = llama_embed_backward, .layer_forward = llama_layer_forward,                             \
-    .layer_backward = llama_layer_backward, .head_loss = llama_head_loss, .layer_decode = llama_layer_decode, \
-    .logits = llama_logits,                                                                                   \
+#define LLAMA_FAMILY(type, class, keys_function, finish_function)                                                   \
+  {                                                                                                                 \
+    .name = type, .architecture = class, .keys = keys_function, .finish_config = finish_function,                   \
+    .tensors = llama_tensors, .head_projection_index = 1, .saved_tensors = llama_saved_tensors,                     \
+    .saved_sets = LLAMA_SAVED_SETS, .saved_set_count = sizeof LLAMA_SAVED_SETS / sizeof *LLAMA_SAVED_SETS,          \
+    .workspace_bytes = llama_workspace_bytes, .forward_flops = llama_forward_flops, .embed = llama_embed,           \
+    .embed_backward = llama_embed_backward, .layer_forward = llama_layer_forward,                                   \
+    .layer_recompute = llama_layer_recompute, .layer_backward = llama_layer_backward, .head_loss = llama_head_loss, \
+    .layer_decode = llama_layer_decode, .logits = llama_logits,                                                     \
   }
 
 const flap_family flap_model_llama =

@@ -112,17 +112,35 @@ typedef struct flap_model_shape {
 /* Hidden states (T, D): what passes between parts. */
 uint64_t flap_model_hidden_bytes(const flap_model_config *config, const flap_model_shape *shape);
 
-/* A tensor that a layer's forward can leave for its backward, or the backward can compute again. */
+/* A tensor that a layer's forward can leave for its backward, or that can be computed again before it. */
 typedef struct flap_saved_tensor {
   const char *name;
-  uint64_t offset, bytes; /* in the layer's saved block; offsets are multiples of 256 */
-  double recompute_flops;
+  uint64_t offset, bytes; /* in its block, see flap_model_saved; offsets are multiples of 256 */
+  double recompute_flops; /* where it is not kept, whatever else is */
 } flap_saved_tensor;
 #define FLAP_MODEL_SAVED_MAX 16
-uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_model_shape *shape,
+#define FLAP_MODEL_SAVED_ALL UINT32_MAX
+
+/* Which of a layer's saved tensors are kept from its forward to its backward, and where they are. Those of `mask` (bit
+ * i: tensor i) are side by side in one block, the others in another, which needs to hold them no longer than a call, or
+ * than from a recompute to the backward after it. Neither has the layer's input. */
+typedef struct flap_model_saved {
+  void *kept;    /* flap_model_saved_bytes(mask); unused with mask 0 */
+  void *scratch; /* flap_model_saved_bytes(~mask); unused with FLAP_MODEL_SAVED_ALL */
+  uint32_t mask;
+} flap_model_saved;
+/* Returns the count; offsets are those in the block that a tensor is in with this mask. */
+uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask,
                                   flap_saved_tensor *tensors_out);
-/* The whole block, a multiple of 4096. The layer's input is not in it. */
-uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape);
+/* A block of the tensors of `mask`, a multiple of 4096; 0 for none. */
+uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask);
+
+/* Masks that are worth choosing from: not empty, in order of size, all tensors last (FLAP_MODEL_SAVED_ALL). */
+typedef struct flap_saved_set {
+  const char *name; /* "all" */
+  uint32_t mask;
+} flap_saved_set;
+const flap_saved_set *flap_model_saved_sets(const flap_model_config *config, uint32_t *count_out);
 
 /* Scratch in device memory that the functions below need, a multiple of 4096. */
 uint64_t flap_model_workspace_bytes(const flap_model_config *config, const flap_model_shape *shape);
@@ -133,6 +151,8 @@ uint64_t flap_model_rope_bytes(const flap_model_config *config, uint32_t positio
 
 /* Floating-point operations of one micro-batch: matmuls and causal attention (half of S×S). */
 double flap_model_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part);
+/* Of flap_model_layer_recompute. */
+double flap_model_recompute_flops(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask);
 /* Bounds for kernels/ops.h. */
 void flap_model_ops_limits(const flap_model_config *config, const flap_model_shape *shape, uint32_t threads,
                            flap_ops_limits *limits_out);
@@ -151,16 +171,20 @@ typedef struct flap_model_run {
 /* x (T, D) = rows of the embedding. */
 void flap_model_embed(const flap_model_run *run, const void *embedding, const int32_t *tokens, void *x);
 
-/* One layer: x_out (T, D) from x_in (T, D); `saved` receives the layer's saved block (scratch if nobody needs it).
- * x_out NULL: recompute, which stops before the down-projection. x_out must not be x_in. The same bits either way. */
-void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in, void *saved,
-                              void *x_out);
+/* One layer: x_out (T, D) from x_in (T, D); both blocks of `saved` receive their tensors. x_out must not be x_in. */
+void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                              const flap_model_saved *saved, void *x_out);
+
+/* The tensors that are not kept, once more, into scratch: the same bits as the forward left there. What is kept is read
+ * and not written; nothing is computed that they do not need, and so not the layer's output. */
+void flap_model_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
+                                const flap_model_saved *saved);
 
 /* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) += with
- * `accumulate`; without it they are written, gaps included, whatever they were. Uses up `saved`: parts of it are
- * overwritten with gradients, so a saved block serves one backward. */
-void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in, void *saved, void *dx,
-                               float *dweights, bool accumulate);
+ * `accumulate`; without it they are written, gaps included, whatever they were. Both blocks of `saved` hold their
+ * tensors, and are used up: parts of them are overwritten with gradients, so they serve one backward. */
+void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
+                               const flap_model_saved *saved, void *dx, float *dweights, bool accumulate);
 
 /* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead (the part's layout) and
  * dprojection fp32, += or written as above: where the projection is tied, gaps of the embedding's part included.
@@ -178,8 +202,8 @@ void flap_model_embed_backward(const flap_model_run *run, const int32_t *tokens,
 /* ---- sampling -------------------------------------------------------------------------------------------- */
 
 /* x (tokens, D) in place, for new tokens at first_position..; their keys and values are written to `cache` (laid out
- * for cache_positions) first. tokens <= T of the shape. Uses saved-block-sized scratch `saved`. */
-void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *saved, void *cache,
+ * for cache_positions) first. tokens <= T of the shape. `scratch` is of the size of all saved tensors. */
+void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                              uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
 /* logits (V) fp32 of row `row` of x (·, D); leaves x as it is. */
 void flap_model_logits(const flap_model_run *run, const void *head, const void *projection, const void *x, uint32_t row,

@@ -206,6 +206,7 @@ void rig_close(engine_rig *rig) {
 flap_choice rig_choice_resident(const rig_model *model) {
   flap_choice choice = {.segment_layers = model->config.num_hidden_layers,
                         .group_micro_batches = model->micro_batches,
+                        .saved_mask = FLAP_MODEL_SAVED_ALL,
                         .slice_elements = 16 * FLAP_OPS_BLOCK,
                         .page_bytes = 16 * FLAP_KIB,
                         .transfer_bytes = 64 * FLAP_KIB};

@@ -64,8 +64,8 @@ void rig_open_choice(engine_rig *rig, const flap_choice *choice);
 void rig_shut(engine_rig *rig); /* the run; another may be opened */
 void rig_close(engine_rig *rig);
 
-/* A choice to change: all layers in one segment, all micro-batches in one group, nothing saved, folded; slices of
- * 16 blocks, pages of 16 KiB; everything in VRAM. */
+/* A choice to change: all layers in one segment, all micro-batches in one group, no layer saves (if one did, it would
+ * save all tensors), folded; slices of 16 blocks, pages of 16 KiB; everything in VRAM. */
 flap_choice rig_choice_resident(const rig_model *model);
 /* The same, but everything streams, from RAM or from disk. */
 flap_choice rig_choice_streaming(const rig_model *model, bool from_disk);

@@ -112,12 +112,15 @@ typedef struct way {
   bool from_disk, sweep;
   flap_block_backend io;
   uint32_t saved, group;
+  uint32_t mask; /* of saved tensors; 0: all */
 } way;
 
 static const way WAYS[] = {
     {.name = "ram, folded"},
     {.name = "ram, sweep, saved layers", .sweep = true, .saved = 2},
     {.name = "io_uring, folded", .from_disk = true, .io = FLAP_BLOCK_URING, .group = 1},
+    {.name = "ram, saved attention", .saved = 2, .mask = 0x06},
+    {.name = "disk, all saved but the mlp", .from_disk = true, .saved = 2, .mask = 0x1f},
     {.name = "io threads, folded", .from_disk = true, .io = FLAP_BLOCK_THREADS, .saved = 2},
     {.name = "io_uring, sweep", .from_disk = true, .sweep = true, .io = FLAP_BLOCK_URING},
 };
@@ -130,6 +133,8 @@ static void open_way(engine_rig *rig, const rig_model *model, const way *w) {
   choice.segment_layers = 1;
   choice.sweep = w->sweep;
   choice.saved_layers = w->saved;
+  if (w->mask != 0)
+    choice.saved_mask = w->mask;
   choice.trace_events = 4096;
   if (w->group > 0)
     choice.group_micro_batches = w->group;

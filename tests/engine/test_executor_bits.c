@@ -47,6 +47,7 @@ typedef struct placement {
   home home;
   uint32_t segment, group; /* 0: as long as there are layers, as many as there are micro-batches */
   uint32_t saved;          /* layers */
+  uint32_t mask;           /* of the tensors that they save; 0: all */
   bool saved_resident;
   bool sweep;
   rig_ending ending;
@@ -55,6 +56,10 @@ typedef struct placement {
   uint32_t extra_slots, buffers;
   rig_place place; /* threads 0: 2 */
 } placement;
+
+/* Sets of Llama's saved tensors: qkv, attention, lse, rstd, residual, gate_up. */
+#define ATTENTION 0x06
+#define ALL_BUT_MLP 0x1f
 
 static const placement PLACEMENTS[] = {
     {.name = "all in vram, folded", .home = IN_VRAM, .segment = 1},
@@ -87,6 +92,48 @@ static const placement PLACEMENTS[] = {
     {.name = "saved layers in vram, in pairs", .home = IN_RAM, .segment = 2, .saved = 3, .saved_resident = true},
     {.name = "saved layers, groups of 1", .home = IN_RAM, .segment = 1, .group = 1, .saved = 3},
     {.name = "saved layers, groups of 2", .home = ON_DISK, .segment = 3, .group = 2, .saved = 3, .place = {.disks = 2}},
+    {.name = "attention of all layers", .home = IN_RAM, .segment = 1, .saved = 3, .mask = ATTENTION},
+    {.name = "attention of one layer", .home = IN_RAM, .segment = 1, .saved = 1, .mask = ATTENTION},
+    {.name = "attention, one segment", .home = IN_RAM, .segment = 3, .saved = 3, .mask = ATTENTION},
+    {.name = "attention, pairs: one segment", .home = IN_RAM, .segment = 2, .saved = 2, .mask = ATTENTION},
+    {.name = "attention in vram", .home = IN_RAM, .segment = 3, .saved = 3, .mask = ATTENTION, .saved_resident = true},
+    {.name = "attention, everything in vram", .home = IN_VRAM, .segment = 2, .saved = 3, .mask = ATTENTION},
+    {.name = "attention, disk, groups of 1",
+     .home = ON_DISK,
+     .group = 1,
+     .saved = 3,
+     .mask = ATTENTION,
+     .place = {.disks = 1}},
+    {.name = "all but the mlp", .home = IN_RAM, .segment = 1, .saved = 3, .mask = ALL_BUT_MLP},
+    {.name = "all but the mlp of two layers", .home = IN_RAM, .segment = 1, .saved = 2, .mask = ALL_BUT_MLP},
+    {.name = "all but the mlp, one segment", .home = IN_RAM, .segment = 3, .saved = 3, .mask = ALL_BUT_MLP},
+    {.name = "all but the mlp, in pairs, disk",
+     .home = ON_DISK,
+     .segment = 2,
+     .saved = 3,
+     .mask = ALL_BUT_MLP,
+     .place = {.disks = 2}},
+    {.name = "all but the mlp in vram",
+     .home = IN_RAM,
+     .segment = 1,
+     .saved = 3,
+     .mask = ALL_BUT_MLP,
+     .saved_resident = true},
+    {.name = "all but the mlp, groups of 2",
+     .home = MIXED,
+     .group = 2,
+     .saved = 3,
+     .mask = ALL_BUT_MLP,
+     .place = {.disks = 1}},
+    {.name = "all but the mlp, swept", .home = IN_RAM, .saved = 3, .mask = ALL_BUT_MLP, .sweep = true},
+    {.name = "the mlp alone", .home = IN_RAM, .segment = 2, .saved = 3, .mask = 0x20},
+    {.name = "the residual stream alone", .home = IN_RAM, .segment = 1, .saved = 2, .mask = 0x10},
+    {.name = "statistics of norms alone",
+     .home = ON_DISK,
+     .segment = 3,
+     .saved = 3,
+     .mask = 0x08,
+     .place = {.disks = 1}},
     {.name = "sweep in vram", .home = IN_VRAM, .sweep = true},
     {.name = "sweep from ram", .home = IN_RAM, .segment = 1, .sweep = true},
     {.name = "sweep from disk", .home = ON_DISK, .segment = 2, .group = 1, .sweep = true, .place = {.disks = 1}},
@@ -123,6 +170,8 @@ static flap_choice choice_of(const rig_model *model, const placement *p) {
   if (p->group > 0)
     choice.group_micro_batches = p->group;
   choice.saved_layers = p->saved;
+  if (p->mask != 0)
+    choice.saved_mask = p->mask;
   if (p->saved_resident)
     choice.resident_bytes[FLAP_CLASS_SAVED] = RIG_EVERYTHING;
   choice.sweep = p->sweep;

@@ -19,6 +19,8 @@ static const flap_machine arithmetic = {.name = "arithmetic",
                                         .disk_write_bytes = 1e12,
                                         .host_bytes = 1e12};
 
+#define ATTENTION 0x06 /* of Llama's saved tensors */
+
 static flap_model_config model(bool tied) {
   flap_model_config config = {.family = flap_model_find_family("llama"),
                               .vocab_size = 256,
@@ -66,6 +68,14 @@ START_TEST(from_rates_arithmetic_decides) {
   near("loss", times.loss_ns, head, 0.1);
   near("head", times.head_ns, 3 * head, 0.1);
   ck_assert_uint_lt(times.recompute_ns, times.forward_ns);
+  uint32_t set_count;
+  const flap_saved_set *sets = flap_model_saved_sets(&config, &set_count);
+  ck_assert_uint_eq(times.set_count, set_count);
+  for (uint32_t i = 0; i + 1 < set_count; i++) {
+    ck_assert_uint_eq(times.set_mask[i], sets[i].mask);
+    near(sets[i].name, times.set_recompute_ns[i], flap_model_recompute_flops(&config, &spec.shape, sets[i].mask), 0.05);
+  }
+  ck_assert_uint_eq(flap_op_times_recompute(&times, FLAP_MODEL_SAVED_ALL), 0);
 }
 END_TEST
 
@@ -98,11 +108,20 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .embed_backward_ns = 9,
                                .launch_ns = 100,
                                .store_ns = 0.5,
-                               .zero_ns = 0.25};
-#define OF(...) flap_op_times_of(&times, &(flap_op){__VA_ARGS__}, 1000)
+                               .zero_ns = 0.25,
+                               .set_count = 2,
+                               .set_mask = {ATTENTION, FLAP_MODEL_SAVED_ALL},
+                               .set_recompute_ns = {11, 0}};
+  flap_layout_part part = {.elements = 1000};
+  flap_layout_slice slice = {.elements = 1000};
+  flap_layout layout = {.parts = &part, .slices = &slice, .spec = {.saved_mask = ATTENTION}};
+#define OF(...) flap_op_times_of(&times, &layout, &(flap_op){__VA_ARGS__})
   ck_assert_uint_eq(OF(.kind = FLAP_OP_EMBED), 1);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_FORWARD, .operand = {0, 1, 2, 3}), 2);
-  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_FORWARD, .operand = {0, 1, 2, FLAP_OPERAND_NONE}), 3);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_RECOMPUTE, .operand = {0, 1, FLAP_OPERAND_NONE}), 3);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_RECOMPUTE, .operand = {0, 1, 2}), 11);
+  layout.spec.saved_mask = 1; /* no set of which a time is known */
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_RECOMPUTE, .operand = {0, 1, 2}), 3);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .operand = {0, 1, 2, FLAP_OPERAND_NONE}), 4);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .operand = {0, 1, 2, 3}), 5);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_HEAD, .fresh = true, .operand = {0, 1, 2, 3}), 6);
@@ -128,7 +147,10 @@ START_TEST(simulated_step_is_charged_with_given_times) {
                                .backward_ns = 70000,
                                .backward_fresh_ns = 60000,
                                .embed_backward_ns = 9000,
-                               .launch_ns = 1};
+                               .launch_ns = 1,
+                               .set_count = 2,
+                               .set_mask = {ATTENTION, FLAP_MODEL_SAVED_ALL},
+                               .set_recompute_ns = {11000, 0}};
   flap_planner planner = {.spec = {.model = &config,
                                    .shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 32},
                                    .mode = FLAP_MODE_TRAIN,
@@ -146,7 +168,8 @@ START_TEST(simulated_step_is_charged_with_given_times) {
   const double layers = 3,
                wanted = 1e-9 * (2 * 1000. + layers * (2 * 20000. + 60000 + 70000) + 40000 + 50000 + 2 * 9000.);
   ck_assert_double_ge(costs.compute_seconds, wanted);
-  ck_assert_double_le(costs.compute_seconds, wanted * 1.02); /* slices' launches, and the downloads of the norm */
+  ck_assert_double_le(costs.compute_seconds,
+                      wanted * 1.02); /* slices' launches, and the downloads of the norm */
   flap_setup_close(&setup);
 }
 END_TEST

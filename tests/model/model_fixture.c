@@ -116,7 +116,7 @@ static void *take(model_fixture *fixture, const char *name, uint64_t bytes) {
   return block;
 }
 
-static void take_all(model_fixture *fixture, uint64_t ops_bytes, void **ops_workspace_out) {
+static void take_all(model_fixture *fixture, uint32_t saved_mask, uint64_t ops_bytes, void **ops_workspace_out) {
   const flap_model_config *config = &fixture->config;
   const flap_model_shape *shape = &fixture->shape;
   uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
@@ -134,7 +134,9 @@ static void take_all(model_fixture *fixture, uint64_t ops_bytes, void **ops_work
     fixture->x[i] = take(fixture, "hidden state", flap_model_hidden_bytes(config, shape));
   fixture->cache_positions = shape->sequence + 3;
   for (uint32_t i = 0; i < layers; i++) {
-    fixture->saved[i] = take(fixture, "saved block", flap_model_saved_bytes(config, shape));
+    fixture->saved[i].mask = saved_mask;
+    fixture->saved[i].kept = take(fixture, "kept tensors", flap_model_saved_bytes(config, shape, saved_mask));
+    fixture->saved[i].scratch = take(fixture, "other tensors", flap_model_saved_bytes(config, shape, ~saved_mask));
     fixture->cache[i] = take(fixture, "cache", flap_model_cache_bytes(config, shape->dtype, fixture->cache_positions));
   }
   fixture->dx = take(fixture, "dx", flap_model_hidden_bytes(config, shape));
@@ -163,6 +165,11 @@ static flap_machine flop_counter(void) {
 
 void fixture_open(model_fixture *fixture, flap_device_kind kind, uint32_t threads, const flap_model_config *config,
                   const flap_model_shape *shape) {
+  fixture_open_saving(fixture, kind, threads, config, shape, FLAP_MODEL_SAVED_ALL);
+}
+
+void fixture_open_saving(model_fixture *fixture, flap_device_kind kind, uint32_t threads,
+                         const flap_model_config *config, const flap_model_shape *shape, uint32_t saved_mask) {
   *fixture = (model_fixture){.config = *config, .shape = *shape};
   ck_assert_uint_le(config->num_hidden_layers, FIXTURE_LAYERS_MAX);
   flap_ops_limits limits;
@@ -171,7 +178,7 @@ void fixture_open(model_fixture *fixture, flap_device_kind kind, uint32_t thread
   uint64_t ops_bytes = flap_ops_workspace_bytes(kind, &limits);
 
   void *ops_workspace;
-  take_all(fixture, ops_bytes, &ops_workspace);
+  take_all(fixture, saved_mask, ops_bytes, &ops_workspace);
   MUST(flap_pool_open(threads, &fixture->pool));
   MUST(flap_clock_open(&fixture->clock));
   flap_device_config device_config = {.kind = kind,
@@ -183,7 +190,7 @@ void fixture_open(model_fixture *fixture, flap_device_kind kind, uint32_t thread
   MUST(flap_device_open(&device_config, &fixture->device));
   fixture->arena = flap_device_arena(fixture->device, &fixture->arena_bytes);
   fixture->used = 0;
-  take_all(fixture, ops_bytes, &ops_workspace);
+  take_all(fixture, saved_mask, ops_bytes, &ops_workspace);
   MUST(flap_ops_open(fixture->device, &limits, ops_workspace, &fixture->ops));
 
   fixture->run.config = &fixture->config;
@@ -322,7 +329,7 @@ float *fixture_projection_gradient(const model_fixture *fixture) {
 void fixture_forward(model_fixture *fixture) {
   flap_model_embed(&fixture->run, fixture->weights[FLAP_PART_EMBEDDING][0], fixture->tokens, fixture->x[0]);
   for (uint32_t i = 0; i < fixture->config.num_hidden_layers; i++)
-    flap_model_layer_forward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], fixture->saved[i],
+    flap_model_layer_forward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], &fixture->saved[i],
                              fixture->x[i + 1]);
 }
 
@@ -332,7 +339,7 @@ double fixture_backward(model_fixture *fixture, float loss_scale) {
                        fixture->x[layers], fixture->targets, loss_scale, fixture->losses, fixture->dx,
                        fixture->gradients[FLAP_PART_HEAD][0], fixture_projection_gradient(fixture), !fixture->fresh);
   for (uint32_t i = layers; i-- > 0;)
-    flap_model_layer_backward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], fixture->saved[i],
+    flap_model_layer_backward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], &fixture->saved[i],
                               fixture->dx, fixture->gradients[FLAP_PART_LAYER][i], !fixture->fresh);
   flap_model_embed_backward(&fixture->run, fixture->tokens, fixture->order, fixture->dx,
                             fixture->gradients[FLAP_PART_EMBEDDING][0]);

@@ -30,8 +30,8 @@ typedef struct model_fixture {
 
   void *weights[FLAP_PART_COUNT][FIXTURE_LAYERS_MAX];
   float *gradients[FLAP_PART_COUNT][FIXTURE_LAYERS_MAX];
-  void *x[FIXTURE_LAYERS_MAX + 1]; /* the input of each layer, and of the head */
-  void *saved[FIXTURE_LAYERS_MAX];
+  void *x[FIXTURE_LAYERS_MAX + 1];            /* the input of each layer, and of the head */
+  flap_model_saved saved[FIXTURE_LAYERS_MAX]; /* every layer has its own scratch */
   void *cache[FIXTURE_LAYERS_MAX];
   uint32_t cache_positions;
   void *dx;
@@ -46,6 +46,9 @@ void fixture_read_config(const char *folder, flap_model_config *config_out);
 
 void fixture_open(model_fixture *fixture, flap_device_kind kind, uint32_t threads, const flap_model_config *config,
                   const flap_model_shape *shape);
+/* The same, but of the saved tensors only those of the mask are kept. */
+void fixture_open_saving(model_fixture *fixture, flap_device_kind kind, uint32_t threads,
+                         const flap_model_config *config, const flap_model_shape *shape, uint32_t saved_mask);
 void fixture_close(model_fixture *fixture);
 
 /* "" when no guard was touched, else the name of the block that somebody wrote past. */
@@ -60,7 +63,7 @@ void fixture_set_batch(model_fixture *fixture, const int32_t *tokens, const int3
 void fixture_random_batch(model_fixture *fixture, uint64_t seed);
 void fixture_zero_gradients(model_fixture *fixture);
 
-/* Embedding and layers, everything kept. */
+/* Embedding and layers. */
 void fixture_forward(model_fixture *fixture);
 /* After fixture_forward: head, layers and embedding; gradients add up. Returns the sum of the losses. */
 double fixture_backward(model_fixture *fixture, float loss_scale);

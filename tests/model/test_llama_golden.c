@@ -226,7 +226,7 @@ static void check_decode(const golden *recorded, model_fixture *fixture, uint32_
     void *x = fixture->x[0];
     flap_model_embed(&embed, fixture->weights[FLAP_PART_EMBEDDING][0], fixture->tokens + first, x);
     for (uint32_t i = 0; i < layers; i++)
-      flap_model_layer_decode(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], x, fixture->saved[0],
+      flap_model_layer_decode(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], x, fixture->saved[0].kept,
                               fixture->cache[i], fixture->cache_positions, tokens, first);
     for (uint32_t row = 0; row < tokens; row++) {
       flap_model_logits(&fixture->run, fixture->weights[FLAP_PART_HEAD][0], fixture_projection(fixture), x, row,

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define CASES 24
+#define SAVED_TENSORS 6 /* qkv, attention, lse, rstd, residual, gate_up */
 
 typedef struct random_case {
   flap_model_config config;
@@ -52,11 +53,16 @@ static random_case make_case(uint32_t number, flap_dtype dtype) {
   return (random_case){config, shape};
 }
 
-static void open_case(model_fixture *fixture, const random_case *chosen, uint32_t threads, uint64_t seed) {
-  fixture_open(fixture, FLAP_DEVICE_CPU, threads, &chosen->config, &chosen->shape);
+static void open_saving(model_fixture *fixture, const random_case *chosen, uint32_t mask, uint32_t threads,
+                        uint64_t seed) {
+  fixture_open_saving(fixture, FLAP_DEVICE_CPU, threads, &chosen->config, &chosen->shape, mask);
   fixture_random_weights(fixture, seed);
   fixture_random_batch(fixture, seed);
   fixture_zero_gradients(fixture);
+}
+
+static void open_case(model_fixture *fixture, const random_case *chosen, uint32_t threads, uint64_t seed) {
+  open_saving(fixture, chosen, FLAP_MODEL_SAVED_ALL, threads, seed);
 }
 
 static uint32_t layers_of(flap_part part, const flap_model_config *config) {
@@ -71,28 +77,44 @@ static void assert_same_gradients(const model_fixture *a, const model_fixture *b
                     "case %d: gradients of part %d, layer %u", number, part, i);
 }
 
-static void check_recompute(int number, flap_dtype dtype) {
-  random_case chosen = make_case((uint32_t)number, dtype);
+static char *place_of(const flap_model_saved *saved, const flap_saved_tensor *tensors, uint32_t i) {
+  return (char *)((saved->mask >> i & 1) != 0 ? saved->kept : saved->scratch) + tensors[i].offset;
+}
+
+/* What the mask does not keep is lost and computed again; what it keeps is not even written. */
+static void lose_and_recompute(model_fixture *f, uint32_t layer) {
+  const flap_model_saved *saved = &f->saved[layer];
+  const uint64_t kept_bytes = flap_model_saved_bytes(&f->config, &f->shape, saved->mask);
+  char *copy = malloc(kept_bytes + 1);
+  ck_assert(copy != NULL);
+  memset(saved->scratch, 0xff, flap_model_saved_bytes(&f->config, &f->shape, ~saved->mask));
+  memset(f->run.workspace, 0xff, flap_model_workspace_bytes(&f->config, &f->shape));
+  memcpy(copy, saved->kept, kept_bytes);
+  flap_model_layer_recompute(&f->run, f->weights[FLAP_PART_LAYER][layer], f->x[layer], saved);
+  ck_assert(memcmp(copy, saved->kept, kept_bytes) == 0);
+  free(copy);
+}
+
+static void check_recompute(const random_case *chosen, uint32_t mask, int number) {
   model_fixture kept, again;
-  open_case(&kept, &chosen, 2, 5);
-  open_case(&again, &chosen, 2, 5);
+  open_case(&kept, chosen, 2, 5);
+  open_saving(&again, chosen, mask, 2, 5);
   fixture_forward(&kept);
   fixture_forward(&again);
 
-  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
-  uint32_t count = flap_model_saved_tensors(&chosen.config, &chosen.shape, tensors);
-  uint64_t saved_bytes = flap_model_saved_bytes(&chosen.config, &chosen.shape);
-  uint64_t hidden_bytes = flap_model_hidden_bytes(&chosen.config, &chosen.shape);
-  for (uint32_t layer = 0; layer < chosen.config.num_hidden_layers; layer++) {
-    ck_assert_mem_eq(kept.x[layer + 1], again.x[layer + 1], hidden_bytes);
-    memset(again.saved[layer], 0xff, saved_bytes);
-    memset(again.run.workspace, 0xff, flap_model_workspace_bytes(&chosen.config, &chosen.shape));
-    flap_model_layer_forward(&again.run, again.weights[FLAP_PART_LAYER][layer], again.x[layer], again.saved[layer],
-                             NULL);
-    for (uint32_t i = 0; i < count; i++)
-      ck_assert_msg(memcmp((char *)kept.saved[layer] + tensors[i].offset,
-                           (char *)again.saved[layer] + tensors[i].offset, tensors[i].bytes) == 0,
-                    "case %d: %s", number, tensors[i].name);
+  flap_saved_tensor whole[FLAP_MODEL_SAVED_MAX], parts[FLAP_MODEL_SAVED_MAX];
+  const uint32_t count = flap_model_saved_tensors(&chosen->config, &chosen->shape, FLAP_MODEL_SAVED_ALL, whole);
+  ck_assert_uint_eq(flap_model_saved_tensors(&chosen->config, &chosen->shape, mask, parts), count);
+  for (uint32_t layer = 0; layer < chosen->config.num_hidden_layers; layer++) {
+    ck_assert_mem_eq(kept.x[layer + 1], again.x[layer + 1], flap_model_hidden_bytes(&chosen->config, &chosen->shape));
+    for (int pass = 0; pass < 2; pass++) { /* as the forward left it, and computed again */
+      for (uint32_t i = 0; i < count; i++)
+        ck_assert_msg(memcmp(place_of(&kept.saved[layer], whole, i), place_of(&again.saved[layer], parts, i),
+                             whole[i].bytes) == 0,
+                      "case %d, mask %#x, pass %d: %s", number, mask, pass, whole[i].name);
+      if (pass == 0)
+        lose_and_recompute(&again, layer);
+    }
   }
   double loss = fixture_backward(&kept, 0.25f);
   ck_assert(isfinite(loss));
@@ -104,9 +126,67 @@ static void check_recompute(int number, flap_dtype dtype) {
   fixture_close(&again);
 }
 
-START_TEST(recompute_leaves_the_same_bits) {
-  check_recompute(_i, FLAP_F32);
-  check_recompute(_i, FLAP_BF16);
+/* Every set of tensors of which attention's result and its statistics are both kept or neither. */
+START_TEST(recompute_leaves_the_same_bits_whatever_is_kept) {
+  const random_case chosen = make_case((uint32_t)_i, _i % 2 ? FLAP_F32 : FLAP_BF16);
+  const random_case other = make_case((uint32_t)_i, _i % 2 ? FLAP_BF16 : FLAP_F32);
+  for (uint32_t mask = 0; mask < 1u << SAVED_TENSORS; mask++)
+    if ((mask >> 1 & 1) == (mask >> 2 & 1))
+      check_recompute(&chosen, mask, _i);
+  uint32_t set_count;
+  const flap_saved_set *sets = flap_model_saved_sets(&other.config, &set_count);
+  check_recompute(&other, 0, _i);
+  for (uint32_t i = 0; i < set_count; i++)
+    check_recompute(&other, sets[i].mask, _i);
+}
+END_TEST
+
+/* A recompute starts from what is kept and from nothing before it: with the residual stream spoilt, gate and up are;
+ * with attention's result spoilt, the residual stream is, but q, k and v are not; statistics of the norms serve the
+ * backward alone. And what is kept is not written, not even with what it holds. */
+static const struct {
+  const char *spoilt, *follows, *stays;
+  uint32_t mask;
+} CHAINS[] = {{"residual", "gate_up", NULL, 0x1f},
+              {"rstd", NULL, "gate_up", 0x1f},
+              {"attention", "residual", "qkv", 0x06},
+              {"qkv", "attention", NULL, 0x01},
+              {"gate_up", NULL, "residual", 0x20}};
+#define CHAIN_COUNT ((int)(sizeof CHAINS / sizeof *CHAINS))
+
+START_TEST(recompute_starts_from_what_is_kept) {
+  const random_case chosen = make_case(3, FLAP_BF16);
+  model_fixture f;
+  open_saving(&f, &chosen, CHAINS[_i].mask, 1, 5);
+  fixture_forward(&f);
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  const uint32_t count = flap_model_saved_tensors(&chosen.config, &chosen.shape, CHAINS[_i].mask, tensors);
+  char *place[FLAP_MODEL_SAVED_MAX], *before[FLAP_MODEL_SAVED_MAX];
+  uint32_t checked = 0;
+  for (uint32_t i = 0; i < count; i++) {
+    place[i] = place_of(&f.saved[0], tensors, i);
+    before[i] = malloc(tensors[i].bytes);
+    ck_assert(before[i] != NULL);
+    if (strcmp(tensors[i].name, CHAINS[_i].spoilt) == 0)
+      memset(place[i], 0, tensors[i].bytes);
+    memcpy(before[i], place[i], tensors[i].bytes);
+  }
+  flap_model_layer_recompute(&f.run, f.weights[FLAP_PART_LAYER][0], f.x[0], &f.saved[0]);
+  for (uint32_t i = 0; i < count; i++) {
+    const bool same = memcmp(before[i], place[i], tensors[i].bytes) == 0;
+    const char *name = tensors[i].name;
+    if (CHAINS[_i].follows != NULL && strcmp(name, CHAINS[_i].follows) == 0)
+      ck_assert_msg(!same, "%s does not follow from %s", name, CHAINS[_i].spoilt);
+    else if (strcmp(name, CHAINS[_i].spoilt) == 0 || (CHAINS[_i].stays != NULL && strcmp(name, CHAINS[_i].stays) == 0))
+      ck_assert_msg(same, "%s is written or follows from %s", name, CHAINS[_i].spoilt);
+    else
+      continue;
+    checked++;
+  }
+  ck_assert_uint_ge(checked, 2);
+  for (uint32_t i = 0; i < count; i++)
+    free(before[i]);
+  fixture_close(&f);
 }
 END_TEST
 
@@ -204,10 +284,10 @@ START_TEST(biases_of_one_product_stand_at_their_columns) {
 
   fixture_forward(&fixture);
   flap_saved_tensor kept[FLAP_MODEL_SAVED_MAX];
-  (void)flap_model_saved_tensors(&config, &chosen.shape, kept);
+  (void)flap_model_saved_tensors(&config, &chosen.shape, FLAP_MODEL_SAVED_ALL, kept);
   ck_assert_str_eq(kept[0].name, "qkv");
-  ck_assert_mem_eq((char *)fixture.saved[0] + kept[0].offset, expected, bytes);
-  ck_assert_mem_eq((char *)fixture.saved[0] + kept[0].offset + 5 * bytes, expected, bytes);
+  ck_assert_mem_eq((char *)fixture.saved[0].kept + kept[0].offset, expected, bytes);
+  ck_assert_mem_eq((char *)fixture.saved[0].kept + kept[0].offset + 5 * bytes, expected, bytes);
   ck_assert_str_eq(fixture_overrun(&fixture), "");
   fixture_close(&fixture);
 }
@@ -306,7 +386,7 @@ START_TEST(decode_follows_the_full_forward) {
     void *x = pieces.x[0];
     flap_model_embed(&embed, pieces.weights[FLAP_PART_EMBEDDING][0], pieces.tokens + first, x);
     for (uint32_t i = 0; i < layers; i++)
-      flap_model_layer_decode(&pieces.run, pieces.weights[FLAP_PART_LAYER][i], x, pieces.saved[0], pieces.cache[i],
+      flap_model_layer_decode(&pieces.run, pieces.weights[FLAP_PART_LAYER][i], x, pieces.saved[0].kept, pieces.cache[i],
                               pieces.cache_positions, tokens, first);
     const float *expected = (const float *)full.x[layers] + (uint64_t)first * hidden;
     double error = fixture_relative_error(x, expected, (uint64_t)tokens * hidden);
@@ -358,7 +438,8 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
   void *projection = fixture_projection(&fixture), *embedding = fixture.weights[FLAP_PART_EMBEDDING][0];
   float *dembedding = fixture.gradients[FLAP_PART_EMBEDDING][0], *dlayer = fixture.gradients[FLAP_PART_LAYER][0];
   float *dhead = fixture.gradients[FLAP_PART_HEAD][0], *dprojection = fixture_projection_gradient(&fixture);
-  void *x = fixture.x[0], *y = fixture.x[1], *saved = fixture.saved[0], *dx = fixture.dx, *cache = fixture.cache[0];
+  void *x = fixture.x[0], *y = fixture.x[1], *dx = fixture.dx, *cache = fixture.cache[0];
+  const flap_model_saved *saved = &fixture.saved[0], nothing = {.scratch = saved->kept};
   int32_t *ids = fixture.tokens, *targets = fixture.targets;
   float *losses = fixture.losses;
   double tokens = 1024;
@@ -369,7 +450,16 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
   ck_assert_double_eq(head_flops, 2 * tokens * 1024 * 8000);
 
   CHECK_CHARGE(layer_flops, 0.02, flap_model_layer_forward(run, layer, x, saved, y));
-  CHECK_CHARGE(layer_flops - down, 0.02, flap_model_layer_forward(run, layer, x, saved, NULL));
+  CHECK_CHARGE(layer_flops - down, 0.02, flap_model_layer_recompute(run, layer, x, &nothing));
+  uint32_t set_count;
+  const flap_saved_set *sets = flap_model_saved_sets(&config, &set_count);
+  ck_assert_double_eq(flap_model_recompute_flops(&config, &shape, 0), layer_flops - down);
+  ck_assert_double_eq(flap_model_recompute_flops(&config, &shape, FLAP_MODEL_SAVED_ALL), 0);
+  for (uint32_t i = 0; i < set_count; i++) {
+    const flap_model_saved some = {.kept = saved->kept, .scratch = saved->kept, .mask = sets[i].mask};
+    CHECK_CHARGE(flap_model_recompute_flops(&config, &shape, sets[i].mask), 0.02,
+                 flap_model_layer_recompute(run, layer, x, &some));
+  }
   /* Two matmuls for each of the forward's, and 5 passes over attention's squares for its 2. */
   CHECK_CHARGE(2 * layer_flops + 0.5 * attention, 0.02,
                flap_model_layer_backward(run, layer, x, saved, dx, dlayer, true));
@@ -379,7 +469,7 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
                flap_model_head_loss(run, head, projection, x, targets, 1, losses, dx, dhead, dprojection, true));
   CHECK_CHARGE(head_flops / tokens, 0.01, flap_model_logits(run, head, projection, x, 3, fixture.logits));
   CHECK_CHARGE((layer_flops - attention) / tokens, 0.02,
-               flap_model_layer_decode(run, layer, x, saved, cache, fixture.cache_positions, 1, 0));
+               flap_model_layer_decode(run, layer, x, saved->kept, cache, fixture.cache_positions, 1, 0));
   CHECK_CHARGE(1, 0, flap_model_embed(run, embedding, ids, x));
   CHECK_CHARGE(tokens * 1024, 0.01, flap_model_embed_backward(run, ids, fixture.order, dx, dembedding));
   fixture_close(&fixture);
@@ -390,7 +480,8 @@ int main(void) {
   Suite *suite = suite_create("llama_layer");
   TCase *tests = tcase_create("layer");
   tcase_set_timeout(tests, 120);
-  tcase_add_loop_test(tests, recompute_leaves_the_same_bits, 0, CASES);
+  tcase_add_loop_test(tests, recompute_leaves_the_same_bits_whatever_is_kept, 0, CASES);
+  tcase_add_loop_test(tests, recompute_starts_from_what_is_kept, 0, CHAIN_COUNT);
   tcase_add_loop_test(tests, threads_leave_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, first_backward_equals_adding_to_zeros, 0, CASES);
   tcase_add_loop_test(tests, biases_of_one_product_stand_at_their_columns, 0, 4);

@@ -318,7 +318,7 @@ START_TEST(saved_block_holds_its_tensors_and_their_costs_add_up) {
   for (int dtype = FLAP_F32; dtype <= FLAP_BF16; dtype++) {
     flap_model_shape shape = {.dtype = (flap_dtype)dtype, .batch = 3, .sequence = 67};
     flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
-    uint32_t count = flap_model_saved_tensors(&config, &shape, tensors);
+    uint32_t count = flap_model_saved_tensors(&config, &shape, FLAP_MODEL_SAVED_ALL, tensors);
     uint64_t end = 0;
     double recompute = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -328,12 +328,56 @@ START_TEST(saved_block_holds_its_tensors_and_their_costs_add_up) {
       end = tensors[i].offset + tensors[i].bytes;
       recompute += tensors[i].recompute_flops;
     }
-    uint64_t bytes = flap_model_saved_bytes(&config, &shape);
+    uint64_t bytes = flap_model_saved_bytes(&config, &shape, FLAP_MODEL_SAVED_ALL);
     ck_assert_uint_eq(bytes % 4096, 0);
     ck_assert(bytes >= end && bytes - end < 4096);
     /* Everything of a forward but the down-projection. */
     double down = 2.0 * 3 * 67 * 192 * 512;
     ck_assert_double_eq(recompute, flap_model_forward_flops(&config, &shape, FLAP_PART_LAYER) - down);
+  }
+}
+END_TEST
+
+/* Whatever is kept, each tensor is in one of two blocks, and no two of a block overlap. */
+START_TEST(kept_and_other_tensors_fill_two_blocks) {
+  flap_model_config config = good_config();
+  ck_assert_int_eq(flap_model_finish_config(&config), FLAP_OK);
+  const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 3, .sequence = 67};
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  const uint32_t count = flap_model_saved_tensors(&config, &shape, 0, tensors);
+  for (uint32_t mask = 0; mask < 1u << count; mask++) {
+    uint64_t end[2] = {0, 0};
+    double again = 0;
+    (void)flap_model_saved_tensors(&config, &shape, mask, tensors);
+    for (uint32_t i = 0; i < count; i++) {
+      const uint32_t block = mask >> i & 1;
+      ck_assert_uint_eq(tensors[i].offset % 256, 0);
+      ck_assert(tensors[i].offset >= end[block] && tensors[i].offset - end[block] < 256);
+      end[block] = tensors[i].offset + tensors[i].bytes;
+      again += block == 0 ? tensors[i].recompute_flops : 0;
+    }
+    ck_assert_uint_eq(flap_model_saved_bytes(&config, &shape, mask), (end[1] + 4095) / 4096 * 4096);
+    ck_assert_uint_eq(flap_model_saved_bytes(&config, &shape, ~mask), (end[0] + 4095) / 4096 * 4096);
+    ck_assert_double_eq(flap_model_recompute_flops(&config, &shape, mask), again);
+  }
+}
+END_TEST
+
+START_TEST(saved_sets_grow_up_to_all) {
+  static const char *const families[] = {"llama", "mistral", "qwen2"};
+  for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
+    flap_model_config config = good_config();
+    config.family = flap_model_find_family(families[f]);
+    ck_assert_int_eq(flap_model_finish_config(&config), FLAP_OK);
+    const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 64};
+    uint32_t count;
+    const flap_saved_set *sets = flap_model_saved_sets(&config, &count);
+    ck_assert_uint_gt(count, 1);
+    for (uint32_t i = 0; i < count; i++) {
+      const uint64_t bytes = flap_model_saved_bytes(&config, &shape, sets[i].mask);
+      ck_assert_uint_gt(bytes, i == 0 ? 0 : flap_model_saved_bytes(&config, &shape, sets[i - 1].mask));
+    }
+    ck_assert_uint_eq(sets[count - 1].mask, FLAP_MODEL_SAVED_ALL);
   }
 }
 END_TEST
@@ -371,6 +415,8 @@ int main(void) {
   tcase_add_test(tests, parts_are_laid_out_in_blocks_without_overlap);
   tcase_add_test(tests, matrices_with_one_input_are_adjacent);
   tcase_add_test(tests, saved_block_holds_its_tensors_and_their_costs_add_up);
+  tcase_add_test(tests, kept_and_other_tensors_fill_two_blocks);
+  tcase_add_test(tests, saved_sets_grow_up_to_all);
   tcase_add_test(tests, sizes_of_the_demo_are_small);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
