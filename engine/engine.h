@@ -57,8 +57,10 @@ typedef struct flap_plan {
 
   /* choices */
   uint32_t segment_layers, group_micro_batches, saved_layers;
-  bool saved_resident; /* the saved activations stay in VRAM */
-  bool sweep;          /* else the update is folded into the next forward */
+  char saved_tensors[128]; /* what of a layer these save: "attention, lse"; "" for no layer */
+  bool saved_whole;        /* which is all there is */
+  bool saved_resident;     /* the saved activations stay in VRAM */
+  bool sweep;              /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
   uint32_t read_buffers, write_buffers;
   flap_class_plan classes[FLAP_CLASS_COUNT];

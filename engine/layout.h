@@ -81,7 +81,7 @@ typedef struct flap_layout {
   uint32_t part_count, slice_count, segment_count, region_count;
   uint64_t block_count;
   uint64_t part_elements[FLAP_PART_COUNT]; /* of a part of each kind, padded */
-  flap_layout_part *parts; /* embedding, layers in order, head */
+  flap_layout_part *parts;                 /* embedding, layers in order, head */
   flap_layout_slice *slices;
   flap_layout_region *regions;
   uint32_t first_sums, vocabulary_sums;

@@ -27,12 +27,29 @@ static void describe_model(const flap_prepared *p, flap_plan *plan) {
   plan->machine = p->machine;
 }
 
+static void describe_saved(const flap_setup *setup, flap_plan *plan) {
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  const uint32_t mask = setup->choice.saved_mask;
+  const uint32_t count = flap_model_saved_tensors(setup->spec.model, &setup->spec.shape, mask, tensors);
+  size_t used = 0;
+  plan->saved_whole = true;
+  for (uint32_t i = 0; i < count; i++) {
+    if ((mask >> i & 1) == 0)
+      plan->saved_whole = false;
+    else if (used < sizeof plan->saved_tensors)
+      used += (size_t)snprintf(plan->saved_tensors + used, sizeof plan->saved_tensors - used, "%s%s",
+                               used > 0 ? ", " : "", tensors[i].name);
+  }
+}
+
 static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   const flap_choice *choice = &setup->choice;
   plan->segment_layers = choice->segment_layers;
   plan->group_micro_batches = choice->group_micro_batches;
   for (uint32_t i = 0; setup->spec.mode == FLAP_MODE_TRAIN && i < plan->layers; i++)
     plan->saved_layers += flap_layout_saved(&setup->layout, i, 0) != FLAP_REGION_NONE ? 1 : 0;
+  if (plan->saved_layers > 0)
+    describe_saved(setup, plan);
   plan->saved_resident = plan->saved_layers > 0 && setup->classes[FLAP_CLASS_SAVED].ring_slots == 0;
   plan->sweep = choice->sweep;
   plan->page_bytes = choice->page_bytes;

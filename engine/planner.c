@@ -40,20 +40,31 @@ static void add_groups(const flap_planner *planner, planner_candidates *c) {
   }
 }
 
+static void enter_saving(planner_savings *list, uint32_t layers, uint32_t mask) {
+  if (list->count == 0 || list->of[list->count - 1].layers != layers || list->of[list->count - 1].mask != mask)
+    list->of[list->count++] = (planner_saving){.layers = layers, .mask = mask};
+}
+
+/* `activations` forces how many layers save, `expert.saved` what; keep and offload alone mean everything. */
 static void add_saved(const flap_planner *planner, planner_candidates *c) {
   const uint32_t layers = planner->spec.model->num_hidden_layers;
-  if (planner->spec.mode != FLAP_MODE_TRAIN || planner->activations == FLAP_ACTIVATIONS_RECOMPUTE) {
-    c->saved[c->saved_count++] = 0;
-    return;
-  }
-  if (planner->activations != FLAP_ACTIVATIONS_AUTO) {
-    c->saved[c->saved_count++] = layers;
-    return;
-  }
-  for (uint32_t part = 0; part < PLANNER_SAVED_MAX; part++) {
-    const uint32_t saved = layers * part / (PLANNER_SAVED_MAX - 1);
-    if (c->saved_count == 0 || c->saved[c->saved_count - 1] != saved)
-      c->saved[c->saved_count++] = saved;
+  const bool forced = planner->activations != FLAP_ACTIVATIONS_AUTO;
+  const char *wanted = flap_run_config_saved(planner->expert.saved);
+  uint32_t set_count = 0;
+  const flap_saved_set *sets = flap_model_saved_sets(planner->spec.model, &set_count);
+  const bool nothing = planner->spec.mode != FLAP_MODE_TRAIN || planner->activations == FLAP_ACTIVATIONS_RECOMPUTE;
+  if (nothing || !forced)
+    enter_saving(&c->saved, 0, 0);
+  flap_assert(set_count <= FLAP_MODEL_SAVED_MAX);
+  for (uint32_t i = 0; i < set_count && !nothing; i++) {
+    const bool is_first = wanted != NULL ? strcmp(sets[i].name, wanted) == 0 : sets[i].mask == FLAP_MODEL_SAVED_ALL;
+    for (uint32_t share = forced ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
+      const uint32_t saved = layers * share / PLANNER_SAVED_SHARES;
+      if (saved > 0 && is_first)
+        enter_saving(&c->saved, saved, sets[i].mask);
+      else if (saved > 0 && wanted == NULL && !forced)
+        enter_saving(&c->partial, saved, sets[i].mask);
+    }
   }
 }
 
@@ -121,7 +132,8 @@ static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint6
 /* ---- settling a skeleton on a slice and a page size ------------------------------------------------------- */
 
 typedef struct skeleton {
-  uint32_t segment, group, saved;
+  uint32_t segment, group;
+  planner_saving saved;
   bool spread;
 } skeleton;
 
@@ -129,8 +141,8 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                              uint64_t page) {
   flap_choice choice = {.segment_layers = s.segment,
                         .group_micro_batches = s.group,
-                        .saved_layers = s.saved,
-                        .saved_mask = FLAP_MODEL_SAVED_ALL,
+                        .saved_layers = s.saved.layers,
+                        .saved_mask = s.saved.mask,
                         .sweep = c->sweep,
                         .spread = s.spread,
                         .slice_elements = slice,
@@ -230,6 +242,36 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
   return FLAP_OK;
 }
 
+/* From this layer on a skeleton saves. */
+static uint32_t first_saved(const flap_planner *planner, skeleton s) {
+  return flap_layout_first_saved(
+      &(flap_layout_spec){.model = planner->spec.model, .segment_layers = s.segment, .saved_layers = s.saved.layers});
+}
+
+/* Of a micro-batch. Where nothing is saved, all layers of a segment but the last run as in the forward. */
+static double recompute_ns(const flap_planner *planner, skeleton s) {
+  const flap_op_times *t = planner->times;
+  const uint32_t first = first_saved(planner, s), segments = (first + s.segment - 1) / s.segment;
+  const double again = (double)t->forward_ns * (first - segments) + (double)t->recompute_ns * segments;
+  const uint32_t saving = planner->spec.model->num_hidden_layers - first;
+  return saving == 0 ? again : again + (double)flap_op_times_recompute(t, s.saved.mask) * saving;
+}
+
+/* Whether it comes to the same as another candidate, once only whole segments save: as one with fewer layers of the
+ * same set, or as one that saves nothing, which there is unless all layers must. */
+static bool is_double(const flap_planner *planner, const planner_savings *list, skeleton s) {
+  const uint32_t first = first_saved(planner, s), layers = planner->spec.model->num_hidden_layers;
+  if (s.saved.layers > 0 && s.saved.layers < layers && first == layers)
+    return true;
+  for (uint32_t j = 0; j < list->count; j++) {
+    skeleton other = s;
+    other.saved = list->of[j];
+    if (other.saved.mask == s.saved.mask && other.saved.layers < s.saved.layers && first_saved(planner, other) == first)
+      return true;
+  }
+  return false;
+}
+
 /* What no placement can beat: computing, and gradient sums that travel in fp32 between groups where VRAM cannot hold
  * them. Saves working out skeletons that cannot win. */
 static double least_seconds(const flap_planner *planner, const flap_budgets *budgets, skeleton s) {
@@ -238,8 +280,10 @@ static double least_seconds(const flap_planner *planner, const flap_budgets *bud
   const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
   if (spec->mode != FLAP_MODE_TRAIN)
     return 0;
-  const double layer_ns = (double)(t->forward_ns + t->backward_ns), head_ns = (double)t->head_ns;
-  const double computing = n * (layer_ns * layers + (double)t->recompute_ns * (layers - s.saved) + head_ns) * 1e-9;
+  const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns;
+  const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns;
+  const double forward_ns = layers * (double)t->forward_ns + recompute_ns(planner, s);
+  const double computing = (n * forward_ns + fresh_ns + (n - 1) * adding_ns) * 1e-9;
   const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
   const double travels = sums > (double)budgets->vram_bytes ? sums - (double)budgets->vram_bytes : 0;
   const double moving = (groups - 1) * travels / planner->machine->h2d_bytes;
@@ -248,11 +292,13 @@ static double least_seconds(const flap_planner *planner, const flap_budgets *bud
 
 static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                              contender *list, uint32_t *count, planner_reach *reach) {
-  for (uint32_t j = c->saved_count; j-- > 0;) /* those that compute least first */
+  for (uint32_t j = c->saved.count; j-- > 0;) /* those that compute least first */
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved[j], spread == 1};
+          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1};
+          if (is_double(planner, &c->saved, s))
+            continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
             continue;
           const flap_status status = enter_skeleton(planner, c, budgets, s, list, count, reach);
@@ -262,11 +308,10 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
   return FLAP_OK;
 }
 
+/* The best of a list, if it is better than the one before, with its costs; of no seconds: there is none before. */
 static flap_status simulate_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                 const contender *list, uint32_t count, uint32_t *best_out, flap_plan_costs *costs) {
-  double best = 0;
+                                 const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
   uint64_t transfers = 0; /* simulated so far: what it costs a person's patience */
-  *best_out = 0;
   for (uint32_t i = 0; i < count && list[i].estimate <= list[0].estimate * PLANNER_WORTH_SIMULATING &&
                        transfers < PLANNER_TRANSFERS_MAX;
        i++) {
@@ -278,18 +323,53 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
     flap_log(FLAP_LOG_DEBUG,
-             "plan: segments of %u, groups of %u, %u layers saved, %s, depth %u: estimated %.4f s, simulated %.4f s",
-             list[i].s.segment, list[i].s.group, list[i].s.saved, list[i].s.spread ? "spread" : "at once",
-             list[i].depth, list[i].estimate, costs_here.step_seconds);
+             "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, depth %u: estimated %.4f s, "
+             "simulated %.4f s",
+             list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
+             list[i].s.spread ? "spread" : "at once", list[i].depth, list[i].estimate, costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
-    if (i == 0 || costs_here.step_seconds < best * 0.9999) {
-      best = costs_here.step_seconds;
-      *best_out = i;
+    if (costs->step_seconds <= 0 || costs_here.step_seconds < costs->step_seconds * 0.9999) {
+      *best = list[i];
       *costs = costs_here;
     }
   }
   return FLAP_OK;
+}
+
+static bool same_cut(skeleton a, skeleton b) {
+  return a.segment == b.segment && a.group == b.group && a.spread == b.spread;
+}
+
+/* Which tensors are saved is decided last, around what is best while layers save all or nothing: for the few best ways
+ * to cut the step, every set that computes less than the best step takes. Among all candidates they would be so many,
+ * and estimated so alike, that they would crowd others out of the list, and planning would take three times as long. */
+static flap_status refine_saved(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+  contender refined[PLANNER_CONTENDERS + 1];
+  skeleton cuts[PLANNER_REFINED_CUTS] = {best->s};
+  uint32_t cut_count = 1, refined_count = 0;
+  planner_reach reach = PLANNER_NO_VRAM;
+  for (uint32_t i = 0; i < count && cut_count < PLANNER_REFINED_CUTS; i++) {
+    bool known = false;
+    for (uint32_t k = 0; k < cut_count; k++)
+      known = known || same_cut(cuts[k], list[i].s);
+    if (!known)
+      cuts[cut_count++] = list[i].s;
+  }
+  for (uint32_t k = 0; k < cut_count; k++)
+    for (uint32_t j = 0; j < c->partial.count; j++) {
+      skeleton s = cuts[k];
+      s.saved = c->partial.of[j];
+      if (is_double(planner, &c->partial, s) || least_seconds(planner, budgets, s) >= costs->step_seconds)
+        continue;
+      const flap_status status = enter_skeleton(planner, c, budgets, s, refined, &refined_count, &reach);
+      if (status != FLAP_OK && status != FLAP_BUDGET)
+        return status;
+    }
+  if (refined_count > PLANNER_REFINED)
+    refined_count = PLANNER_REFINED;
+  return simulate_list(planner, c, budgets, refined, refined_count, best, costs);
 }
 
 /* Which budget is too small, and what it must be at least. */
@@ -333,7 +413,8 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   flap_op_times times;
   planner_candidates c;
   contender list[PLANNER_CONTENDERS + 1];
-  uint32_t count = 0, best = 0;
+  contender best = {.depth = 0};
+  uint32_t count = 0;
   planner_reach reach = PLANNER_NO_VRAM;
   if (timed.times == NULL) {
     FLAP_TRY(planner_times(planner, &times));
@@ -343,8 +424,10 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   FLAP_TRY(shortlist(planner, &c, budgets, list, &count, &reach));
   if (count == 0)
     return refuse(planner, budgets, reach);
+  *costs_out = (flap_plan_costs){0};
   FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
-  return settle(planner, &c, list[best].s, budgets, list[best].depth, setup_out, &reach);
+  FLAP_TRY(refine_saved(planner, &c, budgets, list, count, &best, costs_out));
+  return settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }
 
 /* ---- the least that works -------------------------------------------------------------------------------- */
@@ -463,25 +546,37 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
   return status;
 }
 
-/* What saves a budget is known, so not every candidate is tried: no saved layers; groups of all micro-batches or of
- * one; for vram the smallest slices and segments, for ram and disk (tables and lists) the two largest slices that vram
- * allows. So ram and disk are looked for in the same setups. */
+/* The slices of one way to cut the step. */
+static flap_status least_of_skeleton(const flap_planner *planner, const flap_budgets *budgets,
+                                     const planner_candidates *c, skeleton s, search *found) {
+  const bool vram = found->which[0] == LEVER_VRAM;
+  uint32_t fitting = 0;
+  for (uint32_t k = 0; k < c->slice_count && fitting < 2; k++) {
+    const uint64_t before = found->least[0];
+    bool fits = false;
+    FLAP_TRY(least_of_slice(planner, budgets, c, s, c->slices[vram ? k : c->slice_count - 1 - k], found, &fits));
+    fitting += vram ? (found->least[0] < before ? 2 : 0) : (fits ? 1 : 0);
+  }
+  return FLAP_OK;
+}
+
+/* What saves a budget is known, so not every candidate is tried: no saved layers (and all of them where `expert.saved`
+ * leaves something out, for a long segment computes that again in less scratch than everything); groups of all
+ * micro-batches or of one; for vram the smallest slices and segments, for ram and disk (tables and lists) the two
+ * largest slices that vram allows. So ram and disk are looked for in the same setups. */
 static flap_status find_least(const flap_planner *planner, const flap_budgets *budgets, search *found) {
   const bool vram = found->which[0] == LEVER_VRAM;
   planner_candidates c;
   planner_list(planner, &c);
+  const planner_saving last = c.saved.of[c.saved.count - 1];
   for (uint32_t i = 0; i < found->count; i++)
     found->least[i] = UINT64_MAX;
   for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
-    for (uint32_t g = 0; g<c.group_count; g += c.group_count> 1 ? c.group_count - 1 : 1) {
-      uint32_t fitting = 0;
-      for (uint32_t k = 0; k < c.slice_count && fitting < 2; k++) {
-        const skeleton s = {c.segments[i], c.groups[g], c.saved[0], false};
-        const uint64_t before = found->least[0];
-        bool fits = false;
-        FLAP_TRY(least_of_slice(planner, budgets, &c, s, c.slices[vram ? k : c.slice_count - 1 - k], found, &fits));
-        fitting += vram ? (found->least[0] < before ? 2 : 0) : (fits ? 1 : 0);
-      }
+    for (uint32_t g = 0; g < c.group_count; g = g + 1 < c.group_count ? c.group_count - 1 : c.group_count) {
+      FLAP_TRY(
+          least_of_skeleton(planner, budgets, &c, (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false}, found));
+      if (last.layers > 0 && last.mask != FLAP_MODEL_SAVED_ALL && c.saved.count > 1)
+        FLAP_TRY(least_of_skeleton(planner, budgets, &c, (skeleton){c.segments[i], c.groups[g], last, false}, found));
     }
   for (uint32_t i = 0; i < found->count; i++)
     if (found->least[i] == UINT64_MAX)

@@ -6,22 +6,37 @@
 
 #define PLANNER_SEGMENTS_MAX 12
 #define PLANNER_GROUPS_MAX 16
-#define PLANNER_SAVED_MAX 5
+#define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */
+#define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
 #define PLANNER_SLICES_MAX 24
 #define PLANNER_PAGES_MAX 12
 #define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
 #define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
 #define PLANNER_CONTENDERS 12         /* that are simulated */
 #define PLANNER_NOTHING_AHEAD 1.1  /* rings without a slot to run ahead wait for each lease: estimates do not see it */
+#define PLANNER_REFINED_CUTS 4     /* ways to cut the step that are tried with other sets of saved tensors */
+#define PLANNER_REFINED 6          /* contenders of these that are simulated */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
 
+/* The last so many layers save the tensors of a mask. */
+typedef struct planner_saving {
+  uint32_t layers, mask;
+} planner_saving;
+
+typedef struct planner_savings {
+  uint32_t count;
+  planner_saving of[PLANNER_SAVED_MAX];
+} planner_savings;
+
 typedef struct planner_candidates {
-  uint32_t segment_count, group_count, saved_count, slice_count, page_count;
-  uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX], saved[PLANNER_SAVED_MAX];
+  uint32_t segment_count, group_count, slice_count, page_count;
+  uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX];
+  planner_savings saved;   /* all or nothing of so many layers; what saves least first */
+  planner_savings partial; /* some of it */
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   bool sweep;
 } planner_candidates;

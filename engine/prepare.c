@@ -134,6 +134,19 @@ static flap_status choose_device(flap_prepared *p) {
   return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
 }
 
+static flap_status check_saved(const flap_prepared *p) {
+  const char *wanted = flap_run_config_saved(p->config->expert.saved);
+  uint32_t count;
+  const flap_saved_set *sets = flap_model_saved_sets(&p->model, &count);
+  for (uint32_t i = 0; wanted != NULL && i < count; i++)
+    if (strcmp(sets[i].name, wanted) == 0)
+      return FLAP_OK;
+  if (wanted == NULL)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID, "expert.saved: %s is nothing that models of the %s family can keep: use all",
+                        wanted, flap_model_family_name(p->model.family));
+}
+
 static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_model_shape *shape,
                              uint32_t micro_batches, uint32_t cache_positions) {
   static const flap_block_backend backends[] = {[FLAP_RUN_IO_AUTO] = FLAP_BLOCK_AUTO,
@@ -161,6 +174,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   if (mode == FLAP_MODE_TRAIN && config->expert.segment_layers > p->model.num_hidden_layers)
     return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
                           config->expert.segment_layers, p->model.num_hidden_layers);
+  FLAP_TRY(check_saved(p));
   return choose_device(p);
 }
 

@@ -13,6 +13,14 @@
 #define PAGE_BYTES_MAX (4 * FLAP_MIB)
 #define TOKENS_MAX ((uint64_t)1 << 40)
 
+const char *flap_run_config_saved(flap_run_saved saved) {
+  static const char *const names[] = {[FLAP_RUN_SAVED_AUTO] = NULL,
+                                      [FLAP_RUN_SAVED_ATTENTION] = "attention",
+                                      [FLAP_RUN_SAVED_ALL_BUT_MLP] = "all_but_mlp",
+                                      [FLAP_RUN_SAVED_ALL] = "all"};
+  return names[saved];
+}
+
 void flap_run_config_defaults(flap_run_config *config) {
   memset(config, 0, sizeof *config);
   config->cutoff_len = 2048;
@@ -165,6 +173,11 @@ static flap_status check_machine(const flap_run_config *config) {
   if (expert->group_micro_batches > config->gradient_accumulation_steps)
     return flap_error_set(FLAP_INVALID, "expert.group_micro_batches: %u is more than the %u micro-batches of a step",
                           expert->group_micro_batches, config->gradient_accumulation_steps);
+  if (expert->saved != FLAP_RUN_SAVED_AUTO && config->activations == FLAP_ACTIVATIONS_RECOMPUTE)
+    return flap_error_set(FLAP_INVALID,
+                          "expert.saved: %s contradicts recomputing all activations (activations, "
+                          "gradient_checkpointing): leave one of them out",
+                          flap_run_config_saved(expert->saved));
   if (expert->threads > 4096)
     return flap_error_set(FLAP_INVALID, "expert.threads: %u is more than 4096", expert->threads);
   return FLAP_OK;

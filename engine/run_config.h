@@ -45,6 +45,12 @@ typedef enum flap_activations {
   FLAP_ACTIVATIONS_OFFLOAD,
   FLAP_ACTIVATIONS_RECOMPUTE
 } flap_activations;
+typedef enum flap_run_saved {
+  FLAP_RUN_SAVED_AUTO,
+  FLAP_RUN_SAVED_ATTENTION,
+  FLAP_RUN_SAVED_ALL_BUT_MLP,
+  FLAP_RUN_SAVED_ALL
+} flap_run_saved;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 typedef enum flap_run_io { FLAP_RUN_IO_AUTO, FLAP_RUN_IO_URING, FLAP_RUN_IO_THREADS } flap_run_io;
 typedef enum flap_strategy { FLAP_STRATEGY_NO, FLAP_STRATEGY_STEPS, FLAP_STRATEGY_EPOCH } flap_strategy;
@@ -59,6 +65,7 @@ typedef struct flap_run_disk {
 typedef struct flap_expert {
   uint32_t segment_layers;
   uint32_t group_micro_batches;
+  flap_run_saved saved; /* which tensors a layer saves that saves any */
   flap_clip clip;
   uint64_t page_bytes;  /* a power of two, 4 KiB .. 4 MiB */
   uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
@@ -120,6 +127,9 @@ typedef struct flap_run_config {
   uint64_t ssd_tbw; /* bytes that may be written to all disks together; 0: not known */
   flap_expert expert;
 } flap_run_config;
+
+/* The name of the model's set of saved tensors (flap_model_saved_sets); NULL for auto. */
+const char *flap_run_config_saved(flap_run_saved saved);
 
 void flap_run_config_defaults(flap_run_config *config);
 /* Everything that can be told without reading files: ranges, contradictions. FLAP_INVALID names the key. */

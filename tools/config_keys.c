@@ -30,6 +30,11 @@ static const flap_config_word device_words[] = {
     {"auto", FLAP_RUN_DEVICE_AUTO}, {"cpu", FLAP_RUN_DEVICE_CPU}, {"cuda", FLAP_RUN_DEVICE_CUDA}, {NULL, 0}};
 static const flap_config_word clip_words[] = {
     {"auto", FLAP_CLIP_AUTO}, {"fold", FLAP_CLIP_FOLD}, {"sweep", FLAP_CLIP_SWEEP}, {NULL, 0}};
+static const flap_config_word saved_words[] = {{"auto", FLAP_RUN_SAVED_AUTO},
+                                               {"attention", FLAP_RUN_SAVED_ATTENTION},
+                                               {"all_but_mlp", FLAP_RUN_SAVED_ALL_BUT_MLP},
+                                               {"all", FLAP_RUN_SAVED_ALL},
+                                               {NULL, 0}};
 static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
@@ -100,7 +105,7 @@ static const flap_config_key keys[] = {
     WORD("gradient_dtype", gradient_dtype, gradient_words,
          "What finished gradients are rounded to (sums are fp32 always). fp32 where weights are fp32."),
     WORD("activations", activations, activation_words,
-         "What happens to activations between forward and backward; auto leaves it to the planner."),
+         "What happens to activations between forward and backward; auto leaves it to the planner, tensor by tensor."),
     CUSTOM("gradient_checkpointing", flap_config_set_checkpointing, "true or false", "false",
            "true is `activations: recompute`."),
     PLAIN("seed", U64, seed, "Of the initial weights and of the order of the data."),
@@ -150,6 +155,8 @@ static const flap_config_key keys[] = {
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),
     PLAIN("expert.group_micro_batches", U32, expert.group_micro_batches,
           "Micro-batches that pass the layers together."),
+    WORD("expert.saved", expert.saved, saved_words,
+         "Which activations a layer saves that saves any: attention's result, all but the MLP's, or all."),
     WORD("expert.clip", expert.clip, clip_words, "Update folded into the next forward, or swept after the backward."),
     PLAIN("expert.page_bytes", BYTES, expert.page_bytes, "Unit of checksums and homes: a power of two, 4KiB to 4MiB."),
     PLAIN("expert.slice_bytes", BYTES, expert.slice_bytes,

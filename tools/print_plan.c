@@ -67,9 +67,12 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   fprintf(out, "\nsegments of %u layers, groups of %u of %u micro-batches, ", plan->segment_layers,
           plan->group_micro_batches, plan->micro_batches);
   if (plan->saved_layers == 0)
-    fputs("activations recomputed\n", out);
+    fputs("activations recomputed", out);
   else
-    fprintf(out, "activations of %u layers %s\n", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
+    fprintf(out, "activations of %u layers %s", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
+  if (plan->saved_layers > 0 && !plan->saved_whole)
+    fprintf(out, ",\n   of which %s; the others are recomputed", plan->saved_tensors);
+  fputc('\n', out);
   fprintf(out, "update %s; %u read and %u write buffers\n",
           plan->sweep ? "in a sweep after the backward" : "folded into the next forward", plan->read_buffers,
           plan->write_buffers);
@@ -241,6 +244,8 @@ static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "segment_layers", plan->segment_layers);
   set_integer(object, "group_micro_batches", plan->group_micro_batches);
   set_integer(object, "saved_layers", plan->saved_layers);
+  set_text(object, "saved_tensors", plan->saved_tensors);
+  set_bool(object, "saved_whole", plan->saved_whole);
   set_bool(object, "saved_resident", plan->saved_resident);
   set_bool(object, "sweep", plan->sweep);
   set_integer(object, "page_bytes", plan->page_bytes);

@@ -113,6 +113,8 @@ static void draw_choices(trial *t) {
   e->page_bytes = one_in(r, 2) ? (uint64_t)PAGE << between(r, 0, 6) : 0;
   e->slice_bytes = one_in(r, 2) ? 40960u * between(r, 1, 20) : 0;
   t->planner.activations = (flap_activations)between(r, FLAP_ACTIVATIONS_AUTO, FLAP_ACTIVATIONS_RECOMPUTE);
+  e->saved =
+      one_in(r, 2) ? (flap_run_saved)between(r, FLAP_RUN_SAVED_ATTENTION, FLAP_RUN_SAVED_ALL) : FLAP_RUN_SAVED_AUTO;
   flap_device_default_machine(FLAP_DEVICE_CPU, &t->machine);
   t->machine.disk_read_bytes *= between(r, 1, 20) / 10.0;
   t->machine.h2d_bytes *= between(r, 1, 20) / 10.0;
@@ -134,7 +136,7 @@ static void trial_open(trial *t, uint32_t number) {
   (void)snprintf(
       present[chunk], sizeof present[chunk],
       "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
-      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d",
+      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d, saved %d",
       (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
       c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
       c->output_bias      ? ", bias"
@@ -143,7 +145,8 @@ static void trial_open(trial *t, uint32_t number) {
       flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype),
       flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
       t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->group_micro_batches, (int)e->clip,
-      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations);
+      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations,
+      (int)e->saved);
 }
 
 static void trial_close(trial *t) {

@@ -72,6 +72,9 @@ CASES = {
     "both keep": ["activations=keep"],
     "half offload": ["activations=offload"],
     "both offload": ["activations=offload"],
+    "both keep attention": ["activations=keep", "expert.saved=attention"],
+    "half offload all but the mlp": ["activations=offload", "expert.saved=all_but_mlp"],
+    "both offload attention, segments of 2": ["activations=offload", "expert.saved=attention", "expert.segment_layers=2"],
     "roomy recompute": ["activations=recompute"],
     "both recompute, segments of 2": ["activations=recompute", "expert.segment_layers=2"],
     "both fold": ["expert.clip=fold"],
@@ -85,9 +88,11 @@ CASES = {
     "roomy 3 threads": ["expert.threads=3"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
 }
-FEW = ["both", "half", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "both sweep",
+FEW = ["both", "half", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "half offload all but the mlp",
+       "both sweep",
        "both 3 threads", "half evaluated between"]
 # Where a plan must show what a case asked for.
+SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual"}
 CHOICES = {"expert.segment_layers": "segment_layers", "expert.group_micro_batches": "group_micro_batches"}
 
 
@@ -176,6 +181,8 @@ class Bits(unittest.TestCase):
                 self.assertEqual(plan["sweep"], value == "sweep", override)
             elif override == "activations=keep":
                 self.assertEqual((plan["saved_layers"], plan["saved_resident"]), (LAYERS, True))
+            elif key == "expert.saved":
+                self.assertEqual(plan["saved_tensors"], SAVED[value], override)
             elif override == "activations=recompute":
                 self.assertEqual(plan["saved_layers"], 0)
             elif key == "expert.page_bytes":

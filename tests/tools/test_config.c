@@ -188,6 +188,21 @@ START_TEST(config_overrides_reach_into_mappings) {
 }
 END_TEST
 
+START_TEST(config_saved_tensors_are_words_and_recompute_saves_none) {
+  ck_assert_int_eq(load(BASE "expert: {saved: all_but_mlp}\nactivations: keep\n"), FLAP_OK);
+  ck_assert_int_eq(config.expert.saved, FLAP_RUN_SAVED_ALL_BUT_MLP);
+  flap_run_config_close(&config);
+  ck_assert_int_eq(load(BASE "activations: recompute\nexpert: {saved: auto}\n"), FLAP_OK);
+  ck_assert_int_eq(config.expert.saved, FLAP_RUN_SAVED_AUTO);
+  flap_run_config_close(&config);
+  refuse_base("expert: {saved: some}\n", "run.yaml:4: expert.saved: wanted one of auto, attention, all_but_mlp, all");
+  refuse_base("activations: recompute\nexpert: {saved: attention}\n",
+              "run.yaml:5: expert.saved: attention contradicts recomputing all activations");
+  refuse_base("gradient_checkpointing: true\nexpert: {saved: all}\n",
+              "run.yaml:5: expert.saved: all contradicts recomputing all activations");
+}
+END_TEST
+
 START_TEST(config_fp32_run_has_fp32_gradients) {
   ck_assert_int_eq(load(BASE "bf16: false\n"), FLAP_OK);
   ck_assert_int_eq(config.gradient_dtype, FLAP_F32);
@@ -482,6 +497,7 @@ int main(void) {
   tcase_add_test(cases, config_full_file_fills_every_field);
   tcase_add_test(cases, config_null_and_later_overrides_take_defaults_back);
   tcase_add_test(cases, config_overrides_reach_into_mappings);
+  tcase_add_test(cases, config_saved_tensors_are_words_and_recompute_saves_none);
   tcase_add_test(cases, config_fp32_run_has_fp32_gradients);
   tcase_add_test(cases, config_eval_strategy_follows_hugging_face);
   tcase_add_test(cases, config_unknown_key_names_the_nearest);

@@ -139,6 +139,22 @@ machine: rtx4090-64g-1nvme
 "copy_ns": 0, "launch_ns": 0, "disks": [{"size_bytes": 4000000000, "read_bytes": 1e8, "write_bytes": 2e7, "tbw_bytes": "1TB"}]}
 """
 
+    def test_plan_saves_some_tensors_where_all_are_too_many(self):
+        self.write("large.yaml", self.LARGE)
+        plans = {}
+        for saved in ("auto", "attention", "all_but_mlp", "all"):
+            plans[saved] = json.loads(self.accept(
+                "plan", "large.yaml", "--json", "activations=auto", "model.hidden_size=1536", "model.intermediate_size=8960",
+                "model.num_hidden_layers=12", "model.num_attention_heads=12", "model.max_position_embeddings=32768",
+                "cutoff_len=32768", "gradient_accumulation_steps=4", "vram=12GiB", f"expert.saved={saved}"))
+        seconds = {saved: plan["step_seconds"] for saved, plan in plans.items()}
+        self.assertLessEqual(seconds["auto"], min(seconds.values()) * 1.001)
+        self.assertLess(seconds["auto"], 0.9 * seconds["all"])
+        self.assertGreater(plans["auto"]["saved_layers"], 0)
+        self.assertFalse(plans["auto"]["saved_whole"])
+        self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
+        self.assertTrue(plans["all"]["saved_whole"])
+
     def test_plan_finds_the_knee(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]

@@ -112,6 +112,7 @@ class Program(unittest.TestCase):
         text = self.accept("plan", "run.yaml")
         self.assertLessEqual(max(map(len, text.splitlines())), 100, text)
         for wanted in ["5.00 M parameters", "7.00 MiB", "least that works", "hidden_gradients", "disk_write", "set by compute",
+                       "activations of 6 layers offloaded,\n   of which attention, lse; the others are recomputed\n",
                        "/mnt/a b", ": 90% of the bound"]:
             self.assertIn(wanted, text)
 
@@ -129,6 +130,7 @@ class Program(unittest.TestCase):
                                               "disk_write": 70000003})
         self.assertEqual(plan["classes"]["states"]["bytes"], 1000002)
         self.assertEqual(plan["disk_sizes"], [100000000])
+        self.assertEqual((plan["saved_layers"], plan["saved_tensors"], plan["saved_whole"]), (6, "attention, lse", False))
         self.assertEqual((plan["dtype"], plan["device"], plan["sweep"]), ("bfloat16", "cpu", False))
         self.assertEqual(plan["machine"]["flops_bf16"], 50e9)
 
