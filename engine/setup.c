@@ -117,8 +117,13 @@ static void measure_traffic(flap_setup *setup) {
   const flap_program *program = &setup->programs[setup->steady];
   const flap_layout *layout = &setup->layout;
   memset(setup->traffic, 0, sizeof setup->traffic);
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    setup->classes[layout->regions[i].klass].bytes += layout->regions[i].bytes;
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    setup->classes[region->klass].bytes += region->bytes;
+    setup->region_counts[region->klass]++;
+    if (region->bytes > setup->largest_bytes[region->klass])
+      setup->largest_bytes[region->klass] = region->bytes;
+  }
   for (uint32_t i = 0; i < program->lease_count; i++) {
     const flap_layout_region *region = &layout->regions[program->leases[i].region];
     const flap_lease_mode mode = program->leases[i].mode;
@@ -140,18 +145,12 @@ static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
 
 static void choose_residents(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
-  uint64_t regions[FLAP_CLASS_COUNT] = {0}, bytes[FLAP_CLASS_COUNT] = {0}, largest[FLAP_CLASS_COUNT] = {0};
+  const uint64_t *regions = setup->region_counts;
   uint64_t wanted[FLAP_CLASS_COUNT] = {0}, index[FLAP_CLASS_COUNT] = {0};
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_layout_region *region = &layout->regions[i];
-    regions[region->klass]++;
-    bytes[region->klass] += region->bytes;
-    largest[region->klass] = region->bytes > largest[region->klass] ? region->bytes : largest[region->klass];
-  }
   for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
     const uint64_t bytes_max = setup->choice.resident_bytes[k];
     if (regions[k] > 0)
-      wanted[k] = bytes_max >= bytes[k] ? regions[k] : bytes_max / largest[k];
+      wanted[k] = bytes_max >= setup->classes[k].bytes ? regions[k] : bytes_max / setup->largest_bytes[k];
   }
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_region_class k = layout->regions[i].klass;

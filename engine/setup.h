@@ -73,6 +73,7 @@ typedef struct flap_setup {
   flap_setup_program steady;        /* the program whose costs are those of the run */
   double traffic[FLAP_CLASS_COUNT]; /* bytes that a steady program loads and stores, over the bytes of the class */
   flap_class_plan classes[FLAP_CLASS_COUNT];
+  uint64_t region_counts[FLAP_CLASS_COUNT], largest_bytes[FLAP_CLASS_COUNT]; /* regions of a class; of one of them */
 
   flap_pager_sizes sizes;
   uint64_t vram_scratch_bytes, vram_bytes;
