@@ -3,9 +3,9 @@
  *   CUDA_INJECTION64_PATH=build/bench/libkernel_times.so KERNEL_TIMES_LAST_MS=2000 build/tools/flap train run.yaml ...
  *
  * The driver loads this library into the program and calls InitializeInjection (CUPTI's injection); nothing has to be
- * built for it. At exit the records of the last KERNEL_TIMES_LAST_MS milliseconds (all, if it is not set) are added up by
- * name and printed to stderr, or to the file KERNEL_TIMES_FILE, with the share of the time in which a kernel ran at all:
- * what is missing there are gaps between launches, or waits.
+ * built for it. At exit the records of the last KERNEL_TIMES_LAST_MS milliseconds (all, if it is not set) are added up
+ * by name and printed to stderr, or to the file KERNEL_TIMES_FILE, with the share of the time in which a kernel ran at
+ * all: what is missing there are gaps between launches, or waits.
  */
 #include <cupti.h>
 
@@ -74,8 +74,7 @@ static void CUPTIAPI buffer_completed(CUcontext context, uint32_t stream, uint8_
           .name = copy_name(copy->copyKind), .start_ns = copy->start, .end_ns = copy->end, .bytes = copy->bytes});
     } else if (activity->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
       const CUpti_ActivityMemset4 *set = (const CUpti_ActivityMemset4 *)(const void *)activity;
-      keep((record){
-          .name = "memset", .start_ns = set->start, .end_ns = set->end, .bytes = set->bytes, .kernel = true});
+      keep((record){.name = "memset", .start_ns = set->start, .end_ns = set->end, .bytes = set->bytes, .kernel = true});
     }
   }
   free(buffer);
