@@ -6,23 +6,26 @@
 
 #include <math.h>
 
-/* Of 256 elements: the fp32 master weights (in bf16 their two halves), in fp16 the weights beside them, and two moments
- * each: fp32, or a byte, beside an fp32 number that the 256 share. */
+/* Of 256 elements: the fp32 master weights (in bf16 their two halves), in fp16 the weights beside them, two moments
+ * each, and the gradient. Moments are fp32, or a byte, beside an fp32 number that the 256 share. */
 #define GROUP 256u
-static uint64_t group_state_bytes(flap_dtype dtype, flap_optim optim) {
-  const uint64_t weight = dtype == FLAP_F16 ? 6 : 4;
-  return optim == FLAP_OPTIM_ADAMW_8BIT ? GROUP * (weight + 2) + 2 * 4 : GROUP * (weight + 2 * 4);
+static uint64_t group_bytes(const flap_bound_spec *spec, bool codes) {
+  const uint64_t weight = spec->shape.dtype == FLAP_F16 ? 6 : 4, gradient = flap_dtype_bytes(spec->gradient_dtype);
+  return codes ? GROUP * (weight + 2 + gradient) + 2 * 4 : GROUP * (weight + 2 * 4 + gradient);
 }
 
-/* Elements of all parts, the gaps between tensors included, which are whole groups: they are paged like everything
- * else.
- */
-static uint64_t count_elements(const flap_model_config *model) {
-  uint64_t layers = 0, all = 0;
-  bool fits = flap_units_mul(flap_model_part_elements(model, FLAP_PART_LAYER), model->num_hidden_layers, &layers) &&
-              flap_units_add(flap_model_part_elements(model, FLAP_PART_EMBEDDING),
-                             flap_model_part_elements(model, FLAP_PART_HEAD), &all) &&
-              flap_units_add(all, layers, &all);
+/* State and gradients of all parts, the gaps between tensors included, which are whole groups: they are paged like
+ * everything else. The embedding's moments are fp32 whatever the others are. */
+static uint64_t count_live(const flap_bound_spec *spec) {
+  const flap_model_config *model = spec->model;
+  const bool codes = spec->optim == FLAP_OPTIM_ADAMW_8BIT;
+  uint64_t layers = 0, rest = 0, all = 0;
+  bool fits =
+      flap_units_mul(flap_model_part_elements(model, FLAP_PART_LAYER), model->num_hidden_layers, &layers) &&
+      flap_units_add(flap_model_part_elements(model, FLAP_PART_HEAD), layers, &rest) &&
+      flap_units_mul(rest / GROUP, group_bytes(spec, codes), &rest) &&
+      flap_units_mul(flap_model_part_elements(model, FLAP_PART_EMBEDDING) / GROUP, group_bytes(spec, false), &all) &&
+      flap_units_add(all, rest, &all);
   flap_assert(fits);
   return all;
 }
@@ -43,12 +46,7 @@ static void compute_lanes(const flap_bound_spec *spec, flap_bound *bound) {
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
-  uint64_t live = 0;
-  const uint64_t of_group =
-      group_state_bytes(spec->shape.dtype, spec->optim) + GROUP * flap_dtype_bytes(spec->gradient_dtype);
-  bool fits = flap_units_mul(count_elements(spec->model) / GROUP, of_group, &live);
-  flap_assert(fits);
-  const uint64_t outside = beyond(live, spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
+  const uint64_t outside = beyond(count_live(spec), spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
   bound->lane_bytes[FLAP_LANE_H2D] = bound->lane_bytes[FLAP_LANE_D2H] = outside;
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)

@@ -55,6 +55,7 @@ void flap_buffers_take_device(const flap_layout *layout, flap_device_kind kind, 
 static void fill_decay(const flap_layout *layout, flap_host_buffers *b) {
   for (uint32_t p = 0; p < layout->part_count; p++) {
     const flap_layout_part *part = &layout->parts[p];
+    const uint64_t slice_elements = layout->slice_elements[part->kind];
     flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
     const uint32_t count = flap_model_tensors(layout->spec.model, part->kind, part->layer, tensors);
     for (uint32_t t = 0; t < count; t++) {
@@ -62,8 +63,8 @@ static void fill_decay(const flap_layout *layout, flap_host_buffers *b) {
         continue;
       const uint64_t end = tensors[t].offset + tensors[t].elements;
       for (uint64_t at = tensors[t].offset; at < end; at += FLAP_OPS_BLOCK) {
-        const uint64_t slice = part->first_slice + at / layout->spec.slice_elements;
-        const uint64_t block = at % layout->spec.slice_elements / FLAP_OPS_BLOCK;
+        const uint64_t slice = part->first_slice + at / slice_elements;
+        const uint64_t block = at % slice_elements / FLAP_OPS_BLOCK;
         b->decay[slice * b->decay_stride + block / 8] |= (uint8_t)(1u << (block % 8));
       }
     }
@@ -80,6 +81,7 @@ void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap
     b.order = FLAP_ARENA_ARRAY(ram, int32_t, tokens);
     b.counts = FLAP_ARENA_ARRAY(ram, uint32_t, (uint64_t)spec->model->vocab_size + 1);
     b.block_squares = FLAP_ARENA_ARRAY(ram, float, layout->block_count);
+    /* The embedding's slices have no more blocks than those of layers. */
     b.decay_stride = (spec->slice_elements / FLAP_OPS_BLOCK + 7) / 8;
     b.decay = FLAP_ARENA_ARRAY(ram, uint8_t, b.decay_stride * layout->slice_count);
     if (!flap_arena_is_measuring(ram))

@@ -102,7 +102,7 @@ static void adamw(flap_executor *x, const flap_op *op) {
   const flap_layout_slice *slice = &x->layout->slices[op->index];
   const flap_update update = {.weight_dtype = x->run.shape.dtype,
                               .gradient_dtype = x->layout->spec.gradient_dtype,
-                              .optim = x->layout->spec.optim,
+                              .format = &x->layout->state_formats[x->layout->parts[slice->part].kind],
                               .elements = slice->elements,
                               .weights = weights_at(x, op->operand[0], slice->first_element),
                               .states = address(x, op->operand[1]),

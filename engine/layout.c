@@ -3,8 +3,12 @@
 #include "base/assert.h"
 #include "base/units.h"
 
-flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim) {
-  const bool codes = optim == FLAP_OPTIM_ADAMW_8BIT;
+bool flap_layout_has_codes(flap_optim optim, flap_part part) {
+  return optim == FLAP_OPTIM_ADAMW_8BIT && part != FLAP_PART_EMBEDDING;
+}
+
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim, flap_part part) {
+  const bool codes = flap_layout_has_codes(optim, part);
   const uint64_t master_bytes = weight_dtype == FLAP_BF16 ? 2 : weight_dtype == FLAP_F16 ? 4 : 0;
   const uint64_t moment_bytes = codes ? 1 : 4, largest_bytes = codes ? 4 : 0;
   return (flap_state_format){.sections = {[FLAP_STATE_MASTER] = {master_bytes, 1},
@@ -114,16 +118,17 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   part.elements = layout->part_elements[kind];
   part.weights = add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
                             part.elements * flap_dtype_bytes(spec->shape.dtype));
-  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim);
   part.first_slice = layout->slice_count;
   part.first_block = layout->block_count;
   if (spec->mode == FLAP_MODE_TRAIN) {
     part.sums = add_sums(layout, &part);
-    for (uint64_t first = 0; first < part.elements; first += spec->slice_elements) {
+    const uint64_t slice_elements = layout->slice_elements[kind];
+    for (uint64_t first = 0; first < part.elements; first += slice_elements) {
       const uint64_t left = part.elements - first;
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
-      slice.elements = left < spec->slice_elements ? left : spec->slice_elements;
-      slice.states = add_region(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&format, slice.elements));
+      slice.elements = left < slice_elements ? left : slice_elements;
+      slice.states =
+          add_region(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&layout->state_formats[kind], slice.elements));
       slice.gradient =
           add_region(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype));
       if (layout->slices != NULL)
@@ -178,6 +183,20 @@ static void add_all(flap_layout *layout) {
   }
 }
 
+/* A ring's slots are as wide as its largest region: so slices whose elements take more bytes than those of layers have
+ * fewer of them, whole blocks, at least one. */
+static void give_states(flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  const flap_state_format usual = flap_layout_state_format(spec->shape.dtype, spec->optim, FLAP_PART_LAYER);
+  const uint64_t bytes = spec->mode == FLAP_MODE_TRAIN ? flap_layout_state_bytes(&usual, spec->slice_elements) : 0;
+  for (int kind = 0; kind < FLAP_PART_COUNT; kind++) {
+    flap_state_format *format = &layout->state_formats[kind];
+    *format = flap_layout_state_format(spec->shape.dtype, spec->optim, (flap_part)kind);
+    const uint64_t blocks = bytes / flap_layout_state_bytes(format, FLAP_OPS_BLOCK);
+    layout->slice_elements[kind] = (blocks > 0 ? blocks : 1) * FLAP_OPS_BLOCK;
+  }
+}
+
 void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_layout *layout_out) {
   const uint32_t layers = spec->model->num_hidden_layers;
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
@@ -196,6 +215,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
                               .tied = spec->model->tie_word_embeddings};
   for (int kind = 0; kind < FLAP_PART_COUNT; kind++) /* once: planning builds layouts of many layers by the thousand */
     layout_out->part_elements[kind] = flap_model_part_elements(spec->model, (flap_part)kind);
+  give_states(layout_out);
   add_all(layout_out);
   layout_out->parts = FLAP_ARENA_ARRAY(arena, flap_layout_part, layout_out->part_count);
   layout_out->slices = FLAP_ARENA_ARRAY(arena, flap_layout_slice, layout_out->slice_count);

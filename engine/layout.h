@@ -29,7 +29,8 @@ typedef struct flap_layout_spec {
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
   uint32_t saved_layers;        /* the last so many layers save activations (whole segments); the others recompute */
   uint32_t saved_mask;          /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
-  uint64_t slice_elements;      /* a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX of them */
+  uint64_t slice_elements;      /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
+                                   of them. The embedding's slices have about as many bytes. */
   uint32_t cache_positions;     /* sample mode */
 } flap_layout_spec;
 
@@ -37,6 +38,31 @@ typedef struct flap_layout_region {
   flap_region_class klass;
   uint64_t bytes; /* a multiple of FLAP_BLOCK_ALIGN */
 } flap_layout_region;
+
+/* What a states region holds, section after section, in this order. */
+typedef enum flap_state_section {
+  FLAP_STATE_MASTER,   /* what makes a master weight of the compute weight: the int16 low half with bf16 weights, the
+                          fp32 master itself with fp16; not there with fp32 weights, which are their own masters */
+  FLAP_STATE_MOMENT1,  /* fp32, or int8 codes */
+  FLAP_STATE_MOMENT2,  /* fp32, or uint8 codes, of its square root */
+  FLAP_STATE_LARGEST1, /* with codes alone: what they are relative to, fp32, in blocks of FLAP_OPS_MOMENT_BLOCK */
+  FLAP_STATE_LARGEST2,
+  FLAP_STATE_SECTION_COUNT
+} flap_state_section;
+
+/* Everything about the bytes of a part's states follows from this. */
+typedef struct flap_state_format {
+  struct {
+    uint64_t value_bytes;    /* 0: no such section */
+    uint64_t value_elements; /* that share a value; divides FLAP_OPS_BLOCK */
+  } sections[FLAP_STATE_SECTION_COUNT];
+} flap_state_format;
+
+/* Whether a part's moments are codes. With adamw_8bit all are but the embedding's, which stay fp32: those of frequent
+ * and of rare tokens differ by orders of magnitude, and where rows of both share a block, whose codes are relative to
+ * its largest, little is left of the small ones. A tied output projection is the embedding. */
+bool flap_layout_has_codes(flap_optim optim, flap_part part);
+flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim, flap_part part);
 
 /* A part of the model: the embedding, a layer, or the head. */
 typedef struct flap_layout_part {
@@ -47,27 +73,6 @@ typedef struct flap_layout_part {
   uint32_t first_slice, slice_count;
   uint64_t first_block; /* of its FLAP_OPS_BLOCK-element blocks in the run's list of blocks */
 } flap_layout_part;
-
-/* What a states region holds, section after section, in this order. */
-typedef enum flap_state_section {
-  FLAP_STATE_MASTER,   /* what makes a master weight of the compute weight: the int16 low half with bf16 weights, the
-                          fp32 master itself with fp16; not there with fp32 weights, which are their own masters */
-  FLAP_STATE_MOMENT1,  /* fp32; with adamw_8bit int8 codes */
-  FLAP_STATE_MOMENT2,  /* fp32; with adamw_8bit uint8 codes, of its square root */
-  FLAP_STATE_LARGEST1, /* with adamw_8bit alone: what the codes are relative to, fp32, in blocks of
-                          FLAP_OPS_MOMENT_BLOCK */
-  FLAP_STATE_LARGEST2,
-  FLAP_STATE_SECTION_COUNT
-} flap_state_section;
-
-/* Everything about the states' bytes follows from this. */
-typedef struct flap_state_format {
-  struct {
-    uint64_t value_bytes;    /* 0: no such section */
-    uint64_t value_elements; /* that share a value; divides FLAP_OPS_BLOCK */
-  } sections[FLAP_STATE_SECTION_COUNT];
-} flap_state_format;
-flap_state_format flap_layout_state_format(flap_dtype weight_dtype, flap_optim optim);
 
 /* A piece of a part's optimizer states and of its rounded gradient. */
 typedef struct flap_layout_slice {
@@ -80,8 +85,12 @@ typedef struct flap_layout {
   flap_layout_spec spec;
   uint32_t part_count, slice_count, segment_count, region_count;
   uint64_t block_count;
-  uint64_t part_elements[FLAP_PART_COUNT]; /* of a part of each kind, padded */
-  flap_layout_part *parts;                 /* embedding, layers in order, head */
+  /* of a part of each kind: its elements, padded; what its states hold in training, and the elements of its slices
+   * then, of which the last may have fewer */
+  uint64_t part_elements[FLAP_PART_COUNT];
+  flap_state_format state_formats[FLAP_PART_COUNT];
+  uint64_t slice_elements[FLAP_PART_COUNT];
+  flap_layout_part *parts; /* embedding, layers in order, head */
   flap_layout_slice *slices;
   flap_layout_region *regions;
   uint32_t first_sums, vocabulary_sums;
@@ -109,7 +118,7 @@ uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 
 /* Bytes of the states of so many elements, a multiple of FLAP_OPS_BLOCK: for each of them 10 with bf16 weights, 12 with
- * fp16, 8 with fp32; with adamw_8bit 4, 6, or 2, and 1/32 more. */
+ * fp16, 8 with fp32; where moments are codes 4, 6, or 2, and 1/32 more. */
 uint64_t flap_layout_state_bytes(const flap_state_format *format, uint64_t elements);
 /* Where a section begins in the states region of a slice of so many elements, in bytes. */
 uint64_t flap_layout_state_offset(const flap_state_format *format, flap_state_section section, uint64_t elements);

@@ -24,9 +24,10 @@ typedef struct bench {
   float *sums, *head_sums, *projection_sums, *losses, *squares;
   int32_t *tokens, *order, *fault;
   void *ops_workspace, *model_workspace, *rope;
-  flap_model_saved saved; /* of the operation that is timed */
-  uint8_t *decay;         /* host memory */
-  bool fresh;             /* of that operation too */
+  flap_model_saved saved;   /* of the operation that is timed */
+  uint8_t *decay;           /* host memory */
+  bool fresh;               /* of that operation too */
+  flap_state_format format; /* of the slice */
 } bench;
 
 /* ---- memory ---------------------------------------------------------------------------------------------- */
@@ -206,7 +207,7 @@ static void run_adamw(bench *b) {
                               .gradient_scale = 1};
   const flap_update update = {.weight_dtype = b->spec->shape.dtype,
                               .gradient_dtype = b->spec->gradient_dtype,
-                              .optim = b->spec->optim,
+                              .format = &b->format,
                               .elements = SLICE_ELEMENTS,
                               .weights = b->weight,
                               .states = b->states,
@@ -290,7 +291,13 @@ static flap_status time_all(bench *b, flap_op_times *t) {
   FLAP_TRY(time_of(b, run_embed_backward, false, &t->embed_backward_ns));
   FLAP_TRY(time_per_element(b, run_zero, SLICE_ELEMENTS, &t->zero_ns));
   FLAP_TRY(time_per_element(b, run_store, SLICE_ELEMENTS, &t->store_ns));
-  return time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_ns);
+  b->format = flap_layout_state_format(b->spec->shape.dtype, b->spec->optim, FLAP_PART_LAYER);
+  FLAP_TRY(time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_ns));
+  t->adamw_embedding_ns = t->adamw_ns;
+  if (!flap_layout_has_codes(b->spec->optim, FLAP_PART_LAYER))
+    return FLAP_OK;
+  b->format = flap_layout_state_format(b->spec->shape.dtype, b->spec->optim, FLAP_PART_EMBEDDING);
+  return time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_embedding_ns);
 }
 
 /* ---- on a device ----------------------------------------------------------------------------------------- */
@@ -396,8 +403,11 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
     return per_element(t, t->zero_ns, layout->parts[op->index].elements);
   case FLAP_OP_STORE_GRADIENT:
     return per_element(t, t->store_ns, layout->slices[op->index].elements);
-  case FLAP_OP_ADAMW:
-    return per_element(t, t->adamw_ns, layout->slices[op->index].elements);
+  case FLAP_OP_ADAMW: {
+    const flap_layout_slice *slice = &layout->slices[op->index];
+    const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;
+    return per_element(t, embedding ? t->adamw_embedding_ns : t->adamw_ns, slice->elements);
+  }
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:
   case FLAP_OP_NORM:

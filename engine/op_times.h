@@ -24,8 +24,9 @@ typedef struct flap_op_times {
   uint64_t set_recompute_ns[FLAP_MODEL_SAVED_MAX];
   /* in training: `fresh` ones are the first to write their sums */
   uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, embed_backward_ns;
-  uint64_t launch_ns;                 /* of an operation on a slice, beside its elements */
-  double store_ns, adamw_ns, zero_ns; /* per element of a slice; per element of fp32 sums */
+  uint64_t launch_ns;                  /* of an operation on a slice, beside its elements */
+  double store_ns, zero_ns;            /* per element of a slice; per element of fp32 sums */
+  double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
 } flap_op_times;
 
 typedef struct flap_op_times_spec {

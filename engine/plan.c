@@ -10,12 +10,12 @@
 
 static void describe_model(const flap_prepared *p, flap_plan *plan) {
   const flap_setup_spec *spec = &p->planner.spec;
-  uint64_t elements = 0;
-  for (uint32_t i = 0; i < p->setup.layout.part_count; i++)
-    elements += p->setup.layout.parts[i].elements;
+  for (uint32_t i = 0; i < p->setup.layout.part_count; i++) {
+    const flap_layout_part *part = &p->setup.layout.parts[i];
+    plan->state_bytes += part->elements * flap_dtype_bytes(spec->shape.dtype) +
+                         flap_layout_state_bytes(&p->setup.layout.state_formats[part->kind], part->elements);
+  }
   plan->parameters = flap_model_parameters(&p->model);
-  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim);
-  plan->state_bytes = elements * flap_dtype_bytes(spec->shape.dtype) + flap_layout_state_bytes(&format, elements);
   plan->tokens_per_step = (uint64_t)spec->shape.batch * spec->shape.sequence * spec->micro_batches;
   plan->layers = p->model.num_hidden_layers;
   plan->micro_batches = spec->micro_batches;
@@ -42,6 +42,16 @@ static void describe_saved(const flap_setup *setup, flap_plan *plan) {
   }
 }
 
+/* As they are cut, though a small part may have none so large. */
+static uint64_t largest_slice_bytes(const flap_layout *layout) {
+  uint64_t largest = 0;
+  for (int kind = 0; kind < FLAP_PART_COUNT && layout->spec.mode == FLAP_MODE_TRAIN; kind++) {
+    const uint64_t bytes = flap_layout_state_bytes(&layout->state_formats[kind], layout->slice_elements[kind]);
+    largest = bytes > largest ? bytes : largest;
+  }
+  return largest;
+}
+
 static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   const flap_choice *choice = &setup->choice;
   plan->segment_layers = choice->segment_layers;
@@ -54,8 +64,7 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->sweep = choice->sweep;
   plan->page_bytes = choice->page_bytes;
   plan->transfer_bytes = choice->transfer_bytes;
-  const flap_state_format format = flap_layout_state_format(setup->spec.shape.dtype, setup->spec.optim);
-  plan->slice_bytes = flap_layout_state_bytes(&format, choice->slice_elements);
+  plan->slice_bytes = largest_slice_bytes(&setup->layout);
   plan->read_buffers = choice->read_buffers;
   plan->write_buffers = choice->write_buffers;
   memcpy(plan->classes, setup->classes, sizeof plan->classes);

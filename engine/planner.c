@@ -68,9 +68,11 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
   }
 }
 
-/* Of a block of FLAP_OPS_BLOCK elements, the least that a slice can be. */
+/* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
+ * larger, but where they are of one block of a wider format. */
 static uint64_t state_block_bytes(const flap_planner *planner) {
-  const flap_state_format format = flap_layout_state_format(planner->spec.shape.dtype, planner->spec.optim);
+  const flap_state_format format =
+      flap_layout_state_format(planner->spec.shape.dtype, planner->spec.optim, FLAP_PART_LAYER);
   return flap_layout_state_bytes(&format, FLAP_OPS_BLOCK);
 }
 

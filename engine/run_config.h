@@ -37,7 +37,8 @@ typedef enum flap_scheduler {
   FLAP_SCHEDULER_CONSTANT,
   FLAP_SCHEDULER_CONSTANT_WITH_WARMUP
 } flap_scheduler;
-/* What the optimizer's moments are kept in; the update is the same: fp32, or 8-bit codes (kernels/README.md). */
+/* What the optimizer's moments are kept in; the update is the same: fp32, or 8-bit codes (kernels/README.md) for all
+ * but the embedding. */
 typedef enum flap_optim { FLAP_OPTIM_ADAMW, FLAP_OPTIM_ADAMW_8BIT } flap_optim;
 typedef enum flap_activations {
   FLAP_ACTIVATIONS_AUTO,

@@ -106,7 +106,7 @@ static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
   (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw %s",
                  flap_ops_numerics(t->runtime.ops), t->config->per_device_train_batch_size, t->config->cutoff_len,
                  flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype),
-                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit" : "fp32");
+                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32");
 }
 
 /* What a resumed run does differently from the one that saved is said, not hidden. */

@@ -14,12 +14,12 @@ extern "C" {
 
 typedef struct flap_update {
   flap_dtype weight_dtype, gradient_dtype;
-  flap_optim optim;
-  uint64_t elements;           /* of the slice: a multiple of FLAP_OPS_BLOCK */
-  void *weights, *states;      /* device memory: the slice's weights; all of its states region */
-  const void *gradient;        /* device memory, of gradient_dtype */
-  const uint8_t *decay_blocks; /* host memory */
-  int32_t *fault;              /* a device word */
+  const flap_state_format *format; /* of the slice's part */
+  uint64_t elements;               /* of the slice: a multiple of FLAP_OPS_BLOCK */
+  void *weights, *states;          /* device memory: the slice's weights; all of its states region */
+  const void *gradient;            /* device memory, of gradient_dtype */
+  const uint8_t *decay_blocks;     /* host memory */
+  int32_t *fault;                  /* a device word */
 } flap_update;
 
 /* Launches one update; the contract is that of flap_ops_adamw and flap_ops_adamw_8bit. */

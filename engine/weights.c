@@ -2,9 +2,10 @@
  *
  * A region is a row of sections: a weights region is one section of weights, a states region is what engine/layout.h
  * says: what makes master weights, first and second moments. A section has a value for each element, or for each block
- * of some; then its list of tensors counts in blocks as well, and nothing below has to know. The pager fills and drains
- * regions in pieces; visit() cuts each piece at sections and tensors and hands the runs to a function per section. Runs
- * come in order, so every file is written front to back.
+ * of some; then its list of tensors counts in blocks as well, and nothing below has to know. The embedding's states may
+ * be of another format than those of the other parts; a file holds a section of all parts, or of those that have it.
+ * The pager fills and drains regions in pieces; visit() cuts each piece at sections and tensors and hands the runs to a
+ * function per section. Runs come in order, so every file is written front to back.
  */
 #include "engine/weights.h"
 
@@ -16,32 +17,87 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Where a section of the states is in a checkpoint. */
+/* ---- files of states --------------------------------------------------------------------------------------- */
+
+/* Formats of states in one model: the embedding's, and that of all other parts. */
+typedef enum states_of { STATES_OF_EMBEDDING, STATES_OF_REST, STATES_OF_COUNT } states_of;
+
+/* A section of the states in a checkpoint. */
 typedef struct state_file {
-  const char *name; /* NULL: the format has no such section */
+  const char *name;
   flap_safetensors_dtype dtype;
+  flap_state_section section;
+  bool in[STATES_OF_COUNT]; /* whose tensors it has */
+  bool blocks;              /* a value for FLAP_OPS_MOMENT_BLOCK elements, not for one */
 } state_file;
 
-static state_file master_file(flap_dtype weight_dtype) {
-  if (weight_dtype == FLAP_BF16)
-    return (state_file){FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16};
-  if (weight_dtype == FLAP_F16)
-    return (state_file){FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32};
-  return (state_file){NULL, FLAP_SAFETENSORS_F32};
+#define STATE_FILES_MAX (1 + 2 + 4)
+#define MOMENT1_FILE "optimizer-exp_avg.safetensors"
+#define MOMENT2_FILE "optimizer-exp_avg_sq.safetensors"
+
+static bool has_codes(flap_optim optim, states_of which) {
+  return flap_layout_has_codes(optim, which == STATES_OF_EMBEDDING ? FLAP_PART_EMBEDDING : FLAP_PART_LAYER);
 }
 
-static state_file state_file_of(flap_dtype weight_dtype, flap_optim optim, int section) {
-  static const state_file fp32[] = {[FLAP_STATE_MOMENT1] = {"optimizer-exp_avg.safetensors", FLAP_SAFETENSORS_F32},
-                                    [FLAP_STATE_MOMENT2] = {"optimizer-exp_avg_sq.safetensors", FLAP_SAFETENSORS_F32},
-                                    [FLAP_STATE_LARGEST2] = {NULL, FLAP_SAFETENSORS_F32}};
-  static const state_file codes[] = {
-      [FLAP_STATE_MOMENT1] = {"optimizer-exp_avg-codes.safetensors", FLAP_SAFETENSORS_I8},
-      [FLAP_STATE_MOMENT2] = {"optimizer-exp_avg_sq-codes.safetensors", FLAP_SAFETENSORS_U8},
-      [FLAP_STATE_LARGEST1] = {"optimizer-exp_avg-largest.safetensors", FLAP_SAFETENSORS_F32},
-      [FLAP_STATE_LARGEST2] = {"optimizer-exp_avg_sq-largest.safetensors", FLAP_SAFETENSORS_F32}};
-  if (section == FLAP_STATE_MASTER)
-    return master_file(weight_dtype);
-  return optim == FLAP_OPTIM_ADAMW_8BIT ? codes[section] : fp32[section];
+/* Those of a run, in the order of their sections; returns how many. A tensor has moments in fp32 files or in those of
+ * codes, never in both. */
+static uint32_t list_state_files(flap_dtype weight_dtype, flap_optim optim, state_file files[STATE_FILES_MAX]) {
+  static const state_file low = {FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16, FLAP_STATE_MASTER, {true, true}, false};
+  static const state_file master = {
+      FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32, FLAP_STATE_MASTER, {true, true}, false};
+  static const struct {
+    state_file file;
+    bool codes;
+  } moments[] = {
+      {{MOMENT1_FILE, FLAP_SAFETENSORS_F32, FLAP_STATE_MOMENT1, {false}, false}, false},
+      {{MOMENT2_FILE, FLAP_SAFETENSORS_F32, FLAP_STATE_MOMENT2, {false}, false}, false},
+      {{"optimizer-exp_avg-codes.safetensors", FLAP_SAFETENSORS_I8, FLAP_STATE_MOMENT1, {false}, false}, true},
+      {{"optimizer-exp_avg_sq-codes.safetensors", FLAP_SAFETENSORS_U8, FLAP_STATE_MOMENT2, {false}, false}, true},
+      {{"optimizer-exp_avg-largest.safetensors", FLAP_SAFETENSORS_F32, FLAP_STATE_LARGEST1, {false}, true}, true},
+      {{"optimizer-exp_avg_sq-largest.safetensors", FLAP_SAFETENSORS_F32, FLAP_STATE_LARGEST2, {false}, true}, true}};
+  uint32_t count = 0;
+  if (weight_dtype != FLAP_F32)
+    files[count++] = weight_dtype == FLAP_BF16 ? low : master;
+  for (size_t i = 0; i < sizeof moments / sizeof *moments; i++) {
+    state_file file = moments[i].file;
+    for (int which = 0; which < STATES_OF_COUNT; which++)
+      file.in[which] = has_codes(optim, (states_of)which) == moments[i].codes;
+    if (file.in[STATES_OF_EMBEDDING] || file.in[STATES_OF_REST])
+      files[count++] = file;
+  }
+  return count;
+}
+
+/* The tensors of all parts, of the embedding, and of the rest; these also in blocks. The second and third are views of
+ * the first. */
+typedef struct state_lists {
+  flap_weights_list all, embedding, rest, rest_blocks;
+} state_lists;
+
+static flap_status open_lists(const flap_model_config *config, state_lists *lists_out) {
+  *lists_out = (state_lists){0};
+  FLAP_TRY(flap_weights_list_open(config, &lists_out->all));
+  const flap_weights_list *all = &lists_out->all;
+  lists_out->embedding = *all;
+  lists_out->embedding.count = all->embedding_count;
+  lists_out->rest = *all;
+  lists_out->rest.tensors += all->embedding_count;
+  lists_out->rest.count -= all->embedding_count;
+  lists_out->rest.embedding_count = 0;
+  return flap_weights_list_blocks(&lists_out->rest, FLAP_OPS_MOMENT_BLOCK, &lists_out->rest_blocks);
+}
+
+static void close_lists(state_lists *lists) {
+  flap_weights_list_close(&lists->all);
+  flap_weights_list_close(&lists->rest_blocks);
+}
+
+static const flap_weights_list *list_of(const state_lists *lists, const state_file *file) {
+  if (!file->in[STATES_OF_REST])
+    return &lists->embedding;
+  if (file->in[STATES_OF_EMBEDDING])
+    return &lists->all;
+  return file->blocks ? &lists->rest_blocks : &lists->rest;
 }
 
 /* ---- visiting regions -------------------------------------------------------------------------------------- */
@@ -55,13 +111,14 @@ typedef struct section {
   void *context;
   uint64_t value_bytes;
   const flap_model_tensor *tensors; /* of the part, in values */
-  uint64_t first, count;            /* values that the region has of the part */
+  uint64_t tensor_count;
+  uint64_t first_tensor; /* of the part, in the list */
+  uint64_t first, count; /* values that the region has of the part */
 } section;
 
 #define SECTIONS_MAX FLAP_STATE_SECTION_COUNT
 
 typedef struct visit_region {
-  uint64_t tensor_count, first_tensor; /* of the part, in the list */
   section sections[SECTIONS_MAX];
 } visit_region;
 
@@ -74,13 +131,12 @@ static uint64_t max_of(uint64_t a, uint64_t b) {
 }
 
 /* Values [begin, end) of the part, which start at `memory`. */
-static flap_status visit_values(const visit_region *region, const section *s, uint64_t begin, uint64_t end,
-                                char *memory) {
-  for (uint64_t i = 0; i < region->tensor_count; i++) {
+static flap_status visit_values(const section *s, uint64_t begin, uint64_t end, char *memory) {
+  for (uint64_t i = 0; i < s->tensor_count; i++) {
     const flap_model_tensor *tensor = &s->tensors[i];
     const uint64_t from = max_of(begin, tensor->offset), to = min_of(end, tensor->offset + tensor->elements);
     if (from < to)
-      FLAP_TRY(s->run(s->context, region->first_tensor + i, tensor, from - tensor->offset, to - from,
+      FLAP_TRY(s->run(s->context, s->first_tensor + i, tensor, from - tensor->offset, to - from,
                       memory + (from - begin) * s->value_bytes));
   }
   return FLAP_OK;
@@ -96,7 +152,7 @@ static flap_status visit(const visit_region *region, uint64_t offset, uint64_t b
       /* Pieces, sections and values all end at multiples of a value's size. */
       flap_assert((from - start) % s->value_bytes == 0 && (to - start) % s->value_bytes == 0);
       const uint64_t first = s->first + (from - start) / s->value_bytes;
-      FLAP_TRY(visit_values(region, s, first, first + (to - from) / s->value_bytes, memory + (from - offset)));
+      FLAP_TRY(visit_values(s, first, first + (to - from) / s->value_bytes, memory + (from - offset)));
     }
     start += length;
   }
@@ -112,19 +168,20 @@ static flap_status drain_piece(void *context, uint64_t offset, uint64_t bytes, c
   return visit(context, offset, bytes, (char *)(uintptr_t)memory); /* sections that drain only read */
 }
 
-static visit_region part_of(const flap_layout *layout, const flap_weights_list *list, uint32_t index) {
-  const flap_layout_part *part = &layout->parts[index];
-  visit_region region = {.tensor_count = 0};
+/* The part's tensors in a list that has them. */
+static void give_tensors(const flap_layout *layout, const flap_weights_list *list, const flap_layout_part *part,
+                         section *s) {
   if (part->kind == FLAP_PART_LAYER) {
-    region.tensor_count = list->layer_count;
-    region.first_tensor = list->embedding_count + part->layer * list->layer_count;
+    s->tensor_count = list->layer_count;
+    s->first_tensor = list->embedding_count + part->layer * list->layer_count;
   } else if (part->kind == FLAP_PART_EMBEDDING) {
-    region.tensor_count = list->embedding_count;
+    s->tensor_count = list->embedding_count;
+    s->first_tensor = 0;
   } else {
-    region.first_tensor = list->embedding_count + layout->spec.model->num_hidden_layers * list->layer_count;
-    region.tensor_count = list->count - region.first_tensor;
+    s->first_tensor = list->embedding_count + layout->spec.model->num_hidden_layers * list->layer_count;
+    s->tensor_count = list->count - s->first_tensor;
   }
-  return region;
+  s->tensors = &list->tensors[s->first_tensor];
 }
 
 /* The weights regions of all parts, through one function. */
@@ -132,12 +189,9 @@ static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, c
                                  run_fn run, void *context) {
   const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
   for (uint32_t i = 0; i < layout->part_count; i++) {
-    visit_region region = part_of(layout, list, i);
-    region.sections[0] = (section){.run = run,
-                                   .context = context,
-                                   .value_bytes = value_bytes,
-                                   .tensors = &list->tensors[region.first_tensor],
-                                   .count = layout->parts[i].elements};
+    visit_region region = {
+        .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = layout->parts[i].elements}}};
+    give_tensors(layout, list, &layout->parts[i], &region.sections[0]);
     const uint32_t index = layout->parts[i].weights;
     FLAP_TRY(fill ? flap_pager_fill(pager, index, fill_piece, &region)
                   : flap_pager_drain(pager, index, drain_piece, &region));
@@ -145,25 +199,39 @@ static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, c
   return FLAP_OK;
 }
 
-/* What is done with each section of the states, and the tensors that its files name. */
+/* What is done with a section of the states, and the list of the tensors among which its own are. */
+typedef struct section_visit {
+  run_fn run; /* NULL: nothing */
+  void *context;
+  const flap_weights_list *list;
+} section_visit;
+
 typedef struct states_visit {
-  run_fn runs[FLAP_STATE_SECTION_COUNT];
-  void *contexts[FLAP_STATE_SECTION_COUNT];
-  const flap_weights_list *lists[FLAP_STATE_SECTION_COUNT];
+  section_visit sections[STATES_OF_COUNT][FLAP_STATE_SECTION_COUNT];
 } states_visit;
+
+/* Wherever the file has the section. */
+static void give_visit(states_visit *v, const state_file *file, section_visit visit) {
+  for (int which = 0; which < STATES_OF_COUNT; which++)
+    if (file->in[which])
+      v->sections[which][file->section] = visit;
+}
 
 static flap_status visit_slice(flap_pager *pager, const flap_layout *layout, const flap_layout_slice *slice, bool fill,
                                const states_visit *v) {
-  const flap_state_format format = flap_layout_state_format(layout->spec.shape.dtype, layout->spec.optim);
-  visit_region region = part_of(layout, v->lists[FLAP_STATE_MASTER], slice->part);
+  const flap_layout_part *part = &layout->parts[slice->part];
+  const section_visit *visits = v->sections[part->kind == FLAP_PART_EMBEDDING ? STATES_OF_EMBEDDING : STATES_OF_REST];
+  const flap_state_format *format = &layout->state_formats[part->kind];
+  visit_region region = {.sections = {{0}}};
   for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
-    const uint64_t value_elements = format.sections[i].value_elements;
-    region.sections[i] = (section){.run = v->runs[i],
-                                   .context = v->contexts[i],
-                                   .value_bytes = format.sections[i].value_bytes,
-                                   .tensors = v->lists[i] != NULL ? &v->lists[i]->tensors[region.first_tensor] : NULL,
+    const uint64_t value_elements = format->sections[i].value_elements;
+    region.sections[i] = (section){.run = visits[i].run,
+                                   .context = visits[i].context,
+                                   .value_bytes = format->sections[i].value_bytes,
                                    .first = slice->first_element / value_elements,
                                    .count = slice->elements / value_elements};
+    if (visits[i].run != NULL)
+      give_tensors(layout, visits[i].list, part, &region.sections[i]);
   }
   return fill ? flap_pager_fill(pager, slice->states, fill_piece, &region)
               : flap_pager_drain(pager, slice->states, drain_piece, &region);
@@ -178,28 +246,10 @@ static flap_status visit_states(flap_pager *pager, const flap_layout *layout, bo
 /* Masters are filled in by `run`, moments are zero. */
 static flap_status start_states(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, run_fn run,
                                 void *context) {
-  const states_visit v = {.runs = {run}, .contexts = {context}, .lists = {list}};
+  const section_visit master = {run, context, list};
+  const states_visit v = {
+      .sections = {[STATES_OF_EMBEDDING][FLAP_STATE_MASTER] = master, [STATES_OF_REST][FLAP_STATE_MASTER] = master}};
   return visit_states(pager, layout, true, &v);
-}
-
-/* The tensors of each section of a format that has files. */
-typedef struct section_lists {
-  flap_weights_list elements, blocks;
-} section_lists;
-
-static flap_status open_lists(const flap_model_config *config, section_lists *lists_out) {
-  *lists_out = (section_lists){0};
-  FLAP_TRY(flap_weights_list_open(config, &lists_out->elements));
-  return flap_weights_list_blocks(&lists_out->elements, FLAP_OPS_MOMENT_BLOCK, &lists_out->blocks);
-}
-
-static void close_lists(section_lists *lists) {
-  flap_weights_list_close(&lists->elements);
-  flap_weights_list_close(&lists->blocks);
-}
-
-static const flap_weights_list *list_of(const section_lists *lists, const flap_state_format *format, uint32_t which) {
-  return format->sections[which].value_elements == 1 ? &lists->elements : &lists->blocks;
 }
 
 /* ---- from scratch ------------------------------------------------------------------------------------------ */
@@ -418,41 +468,37 @@ static flap_status save_run(void *context, uint64_t index, const flap_model_tens
   return flap_safetensors_write(save->writer, values, count * save->value_bytes);
 }
 
-static flap_status begin_files(const flap_layout *layout, const section_lists *lists, const char *folder,
-                               save_context saves[FLAP_STATE_SECTION_COUNT], states_visit *v) {
-  const flap_dtype dtype = layout->spec.shape.dtype;
-  const flap_state_format format = flap_layout_state_format(dtype, layout->spec.optim);
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
-    const state_file file = state_file_of(dtype, layout->spec.optim, (int)i);
-    v->lists[i] = list_of(lists, &format, i);
-    if (file.name == NULL)
-      continue;
-    FLAP_TRY(flap_weights_file_begin(v->lists[i], folder, file.name, file.dtype, &saves[i].writer));
-    saves[i].value_bytes = format.sections[i].value_bytes;
-    v->runs[i] = save_run;
-    v->contexts[i] = &saves[i];
+static flap_status begin_files(const flap_layout *layout, const state_lists *lists, const char *folder,
+                               save_context saves[STATE_FILES_MAX], states_visit *v) {
+  state_file files[STATE_FILES_MAX];
+  const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
+  for (uint32_t i = 0; i < count; i++) {
+    const flap_weights_list *list = list_of(lists, &files[i]);
+    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, &saves[i].writer));
+    saves[i].value_bytes = flap_safetensors_dtype_bytes(files[i].dtype);
+    give_visit(v, &files[i], (section_visit){save_run, &saves[i], list});
   }
   return FLAP_OK;
 }
 
 /* All writers are open at once, so that each region is read once. */
 flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder) {
-  section_lists lists;
-  save_context saves[FLAP_STATE_SECTION_COUNT] = {{0}};
-  states_visit v = {.runs = {NULL}};
+  state_lists lists;
+  save_context saves[STATE_FILES_MAX] = {{0}};
+  states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
   FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, saves, &v));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, false, &v));
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
+  for (uint32_t i = 0; i < STATE_FILES_MAX; i++) {
     flap_safetensors_writer *writer = saves[i].writer;
     saves[i].writer = NULL;
     if (writer != NULL)
       FLAP_TRY_GOTO(status, flap_safetensors_write_end(writer));
   }
 fail:
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
+  for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
     flap_safetensors_write_abort(saves[i].writer);
   close_lists(&lists);
   return status;
@@ -466,40 +512,48 @@ static flap_status resume_run(void *context, uint64_t index, const flap_model_te
   return flap_weights_source_read(context, index, first, count, values);
 }
 
-static flap_status open_states(const flap_layout *layout, const section_lists *lists, const char *folder,
-                               flap_weights_source sources[FLAP_STATE_SECTION_COUNT], states_visit *v) {
-  const flap_dtype dtype = layout->spec.shape.dtype;
-  const flap_state_format format = flap_layout_state_format(dtype, layout->spec.optim);
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
-    const state_file file = state_file_of(dtype, layout->spec.optim, (int)i);
+/* Of the states of adamw_8bit: a checkpoint whose embedding has 8-bit moments like everything else has no such file. */
+static flap_status without_fp32_moments(const char *path) {
+  return flap_error_set(FLAP_NOT_FOUND,
+                        "%s: there is no such file, but adamw_8bit keeps the embedding's moments in fp32, there: a "
+                        "checkpoint that has them in 8 bits, or not at all, cannot be resumed; give it as "
+                        "model_name_or_path to start anew from its weights",
+                        path);
+}
+
+static flap_status open_states(const flap_layout *layout, const state_lists *lists, const char *folder,
+                               flap_weights_source sources[STATE_FILES_MAX], states_visit *v) {
+  state_file files[STATE_FILES_MAX];
+  const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
+  for (uint32_t i = 0; i < count; i++) {
+    const flap_weights_list *list = list_of(lists, &files[i]);
     char path[FLAP_DURABLE_PATH_MAX];
-    v->lists[i] = list_of(lists, &format, i);
-    if (file.name == NULL)
-      continue;
-    FLAP_TRY(flap_durable_join(path, folder, file.name));
-    FLAP_TRY(
-        flap_weights_source_open(layout->spec.model, v->lists[i], path, FLAP_WANTED_EXACTLY, file.dtype, &sources[i]));
-    v->runs[i] = resume_run;
-    v->contexts[i] = &sources[i];
+    FLAP_TRY(flap_durable_join(path, folder, files[i].name));
+    const flap_status status =
+        flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, files[i].dtype, &sources[i]);
+    if (status == FLAP_NOT_FOUND && !files[i].in[STATES_OF_REST])
+      return without_fp32_moments(path);
+    FLAP_TRY(status);
+    give_visit(v, &files[i], (section_visit){resume_run, &sources[i], list});
   }
   return FLAP_OK;
 }
 
 flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder) {
   const flap_dtype dtype = layout->spec.shape.dtype;
-  section_lists lists;
-  flap_weights_source weights = {0}, states[FLAP_STATE_SECTION_COUNT] = {{0}};
-  states_visit v = {.runs = {NULL}};
+  state_lists lists;
+  flap_weights_source weights = {0}, states[STATE_FILES_MAX] = {{0}};
+  states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
-  FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &lists.elements, folder, FLAP_WANTED_EXACTLY,
+  FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &lists.all, folder, FLAP_WANTED_EXACTLY,
                                                  flap_safetensors_from_flap_dtype(dtype), &weights));
   FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, states, &v));
-  FLAP_TRY_GOTO(status, visit_weights(pager, layout, &lists.elements, true, resume_run, &weights));
+  FLAP_TRY_GOTO(status, visit_weights(pager, layout, &lists.all, true, resume_run, &weights));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, true, &v));
 fail:
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++)
+  for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
     flap_weights_source_close(&states[i]);
   flap_weights_source_close(&weights);
   close_lists(&lists);
@@ -520,16 +574,14 @@ flap_status flap_weights_file_bytes(const flap_model_config *config, flap_dtype 
 
 flap_status flap_weights_states_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim,
                                       uint64_t *bytes_out) {
-  const flap_state_format format = flap_layout_state_format(dtype, optim);
-  section_lists lists;
+  state_file files[STATE_FILES_MAX];
+  const uint32_t count = list_state_files(dtype, optim, files);
+  state_lists lists;
   flap_status status = open_lists(config, &lists);
   *bytes_out = 0;
-  for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT && status == FLAP_OK; i++) {
-    const state_file file = state_file_of(dtype, optim, (int)i);
+  for (uint32_t i = 0; i < count && status == FLAP_OK; i++) {
     uint64_t file_bytes = 0;
-    if (file.name == NULL)
-      continue;
-    status = flap_weights_measure_file(list_of(&lists, &format, i), file.dtype, &file_bytes);
+    status = flap_weights_measure_file(list_of(&lists, &files[i]), files[i].dtype, &file_bytes);
     *bytes_out += file_bytes;
   }
   close_lists(&lists);

@@ -325,9 +325,9 @@ void rig_run_choice(const rig_model *model, const rig_place *place, const flap_c
 
 /* ---- states ---------------------------------------------------------------------------------------------- */
 
-/* Bytes of so many elements, whole blocks, in a section. */
-static uint64_t section_bytes(const rig_model *model, uint32_t section, uint64_t elements) {
-  const bool codes = model->options.optim == FLAP_OPTIM_ADAMW_8BIT;
+/* Bytes of so many elements of a part, whole blocks, in a section. */
+static uint64_t section_bytes(const rig_model *model, flap_part part, uint32_t section, uint64_t elements) {
+  const bool codes = model->options.optim == FLAP_OPTIM_ADAMW_8BIT && part != FLAP_PART_EMBEDDING;
   if (section == 0)
     return elements * flap_dtype_bytes(model->shape.dtype);
   if (section == 1)
@@ -361,25 +361,25 @@ static void read_part(engine_rig *rig, const flap_layout_part *part, unsigned ch
   unsigned char *sections[SECTIONS];
   for (uint32_t i = 0; i < SECTIONS; i++) {
     sections[i] = to;
-    to += section_bytes(rig->model, i, part->elements);
+    to += section_bytes(rig->model, part->kind, i, part->elements);
   }
-  scatter weights = {.to = {sections[0]}, .bytes = {section_bytes(rig->model, 0, part->elements)}};
+  scatter weights = {.to = {sections[0]}, .bytes = {section_bytes(rig->model, part->kind, 0, part->elements)}};
   MUST(flap_pager_drain(rig->runtime.pager, part->weights, scatter_piece, &weights));
   for (uint32_t i = part->first_slice; i < part->first_slice + part->slice_count; i++) {
     const flap_layout_slice *slice = &layout->slices[i];
     scatter states;
     for (uint32_t j = 0; j < STATE_SECTIONS; j++) {
-      states.to[j] = sections[j + 1] + section_bytes(rig->model, j + 1, slice->first_element);
-      states.bytes[j] = section_bytes(rig->model, j + 1, slice->elements);
+      states.to[j] = sections[j + 1] + section_bytes(rig->model, part->kind, j + 1, slice->first_element);
+      states.bytes[j] = section_bytes(rig->model, part->kind, j + 1, slice->elements);
     }
     MUST(flap_pager_drain(rig->runtime.pager, slice->states, scatter_piece, &states));
   }
 }
 
-static uint64_t part_bytes(const rig_model *model, uint64_t elements) {
+static uint64_t part_bytes(const rig_model *model, flap_part part, uint64_t elements) {
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < SECTIONS; i++)
-    bytes += section_bytes(model, i, elements);
+    bytes += section_bytes(model, part, i, elements);
   return bytes;
 }
 
@@ -387,14 +387,14 @@ void rig_read_state(engine_rig *rig, rig_state *state_out) {
   const flap_layout *layout = rig->runtime.executor.layout;
   *state_out = (rig_state){0};
   for (uint32_t i = 0; i < layout->part_count; i++)
-    state_out->bytes += part_bytes(rig->model, layout->parts[i].elements);
+    state_out->bytes += part_bytes(rig->model, layout->parts[i].kind, layout->parts[i].elements);
   state_out->data = malloc(state_out->bytes);
   ck_assert_ptr_nonnull(state_out->data);
   memset(state_out->data, 0xee, state_out->bytes);
   unsigned char *to = state_out->data;
   for (uint32_t i = 0; i < layout->part_count; i++) {
     read_part(rig, &layout->parts[i], to);
-    to += part_bytes(rig->model, layout->parts[i].elements);
+    to += part_bytes(rig->model, layout->parts[i].kind, layout->parts[i].elements);
   }
   state_out->digest = flap_block_checksum(state_out->data, state_out->bytes, 0, 0, 0);
 }
@@ -424,9 +424,9 @@ void rig_flip_bit(engine_rig *rig, uint32_t part, uint32_t section, uint64_t bit
   const flap_layout_slice *slice = &layout->slices[p->first_slice];
   uint64_t offset = 0;
   for (uint32_t i = 1; i < section; i++)
-    offset += section_bytes(rig->model, i, slice->elements);
+    offset += section_bytes(rig->model, p->kind, i, slice->elements);
   const uint32_t region = section == 0 ? p->weights : slice->states;
-  ck_assert_uint_lt(bit / 8, section_bytes(rig->model, section, section == 0 ? p->elements : slice->elements));
+  ck_assert_uint_lt(bit / 8, section_bytes(rig->model, p->kind, section, section == 0 ? p->elements : slice->elements));
   piece_of copy = {.memory = malloc(layout->regions[region].bytes)};
   ck_assert_ptr_nonnull(copy.memory);
   MUST(flap_pager_drain(rig->runtime.pager, region, keep_piece, &copy));
@@ -448,7 +448,7 @@ static flap_part part_kind(const rig_model *model, uint32_t part) {
 const unsigned char *rig_state_weights(const rig_model *model, const rig_state *state, uint32_t part) {
   const unsigned char *at = state->data;
   for (uint32_t i = 0; i < part; i++)
-    at += part_bytes(model, flap_model_part_elements(&model->config, part_kind(model, i)));
+    at += part_bytes(model, part_kind(model, i), flap_model_part_elements(&model->config, part_kind(model, i)));
   return at;
 }
 
@@ -456,7 +456,7 @@ static const char *state_difference(const rig_model *model, uint64_t at) {
   for (uint32_t part = 0; part < model->config.num_hidden_layers + 2; part++) {
     const uint64_t elements = flap_model_part_elements(&model->config, part_kind(model, part));
     for (uint32_t i = 0; i < SECTIONS; i++) {
-      const uint64_t bytes = section_bytes(model, i, elements);
+      const uint64_t bytes = section_bytes(model, part_kind(model, part), i, elements);
       if (at < bytes) {
         (void)snprintf(difference, sizeof difference, "%s of element %llu of part %u", SECTION_NAMES[i],
                        (unsigned long long)((double)at / (double)bytes * (double)elements), part);

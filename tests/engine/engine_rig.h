@@ -72,8 +72,8 @@ flap_choice rig_choice_streaming(const rig_model *model, bool from_disk);
 
 /* ---- running --------------------------------------------------------------------------------------------- */
 
-/* Part by part: weights, low halves (bf16) or masters (fp16), first moments, second moments; with adamw_8bit these as
- * codes, then the largest of first and of second moments. */
+/* Part by part: weights, low halves (bf16) or masters (fp16), first moments, second moments; with adamw_8bit, but for
+ * the embedding, these as codes, then the largest of first and of second moments. */
 typedef struct rig_state {
   uint64_t bytes, digest;
   unsigned char *data; /* owned */

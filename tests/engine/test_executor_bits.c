@@ -26,6 +26,7 @@ static const numerics NUMERICS[] = {
     {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0, FLAP_OPTIM_ADAMW},
     {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW},
     {"bf16, 8-bit moments", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW_8BIT},
+    {"bf16, untied, 8-bit moments", FLAP_BF16, FLAP_BF16, false, true, 0, FLAP_OPTIM_ADAMW_8BIT},
     {"fp32", FLAP_F32, FLAP_F32, true, false, 0, FLAP_OPTIM_ADAMW},
     {"fp32, 8-bit moments", FLAP_F32, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW_8BIT},
     {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW},
@@ -265,8 +266,42 @@ START_TEST(the_references_have_trained) {
 }
 END_TEST
 
-/* Two steps; with a bit turned over after step `after` (0: never). */
-static void train_spoilt(const rig_model *model, uint32_t after, uint32_t section, uint64_t bit, rig_result *result) {
+/* Two steps, read afterwards. */
+static void train_two(const rig_model *model, rig_result *result) {
+  engine_rig rig;
+  memset(result, 0, sizeof *result);
+  const flap_choice choice = rig_choice_streaming(model, false);
+  rig_begin(&rig, model, &(rig_place){.threads = 2});
+  rig_open_choice(&rig, &choice);
+  rig_train(&rig, 0, 2, RIG_UPDATED, result);
+  rig_read_state(&rig, &result->state);
+  rig_close(&rig);
+}
+
+/* The first step has a rate of 0, so both optimizers have the same weights and gradients in the first two steps: what
+ * they make of the embedding agrees in every bit, moments included, and of everything else it does not. */
+START_TEST(the_embedding_of_adamw_8bit_is_that_of_adamw) {
+  const rig_model *eight = &models[EIGHT_BIT + _i]; /* tied, or not */
+  rig_model plain = *eight;
+  rig_result a, b;
+  plain.options.optim = FLAP_OPTIM_ADAMW;
+  train_two(eight, &a);
+  train_two(&plain, &b);
+  ck_assert(a.learning_rates[0] == 0 && a.learning_rates[1] > 0);
+  const uint64_t bytes = flap_model_part_elements(&plain.config, FLAP_PART_EMBEDDING) * (2 + 2 + 4 + 4);
+  ck_assert_ptr_eq(rig_state_weights(eight, &a.state, 1), a.state.data + bytes);
+  ck_assert_ptr_eq(rig_state_weights(&plain, &b.state, 1), b.state.data + bytes);
+  ck_assert_mem_eq(a.state.data, b.state.data, bytes);
+  const uint64_t layer = flap_model_part_elements(&plain.config, FLAP_PART_LAYER) * 2;
+  ck_assert_mem_ne(rig_state_weights(eight, &a.state, 1), rig_state_weights(&plain, &b.state, 1), layer);
+  rig_result_close(&a);
+  rig_result_close(&b);
+}
+END_TEST
+
+/* Two steps; with a bit of a part turned over after step `after` (0: never). */
+static void train_spoilt(const rig_model *model, uint32_t after, uint32_t part, uint32_t section, uint64_t bit,
+                         rig_result *result) {
   engine_rig rig;
   memset(result, 0, sizeof *result);
   const flap_choice choice = rig_choice_streaming(model, true);
@@ -275,7 +310,7 @@ static void train_spoilt(const rig_model *model, uint32_t after, uint32_t sectio
   for (uint32_t step = 0; step < 2; step++) {
     rig_train(&rig, step, step + 1, RIG_UPDATED, result);
     if (after == step + 1)
-      rig_flip_bit(&rig, 2, section, bit);
+      rig_flip_bit(&rig, part, section, bit);
   }
   rig_read_state(&rig, &result->state);
   rig_close(&rig);
@@ -285,20 +320,21 @@ static void train_spoilt(const rig_model *model, uint32_t after, uint32_t sectio
  */
 START_TEST(one_flipped_bit_is_noticed) {
   const rig_model *model = &models[_i == 0 ? 0 : EIGHT_BIT];
-  const uint32_t sections = model->options.optim == FLAP_OPTIM_ADAMW_8BIT ? 6 : 4;
+  const uint32_t part = _i == 2 ? 0 : 2;     /* the embedding, or a layer */
+  const uint32_t sections = _i == 1 ? 6 : 4; /* codes have what they are relative to */
   rig_result clean, spoilt;
-  train_spoilt(model, 0, 0, 0, &clean);
+  train_spoilt(model, 0, part, 0, 0, &clean);
   for (uint32_t section = 0; section < sections; section++)
     for (uint32_t after = 1; after <= 2; after++) {
       const bool code = sections == 6 && (section == 2 || section == 3);
       const uint64_t bit = after == 2 ? 0 : section == 0 ? 2 : code ? 6 : section > 3 ? 20 : 12;
-      train_spoilt(model, after, section, bit, &spoilt);
+      train_spoilt(model, after, part, section, bit, &spoilt);
       const char *difference = rig_difference(model, &clean, &spoilt);
       ck_assert_msg(*difference != 0, "section %u, after step %u: nobody noticed", section, after);
       ck_assert_uint_ne(clean.state.digest, spoilt.state.digest);
       rig_result_close(&spoilt);
     }
-  train_spoilt(model, 0, 0, 0, &spoilt);
+  train_spoilt(model, 0, part, 0, 0, &spoilt);
   ck_assert_str_eq(rig_difference(model, &clean, &spoilt), "");
   rig_result_close(&spoilt);
   rig_result_close(&clean);
@@ -312,7 +348,8 @@ int main(void) {
   tcase_add_unchecked_fixture(tests, record_references, forget_references);
   tcase_add_loop_test(tests, every_placement_gives_the_same_bits, 0, PLACEMENT_COUNT);
   tcase_add_test(tests, the_references_have_trained);
-  tcase_add_loop_test(tests, one_flipped_bit_is_noticed, 0, 2);
+  tcase_add_loop_test(tests, one_flipped_bit_is_noticed, 0, 3);
+  tcase_add_loop_test(tests, the_embedding_of_adamw_8bit_is_that_of_adamw, 0, 2);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

@@ -93,6 +93,13 @@ START_TEST(from_rates_first_sums_cost_less) {
   ck_assert_double_eq_tol(times.zero_ns, 4, 0.01);  /* bytes an element, at one a nanosecond */
   ck_assert_double_eq_tol(times.store_ns, 6, 0.01); /* fp32 read, bf16 written */
   ck_assert_double_eq_tol(times.adamw_ns, 26, 0.01);
+  ck_assert_double_eq(times.adamw_embedding_ns, times.adamw_ns);
+  /* Codes are a byte, and what they are relative to is 4 for 256 of them; the embedding's moments stay fp32. */
+  flap_op_times_spec eight = spec;
+  eight.optim = FLAP_OPTIM_ADAMW_8BIT;
+  ck_assert_int_eq(flap_op_times_from_rates(&eight, &memory, &times), FLAP_OK);
+  ck_assert_double_eq_tol(times.adamw_ns, 14 + 16. / 256, 0.01);
+  ck_assert_double_eq_tol(times.adamw_embedding_ns, 26, 0.01);
 }
 END_TEST
 
@@ -109,10 +116,12 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .launch_ns = 100,
                                .store_ns = 0.5,
                                .zero_ns = 0.25,
+                               .adamw_ns = 0.75,
+                               .adamw_embedding_ns = 1.25,
                                .set_count = 2,
                                .set_mask = {ATTENTION, FLAP_MODEL_SAVED_ALL},
                                .set_recompute_ns = {11, 0}};
-  flap_layout_part part = {.elements = 1000};
+  flap_layout_part part = {.kind = FLAP_PART_LAYER, .elements = 1000};
   flap_layout_slice slice = {.elements = 1000};
   flap_layout layout = {.parts = &part, .slices = &slice, .spec = {.saved_mask = ATTENTION}};
 #define OF(...) flap_op_times_of(&times, &layout, &(flap_op){__VA_ARGS__})
@@ -131,6 +140,12 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_ZERO), 350);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_NORM), 0);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_ADAMW), 850);
+  part.kind = FLAP_PART_HEAD;
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_ADAMW), 850);
+  part.kind = FLAP_PART_EMBEDDING;
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_ADAMW), 1350);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
 #undef OF
 }
 END_TEST
@@ -149,6 +164,8 @@ START_TEST(simulated_step_is_charged_with_given_times) {
                                .backward_fresh_ns = 60000,
                                .embed_backward_ns = 9000,
                                .launch_ns = 1,
+                               .adamw_ns = 1,
+                               .adamw_embedding_ns = 5,
                                .set_count = 2,
                                .set_mask = {ATTENTION, FLAP_MODEL_SAVED_ALL},
                                .set_recompute_ns = {11000, 0}};
@@ -156,6 +173,7 @@ START_TEST(simulated_step_is_charged_with_given_times) {
                                    .shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 32},
                                    .mode = FLAP_MODE_TRAIN,
                                    .gradient_dtype = FLAP_BF16,
+                                   .optim = FLAP_OPTIM_ADAMW_8BIT,
                                    .micro_batches = 2,
                                    .threads = 1,
                                    .device = FLAP_DEVICE_CPU},
@@ -167,8 +185,11 @@ START_TEST(simulated_step_is_charged_with_given_times) {
   flap_setup setup;
   flap_plan_costs costs;
   ck_assert_msg(flap_planner_choose(&planner, &budgets, &setup, &costs) == FLAP_OK, "%s", flap_error_message());
-  const double layers = 3,
-               wanted = 1e-9 * (2 * 1000. + layers * (2 * 20000. + 60000 + 70000) + 40000 + 50000 + 2 * 9000.);
+  const double layers = 3, updates = 5. * (double)flap_model_part_elements(&config, FLAP_PART_EMBEDDING) +
+                                     layers * (double)flap_model_part_elements(&config, FLAP_PART_LAYER) +
+                                     (double)flap_model_part_elements(&config, FLAP_PART_HEAD);
+  const double wanted =
+      1e-9 * (2 * 1000. + layers * (2 * 20000. + 60000 + 70000) + 40000 + 50000 + 2 * 9000. + updates);
   const double again = _i == 1 ? 1e-9 * layers * 2 * 11000 : 0;
   ck_assert_double_ge(costs.compute_seconds, wanted + again);
   ck_assert_double_le(costs.compute_seconds,

@@ -16,7 +16,7 @@
 #include <sys/stat.h>
 
 #define SHARD_MAX ((uint64_t)1 << 40)
-#define FILES_MAX 6u
+#define FILES_MAX 8u
 static const struct {
   flap_dtype dtype;
   flap_optim optim;
@@ -30,14 +30,13 @@ static uint32_t files_of(flap_dtype dtype, flap_optim optim, const char *names[F
   uint32_t count = 0;
   if (dtype != FLAP_F32)
     names[count++] = dtype == FLAP_BF16 ? "optimizer-low.safetensors" : "optimizer-master.safetensors";
+  names[count++] = "optimizer-exp_avg.safetensors"; /* with adamw_8bit of the embedding alone */
+  names[count++] = "optimizer-exp_avg_sq.safetensors";
   if (optim == FLAP_OPTIM_ADAMW_8BIT) {
     names[count++] = "optimizer-exp_avg-codes.safetensors";
     names[count++] = "optimizer-exp_avg-largest.safetensors";
     names[count++] = "optimizer-exp_avg_sq-codes.safetensors";
     names[count++] = "optimizer-exp_avg_sq-largest.safetensors";
-  } else {
-    names[count++] = "optimizer-exp_avg.safetensors";
-    names[count++] = "optimizer-exp_avg_sq.safetensors";
   }
   names[count++] = "model.safetensors";
   return count;
@@ -69,7 +68,7 @@ static void same_folders(const char *a, const char *b, flap_dtype dtype, flap_op
     rig_same_files(in(a, files[i]), in(b, files[i]));
   ck_assert((dtype == FLAP_BF16) == scratch_exists(in(b, "optimizer-low.safetensors")));
   ck_assert((dtype == FLAP_F16) == scratch_exists(in(b, "optimizer-master.safetensors")));
-  ck_assert((optim == FLAP_OPTIM_ADAMW) == scratch_exists(in(b, "optimizer-exp_avg.safetensors")));
+  ck_assert((optim == FLAP_OPTIM_ADAMW_8BIT) == scratch_exists(in(b, "optimizer-exp_avg-codes.safetensors")));
 }
 
 /* ---- values -------------------------------------------------------------------------------------------------- */
@@ -271,10 +270,10 @@ START_TEST(weights_resume_refuses_codes_that_do_not_fit) {
   RIG_OK(flap_weights_init(plain.pager, &plain.layout, 1));
   save_all(&rig, "eight");
   save_all(&plain, "plain");
-  RIG_REFUSED(flap_weights_resume(plain.pager, &plain.layout, scratch_path("eight")), FLAP_NOT_FOUND,
-              "eight/optimizer-exp_avg.safetensors", "No such file");
-  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("plain")), FLAP_NOT_FOUND,
-              "plain/optimizer-exp_avg-codes.safetensors", "No such file");
+  RIG_REFUSED(flap_weights_resume(plain.pager, &plain.layout, scratch_path("eight")), FLAP_INVALID,
+              "eight/optimizer-exp_avg.safetensors", "has no tensor model.layers.0.");
+  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("plain")), FLAP_INVALID,
+              "plain/optimizer-exp_avg.safetensors", "holds tensor");
   ck_assert_int_eq(rename(scratch_path("plain/optimizer-exp_avg.safetensors"),
                           scratch_path("eight/optimizer-exp_avg-codes.safetensors")),
                    0);
@@ -295,6 +294,42 @@ START_TEST(weights_resume_refuses_codes_that_do_not_fit) {
   rig_close(&rig);
   rig_close(&plain);
   rig_close(&smaller);
+}
+END_TEST
+
+/* As if the embedding had codes like everything else: no fp32 moments, or none of the second; or codes of it as well.
+ */
+START_TEST(weights_resume_refuses_an_embedding_with_8_bit_moments) {
+  static const char *const fp32_files[] = {"all/optimizer-exp_avg.safetensors", "all/optimizer-exp_avg_sq.safetensors"};
+  flap_model_config config, untied;
+  weights_rig rig, other;
+  rig_model(true, false, &config);
+  rig_model(false, false, &untied);
+  rig_open_optim(&rig, &config, FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT, FLAP_MODE_TRAIN, &rig_placements[1],
+                 scratch_path(""));
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  for (size_t i = 0; i < sizeof fp32_files / sizeof *fp32_files; i++) {
+    save_all(&rig, "all");
+    ck_assert_int_eq(remove(scratch_path(fp32_files[i])), 0);
+    RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("all")), FLAP_NOT_FOUND, fp32_files[i],
+                "keeps the embedding's moments in fp32");
+    RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("all")), FLAP_NOT_FOUND, fp32_files[i],
+                "give it as model_name_or_path");
+  }
+  save_all(&rig, "all");
+  RIG_OK(flap_weights_resume(rig.pager, &rig.layout, scratch_path("all")));
+  /* A head's codes are another tensor beside those that a tied model has. */
+  rig_open_optim(&other, &untied, FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT, FLAP_MODE_TRAIN, &rig_placements[1],
+                 scratch_path(""));
+  RIG_OK(flap_weights_init(other.pager, &other.layout, 1));
+  save_all(&other, "untied");
+  ck_assert_int_eq(rename(scratch_path("untied/optimizer-exp_avg-codes.safetensors"),
+                          scratch_path("all/optimizer-exp_avg-codes.safetensors")),
+                   0);
+  RIG_REFUSED(flap_weights_resume(rig.pager, &rig.layout, scratch_path("all")), FLAP_INVALID,
+              "all/optimizer-exp_avg-codes.safetensors", "holds tensor lm_head.weight");
+  rig_close(&rig);
+  rig_close(&other);
 }
 END_TEST
 
@@ -405,6 +440,7 @@ int main(void) {
   tcase_add_loop_test(tests, weights_resume_gives_back_the_same_bits, 0, 2 * FORMATS);
   tcase_add_test(tests, weights_resume_refuses_other_dtypes_and_missing_states);
   tcase_add_test(tests, weights_resume_refuses_codes_that_do_not_fit);
+  tcase_add_test(tests, weights_resume_refuses_an_embedding_with_8_bit_moments);
   tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, FORMATS);
   tcase_add_test(tests, weights_shards_hold_the_same_tensors);
   tcase_add_test(tests, weights_failed_saves_leave_no_file_behind);

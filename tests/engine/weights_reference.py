@@ -57,11 +57,15 @@ def wanted_shapes(config):
 
 
 def moment_files(optim):
-    """Name to dtype, and how many elements share a value."""
+    """Name to dtype, how many elements share a value, and which tensors are in it."""
+    everything = lambda key: True
     if optim == "adamw":
-        return {"optimizer-exp_avg": ("F32", 1), "optimizer-exp_avg_sq": ("F32", 1)}
-    return {"optimizer-exp_avg-codes": ("I8", 1), "optimizer-exp_avg_sq-codes": ("U8", 1),
-            "optimizer-exp_avg-largest": ("F32", 256), "optimizer-exp_avg_sq-largest": ("F32", 256)}
+        return {"optimizer-exp_avg": ("F32", 1, everything), "optimizer-exp_avg_sq": ("F32", 1, everything)}
+    embedding = lambda key: key == "model.embed_tokens.weight"
+    rest = lambda key: not embedding(key)
+    return {"optimizer-exp_avg": ("F32", 1, embedding), "optimizer-exp_avg_sq": ("F32", 1, embedding),
+            "optimizer-exp_avg-codes": ("I8", 1, rest), "optimizer-exp_avg_sq-codes": ("U8", 1, rest),
+            "optimizer-exp_avg-largest": ("F32", 256, rest), "optimizer-exp_avg_sq-largest": ("F32", 256, rest)}
 
 
 def check_files(folder, dtype, optim):
@@ -74,15 +78,16 @@ def check_files(folder, dtype, optim):
     files = {name: read(checkpoint / f"{name}.safetensors") for name in names}
     for name, tensors in files.items():
         found = {key: array.shape for key, (_, array) in tensors.items()}
-        block = moments.get(name, ("", 1))[1]
-        wanted = shapes if block == 1 else {key: (-(-math.prod(shape) // block),) for key, shape in shapes.items()}
+        _, block, has = moments.get(name, ("", 1, lambda key: True))
+        wanted = {key: shape if block == 1 else (-(-math.prod(shape) // block),) for key, shape in shapes.items()
+                  if has(key)}
         assert found == wanted, (name, set(found) ^ set(shapes))
     assert len(list(checkpoint.glob("*.safetensors"))) == len(names)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["optim"] == optim
     assert {t for t, _ in files["model"].values()} == {dtype}
     with safetensors.safe_open(checkpoint / "model.safetensors", "np") as opened:
         assert opened.metadata()["format"] == "pt"
-    for name, (wanted, _) in moments.items():
+    for name, (wanted, _, _) in moments.items():
         assert all(t == wanted and not array.any() for t, array in files[name].values())
     for key, (_, high) in files["model"].items():
         master = high
@@ -144,7 +149,7 @@ def main():
         full = False
     for family in ("llama", "mistral", "qwen2"):
         for dtype in ("bf16", "fp16", "fp32"):
-            for tied, optim in (("0", "adamw"), ("1", "adamw"), ("1", "adamw_8bit")):
+            for tied, optim in (("0", "adamw"), ("1", "adamw"), ("0", "adamw_8bit"), ("1", "adamw_8bit")):
                 with tempfile.TemporaryDirectory() as folder:
                     subprocess.run([program, family, dtype, optim, tied, folder], check=True)
                     name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]

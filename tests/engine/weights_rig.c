@@ -172,7 +172,7 @@ static void check_largest_gaps(const weights_rig *rig, const flap_layout_part *p
 static float *moments_of(const weights_rig *rig, const flap_layout_part *part, const flap_layout_slice *slice,
                          const char *states) {
   const uint64_t n = slice->elements, first = slice->first_element;
-  const bool codes = rig->layout.spec.optim == FLAP_OPTIM_ADAMW_8BIT;
+  const bool codes = rig->layout.spec.optim == FLAP_OPTIM_ADAMW_8BIT && part->kind != FLAP_PART_EMBEDDING;
   float *moments = malloc(2 * n * sizeof *moments);
   ck_assert_ptr_nonnull(moments);
   check_gaps(rig, part, first, n, states, codes ? 1 : 4);

@@ -36,8 +36,8 @@ void rig_open_optim(weights_rig *rig, const flap_model_config *config, flap_dtyp
 void rig_close(weights_rig *rig);
 
 /* A tensor's master weights (with bf16 both halves joined) and moments, as the regions hold them; each an array of its
- * elements, or NULL. With adamw_8bit moments are their codes. Gaps of all regions that this touches must be zero. With
- * fp16 and `moment1`, weights must also be their masters, rounded. */
+ * elements, or NULL. With adamw_8bit moments are their codes, but for the embedding. Gaps of all regions that this
+ * touches must be zero. With fp16 and `moment1`, weights must also be their masters, rounded. */
 void rig_read(const weights_rig *rig, const char *name, float *master, float *moment1, float *moment2);
 /* The tensor in the list of its part; stores the part's index. */
 flap_model_tensor rig_tensor(const weights_rig *rig, const char *name, uint32_t *part_out);

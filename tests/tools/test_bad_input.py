@@ -479,7 +479,7 @@ class Runs(Case):
         self.refuse_broken_checkpoints("adamw", 4)
 
     def test_resume_from_a_broken_checkpoint_of_8_bit_moments_is_refused(self):
-        self.refuse_broken_checkpoints("adamw_8bit", 6)
+        self.refuse_broken_checkpoints("adamw_8bit", 8)
 
     def refuse_broken_checkpoints(self, optim, files):
         self.accept("train", *self.SAVING, f"output_dir={optim}", "max_steps=3", f"optim={optim}")
