@@ -82,9 +82,11 @@ static const flap_config_key keys[] = {
     PLAIN("warmup_steps", U64, warmup_steps,
           "Steps over which the learning rate rises from 0; wins over warmup_ratio."),
     PLAIN("warmup_ratio", NUMBER, warmup_ratio, "The same as a share of all steps."),
-    CUSTOM("optim", flap_config_set_optim, "adamw or adamw_8bit", "adamw",
-           "`adamw` (`adamw_torch` is the same) keeps moments in fp32; `adamw_8bit` (`adamw_bnb_8bit` is the same) in "
-           "8 bits, a little more than 2 bytes for each weight instead of 8. Master weights stay fp32 in both."),
+    CUSTOM(
+        "optim", flap_config_set_optim, "adamw or adamw_8bit", "adamw",
+        "`adamw` (`adamw_torch` is the same) keeps moments in fp32; `adamw_8bit` (`adamw_bnb_8bit` is the same) in "
+        "8 bits, a little more than 2 bytes for each weight instead of 8, but the embedding's in fp32. Master weights "
+        "stay fp32 in both."),
     PLAIN("weight_decay", NUMBER, weight_decay, "Decoupled weight decay; not on norms and biases."),
     PLAIN("adam_beta1", NUMBER, adam_beta1, "Decay of the first moment."),
     PLAIN("adam_beta2", NUMBER, adam_beta2, "Decay of the second moment."),

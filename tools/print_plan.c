@@ -34,7 +34,7 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
 static void print_model(FILE *out, const flap_plan *plan) {
   fprintf(out, "model     %s parameters, %u layers, %s, state %s%s\n", flap_text_count(plan->parameters).text,
           plan->layers, flap_dtype_name(plan->dtype), flap_text_bytes(plan->state_bytes).text,
-          plan->optim == FLAP_OPTIM_ADAMW_8BIT ? " (adamw_8bit)" : "");
+          plan->optim == FLAP_OPTIM_ADAMW_8BIT ? " (8-bit moments, the embedding's in fp32)" : "");
   fprintf(out, "step      %s tokens in %u micro-batches, gradients in %s\n",
           flap_text_grouped(plan->tokens_per_step).text, plan->micro_batches, flap_dtype_name(plan->gradient_dtype));
   fprintf(out, "device    %s (%s)\n", device_kind_name(plan->device), plan->device_name);
@@ -310,6 +310,14 @@ static json_t *knee_json(const flap_knee *knee) {
   return object;
 }
 
+/* What the optimizer's moments are kept in. */
+static json_t *moments_json(flap_optim optim) {
+  json_t *object = json_object();
+  set_text(object, "embedding", "fp32");
+  set_text(object, "other", optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit" : "fp32");
+  return object;
+}
+
 flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const flap_plan *plan,
                                  const flap_knee *knee) {
   json_t *object = json_object();
@@ -321,6 +329,7 @@ flap_status flap_print_plan_json(FILE *out, const flap_run_config *config, const
   set_text(object, "dtype", flap_dtype_name(plan->dtype));
   set_text(object, "gradient_dtype", flap_dtype_name(plan->gradient_dtype));
   set_text(object, "optim", flap_run_config_optim_name(plan->optim));
+  (void)json_object_set_new(object, "moments", moments_json(plan->optim));
   set_text(object, "device", device_kind_name(plan->device));
   set_text(object, "device_name", plan->device_name);
   (void)json_object_set_new(object, "machine", machine_json(&plan->machine));

@@ -303,12 +303,18 @@ class Bits(unittest.TestCase):
         common = ["optim=adamw_8bit"]
         reference = self.suite("eight", common, FEW)
         self.check_resume("eight", common, reference)
-        # 2 bytes of weight, 2 of its low half, two codes, and an fp32 number for each 256 of these: of whole blocks.
+        # 2 bytes of weight, 2 of its low half, two codes, and an fp32 number for each 256 of these: of whole blocks. The
+        # embedding (257 x 64, padded to 5 x 4096) has two fp32 moments instead.
         plans = [json.loads(self.flap("plan", "--json", *self.arguments("both", each, "eight-plan")).stdout)
                  for each in ([], common)]
         blocks = plans[0]["state_bytes"] / 12 / 256
-        self.assertEqual(plans[1]["state_bytes"], blocks * (256 * 6 + 8))
+        embedding = 5 * 4096 / 256
+        self.assertEqual(plans[1]["state_bytes"], (blocks - embedding) * (256 * 6 + 8) + embedding * 256 * 12)
         self.assertEqual([plan["optim"] for plan in plans], ["adamw", "adamw_8bit"])
+        self.assertEqual([plan["moments"] for plan in plans],
+                         [{"embedding": "fp32", "other": "fp32"}, {"embedding": "fp32", "other": "8-bit"}])
+        shown = self.flap("plan", *self.arguments("both", common, "eight-plan")).stdout
+        self.assertIn("(8-bit moments, the embedding's in fp32)", shown)
         self.assertNotEqual(plans[0]["compute_seconds"], plans[1]["compute_seconds"])
         for lane in LANES:
             self.assertLess(plans[1]["lane_bytes"][lane], 0.85 * plans[0]["lane_bytes"][lane], lane)
@@ -329,12 +335,21 @@ class Bits(unittest.TestCase):
             shown = self.flap("inspect", checkpoint)
             self.assertEqual((shown.returncode, shown.stderr), (0, ""))
             self.assertRegex(shown.stdout, f'(?m)^  optim +"{saved}"$')
-            for name, dtype, shape in {"adamw": [("exp_avg", "F32", "257, 64"), ("exp_avg_sq", "F32", "257, 64")],
-                                       "adamw_8bit": [("exp_avg-codes", "I8", "257, 64"), ("exp_avg-largest", "F32", "65"),
-                                                      ("exp_avg_sq-codes", "U8", "257, 64"),
-                                                      ("exp_avg_sq-largest", "F32", "65")]}[saved]:
+            embedding, down = "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"
+            for name, dtype, shapes in {
+                    "adamw": [("exp_avg", "F32", {embedding: "257, 64", down: "64, 160"}),
+                              ("exp_avg_sq", "F32", {embedding: "257, 64", down: "64, 160"})],
+                    "adamw_8bit": [("exp_avg", "F32", {embedding: "257, 64"}),
+                                   ("exp_avg_sq", "F32", {embedding: "257, 64"}),
+                                   ("exp_avg-codes", "I8", {down: "64, 160"}), ("exp_avg-largest", "F32", {down: "40"}),
+                                   ("exp_avg_sq-codes", "U8", {down: "64, 160"}),
+                                   ("exp_avg_sq-largest", "F32", {down: "40"})]}[saved]:
                 shown = self.flap("inspect", f"{checkpoint}/optimizer-{name}.safetensors")
-                self.assertRegex(shown.stdout, fr"(?m)^  model\.embed_tokens\.weight +{dtype} +\({shape}\) ")
+                for tensor in (embedding, down):
+                    if tensor in shapes:
+                        self.assertRegex(shown.stdout, fr"(?m)^  {re.escape(tensor)} +{dtype} +\({shapes[tensor]}\) ")
+                    else:
+                        self.assertNotIn(tensor, shown.stdout)
             # Its weights are what they are, whatever their moments were: they start another run, and export to fp32.
             export = self.flap("export", checkpoint, f"{out}-f32", "--dtype", "float32")
             self.assertEqual((export.returncode, export.stderr), (0, ""))
