@@ -169,7 +169,7 @@ class Bench(unittest.TestCase):
         else:
             self.assertRegex(done.stderr, "(?i)^flap: error: pcie: .*cuda.*; flap bench host measures")
             self.refuse("device=cpu measures the same kernels", "bench", "gpu", "--quick")
-            self.refuse("CUDA", "bench", "all", "--quick", "device=cuda", "disk")
+            self.refuse("cuda", "bench", "all", "--quick", "device=cuda", "disk")
             self.assertFalse(os.path.exists(self.path("profile.json")))
 
     # ---- all ----
