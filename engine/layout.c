@@ -53,20 +53,57 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
   return layout->first_hidden_gradient + micro_batch;
 }
 
-/* Saving starts at a segment's first layer: the first segment that lies wholly in the last saved_layers layers. */
-uint32_t flap_layout_first_saved(const flap_layout_spec *spec) {
-  const uint32_t layers = spec->model->num_hidden_layers;
-  const uint32_t k = spec->segment_layers;
-  const uint32_t first = (layers - spec->saved_layers + k - 1) / k * k;
-  return spec->saved_layers > 0 && first < layers ? first : layers;
+static uint32_t count_segments(const flap_layout_spec *spec) {
+  return (spec->model->num_hidden_layers + spec->segment_layers - 1) / spec->segment_layers;
+}
+
+/* What saves is a unit: a segment for one micro-batch of a group, numbered segment by segment. Of all units some are
+ * chosen at even distances, so that what they store passes the bus while those between them compute, the last one
+ * always. */
+static uint64_t count_units(const flap_layout_spec *spec) {
+  return (uint64_t)count_segments(spec) * spec->group_micro_batches;
+}
+
+static uint64_t saving_units(const flap_layout_spec *spec) {
+  return spec->saved_layers >= spec->model->num_hidden_layers
+             ? count_units(spec)
+             : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
+}
+
+/* So many of the units before this one save. */
+static uint64_t saving_before(const flap_layout_spec *spec, uint64_t unit) {
+  return unit * saving_units(spec) / count_units(spec);
+}
+
+/* The layers of a saving unit before this one: those of the last segment, which may be shorter, come last. */
+static uint64_t saved_index(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
+  const uint32_t k = spec->segment_layers, segment = layer / k, last = count_segments(spec) - 1;
+  const uint64_t unit = (uint64_t)segment * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
+  const uint64_t before = saving_before(spec, unit);
+  const uint64_t in_whole = saving_before(spec, (uint64_t)last * spec->group_micro_batches);
+  if (segment < last)
+    return before * k + layer % k;
+  return in_whole * k + (before - in_whole) * (spec->model->num_hidden_layers - last * k) + layer % k;
+}
+
+uint64_t flap_layout_saved_count(const flap_layout_spec *spec) {
+  const uint32_t layers = spec->model->num_hidden_layers, last = (count_segments(spec) - 1) * spec->segment_layers;
+  const uint64_t all = saving_units(spec);
+  const uint64_t in_whole = saving_before(spec, count_units(spec) - spec->group_micro_batches);
+  return in_whole * spec->segment_layers + (all - in_whole) * (layers - last);
+}
+
+static bool saves(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
+  const uint64_t unit =
+      (uint64_t)(layer / spec->segment_layers) * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
+  return saving_before(spec, unit + 1) > saving_before(spec, unit);
 }
 
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch) {
-  const uint32_t first = flap_layout_first_saved(&layout->spec);
-  if (layer < first || layout->spec.mode != FLAP_MODE_TRAIN)
+  const flap_layout_spec *spec = &layout->spec;
+  if (spec->mode != FLAP_MODE_TRAIN || !saves(spec, layer, micro_batch))
     return FLAP_REGION_NONE;
-  const uint32_t group = layout->spec.group_micro_batches;
-  return layout->first_saved + (layer - first) * group + micro_batch % group;
+  return layout->first_saved + (uint32_t)saved_index(spec, layer, micro_batch);
 }
 
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
@@ -146,7 +183,6 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
 static void add_activations(flap_layout *layout) {
   const flap_layout_spec *spec = &layout->spec;
   const uint64_t hidden = flap_model_hidden_bytes(spec->model, &spec->shape);
-  const uint32_t layers = spec->model->num_hidden_layers;
   layout->first_boundary = layout->region_count;
   for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->group_micro_batches; i++)
     add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
@@ -157,11 +193,13 @@ static void add_activations(flap_layout *layout) {
     add_region(layout, FLAP_CLASS_HIDDEN_GRADIENTS, hidden);
   layout->first_saved = layout->region_count;
   const uint64_t kept = flap_model_saved_bytes(spec->model, &spec->shape, spec->saved_mask);
-  for (uint32_t layer = flap_layout_first_saved(spec); layer < layers; layer++) {
-    const bool inner = layer % spec->segment_layers != 0;
-    for (uint32_t i = 0; i < spec->group_micro_batches; i++)
-      add_region(layout, FLAP_CLASS_SAVED, kept + (inner ? hidden : 0));
-  }
+  for (uint32_t segment = 0; segment < layout->segment_count; segment++)
+    for (uint32_t i = 0; i < spec->group_micro_batches; i++) {
+      uint32_t first, end;
+      flap_layout_segment(layout, segment, &first, &end);
+      for (uint32_t layer = first; layer < end && saves(spec, layer, i); layer++)
+        add_region(layout, FLAP_CLASS_SAVED, kept + (layer > first ? hidden : 0));
+    }
 }
 
 static void add_all(flap_layout *layout) {
@@ -207,7 +245,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
               (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&
                spec->slice_elements <= (uint64_t)FLAP_OPS_BLOCK * FLAP_OPS_ADAMW_BLOCKS_MAX));
   *layout_out = (flap_layout){.spec = *spec,
-                              .segment_count = (layers + spec->segment_layers - 1) / spec->segment_layers,
+                              .segment_count = count_segments(spec),
                               .first_boundary = FLAP_REGION_NONE,
                               .first_hidden_gradient = FLAP_REGION_NONE,
                               .first_saved = FLAP_REGION_NONE,

@@ -27,11 +27,11 @@ typedef struct flap_layout_spec {
   uint32_t micro_batches;       /* per step */
   uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
-  uint32_t saved_layers;        /* the last so many layers save activations (whole segments); the others recompute */
-  uint32_t saved_mask;          /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
-  uint64_t slice_elements;      /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
-                                   of them. The embedding's slices have about as many bytes. */
-  uint32_t cache_positions;     /* sample mode */
+  uint32_t saved_layers;    /* save activations; the others recompute. Below the layer count it is a share: see below */
+  uint32_t saved_mask;      /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
+  uint64_t slice_elements;  /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
+                               of them. The embedding's slices have about as many bytes. */
+  uint32_t cache_positions; /* sample mode */
 } flap_layout_spec;
 
 typedef struct flap_layout_region {
@@ -107,8 +107,9 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
 /* FLAP_REGION_NONE when the layer recomputes everything. The layer's input follows the kept tensors when it is not the
  * first of its segment. */
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch);
-/* From this layer on they save; the layer count when none does. */
-uint32_t flap_layout_first_saved(const flap_layout_spec *spec);
+/* Layers times micro-batches of a group that save: whole segments do, of each for as many micro-batches as the share of
+ * saved_layers in all layers says, spread evenly over both. */
+uint64_t flap_layout_saved_count(const flap_layout_spec *spec);
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
 static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;

@@ -56,8 +56,10 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   const flap_choice *choice = &setup->choice;
   plan->segment_layers = choice->segment_layers;
   plan->group_micro_batches = choice->group_micro_batches;
-  for (uint32_t i = 0; setup->spec.mode == FLAP_MODE_TRAIN && i < plan->layers; i++)
-    plan->saved_layers += flap_layout_saved(&setup->layout, i, 0) != FLAP_REGION_NONE ? 1 : 0;
+  if (setup->spec.mode == FLAP_MODE_TRAIN) { /* on average over micro-batches */
+    const uint64_t group = choice->group_micro_batches, count = flap_layout_saved_count(&setup->layout.spec);
+    plan->saved_layers = (uint32_t)((count + group - 1) / group);
+  }
   if (plan->saved_layers > 0)
     describe_saved(setup, plan);
   plan->saved_resident = plan->saved_layers > 0 && setup->classes[FLAP_CLASS_SAVED].ring_slots == 0;

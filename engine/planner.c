@@ -244,31 +244,36 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
   return FLAP_OK;
 }
 
-/* From this layer on a skeleton saves. */
-static uint32_t first_saved(const flap_planner *planner, skeleton s) {
-  return flap_layout_first_saved(
-      &(flap_layout_spec){.model = planner->spec.model, .segment_layers = s.segment, .saved_layers = s.saved.layers});
+/* Layers of a skeleton that save nothing, over the micro-batches of a group. */
+static double unsaved_layers(const flap_planner *planner, skeleton s) {
+  const flap_layout_spec spec = {.model = planner->spec.model,
+                                 .segment_layers = s.segment,
+                                 .group_micro_batches = s.group,
+                                 .saved_layers = s.saved.layers};
+  return planner->spec.model->num_hidden_layers - (double)flap_layout_saved_count(&spec) / s.group;
 }
 
-/* Of a micro-batch. Where nothing is saved, all layers of a segment but the last run as in the forward. */
+/* Of a micro-batch, on average. Where nothing is saved, all layers of a segment but the last run as in the forward. */
 static double recompute_ns(const flap_planner *planner, skeleton s) {
   const flap_op_times *t = planner->times;
-  const uint32_t first = first_saved(planner, s), segments = (first + s.segment - 1) / s.segment;
-  const double again = (double)t->forward_ns * (first - segments) + (double)t->recompute_ns * segments;
-  const uint32_t saving = planner->spec.model->num_hidden_layers - first;
-  return saving == 0 ? again : again + (double)flap_op_times_recompute(t, s.saved.mask) * saving;
+  const double unsaved = unsaved_layers(planner, s), segments = unsaved / s.segment;
+  const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * segments;
+  const double saving = planner->spec.model->num_hidden_layers - unsaved;
+  return saving > 0 ? again + (double)flap_op_times_recompute(t, s.saved.mask) * saving : again;
 }
 
 /* Whether it comes to the same as another candidate, once only whole segments save: as one with fewer layers of the
  * same set, or as one that saves nothing, which there is unless all layers must. */
 static bool is_double(const flap_planner *planner, const planner_savings *list, skeleton s) {
-  const uint32_t first = first_saved(planner, s), layers = planner->spec.model->num_hidden_layers;
-  if (s.saved.layers > 0 && s.saved.layers < layers && first == layers)
+  const uint32_t layers = planner->spec.model->num_hidden_layers;
+  const double unsaved = unsaved_layers(planner, s);
+  if (s.saved.layers > 0 && s.saved.layers < layers && s.saved.layers < s.segment)
     return true;
   for (uint32_t j = 0; j < list->count; j++) {
     skeleton other = s;
     other.saved = list->of[j];
-    if (other.saved.mask == s.saved.mask && other.saved.layers < s.saved.layers && first_saved(planner, other) == first)
+    if (other.saved.mask == s.saved.mask && other.saved.layers < s.saved.layers &&
+        fabs(unsaved_layers(planner, other) - unsaved) < 0.5 / s.group)
       return true;
   }
   return false;

@@ -22,7 +22,7 @@
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
 
-/* The last so many layers save the tensors of a mask. */
+/* So many layers, or their share of all layers' micro-batches, save the tensors of a mask. */
 typedef struct planner_saving {
   uint32_t layers, mask;
 } planner_saving;

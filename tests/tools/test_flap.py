@@ -149,7 +149,7 @@ machine: rtx4090-64g-1nvme
                 "cutoff_len=32768", "gradient_accumulation_steps=4", "vram=12GiB", f"expert.saved={saved}"))
         seconds = {saved: plan["step_seconds"] for saved, plan in plans.items()}
         self.assertLessEqual(seconds["auto"], min(seconds.values()) * 1.001)
-        self.assertLess(seconds["auto"], 0.9 * seconds["all"])
+        self.assertLess(seconds["auto"], 0.97 * seconds["all"])
         self.assertGreater(plans["auto"]["saved_layers"], 0)
         self.assertFalse(plans["auto"]["saved_whole"])
         self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
