@@ -167,6 +167,20 @@ double rig_floor(flap_dtype dtype) {
   return dtype == FLAP_F16 ? 0x1p-25 : 0;
 }
 
+flap_adamw rig_adamw(uint32_t step) {
+  const double beta1 = 0.9, beta2 = 0.95, rate = 3e-4;
+  return (flap_adamw){.learning_rate = (float)rate,
+                      .beta1 = (float)beta1,
+                      .beta2 = (float)beta2,
+                      .one_minus_beta1 = (float)(1 - beta1),
+                      .one_minus_beta2 = (float)(1 - beta2),
+                      .inverse_bias1 = (float)(1 / (1 - pow(beta1, step))),
+                      .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(beta2, step))),
+                      .epsilon = 1e-8f,
+                      .decay = (float)(1 - rate * 0.1),
+                      .gradient_scale = 0.7f};
+}
+
 double rig_slope(double *x, double step, double (*f)(void *context), void *context) {
   const double middle = *x;
   *x = middle + step;

@@ -62,6 +62,9 @@ double rig_ulp(flap_dtype dtype);
 /* The same of a result that is nearly 0: 2^-25 for fp16, whose subnormal numbers lie far apart; else 0. */
 double rig_floor(flap_dtype dtype);
 
+/* AdamW's scalars of step `step`, 1 on: usual hyperparameters, a clipped gradient. */
+flap_adamw rig_adamw(uint32_t step);
+
 /* Central difference of f(context) along *x. */
 double rig_slope(double *x, double step, double (*f)(void *context), void *context);
 

@@ -18,20 +18,6 @@ static void with_rig(void (*body)(gpu_rig *g, rig_random *random, int index), in
   gpu_rig_close(&g);
 }
 
-static flap_adamw scalars_of(uint32_t step) {
-  const double beta1 = 0.9, beta2 = 0.95, rate = 3e-4;
-  return (flap_adamw){.learning_rate = (float)rate,
-                      .beta1 = (float)beta1,
-                      .beta2 = (float)beta2,
-                      .one_minus_beta1 = (float)(1 - beta1),
-                      .one_minus_beta2 = (float)(1 - beta2),
-                      .inverse_bias1 = (float)(1 / (1 - pow(beta1, step))),
-                      .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(beta2, step))),
-                      .epsilon = 1e-8f,
-                      .decay = (float)(1 - rate * 0.1),
-                      .gradient_scale = 0.7f};
-}
-
 /* The states of one tensor: as split halves, as an fp16 weight beside its master, or as one fp32 weight (whose `master`
  * nobody uses). Words of 16 bits are operands of bf16, because those of fp16 are fp32 on the cpu's side. */
 typedef struct states {
@@ -107,7 +93,7 @@ static void adamw(gpu_rig *g, rig_random *random, int index) {
   const uint64_t slices[] = {ELEMENTS, 8 * FLAP_OPS_BLOCK, 64 * FLAP_OPS_BLOCK, ELEMENTS};
   states s = make_states(g, random, rig_dtype(index / 2));
   for (uint32_t i = 1; i <= 4; ++i) {
-    const flap_adamw scalars = scalars_of(i);
+    const flap_adamw scalars = rig_adamw(i);
     operand grad = operand_normal(g, random, grad_dtype, ELEMENTS, i == 3 ? 1e-18 : 1e-2, i == 4 ? 1 : 0);
     step(g, &s, &scalars, &grad, slices[i - 1]);
     same_states(&s);
@@ -125,7 +111,7 @@ END_TEST
 /* Any finite weight, NaN and infinite gradients: what is refused is refused on both sides. */
 static void faults(gpu_rig *g, rig_random *random, int index) {
   states s = make_states(g, random, rig_dtype(index));
-  flap_adamw scalars = scalars_of(1);
+  flap_adamw scalars = rig_adamw(1);
   /* Where about half of the weights would pass the type's last number: of fp16, 65520 is the first that is too large.
    */
   scalars.learning_rate = s.dtype == FLAP_BF16 ? 0x1p112f : s.dtype == FLAP_F16 ? 65520.0f : 0x1p105f;
@@ -150,7 +136,7 @@ END_TEST
 /* A NaN has many bit patterns, and the two sides may pick another: only weights and the fault count. */
 static void not_a_number(gpu_rig *g, rig_random *random, int index) {
   states s = make_states(g, random, rig_dtype(index));
-  const flap_adamw scalars = scalars_of(1);
+  const flap_adamw scalars = rig_adamw(1);
   float *values = rig_normal_f32(random, ELEMENTS, 1);
   values[rig_between(random, 0, ELEMENTS - 1)] = NAN;
   operand grad = operand_of(g, FLAP_F32, values, ELEMENTS);
@@ -267,7 +253,7 @@ static void adamw_8bit(gpu_rig *g, rig_random *random, int index) {
   const uint64_t slices[] = {ELEMENTS, 8 * FLAP_OPS_BLOCK, 64 * FLAP_OPS_BLOCK, ELEMENTS};
   states8 s = make_states8(g, random, rig_dtype(index / 2));
   for (uint32_t i = 1; i <= 4; ++i) {
-    const flap_adamw scalars = scalars_of(i);
+    const flap_adamw scalars = rig_adamw(i);
     operand grad = wide_gradient(g, random, grad_dtype, i == 4 ? 1 : 0);
     step8(g, &s, &scalars, &grad, slices[i - 1]);
     same_states8(&s);
@@ -285,7 +271,7 @@ END_TEST
 /* No bit pattern of a NaN is stored, so everything is compared. */
 static void faults_8bit(gpu_rig *g, rig_random *random, int index) {
   states8 s = make_states8(g, random, rig_dtype(index));
-  const flap_adamw scalars = scalars_of(1);
+  const flap_adamw scalars = rig_adamw(1);
   const float odd[5] = {INFINITY, -INFINITY, NAN, FLT_MAX, 1e25f};
   float *values = rig_normal_f32(random, ELEMENTS, 1);
   for (uint64_t i = 0; i < ELEMENTS; i += 1000)

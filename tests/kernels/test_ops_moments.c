@@ -112,20 +112,6 @@ END_TEST
 
 /* ---- the operation against scalar code ---- */
 
-static flap_adamw scalars_of(uint32_t step) {
-  const double beta1 = 0.9, beta2 = 0.95, rate = 3e-4;
-  return (flap_adamw){.learning_rate = (float)rate,
-                      .beta1 = (float)beta1,
-                      .beta2 = (float)beta2,
-                      .one_minus_beta1 = (float)(1 - beta1),
-                      .one_minus_beta2 = (float)(1 - beta2),
-                      .inverse_bias1 = (float)(1 / (1 - pow(beta1, step))),
-                      .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(beta2, step))),
-                      .epsilon = 1e-8f,
-                      .decay = (float)(1 - rate * 0.1),
-                      .gradient_scale = 0.7f};
-}
-
 /* ratio(code) and the place of a ratio: the lines of ops.h, whose constants follow from the number of `digits` of the
  * top decade. Line j belongs to the decade with 2^j steps. */
 static float ratio_of(uint32_t code, int digits) {
@@ -303,7 +289,7 @@ static void operation(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     f16_got[t] = copy_states(&start);
   }
   for (uint32_t number = 1; number <= 4; ++number) {
-    const flap_adamw s = scalars_of(number);
+    const flap_adamw s = rig_adamw(number);
     void *grad = make_gradient(&random, grad_dtype, number);
     for (uint32_t block = 0; block < MOMENTS; ++block)
       reference_block(&want, &s, decays(decay_blocks, block / (FLAP_OPS_BLOCK / MOMENT)), block, grad_dtype, grad);
@@ -353,7 +339,7 @@ END_TEST
 /* ---- what cannot be stored ---- */
 
 static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
-  const flap_adamw s = scalars_of(1);
+  const flap_adamw s = rig_adamw(1);
   const uint8_t decay_blocks[2] = {0, 0};
   /* Infinite, NaN, and finite with a square that is not: whose weight may stay, but whose v has no code. */
   const float sorts[4] = {INFINITY, -INFINITY, NAN, 1e25f};
@@ -408,7 +394,7 @@ static void descend(flap_ops *ops, double decades, double *apart_out, double *lo
   int32_t fault = 0;
   *longest_out = 0;
   for (uint32_t number = 1; number <= 400; ++number) {
-    flap_adamw s = scalars_of(number);
+    flap_adamw s = rig_adamw(number);
     s.learning_rate = 5e-3f;
     float *noise = rig_normal_f32(&random, n, 0.3), *before = rig_copy(eight, n * 4);
     for (uint32_t i = 0; i < n; ++i)

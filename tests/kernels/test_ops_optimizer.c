@@ -23,20 +23,6 @@ static void split(float value, uint16_t *high, int16_t *low) {
   *low = (int16_t)(bits - ((uint32_t)*high << 16));
 }
 
-static flap_adamw scalars_of(uint32_t step) {
-  const double beta1 = 0.9, beta2 = 0.95, rate = 3e-4;
-  return (flap_adamw){.learning_rate = (float)rate,
-                      .beta1 = (float)beta1,
-                      .beta2 = (float)beta2,
-                      .one_minus_beta1 = (float)(1 - beta1),
-                      .one_minus_beta2 = (float)(1 - beta2),
-                      .inverse_bias1 = (float)(1 / (1 - pow(beta1, step))),
-                      .inverse_sqrt_bias2 = (float)(1 / sqrt(1 - pow(beta2, step))),
-                      .epsilon = 1e-8f,
-                      .decay = (float)(1 - rate * 0.1),
-                      .gradient_scale = 0.7f};
-}
-
 /* One element as ops.h tells; volatile keeps the compiler from joining or reordering anything. */
 static float reference(const flap_adamw *s, bool decays, float weight, float *m, float *v, float grad) {
   volatile float g = grad * s->gradient_scale;
@@ -106,7 +92,7 @@ static void adamw(rig rigs[RIG_THREADS_MAX], flap_dtype grad_dtype) {
     f32_got[t] = copy_states(&start);
   }
   for (uint32_t step = 1; step <= 3; ++step) {
-    const flap_adamw s = scalars_of(step);
+    const flap_adamw s = rig_adamw(step);
     void *grad = rig_normal(&random, grad_dtype, ELEMENTS, step == 3 ? 1e-18 : 1e-2);
     for (uint32_t i = 0; i < ELEMENTS; i += 101)
       memset((unsigned char *)grad + i * flap_dtype_bytes(grad_dtype), 0, flap_dtype_bytes(grad_dtype));
@@ -208,7 +194,7 @@ START_TEST(adamw_no_update_reassembles_every_bit) {
 END_TEST
 
 static void faults(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
-  const flap_adamw s = scalars_of(1);
+  const flap_adamw s = rig_adamw(1);
   const bool is_split = dtype == FLAP_BF16, is_f16 = dtype == FLAP_F16;
   rig_random random = rig_random_named("faults");
   /* One bad element each: an infinite gradient, a NaN gradient, a weight about to round to infinity, a NaN weight. */
