@@ -38,10 +38,6 @@ void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *
   *end_out = (segment + 1) * k < layers ? (segment + 1) * k : layers;
 }
 
-uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) {
-  return layer / layout->spec.segment_layers;
-}
-
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
   flap_assert(segment <= layout->segment_count && micro_batch < layout->spec.micro_batches);
   const uint32_t group = layout->spec.group_micro_batches;

@@ -114,7 +114,6 @@ uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
 static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;
 }
-uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 

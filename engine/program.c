@@ -532,11 +532,6 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
   return FLAP_OK;
 }
 
-uint64_t flap_program_bytes(const flap_program *program) {
-  return flap_units_round_up((uint64_t)program->op_count * sizeof(flap_op), 64) +
-         flap_units_round_up((uint64_t)program->lease_count * sizeof(flap_lease), 64);
-}
-
 void flap_program_place(flap_program *program, flap_arena *arena) {
   flap_assert(program->ops_max > 0);
   const uint64_t op_bytes = (uint64_t)program->op_count * sizeof(flap_op);

@@ -70,9 +70,6 @@ uint32_t flap_program_hidden_buffers(const flap_layout *layout);
 uint32_t flap_program_scratch_buffers(const flap_layout *layout);
 uint64_t flap_program_scratch_bytes(const flap_layout *layout);
 
-/* Bytes that the program's lists take in an arena. */
-uint64_t flap_program_bytes(const flap_program *program);
-
 /* Builds on the heap, for planning. `resident` (per region; NULL: nothing is) decides what counts for live_max. */
 FLAP_CHECKED flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec,
                                             const bool *resident, flap_program *program_out);
