@@ -162,7 +162,7 @@ static uint64_t elapsed_ns(cudaEvent_t from, cudaEvent_t to) {
  * the one before. */
 static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
   uint64_t now = flap_units_now_ns(), ended = now, took = elapsed_ns(s->start, s->end);
-  if (!waited && l->last_timed + 1 == number) {
+  if (!waited && l->last_timed != 0 && l->last_timed + 1 == number) {
     uint64_t by_distance = l->ended_ns + elapsed_ns(l->ring[l->last_timed % RING_SLOTS].end, s->end);
     ended = by_distance < now ? by_distance : now;
   }
