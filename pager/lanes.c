@@ -28,9 +28,12 @@ static void retire(flap_pager *pager, pager_lane *lane, const pager_copy *copy) 
   pager->stats.bytes[lane->lane] += copy->bytes;
   flap_assert(pager->slots[copy->slot].copies_left > 0);
   pager->slots[copy->slot].copies_left--;
-  if (lane->lane == FLAP_LANE_D2H)
+  if (lane->lane == FLAP_LANE_D2H) {
     pager_stores_copied(pager, copy);
-  else if (copy->buffer != PAGER_NONE)
+    return;
+  }
+  pager->regions[copy->region].loading--;
+  if (copy->buffer != PAGER_NONE)
     pager_buffer_free(pager, copy->buffer);
 }
 

@@ -32,6 +32,7 @@ static void enqueue(flap_pager *pager, uint32_t slot, uint32_t buffer, uint32_t 
                      .first_page = first_page,
                      .page_count = count,
                      .bytes = pager_chunk_bytes(pager, region, first_page, count)};
+  pager->regions[s->region].loading++;
   pager_lane_copy(pager, &pager->h2d, s->memory + first_page * pager->page_bytes, from, &copy);
   flap_assert(s->pages_left >= count);
   s->pages_left -= count;

@@ -42,12 +42,13 @@ static void check_config(const flap_pager_config *config) {
   flap_assert(config->region_count > 0 && config->leases_max > 0 && config->leases_max < PAGER_NONE / 2);
   for (uint32_t i = 0; i < config->ring_count; i++) {
     const flap_pager_ring *ring = &config->rings[i];
+    flap_assert(!ring->keeps || ring->slots == 1);
     flap_assert(ring->name && ring->slots > 0 && ring->slot_bytes > 0 && ring->slot_bytes % FLAP_BLOCK_ALIGN == 0);
   }
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
     flap_assert(region->bytes > 0 && region->bytes % FLAP_BLOCK_ALIGN == 0);
-    flap_assert(region->ring == FLAP_PAGER_RESIDENT ||
+    flap_assert(region->ring == FLAP_PAGER_RESIDENT || region->ring == FLAP_PAGER_HOST ||
                 (region->ring < config->ring_count && region->bytes <= config->rings[region->ring].slot_bytes));
   }
 }
@@ -96,6 +97,7 @@ static void fill_rings(flap_pager *pager, const flap_pager_config *config) {
     ring->name = config->rings[i].name;
     ring->slot_bytes = config->rings[i].slot_bytes;
     ring->slots = config->rings[i].slots;
+    ring->keeps = config->rings[i].keeps;
     ring->first_slot = slot;
     ring->queue_head = ring->queue_tail = PAGER_NONE;
     pager_list_init(&ring->free);
@@ -161,6 +163,8 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
   pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, buffers);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
+  pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
+  pager->jobs = FLAP_ARENA_ARRAY(arena, pager_job, pager->jobs_room);
   sizes.table_bytes = flap_units_round_up(arena->bytes_used, FLAP_BLOCK_ALIGN);
   sizes.ram_bytes = sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes;
   pager->sizes = sizes;

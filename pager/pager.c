@@ -18,7 +18,11 @@
  *     may read ahead, for leases that get their slots later, in program order.
  *  6. At most PAGER_WINDOW copies are under way on each lane.
  *  7. A region's load starts only when all leases before it that change the region are released.
- *  8. After a failure nothing new starts; what is under way is collected.
+ *  8. A job begins when all leases before it that change its regions are released, their bytes are home, and no H2D
+ * copy reads them. What comes behind it and loads, or is pinned, waits for its end.
+ *  9. The slot of a ring that keeps holds its region's bytes as of `change`; a lease of the same number of changes
+ * takes them as they are.
+ * 10. After a failure nothing new starts; what is under way is collected.
  */
 #include "pager/pager_internal.h"
 
@@ -65,7 +69,8 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager->trace_context = config->trace_context;
   pthread_mutex_init(&pager->lock, NULL);
   pthread_cond_init(&pager->engine_wake, NULL);
-  pthread_cond_init(&pager->engine_entered, NULL);
+  pthread_cond_init(&pager->let_in, NULL);
+  pthread_cond_init(&pager->job_wake, NULL);
   pthread_mutex_init(&pager->bell_lock, NULL);
   pthread_cond_init(&pager->bell, NULL);
   pager_list_init(&pager->loading);
@@ -157,8 +162,10 @@ flap_status flap_pager_open(const flap_pager_config *config, flap_arena *ram, fl
   init(pager, config);
   FLAP_TRY_GOTO(status, open_device(pager, config, homes));
   FLAP_TRY_GOTO(status, open_disk(pager, config));
-  if (!config->clock)
+  if (!config->clock) {
     FLAP_TRY_GOTO(status, pager_thread_start(pager));
+    FLAP_TRY_GOTO(status, pager_jobs_open(pager));
+  }
   *pager_out = pager;
   return FLAP_OK;
 fail:
@@ -167,7 +174,7 @@ fail:
 }
 
 static bool nothing_under_way(const flap_pager *pager) {
-  if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired)
+  if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired || pager->job_running)
     return false;
   for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
     if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_WRITING)
@@ -195,6 +202,7 @@ static void wind_down_clock(flap_pager *pager) {
 void flap_pager_close(flap_pager *pager) {
   if (!pager)
     return;
+  pager_jobs_close(pager);
   pager_thread_stop(pager);
   if (pager->clock && pager->device)
     wind_down_clock(pager);
@@ -204,7 +212,8 @@ void flap_pager_close(flap_pager *pager) {
   pthread_cond_destroy(&pager->bell);
   pthread_mutex_destroy(&pager->bell_lock);
   pthread_cond_destroy(&pager->engine_wake);
-  pthread_cond_destroy(&pager->engine_entered);
+  pthread_cond_destroy(&pager->let_in);
+  pthread_cond_destroy(&pager->job_wake);
   pthread_mutex_destroy(&pager->lock);
   free(pager->owned_table);
 }
@@ -227,7 +236,7 @@ const char *flap_pager_disk_describe(const flap_pager *pager) {
 /* ---- programs ----------------------------------------------------------------------------------------- */
 
 static bool is_streaming(const pager_region *region) {
-  return region->ring != FLAP_PAGER_RESIDENT;
+  return region->ring < FLAP_PAGER_HOST;
 }
 
 static void queue_lease(flap_pager *pager, pager_region *region, uint32_t lease) {
@@ -264,7 +273,7 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
                                              .state = LEASE_QUEUED};
     if (leases[i].mode != FLAP_LEASE_READ)
       region->changes_queued++;
-    if (is_streaming(region))
+    if (is_streaming(region) && leases[i].host_bytes == 0)
       queue_lease(pager, region, first + i);
   }
   pthread_mutex_unlock(&pager->lock);
@@ -272,9 +281,11 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
   return FLAP_OK;
 }
 
+/* What is not loaded still waits for jobs that take the region's bytes before it. */
 static bool lease_is_loaded(flap_pager *pager, uint32_t lease) {
   uint32_t slot = pager->leases[lease].slot;
-  return slot != PAGER_NONE && pager->slots[slot].state == SLOT_LOADED;
+  return slot != PAGER_NONE && pager->slots[slot].state == SLOT_LOADED &&
+         pager->regions[pager->slots[slot].region].changes_released == pager->leases[lease].change;
 }
 
 /* What would make a pin wait for ever is a mistake of the planner's, and is told as one. */
@@ -313,6 +324,7 @@ flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out)
   const flap_lease *what = &program->leases[index];
   pager_lease *lease = &pager->leases[program->first_lease + index];
   pager_region *region = &pager->regions[what->region];
+  flap_assert(what->host_bytes == 0 && region->ring != FLAP_PAGER_HOST);
   check_pin(pager, index, what, lease);
   if (is_streaming(region)) {
     pager_wait_until(pager, lease_is_loaded, program->first_lease + index, true);
@@ -355,7 +367,7 @@ void flap_pager_unpin(flap_pager *pager, uint32_t index) {
   flap_assert(pager->program_count > 0 && index < program->pinned);
   const flap_lease *what = &program->leases[index];
   pager_lease *lease = &pager->leases[program->first_lease + index];
-  flap_assert(lease->state == LEASE_PINNED);
+  flap_assert(lease->state == LEASE_PINNED && what->host_bytes == 0);
   pager_region *region = &pager->regions[what->region];
   lease->state = LEASE_RELEASED;
   program->released++;
@@ -370,13 +382,23 @@ void flap_pager_unpin(flap_pager *pager, uint32_t index) {
   pager_ring_bell(pager);
 }
 
+static bool jobs_are_over(flap_pager *pager, uint32_t program) {
+  return pager->programs[program].in_jobs == 0;
+}
+
 flap_status flap_pager_end(flap_pager *pager) {
   pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status == FLAP_OK) {
     const pager_program *program = &pager->programs[pager->program_first];
     flap_assert(pager->program_count > 0);
-    flap_assert(program->pinned == program->count && program->released == program->count);
+    flap_assert(program->pinned == program->count && program->released + program->in_jobs == program->count);
+    const uint64_t started_ns = pager_now_ns(pager);
+    pager_wait_until(pager, jobs_are_over, pager->program_first, false);
+    pager->stats.stall_ns[FLAP_LANE_HOST] += pager_now_ns(pager) - started_ns;
+    status = pager_error(pager);
+  }
+  if (status == FLAP_OK) {
     pager->program_first = (pager->program_first + 1) % PAGER_PROGRAMS_MAX;
     pager->program_count--;
   }

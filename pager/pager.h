@@ -8,14 +8,18 @@
  * equal slots; slots go to leases in program order, as soon as one is free, so prefetching needs no guessing and no
  * eviction.
  *
+ * Jobs of the host. Some leases are for work of the host's cores on what lives in RAM: a job waits until its regions'
+ * bytes are home and nobody reads them any more, runs on a thread of the pager's, one after another, and counts as a
+ * change like any other. The engine hands a job over and goes on; what a later lease loads waits for it.
+ *
  * Programs. The engine hands over a list of leases in the order in which it will pin them. The pager works ahead
  * through that list (and through the list of the next program, when it has been handed over already). Per lease: pin →
  * use → unpin. At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
  *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
- * the engine thread never reaps I/O. On the sim device there is no thread: whoever waits advances the clock. A
- * completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then on every
- * call but close and stats returns it.
+ * the engine thread never reaps I/O. Jobs run on a third. On the sim device there is no thread: whoever waits advances
+ * the clock. A completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then
+ * on every call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
@@ -28,18 +32,22 @@
 extern "C" {
 #endif
 
-#define FLAP_PAGER_RESIDENT UINT32_MAX /* instead of a ring */
+#define FLAP_PAGER_RESIDENT UINT32_MAX   /* instead of a ring */
+#define FLAP_PAGER_HOST (UINT32_MAX - 1) /* likewise: lives in RAM, and only jobs of the host lease it */
+#define FLAP_PAGER_JOB_LEASES_MAX 4
 
 typedef struct flap_pager_region {
-  uint64_t bytes;     /* > 0, a multiple of FLAP_BLOCK_ALIGN; at most the slot_bytes of its ring */
-  uint32_t ring;      /* index, or FLAP_PAGER_RESIDENT */
-  uint32_t ram_pages; /* pages that live in RAM: the first ones. Resident regions have none */
+  uint64_t bytes; /* > 0, a multiple of FLAP_BLOCK_ALIGN; at most the slot_bytes of its ring */
+  uint32_t ring;  /* index, FLAP_PAGER_RESIDENT, or FLAP_PAGER_HOST */
+  uint32_t
+      ram_pages; /* pages that live in RAM: the first ones. Resident regions have none; those that jobs lease all */
 } flap_pager_region;
 
 typedef struct flap_pager_ring {
   const char *name;    /* for messages and the trace; static storage */
   uint64_t slot_bytes; /* a multiple of FLAP_BLOCK_ALIGN */
   uint32_t slots;
+  bool keeps; /* one slot for one region, which device leases only read: it is loaded again only after it changed */
 } flap_pager_ring;
 
 /* Lanes, for statistics and the trace. */
@@ -48,9 +56,10 @@ typedef enum flap_lane {
   FLAP_LANE_D2H,
   FLAP_LANE_DISK_READ,
   FLAP_LANE_DISK_WRITE,
+  FLAP_LANE_HOST, /* jobs; their bytes are those of memory that they read and write */
   FLAP_LANE_COUNT
 } flap_lane;
-const char *flap_pager_lane_name(flap_lane lane); /* "h2d", "d2h", "disk_read", "disk_write" */
+const char *flap_pager_lane_name(flap_lane lane); /* "h2d", "d2h", "disk_read", "disk_write", "host" */
 
 typedef void (*flap_pager_trace_fn)(void *context, flap_lane lane, uint32_t region, uint64_t started_ns,
                                     uint64_t ended_ns, uint64_t bytes);
@@ -65,6 +74,7 @@ typedef struct flap_pager_config {
   const flap_pager_ring *rings;         /* not kept */
   uint32_t read_buffers, write_buffers; /* staging; at least 1 each when anything lives on disk */
   uint32_t leases_max;                  /* of the longest program */
+  uint32_t jobs_max;                    /* of the program with most jobs */
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
@@ -122,7 +132,8 @@ typedef enum flap_lease_mode {
 
 typedef struct flap_lease {
   uint32_t region;
-  flap_lease_mode mode;
+  flap_lease_mode mode; /* of a job: UPDATE or CONSUME */
+  uint64_t host_bytes;  /* > 0: a job's lease, of which it uses so many bytes; 0: a lease of the device */
 } flap_lease;
 
 /* Queues a program behind the one in progress; at most two are queued. `leases` must stay as they are until its end.
@@ -134,7 +145,22 @@ FLAP_CHECKED flap_status flap_pager_begin(flap_pager *pager, const flap_lease *l
 FLAP_CHECKED flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out);
 /* Everything launched on the compute stream so far is the lease's last use. Any order. */
 void flap_pager_unpin(flap_pager *pager, uint32_t index);
-/* The oldest program has ended: all its leases were pinned and unpinned. Write-backs may still be under way. */
+
+/* Work of the host's cores. run(context, memory) gets the places in RAM of the job's regions, in the order of its
+ * leases; NULL: there is nothing to do, and the bytes stay as they are. */
+typedef void (*flap_pager_job_fn)(void *context, void *const memory[]);
+typedef struct flap_pager_job {
+  flap_pager_job_fn run;
+  void *context; /* until the job is over */
+  uint64_t ns;   /* with a virtual clock: what it takes; run is not called then */
+} flap_pager_job;
+/* Hands over a job with leases [first, first + count) of the oldest program, in the place of their pins and unpins, and
+ * does not wait for it. The leases of its regions before it must be unpinned, and it counts as unpinned for those
+ * behind it. Jobs run one after another in the order of their handing over. */
+void flap_pager_run_job(flap_pager *pager, uint32_t first, uint32_t count, const flap_pager_job *job);
+
+/* The oldest program has ended: all its leases were pinned and unpinned; jobs of it are waited for. Write-backs may
+ * still be under way. */
 FLAP_CHECKED flap_status flap_pager_end(flap_pager *pager);
 /* Waits until everything is written back and no program is queued: at rest. */
 FLAP_CHECKED flap_status flap_pager_settle(flap_pager *pager);
@@ -149,7 +175,8 @@ typedef struct flap_pager_stats {
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 
-/* The bytes that one run of a program moves on each lane: a pure function of the configuration, for the plan. */
+/* The bytes that a run of a program moves on each lane when it is run over and over: a pure function of the
+ * configuration, for the plan. */
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
                         uint64_t bytes_out[FLAP_LANE_COUNT]);
 

@@ -40,11 +40,12 @@ typedef struct pager_page {
 typedef struct pager_region {
   uint64_t bytes;
   unsigned char *home; /* the RAM pages; of a resident region: its place in VRAM */
-  uint32_t ring;       /* or FLAP_PAGER_RESIDENT */
+  uint32_t ring;       /* or FLAP_PAGER_RESIDENT, FLAP_PAGER_HOST */
   uint32_t page_count, ram_pages;
   uint32_t first_page;       /* in the page table */
   uint32_t changes_queued;   /* leases that change it, as of the last begin (wraps) */
   uint32_t changes_released; /* those of them that were unpinned (wraps) */
+  uint32_t loading;          /* H2D copies out of its home that are under way */
   bool holds;                /* after all of the unpinned leases, there are bytes */
   bool pinned;
 } pager_region;
@@ -72,6 +73,7 @@ typedef struct pager_slot {
   uint32_t copies_left;    /* enqueued and not retired */
   uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
   uint32_t previous, next; /* in the one list that it is on */
+  bool keeps;              /* of a ring that keeps: its bytes are the region's after `change` changes */
   uint8_t state;           /* pager_slot_state */
   uint8_t mode;            /* flap_lease_mode */
 } pager_slot;
@@ -84,6 +86,7 @@ typedef struct pager_ring {
   const char *name;
   uint64_t slot_bytes;
   uint32_t slots, first_slot;
+  bool keeps;
   pager_list free;
   uint32_t pinned;
   uint32_t queue_head, queue_tail; /* leases without a slot, in program order: indexes into pager->leases */
@@ -104,6 +107,7 @@ typedef struct pager_program {
   const flap_lease *leases;
   uint64_t first_order;
   uint32_t count, pinned, released;
+  uint32_t in_jobs;     /* pinned, not released, and a job's */
   uint32_t first_lease; /* in pager->leases */
 } pager_program;
 
@@ -131,6 +135,13 @@ typedef struct pager_buffer {
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
 } pager_buffer;
+
+/* A job of the host, from its handing over to its end. */
+typedef struct pager_job {
+  flap_pager_job job;
+  uint32_t first_lease, count; /* in pager->leases */
+  uint32_t program;            /* in pager->programs */
+} pager_job;
 
 typedef struct pager_copy {
   uint32_t slot;   /* or PAGER_NONE: at rest */
@@ -174,6 +185,8 @@ struct flap_pager {
   pager_slot *slots;
   pager_buffer *buffers; /* the read buffers, then the write buffers */
   pager_lease *leases;   /* leases_max for each of two programs */
+  pager_job *jobs;       /* job n at n % jobs_room */
+  uint32_t jobs_room;    /* for those of two programs */
   unsigned char *staging;
   unsigned char *bounce; /* for fill and drain of resident regions */
   flap_device *device;
@@ -189,8 +202,8 @@ struct flap_pager {
 
   /* under lock */
   pthread_mutex_t lock;
-  pthread_cond_t engine_wake, engine_entered;
-  _Atomic uint32_t engine_wants; /* calls of the engine thread that want the lock: the pump lets them in */
+  pthread_cond_t engine_wake, let_in;
+  _Atomic uint32_t wanted; /* others that want the lock: the pump lets them in */
   pager_wait wait;
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
@@ -202,6 +215,13 @@ struct flap_pager {
   uint32_t read_free, write_free;
   pager_lane h2d, d2h;
   bool submitted; /* requests since the last flush */
+  uint64_t jobs_queued, jobs_done;
+  bool job_running; /* the oldest one that is not done */
+  uint64_t job_started_ns;
+  pthread_cond_t job_wake; /* the job thread's: a job may run, or stop */
+  bool job_stop;
+  pthread_t job_thread;
+  bool job_thread_started;
   flap_status error;
   char message[PAGER_MESSAGE_BYTES];
   flap_pager_stats stats;
@@ -257,6 +277,11 @@ static inline bool pager_stores(flap_lease_mode mode) {
   return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
 }
 
+/* Bytes of memory that a job's lease reads and writes. */
+static inline uint64_t pager_job_bytes(const flap_lease *lease) {
+  return (pager_loads(lease->mode) ? lease->host_bytes : 0) + (pager_stores(lease->mode) ? lease->host_bytes : 0);
+}
+
 void pager_list_init(pager_list *list);
 void pager_list_append(flap_pager *pager, pager_list *list, uint32_t slot);
 void pager_list_insert_by_order(flap_pager *pager, pager_list *list, uint32_t slot);
@@ -292,13 +317,23 @@ bool pager_disk_poll(flap_pager *pager);
 /* Verifies one read buffer, or sums up and submits one full write buffer. Gives the lock up meanwhile. */
 bool pager_staging_check(flap_pager *pager);
 
+/* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
+
+/* Lets the oldest job run once its regions are home and no copy reads them. */
+bool pager_jobs_start(flap_pager *pager);
+flap_status pager_jobs_open(flap_pager *pager);
+/* Without the lock. The job that runs is waited for; those behind it never run. */
+void pager_jobs_close(flap_pager *pager);
+
 /* ---- transfer.c: who pumps, who waits ------------------------------------------------------------------ */
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
-/* Takes the lock on the engine thread. The pump goes on for as long as anything moves, which with both copy lanes busy
- * may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
+/* Takes the lock on the engine's or the jobs' thread. The pump goes on for as long as anything moves, which with both
+ * copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
 void pager_enter(flap_pager *pager);
+/* Somebody who counted itself in `wanted` has the lock. */
+void pager_entered(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
 void pager_ring_bell(void *context);
 /* Waits on the engine thread until ready(argument) or until the pager has failed. */

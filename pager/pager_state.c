@@ -44,6 +44,21 @@ static void dump_slots(const flap_pager *pager) {
   }
 }
 
+static void dump_job(const flap_pager *pager) {
+  if (pager->jobs_done == pager->jobs_queued)
+    return;
+  const pager_job *job = &pager->jobs[pager->jobs_done % pager->jobs_room];
+  flap_log(FLAP_LOG_ERROR, "  jobs: %llu of %llu done, the next one %s", (unsigned long long)pager->jobs_done,
+           (unsigned long long)pager->jobs_queued, pager->job_running ? "running" : "waits");
+  for (uint32_t i = 0; i < job->count; i++) {
+    const uint32_t index = job->first_lease + i;
+    const flap_lease *what = &pager->programs[job->program].leases[index % pager->leases_max];
+    const pager_region *region = &pager->regions[what->region];
+    flap_log(FLAP_LOG_ERROR, "    region %u, mode %u: changes %u of %u, %u copies out of it under way", what->region,
+             (unsigned)what->mode, region->changes_released, pager->leases[index].change, region->loading);
+  }
+}
+
 static void dump(const flap_pager *pager) {
   static const char *const states[] = {"free", "reading", "read", "verified", "loading", "storing", "full", "writing"};
   for (uint32_t i = 0; i < pager->program_count; i++) {
@@ -51,6 +66,7 @@ static void dump(const flap_pager *pager) {
     flap_log(FLAP_LOG_ERROR, "  program: %u leases, %u pinned, %u of them released", program->count, program->pinned,
              program->released);
   }
+  dump_job(pager);
   for (uint32_t i = 0; i < pager->ring_count; i++)
     flap_log(FLAP_LOG_ERROR, "  ring %s: %u slots, %u free, %u pinned, next lease %d", pager->rings[i].name,
              pager->rings[i].slots, pager->rings[i].free.count, pager->rings[i].pinned,
@@ -118,6 +134,9 @@ static bool waits_for_pages(const flap_pager *pager, const pager_region *region,
 flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   uint32_t index = pager->leases[lease].slot;
   const pager_program *program = &pager->programs[lease / pager->leases_max];
+  const uint32_t wanted = program->leases[lease % pager->leases_max].region;
+  if (pager->regions[wanted].changes_released != pager->leases[lease].change)
+    return FLAP_LANE_HOST; /* all else that changes it is unpinned by now */
   if (index == PAGER_NONE) {
     uint32_t ring = pager->regions[program->leases[lease % pager->leases_max].region].ring;
     return waits_for_slot(pager, &pager->rings[ring]);

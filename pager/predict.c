@@ -4,9 +4,19 @@
 #include "base/assert.h"
 
 const char *flap_pager_lane_name(flap_lane lane) {
-  static const char *const names[FLAP_LANE_COUNT] = {"h2d", "d2h", "disk_read", "disk_write"};
+  static const char *const names[FLAP_LANE_COUNT] = {"h2d", "d2h", "disk_read", "disk_write", "host"};
   flap_assert((unsigned)lane < FLAP_LANE_COUNT);
   return names[lane];
+}
+
+/* Whether a job changes the region between the last lease of it and this one. */
+static bool changed_before(const flap_lease *leases, uint32_t count, uint32_t index) {
+  for (uint32_t i = 1; i <= count; i++) {
+    const flap_lease *before = &leases[(index + count - i) % count];
+    if (before->region == leases[index].region)
+      return before->mode != FLAP_LEASE_READ;
+  }
+  return false;
 }
 
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
@@ -17,6 +27,12 @@ void flap_pager_predict(const flap_pager_config *config, const flap_lease *lease
     flap_assert(leases[i].region < config->region_count);
     const flap_pager_region *region = &config->regions[leases[i].region];
     if (region->ring == FLAP_PAGER_RESIDENT)
+      continue;
+    if (leases[i].host_bytes > 0) {
+      bytes_out[FLAP_LANE_HOST] += pager_job_bytes(&leases[i]);
+      continue;
+    }
+    if (config->rings[region->ring].keeps && !changed_before(leases, count, i))
       continue;
     uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
     if (pager_loads(leases[i].mode)) {

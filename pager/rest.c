@@ -229,6 +229,8 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
   if (status != FLAP_OK)
     return leave(pager, status);
   region->holds = false;
+  if (region->ring < FLAP_PAGER_HOST && pager->rings[region->ring].keeps)
+    pager->slots[pager->rings[region->ring].first_slot].keeps = false;
   if (!pager->has_bytes) {
     region->holds = true;
     return leave(pager, FLAP_OK);

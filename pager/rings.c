@@ -78,11 +78,14 @@ static void assign(flap_pager *pager, pager_ring *ring) {
   lease->slot = slot;
   s->region = what->region;
   s->mode = (uint8_t)what->mode;
+  const bool kept = s->keeps && s->change == lease->change;
+  s->keeps = ring->keeps;
   s->change = lease->change;
   s->ram_next = 0;
   s->disk_next = region->ram_pages;
   pager_loads_hand_over(pager, index, slot);
-  if (pager_loads(what->mode)) {
+  flap_assert(!ring->keeps || what->mode == FLAP_LEASE_READ);
+  if (pager_loads(what->mode) && !kept) {
     s->pages_left = region->page_count;
     s->state = SLOT_LOADING;
     pager_list_insert_by_order(pager, &pager->loading, slot);

@@ -26,21 +26,21 @@ static void flush(flap_pager *pager) {
   pager->submitted = false;
 }
 
-static void entered(flap_pager *pager) {
-  if (atomic_fetch_sub(&pager->engine_wants, 1) == 1)
-    pthread_cond_signal(&pager->engine_entered);
+void pager_entered(flap_pager *pager) {
+  if (atomic_fetch_sub(&pager->wanted, 1) == 1)
+    pthread_cond_signal(&pager->let_in);
 }
 
 void pager_enter(flap_pager *pager) {
-  atomic_fetch_add(&pager->engine_wants, 1);
+  atomic_fetch_add(&pager->wanted, 1);
   pthread_mutex_lock(&pager->lock);
-  entered(pager);
+  pager_entered(pager);
 }
 
 /* A mutex that is given back and taken again at once goes to the thread that never slept: so this one sleeps. */
-static void let_engine_in(flap_pager *pager) {
-  while (!pager->clock && atomic_load(&pager->engine_wants) > 0)
-    pthread_cond_wait(&pager->engine_entered, &pager->lock);
+static void let_others_in(flap_pager *pager) {
+  while (!pager->clock && atomic_load(&pager->wanted) > 0)
+    pthread_cond_wait(&pager->let_in, &pager->lock);
 }
 
 /* What frees something comes before what needs it, so most rounds need no second one. After a failure only what is
@@ -54,6 +54,7 @@ void pager_pump(flap_pager *pager) {
     if (pager->error == FLAP_OK) {
       progress |= pager_rings_release(pager);
       progress |= pager_stores_issue(pager);
+      progress |= pager_jobs_start(pager);
       progress |= pager_rings_assign(pager);
       progress |= pager_loads_issue(pager);
       progress |= pager_loads_read_ahead(pager);
@@ -62,7 +63,7 @@ void pager_pump(flap_pager *pager) {
       progress |= pager_staging_check(pager);
     }
     if (progress)
-      let_engine_in(pager);
+      let_others_in(pager);
   } while (progress);
   flush(pager);
   pager_assert_state(pager);
@@ -139,9 +140,10 @@ void pager_thread_stop(flap_pager *pager) {
 
 bool pager_is_idle(flap_pager *pager, uint32_t unused) {
   (void)unused;
-  return pager->loading.count == 0 && pager->released.count == 0 && pager->storing.count == 0 &&
-         pager->h2d.issued == pager->h2d.retired && pager->d2h.issued == pager->d2h.retired &&
-         pager->read_free == pager->read_buffers && pager->write_free == pager->write_buffers;
+  return pager->jobs_done == pager->jobs_queued && pager->loading.count == 0 && pager->released.count == 0 &&
+         pager->storing.count == 0 && pager->h2d.issued == pager->h2d.retired &&
+         pager->d2h.issued == pager->d2h.retired && pager->read_free == pager->read_buffers &&
+         pager->write_free == pager->write_buffers;
 }
 
 void pager_wait_look(flap_pager *pager) {
@@ -162,7 +164,7 @@ void pager_wait_look(flap_pager *pager) {
   if (!wait->sleeping)
     return;
   wait->sleeping = false;
-  atomic_fetch_add(&pager->engine_wants, 1); /* it gets the lock back before the next round */
+  atomic_fetch_add(&pager->wanted, 1); /* it gets the lock back before the next round */
   pthread_cond_signal(&pager->engine_wake);
 }
 
@@ -193,5 +195,5 @@ void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument
   pager->wait.sleeping = true;
   while (pager->wait.ready)
     pthread_cond_wait(&pager->engine_wake, &pager->lock);
-  entered(pager);
+  pager_entered(pager);
 }

@@ -39,6 +39,7 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
   static const char *const names[CASE_RINGS_MAX] = {"weights", "states", "activations"};
   for (uint32_t i = 0; i < config->ring_count; i++)
     c->rings[i] = (flap_pager_ring){.name = names[i], .slot_bytes = FLAP_BLOCK_ALIGN};
+  uint32_t kept = 0;
   for (uint32_t i = 0; i < config->region_count; i++) {
     flap_pager_region *region = &c->regions[i];
     region->bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 20) ? 64 * scale : 8 * scale));
@@ -46,11 +47,28 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
     uint32_t pages = (uint32_t)((region->bytes + config->page_bytes - 1) / config->page_bytes);
     region->ram_pages = homes == HOMES_RAM ? pages : homes == HOMES_DISK ? 0 : below(d, pages + 1);
     c->filled[i] = chance(d, 80);
-    if (region->ring == FLAP_PAGER_RESIDENT)
+    if (region->ring == FLAP_PAGER_RESIDENT) {
       region->ram_pages = 0;
-    else if (c->rings[region->ring].slot_bytes < region->bytes)
+      continue;
+    }
+    c->for_jobs[i] = homes != HOMES_DISK && chance(d, 25);
+    if (c->for_jobs[i]) {
+      region->ram_pages = pages;
+      if (chance(d, 30)) {
+        region->ring = FLAP_PAGER_HOST;
+        continue;
+      }
+      if (chance(d, 40) && kept < CASE_KEPT_MAX) {
+        region->ring = config->ring_count + kept++;
+        c->rings[region->ring] =
+            (flap_pager_ring){.name = "kept", .slot_bytes = region->bytes, .slots = 1, .keeps = true};
+        continue;
+      }
+    }
+    if (c->rings[region->ring].slot_bytes < region->bytes)
       c->rings[region->ring].slot_bytes = region->bytes;
   }
+  config->ring_count += kept;
   config->regions = c->regions;
   config->rings = c->rings;
 }
@@ -59,8 +77,9 @@ typedef struct maker {
   draw *d;
   test_case *c;
   bool holds[CASE_REGIONS_MAX], pinned[CASE_REGIONS_MAX];
-  uint32_t live[CASE_RINGS_MAX];
+  uint32_t live[CASE_RINGS_MAX + CASE_KEPT_MAX];
   uint32_t live_leases[CASE_LEASES_MAX], live_count;
+  bool jobs;
 } maker;
 
 static void push(test_case *c, action_kind kind, uint32_t index) {
@@ -68,16 +87,45 @@ static void push(test_case *c, action_kind kind, uint32_t index) {
   c->actions[c->action_count++] = (action){.kind = kind, .index = index};
 }
 
+static bool is_kept(const test_case *c, uint32_t region) {
+  return c->regions[region].ring < FLAP_PAGER_HOST && c->rings[c->regions[region].ring].keeps;
+}
+
+/* A job of some regions that hold something and that nobody has pinned. */
+static void make_job(maker *m, uint32_t program) {
+  test_case *c = m->c;
+  uint32_t wanted = 1 + below(m->d, FLAP_PAGER_JOB_LEASES_MAX), first = c->lease_counts[program], count = 0;
+  uint32_t start = below(m->d, c->config.region_count);
+  for (uint32_t i = 0; i < c->config.region_count && count < wanted && first + count < CASE_LEASES_MAX; i++) {
+    uint32_t region = (start + i) % c->config.region_count;
+    if (!c->for_jobs[region] || m->pinned[region] || !m->holds[region])
+      continue;
+    flap_lease_mode mode = chance(m->d, 70) || is_kept(c, region) ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME;
+    m->holds[region] = mode != FLAP_LEASE_CONSUME;
+    c->leases[program][first + count++] =
+        (flap_lease){.region = region, .mode = mode, .host_bytes = c->regions[region].bytes};
+  }
+  if (count == 0)
+    return;
+  c->lease_counts[program] += count;
+  push(c, ACTION_JOB, first);
+  c->actions[c->action_count - 1].count = count;
+}
+
 static bool make_pin(maker *m, uint32_t program) {
   test_case *c = m->c;
   uint32_t region = below(m->d, c->config.region_count);
-  if (m->pinned[region] || m->live_count == 8)
+  if (m->pinned[region] || m->live_count == 8 || c->regions[region].ring == FLAP_PAGER_HOST)
+    return false;
+  if (is_kept(c, region) && !m->holds[region])
     return false;
   flap_lease_mode mode = (flap_lease_mode)below(m->d, 5);
   if (chance(m->d, 50))
     mode = chance(m->d, 50) ? FLAP_LEASE_READ : FLAP_LEASE_UPDATE;
   if (!m->holds[region] && mode != FLAP_LEASE_SCRATCH)
     mode = FLAP_LEASE_CREATE;
+  if (is_kept(c, region))
+    mode = FLAP_LEASE_READ;
   uint32_t index = c->lease_counts[program]++;
   c->leases[program][index] = (flap_lease){.region = region, .mode = mode};
   m->pinned[region] = true;
@@ -107,13 +155,18 @@ static void make_unpin(maker *m, uint32_t program) {
 static void make_program(maker *m, uint32_t program, bool last) {
   test_case *c = m->c;
   uint32_t leases = below(m->d, CASE_LEASES_MAX + 1);
+  uint32_t tries = 0;
   bool next_begun = last;
   while (c->lease_counts[program] < leases || m->live_count > 0) {
+    if (++tries == 20 * CASE_LEASES_MAX) /* all that is left may be regions of jobs that hold nothing */
+      leases = c->lease_counts[program];
     if (!next_begun && chance(m->d, 4)) { /* handed over ahead of time */
       push(c, ACTION_BEGIN, program + 1);
       next_begun = true;
     }
-    if (c->lease_counts[program] < leases && chance(m->d, 45))
+    if (m->jobs && c->lease_counts[program] < leases && chance(m->d, 15))
+      make_job(m, program);
+    else if (c->lease_counts[program] < leases && chance(m->d, 45))
       (void)make_pin(m, program);
     else if (m->live_count > 0 && (chance(m->d, 60) || c->lease_counts[program] == leases))
       make_unpin(m, program);
@@ -137,27 +190,56 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->seed = seed;
   draw d = {.stream = flap_philox_stream(seed, "pager case")};
   make_regions(c, &d, homes, scale);
-  maker m = {.d = &d, .c = c};
+  maker m = {.d = &d, .c = c, .jobs = homes != HOMES_DISK};
   memcpy(m.holds, c->filled, sizeof m.holds);
   c->program_count = 1 + below(&d, CASE_PROGRAMS_MAX);
   push(c, ACTION_BEGIN, 0);
   for (uint32_t i = 0; i < c->program_count; i++)
     make_program(&m, i, i + 1 == c->program_count);
   for (uint32_t i = 0; i < c->config.ring_count; i++)
-    c->rings[i].slots += c->rings[i].slots == 0 ? 1 : tight ? 0 : below(&d, 3);
+    if (!c->rings[i].keeps)
+      c->rings[i].slots += c->rings[i].slots == 0 ? 1 : tight ? 0 : below(&d, 3);
   c->config.read_buffers = tight ? 1 : 1 + below(&d, 4);
   c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
-  c->config.leases_max = CASE_LEASES_MAX;
+  c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
+}
+
+/* What rings that keep load: at the first lease, and at those behind a change, which jobs and fills are. */
+static uint64_t kept_bytes(const test_case *c) {
+  bool loaded[CASE_REGIONS_MAX] = {false};
+  uint64_t bytes = 0;
+  uint32_t program = 0;
+  for (uint32_t i = 0; i < c->action_count; i++) {
+    const action *a = &c->actions[i];
+    const flap_lease *lease = &c->leases[program][a->index];
+    if (a->kind == ACTION_END)
+      program++;
+    else if (a->kind == ACTION_REFILL)
+      loaded[a->index] = false;
+    else if (a->kind == ACTION_PIN && is_kept(c, lease->region) && !loaded[lease->region]) {
+      loaded[lease->region] = true;
+      bytes += c->regions[lease->region].bytes;
+    }
+    for (uint32_t j = 0; a->kind == ACTION_JOB && j < a->count; j++)
+      loaded[lease[j].region] = false;
+  }
+  return bytes;
 }
 
 void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]) {
   memset(bytes_out, 0, sizeof(uint64_t) * FLAP_LANE_COUNT);
   for (uint32_t i = 0; i < c->program_count; i++) {
     uint64_t bytes[FLAP_LANE_COUNT];
-    flap_pager_predict(&c->config, c->leases[i], c->lease_counts[i], bytes);
+    flap_lease others[CASE_LEASES_MAX];
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < c->lease_counts[i]; j++)
+      if (!is_kept(c, c->leases[i][j].region) || c->leases[i][j].host_bytes > 0)
+        others[count++] = c->leases[i][j];
+    flap_pager_predict(&c->config, others, count, bytes);
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       bytes_out[lane] += bytes[lane];
   }
+  bytes_out[FLAP_LANE_H2D] += kept_bytes(c);
 }
 
 void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
@@ -204,6 +286,8 @@ typedef struct runner {
   uint32_t program; /* the oldest */
   void *pinned[CASE_LEASES_MAX];
   uint64_t time; /* counts uses, so that every change is another one */
+  struct job_run *jobs[CASE_ACTIONS_MAX];
+  uint32_t job_count;
 } runner;
 
 typedef struct visit {
@@ -296,6 +380,55 @@ static void compute(runner *r) {
   }
 }
 
+/* Checks what its regions hold when it runs, and changes them as the plain ones were when it was handed over. */
+typedef struct job_run {
+  uint64_t seed, key;
+  uint32_t count;
+  flap_lease leases[FLAP_PAGER_JOB_LEASES_MAX];
+  uint64_t bytes[FLAP_PAGER_JOB_LEASES_MAX];
+  unsigned char *expected[FLAP_PAGER_JOB_LEASES_MAX];
+} job_run;
+
+static void run_job(void *context, void *const memory[]) {
+  job_run *j = context;
+  for (uint32_t i = 0; i < j->count; i++) {
+    ck_assert_msg(memcmp(memory[i], j->expected[i], j->bytes[i]) == 0,
+                  "seed %llu: a job finds other bytes in region %u", (unsigned long long)j->seed, j->leases[i].region);
+    if (j->leases[i].mode == FLAP_LEASE_UPDATE)
+      stir_words(memory[i], j->bytes[i], j->key);
+    else if (j->leases[i].mode == FLAP_LEASE_CONSUME)
+      memset(memory[i], 0xee, j->bytes[i]);
+    free(j->expected[i]);
+    j->expected[i] = NULL;
+  }
+}
+
+static void hand_over_job(runner *r, action a) {
+  ck_assert_uint_lt(r->job_count, CASE_ACTIONS_MAX);
+  job_run *j = r->jobs[r->job_count++] = calloc(1, sizeof *j);
+  j->seed = r->c->seed;
+  j->key = mix(r->c->seed + r->time++);
+  j->count = a.count;
+  for (uint32_t i = 0; i < a.count; i++) {
+    flap_lease lease = j->leases[i] = r->c->leases[r->program][a.index + i];
+    uint64_t bytes = j->bytes[i] = r->c->regions[lease.region].bytes;
+    j->expected[i] = malloc(bytes);
+    memcpy(j->expected[i], r->plain[lease.region], bytes);
+    if (lease.mode == FLAP_LEASE_UPDATE)
+      stir_words(r->plain[lease.region], bytes, j->key);
+    r->holds[lease.region] = lease.mode == FLAP_LEASE_UPDATE;
+  }
+  flap_pager_run_job(r->pager, a.index, a.count, &(flap_pager_job){.run = run_job, .context = j});
+}
+
+static void free_jobs(runner *r) {
+  for (uint32_t i = 0; i < r->job_count; i++) {
+    for (uint32_t k = 0; k < FLAP_PAGER_JOB_LEASES_MAX; k++)
+      free(r->jobs[i]->expected[k]); /* of one that never ran */
+    free(r->jobs[i]);
+  }
+}
+
 static void unpin(runner *r, uint32_t index) {
   flap_lease lease = r->c->leases[r->program][index];
   check_bytes(r, index, "at its unpin");
@@ -321,6 +454,9 @@ static flap_status act(runner *r, action a) {
     return FLAP_OK;
   case ACTION_UNPIN:
     unpin(r, a.index);
+    return FLAP_OK;
+  case ACTION_JOB:
+    hand_over_job(r, a);
     return FLAP_OK;
   case ACTION_END:
     FLAP_TRY(flap_pager_end(r->pager));
@@ -426,6 +562,7 @@ flap_status case_run(const test_case *c) {
   for (uint32_t i = 0; i < c->config.region_count; i++)
     r.plain[i] = calloc(1, c->regions[i].bytes);
   flap_status status = run_between_canaries(&r, &config, &arena, &sizes);
+  free_jobs(&r);
   for (uint32_t i = 0; i < c->config.region_count; i++)
     free(r.plain[i]);
   flap_arena_close(&arena);
@@ -448,6 +585,9 @@ static void sim_act(const test_case *c, flap_pager *pager, action a) {
     break;
   case ACTION_UNPIN:
     flap_pager_unpin(pager, a.index);
+    break;
+  case ACTION_JOB:
+    flap_pager_run_job(pager, a.index, a.count, &(flap_pager_job){.ns = 1000 * (1 + c->seed % 7 * a.index)});
     break;
   case ACTION_END:
     ck_assert_int_eq(flap_pager_end(pager), FLAP_OK);

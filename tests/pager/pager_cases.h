@@ -14,6 +14,7 @@
 
 #define CASE_REGIONS_MAX 24u
 #define CASE_RINGS_MAX 3u
+#define CASE_KEPT_MAX 4u /* regions with a ring that keeps */
 /* Sanitizers make everything ten times slower: every fourth case then. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define CASE_STRIDE 4u
@@ -32,6 +33,7 @@ typedef enum action_kind {
   ACTION_PIN,     /* lease `index` of the oldest program */
   ACTION_COMPUTE, /* every pinned region takes part */
   ACTION_UNPIN,
+  ACTION_JOB, /* of the leases from `index` on that the job `count` has */
   ACTION_END,
   ACTION_SETTLE,
   ACTION_REFILL /* region `index`, at rest */
@@ -39,14 +41,15 @@ typedef enum action_kind {
 
 typedef struct action {
   action_kind kind;
-  uint32_t index;
+  uint32_t index, count;
 } action;
 
 typedef struct test_case {
   uint64_t seed;
   flap_pager_config config;
   flap_pager_region regions[CASE_REGIONS_MAX];
-  flap_pager_ring rings[CASE_RINGS_MAX];
+  flap_pager_ring rings[CASE_RINGS_MAX + CASE_KEPT_MAX];
+  bool for_jobs[CASE_REGIONS_MAX];
   bool filled[CASE_REGIONS_MAX];
   uint32_t program_count;
   uint32_t lease_counts[CASE_PROGRAMS_MAX];
@@ -60,7 +63,7 @@ typedef struct test_case {
  * use. */
 void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale);
 
-/* The sum of flap_pager_predict over all programs. */
+/* The sum of flap_pager_predict over all programs; what rings that keep load is counted by the case itself. */
 void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]);
 
 /* Runs a case on the cpu device with the disk of config.disk. Wrong bytes, wrong counts and wrong sizes fail the test;

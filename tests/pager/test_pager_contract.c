@@ -112,34 +112,37 @@ static void pin(small_pager *s, uint32_t index) {
 }
 
 static void too_many_live(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_READ}, {1, FLAP_LEASE_READ}, {2, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_READ},
+                                      {.region = 1, .mode = FLAP_LEASE_READ},
+                                      {.region = 2, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 3));
   pin(s, 0), pin(s, 1), pin(s, 2);
 }
 
 static void same_region_twice(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_UPDATE}, {0, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_UPDATE}, {.region = 0, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 2));
   pin(s, 0), pin(s, 1);
 }
 
 static void resident_twice(small_pager *s) {
-  static const flap_lease leases[] = {{5, FLAP_LEASE_READ}, {5, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 5, .mode = FLAP_LEASE_READ}, {.region = 5, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 2));
   pin(s, 0), pin(s, 1);
 }
 
 static void load_of_nothing(small_pager *s) {
-  static const flap_lease leases[] = {{3, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 3, .mode = FLAP_LEASE_READ}};
   must(flap_pager_begin(s->pager, leases, 1));
   pin(s, 0);
 }
 
 static void load_after_consume(small_pager *s) {
-  static const flap_lease leases[] = {{4, FLAP_LEASE_CONSUME}, {4, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 4, .mode = FLAP_LEASE_CONSUME},
+                                      {.region = 4, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 2));
   pin(s, 0);
@@ -153,7 +156,7 @@ static flap_status fail_to_fill(void *context, uint64_t offset, uint64_t bytes, 
 }
 
 static void load_after_failed_fill(small_pager *s) {
-  static const flap_lease leases[] = {{2, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 2, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   if (flap_pager_fill(s->pager, 2, fail_to_fill, NULL) != FLAP_INVALID)
     _exit(3);
@@ -171,20 +174,20 @@ static void drain_of_nothing(small_pager *s) {
 }
 
 static void resident_of_nothing(small_pager *s) {
-  static const flap_lease leases[] = {{5, FLAP_LEASE_UPDATE}};
+  static const flap_lease leases[] = {{.region = 5, .mode = FLAP_LEASE_UPDATE}};
   must(flap_pager_begin(s->pager, leases, 1));
   pin(s, 0);
 }
 
 static void pin_out_of_order(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_READ}, {1, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_READ}, {.region = 1, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 2));
   pin(s, 1);
 }
 
 static void unpin_twice(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 1));
   pin(s, 0);
@@ -193,7 +196,7 @@ static void unpin_twice(small_pager *s) {
 }
 
 static void end_too_early(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_READ}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_READ}};
   fill_all(s);
   must(flap_pager_begin(s->pager, leases, 1));
   pin(s, 0);
@@ -201,13 +204,13 @@ static void end_too_early(small_pager *s) {
 }
 
 static void fill_in_program(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_CREATE}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_CREATE}};
   must(flap_pager_begin(s->pager, leases, 1));
   must(flap_pager_fill(s->pager, 1, fill_nothing, NULL));
 }
 
 static void third_program(small_pager *s) {
-  static const flap_lease leases[] = {{0, FLAP_LEASE_CREATE}};
+  static const flap_lease leases[] = {{.region = 0, .mode = FLAP_LEASE_CREATE}};
   for (int i = 0; i < 3; i++)
     must(flap_pager_begin(s->pager, leases, 1));
 }
@@ -226,7 +229,7 @@ static const struct {
     {resident_of_nothing, "region 5"},
     {pin_out_of_order, "index == program->pinned"},
     {unpin_twice, "LEASE_PINNED"},
-    {end_too_early, "released == program->count"},
+    {end_too_early, "program->in_jobs == program->count"},
     {fill_in_program, "while a program is queued"},
     {third_program, "PAGER_PROGRAMS_MAX"},
 };
@@ -260,9 +263,12 @@ END_TEST
 
 /* ---- promises ------------------------------------------------------------------------------------------- */
 
-static const flap_lease all_modes[] = {{0, FLAP_LEASE_READ},    {1, FLAP_LEASE_UPDATE}, {2, FLAP_LEASE_CREATE},
-                                       {5, FLAP_LEASE_UPDATE},  {1, FLAP_LEASE_READ},   {3, FLAP_LEASE_CONSUME},
-                                       {4, FLAP_LEASE_SCRATCH}, {3, FLAP_LEASE_CREATE}, {4, FLAP_LEASE_CREATE}};
+static const flap_lease all_modes[] = {
+    {.region = 0, .mode = FLAP_LEASE_READ},    {.region = 1, .mode = FLAP_LEASE_UPDATE},
+    {.region = 2, .mode = FLAP_LEASE_CREATE},  {.region = 5, .mode = FLAP_LEASE_UPDATE},
+    {.region = 1, .mode = FLAP_LEASE_READ},    {.region = 3, .mode = FLAP_LEASE_CONSUME},
+    {.region = 4, .mode = FLAP_LEASE_SCRATCH}, {.region = 3, .mode = FLAP_LEASE_CREATE},
+    {.region = 4, .mode = FLAP_LEASE_CREATE}};
 #define ALL_MODES (uint32_t)(sizeof all_modes / sizeof all_modes[0])
 
 static void run_all_modes(small_pager *s, uint32_t rounds) {
@@ -377,7 +383,7 @@ START_TEST(trace_names_region_and_lane_of_every_transfer) {
       sums[lane] += expected[lane];
     }
   }
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+  for (int lane = 0; lane < FLAP_LANE_HOST; lane++) {
     ck_assert_uint_eq(stats.bytes[lane], sums[lane]);
     ck_assert_uint_gt(stats.busy_ns[lane], 0);
   }
