@@ -2,13 +2,17 @@
 
 #include "base/assert.h"
 
-#define CHUNK 1024u /* elements whose gradient, and whose 8-bit moments, are held as fp32 at a time */
-#define BLOCKS_PER_ITEM 4u
+/* Elements whose gradient, and whose 8-bit moments, are held as fp32 at a time: beside them the first cache keeps the
+ * lines that the processor fetches ahead. */
+#define CHUNK 512u
+/* Long items are read as long streams; but there must be many, so that all threads end together. */
+#define BLOCKS_PER_ITEM_MAX 32u
+#define ITEMS_MIN 512u
 
 typedef struct update_job {
   const flap_cpu_vector *vector;
   const flap_cpu_update *update;
-  uint64_t blocks;
+  uint64_t blocks, blocks_per_item;
 } update_job;
 
 /* One chunk, whatever its moments are stored as. Returns whether something was refused. */
@@ -58,17 +62,24 @@ static bool update_block(const update_job *job, uint64_t block) {
 static void update_item(void *context, uint64_t item, uint32_t worker) {
   (void)worker;
   const update_job *job = context;
-  const uint64_t end = (item + 1) * BLOCKS_PER_ITEM < job->blocks ? (item + 1) * BLOCKS_PER_ITEM : job->blocks;
+  const uint64_t first = item * job->blocks_per_item, left = job->blocks - first;
+  const uint64_t count = left < job->blocks_per_item ? left : job->blocks_per_item;
   bool refused = false;
-  for (uint64_t block = item * BLOCKS_PER_ITEM; block < end; ++block)
+  for (uint64_t block = first; block < first + count; ++block)
     refused |= update_block(job, block);
   if (refused)
     __atomic_store_n(job->update->fault, 1, __ATOMIC_RELAXED);
+}
+
+static uint64_t blocks_per_item(uint64_t blocks) {
+  const uint64_t wanted = blocks / ITEMS_MIN;
+  return wanted < 1 ? 1 : wanted > BLOCKS_PER_ITEM_MAX ? BLOCKS_PER_ITEM_MAX : wanted;
 }
 
 void flap_cpu_update_run(const flap_cpu_vector *vector, flap_pool *pool, const flap_cpu_update *update) {
   flap_assert(update->weight_dtype != FLAP_I32);
   flap_assert(update->grad_dtype == FLAP_F32 || update->grad_dtype == FLAP_BF16);
   update_job job = {.vector = vector, .update = update, .blocks = update->elements / FLAP_OPS_BLOCK};
-  flap_pool_run(pool, (job.blocks + BLOCKS_PER_ITEM - 1) / BLOCKS_PER_ITEM, update_item, &job);
+  job.blocks_per_item = blocks_per_item(job.blocks);
+  flap_pool_run(pool, (job.blocks + job.blocks_per_item - 1) / job.blocks_per_item, update_item, &job);
 }
