@@ -15,6 +15,11 @@
  * RAM as what can be held: max(0, state + gradients - vram - ram) bytes are read, and as many written. The budgets
  * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed.
  *
+ * The host's cores may update a share of it all instead, where they are not the device. Then that share of states is no
+ * matter of the bus: only its weights come in (H2D) and its gradients go out (D2H), and the host reads and writes its
+ * states and reads its gradients. The share is the one with which the step can be shortest, so that no plan beats the
+ * bound.
+ *
  * Both ways at once. A bus moves less each way while both go on, and a disk less of reading and writing together, than
  * alone. Whatever the order, no moment moves more than both together can (or one alone, where that is more): so
  * (in + out) / that rate is a least time too, copies_seconds and disks_seconds.

@@ -84,6 +84,8 @@ void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap
     /* The embedding's slices have no more blocks than those of layers. */
     b.decay_stride = (spec->slice_elements / FLAP_OPS_BLOCK + 7) / 8;
     b.decay = FLAP_ARENA_ARRAY(ram, uint8_t, b.decay_stride * layout->slice_count);
+    if (spec->host_parts > 0)
+      b.jobs = FLAP_ARENA_ARRAY(ram, flap_host_job, layout->slice_count);
     if (!flap_arena_is_measuring(ram))
       fill_decay(layout, &b);
   }

@@ -26,6 +26,12 @@ typedef struct flap_device_buffers {
   uint64_t kept_bytes;                  /* of a layer that saves: its input follows */
 } flap_device_buffers;
 
+/* What a job of the host is about. */
+typedef struct flap_host_job {
+  void *executor;
+  uint32_t slice;
+} flap_host_job;
+
 /* On the host. */
 typedef struct flap_host_buffers {
   void **addresses; /* of the leases of the program in work */
@@ -35,6 +41,7 @@ typedef struct flap_host_buffers {
   float *block_squares;
   uint8_t *decay; /* bits of the slices' blocks, decay_stride bytes per slice */
   uint64_t decay_stride;
+  flap_host_job *jobs;       /* of each slice; NULL where the host updates none */
   int32_t *tokens, *targets; /* (n, T), for evaluations; sample mode: (T) */
   float *logits;             /* (V), sample mode */
 } flap_host_buffers;

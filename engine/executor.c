@@ -97,21 +97,55 @@ static void store_gradient(flap_executor *x, const flap_op *op) {
                           slice->elements);
 }
 
+/* But for where its bytes are. */
+static flap_update update_of(const flap_executor *x, uint32_t index) {
+  const flap_layout_slice *slice = &x->layout->slices[index];
+  return (flap_update){.weight_dtype = x->run.shape.dtype,
+                       .gradient_dtype = x->layout->spec.gradient_dtype,
+                       .format = &x->layout->state_formats[x->layout->parts[slice->part].kind],
+                       .elements = slice->elements,
+                       .decay_blocks = x->host.decay + index * x->host.decay_stride};
+}
+
 /* The update of a skipped step leaves what its leases hold as it is. */
 static void adamw(flap_executor *x, const flap_op *op) {
-  const flap_layout_slice *slice = &x->layout->slices[op->index];
-  const flap_update update = {.weight_dtype = x->run.shape.dtype,
-                              .gradient_dtype = x->layout->spec.gradient_dtype,
-                              .format = &x->layout->state_formats[x->layout->parts[slice->part].kind],
-                              .elements = slice->elements,
-                              .weights = weights_at(x, op->operand[0], slice->first_element),
-                              .states = address(x, op->operand[1]),
-                              .gradient = address(x, op->operand[2]),
-                              .decay_blocks = x->host.decay + op->index * x->host.decay_stride,
-                              .fault = x->device.fault};
+  flap_update update = update_of(x, op->index);
+  update.weights = weights_at(x, op->operand[0], x->layout->slices[op->index].first_element);
+  update.states = address(x, op->operand[1]);
+  update.gradient = address(x, op->operand[2]);
+  update.fault = x->device.fault;
   flap_assert(x->has_update);
   if (!x->skips)
     flap_update_launch(x->ops, &x->adamw, &update);
+}
+
+/* A job of the pager's, on its thread. The scalars stay as they are until the next norm, by when the forward has used
+ * all weights. */
+static void update_on_host(void *context, void *const memory[]) {
+  const flap_host_job *job = context;
+  flap_executor *x = job->executor;
+  flap_update update = update_of(x, job->slice);
+  const uint64_t weight_bytes = flap_dtype_bytes(update.weight_dtype);
+  update.states = memory[0];
+  update.gradient = memory[1];
+  update.weights = (unsigned char *)memory[2] + x->layout->slices[job->slice].first_element * weight_bytes;
+  update.fault = &x->host_fault;
+  flap_update_on_host(x->host_optimizer, &x->adamw, &update);
+}
+
+/* Where there is nothing to update its leases are passed by all the same. */
+static void host_adamw(flap_executor *x, const flap_op *op) {
+  flap_pager_job job = {.run = NULL};
+  const bool runs = (x->mode == FLAP_EXECUTE || x->mode == FLAP_EXECUTE_UPDATE) && !x->skips;
+  if (x->times != NULL) {
+    job.ns = flap_op_times_of(x->times, x->layout, op);
+  } else if (runs) {
+    flap_assert(x->has_update);
+    x->host.jobs[op->index] = (flap_host_job){.executor = x, .slice = op->index};
+    job.run = update_on_host;
+    job.context = &x->host.jobs[op->index];
+  }
+  flap_pager_run_job(x->pager, op->operand[0], 3, &job);
 }
 
 static void zero(flap_executor *x, const flap_op *op) {
@@ -206,7 +240,7 @@ static flap_status sum_losses(flap_executor *x, flap_executor_result *result) {
 static flap_status check_fault(flap_executor *x) {
   int32_t fault = 0;
   FLAP_TRY(flap_device_download(flap_ops_device(x->ops), &fault, x->device.fault, sizeof fault));
-  if (fault == 0)
+  if (fault == 0 && __atomic_load_n(&x->host_fault, __ATOMIC_RELAXED) == 0)
     return FLAP_OK;
   return flap_error_set(FLAP_NUMERIC,
                         "step %llu: the optimizer would make a weight infinite or NaN%s: lower learning_rate, or set "
@@ -299,6 +333,7 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
     return logits(x, op);
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:
+  case FLAP_OP_HOST_ADAMW:
   case FLAP_OP_KIND_COUNT:
     flap_assert(false);
   }
@@ -311,7 +346,8 @@ static void trace_stall(flap_executor *x, uint32_t region, uint64_t started_ns, 
   static const char *const names[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = "waits for h2d",
                                                      [FLAP_LANE_D2H] = "waits for d2h",
                                                      [FLAP_LANE_DISK_READ] = "waits for disk read",
-                                                     [FLAP_LANE_DISK_WRITE] = "waits for disk write"};
+                                                     [FLAP_LANE_DISK_WRITE] = "waits for disk write",
+                                                     [FLAP_LANE_HOST] = "waits for the host's update"};
   flap_pager_stats stats;
   int most = 0;
   flap_pager_get_stats(x->pager, &stats);
@@ -389,6 +425,8 @@ static flap_status run_ops(flap_executor *x, flap_setup_program which, flap_exec
       FLAP_TRY(pin(x, op->operand[0]));
     else if (op->kind == FLAP_OP_UNPIN)
       flap_pager_unpin(x->pager, op->operand[0]);
+    else if (op->kind == FLAP_OP_HOST_ADAMW)
+      host_adamw(x, op);
     else
       FLAP_TRY(execute(x, op, result));
   }

@@ -11,6 +11,7 @@
 #include "engine/loss_scale.h"
 #include "engine/op_times.h"
 #include "engine/setup.h"
+#include "kernels/host_optimizer.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -45,9 +46,10 @@ typedef struct flap_executor {
   flap_ops *ops;
   flap_device_buffers device;
   flap_host_buffers host;
-  const flap_op_times *times; /* a simulation's: what operations take; else NULL */
-  struct flap_trace *trace;   /* or NULL */
-  bool timed;                 /* launches are over when they return, so their times go to the trace */
+  flap_host_optimizer *host_optimizer; /* NULL where the host updates nothing, and in a simulation */
+  const flap_op_times *times;          /* a simulation's: what operations take; else NULL */
+  struct flap_trace *trace;            /* or NULL */
+  bool timed;                          /* launches are over when they return, so their times go to the trace */
   /* of the next step; begun by flap_executor_open, set by the owner who resumes a run */
   flap_loss_scale loss_scale;
 
@@ -59,6 +61,7 @@ typedef struct flap_executor {
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* as of the last stall that was traced */
   const flap_executor_input *input;
   flap_adamw adamw;       /* of the update that is pending */
+  int32_t host_fault;     /* as device.fault, of the host's updates */
   bool has_update, skips; /* skips: the pending update is a skipped step's */
   enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH, FLAP_EXECUTE_UPDATE } mode;
 } flap_executor;

@@ -102,18 +102,29 @@ uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t m
   return layout->first_saved + (uint32_t)saved_index(spec, layer, micro_batch);
 }
 
+bool flap_layout_is_host(const flap_layout *layout, uint32_t part) {
+  const flap_layout_spec *spec = &layout->spec;
+  const uint64_t parts = (uint64_t)spec->model->num_hidden_layers + 2, wanted = spec->host_parts;
+  return spec->mode == FLAP_MODE_TRAIN && (part + 1) * wanted / parts > part * wanted / parts;
+}
+
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
   flap_assert(layout->spec.mode == FLAP_MODE_SAMPLE);
   return layout->first_cache + layer;
 }
 
-static uint32_t add_region(flap_layout *layout, flap_region_class klass, uint64_t bytes) {
+static uint32_t add_placed(flap_layout *layout, flap_region_class klass, uint64_t bytes, flap_layout_place place) {
   flap_assert(bytes > 0);
   if (layout->regions != NULL) {
     layout->regions[layout->region_count].klass = klass;
+    layout->regions[layout->region_count].place = place;
     layout->regions[layout->region_count].bytes = flap_units_round_up(bytes, FLAP_BLOCK_ALIGN);
   }
   return layout->region_count++;
+}
+
+static uint32_t add_region(flap_layout *layout, flap_region_class klass, uint64_t bytes) {
+  return add_placed(layout, klass, bytes, FLAP_PLACE_ANY);
 }
 
 /* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
@@ -147,10 +158,11 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
 static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
   flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
-  const bool vocabulary = kind != FLAP_PART_LAYER;
+  const bool vocabulary = kind != FLAP_PART_LAYER, host = flap_layout_is_host(layout, layout->part_count);
   part.elements = layout->part_elements[kind];
-  part.weights = add_region(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
-                            part.elements * flap_dtype_bytes(spec->shape.dtype));
+  part.weights =
+      add_placed(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
+                 part.elements * flap_dtype_bytes(spec->shape.dtype), host ? FLAP_PLACE_COPIED : FLAP_PLACE_ANY);
   part.first_slice = layout->slice_count;
   part.first_block = layout->block_count;
   if (spec->mode == FLAP_MODE_TRAIN) {
@@ -161,9 +173,10 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
       slice.elements = left < slice_elements ? left : slice_elements;
       slice.states =
-          add_region(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&layout->state_formats[kind], slice.elements));
-      slice.gradient =
-          add_region(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype));
+          add_placed(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&layout->state_formats[kind], slice.elements),
+                     host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
+      slice.gradient = add_placed(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype),
+                                  host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
       if (layout->slices != NULL)
         layout->slices[layout->slice_count] = slice;
       layout->slice_count++;
@@ -236,6 +249,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
   flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
   flap_assert(spec->saved_layers == 0 || spec->saved_mask != 0);
+  flap_assert(spec->host_parts <= layers + 2);
   flap_assert(spec->group_micro_batches >= 1 && spec->group_micro_batches <= spec->micro_batches);
   flap_assert(spec->mode != FLAP_MODE_TRAIN ||
               (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&

@@ -29,13 +29,24 @@ typedef struct flap_layout_spec {
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
   uint32_t saved_layers;    /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;      /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
+  uint32_t host_parts;      /* so many parts are updated by the host's cores: see flap_layout_is_host */
   uint64_t slice_elements;  /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
                                of them. The embedding's slices have about as many bytes. */
   uint32_t cache_positions; /* sample mode */
 } flap_layout_spec;
 
+/* Where a region may live. What the host's cores update, and what they need for it, is in RAM as a whole. */
+typedef enum flap_layout_place {
+  FLAP_PLACE_ANY,
+  FLAP_PLACE_HOST,   /* in RAM, and never on the device */
+  FLAP_PLACE_HOME,   /* in RAM, and passes through the device */
+  FLAP_PLACE_COPIED, /* in RAM, and passes through the device or has a copy that stays there: only the host changes it
+                      */
+} flap_layout_place;
+
 typedef struct flap_layout_region {
   flap_region_class klass;
+  flap_layout_place place;
   uint64_t bytes; /* a multiple of FLAP_BLOCK_ALIGN */
 } flap_layout_region;
 
@@ -114,6 +125,9 @@ uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
 static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;
 }
+/* Whether the optimizer of a part (an index into parts) runs on the host's cores: of all parts host_parts do, at even
+ * distances, the head first, for which a step has most time. */
+bool flap_layout_is_host(const flap_layout *layout, uint32_t part);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 

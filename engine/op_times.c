@@ -11,7 +11,20 @@
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
 #define MEASURE_NS ((uint64_t)120000000) /* per operation; the second half counts, when clocks have settled */
 #define ROUNDS_MAX 4096
+#define HOST_ELEMENTS ((uint64_t)1 << 24)
+#define HOST_ROUNDS 5
 #define PATTERN_BYTES FLAP_MIB
+
+static const flap_adamw usual_scalars = {.learning_rate = 1e-6f,
+                                         .beta1 = 0.9f,
+                                         .beta2 = 0.999f,
+                                         .one_minus_beta1 = 0.1f,
+                                         .one_minus_beta2 = 0.001f,
+                                         .inverse_bias1 = 1,
+                                         .inverse_sqrt_bias2 = 1,
+                                         .epsilon = 1e-8f,
+                                         .decay = 1,
+                                         .gradient_scale = 1};
 
 /* A device with one layer, the vocabulary and a slice on it. Pointers are device memory. */
 typedef struct bench {
@@ -195,16 +208,6 @@ static void run_zero(bench *b) {
   flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 4);
 }
 static void run_adamw(bench *b) {
-  const flap_adamw scalars = {.learning_rate = 1e-6f,
-                              .beta1 = 0.9f,
-                              .beta2 = 0.999f,
-                              .one_minus_beta1 = 0.1f,
-                              .one_minus_beta2 = 0.001f,
-                              .inverse_bias1 = 1,
-                              .inverse_sqrt_bias2 = 1,
-                              .epsilon = 1e-8f,
-                              .decay = 1,
-                              .gradient_scale = 1};
   const flap_update update = {.weight_dtype = b->spec->shape.dtype,
                               .gradient_dtype = b->spec->gradient_dtype,
                               .format = &b->format,
@@ -214,7 +217,7 @@ static void run_adamw(bench *b) {
                               .gradient = b->gradient,
                               .decay_blocks = b->decay,
                               .fault = b->fault};
-  flap_update_launch(b->ops, &scalars, &update);
+  flap_update_launch(b->ops, &usual_scalars, &update);
 }
 
 /* ---- time ------------------------------------------------------------------------------------------------ */
@@ -349,6 +352,69 @@ fail:
   return status;
 }
 
+/* ---- on the host ----------------------------------------------------------------------------------------- */
+
+/* Of an update of one element: states and weight read and written, the gradient read. */
+static double host_bytes(const flap_op_times_spec *spec, flap_part part) {
+  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
+  const double states = (double)flap_layout_state_bytes(&format, FLAP_OPS_BLOCK) / FLAP_OPS_BLOCK;
+  return 2 * (states + (double)flap_dtype_bytes(spec->shape.dtype)) + (double)flap_dtype_bytes(spec->gradient_dtype);
+}
+
+/* Arrays of a slice's update in ordinary memory, too large for caches. */
+static flap_status time_host(const flap_op_times_spec *spec, flap_host_optimizer *optimizer, flap_part part,
+                             double *ns_out) {
+  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
+  const uint64_t states = flap_units_round_up(flap_layout_state_bytes(&format, HOST_ELEMENTS), 4096),
+                 weights = HOST_ELEMENTS * flap_dtype_bytes(spec->shape.dtype),
+                 gradient = HOST_ELEMENTS * flap_dtype_bytes(spec->gradient_dtype);
+  int32_t fault = 0;
+  unsigned char *memory = aligned_alloc(4096, states + weights + gradient);
+  uint8_t *decay = calloc(HOST_ELEMENTS / FLAP_OPS_BLOCK / 8, 1);
+  uint64_t best_ns = UINT64_MAX;
+  if (memory == NULL || decay == NULL) {
+    free(memory);
+    free(decay);
+    return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
+  }
+  memset(memory, 0, states + weights + gradient);
+  const flap_update update = {.weight_dtype = spec->shape.dtype,
+                              .gradient_dtype = spec->gradient_dtype,
+                              .format = &format,
+                              .elements = HOST_ELEMENTS,
+                              .states = memory,
+                              .weights = memory + states,
+                              .gradient = memory + states + weights,
+                              .decay_blocks = decay,
+                              .fault = &fault};
+  for (int round = 0; round < HOST_ROUNDS; round++) {
+    const uint64_t started_ns = flap_units_now_ns();
+    flap_update_on_host(optimizer, &usual_scalars, &update);
+    const uint64_t ns = flap_units_now_ns() - started_ns;
+    best_ns = ns < best_ns ? ns : best_ns;
+  }
+  free(memory);
+  free(decay);
+  *ns_out = (double)best_ns / HOST_ELEMENTS;
+  return FLAP_OK;
+}
+
+static flap_status measure_host(const flap_op_times_spec *spec, flap_op_times *times) {
+  flap_host_optimizer *optimizer = NULL;
+  FLAP_TRY(flap_host_optimizer_open(spec->threads, &optimizer));
+  flap_status status = time_host(spec, optimizer, FLAP_PART_LAYER, &times->host_ns);
+  times->host_embedding_ns = times->host_ns;
+  if (status == FLAP_OK && flap_layout_has_codes(spec->optim, FLAP_PART_LAYER))
+    status = time_host(spec, optimizer, FLAP_PART_EMBEDDING, &times->host_embedding_ns);
+  flap_host_optimizer_close(optimizer);
+  return status;
+}
+
+static void host_from_rate(const flap_op_times_spec *spec, double rate, flap_op_times *times) {
+  times->host_ns = host_bytes(spec, FLAP_PART_LAYER) / rate * 1e9;
+  times->host_embedding_ns = host_bytes(spec, FLAP_PART_EMBEDDING) / rate * 1e9;
+}
+
 flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
                                      flap_op_times *times_out) {
   flap_clock *clock;
@@ -360,6 +426,8 @@ flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_
                                      .machine = *machine};
   const flap_status status = run_on(spec, &config, FLAP_DEVICE_SIM, times_out);
   flap_clock_close(clock);
+  if (spec->training)
+    host_from_rate(spec, machine->host_bytes, times_out);
   return status;
 }
 
@@ -370,6 +438,8 @@ flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t 
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
   const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = 2};
   FLAP_TRY(run_on(spec, &config, FLAP_DEVICE_CUDA, times_out));
+  if (spec->training)
+    FLAP_TRY(measure_host(spec, times_out));
   times_out->measured = true;
   return FLAP_OK;
 }
@@ -407,6 +477,11 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
     const flap_layout_slice *slice = &layout->slices[op->index];
     const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;
     return per_element(t, embedding ? t->adamw_embedding_ns : t->adamw_ns, slice->elements);
+  }
+  case FLAP_OP_HOST_ADAMW: {
+    const flap_layout_slice *slice = &layout->slices[op->index];
+    const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;
+    return (uint64_t)((embedding ? t->host_embedding_ns : t->host_ns) * (double)slice->elements);
   }
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:

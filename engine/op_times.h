@@ -27,6 +27,7 @@ typedef struct flap_op_times {
   uint64_t launch_ns;                  /* of an operation on a slice, beside its elements */
   double store_ns, zero_ns;            /* per element of a slice; per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
+  double host_ns, host_embedding_ns;   /* likewise, by the host's cores */
 } flap_op_times;
 
 typedef struct flap_op_times_spec {

@@ -15,8 +15,9 @@ static void place(flap_setup *setup, const flap_choice *choice) {
   flap_assert(status == FLAP_OK);
 }
 
+/* What may stay in VRAM, and what passes through it in any case. */
 static uint64_t class_bytes(const flap_setup *setup, int klass) {
-  return setup->classes[klass].bytes;
+  return setup->staying_bytes[klass] + setup->passing_bytes[klass];
 }
 
 static uint64_t slot_bytes(const flap_setup *setup, int klass) {
@@ -32,7 +33,7 @@ static void place_least(const flap_planner *planner, flap_setup *setup, flap_cho
   choice->trace_events = 0;
   place(setup, choice);
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    if (class_bytes(setup, k) <= setup->classes[k].ring_bytes)
+    if (setup->passing_bytes[k] == 0 && class_bytes(setup, k) <= setup->classes[k].ring_bytes)
       choice->resident_bytes[k] = class_bytes(setup, k);
   if (planner->activations == FLAP_ACTIVATIONS_KEEP)
     choice->resident_bytes[FLAP_CLASS_SAVED] = class_bytes(setup, FLAP_CLASS_SAVED);
@@ -116,13 +117,16 @@ static void add_slots(const flap_budgets *budgets, uint32_t depth, flap_choice *
 
 static void make_resident(flap_activations activations, int k, uint64_t *left, flap_choice *choice,
                           const flap_setup *setup) {
-  const uint64_t ring = setup->classes[k].ring_bytes, bytes = class_bytes(setup, k), slot = slot_bytes(setup, k);
+  /* Where all stays, the ring goes. */
+  const uint64_t ring = setup->passing_bytes[k] == 0 ? setup->classes[k].ring_bytes : 0;
+  const uint64_t bytes = setup->staying_bytes[k], slot = slot_bytes(setup, k);
   if (slot == 0 || (k == FLAP_CLASS_SAVED && activations == FLAP_ACTIVATIONS_OFFLOAD))
     return;
   if (bytes <= *left + ring) {
     *left = *left + ring - bytes;
     choice->resident_bytes[k] = bytes;
-    choice->extra_slots[k] = 0;
+    if (setup->passing_bytes[k] == 0)
+      choice->extra_slots[k] = 0;
     return;
   }
   choice->resident_bytes[k] = *left / slot * slot;

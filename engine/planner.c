@@ -99,6 +99,27 @@ static void add_slices(const flap_planner *planner, planner_candidates *c) {
     c->slices[c->slice_count++] = elements;
 }
 
+/* The host's cores help where the device's memory is another one; where they are the device they have no time. */
+static void add_hosts(const flap_planner *planner, planner_candidates *c) {
+  const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
+  if (planner->spec.mode != FLAP_MODE_TRAIN)
+    return;
+  switch (planner->expert.optimizer) {
+  case FLAP_OPTIMIZER_GPU:
+    break;
+  case FLAP_OPTIMIZER_CPU:
+    c->host_parts = parts;
+    break;
+  case FLAP_OPTIMIZER_SPLIT:
+    c->host_parts = parts / 2;
+    break;
+  case FLAP_OPTIMIZER_AUTO:
+    for (uint32_t share = 1; share <= PLANNER_HOST_SHARES && planner->spec.device == FLAP_DEVICE_CUDA; share++)
+      c->other_hosts[c->other_host_count++] = (parts * share + PLANNER_HOST_SHARES - 1) / PLANNER_HOST_SHARES;
+    break;
+  }
+}
+
 static void add_pages(const flap_planner *planner, planner_candidates *c) {
   if (planner->expert.page_bytes > 0) {
     c->pages[c->page_count++] = planner->expert.page_bytes;
@@ -115,6 +136,7 @@ void planner_list(const flap_planner *planner, planner_candidates *c) {
   add_saved(planner, c);
   add_slices(planner, c);
   add_pages(planner, c);
+  add_hosts(planner, c);
   c->sweep = planner->expert.clip == FLAP_CLIP_SWEEP;
 }
 
@@ -137,6 +159,7 @@ typedef struct skeleton {
   uint32_t segment, group;
   planner_saving saved;
   bool spread;
+  uint32_t host;
 } skeleton;
 
 static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
@@ -147,6 +170,7 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                         .saved_mask = s.saved.mask,
                         .sweep = c->sweep,
                         .spread = s.spread,
+                        .host_parts = s.host,
                         .slice_elements = slice,
                         .page_bytes = page,
                         .transfer_bytes = page};
@@ -303,7 +327,7 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1};
+          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, c->host_parts};
           if (is_double(planner, &c->saved, s))
             continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
@@ -329,11 +353,13 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
     flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
-    flap_log(FLAP_LOG_DEBUG,
-             "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, depth %u: estimated %.4f s, "
-             "simulated %.4f s",
-             list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
-             list[i].s.spread ? "spread" : "at once", list[i].depth, list[i].estimate, costs_here.step_seconds);
+    flap_log(
+        FLAP_LOG_DEBUG,
+        "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the host, depth "
+        "%u: estimated %.4f s, simulated %.4f s",
+        list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
+        list[i].s.spread ? "spread" : "at once", list[i].s.host, list[i].depth, list[i].estimate,
+        costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
     if (costs->step_seconds <= 0 || costs_here.step_seconds < costs->step_seconds * 0.9999) {
@@ -348,15 +374,11 @@ static bool same_cut(skeleton a, skeleton b) {
   return a.segment == b.segment && a.group == b.group && a.spread == b.spread;
 }
 
-/* Which tensors are saved is decided last, around what is best while layers save all or nothing: for the few best ways
- * to cut the step, every set that computes less than the best step takes. Among all candidates they would be so many,
- * and estimated so alike, that they would crowd others out of the list, and planning would take three times as long. */
-static flap_status refine_saved(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
-  contender refined[PLANNER_CONTENDERS + 1];
-  skeleton cuts[PLANNER_REFINED_CUTS] = {best->s};
-  uint32_t cut_count = 1, refined_count = 0;
-  planner_reach reach = PLANNER_NO_VRAM;
+/* The best few ways to cut the step, the best one first. */
+static uint32_t best_cuts(const contender *list, uint32_t count, const contender *best,
+                          skeleton cuts[PLANNER_REFINED_CUTS]) {
+  uint32_t cut_count = 1;
+  cuts[0] = best->s;
   for (uint32_t i = 0; i < count && cut_count < PLANNER_REFINED_CUTS; i++) {
     bool known = false;
     for (uint32_t k = 0; k < cut_count; k++)
@@ -364,11 +386,47 @@ static flap_status refine_saved(const flap_planner *planner, const planner_candi
     if (!known)
       cuts[cut_count++] = list[i].s;
   }
+  return cut_count;
+}
+
+/* Which tensors are saved is decided last, around what is best while layers save all or nothing: for the few best ways
+ * to cut the step, every set that computes less than the best step takes. Among all candidates they would be so many,
+ * and estimated so alike, that they would crowd others out of the list, and planning would take three times as long. */
+static flap_status refine_saved(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+  contender refined[PLANNER_CONTENDERS + 1];
+  skeleton cuts[PLANNER_REFINED_CUTS];
+  uint32_t refined_count = 0;
+  planner_reach reach = PLANNER_NO_VRAM;
+  const uint32_t cut_count = best_cuts(list, count, best, cuts);
   for (uint32_t k = 0; k < cut_count; k++)
     for (uint32_t j = 0; j < c->partial.count; j++) {
       skeleton s = cuts[k];
       s.saved = c->partial.of[j];
       if (is_double(planner, &c->partial, s) || least_seconds(planner, budgets, s) >= costs->step_seconds)
+        continue;
+      const flap_status status = enter_skeleton(planner, c, budgets, s, refined, &refined_count, &reach);
+      if (status != FLAP_OK && status != FLAP_BUDGET)
+        return status;
+    }
+  if (refined_count > PLANNER_REFINED)
+    refined_count = PLANNER_REFINED;
+  return simulate_list(planner, c, budgets, refined, refined_count, best, costs);
+}
+
+/* How much the host updates is decided after that, for the same reasons. */
+static flap_status refine_host(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                               const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+  contender refined[PLANNER_CONTENDERS + 1];
+  skeleton cuts[PLANNER_REFINED_CUTS];
+  uint32_t refined_count = 0;
+  planner_reach reach = PLANNER_NO_VRAM;
+  const uint32_t cut_count = c->other_host_count > 0 ? best_cuts(list, count, best, cuts) : 0;
+  for (uint32_t k = 0; k < cut_count; k++)
+    for (uint32_t j = 0; j < c->other_host_count; j++) {
+      skeleton s = cuts[k];
+      s.host = c->other_hosts[j];
+      if (least_seconds(planner, budgets, s) >= costs->step_seconds)
         continue;
       const flap_status status = enter_skeleton(planner, c, budgets, s, refined, &refined_count, &reach);
       if (status != FLAP_OK && status != FLAP_BUDGET)
@@ -434,6 +492,7 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   *costs_out = (flap_plan_costs){0};
   FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
   FLAP_TRY(refine_saved(planner, &c, budgets, list, count, &best, costs_out));
+  FLAP_TRY(refine_host(planner, &c, budgets, list, count, &best, costs_out));
   return settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }
 
@@ -580,10 +639,11 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
     found->least[i] = UINT64_MAX;
   for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
     for (uint32_t g = 0; g < c.group_count; g = g + 1 < c.group_count ? c.group_count - 1 : c.group_count) {
-      FLAP_TRY(
-          least_of_skeleton(planner, budgets, &c, (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false}, found));
+      FLAP_TRY(least_of_skeleton(planner, budgets, &c,
+                                 (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts}, found));
       if (last.layers > 0 && last.mask != FLAP_MODEL_SAVED_ALL && c.saved.count > 1)
-        FLAP_TRY(least_of_skeleton(planner, budgets, &c, (skeleton){c.segments[i], c.groups[g], last, false}, found));
+        FLAP_TRY(least_of_skeleton(planner, budgets, &c,
+                                   (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts}, found));
     }
   for (uint32_t i = 0; i < found->count; i++)
     if (found->least[i] == UINT64_MAX)

@@ -16,6 +16,7 @@
 #define PLANNER_NOTHING_AHEAD 1.1  /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4     /* ways to cut the step that are tried with other sets of saved tensors */
 #define PLANNER_REFINED 6          /* contenders of these that are simulated */
+#define PLANNER_HOST_SHARES 4      /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
@@ -37,6 +38,8 @@ typedef struct planner_candidates {
   uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX];
   planner_savings saved;   /* all or nothing of so many layers; what saves least first */
   planner_savings partial; /* some of it */
+  uint32_t host_parts;     /* updated by the host's cores: in all candidates, to begin with */
+  uint32_t other_host_count, other_hosts[PLANNER_HOST_SHARES];   /* what else is tried with the best */
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   bool sweep;
 } planner_candidates;

@@ -22,6 +22,7 @@ flap_status planner_times(const flap_planner *planner, flap_op_times *times_out)
 /* What one window of a program costs: operations and leases [first, end) of the list. */
 typedef struct window {
   double seconds; /* of computing */
+  double host_seconds;
   uint32_t first, end;
 } window;
 
@@ -41,14 +42,17 @@ static double pairs_seconds(const flap_machine *machine, const uint64_t bytes[FL
 static double window_seconds(const flap_planner *planner, const flap_setup *setup, const window *w) {
   const flap_machine *machine = planner->machine;
   const flap_program *program = &setup->programs[setup->steady];
-  uint64_t bytes[FLAP_LANE_COUNT];
-  flap_pager_predict(&setup->pager, program->leases + w->first, w->end - w->first, bytes);
+  uint64_t bytes[FLAP_LANE_COUNT], before[FLAP_LANE_COUNT];
+  flap_pager_predict(&setup->pager, program->leases, w->first, before);
+  flap_pager_predict(&setup->pager, program->leases, w->end, bytes);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    bytes[lane] -= before[lane];
   const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
-  double longest = w->seconds, sum = longest;
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+  double longest = w->seconds > w->host_seconds ? w->seconds : w->host_seconds, sum = w->seconds + w->host_seconds;
+  for (int lane = 0; lane < FLAP_LANE_HOST; lane++) {
     const double seconds = bytes[lane] > 0 ? (double)bytes[lane] / rates[lane] : 0;
     sum += seconds;
     longest = seconds > longest ? seconds : longest;
@@ -72,6 +76,11 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
     const flap_op *op = &program->ops[i];
     if (op->kind == FLAP_OP_PIN)
       w.end = op->operand[0] + 1;
+    if (op->kind == FLAP_OP_HOST_ADAMW) {
+      w.end = op->operand[2] + 1;
+      w.host_seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
+      continue;
+    }
     if (op->kind == FLAP_OP_HEAD || op->kind == FLAP_OP_EMBED) {
       const bool turns = (op->kind == FLAP_OP_HEAD) != backward;
       backward = op->kind == FLAP_OP_HEAD;

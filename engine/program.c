@@ -25,8 +25,9 @@ typedef struct builder {
 } builder;
 
 const char *flap_program_op_name(flap_op_kind kind) {
-  static const char *const names[] = {"pin",        "unpin", "embed",      "forward", "recompute", "head",   "backward",
-                                      "embed back", "zero",  "store grad", "adamw",   "norm",      "decode", "logits"};
+  static const char *const names[] = {"pin",   "unpin",      "embed",      "forward", "recompute",
+                                      "head",  "backward",   "embed back", "zero",    "store grad",
+                                      "adamw", "host adamw", "norm",       "decode",  "logits"};
   _Static_assert(sizeof names / sizeof *names == FLAP_OP_KIND_COUNT, "a name per kind");
   flap_assert(kind < FLAP_OP_KIND_COUNT);
   return names[kind];
@@ -92,15 +93,22 @@ static bool streams(const builder *b, uint32_t region) {
   return b->resident == NULL || !b->resident[region];
 }
 
-static flap_operand pin(builder *b, uint32_t region, flap_lease_mode mode) {
+static flap_operand add_lease(builder *b, flap_lease lease) {
   flap_program *p = b->program;
-  flap_assert(region < b->layout->region_count);
+  flap_assert(lease.region < b->layout->region_count);
   if (b->failed || !grow((void **)&p->leases, &p->leases_max, p->lease_count, sizeof *p->leases)) {
     b->failed = true;
     return FLAP_OPERAND_NONE;
   }
-  const flap_operand lease = p->lease_count++;
-  p->leases[lease] = (flap_lease){.region = region, .mode = mode};
+  p->leases[p->lease_count] = lease;
+  return p->lease_count++;
+}
+
+static flap_operand pin(builder *b, uint32_t region, flap_lease_mode mode) {
+  flap_program *p = b->program;
+  const flap_operand lease = add_lease(b, (flap_lease){.region = region, .mode = mode});
+  if (b->failed)
+    return FLAP_OPERAND_NONE;
   append(b, (flap_op){.kind = FLAP_OP_PIN, .operand = {lease}});
   if (streams(b, region)) {
     const flap_region_class klass = b->layout->regions[region].klass;
@@ -161,8 +169,35 @@ static void update_slice(builder *b, uint32_t index, flap_operand weights) {
 /* AdamW on every slice of a part whose weights are pinned for update. */
 static void update_part(builder *b, uint32_t part, flap_operand weights) {
   const flap_layout_part *p = part_of(b, part);
+  flap_assert(!flap_layout_is_host(b->layout, part));
   for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++)
     update_slice(b, i, weights);
+}
+
+/* Hands the slices of every part that the host updates over to it, in the order of the forward: it works along that
+ * list while the device computes, and what reads the weights waits for it. */
+static void update_on_host(builder *b) {
+  const flap_layout *layout = b->layout;
+  for (uint32_t i = 0; i < layout->slice_count; i++) {
+    const flap_layout_slice *slice = &layout->slices[i];
+    if (!flap_layout_is_host(layout, slice->part))
+      continue;
+    const flap_state_format *format = &layout->state_formats[layout->parts[slice->part].kind];
+    const flap_lease leases[] = {{.region = slice->states,
+                                  .mode = FLAP_LEASE_UPDATE,
+                                  .host_bytes = flap_layout_state_bytes(format, slice->elements)},
+                                 {.region = slice->gradient,
+                                  .mode = FLAP_LEASE_CONSUME,
+                                  .host_bytes = slice->elements * flap_dtype_bytes(layout->spec.gradient_dtype)},
+                                 {.region = layout->parts[slice->part].weights,
+                                  .mode = FLAP_LEASE_UPDATE,
+                                  .host_bytes = slice->elements * flap_dtype_bytes(layout->spec.shape.dtype)}};
+    flap_operand operand[3];
+    for (int j = 0; j < 3; j++)
+      operand[j] = add_lease(b, leases[j]);
+    OP(b, FLAP_OP_HOST_ADAMW, i, 0, operand[0], operand[1], operand[2], NONE, NONE, NONE);
+    b->program->job_count++;
+  }
 }
 
 /* States stream through a ring that is much smaller than a layer's. Updated in one go, a layer waits for all of them;
@@ -174,25 +209,42 @@ static void next_begin(builder *b, uint32_t first_part, uint32_t part_count) {
   b->next_slices = b->next_done = 0;
   b->next_pinned = false;
   for (uint32_t i = 0; i < part_count; i++)
-    b->next_slices += part_of(b, first_part + i)->slice_count;
+    b->next_slices += flap_layout_is_host(b->layout, first_part + i) ? 0 : part_of(b, first_part + i)->slice_count;
+}
+
+static flap_operand pin_part(builder *b, uint32_t part, bool update) {
+  const bool changes = update && !flap_layout_is_host(b->layout, part);
+  return pin(b, part_of(b, part)->weights, changes ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
+}
+
+/* The n-th of the next parts' slices that are updated on the device. */
+static uint32_t next_slice(const builder *b, uint32_t n) {
+  uint32_t part = b->next_part;
+  for (;; part++) {
+    const uint32_t count = flap_layout_is_host(b->layout, part) ? 0 : part_of(b, part)->slice_count;
+    if (n < count)
+      return part_of(b, part)->first_slice + n;
+    n -= count;
+  }
 }
 
 /* Updates the first `until` of the next parts' slices, those that are done already excepted. */
 static void next_update(builder *b, uint32_t until) {
+  if (b->next_slices == 0)
+    return;
   for (uint32_t i = 0; i < b->next_parts && !b->next_pinned; i++)
-    b->next[i] = pin(b, part_of(b, b->next_part + i)->weights, FLAP_LEASE_UPDATE);
+    b->next[i] = pin_part(b, b->next_part + i, true);
   b->next_pinned = true;
-  const uint32_t first = part_of(b, b->next_part)->first_slice; /* the slices of parts in a row are in a row */
   for (; b->next_done < until; b->next_done++) {
-    const uint32_t slice = first + b->next_done;
+    const uint32_t slice = next_slice(b, b->next_done);
     update_slice(b, slice, b->next[b->layout->slices[slice].part - b->next_part]);
   }
 }
 
 /* A part's weights; with the pending update applied if this is the place for it. */
 static flap_operand pin_weights(builder *b, uint32_t part, bool update) {
-  const flap_operand weights = pin(b, part_of(b, part)->weights, update ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
-  if (update)
+  const flap_operand weights = pin_part(b, part, update);
+  if (update && !flap_layout_is_host(b->layout, part))
     update_part(b, part, weights);
   return weights;
 }
@@ -430,8 +482,10 @@ static void embed_backward(builder *b) {
 }
 
 static void sweep(builder *b) {
+  update_on_host(b);
   for (uint32_t part = 0; part < b->layout->part_count; part++)
-    unpin(b, pin_weights(b, part, true));
+    if (!flap_layout_is_host(b->layout, part))
+      unpin(b, pin_weights(b, part, true));
 }
 
 /* ---- whole programs -------------------------------------------------------------------------------------- */
@@ -440,6 +494,8 @@ static void build_step(builder *b) {
   const flap_layout *layout = b->layout;
   const uint32_t n = layout->spec.micro_batches, group = layout->spec.group_micro_batches;
   const uint32_t last = layout->segment_count - 1;
+  if (b->spec->pending)
+    update_on_host(b);
   for (uint32_t first = 0; first < n; first += group) {
     micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     range.first_group = first == 0;

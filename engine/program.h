@@ -25,6 +25,7 @@ typedef enum flap_op_kind {
   FLAP_OP_ZERO,            /* sums; `index` is the part: where they are only added to */
   FLAP_OP_STORE_GRADIENT,  /* sums, gradient; `index` is the slice */
   FLAP_OP_ADAMW,           /* weights, states, gradient; `index` is the slice */
+  FLAP_OP_HOST_ADAMW,      /* states, gradient, weights: three leases in a row of a job of the host; likewise */
   FLAP_OP_NORM,            /* the norms of all gradients are complete: collect them, with the losses */
   FLAP_OP_LAYER_DECODE,    /* weights, x, cache, scratch; `index` is the layer */
   FLAP_OP_LOGITS,          /* head, projection holder, x */
@@ -59,6 +60,7 @@ typedef struct flap_program {
   flap_program_spec spec;
   uint32_t op_count, lease_count;
   uint32_t ops_max, leases_max; /* of the heap; 0 once placed */
+  uint32_t job_count;
   flap_op *ops;
   flap_lease *leases;
   uint32_t live_max[FLAP_CLASS_COUNT]; /* streaming leases of a class that are live at the same time, at most */

@@ -62,12 +62,21 @@ typedef struct flap_run_disk {
   flap_size size;
 } flap_run_disk;
 
+/* Where the optimizer runs: on the device, on the host's cores, or on the device for half of the parts. */
+typedef enum flap_optimizer_place {
+  FLAP_OPTIMIZER_AUTO,
+  FLAP_OPTIMIZER_GPU,
+  FLAP_OPTIMIZER_CPU,
+  FLAP_OPTIMIZER_SPLIT
+} flap_optimizer_place;
+
 /* `expert`: choices that the planner otherwise makes. 0 or AUTO: the planner's. None of them changes the numbers. */
 typedef struct flap_expert {
   uint32_t segment_layers;
   uint32_t group_micro_batches;
   flap_run_saved saved; /* which tensors a layer saves that saves any */
   flap_clip clip;
+  flap_optimizer_place optimizer;
   uint64_t page_bytes;  /* a power of two, 4 KiB .. 4 MiB */
   uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
   flap_run_io io;

@@ -13,7 +13,8 @@ static void trace_transfer(void *context, flap_lane lane, uint32_t region, uint6
   static const flap_trace_lane lanes[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = FLAP_TRACE_H2D,
                                                          [FLAP_LANE_D2H] = FLAP_TRACE_D2H,
                                                          [FLAP_LANE_DISK_READ] = FLAP_TRACE_DISK_READ,
-                                                         [FLAP_LANE_DISK_WRITE] = FLAP_TRACE_DISK_WRITE};
+                                                         [FLAP_LANE_DISK_WRITE] = FLAP_TRACE_DISK_WRITE,
+                                                         [FLAP_LANE_HOST] = FLAP_TRACE_HOST};
   const flap_runtime *runtime = context;
   if (!__atomic_load_n(&runtime->tracing, __ATOMIC_ACQUIRE))
     return;
@@ -66,6 +67,7 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   x->layout = &runtime->lists.layout;
   x->programs = runtime->lists.programs;
   x->pager = runtime->pager;
+  x->host_optimizer = runtime->host_optimizer;
   x->times = runtime->simulated ? config->times : NULL;
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
@@ -89,6 +91,8 @@ flap_status flap_runtime_open(flap_setup *setup, const flap_runtime_config *conf
   flap_status status = FLAP_OK;
   flap_pager_config pager;
   FLAP_TRY_GOTO(status, flap_pool_open(setup->spec.threads, &runtime_out->pool));
+  if (setup->choice.host_parts > 0)
+    FLAP_TRY_GOTO(status, flap_host_optimizer_open(setup->spec.threads, &runtime_out->host_optimizer));
   FLAP_TRY_GOTO(status, flap_arena_open(&runtime_out->ram, "ram", setup->ram_arena_bytes));
   configure_pager(runtime_out, setup, config, &pager);
   FLAP_TRY_GOTO(status, flap_pager_open(&pager, &runtime_out->ram, &runtime_out->pager));
@@ -166,6 +170,7 @@ void flap_runtime_close(flap_runtime *runtime) {
     for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
       flap_program_close(&runtime->lists.programs[i]);
   flap_pool_close(runtime->pool);
+  flap_host_optimizer_close(runtime->host_optimizer); /* the pager, whose jobs use it, is closed */
   flap_clock_close(runtime->clock);
   flap_arena_close(&runtime->ram);
   memset(runtime, 0, sizeof *runtime);

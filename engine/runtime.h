@@ -28,6 +28,7 @@ typedef struct flap_runtime {
   flap_arena ram;    /* all that the run takes on the host */
   flap_arena vram;   /* what is the executor's of the device's memory */
   flap_pool *pool;
+  flap_host_optimizer *host_optimizer; /* NULL where the host updates nothing */
   flap_pager *pager;
   flap_ops *ops;
   flap_reader *reader;

@@ -38,6 +38,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .segment_layers = choice->segment_layers,
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
+                            .host_parts = choice->host_parts,
                             .slice_elements = choice->slice_elements,
                             .cache_positions = spec->cache_positions};
 }
@@ -113,6 +114,10 @@ static bool moves_out(flap_lease_mode mode) {
   return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
 }
 
+static bool may_stay(const flap_layout_region *region) {
+  return region->place == FLAP_PLACE_ANY || region->place == FLAP_PLACE_COPIED;
+}
+
 static void measure_traffic(flap_setup *setup) {
   const flap_program *program = &setup->programs[setup->steady];
   const flap_layout *layout = &setup->layout;
@@ -120,18 +125,25 @@ static void measure_traffic(flap_setup *setup) {
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_layout_region *region = &layout->regions[i];
     setup->classes[region->klass].bytes += region->bytes;
+    if (region->place == FLAP_PLACE_HOME)
+      setup->passing_bytes[region->klass] += region->bytes;
+    if (!may_stay(region))
+      continue;
     setup->region_counts[region->klass]++;
+    setup->staying_bytes[region->klass] += region->bytes;
     if (region->bytes > setup->largest_bytes[region->klass])
       setup->largest_bytes[region->klass] = region->bytes;
   }
   for (uint32_t i = 0; i < program->lease_count; i++) {
+    if (program->leases[i].host_bytes > 0)
+      continue;
     const flap_layout_region *region = &layout->regions[program->leases[i].region];
     const flap_lease_mode mode = program->leases[i].mode;
     setup->traffic[region->klass] += (double)region->bytes * ((moves_in(mode) ? 1 : 0) + (moves_out(mode) ? 1 : 0));
   }
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    if (setup->classes[k].bytes > 0)
-      setup->traffic[k] /= (double)setup->classes[k].bytes;
+    if (setup->staying_bytes[k] + setup->passing_bytes[k] > 0)
+      setup->traffic[k] /= (double)(setup->staying_bytes[k] + setup->passing_bytes[k]);
 }
 
 /* ---- residents and rings --------------------------------------------------------------------------------- */
@@ -150,11 +162,11 @@ static void choose_residents(flap_setup *setup) {
   for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
     const uint64_t bytes_max = setup->choice.resident_bytes[k];
     if (regions[k] > 0)
-      wanted[k] = bytes_max >= setup->classes[k].bytes ? regions[k] : bytes_max / setup->largest_bytes[k];
+      wanted[k] = bytes_max >= setup->staying_bytes[k] ? regions[k] : bytes_max / setup->largest_bytes[k];
   }
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_region_class k = layout->regions[i].klass;
-    setup->resident[i] = is_chosen(index[k]++, wanted[k], regions[k]);
+    setup->resident[i] = may_stay(&layout->regions[i]) && is_chosen(index[k]++, wanted[k], regions[k]);
   }
 }
 
@@ -166,6 +178,13 @@ static void count_live(const flap_setup *setup, uint32_t live_max[FLAP_CLASS_COU
         live_max[k] = setup->programs[i].live_max[k];
 }
 
+/* A copy that stays in VRAM is a ring of one slot that keeps what it loaded. */
+static uint32_t lay_copy(flap_setup *setup, const flap_layout_region *region) {
+  setup->rings[setup->pager.ring_count] = (flap_pager_ring){
+      .name = flap_engine_class_name(region->klass), .slot_bytes = region->bytes, .slots = 1, .keeps = true};
+  return setup->pager.ring_count++;
+}
+
 /* A ring per class that streams, as wide as the largest region that streams. */
 static void lay_rings(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
@@ -174,7 +193,7 @@ static void lay_rings(flap_setup *setup) {
   count_live(setup, live_max);
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_layout_region *region = &layout->regions[i];
-    if (setup->resident[i])
+    if (setup->resident[i] || region->place == FLAP_PLACE_HOST)
       continue;
     streaming[region->klass]++;
     if (region->bytes > slot_bytes[region->klass])
@@ -195,9 +214,16 @@ static void lay_rings(flap_setup *setup) {
     setup->classes[k].ring_bytes = ring->slots * ring->slot_bytes;
   }
   for (uint32_t i = 0; i < layout->region_count; i++) {
-    setup->regions[i].bytes = layout->regions[i].bytes;
-    setup->regions[i].ram_pages = 0;
-    setup->regions[i].ring = setup->resident[i] ? FLAP_PAGER_RESIDENT : ring_of[layout->regions[i].klass];
+    const flap_layout_region *region = &layout->regions[i];
+    flap_pager_region *paged = &setup->regions[i];
+    paged->bytes = region->bytes;
+    paged->ram_pages = 0;
+    if (region->place == FLAP_PLACE_HOST)
+      paged->ring = FLAP_PAGER_HOST;
+    else if (!setup->resident[i])
+      paged->ring = ring_of[region->klass];
+    else
+      paged->ring = region->place == FLAP_PLACE_COPIED ? lay_copy(setup, region) : FLAP_PAGER_RESIDENT;
   }
 }
 
@@ -227,19 +253,24 @@ static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t pag
 
 /* The same share of every region first, so that each load uses RAM and disk side by side; then the rest, a page here
  * and there. */
+static bool wants_ram(const flap_setup *setup, uint32_t region, flap_region_class klass) {
+  const flap_layout_region *r = &setup->layout.regions[region];
+  return r->klass == klass && r->place == FLAP_PLACE_ANY && !setup->resident[region];
+}
+
 static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t left) {
   const flap_layout *layout = &setup->layout;
   const uint64_t page_bytes = setup->choice.page_bytes;
   uint64_t streaming = 0;
   for (uint32_t i = 0; i < layout->region_count; i++)
-    if (layout->regions[i].klass == klass && !setup->resident[i])
+    if (wants_ram(setup, i, klass))
       streaming += layout->regions[i].bytes;
   if (streaming == 0)
     return left;
   const bool all = streaming <= left;
   const double share = all ? 1.0 : (double)left / (double)streaming;
   for (uint32_t i = 0; i < layout->region_count; i++) {
-    if (layout->regions[i].klass != klass || setup->resident[i])
+    if (!wants_ram(setup, i, klass))
       continue;
     const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
     uint64_t given = all ? pages : (uint64_t)(share * (double)(bytes / page_bytes));
@@ -249,7 +280,7 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
     left -= smaller(given * page_bytes, bytes);
   }
   for (uint32_t i = 0; i < layout->region_count && left > 0; i++) {
-    if (layout->regions[i].klass != klass || setup->resident[i])
+    if (!wants_ram(setup, i, klass))
       continue;
     const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
     if (setup->regions[i].ram_pages >= pages)
@@ -264,7 +295,11 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
 }
 
 static void lay_homes(flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
   flap_region_class order[FLAP_CLASS_COUNT];
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (layout->regions[i].place != FLAP_PLACE_ANY)
+      setup->regions[i].ram_pages = UINT32_MAX; /* all that it has, whatever the choice says */
   order_classes(setup, order);
   uint64_t left = setup->choice.ram_bytes;
   for (int k = 0; k < FLAP_CLASS_COUNT && left > 0; k++)
@@ -277,9 +312,11 @@ static void sum_classes(flap_setup *setup) {
   for (uint32_t i = 0; i < setup->layout.region_count; i++) {
     flap_class_plan *row = &setup->classes[setup->layout.regions[i].klass];
     const uint64_t bytes = setup->layout.regions[i].bytes;
-    if (setup->resident[i]) {
+    if (setup->resident[i])
       row->resident_bytes += bytes;
-    } else {
+    if (setup->layout.regions[i].place != FLAP_PLACE_ANY) {
+      row->ram_bytes += bytes;
+    } else if (!setup->resident[i]) {
       const uint64_t ram = smaller(bytes, setup->regions[i].ram_pages * setup->choice.page_bytes);
       row->ram_bytes += ram;
       row->disk_bytes += bytes - ram;
@@ -347,9 +384,15 @@ static void measure(flap_setup *setup) {
   pager->regions = setup->regions;
   pager->rings = setup->rings;
   pager->leases_max = 1;
-  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
-    if (setup->has_program[i] && setup->programs[i].lease_count > pager->leases_max)
+  pager->jobs_max = 0;
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    if (setup->programs[i].lease_count > pager->leases_max)
       pager->leases_max = setup->programs[i].lease_count;
+    if (setup->programs[i].job_count > pager->jobs_max)
+      pager->jobs_max = setup->programs[i].job_count;
+  }
   /* With something on disk and no buffers there is nothing to open: the sizes of homes are wanted all the same. */
   const bool staged = choice->read_buffers > 0 && choice->write_buffers > 0;
   if (!staged)
@@ -395,7 +438,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
               choice->group_micro_batches == setup->choice.group_micro_batches &&
               choice->saved_layers == setup->choice.saved_layers && choice->saved_mask == setup->choice.saved_mask &&
               choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
-              choice->slice_elements == setup->choice.slice_elements);
+              choice->slice_elements == setup->choice.slice_elements && choice->host_parts == setup->choice.host_parts);
   setup->choice = *choice;
   choose_residents(setup);
   lay_rings(setup);
@@ -416,7 +459,8 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   const uint32_t regions = setup_out->layout.region_count;
   setup_out->resident = calloc(regions, sizeof *setup_out->resident);
   setup_out->regions = calloc(regions, sizeof *setup_out->regions);
-  if (setup_out->resident == NULL || setup_out->regions == NULL) {
+  setup_out->rings = calloc(FLAP_CLASS_COUNT + setup_out->layout.part_count, sizeof *setup_out->rings);
+  if (setup_out->resident == NULL || setup_out->regions == NULL || setup_out->rings == NULL) {
     status = flap_error_set(FLAP_NO_MEMORY, "no memory to plan %u regions", regions);
     goto fail;
   }
@@ -432,7 +476,9 @@ void flap_setup_close(flap_setup *setup) {
     flap_program_close(&setup->programs[i]);
   free(setup->resident);
   free(setup->regions);
+  free(setup->rings);
   setup->resident = NULL;
   setup->regions = NULL;
+  setup->rings = NULL;
   flap_arena_close(&setup->layout_memory);
 }

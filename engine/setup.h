@@ -48,7 +48,8 @@ typedef struct flap_choice {
   uint32_t segment_layers, group_micro_batches, saved_layers;
   uint32_t saved_mask; /* which tensors these save */
   bool sweep;
-  bool spread; /* the folded update of a segment is spread over the forward of the one before */
+  bool spread;         /* the folded update of a segment is spread over the forward of the one before */
+  uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
   uint32_t trace_events;
@@ -64,16 +65,20 @@ typedef struct flap_setup {
   uint64_t disk_sizes[FLAP_BLOCK_DISKS_MAX]; /* what each disk may hold; 0 until it is known */
   flap_layout layout;
   flap_arena layout_memory;
-  bool *resident; /* per region */
+  bool *resident; /* per region: in VRAM for good, or a copy is */
   flap_pager_region *regions;
-  flap_pager_ring rings[FLAP_CLASS_COUNT];
+  flap_pager_ring *rings;  /* one per class that streams, and one per copy that stays */
   flap_pager_config pager; /* without device, disk and trace */
   flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
   bool has_program[FLAP_SETUP_PROGRAM_COUNT];
-  flap_setup_program steady;        /* the program whose costs are those of the run */
-  double traffic[FLAP_CLASS_COUNT]; /* bytes that a steady program loads and stores, over the bytes of the class */
+  flap_setup_program steady; /* the program whose costs are those of the run */
+  double
+      traffic[FLAP_CLASS_COUNT]; /* bytes that a steady program moves, over those of the class that it moves at all */
   flap_class_plan classes[FLAP_CLASS_COUNT];
-  uint64_t region_counts[FLAP_CLASS_COUNT], largest_bytes[FLAP_CLASS_COUNT]; /* regions of a class; of one of them */
+  /* Of each class: the regions that may stay in VRAM, how many bytes they are, and the largest of them; those that may
+   * not, and pass through a ring in any case. */
+  uint64_t region_counts[FLAP_CLASS_COUNT], staying_bytes[FLAP_CLASS_COUNT], largest_bytes[FLAP_CLASS_COUNT];
+  uint64_t passing_bytes[FLAP_CLASS_COUNT];
 
   flap_pager_sizes sizes;
   uint64_t vram_scratch_bytes, vram_bytes;

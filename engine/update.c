@@ -1,20 +1,40 @@
 #include "engine/update.h"
 
-/* NULL where the format has no such section. */
+/* The sections of a states region; NULL where the format has none. */
+typedef struct sections {
+  void *master, *m, *v, *m_largest, *v_largest;
+} sections;
+
 static void *section_of(const flap_update *u, flap_state_section which) {
   if (u->format->sections[which].value_bytes == 0)
     return NULL;
   return (unsigned char *)u->states + flap_layout_state_offset(u->format, which, u->elements);
 }
 
+static sections sections_of(const flap_update *u) {
+  return (sections){.master = section_of(u, FLAP_STATE_MASTER),
+                    .m = section_of(u, FLAP_STATE_MOMENT1),
+                    .v = section_of(u, FLAP_STATE_MOMENT2),
+                    .m_largest = section_of(u, FLAP_STATE_LARGEST1),
+                    .v_largest = section_of(u, FLAP_STATE_LARGEST2)};
+}
+
 void flap_update_launch(flap_ops *ops, const flap_adamw *scalars, const flap_update *u) {
-  void *master = section_of(u, FLAP_STATE_MASTER);
-  void *m = section_of(u, FLAP_STATE_MOMENT1), *v = section_of(u, FLAP_STATE_MOMENT2);
-  void *m_largest = section_of(u, FLAP_STATE_LARGEST1), *v_largest = section_of(u, FLAP_STATE_LARGEST2);
-  if (m_largest != NULL)
-    flap_ops_adamw_8bit(ops, scalars, u->weight_dtype, u->gradient_dtype, u->weights, master, m, v, m_largest,
-                        v_largest, u->gradient, u->decay_blocks, u->fault, u->elements);
+  const sections s = sections_of(u);
+  if (s.m_largest != NULL)
+    flap_ops_adamw_8bit(ops, scalars, u->weight_dtype, u->gradient_dtype, u->weights, s.master, s.m, s.v, s.m_largest,
+                        s.v_largest, u->gradient, u->decay_blocks, u->fault, u->elements);
   else
-    flap_ops_adamw(ops, scalars, u->weight_dtype, u->gradient_dtype, u->weights, master, m, v, u->gradient,
+    flap_ops_adamw(ops, scalars, u->weight_dtype, u->gradient_dtype, u->weights, s.master, s.m, s.v, u->gradient,
                    u->decay_blocks, u->fault, u->elements);
+}
+
+void flap_update_on_host(flap_host_optimizer *optimizer, const flap_adamw *scalars, const flap_update *u) {
+  const sections s = sections_of(u);
+  if (s.m_largest != NULL)
+    flap_host_adamw_8bit(optimizer, scalars, u->weight_dtype, u->gradient_dtype, u->weights, s.master, s.m, s.v,
+                         s.m_largest, s.v_largest, u->gradient, u->decay_blocks, u->fault, u->elements);
+  else
+    flap_host_adamw(optimizer, scalars, u->weight_dtype, u->gradient_dtype, u->weights, s.master, s.m, s.v, u->gradient,
+                    u->decay_blocks, u->fault, u->elements);
 }

@@ -1,12 +1,13 @@
 /* The optimizer's operation on a slice, whatever its states hold.
  *
- * Folder-private. Shared by the executor and by what measures operations, so that both launch the same.
+ * Folder-private. Shared by the executor and by what measures operations, so that both launch the same. All of an
+ * update is in device memory, or all in the host's.
  */
 #ifndef FLAP_ENGINE_UPDATE_H
 #define FLAP_ENGINE_UPDATE_H
 
 #include "engine/layout.h"
-#include "kernels/ops.h"
+#include "kernels/host_optimizer.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -16,14 +17,16 @@ typedef struct flap_update {
   flap_dtype weight_dtype, gradient_dtype;
   const flap_state_format *format; /* of the slice's part */
   uint64_t elements;               /* of the slice: a multiple of FLAP_OPS_BLOCK */
-  void *weights, *states;          /* device memory: the slice's weights; all of its states region */
-  const void *gradient;            /* device memory, of gradient_dtype */
-  const uint8_t *decay_blocks;     /* host memory */
-  int32_t *fault;                  /* a device word */
+  void *weights, *states;          /* the slice's weights; all of its states region */
+  const void *gradient;            /* of gradient_dtype */
+  const uint8_t *decay_blocks;     /* host memory, always */
+  int32_t *fault;                  /* a word */
 } flap_update;
 
-/* Launches one update; the contract is that of flap_ops_adamw and flap_ops_adamw_8bit. */
+/* Launches one update of device memory; the contract is that of flap_ops_adamw and flap_ops_adamw_8bit. */
 void flap_update_launch(flap_ops *ops, const flap_adamw *scalars, const flap_update *update);
+/* The same by the host's cores, and over when it returns. */
+void flap_update_on_host(flap_host_optimizer *optimizer, const flap_adamw *scalars, const flap_update *update);
 
 #ifdef __cplusplus
 }

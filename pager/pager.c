@@ -20,8 +20,8 @@
  *  7. A region's load starts only when all leases before it that change the region are released.
  *  8. A job begins when all leases before it that change its regions are released, their bytes are home, and no H2D
  * copy reads them. What comes behind it and loads, or is pinned, waits for its end.
- *  9. The slot of a ring that keeps holds its region's bytes as of `change`; a lease of the same number of changes
- * takes them as they are.
+ *  9. The slot of a ring that keeps holds its region's bytes as of `change`; a lease of the same program and number of
+ * changes takes them as they are.
  * 10. After a failure nothing new starts; what is under way is collected.
  */
 #include "pager/pager_internal.h"

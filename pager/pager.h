@@ -47,7 +47,8 @@ typedef struct flap_pager_ring {
   const char *name;    /* for messages and the trace; static storage */
   uint64_t slot_bytes; /* a multiple of FLAP_BLOCK_ALIGN */
   uint32_t slots;
-  bool keeps; /* one slot for one region, which device leases only read: it is loaded again only after it changed */
+  bool keeps; /* one slot for one region, which device leases only read: loaded once in a program, and again behind a
+                 job */
 } flap_pager_ring;
 
 /* Lanes, for statistics and the trace. */

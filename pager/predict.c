@@ -9,13 +9,11 @@ const char *flap_pager_lane_name(flap_lane lane) {
   return names[lane];
 }
 
-/* Whether a job changes the region between the last lease of it and this one. */
-static bool changed_before(const flap_lease *leases, uint32_t count, uint32_t index) {
-  for (uint32_t i = 1; i <= count; i++) {
-    const flap_lease *before = &leases[(index + count - i) % count];
-    if (before->region == leases[index].region)
-      return before->mode != FLAP_LEASE_READ;
-  }
+/* Whether the region is there from an earlier lease, and no job has changed it since. */
+static bool is_kept(const flap_lease *leases, uint32_t index) {
+  for (uint32_t i = index; i-- > 0;)
+    if (leases[i].region == leases[index].region)
+      return leases[i].host_bytes == 0;
   return false;
 }
 
@@ -32,7 +30,7 @@ void flap_pager_predict(const flap_pager_config *config, const flap_lease *lease
       bytes_out[FLAP_LANE_HOST] += pager_job_bytes(&leases[i]);
       continue;
     }
-    if (config->rings[region->ring].keeps && !changed_before(leases, count, i))
+    if (config->rings[region->ring].keeps && is_kept(leases, i))
       continue;
     uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
     if (pager_loads(leases[i].mode)) {

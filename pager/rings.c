@@ -73,12 +73,13 @@ static void assign(flap_pager *pager, pager_ring *ring) {
 
   pager_slot *s = &pager->slots[slot];
   flap_assert(s->state == SLOT_FREE && s->copies_left == 0 && s->ready == PAGER_NONE);
+  const pager_program *program = &pager->programs[index / pager->leases_max];
+  const bool kept = s->keeps && s->order >= program->first_order && s->change == lease->change;
   const flap_lease *what = lease_of(pager, index, &s->order);
   const pager_region *region = &pager->regions[what->region];
   lease->slot = slot;
   s->region = what->region;
   s->mode = (uint8_t)what->mode;
-  const bool kept = s->keeps && s->change == lease->change;
   s->keeps = ring->keeps;
   s->change = lease->change;
   s->ram_next = 0;

@@ -30,6 +30,11 @@ static const flap_config_word device_words[] = {
     {"auto", FLAP_RUN_DEVICE_AUTO}, {"cpu", FLAP_RUN_DEVICE_CPU}, {"cuda", FLAP_RUN_DEVICE_CUDA}, {NULL, 0}};
 static const flap_config_word clip_words[] = {
     {"auto", FLAP_CLIP_AUTO}, {"fold", FLAP_CLIP_FOLD}, {"sweep", FLAP_CLIP_SWEEP}, {NULL, 0}};
+static const flap_config_word optimizer_words[] = {{"auto", FLAP_OPTIMIZER_AUTO},
+                                                   {"gpu", FLAP_OPTIMIZER_GPU},
+                                                   {"cpu", FLAP_OPTIMIZER_CPU},
+                                                   {"split", FLAP_OPTIMIZER_SPLIT},
+                                                   {NULL, 0}};
 static const flap_config_word saved_words[] = {{"auto", FLAP_RUN_SAVED_AUTO},
                                                {"attention", FLAP_RUN_SAVED_ATTENTION},
                                                {"all_but_mlp", FLAP_RUN_SAVED_ALL_BUT_MLP},
@@ -160,6 +165,8 @@ static const flap_config_key keys[] = {
     WORD("expert.saved", expert.saved, saved_words,
          "Which activations a layer saves that saves any: attention's result, all but the MLP's, or all."),
     WORD("expert.clip", expert.clip, clip_words, "Update folded into the next forward, or swept after the backward."),
+    WORD("expert.optimizer", expert.optimizer, optimizer_words,
+         "Where weights are updated: on the device, by the host's cores, or each of them half."),
     PLAIN("expert.page_bytes", BYTES, expert.page_bytes, "Unit of checksums and homes: a power of two, 4KiB to 4MiB."),
     PLAIN("expert.slice_bytes", BYTES, expert.slice_bytes,
           "Optimizer states move in slices of this size, at most 64MiB."),

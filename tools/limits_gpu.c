@@ -261,7 +261,8 @@ static flap_rate certain(double seconds) {
 }
 
 void flap_limits_plan(flap_limits *limits, const flap_plan *plan, const flap_machine *measured) {
-  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = measured->h2d_bytes,
+  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_HOST] = measured->host_bytes,
+                                         [FLAP_LANE_H2D] = measured->h2d_bytes,
                                          [FLAP_LANE_D2H] = measured->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = measured->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = measured->disk_write_bytes};

@@ -260,7 +260,8 @@ typedef struct roof_lane {
 } roof_lane;
 
 static uint32_t list_lanes(const flap_machine *machine, const flap_plan *plan, roof_lane *lanes) {
-  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
+  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_HOST] = machine->host_bytes,
+                                         [FLAP_LANE_H2D] = machine->h2d_bytes,
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};

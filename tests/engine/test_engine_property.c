@@ -110,6 +110,8 @@ static void draw_choices(trial *t) {
   e->segment_layers = one_in(r, 2) ? between(r, 1, m->config.num_hidden_layers) : 0;
   e->group_micro_batches = one_in(r, 2) ? between(r, 1, m->micro_batches) : 0;
   e->clip = one_in(r, 3) ? FLAP_CLIP_SWEEP : one_in(r, 2) ? FLAP_CLIP_FOLD : FLAP_CLIP_AUTO;
+  e->optimizer =
+      (flap_optimizer_place)(one_in(r, 2) ? FLAP_OPTIMIZER_AUTO : between(r, FLAP_OPTIMIZER_GPU, FLAP_OPTIMIZER_SPLIT));
   e->page_bytes = one_in(r, 2) ? (uint64_t)PAGE << between(r, 0, 6) : 0;
   e->slice_bytes = one_in(r, 2) ? 40960u * between(r, 1, 20) : 0;
   t->planner.activations = (flap_activations)between(r, FLAP_ACTIVATIONS_AUTO, FLAP_ACTIVATIONS_RECOMPUTE);

@@ -204,7 +204,7 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
 }
 
-/* What rings that keep load: at the first lease, and at those behind a change, which jobs and fills are. */
+/* What rings that keep load: at the first lease of a program, and at the first behind a job. */
 static uint64_t kept_bytes(const test_case *c) {
   bool loaded[CASE_REGIONS_MAX] = {false};
   uint64_t bytes = 0;
@@ -212,11 +212,10 @@ static uint64_t kept_bytes(const test_case *c) {
   for (uint32_t i = 0; i < c->action_count; i++) {
     const action *a = &c->actions[i];
     const flap_lease *lease = &c->leases[program][a->index];
-    if (a->kind == ACTION_END)
+    if (a->kind == ACTION_END) {
       program++;
-    else if (a->kind == ACTION_REFILL)
-      loaded[a->index] = false;
-    else if (a->kind == ACTION_PIN && is_kept(c, lease->region) && !loaded[lease->region]) {
+      memset(loaded, 0, sizeof loaded);
+    } else if (a->kind == ACTION_PIN && is_kept(c, lease->region) && !loaded[lease->region]) {
       loaded[lease->region] = true;
       bytes += c->regions[lease->region].bytes;
     }
