@@ -157,6 +157,8 @@ static flap_status write_all(const char *folder, flap_pager *pager, const flap_l
   if (only_model)
     return FLAP_OK;
   FLAP_TRY(flap_weights_save_states(pager, layout, folder));
+  if (state->matmuls != NULL && state->matmuls->given)
+    FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
   return write_state(folder, state);
 }
 
@@ -264,10 +266,10 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */
 
-/* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer files have up to some 140 bytes per token
- * (Llama 3: 17 MB for 128,256 tokens). */
+/* Upwards: config.json and trainer_state.json are a few kilobytes, matmul.json some 600 bytes per shape; tokenizer
+ * files have up to some 140 bytes per token (Llama 3: 17 MB for 128,256 tokens). */
 static uint64_t artifact_bytes(const flap_model_config *config) {
-  return ((uint64_t)32 << 10) + (uint64_t)config->vocab_size * 160;
+  return ((uint64_t)128 << 10) + (uint64_t)config->vocab_size * 160;
 }
 
 flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype, uint64_t *bytes_out) {

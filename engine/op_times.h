@@ -9,6 +9,7 @@
 #define FLAP_ENGINE_OP_TIMES_H
 
 #include "engine/layout.h"
+#include "engine/matmul_choice.h"
 #include "engine/program.h"
 
 #ifdef __cplusplus
@@ -36,7 +37,8 @@ typedef struct flap_op_times_spec {
   flap_optim optim;
   bool training;
   uint32_t threads;
-  uint64_t launch_ns; /* of the machine */
+  uint64_t launch_ns;          /* of the machine */
+  flap_matmul_choice *matmuls; /* of a card: used, and filled where it tunes; NULL: first answers */
 } flap_op_times_spec;
 
 /* From rates: runs each operation once on the sim device. */
