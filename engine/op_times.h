@@ -48,6 +48,10 @@ FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec
  * FLAP_BUDGET: that is too little for a layer and the head at once. Takes a second. */
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
+/* Only tunes the products of a training step, a layer's and then the head's: where there is not room for both at once.
+ * About two seconds. FLAP_BUDGET: too little even for that. */
+FLAP_CHECKED flap_status flap_op_times_tune_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
+                                                 uint64_t vram_bytes);
 
 /* Of an operation of a program of this layout. 0 for what computes nothing, and for decoding, whose cost depends on the
  * position. */

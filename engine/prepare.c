@@ -193,6 +193,21 @@ static flap_status give_matmuls(flap_prepared *p) {
                                  p->resume_folder != NULL ? p->resume_folder : "", &p->matmuls);
 }
 
+/* Budgets must not decide what is tuned: with too little for a layer and the head at once, they take turns. */
+static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
+  if (!p->matmuls.tunes || p->matmuls.table.count > 0)
+    return FLAP_OK;
+  const flap_status status = flap_op_times_tune_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes);
+  if (status == FLAP_OK)
+    flap_matmul_choice_keep(&p->matmuls);
+  if (status != FLAP_BUDGET)
+    return status;
+  p->matmuls.table.count = 0; /* what a layer's were is not all: another budget would find more */
+  flap_log(FLAP_LOG_DEBUG, "products are not tuned: %s", flap_error_message());
+  flap_error_clear();
+  return FLAP_OK;
+}
+
 /* A card here times the run's own layer, after it has tuned its products; where that cannot be, rates must do. */
 static flap_status give_times(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
@@ -217,6 +232,7 @@ static flap_status give_times(flap_prepared *p) {
       return status;
     flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
     flap_error_clear();
+    FLAP_TRY(tune_apart(p, &of));
   }
   return flap_op_times_from_rates(&of, &p->machine, &p->times);
 }

@@ -225,10 +225,15 @@ static void fill_matmuls(void) {
   }
 }
 
+static flap_matmul_choice saved_matmuls; /* as the run that goes on has them */
+
+static flap_status open_saved_matmuls(const char *folder) {
+  const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
+  return flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, folder, &saved_matmuls);
+}
+
 /* The run that goes on has the table of the one that saved; weights alone have none. */
 START_TEST(checkpoint_carries_the_table_of_products) {
-  static flap_matmul_choice again;
-  const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
   must_save(1, false, 0);
   ck_assert(!scratch_exists("out/checkpoint-1/matmul.json")); /* no card, no table */
   fill_matmuls();
@@ -236,11 +241,10 @@ START_TEST(checkpoint_carries_the_table_of_products) {
   must_save(3, true, 0);
   ck_assert(!scratch_exists("out/checkpoint-3/matmul.json"));
   ck_assert_uint_eq(find_step("true"), 2);
-  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, scratch_path("out/checkpoint-2"),
-                                 &again));
-  ck_assert(again.given && !again.tunes);
-  ck_assert_uint_eq(again.table.count, FLAP_MATMUL_ENTRIES_MAX);
-  ck_assert_mem_eq(again.table.entries, matmuls.table.entries, sizeof again.table.entries);
+  RIG_OK(open_saved_matmuls(scratch_path("out/checkpoint-2")));
+  ck_assert(saved_matmuls.given && !saved_matmuls.tunes);
+  ck_assert_uint_eq(saved_matmuls.table.count, FLAP_MATMUL_ENTRIES_MAX);
+  ck_assert_mem_eq(saved_matmuls.table.entries, matmuls.table.entries, sizeof matmuls.table.entries);
 }
 END_TEST
 
@@ -421,6 +425,8 @@ END_TEST
 START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
   const uint64_t old_step = _i == 0 ? 1 : 2;
   shrink();
+  fill_matmuls();
+  matmuls.table.count = 3;
   unsigned old_found = 0, new_found = 0;
   for (unsigned call = 1;; call++) {
     char folder[FLAP_PATH_MAX];
@@ -440,6 +446,8 @@ START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
     RIG_OK(flap_safetensors_open(folder, &reader));
     flap_safetensors_close(reader);
     RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder));
+    RIG_OK(open_saved_matmuls(folder));
+    ck_assert(!saved_matmuls.tunes && saved_matmuls.table.count == 3);
     ck_assert(!scratch_exists("out/checkpoint-2.tmp") && !scratch_exists("out/checkpoint-1.tmp"));
     /* Whose weights they are shows in the first element. */
     uint32_t part;

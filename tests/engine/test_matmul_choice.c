@@ -232,6 +232,7 @@ static char *edited(const char *good, const edit *change) {
   ck_assert_msg(at != NULL, "%s is not in the file", change->from);
   const size_t bytes = strlen(good) + strlen(change->to) + 1;
   char *text = malloc(bytes);
+  ck_assert_ptr_nonnull(text);
   (void)snprintf(text, bytes, "%.*s%s%s", (int)(at - good), good, change->to, at + strlen(change->from));
   return text;
 }
@@ -284,7 +285,8 @@ START_TEST(file_with_a_product_twice_or_too_many_is_refused) {
   static const char head[] =
       "{\"format\": \"flap products 1\", \"target\": \"t\", \"shapes\": \"s\", \"digest\": \"0x0\", "
       "\"products\": [";
-  char *text = malloc(1u << 20), *at = text;
+  static char text[1u << 20];
+  char *at = text;
   for (int round = 0; round < 2; round++) {
     const uint32_t count = round == 0 ? 2 : FLAP_MATMUL_ENTRIES_MAX + 1;
     at = text + sprintf(text, "%s", head);
@@ -300,7 +302,6 @@ START_TEST(file_with_a_product_twice_or_too_many_is_refused) {
     RIG_REFUSED(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, scratch_path(""), &other),
                 FLAP_INVALID, "matmul.json", round == 0 ? "products[1]: the same product" : "products: are 129");
   }
-  free(text);
 }
 END_TEST
 
