@@ -276,7 +276,13 @@ static cublasStatus_t ask_heuristic(const cuda_blas *blas, plan *p, int wanted,
 
 static cublasStatus_t choose_algorithm(const cuda_blas *blas, plan *p) {
   const flap_matmul_entry *entry = blas->table != NULL ? flap_matmul_table_find(blas->table, &p->key) : NULL;
-  p->untuned = entry == NULL && blas->tunes && (double)p->key.m * p->key.n * p->key.k >= TUNE_PRODUCTS_MIN;
+  const bool missing =
+      blas->table != NULL && entry == NULL && (double)p->key.m * p->key.n * p->key.k >= TUNE_PRODUCTS_MIN;
+  p->untuned = missing && blas->tunes;
+  if (missing && !blas->tunes && blas->table->count > 0) {
+    char text[FLAP_MATMUL_TEXT_MAX];
+    flap_log(FLAP_LOG_DEBUG, "product %s: not in the table", flap_matmul_key_text(&p->key, text));
+  }
   if (entry != NULL) {
     memcpy(&p->algorithm, entry->algorithm, sizeof p->algorithm);
     return CUBLAS_STATUS_SUCCESS;
