@@ -19,6 +19,7 @@
 #define STATE_FILE "trainer_state.json"
 #define STATE_FORMAT "flap-trainer-state"
 #define STATE_VERSION 1
+#define MATMUL_BYTES ((uint64_t)96 << 10) /* at most, of matmul.json: some 650 for each of 128 products */
 #define STATE_BYTES_MAX ((uint64_t)1 << 20)
 
 _Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
@@ -157,6 +158,8 @@ static flap_status write_all(const char *folder, flap_pager *pager, const flap_l
   if (only_model)
     return FLAP_OK;
   FLAP_TRY(flap_weights_save_states(pager, layout, folder));
+  if (state->matmuls != NULL && state->matmuls->given)
+    FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
   return write_state(folder, state);
 }
 
@@ -264,8 +267,8 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */
 
-/* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer files have up to some 140 bytes per token
- * (Llama 3: 17 MB for 128,256 tokens). */
+/* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer
+ * files have up to some 140 bytes per token (Llama 3: 17 MB for 128,256 tokens). */
 static uint64_t artifact_bytes(const flap_model_config *config) {
   return ((uint64_t)32 << 10) + (uint64_t)config->vocab_size * 160;
 }
@@ -282,6 +285,6 @@ flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dt
   FLAP_TRY(flap_checkpoint_export_bytes(config, dtype, bytes_out));
   if (!only_model)
     FLAP_TRY(flap_weights_states_bytes(config, dtype, optim, &states));
-  *bytes_out += states;
+  *bytes_out += states + (only_model ? 0 : MATMUL_BYTES);
   return FLAP_OK;
 }

@@ -1,14 +1,16 @@
 /* Checkpoints and exported folders: what output_dir holds.
  *
  * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
- * files), the optimizer's states (engine/weights.h) and trainer_state.json. It is written under a temporary name,
- * synced and renamed. It says nothing about placement, so a run may resume at any budget.
+ * files), the optimizer's states (engine/weights.h), trainer_state.json, and where the run was on a card matmul.json
+ * (engine/matmul_choice.h). It is written under a temporary name, synced and renamed. It says nothing about placement,
+ * so a run may resume at any budget.
  */
 #ifndef FLAP_ENGINE_CHECKPOINT_H
 #define FLAP_ENGINE_CHECKPOINT_H
 
 #include "engine/layout.h"
 #include "engine/loss_scale.h"
+#include "engine/matmul_choice.h"
 #include "io/formats/tokenizer.h"
 
 #ifdef __cplusplus
@@ -25,8 +27,10 @@ typedef struct flap_trainer_state {
   uint64_t seed;
   uint64_t dataset_digest;
   flap_optim optim;
-  flap_loss_scale loss_scale;       /* all zero but with fp16 */
-  char numerics[FLAP_NUMERICS_MAX]; /* the numerics key */
+  flap_loss_scale loss_scale;        /* all zero but with fp16 */
+  const flap_matmul_choice *matmuls; /* saved in a file of its own, and read by whom it is for; NULL, or without a
+                                       table: no file */
+  char numerics[FLAP_NUMERICS_MAX];  /* the numerics key */
 } flap_trainer_state;
 
 /* What goes into every folder beside the weights. */

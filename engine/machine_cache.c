@@ -34,13 +34,21 @@ static bool join(char path_out[FLAP_PATH_MAX], const char *folder, const char *r
 }
 
 /* The XDG base directory specification: a relative path counts as none. */
-static void find_default_path(char path_out[FLAP_PATH_MAX]) {
+void flap_machine_cache_folder(char folder_out[FLAP_PATH_MAX]) {
   const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
-  path_out[0] = '\0';
+  folder_out[0] = '\0';
   if (cache && cache[0] == '/')
-    (void)join(path_out, cache, "/flap/machine.json");
+    (void)join(folder_out, cache, "/flap");
   else if (home && home[0] == '/')
-    (void)join(path_out, home, "/.cache/flap/machine.json");
+    (void)join(folder_out, home, "/.cache/flap");
+}
+
+static void find_default_path(char path_out[FLAP_PATH_MAX]) {
+  char folder[FLAP_PATH_MAX];
+  flap_machine_cache_folder(folder);
+  path_out[0] = '\0';
+  if (folder[0])
+    (void)join(path_out, folder, "/machine.json");
 }
 
 /* ---- reading --------------------------------------------------------------------------------------------- */
@@ -352,8 +360,8 @@ static flap_status replace_file(const flap_machine_cache *cache, const flap_mach
   return status;
 }
 
-/* A lock on a file beside, since the file itself is replaced. Nobody waits for long: the holder only writes. */
-static flap_status lock(const char *path, int *fd_out) {
+/* A lock on a file beside, since the file itself is replaced. */
+flap_status flap_machine_cache_lock(const char *path, int *fd_out) {
   char name[FLAP_PATH_MAX];
   if (!join(name, path, ".lock"))
     return flap_error_set(FLAP_INVALID, "%s: too long a path to lock", path);
@@ -386,7 +394,7 @@ static flap_status store(const flap_machine_cache *cache, const flap_machine_key
                          bool rates, const flap_machine_disk *disk) {
   int fd = -1;
   FLAP_TRY(make_folder_of(cache->path));
-  FLAP_TRY(lock(cache->path, &fd));
+  FLAP_TRY(flap_machine_cache_lock(cache->path, &fd));
   flap_status status = replace_file(cache, key, machine, rates, disk);
   (void)close(fd); /* and the lock is gone */
   return status;

@@ -47,6 +47,12 @@ typedef struct flap_machine_cache {
   struct json_t *root;      /* owned; NULL: nothing there that counts */
 } flap_machine_cache;
 
+/* $XDG_CACHE_HOME/flap, or ~/.cache/flap; "": there is no place for one. It need not be there yet. */
+void flap_machine_cache_folder(char folder_out[FLAP_PATH_MAX]);
+/* Locks a file that is to be replaced, through a file beside it, in a folder that is there. Closing the descriptor ends
+ * it. Nobody waits for long: the holder only writes. */
+FLAP_CHECKED flap_status flap_machine_cache_lock(const char *path, int *fd_out);
+
 /* Finds the file and reads it. Fails only for a file that FLAP_MACHINE names and that is there. */
 FLAP_CHECKED flap_status flap_machine_cache_open(flap_machine_cache *cache);
 void flap_machine_cache_close(flap_machine_cache *cache);

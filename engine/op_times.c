@@ -26,9 +26,13 @@ static const flap_adamw usual_scalars = {.learning_rate = 1e-6f,
                                          .decay = 1,
                                          .gradient_scale = 1};
 
+/* What of the run is on the device: for times all of it at once. */
+typedef enum bench_parts { PART_LAYER = 1, PART_HEAD = 2, PART_SLICE = 4, PARTS_ALL = 7 } bench_parts;
+
 /* A device with one layer, the vocabulary and a slice on it. Pointers are device memory. */
 typedef struct bench {
   const flap_op_times_spec *spec;
+  bench_parts parts;
   flap_device *device;
   flap_clock *clock; /* of sim */
   flap_ops *ops;
@@ -65,11 +69,15 @@ static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
   b->ops_workspace = take(arena, flap_ops_workspace_bytes(kind, &limits));
   b->model_workspace = take(arena, flap_model_workspace_bytes(model, &spec->shape));
   b->rope = take(arena, flap_model_rope_bytes(model, spec->shape.sequence));
-  b->layer = take(arena, layer * size);
-  b->head = take(arena, head * size);
-  b->projection = tied ? take(arena, embedding * size) : b->head + projection * size;
-  /* Two blocks that make up all tensors are no larger than one of all, but for their ends. */
-  b->saved_memory = take(arena, flap_model_saved_bytes(model, &spec->shape, FLAP_MODEL_SAVED_ALL) + 4096);
+  if (b->parts & PART_LAYER) {
+    b->layer = take(arena, layer * size);
+    /* Two blocks that make up all tensors are no larger than one of all, but for their ends. */
+    b->saved_memory = take(arena, flap_model_saved_bytes(model, &spec->shape, FLAP_MODEL_SAVED_ALL) + 4096);
+  }
+  if (b->parts & PART_HEAD) {
+    b->head = take(arena, head * size);
+    b->projection = tied ? take(arena, embedding * size) : b->head + projection * size;
+  }
   b->x_in = take(arena, hidden);
   b->x_out = take(arena, hidden);
   b->dx = take(arena, hidden);
@@ -78,9 +86,14 @@ static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
   b->losses = take(arena, tokens * 4);
   if (!spec->training)
     return;
-  b->sums = take(arena, layer * 4);
-  b->head_sums = take(arena, head * 4);
-  b->projection_sums = tied ? take(arena, embedding * 4) : b->head_sums + projection;
+  if (b->parts & PART_LAYER)
+    b->sums = take(arena, layer * 4);
+  if (b->parts & PART_HEAD) {
+    b->head_sums = take(arena, head * 4);
+    b->projection_sums = tied ? take(arena, embedding * 4) : b->head_sums + projection;
+  }
+  if (!(b->parts & PART_SLICE))
+    return;
   b->states = take(arena, SLICE_ELEMENTS * 12); /* at most a master, and two moments */
   b->gradient = take(arena, SLICE_ELEMENTS * 4);
   b->weight = take(arena, SLICE_ELEMENTS * 4);
@@ -88,9 +101,10 @@ static void take_all(bench *b, flap_device_kind kind, flap_arena *arena) {
   b->fault = take(arena, 4);
 }
 
-/* Ordinary values of both signs, about as large as weights are: a card computes faster on zeros. */
+/* Ordinary values of both signs, about as large as weights are: a card computes faster on zeros. Of parts that are not
+ * there, nothing. */
 static flap_status fill(bench *b, void *memory, uint64_t bytes, const unsigned char *pattern) {
-  for (uint64_t at = 0; at < bytes; at += PATTERN_BYTES) {
+  for (uint64_t at = 0; memory != NULL && at < bytes; at += PATTERN_BYTES) {
     const uint64_t piece = bytes - at < PATTERN_BYTES ? bytes - at : PATTERN_BYTES;
     unsigned char *to = (unsigned char *)memory + at;
     if (at == 0)
@@ -99,6 +113,11 @@ static flap_status fill(bench *b, void *memory, uint64_t bytes, const unsigned c
       flap_ops_copy(b->ops, to, memory, piece);
   }
   return FLAP_OK;
+}
+
+static void zero(bench *b, void *memory, uint64_t bytes) {
+  if (memory != NULL)
+    flap_ops_zero(b->ops, memory, bytes);
 }
 
 static void make_pattern(flap_dtype dtype, unsigned char *pattern) {
@@ -159,13 +178,13 @@ static flap_status fill_all(bench *b) {
   status = flap_device_upload(b->device, b->rope, table, rope_bytes);
   free(table);
   if (spec->training) {
-    flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 12);
-    flap_ops_zero(b->ops, b->gradient, SLICE_ELEMENTS * 4);
-    flap_ops_zero(b->ops, b->weight, SLICE_ELEMENTS * 4);
-    flap_ops_zero(b->ops, b->sums, flap_model_part_elements(model, FLAP_PART_LAYER) * 4);
-    flap_ops_zero(b->ops, b->head_sums, flap_model_part_elements(model, FLAP_PART_HEAD) * 4);
+    zero(b, b->states, SLICE_ELEMENTS * 12);
+    zero(b, b->gradient, SLICE_ELEMENTS * 4);
+    zero(b, b->weight, SLICE_ELEMENTS * 4);
+    zero(b, b->sums, flap_model_part_elements(model, FLAP_PART_LAYER) * 4);
+    zero(b, b->head_sums, flap_model_part_elements(model, FLAP_PART_HEAD) * 4);
     if (model->tie_word_embeddings)
-      flap_ops_zero(b->ops, b->projection_sums, flap_model_part_elements(model, FLAP_PART_EMBEDDING) * 4);
+      zero(b, b->projection_sums, flap_model_part_elements(model, FLAP_PART_EMBEDDING) * 4);
   }
   return status;
 }
@@ -230,7 +249,7 @@ static flap_status time_of(bench *b, void (*run)(bench *b), bool fresh, uint64_t
     *ns_out = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE) - before_ns;
     return FLAP_OK;
   }
-  run(b); /* loads code */
+  run(b); /* loads code, and tunes products */
   FLAP_TRY(flap_device_synchronize(b->device));
   const uint64_t started_ns = flap_units_now_ns();
   uint64_t half_ns = started_ns, rounds = 0;
@@ -303,12 +322,37 @@ static flap_status time_all(bench *b, flap_op_times *t) {
   return time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_embedding_ns);
 }
 
+/* Every product that a step has, once: for tuning. */
+static flap_status run_products(bench *b) {
+  uint32_t count = 0;
+  const flap_saved_set *sets = flap_model_saved_sets(b->spec->model, &count);
+  for (uint32_t i = 0; i < count && (b->parts & PART_LAYER); i++) {
+    place_saved(b, sets[i].mask);
+    run_forward(b);
+    run_recompute(b);
+  }
+  for (int fresh = 1; fresh >= 0; fresh--) {
+    b->fresh = fresh == 1;
+    if (b->parts & PART_LAYER) {
+      place_saved(b, 0);
+      run_forward(b);
+      run_backward(b);
+    }
+    if (b->parts & PART_HEAD) {
+      run_loss(b);
+      run_head(b);
+    }
+  }
+  return flap_device_synchronize(b->device);
+}
+
 /* ---- on a device ----------------------------------------------------------------------------------------- */
 
 static flap_status open_ops(bench *b) {
   flap_ops_limits limits;
   flap_model_ops_limits(b->spec->model, &b->spec->shape, b->spec->threads, &limits);
   FLAP_TRY(flap_ops_open(b->device, &limits, b->ops_workspace, &b->ops));
+  FLAP_TRY(flap_matmul_choice_give(b->spec->matmuls, b->ops, true));
   b->run = (flap_model_run){.config = b->spec->model,
                             .shape = b->spec->shape,
                             .ops = b->ops,
@@ -318,24 +362,25 @@ static flap_status open_ops(bench *b) {
   return b->decay != NULL ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "no memory to measure the device");
 }
 
-static uint64_t needed_bytes(const flap_op_times_spec *spec, flap_device_kind kind) {
-  bench b = {.spec = spec};
+static uint64_t needed_bytes(const flap_op_times_spec *spec, bench_parts parts, flap_device_kind kind) {
+  bench b = {.spec = spec, .parts = parts};
   flap_arena arena;
   flap_arena_measure(&arena, "op times");
   take_all(&b, kind, &arena);
   return flap_units_round_up(arena.bytes_used, 4096);
 }
 
-/* Opens the device of `config`, times everything, and closes. `kind`: whose workspaces are taken. */
-static flap_status run_on(const flap_op_times_spec *spec, const flap_device_config *config, flap_device_kind kind,
-                          flap_op_times *times_out) {
-  bench b = {.spec = spec, .clock = config->clock};
+/* Opens the device of `config`, times everything (times_out NULL: only runs the products of some parts), and closes.
+ * `kind`: whose workspaces are taken. */
+static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, const flap_device_config *config,
+                          flap_device_kind kind, flap_op_times *times_out) {
+  bench b = {.spec = spec, .parts = parts, .clock = config->clock};
   flap_arena arena;
   uint64_t bytes = 0;
   flap_status status = flap_device_open(config, &b.device);
   FLAP_TRY(status);
   void *memory = flap_device_arena(b.device, &bytes);
-  if (bytes < needed_bytes(spec, kind)) {
+  if (bytes < needed_bytes(spec, parts, kind)) {
     status = flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)bytes);
     goto fail;
   }
@@ -344,7 +389,7 @@ static flap_status run_on(const flap_op_times_spec *spec, const flap_device_conf
   FLAP_TRY_GOTO(status, open_ops(&b));
   if (flap_device_has_bytes(b.device))
     FLAP_TRY_GOTO(status, fill_all(&b));
-  FLAP_TRY_GOTO(status, time_all(&b, times_out));
+  FLAP_TRY_GOTO(status, times_out != NULL ? time_all(&b, times_out) : run_products(&b));
 fail:
   free(b.decay);
   flap_ops_close(b.ops);
@@ -420,28 +465,38 @@ flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_
   flap_clock *clock;
   FLAP_TRY(flap_clock_open(&clock));
   const flap_device_config config = {.kind = FLAP_DEVICE_SIM,
-                                     .vram_bytes = needed_bytes(spec, FLAP_DEVICE_SIM),
+                                     .vram_bytes = needed_bytes(spec, PARTS_ALL, FLAP_DEVICE_SIM),
                                      .events_max = 2,
                                      .clock = clock,
                                      .machine = *machine};
-  const flap_status status = run_on(spec, &config, FLAP_DEVICE_SIM, times_out);
+  const flap_status status = run_on(spec, PARTS_ALL, &config, FLAP_DEVICE_SIM, times_out);
   flap_clock_close(clock);
   if (spec->training)
     host_from_rate(spec, machine->host_bytes, times_out);
   return status;
 }
 
-flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes,
-                                       flap_op_times *times_out) {
-  const uint64_t needed = needed_bytes(spec, FLAP_DEVICE_CUDA);
+static flap_status run_on_cuda(const flap_op_times_spec *spec, bench_parts parts, uint64_t overhead_bytes,
+                               uint64_t vram_bytes, flap_op_times *times_out) {
+  const uint64_t needed = needed_bytes(spec, parts, FLAP_DEVICE_CUDA);
   if (needed > vram_bytes || overhead_bytes > vram_bytes - needed)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
   const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = 2};
-  FLAP_TRY(run_on(spec, &config, FLAP_DEVICE_CUDA, times_out));
+  return run_on(spec, parts, &config, FLAP_DEVICE_CUDA, times_out);
+}
+
+flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes,
+                                       flap_op_times *times_out) {
+  FLAP_TRY(run_on_cuda(spec, PARTS_ALL, overhead_bytes, vram_bytes, times_out));
   if (spec->training)
     FLAP_TRY(measure_host(spec, times_out));
   times_out->measured = true;
   return FLAP_OK;
+}
+
+flap_status flap_op_times_tune_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes) {
+  FLAP_TRY(run_on_cuda(spec, PART_LAYER, overhead_bytes, vram_bytes, NULL));
+  return run_on_cuda(spec, PART_HEAD, overhead_bytes, vram_bytes, NULL);
 }
 
 uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {

@@ -9,6 +9,7 @@
 #define FLAP_ENGINE_OP_TIMES_H
 
 #include "engine/layout.h"
+#include "engine/matmul_choice.h"
 #include "engine/program.h"
 
 #ifdef __cplusplus
@@ -37,16 +38,22 @@ typedef struct flap_op_times_spec {
   flap_optim optim;
   bool training;
   uint32_t threads;
-  uint64_t launch_ns; /* of the machine */
+  uint64_t launch_ns;          /* of the machine */
+  flap_matmul_choice *matmuls; /* of a card: used, and filled where it tunes; NULL: first answers */
 } flap_op_times_spec;
 
 /* From rates: runs each operation once on the sim device. */
 FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
                                                   flap_op_times *times_out);
 /* Runs each operation on the cuda device for about a tenth of a second, with at most so much of the card's memory.
- * FLAP_BUDGET: that is too little for a layer and the head at once. Takes a second. */
+ * FLAP_BUDGET: that is too little for a layer and the head at once. Takes a second, and about as long again where
+ * products are tuned. */
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
+/* Only tunes the products of a training step, a layer's and then the head's: where there is not room for both at once.
+ * About two seconds. FLAP_BUDGET: too little even for that. */
+FLAP_CHECKED flap_status flap_op_times_tune_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
+                                                 uint64_t vram_bytes);
 
 /* Of an operation of a program of this layout. 0 for what computes nothing, and for decoding, whose cost depends on the
  * position. */

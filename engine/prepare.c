@@ -185,7 +185,30 @@ static flap_status check_sequence(const flap_prepared *p, uint32_t positions, co
   return FLAP_OK;
 }
 
-/* A card here times the run's own layer; where that cannot be, rates must do. */
+static flap_status give_matmuls(flap_prepared *p) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  char target[FLAP_MATMUL_TARGET_MAX];
+  FLAP_TRY(flap_ops_matmul_target(FLAP_DEVICE_CUDA, target, sizeof target));
+  return flap_matmul_choice_open(target, spec->model, &spec->shape, p->config->expert.matmul,
+                                 p->resume_folder != NULL ? p->resume_folder : "", &p->matmuls);
+}
+
+/* Budgets must not decide what is tuned: with too little for a layer and the head at once, they take turns. */
+static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
+  if (!p->matmuls.tunes || p->matmuls.table.count > 0)
+    return FLAP_OK;
+  const flap_status status = flap_op_times_tune_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes);
+  if (status == FLAP_OK)
+    flap_matmul_choice_keep(&p->matmuls);
+  if (status != FLAP_BUDGET)
+    return status;
+  p->matmuls.table.count = 0; /* what a layer's were is not all: another budget would find more */
+  flap_log(FLAP_LOG_DEBUG, "products are not tuned: %s", flap_error_message());
+  flap_error_clear();
+  return FLAP_OK;
+}
+
+/* A card here times the run's own layer, after it has tuned its products; where that cannot be, rates must do. */
 static flap_status give_times(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
   const flap_op_times_spec of = {.model = spec->model,
@@ -194,17 +217,22 @@ static flap_status give_times(flap_prepared *p) {
                                  .optim = spec->optim,
                                  .training = spec->mode == FLAP_MODE_TRAIN,
                                  .threads = spec->threads,
-                                 .launch_ns = p->machine.launch_ns};
+                                 .launch_ns = p->machine.launch_ns,
+                                 .matmuls = &p->matmuls};
   p->planner.times = &p->times;
   if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
+    FLAP_TRY(give_matmuls(p));
     const flap_status status =
         flap_op_times_measure_cuda(&of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times);
-    if (status == FLAP_OK)
+    if (status == FLAP_OK) {
+      flap_matmul_choice_keep(&p->matmuls);
       return FLAP_OK;
+    }
     if (status != FLAP_BUDGET)
       return status;
     flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
     flap_error_clear();
+    FLAP_TRY(tune_apart(p, &of));
   }
   return flap_op_times_from_rates(&of, &p->machine, &p->times);
 }

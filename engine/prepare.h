@@ -19,6 +19,8 @@ typedef struct flap_prepared {
   flap_model_config model;
   flap_tokenizer *tokenizer; /* NULL when the data are tokens already and nobody named one */
   flap_machine machine;
+  const char *resume_folder; /* the checkpoint that the run goes on from, for its products; NULL or "": none */
+  flap_matmul_choice matmuls;
   flap_op_times times;
   flap_planner planner;
   flap_budgets budgets;

@@ -54,6 +54,9 @@ typedef enum flap_run_saved {
 } flap_run_saved;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 typedef enum flap_run_io { FLAP_RUN_IO_AUTO, FLAP_RUN_IO_URING, FLAP_RUN_IO_THREADS } flap_run_io;
+/* Which algorithm a card's library takes for a product: the one that was fastest when tried here, or its first answer.
+ */
+typedef enum flap_run_matmul { FLAP_RUN_MATMUL_TUNED, FLAP_RUN_MATMUL_FIRST } flap_run_matmul;
 typedef enum flap_strategy { FLAP_STRATEGY_NO, FLAP_STRATEGY_STEPS, FLAP_STRATEGY_EPOCH } flap_strategy;
 
 /* One entry of `disk`. */
@@ -70,7 +73,8 @@ typedef enum flap_optimizer_place {
   FLAP_OPTIMIZER_SPLIT
 } flap_optimizer_place;
 
-/* `expert`: choices that the planner otherwise makes. 0 or AUTO: the planner's. None of them changes the numbers. */
+/* `expert`: choices that are otherwise made by FLAP. 0 or AUTO: its own. None of them changes the numbers, but for
+ * `matmul`, which is in the numerics key. */
 typedef struct flap_expert {
   uint32_t segment_layers;
   uint32_t group_micro_batches;
@@ -81,6 +85,7 @@ typedef struct flap_expert {
   uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
   flap_run_io io;
   uint32_t threads; /* of the worker pool; 0: all cores */
+  flap_run_matmul matmul;
 } flap_expert;
 
 typedef struct flap_run_config {

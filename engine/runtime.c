@@ -75,6 +75,7 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   flap_ops_limits limits;
   flap_buffers_limits(x->layout, setup->spec.threads, &limits);
   FLAP_TRY(flap_ops_open(device, &limits, x->device.ops_workspace, &runtime->ops));
+  FLAP_TRY(flap_matmul_choice_give(config->matmuls, runtime->ops, false));
   x->ops = runtime->ops;
   return flap_executor_open(x);
 }

@@ -7,6 +7,7 @@
 #define FLAP_ENGINE_RUNTIME_H
 
 #include "engine/executor.h"
+#include "engine/matmul_choice.h"
 #include "io/formats/dataset_reader.h"
 
 #ifdef __cplusplus
@@ -17,6 +18,7 @@ typedef struct flap_runtime_config {
   uint64_t vram_bytes;                       /* the budget */
   uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk: what it may hold */
   const flap_run_config *optimizer;          /* NULL where nothing is trained */
+  flap_matmul_choice *matmuls;               /* NULL: none; must outlive the run */
   const flap_machine *machine;               /* simulation only, like: */
   const flap_op_times *times;
 } flap_runtime_config;

@@ -103,10 +103,15 @@ static flap_status open_dataset(trainer *t) {
 
 static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
   const flap_plan *plan = &t->prepared.plan;
-  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw %s",
+  const flap_matmul_table *matmuls = &t->prepared.matmuls.table; /* an empty one is how products are without one */
+  char products[48] = "";
+  if (matmuls->count > 0)
+    (void)snprintf(products, sizeof products, "; products 0x%016llx",
+                   (unsigned long long)flap_matmul_table_digest(matmuls));
+  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw %s%s",
                  flap_ops_numerics(t->runtime.ops), t->config->per_device_train_batch_size, t->config->cutoff_len,
                  flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype),
-                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32");
+                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32", products);
 }
 
 /* What a resumed run does differently from the one that saved is said, not hidden. */
@@ -152,7 +157,8 @@ static flap_status fill_regions(trainer *t) {
 }
 
 static flap_status open_run(trainer *t) {
-  flap_runtime_config config = {.vram_bytes = t->prepared.budgets.vram_bytes, .optimizer = t->config};
+  flap_runtime_config config = {
+      .vram_bytes = t->prepared.budgets.vram_bytes, .optimizer = t->config, .matmuls = &t->prepared.matmuls};
   flap_setup *setup = &t->prepared.setup;
   memcpy(config.disk_bytes, t->prepared.budgets.disk_bytes, sizeof config.disk_bytes);
   for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
@@ -189,6 +195,7 @@ flap_status trainer_save(trainer *t) {
                               .seed = t->config->seed,
                               .optim = t->config->optim,
                               .loss_scale = t->runtime.executor.loss_scale,
+                              .matmuls = &t->prepared.matmuls,
                               .dataset_digest = flap_dataset_digest(t->dataset)};
   const uint64_t started_ns = flap_units_now_ns();
   numerics_key(t, state.numerics);
@@ -291,6 +298,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;
   FLAP_TRY(check_output(t));
   FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                           config->cutoff_len, config->gradient_accumulation_steps, 0));
   FLAP_TRY_GOTO(status, make_output(t));

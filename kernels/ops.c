@@ -82,6 +82,19 @@ const char *flap_ops_numerics(const flap_ops *ops) {
   return ops->numerics;
 }
 
+flap_status flap_ops_matmul_target(flap_device_kind kind, char *target_out, size_t bytes) {
+  const flap_ops_table *table = table_of(kind);
+  flap_assert(bytes > 0);
+  target_out[0] = '\0';
+  if (table == NULL)
+    return flap_error_set(FLAP_UNSUPPORTED, "kernels: this build has none for cuda devices; build with FLAP_CUDA");
+  return table->matmul_target != NULL ? table->matmul_target(target_out, bytes) : FLAP_OK;
+}
+
+flap_status flap_ops_set_matmuls(flap_ops *ops, struct flap_matmul_table *table, flap_matmul_mode mode) {
+  return ops->table->set_matmuls != NULL ? ops->table->set_matmuls(ops, table, mode) : FLAP_OK;
+}
+
 static uint64_t begin(const flap_ops *ops) {
   return ops->measured ? flap_units_now_ns() : 0;
 }

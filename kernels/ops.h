@@ -21,6 +21,7 @@
 #include "kernels/device/device.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -76,6 +77,22 @@ typedef struct flap_matmul {
   bool accumulate;
 } flap_matmul;
 void flap_ops_matmul(flap_ops *ops, const flap_matmul *matmul);
+
+/* Where a library offers several algorithms for a product, its first answer is taken, or what a recorded table says
+ * (kernels/matmul_table.h). USE: what is not in the table gets the first answer. TUNE: a large product that is not in
+ * the table is computed many times when it is first met, with its own operands and on the calling thread, and the
+ * fastest algorithm goes into the table. So tuning is for measuring, where data do not matter: an output that is added
+ * to is added to each time. All other outputs are right. */
+struct flap_matmul_table;
+typedef enum flap_matmul_mode { FLAP_MATMUL_USE, FLAP_MATMUL_TUNE } flap_matmul_mode;
+
+/* What a table must be for on this kind of device here: "sm_90 NVIDIA H100 80GB HBM3, cublaslt-13.1.0", or "" where
+ * tables are of no use: cpu and sim. FLAP_UNSUPPORTED without CUDA in the build, FLAP_DEVICE without a GPU. */
+FLAP_CHECKED flap_status flap_ops_matmul_target(flap_device_kind kind, char *target_out, size_t bytes);
+/* Once, after open; the table must outlive the ops. Without a call, or on a device that has no use of a table, products
+ * are as ever. An algorithm that is not possible here for its product is FLAP_INVALID, and nothing has changed; with
+ * TUNE it leaves the table. */
+FLAP_CHECKED flap_status flap_ops_set_matmuls(flap_ops *ops, struct flap_matmul_table *table, flap_matmul_mode mode);
 
 /* dbias (N) fp32 += column sums of dy (T, N) with row stride ld. */
 void flap_ops_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens, uint32_t n,

@@ -13,6 +13,9 @@ typedef struct flap_ops_table {
   /* Fills state and numerics of an ops whose other members are set. */
   flap_status (*open)(flap_ops *ops);
   void (*close)(flap_ops *ops);
+  /* As flap_ops_set_matmuls and flap_ops_matmul_target say; NULL where tables are of no use. */
+  flap_status (*set_matmuls)(flap_ops *ops, struct flap_matmul_table *table, flap_matmul_mode mode);
+  flap_status (*matmul_target)(char *target_out, size_t bytes);
 
   void (*matmul)(flap_ops *ops, const flap_matmul *matmul);
   void (*bias_backward)(flap_ops *ops, flap_dtype dtype, float *dbias, const void *dy, uint32_t tokens, uint32_t n,

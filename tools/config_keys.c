@@ -40,6 +40,8 @@ static const flap_config_word saved_words[] = {{"auto", FLAP_RUN_SAVED_AUTO},
                                                {"all_but_mlp", FLAP_RUN_SAVED_ALL_BUT_MLP},
                                                {"all", FLAP_RUN_SAVED_ALL},
                                                {NULL, 0}};
+static const flap_config_word matmul_words[] = {
+    {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};
 static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
@@ -158,7 +160,7 @@ static const flap_config_key keys[] = {
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),
 
-    SECTION("Expert choices, which the planner makes otherwise. None of them changes the numbers"),
+    SECTION("Expert choices, which FLAP makes otherwise. None of them changes the numbers, but for expert.matmul"),
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),
     PLAIN("expert.group_micro_batches", U32, expert.group_micro_batches,
           "Micro-batches that pass the layers together."),
@@ -173,6 +175,10 @@ static const flap_config_key keys[] = {
     WORD("expert.io", expert.io, io_words,
          "How files are read and written; auto is io_uring where the system allows it."),
     PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),
+    WORD("expert.matmul", expert.matmul, matmul_words,
+         "Algorithms of products on a GPU: tuned tries them once for the run's shapes and keeps what was fastest, in "
+         "the "
+         "cache and in checkpoints; first takes the library's first answer."),
 };
 
 _Static_assert(KEYS <= sizeof((flap_config_reader *)0)->lines / sizeof(uint32_t), "room for a line per key");

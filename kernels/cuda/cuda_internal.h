@@ -72,6 +72,10 @@ flap_status cuda_blas_open(flap_ops *ops, void *workspace, cuda_blas **blas_out)
 void cuda_blas_close(cuda_blas *blas);
 /* "cublaslt-13.1.0"; static storage or the object's. */
 const char *cuda_blas_version(const cuda_blas *blas);
+/* The same without a device: only looks for the library. */
+flap_status cuda_blas_find_version(char *version_out, size_t bytes);
+/* Before the first product; see flap_ops_set_matmuls. */
+flap_status cuda_blas_set_table(cuda_blas *blas, struct flap_matmul_table *table, flap_matmul_mode mode);
 void cuda_matmul(flap_ops *ops, const flap_matmul *matmul);
 
 /* ---- cuda_matmul_plain.cu ---- */

@@ -1,8 +1,10 @@
 /* The cuda ops as an object: workspace, numerics text, table; and the operations that CUDA does by itself. */
 #include "kernels/cuda/cuda_internal.h"
+#include "kernels/matmul_table.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static flap_status check_kernels(const flap_cuda_properties *card) {
   const cudaError_t error = cuda_kernels_there();
@@ -47,6 +49,36 @@ static void cuda_close(flap_ops *ops) {
   free(ops->state);
 }
 
+/* The model of GPU and the library: what algorithms belong to. */
+static void describe_target(uint32_t capability, const char *name, const char *version, char *target_out,
+                            size_t bytes) {
+  (void)snprintf(target_out, bytes, "sm_%u %.63s, %s", capability, name, version);
+}
+
+/* Without opening a device: of the card that would be opened. */
+static flap_status cuda_matmul_target(char *target_out, size_t bytes) {
+  struct cudaDeviceProp card;
+  char version[32];
+  const cudaError_t error = cudaGetDeviceProperties(&card, 0);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    return flap_error_set(FLAP_DEVICE, "cuda: cannot read the GPU's properties: %s", cudaGetErrorString(error));
+  }
+  FLAP_TRY(cuda_blas_find_version(version, sizeof version));
+  describe_target((uint32_t)(card.major * 10 + card.minor), card.name, version, target_out, bytes);
+  return FLAP_OK;
+}
+
+static flap_status cuda_set_matmuls(flap_ops *ops, flap_matmul_table *table, flap_matmul_mode mode) {
+  const flap_cuda_properties *card = flap_device_cuda_properties(ops->device);
+  char target[FLAP_MATMUL_TARGET_MAX];
+  describe_target(card->capability, card->name, cuda_blas_version(cuda_state(ops)->blas), target, sizeof target);
+  if (strcmp(table->target, target) != 0)
+    return flap_error_set(FLAP_INVALID, "cuda: the table of products is for \"%s\", and this is \"%s\"", table->target,
+                          target);
+  return cuda_blas_set_table(cuda_state(ops)->blas, table, mode);
+}
+
 static void cuda_zero(flap_ops *ops, void *memory, uint64_t bytes) {
   if (bytes > 0)
     cuda_check(ops, "zero", cudaMemsetAsync(memory, 0, bytes, cuda_stream(ops)));
@@ -68,6 +100,8 @@ const flap_ops_table flap_ops_cuda_table = {
     .workspace_bytes = cuda_workspace_bytes,
     .open = cuda_open,
     .close = cuda_close,
+    .set_matmuls = cuda_set_matmuls,
+    .matmul_target = cuda_matmul_target,
     .matmul = cuda_matmul,
     .bias_backward = cuda_bias_backward,
     .zero = cuda_zero,

@@ -86,6 +86,7 @@ int __wrap_mkdir(const char *path, mode_t mode) {
 static flap_model_config config;
 static flap_tokenizer *tokenizer;
 static flap_artifacts artifacts;
+static flap_matmul_choice matmuls; /* a table that is given is saved too */
 static weights_rig rig;
 
 static void setup(void) {
@@ -93,6 +94,7 @@ static void setup(void) {
   arm(0);
   rig_model(false, true, &config);
   RIG_OK(flap_tokenizer_open_bytes(&tokenizer));
+  matmuls.given = false;
   artifacts = (flap_artifacts){.model = &config, .tokenizer = tokenizer};
   rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
 }
@@ -129,6 +131,7 @@ static flap_trainer_state state_of(uint64_t step) {
                               .dataset_digest = 0xfedcba9876543210u,
                               .optim = step > 1 ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW,
                               .loss_scale = {.scale = step > 1 ? 1024 : 0, .good_steps = 7, .skipped = 2},
+                              .matmuls = &matmuls,
                               .numerics = "cpu; avx2; \"quoted\""};
 }
 
@@ -192,6 +195,56 @@ START_TEST(checkpoint_is_found_with_everything_in_it) {
   /* The same step again replaces it. */
   must_save(10, false, 0);
   ck_assert_uint_eq(find_step("true"), 10);
+}
+END_TEST
+
+#define TARGET "sm_90 NVIDIA Test, cublaslt-13.1.0"
+
+/* As many products as there can be, each with long numbers. */
+static void fill_matmuls(void) {
+  const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
+  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_FIRST, "", &matmuls));
+  for (uint32_t i = 0; i < FLAP_MATMUL_ENTRIES_MAX; i++) {
+    const uint32_t most = UINT32_MAX - i;
+    const flap_matmul_key key = {.m = most,
+                                 .n = most,
+                                 .k = most,
+                                 .lda = most,
+                                 .ldb = most,
+                                 .ldc = most,
+                                 .transpose = FLAP_NN,
+                                 .dtype = FLAP_BF16,
+                                 .c_dtype = FLAP_BF16,
+                                 .added = 2,
+                                 .bias = 16,
+                                 .align_a = 16,
+                                 .align_b = 16,
+                                 .align_c = 16};
+    const uint8_t algorithm[FLAP_MATMUL_ALGORITHM_BYTES] = {(uint8_t)i, 0xff};
+    ck_assert(flap_matmul_table_add(&matmuls.table, &key, algorithm));
+  }
+}
+
+static flap_matmul_choice saved_matmuls; /* as the run that goes on has them */
+
+static flap_status open_saved_matmuls(const char *folder) {
+  const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
+  return flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, folder, &saved_matmuls);
+}
+
+/* The run that goes on has the table of the one that saved; weights alone have none. */
+START_TEST(checkpoint_carries_the_table_of_products) {
+  must_save(1, false, 0);
+  ck_assert(!scratch_exists("out/checkpoint-1/matmul.json")); /* no card, no table */
+  fill_matmuls();
+  must_save(2, false, 0);
+  must_save(3, true, 0);
+  ck_assert(!scratch_exists("out/checkpoint-3/matmul.json"));
+  ck_assert_uint_eq(find_step("true"), 2);
+  RIG_OK(open_saved_matmuls(scratch_path("out/checkpoint-2")));
+  ck_assert(saved_matmuls.given && !saved_matmuls.tunes);
+  ck_assert_uint_eq(saved_matmuls.table.count, FLAP_MATMUL_ENTRIES_MAX);
+  ck_assert_mem_eq(saved_matmuls.table.entries, matmuls.table.entries, sizeof matmuls.table.entries);
 }
 END_TEST
 
@@ -326,9 +379,11 @@ START_TEST(output_folder_sizes_are_enough) {
                                       "tokenizer_config.json",
                                       "model.safetensors",
                                       "trainer_state.json",
+                                      "matmul.json",
                                       "optimizer-low.safetensors",
                                       "optimizer-exp_avg.safetensors",
                                       "optimizer-exp_avg_sq.safetensors"};
+  fill_matmuls();
   must_save(5, false, 0);
   for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
     char name[128];
@@ -370,6 +425,8 @@ END_TEST
 START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
   const uint64_t old_step = _i == 0 ? 1 : 2;
   shrink();
+  fill_matmuls();
+  matmuls.table.count = 3;
   unsigned old_found = 0, new_found = 0;
   for (unsigned call = 1;; call++) {
     char folder[FLAP_PATH_MAX];
@@ -389,6 +446,8 @@ START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
     RIG_OK(flap_safetensors_open(folder, &reader));
     flap_safetensors_close(reader);
     RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder));
+    RIG_OK(open_saved_matmuls(folder));
+    ck_assert(!saved_matmuls.tunes && saved_matmuls.table.count == 3);
     ck_assert(!scratch_exists("out/checkpoint-2.tmp") && !scratch_exists("out/checkpoint-1.tmp"));
     /* Whose weights they are shows in the first element. */
     uint32_t part;
@@ -491,6 +550,7 @@ int main(void) {
   tcase_add_checked_fixture(tests, setup, teardown);
   tcase_set_timeout(tests, 240);
   tcase_add_test(tests, checkpoint_is_found_with_everything_in_it);
+  tcase_add_test(tests, checkpoint_carries_the_table_of_products);
   tcase_add_test(tests, checkpoint_limit_deletes_the_oldest_of_ours);
   tcase_add_test(tests, checkpoint_nothing_to_resume_is_explained);
   tcase_add_test(tests, checkpoint_bad_trainer_states_are_refused);

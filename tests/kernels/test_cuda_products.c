@@ -1,6 +1,8 @@
 /* Products of cuBLASLt, and the head, against the cpu's: all transposes, types, strides, sums and biases; twice for the
- * same bits. Products that cuBLASLt refuses go through the plain kernel, which is also compared by itself. */
+ * same bits. Products that cuBLASLt refuses go through the plain kernel, which is also compared by itself. And products
+ * with algorithms from a table: as right, and with the bits of the run that tuned them. */
 #include "kernels/cuda/cuda_internal.h"
+#include "kernels/matmul_table.h"
 #include "tests/kernels/gpu_rig.h"
 
 #include <math.h>
@@ -22,6 +24,8 @@ typedef struct product {
   flap_matmul matmul; /* without pointers */
   uint32_t gap;       /* elements between rows, of all operands */
   bool bias, residual, plain;
+  bool first_apart; /* computed once more before, into another place: what is tuned is added to many times */
+  void **bits_out;  /* gets the result's bytes, to free; or NULL */
 } product;
 
 static void run(gpu_rig *g, const product *p, const flap_matmul *x) {
@@ -48,13 +52,21 @@ static void check_product(gpu_rig *g, rig_random *random, product p) {
   on_gpu.a = a.gpu, on_gpu.b = b.gpu, on_gpu.bias = p.bias ? bias.gpu : NULL;
   on_cpu.a = a.cpu, on_cpu.b = b.cpu, on_cpu.bias = p.bias ? bias.cpu : NULL;
   on_cpu.dtype = g->dtype;
-  on_gpu.c = again.gpu;
   on_gpu.residual = p.residual ? residual.gpu : NULL;
+  if (p.first_apart) {
+    operand apart = operand_copy(&c, 0);
+    on_gpu.c = apart.gpu;
+    run(g, &p, &on_gpu);
+    operand_free(&apart);
+  }
+  on_gpu.c = again.gpu;
   on_cpu.residual = p.residual ? residual.cpu : NULL;
   run(g, &p, &on_gpu);
   on_gpu.c = c.gpu;
   run(g, &p, &on_gpu);
   operands_equal("product, again", &c, &again);
+  if (p.bits_out != NULL)
+    *p.bits_out = operand_bytes(&c);
   on_cpu.c = c.cpu;
   flap_ops_matmul(g->cpu.ops, &on_cpu);
   /* Two sums of k products in different orders: each addition may lose 2^-24 of a partial sum of about sqrt(k), which
@@ -179,6 +191,116 @@ START_TEST(matmul_more_shapes_than_are_kept_still_works) {
 }
 END_TEST
 
+/* ---- algorithms from a table ---- */
+
+static flap_matmul_table new_table(void) {
+  flap_matmul_table table = {.count = 0};
+  if (flap_ops_matmul_target(FLAP_DEVICE_CUDA, table.target, sizeof table.target) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+  return table;
+}
+
+#define TUNED 9u
+
+/* Large enough to be tuned, of every kind that a layer has; and the last, which is not. */
+static product tuned_product(const gpu_rig *g, uint32_t index) {
+  static const struct {
+    flap_transpose transpose;
+    uint32_t m, n, k, gap;
+    bool f32, accumulate, bias, residual;
+  } list[TUNED + 1] = {{FLAP_NT, 1024, 1024, 1024, 0, false, false, false, false},
+                       {FLAP_NT, 1024, 1152, 1024, 0, false, false, true, false},
+                       {FLAP_NT, 1024, 1024, 1024, 8, false, false, false, true},
+                       {FLAP_NT, 1024, 1280, 1024, 0, false, false, true, true},
+                       {FLAP_NN, 1024, 1152, 1024, 8, false, false, false, false},
+                       {FLAP_NN, 1024, 1024, 1024, 3, false, false, false, false},
+                       {FLAP_TN, 1024, 1088, 1024, 0, true, false, false, false},
+                       {FLAP_TN, 1024, 1088, 1024, 0, true, true, false, false},
+                       {FLAP_TN, 256, 384, 16384, 0, true, true, false, false}, /* tempts to cut K */
+                       {FLAP_NT, 512, 512, 512, 0, false, false, false, false}};
+  return (product){.matmul = {.transpose = list[index].transpose,
+                              .m = list[index].m,
+                              .n = list[index].n,
+                              .k = list[index].k,
+                              .c_dtype = list[index].f32 ? FLAP_F32 : g->dtype,
+                              .accumulate = list[index].accumulate},
+                   .gap = list[index].gap,
+                   .bias = list[index].bias,
+                   .residual = list[index].residual,
+                   .first_apart = true};
+}
+
+/* All of them with the table; their results are in `bits`. */
+static void tuned_products(int index, flap_matmul_table *table, flap_matmul_mode mode, void *bits[TUNED + 1]) {
+  const flap_ops_limits limits = rig_limits(dtypes[index]);
+  gpu_rig g;
+  gpu_rig_open(&g, &limits);
+  if (flap_ops_set_matmuls(g.ops, table, mode) != FLAP_OK)
+    ck_abort_msg("%s", flap_error_message());
+  rig_random random = rig_random_named("cuda tuned products"); /* the same operands every time */
+  for (uint32_t i = 0; i <= TUNED; ++i) {
+    product p = tuned_product(&g, i);
+    const uint32_t before = table->count;
+    p.bits_out = &bits[i];
+    check_product(&g, &random, p);
+    ck_assert_uint_le(table->count, before + (i < TUNED && mode == FLAP_MATMUL_TUNE ? 1 : 0));
+  }
+  gpu_rig_close(&g);
+}
+
+START_TEST(matmul_tuned_products_match_the_cpu_and_keep_their_bits) {
+  flap_matmul_table table = new_table();
+  void *tuned[TUNED + 1], *used[TUNED + 1], *once_more[TUNED + 1];
+  tuned_products(_i, &table, FLAP_MATMUL_TUNE, tuned);
+  printf("%u products in the table of %s\n", table.count, table.target);
+  ck_assert_uint_ge(table.count, 6); /* with fp32, biases are added beforehand: some products are one */
+  const uint64_t digest = flap_matmul_table_digest(&table);
+  tuned_products(_i, &table, FLAP_MATMUL_USE, used);
+  ck_assert_uint_eq(flap_matmul_table_digest(&table), digest);
+  tuned_products(_i, &table, FLAP_MATMUL_TUNE, once_more); /* all of them are there already */
+  ck_assert_uint_eq(flap_matmul_table_digest(&table), digest);
+  for (uint32_t i = 0; i <= TUNED; ++i) {
+    gpu_rig g = {.dtype = dtypes[_i]};
+    const product p = tuned_product(&g, i);
+    const uint64_t bytes = (uint64_t)p.matmul.m * (p.matmul.n + p.gap) * flap_dtype_bytes(p.matmul.c_dtype);
+    char what[64];
+    (void)snprintf(what, sizeof what, "tuned product %u, used", i);
+    rig_same(what, used[i], tuned[i], bytes);
+    rig_same(what, once_more[i], tuned[i], bytes);
+    free(tuned[i]), free(used[i]), free(once_more[i]);
+  }
+}
+END_TEST
+
+/* An algorithm for products of other types is refused, or leaves the table when that is to be filled; a table for
+ * another GPU or library is refused. */
+START_TEST(matmul_table_with_what_is_not_possible_is_refused) {
+  const flap_ops_limits limits = rig_limits(FLAP_BF16);
+  flap_matmul_table table = new_table(), wrong = new_table();
+  void *bits[TUNED + 1];
+  tuned_products(0, &table, FLAP_MATMUL_TUNE, bits); /* fp32 */
+  for (uint32_t i = 0; i <= TUNED; ++i)
+    free(bits[i]);
+  ck_assert_uint_gt(table.count, 0);
+  flap_matmul_key key = table.entries[0].key;
+  key.dtype = FLAP_BF16;
+  ck_assert(flap_matmul_table_add(&wrong, &key, table.entries[0].algorithm));
+  for (uint32_t round = 0; round < 3; ++round) {
+    gpu_rig g;
+    gpu_rig_open(&g, &limits);
+    if (round == 0)
+      ck_assert_int_eq(flap_ops_set_matmuls(g.ops, &wrong, FLAP_MATMUL_USE), FLAP_INVALID);
+    else if (round == 1)
+      ck_assert_int_eq(flap_ops_set_matmuls(g.ops, &wrong, FLAP_MATMUL_TUNE), FLAP_OK);
+    else
+      ck_assert_int_eq(flap_ops_set_matmuls(g.ops, &table, FLAP_MATMUL_USE), FLAP_INVALID);
+    ck_assert_uint_eq(wrong.count, round == 0 ? 1 : 0);
+    table.target[0] = 'x';
+    gpu_rig_close(&g);
+  }
+}
+END_TEST
+
 /* ---- head ---- */
 
 static void check_head(gpu_rig *g, rig_random *random, uint32_t tokens, uint32_t hidden, uint32_t vocabulary) {
@@ -258,6 +380,8 @@ int main(void) {
   tcase_add_loop_test(tests, matmul_bias_is_added_before_the_rounding, 0, 3);
   tcase_add_loop_test(tests, matmul_long_sum_has_the_same_bits_every_time, 0, 3);
   tcase_add_loop_test(tests, matmul_more_shapes_than_are_kept_still_works, 0, 2);
+  tcase_add_loop_test(tests, matmul_tuned_products_match_the_cpu_and_keep_their_bits, 0, 3);
+  tcase_add_test(tests, matmul_table_with_what_is_not_possible_is_refused);
   tcase_add_loop_test(tests, head_loss_any_shape_matches_the_cpu, 0, 3);
   tcase_add_loop_test(tests, head_loss_large_vocabulary_takes_several_chunks, 0, 3);
   suite_add_tcase(suite, tests);

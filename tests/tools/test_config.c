@@ -87,7 +87,7 @@ START_TEST(config_full_file_fills_every_field) {
                              "device: cpu\nvram: 7MiB\nram: \"20 MiB\"\n"
                              "disk:\n  - path: /mnt/a\n    size: 1GB\n  - /mnt/b\n  - {path: /mnt/c, size: min}\n"
                              "expert: {segment_layers: 2, group_micro_batches: 4, clip: fold, page_bytes: 64KiB,\n"
-                             "  slice_bytes: 1MiB, io: threads, threads: 2}\n";
+                             "  slice_bytes: 1MiB, io: threads, threads: 2, matmul: first}\n";
   ck_assert_msg(load(text) == FLAP_OK, "%s", flap_error_message());
   ck_assert_int_eq(json_integer_value(json_object_get(config.model, "hidden_size")), 192);
   ck_assert(json_is_real(json_object_get(config.model, "rms_norm_eps")));
@@ -142,6 +142,7 @@ START_TEST(config_full_file_fills_every_field) {
   ck_assert_uint_eq(config.expert.slice_bytes, 1u << 20);
   ck_assert_int_eq(config.expert.io, FLAP_RUN_IO_THREADS);
   ck_assert_uint_eq(config.expert.threads, 2);
+  ck_assert_int_eq(config.expert.matmul, FLAP_RUN_MATMUL_FIRST);
   flap_run_config_close(&config);
 }
 END_TEST
@@ -195,6 +196,10 @@ START_TEST(config_saved_tensors_are_words_and_recompute_saves_none) {
   ck_assert_int_eq(load(BASE "activations: recompute\nexpert: {saved: auto}\n"), FLAP_OK);
   ck_assert_int_eq(config.expert.saved, FLAP_RUN_SAVED_AUTO);
   flap_run_config_close(&config);
+  ck_assert_int_eq(load(BASE), FLAP_OK);
+  ck_assert_int_eq(config.expert.matmul, FLAP_RUN_MATMUL_TUNED);
+  flap_run_config_close(&config);
+  refuse_base("expert: {matmul: best}\n", "run.yaml:4: expert.matmul: wanted one of tuned, first");
   refuse_base("expert: {saved: some}\n", "run.yaml:4: expert.saved: wanted one of auto, attention, all_but_mlp, all");
   refuse_base("activations: recompute\nexpert: {saved: attention}\n",
               "run.yaml:5: expert.saved: attention contradicts recomputing all activations");
