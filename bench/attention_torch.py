@@ -3,8 +3,8 @@
 Usage: attention_torch.py LIBRARY [--backends] [--values]
 
 LIBRARY holds the launchers of kernels/cuda/attention.h:
-    nvcc -std=c++17 -O3 -fmad=false -I. -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -shared \
-        -o LIBRARY kernels/cuda/attention*.cu
+    nvcc -std=c++17 -O3 -fmad=false -D_GNU_SOURCE -I. -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -shared \
+        -o LIBRARY kernels/cuda/attention*.cu kernels/cuda/cuda_sizes.c base/units.c base/assert.c base/log.c base/status.c
 Each row is the median of many runs of forward, and of forward and backward, in TFLOP/s of causal attention that
 computes nothing twice (2 products forward, 5 backward, half of the square), so the rows compare as times do.
 """

@@ -446,7 +446,7 @@ static flap_status time_host(const flap_op_times_spec *spec, flap_host_optimizer
 
 static flap_status measure_host(const flap_op_times_spec *spec, flap_op_times *times) {
   flap_host_optimizer *optimizer = NULL;
-  FLAP_TRY(flap_host_optimizer_open(spec->threads, &optimizer));
+  FLAP_TRY(flap_host_optimizer_open(flap_update_host_threads(spec->threads), &optimizer));
   flap_status status = time_host(spec, optimizer, FLAP_PART_LAYER, &times->host_ns);
   times->host_embedding_ns = times->host_ns;
   if (status == FLAP_OK && flap_layout_has_codes(spec->optim, FLAP_PART_LAYER))

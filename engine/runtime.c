@@ -2,6 +2,7 @@
 
 #include "base/assert.h"
 #include "base/units.h"
+#include "engine/update.h"
 #include "io/formats/trace.h"
 
 #include <string.h>
@@ -93,7 +94,8 @@ flap_status flap_runtime_open(flap_setup *setup, const flap_runtime_config *conf
   flap_pager_config pager;
   FLAP_TRY_GOTO(status, flap_pool_open(setup->spec.threads, &runtime_out->pool));
   if (setup->choice.host_parts > 0)
-    FLAP_TRY_GOTO(status, flap_host_optimizer_open(setup->spec.threads, &runtime_out->host_optimizer));
+    FLAP_TRY_GOTO(
+        status, flap_host_optimizer_open(flap_update_host_threads(setup->spec.threads), &runtime_out->host_optimizer));
   FLAP_TRY_GOTO(status, flap_arena_open(&runtime_out->ram, "ram", setup->ram_arena_bytes));
   configure_pager(runtime_out, setup, config, &pager);
   FLAP_TRY_GOTO(status, flap_pager_open(&pager, &runtime_out->ram, &runtime_out->pager));

@@ -164,11 +164,15 @@ static flap_status open_run(trainer *t) {
   for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
     if (setup->has_program[i])
       flap_pager_predict(&setup->pager, setup->programs[i].leases, setup->programs[i].lease_count, t->predicted[i]);
+  const uint64_t started_ns = flap_units_now_ns();
   FLAP_TRY(flap_runtime_open(setup, &config, &t->runtime));
   t->opened = true;
+  const uint64_t opened_ns = flap_units_now_ns();
   if (t->observer.planned != NULL)
     t->observer.planned(t->observer.context, &t->prepared.plan, flap_pager_disk_describe(t->runtime.pager));
   FLAP_TRY(fill_regions(t));
+  flap_log(FLAP_LOG_DEBUG, "memory was taken in %.1f s, weights and states were filled in in %.1f s",
+           (double)(opened_ns - started_ns) * 1e-9, (double)(flap_units_now_ns() - opened_ns) * 1e-9);
   FLAP_TRY(flap_runtime_open_reader(&t->runtime, t->dataset, t->cursor));
   if (t->observer.prepared != NULL)
     t->observer.prepared(t->observer.context, t->sequences * t->config->cutoff_len,

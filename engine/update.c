@@ -29,6 +29,10 @@ void flap_update_launch(flap_ops *ops, const flap_adamw *scalars, const flap_upd
                    u->decay_blocks, u->fault, u->elements);
 }
 
+uint32_t flap_update_host_threads(uint32_t threads) {
+  return threads > 3 ? threads - 2 : 1;
+}
+
 void flap_update_on_host(flap_host_optimizer *optimizer, const flap_adamw *scalars, const flap_update *u) {
   const sections s = sections_of(u);
   if (s.m_largest != NULL)

@@ -25,6 +25,8 @@ typedef struct flap_update {
 
 /* Launches one update of device memory; the contract is that of flap_ops_adamw and flap_ops_adamw_8bit. */
 void flap_update_launch(flap_ops *ops, const flap_adamw *scalars, const flap_update *update);
+/* Threads for the host's updates, of so many that there are cores: two are left to those that launch and copy. */
+uint32_t flap_update_host_threads(uint32_t threads);
 /* The same by the host's cores, and over when it returns. */
 void flap_update_on_host(flap_host_optimizer *optimizer, const flap_adamw *scalars, const flap_update *update);
 

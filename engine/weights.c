@@ -120,6 +120,7 @@ typedef struct section {
 
 typedef struct visit_region {
   section sections[SECTIONS_MAX];
+  flap_pool *pool; /* that clears what is filled; may be NULL */
 } visit_region;
 
 static uint64_t min_of(uint64_t a, uint64_t b) {
@@ -159,9 +160,32 @@ static flap_status visit(const visit_region *region, uint64_t offset, uint64_t b
   return FLAP_OK;
 }
 
+#define CLEAR_BYTES ((uint64_t)256 << 10) /* that one thread clears at a time */
+
+typedef struct clearing {
+  unsigned char *memory;
+  uint64_t bytes;
+} clearing;
+
+static void clear_item(void *context, uint64_t item, uint32_t worker) {
+  (void)worker;
+  const clearing *c = context;
+  const uint64_t at = item * CLEAR_BYTES;
+  memset(c->memory + at, 0, min_of(c->bytes - at, CLEAR_BYTES));
+}
+
+static void clear(flap_pool *pool, void *memory, uint64_t bytes) {
+  clearing c = {memory, bytes};
+  if (pool != NULL && bytes > CLEAR_BYTES)
+    flap_pool_run(pool, (bytes + CLEAR_BYTES - 1) / CLEAR_BYTES, clear_item, &c);
+  else
+    memset(memory, 0, bytes);
+}
+
 static flap_status fill_piece(void *context, uint64_t offset, uint64_t bytes, void *memory) {
-  memset(memory, 0, bytes);
-  return visit(context, offset, bytes, memory);
+  const visit_region *region = context;
+  clear(region->pool, memory, bytes);
+  return visit(region, offset, bytes, memory);
 }
 
 static flap_status drain_piece(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
@@ -190,7 +214,8 @@ static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, c
   const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
   for (uint32_t i = 0; i < layout->part_count; i++) {
     visit_region region = {
-        .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = layout->parts[i].elements}}};
+        .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = layout->parts[i].elements}},
+        .pool = flap_device_pool(flap_pager_device(pager))};
     give_tensors(layout, list, &layout->parts[i], &region.sections[0]);
     const uint32_t index = layout->parts[i].weights;
     FLAP_TRY(fill ? flap_pager_fill(pager, index, fill_piece, &region)
@@ -222,7 +247,7 @@ static flap_status visit_slice(flap_pager *pager, const flap_layout *layout, con
   const flap_layout_part *part = &layout->parts[slice->part];
   const section_visit *visits = v->sections[part->kind == FLAP_PART_EMBEDDING ? STATES_OF_EMBEDDING : STATES_OF_REST];
   const flap_state_format *format = &layout->state_formats[part->kind];
-  visit_region region = {.sections = {{0}}};
+  visit_region region = {.sections = {{0}}, .pool = flap_device_pool(flap_pager_device(pager))};
   for (uint32_t i = 0; i < FLAP_STATE_SECTION_COUNT; i++) {
     const uint64_t value_elements = format->sections[i].value_elements;
     region.sections[i] = (section){.run = visits[i].run,

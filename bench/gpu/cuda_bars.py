@@ -27,8 +27,7 @@ sys.path.insert(0, HERE)
 import run_flap  # noqa: E402
 import shapes  # noqa: E402
 
-ROW_SECONDS = 175
-FLAP_SECONDS = 170  # of the plan, which on a new machine measures its rates first, and training
+ROW_SECONDS = 175  # of flap: of the plan, which on a new machine measures its rates first, and training
 
 ONE_B = "--batch 8 --sequence 2048 --micro-batches 1"
 THREE_B = "--batch 4 --sequence 2048 --micro-batches 4"
@@ -81,7 +80,7 @@ def measure_flap(options, name, arguments):
     words = [options.disk if word == "DISK" else word for word in arguments]
     own = run_flap.parser_of().parse_intermixed_args(
         [*words, "--flap", options.flap, "--out", options.out, "--name", name, "--device", options.device, "--seconds",
-         str(FLAP_SECONDS)])
+         str(options.row_seconds - 5)])
     try:
         return run_flap.run(own)
     except (subprocess.TimeoutExpired, OSError) as error:
@@ -110,12 +109,12 @@ def measure_rows(options, names, path, state):
     for name in names:
         if name in state and "error" not in state[name] and not options.again:
             continue
-        if time.monotonic() + ROW_SECONDS + 5 > end:
+        if time.monotonic() + options.row_seconds + 5 > end:
             print(f"{name} and what follows wait for the next call: --minutes {options.minutes:g} are nearly over")
             return
         began = time.monotonic()
         arguments = shlex.split(options.rows[name])
-        state[name] = (measure_flap if name.startswith("flap") else measure_torch)(options, name, arguments)
+        state[name] = (measure_torch if name.startswith("torch") else measure_flap)(options, name, arguments)
         store(path, state)
         print(f"{name}: {state[name].get('error') or line_of(state[name])} ({time.monotonic() - began:.0f} s)", flush=True)
 
@@ -144,7 +143,7 @@ def print_rows(options, state):
             continue
         planned = f"{record['step_seconds_planned']:8.3f}s" if "step_seconds_planned" in record else ""
         bound = f"{record['bound_share']:.1%}" if "bound_share" in record else ""
-        if name.startswith("flap"):
+        if not name.startswith("torch"):
             shown, host = shown_mib(record), f"{record['rss_bytes'] / 2**30:.1f}"
         else:
             shown, host = record["reserved_bytes"] >> 20, ""
@@ -186,16 +185,20 @@ def memory_bars(state):
         yield title, f"{shown:,} of {budget * 1024:,} MiB, {source}", shown <= budget * 1024
 
 
+def same_bits(one, other):
+    """Whether the steps that both have, at least two, gave the same; and how many these are."""
+    steps = min(len(one["losses"]), len(other["losses"]))
+    return steps >= 2 and all(one[key][:steps] == other[key][:steps] for key in ("losses", "grad_norms")), steps
+
+
 def bits_bars(state):
     for name in BITS:
         title = f"bits: {name} as flap-1b"
         if not (good(state, name) and good(state, "flap-1b")):
             yield title, "", None
             continue
-        one, other = state[name], state["flap-1b"]
-        steps = min(len(one["losses"]), len(other["losses"]))
-        same = all(one[key][:steps] == other[key][:steps] for key in ("losses", "grad_norms"))
-        yield title, f"losses and norms of {steps} steps {'equal' if same else 'DIFFER'}", same and steps >= 2
+        same, steps = same_bits(state[name], state["flap-1b"])
+        yield title, f"losses and norms of {steps} steps {'equal' if same else 'DIFFER'}", same
 
 
 def print_table(options, state):
@@ -212,17 +215,16 @@ def print_table(options, state):
 
 def tried(rows):
     """The rows at a size for a CPU: for trying this script, whose bars then mean nothing."""
-    words = {"1b": "tiny", "3b": "tiny", "qwen2.5-1.5b": "tiny", "llama3-8b": "tiny", "1024": "64", "2048": "64",
+    words = {"1b": "tiny", "3b": "tiny", "qwen2.5-1.5b": "tiny", "llama3-8b": "tiny", "qwen2.5-7b": "tiny", "llama2-13b": "tiny", "1024": "64", "2048": "64",
              "72GiB": "64MiB", "76GiB": "64MiB", "24GiB": "24MiB", "18GiB": "18MiB", "16GiB": "16MiB", "8GiB": "8MiB",
-             "6GiB": "5MiB", "60GiB": "64MiB", "90GiB": "64MiB", "100GiB": "64MiB", "2GiB": "2MiB"}
+             "6GiB": "5MiB", "60GiB": "64MiB", "90GiB": "64MiB", "100GiB": "64MiB", "112GiB": "64MiB", "104GiB": "64MiB", "12GiB": "12MiB", "56GB": "56MB",
+             "2GiB": "2MiB"}
     return {name: " ".join(words.get(word, word) for word in text.split()) for name, text in rows.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser):
     parser.add_argument("--out", required=True)
     parser.add_argument("--flap", default="build-cuda/tools/flap")
-    parser.add_argument("--python", default=sys.executable, help="a Python with torch and transformers, for the peers")
     parser.add_argument("--disk", default="/var/tmp/flap-bars-disk", help="a folder of its own: it is removed afterwards")
     parser.add_argument("--only", help="rows, with commas between them")
     parser.add_argument("--again", action="store_true")
@@ -230,12 +232,10 @@ def main():
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try the script")
-    options = parser.parse_args()
-    options.rows = ROWS if options.device == "cuda" else tried(ROWS)
-    if options.list:
-        for name, arguments in options.rows.items():
-            print(f"{name:18} {arguments}")
-        return
+
+
+def run_rows(parser, options, table):
+    """Measures what is asked for and not there yet; what table(options, state) says of it all."""
     names = options.only.split(",") if options.only else list(options.rows)
     unknown = [name for name in names if name not in options.rows]
     if unknown:
@@ -245,7 +245,21 @@ def main():
     state = load(path)
     if not options.table:
         measure_rows(options, names, path, state)
-    sys.exit(0 if print_table(options, state) else 1)
+    return table(options, state)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--python", default=sys.executable, help="a Python with torch and transformers, for the peers")
+    options = parser.parse_args()
+    options.row_seconds = ROW_SECONDS
+    options.rows = ROWS if options.device == "cuda" else tried(ROWS)
+    if options.list:
+        for name, arguments in options.rows.items():
+            print(f"{name:18} {arguments}")
+        return
+    sys.exit(0 if run_rows(parser, options, print_table) else 1)
 
 
 if __name__ == "__main__":

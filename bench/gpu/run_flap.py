@@ -31,7 +31,7 @@ import shapes  # noqa: E402
 
 TOKENS = 1 << 21  # of a shard, whatever the run: its number of sequences is what their order follows from
 PLAN_SECONDS = 120
-LANES = ("h2d", "d2h", "disk_read", "disk_write")
+LANES = ("h2d", "d2h", "disk_read", "disk_write", "host")
 
 
 # ---- what nvidia-smi says ----
