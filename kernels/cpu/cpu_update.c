@@ -7,7 +7,7 @@
 #define CHUNK 512u
 /* Long items are read as long streams; but there must be many, so that all threads end together. */
 #define BLOCKS_PER_ITEM_MAX 32u
-#define ITEMS_MIN 512u
+#define ITEMS_MIN 128u
 
 typedef struct update_job {
   const flap_cpu_vector *vector;
