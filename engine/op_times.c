@@ -11,7 +11,7 @@
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
 #define MEASURE_NS ((uint64_t)120000000) /* per operation; the second half counts, when clocks have settled */
 #define ROUNDS_MAX 4096
-#define HOST_ELEMENTS ((uint64_t)1 << 24)
+#define HOST_ELEMENTS ((uint64_t)3 << 24) /* 0.7 GB with bf16: more than a server's caches */
 #define HOST_ROUNDS 5
 #define PATTERN_BYTES FLAP_MIB
 
@@ -416,7 +416,7 @@ static flap_status time_host(const flap_op_times_spec *spec, flap_host_optimizer
   int32_t fault = 0;
   unsigned char *memory = aligned_alloc(4096, states + weights + gradient);
   uint8_t *decay = calloc(HOST_ELEMENTS / FLAP_OPS_BLOCK / 8, 1);
-  uint64_t best_ns = UINT64_MAX;
+  uint64_t times_ns[HOST_ROUNDS];
   if (memory == NULL || decay == NULL) {
     free(memory);
     free(decay);
@@ -436,11 +436,14 @@ static flap_status time_host(const flap_op_times_spec *spec, flap_host_optimizer
     const uint64_t started_ns = flap_units_now_ns();
     flap_update_on_host(optimizer, &usual_scalars, &update);
     const uint64_t ns = flap_units_now_ns() - started_ns;
-    best_ns = ns < best_ns ? ns : best_ns;
+    int at = round;
+    for (; at > 0 && times_ns[at - 1] > ns; at--)
+      times_ns[at] = times_ns[at - 1];
+    times_ns[at] = ns;
   }
   free(memory);
   free(decay);
-  *ns_out = (double)best_ns / HOST_ELEMENTS;
+  *ns_out = (double)times_ns[HOST_ROUNDS / 2] / HOST_ELEMENTS; /* the median */
   return FLAP_OK;
 }
 

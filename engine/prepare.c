@@ -208,6 +208,15 @@ static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
   return FLAP_OK;
 }
 
+static void log_times(const flap_op_times *t) {
+  flap_log(FLAP_LOG_DEBUG,
+           "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f), head %.3f (first %.3f), "
+           "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f, rounding %.4f",
+           (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6, (double)t->backward_ns * 1e-6,
+           (double)t->backward_fresh_ns * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
+           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host_ns, t->store_ns);
+}
+
 /* A card here times the run's own layer, after it has tuned its products; where that cannot be, rates must do. */
 static flap_status give_times(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
@@ -226,6 +235,7 @@ static flap_status give_times(flap_prepared *p) {
         flap_op_times_measure_cuda(&of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times);
     if (status == FLAP_OK) {
       flap_matmul_choice_keep(&p->matmuls);
+      log_times(&p->times);
       return FLAP_OK;
     }
     if (status != FLAP_BUDGET)
