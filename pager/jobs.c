@@ -1,11 +1,11 @@
 /* Jobs: work of the host's cores on regions that live in RAM.
  *
  * A job stands in the program's list of leases like any other use of its regions, so what was changed before it is home
- * when it begins, and what comes behind it sees what it changed. Only the oldest job is looked at: jobs run in their
- * order, one at a time. In real time a thread of their own runs them, without the lock; with a virtual clock their end
- * is an event.
+ * when it begins, and what comes behind it sees what it changed. Jobs run in their order, one at a time. In real time a
+ * thread of their own runs them, and goes from one to the next without the pager's lock; with a virtual clock the end
+ * of each is an event.
  *
- *   queued ──pager_jobs_start──► running ──finish──► done
+ *   queued ──pager_jobs_start──► started ──job_thread──► run ──pager_jobs_collect──► done
  */
 #include "pager/pager_internal.h"
 
@@ -14,8 +14,8 @@
 #include <signal.h>
 #include <stdatomic.h>
 
-static pager_job *oldest(const flap_pager *pager) {
-  return &pager->jobs[pager->jobs_done % pager->jobs_room];
+static pager_job *job_at(const flap_pager *pager, uint64_t number) {
+  return &pager->jobs[number % pager->jobs_room];
 }
 
 static const flap_lease *lease_of(const flap_pager *pager, const pager_job *job, uint32_t i, uint32_t *index_out) {
@@ -32,12 +32,14 @@ static bool is_home(const flap_pager *pager, const pager_region *region) {
   return true;
 }
 
+/* Changes of jobs that were started before count as over: it runs behind them. */
 static bool is_ready(flap_pager *pager, const pager_job *job) {
   for (uint32_t i = 0; i < job->count; i++) {
     uint32_t index;
     const flap_lease *what = lease_of(pager, job, i, &index);
     const pager_region *region = &pager->regions[what->region];
-    if (region->changes_released != pager->leases[index].change || region->loading > 0 || !is_home(pager, region))
+    if (region->changes_released + region->changes_started != pager->leases[index].change || region->loading > 0 ||
+        !is_home(pager, region))
       return false;
     if (!region->holds)
       pager_mistake(pager, "a job takes region %u, which holds nothing", what->region);
@@ -45,15 +47,50 @@ static bool is_ready(flap_pager *pager, const pager_job *job) {
   return true;
 }
 
+static void end_event(void *context) {
+  flap_pager *pager = context;
+  const uint64_t ran = atomic_load(&pager->jobs_ran);
+  job_at(pager, ran)->ended_ns = flap_clock_now_ns(pager->clock);
+  atomic_store(&pager->jobs_ran, ran + 1);
+  pager_ring_bell(pager);
+}
+
+/* With a virtual clock the next one begins when the pump sees the one before over. */
+static void run_on_clock(flap_pager *pager, pager_job *job) {
+  job->started_ns = pager_now_ns(pager);
+  flap_clock_schedule(pager->clock, job->started_ns + job->job.ns, end_event, pager);
+}
+
+bool pager_jobs_start(flap_pager *pager) {
+  uint64_t started = pager->jobs_started;
+  while (started < pager->jobs_queued && (!pager->clock || started == pager->jobs_done)) {
+    pager_job *job = job_at(pager, started);
+    if (!is_ready(pager, job))
+      break;
+    uint32_t index;
+    for (uint32_t i = 0; i < job->count; i++)
+      pager->regions[lease_of(pager, job, i, &index)->region].changes_started++;
+    if (pager->clock)
+      run_on_clock(pager, job);
+    started++;
+  }
+  if (started == pager->jobs_started)
+    return false;
+  pthread_mutex_lock(&pager->job_lock);
+  pager->jobs_started = started;
+  pthread_cond_signal(&pager->job_wake);
+  pthread_mutex_unlock(&pager->job_lock);
+  return true;
+}
+
 /* The bytes of its regions are what the job made of them. */
-static void finish(flap_pager *pager) {
-  const pager_job *job = oldest(pager);
-  const uint64_t now_ns = pager_now_ns(pager);
+static void finish(flap_pager *pager, const pager_job *job) {
   uint64_t bytes = 0;
   uint32_t index;
   for (uint32_t i = 0; i < job->count; i++) {
     const flap_lease *what = lease_of(pager, job, i, &index);
     pager_region *region = &pager->regions[what->region];
+    region->changes_started--;
     region->changes_released++;
     region->holds = pager_stores(what->mode);
     bytes += pager_job_bytes(what);
@@ -62,33 +99,18 @@ static void finish(flap_pager *pager) {
   pager->programs[job->program].released += job->count;
   pager->programs[job->program].in_jobs -= job->count;
   pager->stats.bytes[FLAP_LANE_HOST] += bytes;
-  pager->stats.busy_ns[FLAP_LANE_HOST] += now_ns - pager->job_started_ns;
+  pager->stats.busy_ns[FLAP_LANE_HOST] += job->ended_ns - job->started_ns;
   if (pager->trace)
-    pager->trace(pager->trace_context, FLAP_LANE_HOST, lease_of(pager, job, 0, &index)->region, pager->job_started_ns,
-                 now_ns, bytes);
-  pager->job_running = false;
-  pager->jobs_done++;
-  pager_ring_bell(pager);
+    pager->trace(pager->trace_context, FLAP_LANE_HOST, lease_of(pager, job, 0, &index)->region, job->started_ns,
+                 job->ended_ns, bytes);
 }
 
-static void end_event(void *context) {
-  flap_pager *pager = context;
-  pthread_mutex_lock(&pager->lock);
-  finish(pager);
-  pthread_mutex_unlock(&pager->lock);
-}
-
-bool pager_jobs_start(flap_pager *pager) {
-  if (pager->job_running || pager->jobs_done == pager->jobs_queued || !is_ready(pager, oldest(pager)))
+bool pager_jobs_collect(flap_pager *pager) {
+  const uint64_t ran = atomic_load(&pager->jobs_ran);
+  if (pager->jobs_done == ran)
     return false;
-  pager->job_running = true;
-  pager->job_started_ns = pager_now_ns(pager);
-  if (pager->clock) {
-    flap_clock_schedule(pager->clock, pager->job_started_ns + oldest(pager)->job.ns, end_event, pager);
-    return true;
-  }
-  atomic_fetch_add(&pager->wanted, 1); /* the job's thread gets the lock before the next round */
-  pthread_cond_signal(&pager->job_wake);
+  for (; pager->jobs_done < ran; pager->jobs_done++)
+    finish(pager, job_at(pager, pager->jobs_done));
   return true;
 }
 
@@ -117,32 +139,32 @@ void flap_pager_run_job(flap_pager *pager, uint32_t first, uint32_t count, const
 
 /* ---- the thread ----------------------------------------------------------------------------------------- */
 
-static void run_oldest(flap_pager *pager) {
-  const pager_job job = *oldest(pager);
+static void run(flap_pager *pager, pager_job *job) {
   void *memory[FLAP_PAGER_JOB_LEASES_MAX] = {NULL};
   uint32_t index;
-  for (uint32_t i = 0; i < job.count; i++)
-    memory[i] = pager->regions[lease_of(pager, &job, i, &index)->region].home;
-  pthread_mutex_unlock(&pager->lock);
-  if (job.job.run)
-    job.job.run(job.job.context, memory);
-  pager_enter(pager);
-  finish(pager);
+  for (uint32_t i = 0; i < job->count; i++)
+    memory[i] = pager->regions[lease_of(pager, job, i, &index)->region].home;
+  job->started_ns = pager_now_ns(pager);
+  if (job->job.run)
+    job->job.run(job->job.context, memory);
+  job->ended_ns = pager_now_ns(pager);
 }
 
+/* What a job is about does not change between its start and its end, nor does the list of its program's leases. */
 static void *job_thread(void *context) {
   flap_pager *pager = context;
-  pthread_mutex_lock(&pager->lock);
-  for (;;) {
-    while (!pager->job_running && !pager->job_stop)
-      pthread_cond_wait(&pager->job_wake, &pager->lock);
-    if (!pager->job_running)
-      break;
-    pager_entered(pager);
-    run_oldest(pager);
+  for (uint64_t number = 0;; number++) {
+    pthread_mutex_lock(&pager->job_lock);
+    while (pager->jobs_started == number && !pager->job_stop)
+      pthread_cond_wait(&pager->job_wake, &pager->job_lock);
+    const bool stop = pager->job_stop;
+    pthread_mutex_unlock(&pager->job_lock);
+    if (stop)
+      return NULL;
+    run(pager, job_at(pager, number));
+    atomic_store(&pager->jobs_ran, number + 1);
+    pager_ring_bell(pager);
   }
-  pthread_mutex_unlock(&pager->lock);
-  return NULL;
 }
 
 /* Signals are for the threads of the program. */
@@ -163,12 +185,10 @@ flap_status pager_jobs_open(flap_pager *pager) {
 void pager_jobs_close(flap_pager *pager) {
   if (!pager->job_thread_started)
     return;
-  pager_enter(pager);
-  if (pager->error == FLAP_OK)
-    pager->error = FLAP_CLOSED; /* nothing new starts */
+  pthread_mutex_lock(&pager->job_lock);
   pager->job_stop = true;
   pthread_cond_signal(&pager->job_wake);
-  pthread_mutex_unlock(&pager->lock);
+  pthread_mutex_unlock(&pager->job_lock);
   pthread_join(pager->job_thread, NULL);
   pager->job_thread_started = false;
 }

@@ -70,6 +70,7 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pthread_mutex_init(&pager->lock, NULL);
   pthread_cond_init(&pager->engine_wake, NULL);
   pthread_cond_init(&pager->let_in, NULL);
+  pthread_mutex_init(&pager->job_lock, NULL);
   pthread_cond_init(&pager->job_wake, NULL);
   pthread_mutex_init(&pager->bell_lock, NULL);
   pthread_cond_init(&pager->bell, NULL);
@@ -174,7 +175,8 @@ fail:
 }
 
 static bool nothing_under_way(const flap_pager *pager) {
-  if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired || pager->job_running)
+  if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired ||
+      pager->jobs_done != pager->jobs_started)
     return false;
   for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
     if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_WRITING)
@@ -213,6 +215,7 @@ void flap_pager_close(flap_pager *pager) {
   pthread_mutex_destroy(&pager->bell_lock);
   pthread_cond_destroy(&pager->engine_wake);
   pthread_cond_destroy(&pager->let_in);
+  pthread_mutex_destroy(&pager->job_lock);
   pthread_cond_destroy(&pager->job_wake);
   pthread_mutex_destroy(&pager->lock);
   free(pager->owned_table);

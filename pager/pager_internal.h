@@ -45,6 +45,7 @@ typedef struct pager_region {
   uint32_t first_page;       /* in the page table */
   uint32_t changes_queued;   /* leases that change it, as of the last begin (wraps) */
   uint32_t changes_released; /* those of them that were unpinned (wraps) */
+  uint32_t changes_started;  /* by jobs that were started and are not done */
   uint32_t loading;          /* H2D copies out of its home that are under way */
   bool holds;                /* after all of the unpinned leases, there are bytes */
   bool pinned;
@@ -141,6 +142,7 @@ typedef struct pager_job {
   flap_pager_job job;
   uint32_t first_lease, count; /* in pager->leases */
   uint32_t program;            /* in pager->programs */
+  uint64_t started_ns, ended_ns;
 } pager_job;
 
 typedef struct pager_copy {
@@ -216,17 +218,20 @@ struct flap_pager {
   pager_lane h2d, d2h;
   bool submitted; /* requests since the last flush */
   uint64_t jobs_queued, jobs_done;
-  bool job_running; /* the oldest one that is not done */
-  uint64_t job_started_ns;
-  pthread_cond_t job_wake; /* the job thread's: a job may run, or stop */
-  bool job_stop;
-  pthread_t job_thread;
-  bool job_thread_started;
   flap_status error;
   char message[PAGER_MESSAGE_BYTES];
   flap_pager_stats stats;
   uint64_t disk_ns[2];    /* sums of request times: read, write */
   uint64_t at_rest_ns[2]; /* copy time of fill and drain: H2D, D2H */
+
+  /* The thread of jobs: a lock of its own, under which nothing is called. */
+  pthread_mutex_t job_lock;
+  pthread_cond_t job_wake; /* jobs_started grew, or job_stop */
+  uint64_t jobs_started;   /* under job_lock; written by the pump alone */
+  bool job_stop;
+  _Atomic uint64_t jobs_ran; /* of those started; the thread's, or the clock's */
+  pthread_t job_thread;
+  bool job_thread_started;
 
   /* The bell of the transfer thread: a lock of its own, under which nothing is called, because it is rung from inside
    * the device and the block files. */
@@ -319,8 +324,10 @@ bool pager_staging_check(flap_pager *pager);
 
 /* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
 
-/* Lets the oldest job run once its regions are home and no copy reads them. */
+/* Lets jobs run, in their order, whose regions are home and read by no copy. */
 bool pager_jobs_start(flap_pager *pager);
+/* Looks after those that have run. */
+bool pager_jobs_collect(flap_pager *pager);
 flap_status pager_jobs_open(flap_pager *pager);
 /* Without the lock. The job that runs is waited for; those behind it never run. */
 void pager_jobs_close(flap_pager *pager);
@@ -332,8 +339,6 @@ void pager_pump(flap_pager *pager);
 /* Takes the lock on the engine's or the jobs' thread. The pump goes on for as long as anything moves, which with both
  * copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
 void pager_enter(flap_pager *pager);
-/* Somebody who counted itself in `wanted` has the lock. */
-void pager_entered(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
 void pager_ring_bell(void *context);
 /* Waits on the engine thread until ready(argument) or until the pager has failed. */

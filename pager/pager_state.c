@@ -49,7 +49,7 @@ static void dump_job(const flap_pager *pager) {
     return;
   const pager_job *job = &pager->jobs[pager->jobs_done % pager->jobs_room];
   flap_log(FLAP_LOG_ERROR, "  jobs: %llu of %llu done, the next one %s", (unsigned long long)pager->jobs_done,
-           (unsigned long long)pager->jobs_queued, pager->job_running ? "running" : "waits");
+           (unsigned long long)pager->jobs_queued, pager->jobs_started > pager->jobs_done ? "runs" : "waits");
   for (uint32_t i = 0; i < job->count; i++) {
     const uint32_t index = job->first_lease + i;
     const flap_lease *what = &pager->programs[job->program].leases[index % pager->leases_max];

@@ -26,7 +26,7 @@ static void flush(flap_pager *pager) {
   pager->submitted = false;
 }
 
-void pager_entered(flap_pager *pager) {
+static void entered(flap_pager *pager) {
   if (atomic_fetch_sub(&pager->wanted, 1) == 1)
     pthread_cond_signal(&pager->let_in);
 }
@@ -34,7 +34,7 @@ void pager_entered(flap_pager *pager) {
 void pager_enter(flap_pager *pager) {
   atomic_fetch_add(&pager->wanted, 1);
   pthread_mutex_lock(&pager->lock);
-  pager_entered(pager);
+  entered(pager);
 }
 
 /* A mutex that is given back and taken again at once goes to the thread that never slept: so this one sleeps. */
@@ -51,6 +51,7 @@ void pager_pump(flap_pager *pager) {
     progress = pager_lane_retire(pager, &pager->h2d);
     progress |= pager_lane_retire(pager, &pager->d2h);
     progress |= pager_disk_poll(pager);
+    progress |= pager_jobs_collect(pager);
     if (pager->error == FLAP_OK) {
       progress |= pager_rings_release(pager);
       progress |= pager_stores_issue(pager);
@@ -195,5 +196,5 @@ void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument
   pager->wait.sleeping = true;
   while (pager->wait.ready)
     pthread_cond_wait(&pager->engine_wake, &pager->lock);
-  pager_entered(pager);
+  entered(pager);
 }

@@ -43,6 +43,8 @@ static void on_planned(void *context, const flap_plan *plan, const char *disk_ba
           flap_text_bytes(plan->vram_budget).text, flap_text_bytes(plan->ram_bytes).text,
           flap_text_bytes(plan->ram_budget).text, flap_text_bytes(plan->disk_bytes).text,
           flap_text_bytes(plan->disk_budget).text, disk_backend ? disk_backend : "none");
+  fprintf(progress->out, "expected %s a step, %s tokens/s\n", flap_text_seconds(plan->step_seconds).text,
+          flap_text_rate(plan->tokens_per_second).text);
   (void)fflush(progress->out);
 }
 
@@ -159,9 +161,10 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
     print_peaks(out, plan, &result->peaks);
     if (result->median_step_seconds > 0) {
       print_lanes(out, plan, result->steady_lane_bytes);
-      fprintf(out, "\nmedian step %s, bound %s (%s): %s of the bound reached\n",
-              flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->bound_seconds).text,
-              flap_print_bound_lane(plan), flap_text_percent(plan->bound_seconds, result->median_step_seconds).text);
+      fprintf(out, "\nmedian step %s, expected %s, bound %s (%s): %s of the bound reached\n",
+              flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->step_seconds).text,
+              flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
+              flap_text_percent(plan->bound_seconds, result->median_step_seconds).text);
     }
   }
   if (result->checkpoint[0])
