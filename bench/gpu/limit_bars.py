@@ -22,13 +22,14 @@ import cuda_bars  # noqa: E402
 
 SEVEN_B = "qwen2.5-7b --batch 4 --sequence 2048 --steps 5 --ram 112GiB"
 EIGHT_B = "llama3-8b --sequence 2048 --steps 5 --ram 112GiB"
-THREE_B = "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB"
+THREE_B = "3b --batch 4 --sequence 2048 --micro-batches 16 --steps 4 --ram 100GiB"
 ROWS = {
     "3b-72": f"{THREE_B} --vram 72GiB",
     "3b-72-recompute": f"{THREE_B} --vram 72GiB activations=recompute",
     "3b-24": f"{THREE_B} --vram 24GiB",
     "3b-12": f"{THREE_B} --vram 12GiB",
     "3b-8": f"{THREE_B} --vram 8GiB",
+    "3b-24-32k": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB --vram 24GiB",
     "7b-24": f"{SEVEN_B} --vram 24GiB --micro-batches 32",
     "7b-24-8bit": f"{SEVEN_B} --vram 24GiB --micro-batches 32 optim=adamw_8bit",
     "7b-24-65k": f"{SEVEN_B} --vram 24GiB --micro-batches 8",
