@@ -362,7 +362,8 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
         costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
-    if (costs->step_seconds <= 0 || costs_here.step_seconds < costs->step_seconds * 0.9999) {
+    const double wanted = list[i].s.host > best->s.host ? PLANNER_HOST_GAIN : 0.9999;
+    if (costs->step_seconds <= 0 || costs_here.step_seconds < costs->step_seconds * wanted) {
       *best = list[i];
       *costs = costs_here;
     }

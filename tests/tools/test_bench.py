@@ -194,7 +194,7 @@ class Bench(unittest.TestCase):
         self.assertEqual({section["group"] for section in found.values()}, {"plan", "gpu", "host", "disk"})
         lanes = found["plan_lanes"]["rows"]
         self.assertEqual([row["label"].split(":")[0] for row in lanes],
-                         ["compute", "h2d", "d2h", "disk_read", "disk_write"])
+                         ["compute", "h2d", "d2h", "disk_read", "disk_write", "host"])
 
         with open(self.path("profile.json")) as file:
             profile = json.load(file)

@@ -127,7 +127,7 @@ class Program(unittest.TestCase):
         self.assertEqual(sorted(plan), sorted(fields + ["moments"]))  # which follows from optim
         self.assertEqual(plan["tokens_per_step"], 2048)
         self.assertEqual(plan["lane_bytes"], {"h2d": 70000000, "d2h": 70000001, "disk_read": 70000002,
-                                              "disk_write": 70000003})
+                                              "disk_write": 70000003, "host": 70000004})
         self.assertEqual(plan["classes"]["states"]["bytes"], 1000002)
         self.assertEqual(plan["disk_sizes"], [100000000])
         self.assertEqual((plan["saved_layers"], plan["saved_tensors"], plan["saved_whole"]), (6, "attention, lse", False))
