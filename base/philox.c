@@ -3,7 +3,6 @@
 
 #include "base/assert.h"
 
-#include <math.h>
 
 __extension__ typedef unsigned __int128 uint128;
 
@@ -60,37 +59,6 @@ float flap_philox_uniform(const flap_philox *stream, uint64_t index) {
 
 static uint64_t join(uint32_t low, uint32_t high) {
   return (uint64_t)high << 32 | low;
-}
-
-/* Box-Muller: radius and angle of the pair of elements that share a block. */
-static void draw_pair(const flap_philox *stream, uint64_t pair, double *radius_out, double *angle_out) {
-  uint32_t words[4];
-  flap_philox_block(stream, pair, words);
-  /* (0, 1] for the logarithm, [0, 1) for the angle; 53 bits each. */
-  double u = (double)((join(words[0], words[1]) >> 11) + 1) * 0x1p-53;
-  double v = (double)(join(words[2], words[3]) >> 11) * 0x1p-53;
-  *radius_out = sqrt(-2.0 * log(u));
-  *angle_out = 6.283185307179586476925 * v;
-}
-
-float flap_philox_normal(const flap_philox *stream, uint64_t index) {
-  double radius, angle;
-  draw_pair(stream, index / 2, &radius, &angle);
-  return (float)(radius * (index % 2 == 0 ? cos(angle) : sin(angle)));
-}
-
-void flap_philox_normals(const flap_philox *stream, uint64_t first, uint64_t count, float *values_out) {
-  uint64_t i = 0;
-  if (count > 0 && first % 2 == 1)
-    values_out[i++] = flap_philox_normal(stream, first);
-  for (; i + 1 < count; i += 2) {
-    double radius, angle;
-    draw_pair(stream, (first + i) / 2, &radius, &angle);
-    values_out[i] = (float)(radius * cos(angle));
-    values_out[i + 1] = (float)(radius * sin(angle));
-  }
-  if (i < count)
-    values_out[i] = flap_philox_normal(stream, first + i);
 }
 
 uint64_t flap_philox_below(const flap_philox *stream, uint64_t index, uint64_t bound) {
