@@ -139,6 +139,7 @@ static void host_adamw(flap_executor *x, const flap_op *op) {
   const bool runs = (x->mode == FLAP_EXECUTE || x->mode == FLAP_EXECUTE_UPDATE) && !x->skips;
   if (x->times != NULL) {
     job.ns = flap_op_times_of(x->times, x->layout, op);
+    job.beside_copies_ns = flap_op_times_beside_copies(x->times, x->layout, op);
   } else if (runs) {
     flap_assert(x->has_update);
     x->host.jobs[op->index] = (flap_host_job){.executor = x, .slice = op->index};

@@ -3,6 +3,7 @@
 #include "base/assert.h"
 #include "base/philox.h"
 #include "base/units.h"
+#include "engine/host_times.h"
 #include "engine/update.h"
 
 #include <stdlib.h>
@@ -11,8 +12,6 @@
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
 #define MEASURE_NS ((uint64_t)120000000) /* per operation; the second half counts, when clocks have settled */
 #define ROUNDS_MAX 4096
-#define HOST_ELEMENTS ((uint64_t)3 << 24) /* 0.7 GB with bf16: more than a server's caches */
-#define HOST_ROUNDS 5
 #define PATTERN_BYTES FLAP_MIB
 
 static const flap_adamw usual_scalars = {.learning_rate = 1e-6f,
@@ -380,6 +379,16 @@ static uint64_t needed_bytes(const flap_op_times_spec *spec, bench_parts parts, 
   return flap_units_round_up(arena.bytes_used, 4096);
 }
 
+/* Copies pass through the memory of what was timed before. */
+static flap_status time_host(bench *b, void *vram, void **pinned_out, flap_op_times *times) {
+  *pinned_out = aligned_alloc(4096, FLAP_HOST_TIMES_COPY_BYTES);
+  if (*pinned_out == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
+  memset(*pinned_out, 0, FLAP_HOST_TIMES_COPY_BYTES);
+  FLAP_TRY(flap_device_pin_host(b->device, *pinned_out, FLAP_HOST_TIMES_COPY_BYTES));
+  return flap_host_times_measure(b->spec, b->device, vram, *pinned_out, times);
+}
+
 /* Opens the device of `config`, times everything (times_out NULL: only runs the products of some parts), and closes.
  * `kind`: whose workspaces are taken. */
 static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, const flap_device_config *config,
@@ -387,6 +396,7 @@ static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, con
   bench b = {.spec = spec, .parts = parts, .clock = config->clock};
   flap_arena arena;
   uint64_t bytes = 0;
+  void *pinned = NULL;
   flap_status status = flap_device_open(config, &b.device);
   FLAP_TRY(status);
   void *memory = flap_device_arena(b.device, &bytes);
@@ -400,77 +410,14 @@ static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, con
   if (flap_device_has_bytes(b.device))
     FLAP_TRY_GOTO(status, fill_all(&b));
   FLAP_TRY_GOTO(status, times_out != NULL ? time_all(&b, times_out) : run_products(&b));
+  if (times_out != NULL && spec->training && kind == FLAP_DEVICE_CUDA)
+    FLAP_TRY_GOTO(status, time_host(&b, memory, &pinned, times_out));
 fail:
   free(b.decay);
   flap_ops_close(b.ops);
   flap_device_close(b.device);
+  free(pinned); /* it was unpinned with the device */
   return status;
-}
-
-/* ---- on the host ----------------------------------------------------------------------------------------- */
-
-/* Of an update of one element: states and weight read and written, the gradient read. */
-static double host_bytes(const flap_op_times_spec *spec, flap_part part) {
-  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
-  const double states = (double)flap_layout_state_bytes(&format, FLAP_OPS_BLOCK) / FLAP_OPS_BLOCK;
-  return 2 * (states + (double)flap_dtype_bytes(spec->shape.dtype)) + (double)flap_dtype_bytes(spec->gradient_dtype);
-}
-
-/* Arrays of a slice's update in ordinary memory, too large for caches. */
-static flap_status time_host(const flap_op_times_spec *spec, flap_host_optimizer *optimizer, flap_part part,
-                             double *ns_out) {
-  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
-  const uint64_t states = flap_units_round_up(flap_layout_state_bytes(&format, HOST_ELEMENTS), 4096),
-                 weights = HOST_ELEMENTS * flap_dtype_bytes(spec->shape.dtype),
-                 gradient = HOST_ELEMENTS * flap_dtype_bytes(spec->gradient_dtype);
-  int32_t fault = 0;
-  unsigned char *memory = aligned_alloc(4096, states + weights + gradient);
-  uint8_t *decay = calloc(HOST_ELEMENTS / FLAP_OPS_BLOCK / 8, 1);
-  uint64_t times_ns[HOST_ROUNDS];
-  if (memory == NULL || decay == NULL) {
-    free(memory);
-    free(decay);
-    return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
-  }
-  memset(memory, 0, states + weights + gradient);
-  const flap_update update = {.weight_dtype = spec->shape.dtype,
-                              .gradient_dtype = spec->gradient_dtype,
-                              .format = &format,
-                              .elements = HOST_ELEMENTS,
-                              .states = memory,
-                              .weights = memory + states,
-                              .gradient = memory + states + weights,
-                              .decay_blocks = decay,
-                              .fault = &fault};
-  for (int round = 0; round < HOST_ROUNDS; round++) {
-    const uint64_t started_ns = flap_units_now_ns();
-    flap_update_on_host(optimizer, &usual_scalars, &update);
-    const uint64_t ns = flap_units_now_ns() - started_ns;
-    int at = round;
-    for (; at > 0 && times_ns[at - 1] > ns; at--)
-      times_ns[at] = times_ns[at - 1];
-    times_ns[at] = ns;
-  }
-  free(memory);
-  free(decay);
-  *ns_out = (double)times_ns[HOST_ROUNDS / 2] / HOST_ELEMENTS; /* the median */
-  return FLAP_OK;
-}
-
-static flap_status measure_host(const flap_op_times_spec *spec, flap_op_times *times) {
-  flap_host_optimizer *optimizer = NULL;
-  FLAP_TRY(flap_host_optimizer_open(flap_update_host_threads(spec->threads), &optimizer));
-  flap_status status = time_host(spec, optimizer, FLAP_PART_LAYER, &times->host_ns);
-  times->host_embedding_ns = times->host_ns;
-  if (status == FLAP_OK && flap_layout_has_codes(spec->optim, FLAP_PART_LAYER))
-    status = time_host(spec, optimizer, FLAP_PART_EMBEDDING, &times->host_embedding_ns);
-  flap_host_optimizer_close(optimizer);
-  return status;
-}
-
-static void host_from_rate(const flap_op_times_spec *spec, double rate, flap_op_times *times) {
-  times->host_ns = host_bytes(spec, FLAP_PART_LAYER) / rate * 1e9;
-  times->host_embedding_ns = host_bytes(spec, FLAP_PART_EMBEDDING) / rate * 1e9;
 }
 
 flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
@@ -485,24 +432,24 @@ flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_
   const flap_status status = run_on(spec, PARTS_ALL, &config, FLAP_DEVICE_SIM, times_out);
   flap_clock_close(clock);
   if (spec->training)
-    host_from_rate(spec, machine->host_bytes, times_out);
+    flap_host_times_from_rate(spec, machine->host_bytes, times_out);
   return status;
 }
 
 static flap_status run_on_cuda(const flap_op_times_spec *spec, bench_parts parts, uint64_t overhead_bytes,
                                uint64_t vram_bytes, flap_op_times *times_out) {
-  const uint64_t needed = needed_bytes(spec, parts, FLAP_DEVICE_CUDA);
+  const uint64_t taken = needed_bytes(spec, parts, FLAP_DEVICE_CUDA);
+  const uint64_t needed = taken > FLAP_HOST_TIMES_COPY_BYTES ? taken : FLAP_HOST_TIMES_COPY_BYTES;
   if (needed > vram_bytes || overhead_bytes > vram_bytes - needed)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
-  const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = 2};
+  const flap_device_config config = {
+      .kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = FLAP_HOST_TIMES_EVENTS};
   return run_on(spec, parts, &config, FLAP_DEVICE_CUDA, times_out);
 }
 
 flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes,
                                        flap_op_times *times_out) {
   FLAP_TRY(run_on_cuda(spec, PARTS_ALL, overhead_bytes, vram_bytes, times_out));
-  if (spec->training)
-    FLAP_TRY(measure_host(spec, times_out));
   times_out->measured = true;
   return FLAP_OK;
 }
@@ -521,6 +468,15 @@ uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {
 
 static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t elements) {
   return t->launch_ns + (uint64_t)(element_ns * (double)elements);
+}
+
+static const flap_host_ns *host_of(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
+  const flap_layout_slice *slice = &layout->slices[op->index];
+  return layout->parts[slice->part].kind == FLAP_PART_EMBEDDING ? &t->host_embedding : &t->host;
+}
+
+uint64_t flap_op_times_beside_copies(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
+  return (uint64_t)(host_of(t, layout, op)->beside_copies * (double)layout->slices[op->index].elements);
 }
 
 uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
@@ -546,11 +502,8 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
     const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;
     return per_element(t, embedding ? t->adamw_embedding_ns : t->adamw_ns, slice->elements);
   }
-  case FLAP_OP_HOST_ADAMW: {
-    const flap_layout_slice *slice = &layout->slices[op->index];
-    const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;
-    return (uint64_t)((embedding ? t->host_embedding_ns : t->host_ns) * (double)slice->elements);
-  }
+  case FLAP_OP_HOST_ADAMW:
+    return (uint64_t)(host_of(t, layout, op)->alone * (double)layout->slices[op->index].elements);
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:
   case FLAP_OP_NORM:

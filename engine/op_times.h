@@ -16,6 +16,11 @@
 extern "C" {
 #endif
 
+/* Of an update by the host's cores, per element. */
+typedef struct flap_host_ns {
+  double alone, beside_copies; /* while nothing else uses the host's memory; while copies go both ways */
+} flap_host_ns;
+
 typedef struct flap_op_times {
   bool measured; /* on the device; else from rates */
   /* of one micro-batch; recompute: of everything, and of what a set of saved tensors does not keep */
@@ -28,7 +33,7 @@ typedef struct flap_op_times {
   uint64_t launch_ns;                  /* of an operation on a slice, beside its elements */
   double store_ns, zero_ns;            /* per element of a slice; per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
-  double host_ns, host_embedding_ns;   /* likewise, by the host's cores */
+  flap_host_ns host, host_embedding;   /* likewise, by the host's cores */
 } flap_op_times;
 
 typedef struct flap_op_times_spec {
@@ -58,6 +63,8 @@ FLAP_CHECKED flap_status flap_op_times_tune_cuda(const flap_op_times_spec *spec,
 /* Of an operation of a program of this layout. 0 for what computes nothing, and for decoding, whose cost depends on the
  * position. */
 uint64_t flap_op_times_of(const flap_op_times *times, const flap_layout *layout, const flap_op *op);
+/* Of an update of a slice by the host's cores, FLAP_OP_HOST_ADAMW, while copies go both ways. */
+uint64_t flap_op_times_beside_copies(const flap_op_times *times, const flap_layout *layout, const flap_op *op);
 /* Of computing again what is not kept with a mask; that of a mask which is no set of the family's is not known, and
  * taken for that of everything. */
 uint64_t flap_op_times_recompute(const flap_op_times *times, uint32_t mask);

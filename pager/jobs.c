@@ -57,8 +57,10 @@ static void end_event(void *context) {
 
 /* With a virtual clock the next one begins when the pump sees the one before over. */
 static void run_on_clock(flap_pager *pager, pager_job *job) {
+  const bool copies = pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired;
   job->started_ns = pager_now_ns(pager);
-  flap_clock_schedule(pager->clock, job->started_ns + job->job.ns, end_event, pager);
+  flap_clock_schedule(pager->clock, job->started_ns + (copies ? job->job.beside_copies_ns : job->job.ns), end_event,
+                      pager);
 }
 
 bool pager_jobs_start(flap_pager *pager) {

@@ -153,7 +153,8 @@ typedef void (*flap_pager_job_fn)(void *context, void *const memory[]);
 typedef struct flap_pager_job {
   flap_pager_job_fn run;
   void *context; /* until the job is over */
-  uint64_t ns;   /* with a virtual clock: what it takes; run is not called then */
+  /* With a virtual clock: what it takes, and what while copies go on as it begins; run is not called then. */
+  uint64_t ns, beside_copies_ns;
 } flap_pager_job;
 /* Hands over a job with leases [first, first + count) of the oldest program, in the place of their pins and unpins, and
  * does not wait for it. The leases of its regions before it must be unpinned, and it counts as unpinned for those

@@ -586,7 +586,8 @@ static void sim_act(const test_case *c, flap_pager *pager, action a) {
     flap_pager_unpin(pager, a.index);
     break;
   case ACTION_JOB:
-    flap_pager_run_job(pager, a.index, a.count, &(flap_pager_job){.ns = 1000 * (1 + c->seed % 7 * a.index)});
+    flap_pager_run_job(pager, a.index, a.count,
+                       &(flap_pager_job){.ns = 1000 * (1 + c->seed % 7 * a.index), .beside_copies_ns = 1500});
     break;
   case ACTION_END:
     ck_assert_int_eq(flap_pager_end(pager), FLAP_OK);

@@ -98,7 +98,8 @@ static unsigned char *pin(rig *r, uint32_t lease) {
 /* One step: the weights are `weights` in both passes, and the next gradient is `gradient`. */
 static void run_step(rig *r, unsigned char weights, unsigned char gradient) {
   must(flap_pager_begin(r->pager, step, LEASES));
-  flap_pager_run_job(r->pager, 0, 3, &(flap_pager_job){.run = update, .context = r, .ns = 5000});
+  flap_pager_run_job(r->pager, 0, 3,
+                     &(flap_pager_job){.run = update, .context = r, .ns = 5000, .beside_copies_ns = 5000});
   for (uint32_t lease = 3; lease < 5; lease++) {
     const unsigned char *here = pin(r, lease);
     for (uint64_t i = 0; r->clock == NULL && i < BYTES; i++)

@@ -1,0 +1,30 @@
+/* What the optimizer takes on the host's cores: measured, alone and beside copies.
+ *
+ * Folder-private, but for tests. While the host updates what lives in RAM, the device's copies read and write the same
+ * memory, and each slows the other down; so a plan for this machine knows both times.
+ */
+#ifndef FLAP_ENGINE_HOST_TIMES_H
+#define FLAP_ENGINE_HOST_TIMES_H
+
+#include "engine/op_times.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLAP_HOST_TIMES_COPY_BYTES (32 * FLAP_MIB)
+#define FLAP_HOST_TIMES_EVENTS 4
+
+/* Fills in times->host and host_embedding. Copies go both ways between `vram`, memory of the device that nobody else
+ * uses, and `pinned`, memory of the host that was pinned with it: FLAP_HOST_TIMES_COPY_BYTES each. The device has its
+ * first FLAP_HOST_TIMES_EVENTS events to spare. Takes about 0.7 GB of memory and a quarter of a second. FLAP_NO_MEMORY,
+ * or what the device says. */
+FLAP_CHECKED flap_status flap_host_times_measure(const flap_op_times_spec *spec, flap_device *device, void *vram,
+                                                 void *pinned, flap_op_times *times);
+/* The same from the rate at which the host reads and writes memory; nothing is known of copies beside it. */
+void flap_host_times_from_rate(const flap_op_times_spec *spec, double bytes_per_second, flap_op_times *times);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
