@@ -57,10 +57,11 @@ typedef struct flap_plan {
 
   /* choices */
   uint32_t segment_layers, group_micro_batches, saved_layers;
-  char saved_tensors[128]; /* what of a layer these save: "attention, lse"; "" for no layer */
-  bool saved_whole;        /* which is all there is */
-  bool saved_resident;     /* the saved activations stay in VRAM */
-  bool sweep;              /* else the update is folded into the next forward */
+  uint32_t host_parts, part_count; /* of embedding, layers and head so many are updated by the host's cores */
+  char saved_tensors[128];         /* what of a layer these save: "attention, lse"; "" for no layer */
+  bool saved_whole;                /* which is all there is */
+  bool saved_resident;             /* the saved activations stay in VRAM */
+  bool sweep;                      /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
   uint32_t read_buffers, write_buffers;
   flap_class_plan classes[FLAP_CLASS_COUNT];

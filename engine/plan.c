@@ -55,6 +55,8 @@ static uint64_t largest_slice_bytes(const flap_layout *layout) {
 static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   const flap_choice *choice = &setup->choice;
   plan->segment_layers = choice->segment_layers;
+  plan->host_parts = choice->host_parts;
+  plan->part_count = setup->layout.part_count;
   plan->group_micro_batches = choice->group_micro_batches;
   if (setup->spec.mode == FLAP_MODE_TRAIN) { /* on average over micro-batches */
     const uint64_t group = choice->group_micro_batches, count = flap_layout_saved_count(&setup->layout.spec);

@@ -73,9 +73,10 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->saved_layers > 0 && !plan->saved_whole)
     fprintf(out, ",\n   of which %s; the others are recomputed", plan->saved_tensors);
   fputc('\n', out);
-  fprintf(out, "update %s; %u read and %u write buffers\n",
-          plan->sweep ? "in a sweep after the backward" : "folded into the next forward", plan->read_buffers,
-          plan->write_buffers);
+  fprintf(out, "update %s", plan->sweep ? "in a sweep after the backward" : "folded into the next forward");
+  if (plan->host_parts > 0)
+    fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
+  fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
   fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
           flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }
@@ -242,6 +243,8 @@ static json_t *classes_json(const flap_plan *plan) {
 
 static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "segment_layers", plan->segment_layers);
+  set_integer(object, "host_parts", plan->host_parts);
+  set_integer(object, "part_count", plan->part_count);
   set_integer(object, "group_micro_batches", plan->group_micro_batches);
   set_integer(object, "saved_layers", plan->saved_layers);
   set_text(object, "saved_tensors", plan->saved_tensors);
