@@ -165,6 +165,9 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
               flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->step_seconds).text,
               flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
               flap_text_percent(plan->bound_seconds, result->median_step_seconds).text);
+      if (result->median_step_seconds < plan->bound_seconds)
+        fprintf(out, "no step can be faster than the bound: the machine was busy when its rates were measured; "
+                     "`flap bench machine` measures them again\n");
     }
   }
   if (result->checkpoint[0])

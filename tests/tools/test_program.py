@@ -166,6 +166,12 @@ class Program(unittest.TestCase):
                        "14.00", "12.00", "75% of the bound reached", "Hugging Face's format: out"]:
             self.assertIn(wanted, text)
 
+    def test_train_faster_than_the_bound_says_why(self):
+        text = self.accept("train", "run.yaml", fake="fast")
+        self.assertIn("150% of the bound reached\nno step can be faster than the bound:", text)
+        self.assertIn("`flap bench machine`", text)
+        self.assertNotIn("no step can be faster", self.accept("train", "run.yaml"))
+
     def test_train_on_a_terminal_rewrites_its_line(self):
         leader, follower = pty.openpty()
         import fcntl
