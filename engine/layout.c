@@ -168,12 +168,15 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   if (spec->mode == FLAP_MODE_TRAIN) {
     part.sums = add_sums(layout, &part);
     const uint64_t slice_elements = layout->slice_elements[kind];
+    const flap_state_format *format = &layout->state_formats[kind];
+    const uint64_t whole_bytes = flap_layout_state_bytes(format, slice_elements);
     for (uint64_t first = 0; first < part.elements; first += slice_elements) {
       const uint64_t left = part.elements - first;
       flap_layout_slice slice = {.part = layout->part_count, .first_element = first};
       slice.elements = left < slice_elements ? left : slice_elements;
       slice.states =
-          add_placed(layout, FLAP_CLASS_STATES, flap_layout_state_bytes(&layout->state_formats[kind], slice.elements),
+          add_placed(layout, FLAP_CLASS_STATES,
+                     slice.elements == slice_elements ? whole_bytes : flap_layout_state_bytes(format, slice.elements),
                      host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
       slice.gradient = add_placed(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype),
                                   host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);

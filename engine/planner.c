@@ -179,14 +179,33 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
   return choice;
 }
 
-/* Whether the regions alone are more than all tiers together; they are as many bytes with any slice or page size. */
+/* Whether the regions alone are more than all tiers together, but for what workspaces take of vram; or those of the
+ * host more than ram. They are as many bytes with any slice or page size. */
 static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
-  double bytes = 0, room = (double)budgets->vram_bytes + (double)budgets->ram_bytes;
+  double bytes = 0, host = 0, room = (double)budgets->vram_bytes + (double)budgets->ram_bytes;
+  room -= (double)setup->vram_scratch_bytes + (double)setup->spec.vram_overhead_bytes;
+  for (uint32_t i = 0; i < setup->layout.region_count && setup->choice.host_parts > 0; i++)
+    if (setup->layout.regions[i].place != FLAP_PLACE_ANY)
+      host += (double)setup->layout.regions[i].bytes;
+  if (host > (double)budgets->ram_bytes)
+    return true;
   for (uint32_t i = 0; i < planner->spec.disk_count; i++)
     room += (double)budgets->disk_bytes[i];
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
     bytes += (double)setup->classes[k].bytes;
   return bytes > room;
+}
+
+/* Whether ram lacks more, with no disk, than smaller slices could save: their rings, and as much as rounding and tables
+ * may differ by. Of a setup that was placed without a home in ram. */
+static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
+  double homes = 0;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    homes += (double)setup->classes[k].disk_bytes;
+  const double rings =
+      (double)setup->classes[FLAP_CLASS_STATES].ring_bytes + (double)setup->classes[FLAP_CLASS_GRADIENTS].ring_bytes;
+  const double ram = (double)budgets->ram_bytes;
+  return planner->spec.disk_count == 0 && (double)setup->ram_bytes + homes > ram + rings + ram / 64;
 }
 
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
@@ -219,7 +238,8 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
     if (furthest == PLANNER_NO_RAM && setup->choice.trace_events == 0 && lists > budgets->ram_bytes)
       slice_least = slice;
     const bool hopeless = planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes ||
-                          has_no_room(planner, budgets, setup);
+                          has_no_room(planner, budgets, setup) ||
+                          (furthest == PLANNER_NO_DISK && slices_cannot_help(planner, budgets, setup));
     flap_setup_close(setup);
     if (hopeless)
       break;
@@ -321,13 +341,14 @@ static double least_seconds(const flap_planner *planner, const flap_budgets *bud
   return computing > moving ? computing : moving;
 }
 
+/* `host`: parts that the host's cores update, in all of them. */
 static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                             contender *list, uint32_t *count, planner_reach *reach) {
+                             uint32_t host, contender *list, uint32_t *count, planner_reach *reach) {
   for (uint32_t j = c->saved.count; j-- > 0;) /* those that compute least first */
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, c->host_parts};
+          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host};
           if (is_double(planner, &c->saved, s))
             continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
@@ -375,67 +396,104 @@ static bool same_cut(skeleton a, skeleton b) {
   return a.segment == b.segment && a.group == b.group && a.spread == b.spread;
 }
 
-/* The best few ways to cut the step, the best one first. */
-static uint32_t best_cuts(const contender *list, uint32_t count, const contender *best,
-                          skeleton cuts[PLANNER_REFINED_CUTS]) {
-  uint32_t cut_count = 1;
-  cuts[0] = best->s;
-  for (uint32_t i = 0; i < count && cut_count < PLANNER_REFINED_CUTS; i++) {
-    bool known = false;
-    for (uint32_t k = 0; k < cut_count; k++)
-      known = known || same_cut(cuts[k], list[i].s);
-    if (!known)
-      cuts[cut_count++] = list[i].s;
+/* The best few ways to cut the step, the best one first, then those of a list in turn. */
+typedef struct cut_list {
+  skeleton of[PLANNER_CUTS];
+  uint32_t count;
+} cut_list;
+
+static void enter_cuts(const contender *list, uint32_t count, cut_list *cuts) {
+  for (uint32_t i = 0, entered = 0; i < count && entered < PLANNER_REFINED_CUTS; i++) {
+    bool known = cuts->count == PLANNER_CUTS;
+    for (uint32_t k = 0; k < cuts->count; k++)
+      known = known || same_cut(cuts->of[k], list[i].s);
+    if (known)
+      continue;
+    cuts->of[cuts->count++] = list[i].s;
+    entered++;
   }
-  return cut_count;
 }
 
-/* Which tensors are saved is decided last, around what is best while layers save all or nothing: for the few best ways
- * to cut the step, every set that computes less than the best step takes. Among all candidates they would be so many,
- * and estimated so alike, that they would crowd others out of the list, and planning would take three times as long. */
+/* What a refinement is about, and the best of what it looked at. */
+typedef struct refinement {
+  const flap_planner *planner;
+  const planner_candidates *candidates;
+  const flap_budgets *budgets;
+  contender list[PLANNER_CONTENDERS + 1];
+  uint32_t count;
+} refinement;
+
+/* Candidates that compute less than the best step takes. */
+static flap_status look_at(refinement *r, skeleton s, const flap_plan_costs *costs) {
+  planner_reach reach = PLANNER_NO_VRAM;
+  if (least_seconds(r->planner, r->budgets, s) >= costs->step_seconds)
+    return FLAP_OK;
+  const flap_status status = enter_skeleton(r->planner, r->candidates, r->budgets, s, r->list, &r->count, &reach);
+  return status == FLAP_BUDGET ? FLAP_OK : status;
+}
+
+static flap_status simulate_best(refinement *r, contender *best, flap_plan_costs *costs) {
+  const uint32_t count = r->count < PLANNER_REFINED ? r->count : PLANNER_REFINED;
+  return simulate_list(r->planner, r->candidates, r->budgets, r->list, count, best, costs);
+}
+
+/* Which tensors are saved, by how many layers: for the few best ways to cut the step every set. Among all candidates
+ * they would be so many, and estimated so alike, that they would crowd others out of the list, and planning would take
+ * three times as long. */
 static flap_status refine_saved(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
-  contender refined[PLANNER_CONTENDERS + 1];
-  skeleton cuts[PLANNER_REFINED_CUTS];
-  uint32_t refined_count = 0;
-  planner_reach reach = PLANNER_NO_VRAM;
-  const uint32_t cut_count = best_cuts(list, count, best, cuts);
-  for (uint32_t k = 0; k < cut_count; k++)
-    for (uint32_t j = 0; j < c->partial.count; j++) {
-      skeleton s = cuts[k];
-      s.saved = c->partial.of[j];
-      if (is_double(planner, &c->partial, s) || least_seconds(planner, budgets, s) >= costs->step_seconds)
-        continue;
-      const flap_status status = enter_skeleton(planner, c, budgets, s, refined, &refined_count, &reach);
-      if (status != FLAP_OK && status != FLAP_BUDGET)
-        return status;
-    }
-  if (refined_count > PLANNER_REFINED)
-    refined_count = PLANNER_REFINED;
-  return simulate_list(planner, c, budgets, refined, refined_count, best, costs);
+                                const cut_list *cuts, contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  const planner_savings *const lists[] = {&c->partial, &c->saved};
+  const uint32_t host = best->s.host;
+  for (uint32_t k = 0; k < cuts->count; k++)
+    for (size_t i = 0; i < (host > 0 ? 2u : 1u); i++) /* with no host's help all or nothing were looked at before */
+      for (uint32_t j = 0; j < lists[i]->count; j++) {
+        skeleton s = cuts->of[k];
+        s.saved = lists[i]->of[j];
+        s.host = host;
+        if (!is_double(planner, lists[i], s))
+          FLAP_TRY(look_at(&r, s, costs));
+      }
+  return simulate_best(&r, best, costs);
 }
 
-/* How much the host updates is decided after that, for the same reasons. */
+/* How much the host updates. */
 static flap_status refine_host(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                               const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
-  contender refined[PLANNER_CONTENDERS + 1];
-  skeleton cuts[PLANNER_REFINED_CUTS];
-  uint32_t refined_count = 0;
-  planner_reach reach = PLANNER_NO_VRAM;
-  const uint32_t cut_count = c->other_host_count > 0 ? best_cuts(list, count, best, cuts) : 0;
-  for (uint32_t k = 0; k < cut_count; k++)
+                               const cut_list *cuts, contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  for (uint32_t k = 0; k < cuts->count && c->other_host_count > 0; k++)
     for (uint32_t j = 0; j < c->other_host_count; j++) {
-      skeleton s = cuts[k];
+      skeleton s = cuts->of[k];
       s.host = c->other_hosts[j];
-      if (least_seconds(planner, budgets, s) >= costs->step_seconds)
-        continue;
-      const flap_status status = enter_skeleton(planner, c, budgets, s, refined, &refined_count, &reach);
-      if (status != FLAP_OK && status != FLAP_BUDGET)
-        return status;
+      FLAP_TRY(look_at(&r, s, costs));
+      s.saved = best->s.saved;
+      if (!is_double(planner, &c->partial, s))
+        FLAP_TRY(look_at(&r, s, costs));
     }
-  if (refined_count > PLANNER_REFINED)
-    refined_count = PLANNER_REFINED;
-  return simulate_list(planner, c, budgets, refined, refined_count, best, costs);
+  return simulate_best(&r, best, costs);
+}
+
+/* From the best while nobody helps and all or nothing is saved: one kind of choice after the other, as long as that
+ * makes the step shorter. Cuts that are good with the host's help are among those that are tried. */
+static flap_status refine(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                          const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+  cut_list cuts = {.of = {best->s}, .count = 1};
+  enter_cuts(list, count, &cuts);
+  if (c->other_host_count > 0) {
+    contender helped[PLANNER_CONTENDERS + 1];
+    uint32_t helped_count = 0;
+    planner_reach reach = PLANNER_NO_VRAM;
+    FLAP_TRY(shortlist(planner, c, budgets, c->other_hosts[c->other_host_count / 2], helped, &helped_count, &reach));
+    enter_cuts(helped, helped_count, &cuts);
+  }
+  for (int round = 0; round < PLANNER_ROUNDS; round++) {
+    const double before = costs->step_seconds;
+    FLAP_TRY(refine_saved(planner, c, budgets, &cuts, best, costs));
+    FLAP_TRY(refine_host(planner, c, budgets, &cuts, best, costs));
+    if (costs->step_seconds >= before)
+      break;
+  }
+  return FLAP_OK;
 }
 
 /* Which budget is too small, and what it must be at least. */
@@ -487,13 +545,12 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
     timed.times = &times;
   }
   planner_list(planner, &c);
-  FLAP_TRY(shortlist(planner, &c, budgets, list, &count, &reach));
+  FLAP_TRY(shortlist(planner, &c, budgets, c.host_parts, list, &count, &reach));
   if (count == 0)
     return refuse(planner, budgets, reach);
   *costs_out = (flap_plan_costs){0};
   FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
-  FLAP_TRY(refine_saved(planner, &c, budgets, list, count, &best, costs_out));
-  FLAP_TRY(refine_host(planner, &c, budgets, list, count, &best, costs_out));
+  FLAP_TRY(refine(planner, &c, budgets, list, count, &best, costs_out));
   return settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }
 

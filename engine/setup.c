@@ -258,15 +258,9 @@ static bool wants_ram(const flap_setup *setup, uint32_t region, flap_region_clas
   return r->klass == klass && r->place == FLAP_PLACE_ANY && !setup->resident[region];
 }
 
-static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t left) {
+static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t streaming, uint64_t left) {
   const flap_layout *layout = &setup->layout;
   const uint64_t page_bytes = setup->choice.page_bytes;
-  uint64_t streaming = 0;
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    if (wants_ram(setup, i, klass))
-      streaming += layout->regions[i].bytes;
-  if (streaming == 0)
-    return left;
   const bool all = streaming <= left;
   const double share = all ? 1.0 : (double)left / (double)streaming;
   for (uint32_t i = 0; i < layout->region_count; i++) {
@@ -279,7 +273,7 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
     setup->regions[i].ram_pages = (uint32_t)given;
     left -= smaller(given * page_bytes, bytes);
   }
-  for (uint32_t i = 0; i < layout->region_count && left > 0; i++) {
+  for (uint32_t i = 0; i < layout->region_count && left > 0 && !all; i++) {
     if (!wants_ram(setup, i, klass))
       continue;
     const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
@@ -297,13 +291,16 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
 static void lay_homes(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
   flap_region_class order[FLAP_CLASS_COUNT];
+  uint64_t streaming[FLAP_CLASS_COUNT] = {0}, left = setup->choice.ram_bytes;
   for (uint32_t i = 0; i < layout->region_count; i++)
     if (layout->regions[i].place != FLAP_PLACE_ANY)
       setup->regions[i].ram_pages = UINT32_MAX; /* all that it has, whatever the choice says */
+    else if (!setup->resident[i])
+      streaming[layout->regions[i].klass] += layout->regions[i].bytes;
   order_classes(setup, order);
-  uint64_t left = setup->choice.ram_bytes;
   for (int k = 0; k < FLAP_CLASS_COUNT && left > 0; k++)
-    left = give_ram(setup, order[k], left);
+    if (streaming[order[k]] > 0)
+      left = give_ram(setup, order[k], streaming[order[k]], left);
 }
 
 static void sum_classes(flap_setup *setup) {
