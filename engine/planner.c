@@ -180,24 +180,24 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
 }
 
 /* Whether the regions alone are more than all tiers together, but for what workspaces take of vram; or those of the
- * host more than ram. They are as many bytes with any slice or page size. */
+ * host more than ram. With any slice or page size they are as many bytes, but for what rounding each region up has
+ * added. */
 static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
   double bytes = 0, host = 0, room = (double)budgets->vram_bytes + (double)budgets->ram_bytes;
   room -= (double)setup->vram_scratch_bytes + (double)setup->spec.vram_overhead_bytes;
-  for (uint32_t i = 0; i < setup->layout.region_count && setup->choice.host_parts > 0; i++)
-    if (setup->layout.regions[i].place != FLAP_PLACE_ANY)
-      host += (double)setup->layout.regions[i].bytes;
-  if (host > (double)budgets->ram_bytes)
-    return true;
   for (uint32_t i = 0; i < planner->spec.disk_count; i++)
     room += (double)budgets->disk_bytes[i];
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    bytes += (double)setup->classes[k].bytes;
-  return bytes > room;
+  for (uint32_t i = 0; i < setup->layout.region_count; i++) {
+    const flap_layout_region *region = &setup->layout.regions[i];
+    const double least = (double)(region->bytes - FLAP_BLOCK_ALIGN);
+    bytes += least;
+    host += region->place != FLAP_PLACE_ANY ? least : 0;
+  }
+  return bytes > room || host > (double)budgets->ram_bytes;
 }
 
 /* Whether ram lacks more, with no disk, than smaller slices could save: their rings, and as much as rounding and tables
- * may differ by. Of a setup that was placed without a home in ram. */
+ * may differ by, which small models are made of. Of a setup that was placed without a home in ram. */
 static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
   double homes = 0;
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
@@ -205,7 +205,7 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
   const double rings =
       (double)setup->classes[FLAP_CLASS_STATES].ring_bytes + (double)setup->classes[FLAP_CLASS_GRADIENTS].ring_bytes;
   const double ram = (double)budgets->ram_bytes;
-  return planner->spec.disk_count == 0 && (double)setup->ram_bytes + homes > ram + rings + ram / 64;
+  return planner->spec.disk_count == 0 && (double)setup->ram_bytes + homes > ram + rings + ram / 64 + 64.0 * FLAP_MIB;
 }
 
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */

@@ -146,7 +146,8 @@ machine: rtx4090-64g-1nvme
             plans[saved] = json.loads(self.accept(
                 "plan", "large.yaml", "--json", "activations=auto", "model.hidden_size=1536", "model.intermediate_size=8960",
                 "model.num_hidden_layers=12", "model.num_attention_heads=12", "model.max_position_embeddings=32768",
-                "cutoff_len=32768", "gradient_accumulation_steps=4", "vram=12GiB", f"expert.saved={saved}"))
+                "cutoff_len=32768", "gradient_accumulation_steps=4", "vram=12GiB", "expert.optimizer=gpu",
+                f"expert.saved={saved}"))
         seconds = {saved: plan["step_seconds"] for saved, plan in plans.items()}
         self.assertLessEqual(seconds["auto"], min(seconds.values()) * 1.001)
         self.assertLess(seconds["auto"], 0.97 * seconds["all"])
