@@ -3,7 +3,6 @@
 
 #include "base/assert.h"
 
-
 __extension__ typedef unsigned __int128 uint128;
 
 #define MULTIPLIER_0 0xD2511F53u
