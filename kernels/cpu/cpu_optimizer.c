@@ -58,36 +58,14 @@ void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_
                     void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements) {
   const flap_cpu_ops *cpu = flap_cpu_state(ops);
-  const flap_cpu_update update = {.scalars = scalars,
-                                  .weight_dtype = weight_dtype,
-                                  .grad_dtype = grad_dtype,
-                                  .weight = weight,
-                                  .master = master,
-                                  .m = m,
-                                  .v = v,
-                                  .grad = grad,
-                                  .decay_blocks = decay_blocks,
-                                  .fault = fault,
-                                  .elements = elements};
-  flap_cpu_update_run(cpu->vector, cpu->pool, &update);
+  flap_cpu_update_adamw(cpu->vector, cpu->pool, scalars, weight_dtype, grad_dtype, weight, master, m, v, grad,
+                        decay_blocks, fault, elements);
 }
 
 void flap_cpu_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
                          void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
                          const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
   const flap_cpu_ops *cpu = flap_cpu_state(ops);
-  const flap_cpu_update update = {.scalars = scalars,
-                                  .weight_dtype = weight_dtype,
-                                  .grad_dtype = grad_dtype,
-                                  .weight = weight,
-                                  .master = master,
-                                  .m_codes = m,
-                                  .v_codes = v,
-                                  .m_largest = m_largest,
-                                  .v_largest = v_largest,
-                                  .grad = grad,
-                                  .decay_blocks = decay_blocks,
-                                  .fault = fault,
-                                  .elements = elements};
-  flap_cpu_update_run(cpu->vector, cpu->pool, &update);
+  flap_cpu_update_adamw_8bit(cpu->vector, cpu->pool, scalars, weight_dtype, grad_dtype, weight, master, m, v, m_largest,
+                             v_largest, grad, decay_blocks, fault, elements);
 }

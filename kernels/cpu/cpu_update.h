@@ -6,23 +6,14 @@
 #include "base/pool.h"
 #include "kernels/cpu/cpu_vector.h"
 
-/* Arguments as flap_ops_adamw and flap_ops_adamw_8bit have them. */
-typedef struct flap_cpu_update {
-  const flap_adamw *scalars;
-  flap_dtype weight_dtype, grad_dtype;
-  void *weight;
-  void *master;
-  float *m, *v;
-  int8_t *m_codes; /* NULL: moments are fp32 */
-  uint8_t *v_codes;
-  float *m_largest, *v_largest;
-  const void *grad;
-  const uint8_t *decay_blocks;
-  int32_t *fault;
-  uint64_t elements;
-} flap_cpu_update;
-
-/* Returns when every element has been updated. */
-void flap_cpu_update_run(const flap_cpu_vector *vector, flap_pool *pool, const flap_cpu_update *update);
+/* The arguments behind the pool are those of flap_ops_adamw and flap_ops_adamw_8bit. They return when every element has
+ * been updated. */
+void flap_cpu_update_adamw(const flap_cpu_vector *vector, flap_pool *pool, const flap_adamw *scalars,
+                           flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight, void *master, float *m,
+                           float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
+void flap_cpu_update_adamw_8bit(const flap_cpu_vector *vector, flap_pool *pool, const flap_adamw *scalars,
+                                flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight, void *master, int8_t *m,
+                                uint8_t *v, float *m_largest, float *v_largest, const void *grad,
+                                const uint8_t *decay_blocks, int32_t *fault, uint64_t elements);
 
 #endif

@@ -34,45 +34,24 @@ void flap_host_optimizer_close(flap_host_optimizer *optimizer) {
   free(optimizer);
 }
 
-static void run(flap_host_optimizer *optimizer, const flap_cpu_update *update) {
-  flap_assert(update->elements % FLAP_OPS_BLOCK == 0);
-  flap_assert((update->weight_dtype == FLAP_F32) == (update->master == NULL));
-  flap_cpu_update_run(optimizer->vector, optimizer->pool, update);
+static void check(flap_dtype weight_dtype, const void *master, uint64_t elements) {
+  flap_assert(elements % FLAP_OPS_BLOCK == 0);
+  flap_assert((weight_dtype == FLAP_F32) == (master == NULL));
 }
 
 void flap_host_adamw(flap_host_optimizer *optimizer, const flap_adamw *scalars, flap_dtype weight_dtype,
                      flap_dtype grad_dtype, void *weight, void *master, float *m, float *v, const void *grad,
                      const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
-  const flap_cpu_update update = {.scalars = scalars,
-                                  .weight_dtype = weight_dtype,
-                                  .grad_dtype = grad_dtype,
-                                  .weight = weight,
-                                  .master = master,
-                                  .m = m,
-                                  .v = v,
-                                  .grad = grad,
-                                  .decay_blocks = decay_blocks,
-                                  .fault = fault,
-                                  .elements = elements};
-  run(optimizer, &update);
+  check(weight_dtype, master, elements);
+  flap_cpu_update_adamw(optimizer->vector, optimizer->pool, scalars, weight_dtype, grad_dtype, weight, master, m, v,
+                        grad, decay_blocks, fault, elements);
 }
 
 void flap_host_adamw_8bit(flap_host_optimizer *optimizer, const flap_adamw *scalars, flap_dtype weight_dtype,
                           flap_dtype grad_dtype, void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest,
                           float *v_largest, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                           uint64_t elements) {
-  const flap_cpu_update update = {.scalars = scalars,
-                                  .weight_dtype = weight_dtype,
-                                  .grad_dtype = grad_dtype,
-                                  .weight = weight,
-                                  .master = master,
-                                  .m_codes = m,
-                                  .v_codes = v,
-                                  .m_largest = m_largest,
-                                  .v_largest = v_largest,
-                                  .grad = grad,
-                                  .decay_blocks = decay_blocks,
-                                  .fault = fault,
-                                  .elements = elements};
-  run(optimizer, &update);
+  check(weight_dtype, master, elements);
+  flap_cpu_update_adamw_8bit(optimizer->vector, optimizer->pool, scalars, weight_dtype, grad_dtype, weight, master, m,
+                             v, m_largest, v_largest, grad, decay_blocks, fault, elements);
 }
