@@ -26,11 +26,22 @@ typedef struct slices {
   int32_t fault;
 } slices;
 
-static flap_status open_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
+static void size_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
   s->format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
   s->states_bytes = flap_units_round_up(flap_layout_state_bytes(&s->format, SLICE_ELEMENTS), 4096);
   s->weights_bytes = SLICE_ELEMENTS * flap_dtype_bytes(spec->shape.dtype);
   s->slice_bytes = s->states_bytes + s->weights_bytes + SLICE_ELEMENTS * flap_dtype_bytes(spec->gradient_dtype);
+}
+
+/* The embedding's states are never of fewer bytes than a layer's. */
+uint64_t flap_host_times_bytes(const flap_op_times_spec *spec) {
+  slices s;
+  size_slices(spec, FLAP_PART_EMBEDDING, &s);
+  return SLICES * s.slice_bytes;
+}
+
+static flap_status open_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
+  size_slices(spec, part, s);
   s->memory = aligned_alloc(4096, SLICES * s->slice_bytes);
   s->decay = calloc(SLICE_ELEMENTS / FLAP_OPS_BLOCK / 8, 1);
   if (s->memory == NULL || s->decay == NULL)
@@ -51,22 +62,12 @@ static void close_slices(slices *s) {
 }
 
 static void update_all(flap_host_optimizer *optimizer, slices *s) {
-  static const flap_adamw scalars = {.learning_rate = 1e-6f,
-                                     .beta1 = 0.9f,
-                                     .beta2 = 0.999f,
-                                     .one_minus_beta1 = 0.1f,
-                                     .one_minus_beta2 = 0.001f,
-                                     .inverse_bias1 = 1,
-                                     .inverse_sqrt_bias2 = 1,
-                                     .epsilon = 1e-8f,
-                                     .decay = 1,
-                                     .gradient_scale = 1};
   for (uint32_t i = 0; i < SLICES; i++) {
     unsigned char *slice = s->memory + i * s->slice_bytes;
     s->update.states = slice;
     s->update.weights = slice + s->states_bytes;
     s->update.gradient = slice + s->states_bytes + s->weights_bytes;
-    flap_update_on_host(optimizer, &scalars, &s->update);
+    flap_update_on_host(optimizer, &flap_update_usual_scalars, &s->update);
   }
 }
 

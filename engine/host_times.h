@@ -15,9 +15,11 @@ extern "C" {
 #define FLAP_HOST_TIMES_COPY_BYTES (32 * FLAP_MIB)
 #define FLAP_HOST_TIMES_EVENTS 4
 
+/* Of host memory, that measuring takes. */
+uint64_t flap_host_times_bytes(const flap_op_times_spec *spec);
 /* Fills in times->host and host_embedding. Copies go both ways between `vram`, memory of the device that nobody else
  * uses, and `pinned`, memory of the host that was pinned with it: FLAP_HOST_TIMES_COPY_BYTES each. The device has its
- * first FLAP_HOST_TIMES_EVENTS events to spare. Takes about 0.7 GB of memory and a quarter of a second. FLAP_NO_MEMORY,
+ * first FLAP_HOST_TIMES_EVENTS events to spare. Takes a quarter of a second. FLAP_NO_MEMORY,
  * or what the device says. */
 FLAP_CHECKED flap_status flap_host_times_measure(const flap_op_times_spec *spec, flap_device *device, void *vram,
                                                  void *pinned, flap_op_times *times);

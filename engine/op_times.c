@@ -14,17 +14,6 @@
 #define ROUNDS_MAX 4096
 #define PATTERN_BYTES FLAP_MIB
 
-static const flap_adamw usual_scalars = {.learning_rate = 1e-6f,
-                                         .beta1 = 0.9f,
-                                         .beta2 = 0.999f,
-                                         .one_minus_beta1 = 0.1f,
-                                         .one_minus_beta2 = 0.001f,
-                                         .inverse_bias1 = 1,
-                                         .inverse_sqrt_bias2 = 1,
-                                         .epsilon = 1e-8f,
-                                         .decay = 1,
-                                         .gradient_scale = 1};
-
 /* What of the run is on the device: for times all of it at once. */
 typedef enum bench_parts { PART_LAYER = 1, PART_HEAD = 2, PART_SLICE = 4, PARTS_ALL = 7 } bench_parts;
 
@@ -241,7 +230,7 @@ static void run_adamw(bench *b) {
                               .gradient = b->gradient,
                               .decay_blocks = b->decay,
                               .fault = b->fault};
-  flap_update_launch(b->ops, &usual_scalars, &update);
+  flap_update_launch(b->ops, &flap_update_usual_scalars, &update);
 }
 
 /* ---- time ------------------------------------------------------------------------------------------------ */
@@ -410,7 +399,8 @@ static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, con
   if (flap_device_has_bytes(b.device))
     FLAP_TRY_GOTO(status, fill_all(&b));
   FLAP_TRY_GOTO(status, times_out != NULL ? time_all(&b, times_out) : run_products(&b));
-  if (times_out != NULL && spec->training && kind == FLAP_DEVICE_CUDA)
+  if (times_out != NULL && spec->training && kind == FLAP_DEVICE_CUDA &&
+      spec->host_bytes >= flap_host_times_bytes(spec))
     FLAP_TRY_GOTO(status, time_host(&b, memory, &pinned, times_out));
 fail:
   free(b.decay);

@@ -45,6 +45,7 @@ typedef struct flap_op_times_spec {
   uint32_t threads;
   uint64_t launch_ns;          /* of the machine */
   flap_matmul_choice *matmuls; /* of a card: used, and filled where it tunes; NULL: first answers */
+  uint64_t host_bytes; /* of host memory, that may be taken to measure updates by its cores; 0: they are not wanted */
 } flap_op_times_spec;
 
 /* From rates: runs each operation once on the sim device. */

@@ -5,6 +5,7 @@
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/hf_config.h"
+#include "engine/host_times.h"
 #include "engine/machine_profile.h"
 #include "engine/weights.h"
 
@@ -227,6 +228,8 @@ static flap_status give_times(flap_prepared *p) {
                                  .training = spec->mode == FLAP_MODE_TRAIN,
                                  .threads = spec->threads,
                                  .launch_ns = p->machine.launch_ns,
+                                 .host_bytes =
+                                     p->planner.expert.optimizer == FLAP_OPTIMIZER_GPU ? 0 : p->budgets.ram_bytes,
                                  .matmuls = &p->matmuls};
   p->planner.times = &p->times;
   if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
@@ -234,6 +237,8 @@ static flap_status give_times(flap_prepared *p) {
     const flap_status status =
         flap_op_times_measure_cuda(&of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times);
     if (status == FLAP_OK) {
+      if (!(p->times.host.alone > 0)) /* ram is too small to measure it in */
+        flap_host_times_from_rate(&of, p->machine.host_bytes, &p->times);
       flap_matmul_choice_keep(&p->matmuls);
       log_times(&p->times);
       return FLAP_OK;

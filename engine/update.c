@@ -1,5 +1,16 @@
 #include "engine/update.h"
 
+const flap_adamw flap_update_usual_scalars = {.learning_rate = 1e-6f,
+                                              .beta1 = 0.9f,
+                                              .beta2 = 0.999f,
+                                              .one_minus_beta1 = 0.1f,
+                                              .one_minus_beta2 = 0.001f,
+                                              .inverse_bias1 = 1,
+                                              .inverse_sqrt_bias2 = 1,
+                                              .epsilon = 1e-8f,
+                                              .decay = 1,
+                                              .gradient_scale = 1};
+
 /* The sections of a states region; NULL where the format has none. */
 typedef struct sections {
   void *master, *m, *v, *m_largest, *v_largest;

@@ -23,6 +23,9 @@ typedef struct flap_update {
   int32_t *fault;                  /* a word */
 } flap_update;
 
+/* Scalars of an ordinary step, for measuring. */
+extern const flap_adamw flap_update_usual_scalars;
+
 /* Launches one update of device memory; the contract is that of flap_ops_adamw and flap_ops_adamw_8bit. */
 void flap_update_launch(flap_ops *ops, const flap_adamw *scalars, const flap_update *update);
 /* Threads for the host's updates, of so many that there are cores: two are left to those that launch and copy. */
