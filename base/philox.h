@@ -29,7 +29,7 @@ void flap_philox_block(const flap_philox *stream, uint64_t counter, uint32_t wor
  * `bound` (> 0, unbiased enough for bound < 2^32: multiply-shift on 64 bits). */
 float flap_philox_uniform(const flap_philox *stream, uint64_t index);
 float flap_philox_normal(const flap_philox *stream, uint64_t index);
-/* Normals `first` .. `first` + count, the same bits, several at a time: a tenth of the time. */
+/* Normals `first` .. `first` + count, the same bits, several at a time: a seventh of the time. */
 void flap_philox_normals(const flap_philox *stream, uint64_t first, uint64_t count, float *values_out);
 uint64_t flap_philox_below(const flap_philox *stream, uint64_t index, uint64_t bound);
 

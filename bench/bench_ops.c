@@ -9,11 +9,13 @@
  * Rates are of the best of several runs. "of sgemm" compares with one fp32 cblas_sgemm of the whole product on one
  * thread, times the threads. Thread i of the pool is pinned to CPU i. */
 #include "base/units.h"
+#include "base/philox.h"
 #include "kernels/ops.h"
 
 #include <assert.h>
 #include <cblas.h>
 #include <sched.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -351,6 +353,32 @@ static void run_all(bench *b) {
 
 /* Every worker on a CPU of its own, for schedulers that would rather keep them together: an item waits until all others
  * have started, so each worker gets one. */
+/* ---- normal numbers --------------------------------------------------------------------------------------- */
+
+#define NORMALS 8192u
+static float normals[NORMALS];
+
+static void run_normals(bench *b) {
+  (void)b;
+  const flap_philox stream = flap_philox_stream(1, "normals");
+  flap_philox_normals(&stream, 0, NORMALS, normals);
+}
+
+/* The same by the C library's functions, a pair at a time. */
+static void run_library_normals(bench *b) {
+  (void)b;
+  const flap_philox stream = flap_philox_stream(1, "normals");
+  for (uint32_t i = 0; i < NORMALS; i += 2) {
+    uint32_t block[4];
+    flap_philox_block(&stream, i / 2, block);
+    const double u = (double)((((uint64_t)block[1] << 32 | block[0]) >> 11) + 1) * 0x1p-53;
+    const double angle = 6.283185307179586 * ((double)(((uint64_t)block[3] << 32 | block[2]) >> 11) * 0x1p-53);
+    const double radius = sqrt(-2.0 * log(u));
+    normals[i] = (float)(radius * cos(angle));
+    normals[i + 1] = (float)(radius * sin(angle));
+  }
+}
+
 static void pin_item(void *context, uint64_t item, uint32_t worker) {
   (void)item;
   cpu_set_t set;
@@ -412,6 +440,8 @@ int main(int argc, char **argv) {
     if (dtypes[i] == FLAP_BF16) {
       refill(&b);
       printf("gradient_store, bf16: %.2f ns per parameter\n", seconds_of(&b, run_gradient_store) * 1e9 / ELEMENTS);
+      printf("normal numbers, one thread: %.2f ns each; by the C library's functions %.2f ns\n",
+             seconds_of(&b, run_normals) * 1e9 / NORMALS, seconds_of(&b, run_library_normals) * 1e9 / NORMALS);
       if (optimizers(b.ops, pool) != 0) {
         (void)fprintf(stderr, "bench_ops: no memory for the optimizer's states\n");
         return EXIT_FAILURE;
