@@ -177,8 +177,7 @@ typedef struct flap_pager_stats {
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 
-/* The bytes that a run of a program moves on each lane when it is run over and over: a pure function of the
- * configuration, for the plan. */
+/* The bytes that one run of a program moves on each lane: a pure function of the configuration, for the plan. */
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
                         uint64_t bytes_out[FLAP_LANE_COUNT]);
 

@@ -74,9 +74,9 @@ typedef struct pager_slot {
   uint32_t copies_left;    /* enqueued and not retired */
   uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
   uint32_t previous, next; /* in the one list that it is on */
-  bool keeps;              /* of a ring that keeps: its bytes are the region's after `change` changes */
-  uint8_t state;           /* pager_slot_state */
-  uint8_t mode;            /* flap_lease_mode */
+  bool keeps; /* of a ring that keeps, and it was loaded: in this program, its bytes are those after `change` changes */
+  uint8_t state; /* pager_slot_state */
+  uint8_t mode;  /* flap_lease_mode */
 } pager_slot;
 
 typedef struct pager_list {
@@ -205,7 +205,7 @@ struct flap_pager {
   /* under lock */
   pthread_mutex_t lock;
   pthread_cond_t engine_wake, let_in;
-  _Atomic uint32_t wanted; /* others that want the lock: the pump lets them in */
+  _Atomic uint32_t wanted; /* calls of the engine thread that want the lock: the pump lets them in */
   pager_wait wait;
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
@@ -336,7 +336,7 @@ void pager_jobs_close(flap_pager *pager);
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
-/* Takes the lock on the engine's or the jobs' thread. The pump goes on for as long as anything moves, which with both
+/* Takes the lock on the engine thread. The pump goes on for as long as anything moves, which with both
  * copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
 void pager_enter(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
