@@ -24,11 +24,16 @@ static const flap_lease *lease_of(const flap_pager *pager, const pager_job *job,
   return &pager->programs[job->program].leases[index % pager->leases_max];
 }
 
-static bool is_home(const flap_pager *pager, const pager_region *region) {
+/* If not, its stores are told who waits. */
+static bool is_home(const flap_pager *pager, pager_region *region, uint64_t order) {
   const pager_page *page = pager_pages_of(pager, region);
   for (uint32_t i = 0; i < region->page_count; i++)
-    if (page[i].stores_left > 0)
+    if (page[i].stores_left > 0) {
+      if (order < region->wanted)
+        region->wanted = order;
       return false;
+    }
+  region->wanted = UINT64_MAX;
   return true;
 }
 
@@ -37,9 +42,10 @@ static bool is_ready(flap_pager *pager, const pager_job *job) {
   for (uint32_t i = 0; i < job->count; i++) {
     uint32_t index;
     const flap_lease *what = lease_of(pager, job, i, &index);
-    const pager_region *region = &pager->regions[what->region];
+    pager_region *region = &pager->regions[what->region];
+    const uint64_t order = pager->programs[job->program].first_order + index % pager->leases_max;
     if (region->changes_released + region->changes_started != pager->leases[index].change || region->loading > 0 ||
-        !is_home(pager, region))
+        !is_home(pager, region, order))
       return false;
     if (!region->holds)
       pager_mistake(pager, "a job takes region %u, which holds nothing", what->region);

@@ -8,7 +8,7 @@
 #include "base/assert.h"
 
 bool pager_lane_has_room(const pager_lane *lane) {
-  return lane->issued - lane->retired < PAGER_WINDOW;
+  return lane->issued - lane->retired < PAGER_WINDOW && lane->bytes < PAGER_WINDOW_BYTES;
 }
 
 void pager_lane_copy(flap_pager *pager, pager_lane *lane, void *to, const void *from, const pager_copy *copy) {
@@ -16,6 +16,7 @@ void pager_lane_copy(flap_pager *pager, pager_lane *lane, void *to, const void *
   uint64_t number = lane->issued++;
   lane->copies[number % PAGER_WINDOW] = *copy;
   lane->labels[number % PAGER_LABELS] = copy->region;
+  lane->bytes += copy->bytes;
   flap_device_copy(pager->device, lane->stream, to, from, copy->bytes);
   flap_device_event_record(pager->device, lane->first_event + (flap_event)(number % PAGER_WINDOW), lane->stream, true);
   if (copy->slot != PAGER_NONE)
@@ -23,6 +24,8 @@ void pager_lane_copy(flap_pager *pager, pager_lane *lane, void *to, const void *
 }
 
 static void retire(flap_pager *pager, pager_lane *lane, const pager_copy *copy) {
+  flap_assert(lane->bytes >= copy->bytes);
+  lane->bytes -= copy->bytes;
   if (copy->slot == PAGER_NONE)
     return; /* fill and drain look at the counter */
   pager->stats.bytes[lane->lane] += copy->bytes;

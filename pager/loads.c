@@ -13,11 +13,17 @@
 
 #include "base/assert.h"
 
-static bool chunk_is_home(const flap_pager *pager, const pager_region *region, uint32_t first_page, uint32_t count) {
+/* If not, their stores are told who waits. */
+static bool chunk_is_home(const flap_pager *pager, pager_region *region, uint32_t first_page, uint32_t count,
+                          uint64_t order) {
   const pager_page *page = pager_pages_of(pager, region) + first_page;
   for (uint32_t i = 0; i < count; i++)
-    if (page[i].stores_left > 0)
+    if (page[i].stores_left > 0) {
+      if (order < region->wanted)
+        region->wanted = order;
       return false;
+    }
+  region->wanted = UINT64_MAX;
   return true;
 }
 
@@ -59,11 +65,11 @@ static bool load_from_buffers(flap_pager *pager, uint32_t slot) {
 
 static bool load_from_ram(flap_pager *pager, uint32_t slot) {
   pager_slot *s = &pager->slots[slot];
-  const pager_region *region = &pager->regions[s->region];
+  pager_region *region = &pager->regions[s->region];
   bool progress = false;
   while (s->ram_next < region->ram_pages && pager_lane_has_room(&pager->h2d)) {
-    uint32_t first = s->ram_next, count = pager_chunk_pages(pager, region, first);
-    if (!chunk_is_home(pager, region, first, count))
+    uint32_t first = s->ram_next, count = pager_copy_pages(pager, region, first);
+    if (!chunk_is_home(pager, region, first, count, s->order))
       break;
     s->ram_next += count;
     enqueue(pager, slot, PAGER_NONE, first, count, region->home + first * pager->page_bytes);
@@ -74,11 +80,11 @@ static bool load_from_ram(flap_pager *pager, uint32_t slot) {
 
 static bool load_from_disk(flap_pager *pager, uint32_t slot) {
   pager_slot *s = &pager->slots[slot];
-  const pager_region *region = &pager->regions[s->region];
+  pager_region *region = &pager->regions[s->region];
   bool progress = false;
   while (s->disk_next < region->page_count && pager->read_free > 0) {
     uint32_t first = s->disk_next, count = pager_chunk_pages(pager, region, first);
-    if (!chunk_is_home(pager, region, first, count))
+    if (!chunk_is_home(pager, region, first, count, s->order))
       break;
     s->disk_next += count;
     uint32_t index = pager_buffer_take(pager, false, s->region, first, count);
@@ -130,13 +136,13 @@ static uint32_t lease_at(const flap_pager *pager, uint64_t order, const flap_lea
 /* A chunk of the lease, if it may be read by now. */
 static bool read_chunk_ahead(flap_pager *pager, uint32_t index, const flap_lease *what, uint64_t order) {
   pager_lease *lease = &pager->leases[index];
-  const pager_region *region = &pager->regions[what->region];
+  pager_region *region = &pager->regions[what->region];
   if (lease->slot != PAGER_NONE || lease->state != LEASE_QUEUED || region->ring == FLAP_PAGER_RESIDENT ||
       !pager_loads(what->mode) || lease->disk_next >= region->page_count || region->changes_released != lease->change ||
       !region->holds)
     return false;
   uint32_t first = lease->disk_next, count = pager_chunk_pages(pager, region, first);
-  if (!chunk_is_home(pager, region, first, count))
+  if (!chunk_is_home(pager, region, first, count, order))
     return false;
   lease->disk_next += count;
   uint32_t taken = pager_buffer_take(pager, false, what->region, first, count);

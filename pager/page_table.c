@@ -29,6 +29,11 @@ uint32_t pager_chunk_pages(const flap_pager *pager, const pager_region *region, 
   return (uint32_t)smaller(pager->pages_per_transfer, end - first_page);
 }
 
+uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, uint32_t first_page) {
+  flap_assert(first_page < region->ram_pages);
+  return (uint32_t)smaller(pager->pages_per_copy, region->ram_pages - first_page);
+}
+
 uint32_t pager_events(const flap_pager *pager) {
   return 2 * pager->slot_count + 2 * PAGER_WINDOW;
 }
@@ -39,6 +44,7 @@ static void check_config(const flap_pager_config *config) {
   flap_assert(config->page_bytes > 0 && config->page_bytes % FLAP_BLOCK_ALIGN == 0);
   flap_assert(config->transfer_bytes > 0 && config->transfer_bytes % config->page_bytes == 0);
   flap_assert(config->transfer_bytes <= FLAP_BLOCK_REQUEST_BYTES_MAX);
+  flap_assert(config->copy_bytes % config->page_bytes == 0);
   flap_assert(config->region_count > 0 && config->leases_max > 0 && config->leases_max < PAGER_NONE / 2);
   for (uint32_t i = 0; i < config->ring_count; i++) {
     const flap_pager_ring *ring = &config->rings[i];
@@ -118,6 +124,7 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
+    region->wanted = UINT64_MAX;
     region->ram_pages = (uint32_t)smaller(config->regions[i].ram_pages, region->page_count);
     region->first_page = page;
     for (uint32_t j = 0; j < region->page_count; j++, page++) {
@@ -140,6 +147,8 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   pager->page_bytes = config->page_bytes;
   pager->transfer_bytes = config->transfer_bytes;
   pager->pages_per_transfer = (uint32_t)(config->transfer_bytes / config->page_bytes);
+  pager->pages_per_copy =
+      config->copy_bytes ? (uint32_t)(config->copy_bytes / config->page_bytes) : pager->pages_per_transfer;
   pager->region_count = config->region_count;
   pager->ring_count = config->ring_count;
   pager->page_count = (uint32_t)pages;

@@ -16,13 +16,14 @@
  *  5. At least half of the read buffers (one at least) are held only for slots that are owned, and move on without
  *     waiting for anything but disk and lane; write buffers likewise. So these always come back. The other read buffers
  *     may read ahead, for leases that get their slots later, in program order.
- *  6. At most PAGER_WINDOW copies are under way on each lane.
+ *  6. At most PAGER_WINDOW copies are under way on each lane, and none is begun beside PAGER_WINDOW_BYTES of them.
  *  7. A region's load starts only when all leases before it that change the region are released.
  *  8. A job begins when all leases before it that change its regions are released, their bytes are home, and no H2D
  * copy reads them. What comes behind it and loads, or is pinned, waits for its end.
  *  9. The slot of a ring that keeps holds its region's bytes as of `change`; a lease of the same program and number of
  * changes takes them as they are.
- * 10. After a failure nothing new starts; what is under way is collected.
+ * 10. Stores of one region go in the order of the unpins: page by page, none passes an earlier one.
+ * 11. After a failure nothing new starts; what is under way is collected.
  */
 #include "pager/pager_internal.h"
 

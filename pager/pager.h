@@ -69,6 +69,8 @@ typedef struct flap_pager_config {
   uint64_t page_bytes;     /* a multiple of FLAP_BLOCK_ALIGN: the unit of checksums and homes */
   uint64_t transfer_bytes; /* a multiple of page_bytes, at most FLAP_BLOCK_REQUEST_BYTES_MAX: adjacent pages are merged
                               up to this; the size of a staging buffer */
+  uint64_t copy_bytes;     /* a multiple of page_bytes: adjacent pages in RAM are copied to and from the device up to
+                              this together; 0: transfer_bytes */
   uint32_t region_count;
   const flap_pager_region *regions; /* not kept */
   uint32_t ring_count;

@@ -9,13 +9,17 @@
 #ifndef FLAP_PAGER_PAGER_INTERNAL_H
 #define FLAP_PAGER_PAGER_INTERNAL_H
 
+#include "base/units.h"
 #include "pager/pager.h"
 
 #include <pthread.h>
 
 #define PAGER_NONE UINT32_MAX
 #define PAGER_PROGRAMS_MAX 2u
-#define PAGER_WINDOW 16u /* copies under way on a lane: enough to keep it busy, few enough to stay in program order */
+/* Copies under way on a lane, and their bytes, of which the last copy may be beyond: enough to keep it busy, few enough
+ * that what is needed first does not stand behind what is needed later. */
+#define PAGER_WINDOW 16u
+#define PAGER_WINDOW_BYTES (64 * FLAP_MIB)
 #define PAGER_LABELS 64u /* regions of the last copies on a lane, for the trace */
 #define PAGER_MESSAGE_BYTES 768u
 
@@ -47,6 +51,7 @@ typedef struct pager_region {
   uint32_t changes_released; /* those of them that were unpinned (wraps) */
   uint32_t changes_started;  /* by jobs that were started and are not done */
   uint32_t loading;          /* H2D copies out of its home that are under way */
+  uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
   bool holds;                /* after all of the unpinned leases, there are bytes */
   bool pinned;
 } pager_region;
@@ -158,6 +163,7 @@ typedef struct pager_lane {
   flap_event first_event;
   pager_copy copies[PAGER_WINDOW]; /* copy n at n % PAGER_WINDOW */
   uint64_t issued, retired;
+  uint64_t bytes;                /* of those under way */
   uint32_t labels[PAGER_LABELS]; /* region of copy n at n % PAGER_LABELS: written here, read by the copying thread */
   uint64_t traced;               /* the copying thread's own */
 } pager_lane;
@@ -176,7 +182,7 @@ typedef struct pager_wait {
 struct flap_pager {
   /* fixed at open */
   uint64_t page_bytes, transfer_bytes;
-  uint32_t pages_per_transfer;
+  uint32_t pages_per_transfer, pages_per_copy;
   uint32_t region_count, ring_count, slot_count, page_count, leases_max;
   uint32_t read_buffers, write_buffers; /* 0 when nothing is on disk */
   uint64_t bounce_bytes;
@@ -255,6 +261,8 @@ uint32_t pager_events(const flap_pager *pager);
 uint64_t pager_chunk_bytes(const flap_pager *pager, const pager_region *region, uint32_t first_page, uint32_t count);
 /* The pages from first_page on that move together: at most transfer_bytes, all in RAM or all adjacent on disk. */
 uint32_t pager_chunk_pages(const flap_pager *pager, const pager_region *region, uint32_t first_page);
+/* The same for a copy between a slot and the region's pages in RAM: at most copy_bytes. */
+uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, uint32_t first_page);
 static inline pager_page *pager_pages_of(const flap_pager *pager, const pager_region *region) {
   return pager->pages + region->first_page;
 }
@@ -267,6 +275,8 @@ uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_page
 bool pager_rings_assign(flap_pager *pager);
 /* Slots whose last use is over are stored, or free. */
 bool pager_rings_release(flap_pager *pager);
+/* The order of the next lease that is to get a slot of the ring; UINT64_MAX for none. */
+uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring);
 /* A stored slot is free once its last copy is over. */
 void pager_rings_stored(flap_pager *pager, uint32_t slot);
 static inline flap_event pager_load_event(uint32_t slot) {

@@ -117,11 +117,9 @@ static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring)
 }
 
 /* A chunk that is not home yet holds the load up; PAGE_WRITING is the disk's part of the way. */
-static bool waits_for_pages(const flap_pager *pager, const pager_region *region, uint32_t first, flap_lane *lane_out) {
-  if (first == region->page_count)
-    return false;
+static bool waits_for_pages(const flap_pager *pager, const pager_region *region, uint32_t first, uint32_t count,
+                            flap_lane *lane_out) {
   const pager_page *page = pager_pages_of(pager, region) + first;
-  uint32_t count = pager_chunk_pages(pager, region, first);
   for (uint32_t i = 0; i < count; i++) {
     if (page[i].stores_left == 0)
       continue;
@@ -144,9 +142,11 @@ flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   const pager_slot *slot = &pager->slots[index];
   const pager_region *region = &pager->regions[slot->region];
   flap_lane lane = FLAP_LANE_H2D;
-  if (slot->ram_next < region->ram_pages && waits_for_pages(pager, region, slot->ram_next, &lane))
+  if (slot->ram_next < region->ram_pages &&
+      waits_for_pages(pager, region, slot->ram_next, pager_copy_pages(pager, region, slot->ram_next), &lane))
     return lane;
-  if (slot->disk_next < region->page_count && waits_for_pages(pager, region, slot->disk_next, &lane))
+  if (slot->disk_next < region->page_count &&
+      waits_for_pages(pager, region, slot->disk_next, pager_chunk_pages(pager, region, slot->disk_next), &lane))
     return lane;
   bool reads_of_ours = false;
   for (uint32_t i = 0; i < pager->read_buffers; i++)
@@ -164,6 +164,7 @@ static void assert_lanes(const flap_pager *pager) {
   for (uint32_t i = 0; i < 2; i++) {
     flap_assert(lanes[i]->retired <= lanes[i]->issued);
     flap_assert(lanes[i]->issued - lanes[i]->retired <= PAGER_WINDOW); /* 6 */
+    flap_assert(lanes[i]->issued > lanes[i]->retired || lanes[i]->bytes == 0);
   }
 }
 
@@ -203,6 +204,16 @@ static void assert_slots(const flap_pager *pager) {
   flap_assert(states[SLOT_STORING] == pager->storing.count);
   for (uint32_t i = pager->loading.head; i != PAGER_NONE; i = pager->slots[i].next)
     flap_assert(pager->slots[i].next == PAGER_NONE || pager->slots[i].order < pager->slots[pager->slots[i].next].order);
+}
+
+/* 10: of two slots that store the same region, the one that was unpinned first is ahead, or as far. */
+static void assert_stores(const flap_pager *pager) {
+  for (uint32_t i = pager->storing.head; i != PAGER_NONE; i = pager->slots[i].next)
+    for (uint32_t j = pager->slots[i].next; j != PAGER_NONE; j = pager->slots[j].next) {
+      const pager_slot *first = &pager->slots[i], *second = &pager->slots[j];
+      if (first->region == second->region)
+        flap_assert(first->ram_next >= second->ram_next && first->disk_next >= second->disk_next);
+    }
 }
 
 /* 4: every page that is not idle is in exactly one D2H copy or full or writing buffer; what is left to store of it is
@@ -268,6 +279,7 @@ void pager_assert_state(flap_pager *pager) {
   if (!pager_full_checks || pager->error != FLAP_OK)
     return;
   assert_slots(pager);
+  assert_stores(pager);
   assert_buffers(pager);
   assert_pages(pager);
 }

@@ -63,6 +63,14 @@ static const flap_lease *lease_of(const flap_pager *pager, uint32_t index, uint6
   return &program->leases[index % pager->leases_max];
 }
 
+uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring) {
+  const uint32_t index = pager->rings[ring].queue_head;
+  uint64_t order = UINT64_MAX;
+  if (index != PAGER_NONE)
+    (void)lease_of(pager, index, &order);
+  return order;
+}
+
 static void assign(flap_pager *pager, pager_ring *ring) {
   uint32_t index = ring->queue_head, slot = ring->free.head;
   pager_lease *lease = &pager->leases[index];

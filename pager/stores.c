@@ -1,7 +1,10 @@
 /* Stores: a slot's bytes to where its region lives, in RAM by a D2H copy, on disk through a write buffer.
  *
- * Slots are served in the order in which they were unpinned. A page that an earlier store of the same region still
- * writes is waited for, so that one page is never written twice at a time and the later bytes win.
+ * What is wanted first goes first: each copy on the lane is taken from the slot that the earliest lease waits for,
+ * be it for the slot or for the region's bytes, and among equals from the one that was unpinned first. (In the order of
+ * unpins alone, activations that nobody needs before the backward would stand before states whose slots the next loads
+ * wait for.) Stores of one region are wanted alike, so they stay in order; a page that an earlier one of them still
+ * writes is waited for. So one page is never written twice at a time, and the later bytes win.
  *
  * A page's way: idle → copying (issue) → idle (pager_stores_copied, in RAM)
  *                                      → writing (pager_stores_copied, on disk) → idle (pager_stores_written)
@@ -31,12 +34,20 @@ static void move_pages(flap_pager *pager, uint32_t region, uint32_t first_page, 
   }
 }
 
-static bool issue(flap_pager *pager, uint32_t slot, uint32_t first, bool disk) {
+/* Of the pages that are left, in RAM or on disk, the next that go together may go now. */
+static bool can_store(const flap_pager *pager, const pager_slot *s, bool disk, uint32_t *count_out) {
+  const pager_region *region = &pager->regions[s->region];
+  const uint32_t first = disk ? s->disk_next : s->ram_next;
+  if (first >= (disk ? region->page_count : region->ram_pages) || (disk && pager->write_free == 0))
+    return false;
+  *count_out = disk ? pager_chunk_pages(pager, region, first) : pager_copy_pages(pager, region, first);
+  return chunk_is_idle(pager, region, first, *count_out);
+}
+
+static void store(flap_pager *pager, uint32_t slot, bool disk, uint32_t count) {
   pager_slot *s = &pager->slots[slot];
   const pager_region *region = &pager->regions[s->region];
-  uint32_t count = pager_chunk_pages(pager, region, first);
-  if (!chunk_is_idle(pager, region, first, count))
-    return false;
+  const uint32_t first = disk ? s->disk_next : s->ram_next;
   pager_copy copy = {.slot = slot,
                      .buffer = PAGER_NONE,
                      .region = s->region,
@@ -55,24 +66,43 @@ static bool issue(flap_pager *pager, uint32_t slot, uint32_t first, bool disk) {
   }
   move_pages(pager, s->region, first, count, PAGE_IDLE, PAGE_COPYING);
   pager_lane_copy(pager, &pager->d2h, to, s->memory + first * pager->page_bytes, &copy);
+}
+
+/* The lease that waits for this slot, or for what is in it, as orders are counted; UINT64_MAX for none. */
+static uint64_t wanted_by(const flap_pager *pager, const pager_slot *s) {
+  const uint64_t by_ring = pager_rings_next_order(pager, s->ring), by_region = pager->regions[s->region].wanted;
+  return by_ring < by_region ? by_ring : by_region;
+}
+
+/* One copy. Disk pages of a slot come first: their way is the longer one. */
+static bool store_most_wanted(flap_pager *pager) {
+  uint32_t best = PAGER_NONE, best_count = 0;
+  uint64_t best_order = 0;
+  bool best_disk = false;
+  for (uint32_t slot = pager->storing.head; slot != PAGER_NONE; slot = pager->slots[slot].next) {
+    const pager_slot *s = &pager->slots[slot];
+    const uint64_t order = wanted_by(pager, s);
+    uint32_t count = 0;
+    if (best != PAGER_NONE && order >= best_order)
+      continue;
+    const bool disk = can_store(pager, s, true, &count);
+    if (!disk && !can_store(pager, s, false, &count))
+      continue;
+    best = slot;
+    best_order = order;
+    best_disk = disk;
+    best_count = count;
+  }
+  if (best == PAGER_NONE)
+    return false;
+  store(pager, best, best_disk, best_count);
   return true;
 }
 
 bool pager_stores_issue(flap_pager *pager) {
   bool progress = false;
-  for (uint32_t slot = pager->storing.head; slot != PAGER_NONE; slot = pager->slots[slot].next) {
-    pager_slot *s = &pager->slots[slot];
-    const pager_region *region = &pager->regions[s->region];
-    /* Disk pages first: their way is the longer one. */
-    while (s->disk_next < region->page_count && pager->write_free > 0 && pager_lane_has_room(&pager->d2h) &&
-           issue(pager, slot, s->disk_next, true))
-      progress = true;
-    while (s->ram_next < region->ram_pages && pager_lane_has_room(&pager->d2h) &&
-           issue(pager, slot, s->ram_next, false))
-      progress = true;
-    if (!pager_lane_has_room(&pager->d2h))
-      break;
-  }
+  while (pager_lane_has_room(&pager->d2h) && store_most_wanted(pager))
+    progress = true;
   return progress;
 }
 

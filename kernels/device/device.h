@@ -91,7 +91,8 @@ bool flap_device_event_done(flap_device *device, flap_event event);
 void flap_device_event_wait(flap_device *device, flap_event event);
 /* Later work on `stream` starts after the event. On a stream whose work runs on the calling thread this blocks. */
 void flap_device_stream_wait(flap_device *device, flap_stream stream, flap_event event);
-/* Waits for every stream, then tells whether the device failed since open. Device errors are sticky. */
+/* Waits for every stream, on none of which anybody launches meanwhile, then tells whether the device failed since open.
+ * Device errors are sticky. */
 FLAP_CHECKED flap_status flap_device_synchronize(flap_device *device);
 
 /* Small transfers in order with the compute stream; `download` returns when the bytes are there. In sim both only take

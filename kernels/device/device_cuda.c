@@ -54,6 +54,7 @@ typedef struct lane {
   uint64_t completed;   /* under lock */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
+  slot *copying;        /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
   slot ring[RING_SLOTS];
 } lane;
 
@@ -427,6 +428,19 @@ static void transfer(cuda_device *device, lane *l, void *to, const void *from, u
   }
 }
 
+/* The slot of the last copy ends here. Left open until then, so that an event which is recorded behind the copy, and
+ * notifies, takes no slot of its own: every event costs a copy lane microseconds. */
+static bool end_copy(lane *l, bool notify) {
+  slot *s = l->copying;
+  if (s == NULL)
+    return false;
+  l->copying = NULL;
+  s->notify = notify;
+  check(l->device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  lane_put(l);
+  return true;
+}
+
 static void cuda_copy(flap_device *base, flap_stream stream, void *to, const void *from, uint64_t bytes) {
   cuda_device *device = self(base);
   if (stream == FLAP_STREAM_COMPUTE) {
@@ -435,14 +449,13 @@ static void cuda_copy(flap_device *base, flap_stream stream, void *to, const voi
     return;
   }
   lane *l = lane_of(device, stream);
+  end_copy(l, false);
   slot *s = lane_take(l);
   s->timed = true;
-  s->notify = false;
   s->bytes = bytes;
   check(device, "cannot record an event", cudaEventRecord(s->start, l->cuda));
   transfer(device, l, to, from, bytes);
-  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
-  lane_put(l);
+  l->copying = s;
 }
 
 static void cuda_event_record(flap_device *base, flap_event event, flap_stream stream, bool notify) {
@@ -453,7 +466,7 @@ static void cuda_event_record(flap_device *base, flap_event event, flap_stream s
     compute_mark(device, notify);
     return;
   }
-  if (!notify)
+  if (end_copy(l, notify) || !notify)
     return;
   slot *s = lane_take(l);
   s->timed = false;
@@ -489,6 +502,8 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
 static flap_status cuda_synchronize(flap_device *base) {
   cuda_device *device = self(base);
   compute_mark(device, false);
+  for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
+    (void)end_copy(&device->lanes[i], false);
   for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
     check(device, "the work of a stream", cudaStreamSynchronize(device->lanes[i].cuda));
   for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)

@@ -277,7 +277,7 @@ typedef struct script {
   flap_pager_region regions[8];
   flap_pager_ring rings[2];
   flap_lease leases[8];
-  uint32_t transfer_pages;
+  uint32_t transfer_pages, copy_pages;
   uint64_t copy_ns;
   uint32_t region_count, lease_count, programs; /* the leases are run so many times, one program ahead */
   uint64_t compute_ns[8];
@@ -288,6 +288,7 @@ static flap_pager *open_script(const script *s, flap_clock *clock) {
   flap_pager *pager = NULL;
   flap_pager_config config = {.page_bytes = PAGE_BYTES,
                               .transfer_bytes = s->transfer_pages * PAGE_BYTES,
+                              .copy_bytes = s->copy_pages * PAGE_BYTES,
                               .region_count = s->region_count,
                               .regions = s->regions,
                               .ring_count = 2,
@@ -408,6 +409,62 @@ START_TEST(order_adjacent_pages_move_as_one_transfer) {
 }
 END_TEST
 
+START_TEST(order_adjacent_pages_in_ram_are_copied_together) {
+  script s = make_script(1, 1);
+  s.transfer_pages = 4;
+  s.copy_pages = 8;
+  s.copy_ns = 7;
+  s.regions[3].bytes = 10 * PAGE_BYTES;
+  s.regions[3].ram_pages = 10;
+  add(&s, 3, FLAP_LEASE_READ, 0);
+  ck_assert_uint_eq(time_of_pin(&s, 0), 10 * 100 + 2 * 7); /* 8 and 2 pages */
+}
+END_TEST
+
+/* Both scripts begin with a long store that fills the lane at 0 ns, a page at its end every 100 ns. */
+static script make_script_of_a_long_store(uint32_t slots) {
+  script s = make_script(slots, 1);
+  s.regions[3].bytes = 100 * PAGE_BYTES;
+  s.regions[3].ram_pages = 100;
+  add(&s, 3, FLAP_LEASE_CREATE, 0);
+  return s;
+}
+
+START_TEST(order_store_whose_slot_is_wanted_passes_a_long_one) {
+  script s = make_script_of_a_long_store(1);
+  add(&s, 0, FLAP_LEASE_CREATE, 50);
+  add(&s, 1, FLAP_LEASE_READ, 0);
+  /* It is unpinned at 50 ns and goes onto the lane when the first page is home, at 100 ns; then the slot's next region
+   * comes up. */
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + PAGER_WINDOW * 100 + 100);
+}
+END_TEST
+
+START_TEST(order_store_whose_bytes_are_wanted_passes_a_long_one) {
+  script s = make_script_of_a_long_store(2);
+  add(&s, 0, FLAP_LEASE_UPDATE, 50);
+  add(&s, 0, FLAP_LEASE_READ, 0);
+  /* Up at 100 ns, unpinned at 150, onto the lane at 200. */
+  ck_assert_uint_eq(time_of_pin(&s, 2), 200 + PAGER_WINDOW * 100 + 100);
+}
+END_TEST
+
+START_TEST(order_copies_under_way_are_bounded_in_bytes) {
+  script s = make_script(1, 1);
+  const uint32_t pages = 2 * (uint32_t)(PAGER_WINDOW_BYTES / PAGE_BYTES);
+  s.rings[1].slot_bytes = pages * (uint64_t)PAGE_BYTES;
+  s.copy_pages = pages / 8;
+  s.regions[3].bytes = s.rings[1].slot_bytes;
+  s.regions[3].ram_pages = pages;
+  add(&s, 0, FLAP_LEASE_READ, 50);
+  add(&s, 1, FLAP_LEASE_READ, 0);
+  add(&s, 3, FLAP_LEASE_READ, 0);
+  /* Four copies of an eighth each are all that may stand before the second lease, which comes at 150 ns; it goes ahead
+   * of the others when the first of them has ended. */
+  ck_assert_uint_eq(time_of_pin(&s, 1), 100 + 100 * (4 * s.copy_pages + 1));
+}
+END_TEST
+
 int main(void) {
   pager_full_checks = true;
   Suite *suite = suite_create("pager");
@@ -431,6 +488,10 @@ int main(void) {
   tcase_add_test(tcase, order_read_of_a_changed_region_waits_until_it_is_home);
   tcase_add_test(tcase, order_lease_needed_first_passes_a_long_load);
   tcase_add_test(tcase, order_adjacent_pages_move_as_one_transfer);
+  tcase_add_test(tcase, order_adjacent_pages_in_ram_are_copied_together);
+  tcase_add_test(tcase, order_store_whose_slot_is_wanted_passes_a_long_one);
+  tcase_add_test(tcase, order_store_whose_bytes_are_wanted_passes_a_long_one);
+  tcase_add_test(tcase, order_copies_under_way_are_bounded_in_bytes);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
