@@ -140,6 +140,7 @@ static void host_adamw(flap_executor *x, const flap_op *op) {
   if (x->times != NULL) {
     job.ns = flap_op_times_of(x->times, x->layout, op);
     job.beside_copies_ns = flap_op_times_beside_copies(x->times, x->layout, op);
+    job.copies_beside = x->times->copies_beside_host;
   } else if (runs) {
     flap_assert(x->has_update);
     x->host.jobs[op->index] = (flap_host_job){.executor = x, .slice = op->index};

@@ -8,10 +8,13 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
 #define SLICES 12u /* 0.7 GB with bf16: more than a server's caches */
 #define ROUNDS 5
+#define SETTLE_NS 20000000
+#define COPIES_NS 100000000
 #define WINDOW (FLAP_HOST_TIMES_EVENTS / 2) /* copies under way in each direction */
 
 /* ---- an update, over and over ------------------------------------------------------------------------------ */
@@ -37,7 +40,7 @@ static void size_slices(const flap_op_times_spec *spec, flap_part part, slices *
 uint64_t flap_host_times_bytes(const flap_op_times_spec *spec) {
   slices s;
   size_slices(spec, FLAP_PART_EMBEDDING, &s);
-  return SLICES * s.slice_bytes;
+  return SLICES * s.slice_bytes + FLAP_HOST_TIMES_PINNED_BYTES;
 }
 
 static flap_status open_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
@@ -86,27 +89,36 @@ static double time_updates(flap_host_optimizer *optimizer, slices *s) {
   return (double)times_ns[ROUNDS / 2] / (double)(SLICES * SLICE_ELEMENTS);
 }
 
+static void sleep_ns(long ns) {
+  const struct timespec time = {.tv_nsec = ns};
+  (void)nanosleep(&time, NULL);
+}
+
 /* ---- copies meanwhile -------------------------------------------------------------------------------------- */
 
 typedef struct traffic {
   flap_device *device;
   unsigned char *vram, *pinned;
   _Atomic bool stop;
+  _Atomic uint64_t copied; /* pairs of copies that ended */
   pthread_t thread;
 } traffic;
 
+/* Up out of one half of what is pinned, down into the other. */
 static void *copy_both_ways(void *context) {
   traffic *t = context;
-  const uint64_t half = FLAP_HOST_TIMES_COPY_BYTES / 2;
+  const uint64_t bytes = FLAP_HOST_TIMES_VRAM_BYTES / 2, half = FLAP_HOST_TIMES_PINNED_BYTES / 2;
   for (uint64_t n = 0; !atomic_load(&t->stop); n++) {
     const flap_event up = (flap_event)(n % WINDOW * 2), down = up + 1;
     if (n >= WINDOW) {
       flap_device_event_wait(t->device, up);
       flap_device_event_wait(t->device, down);
+      atomic_fetch_add(&t->copied, 1);
     }
-    flap_device_copy(t->device, FLAP_STREAM_H2D, t->vram, t->pinned, half);
+    unsigned char *place = t->pinned + n % (half / bytes) * bytes;
+    flap_device_copy(t->device, FLAP_STREAM_H2D, t->vram, place, bytes);
     flap_device_event_record(t->device, up, FLAP_STREAM_H2D, false);
-    flap_device_copy(t->device, FLAP_STREAM_D2H, t->pinned + half, t->vram + half, half);
+    flap_device_copy(t->device, FLAP_STREAM_D2H, place + half, t->vram + bytes, bytes);
     flap_device_event_record(t->device, down, FLAP_STREAM_D2H, false);
   }
   return NULL;
@@ -114,6 +126,7 @@ static void *copy_both_ways(void *context) {
 
 static flap_status start_traffic(traffic *t) {
   atomic_store(&t->stop, false);
+  atomic_store(&t->copied, 0);
   const int error = pthread_create(&t->thread, NULL, copy_both_ways, t);
   return error == 0 ? FLAP_OK : flap_error_set_os(error, "cannot start a thread to measure the host");
 }
@@ -126,8 +139,26 @@ static flap_status end_traffic(traffic *t) {
 
 /* ---- both -------------------------------------------------------------------------------------------------- */
 
+/* Pairs of copies in a nanosecond, since some were counted. */
+static double copies_per_ns(const traffic *t, uint64_t counted, uint64_t since_ns) {
+  return (double)(atomic_load(&t->copied) - counted) / (double)(flap_units_now_ns() - since_ns);
+}
+
+/* Updates while copies go on, and how many times as long the copies take as without. */
+static void time_both(flap_host_optimizer *optimizer, slices *s, traffic *t, double *update_ns, double *slowdown) {
+  sleep_ns(SETTLE_NS);
+  uint64_t counted = atomic_load(&t->copied), since_ns = flap_units_now_ns();
+  sleep_ns(COPIES_NS);
+  const double alone = copies_per_ns(t, counted, since_ns);
+  counted = atomic_load(&t->copied);
+  since_ns = flap_units_now_ns();
+  *update_ns = time_updates(optimizer, s);
+  const double beside = copies_per_ns(t, counted, since_ns);
+  *slowdown = beside > 0 && beside < alone ? alone / beside : 1;
+}
+
 static flap_status measure_part(const flap_op_times_spec *spec, flap_part part, flap_host_optimizer *optimizer,
-                                traffic *t, flap_host_ns *ns_out) {
+                                traffic *t, flap_host_ns *ns_out, double *slowdown_out) {
   slices s = {.memory = NULL};
   flap_status status = open_slices(spec, part, &s);
   if (status == FLAP_OK) {
@@ -136,7 +167,7 @@ static flap_status measure_part(const flap_op_times_spec *spec, flap_part part, 
     status = start_traffic(t);
   }
   if (status == FLAP_OK) {
-    ns_out->beside_copies = time_updates(optimizer, &s);
+    time_both(optimizer, &s, t, &ns_out->beside_copies, slowdown_out);
     status = end_traffic(t);
   }
   close_slices(&s);
@@ -147,11 +178,12 @@ flap_status flap_host_times_measure(const flap_op_times_spec *spec, flap_device 
                                     flap_op_times *times) {
   traffic t = {.device = device, .vram = vram, .pinned = pinned};
   flap_host_optimizer *optimizer = NULL;
+  double slowdown = 1;
   FLAP_TRY(flap_host_optimizer_open(flap_update_host_threads(spec->threads), &optimizer));
-  flap_status status = measure_part(spec, FLAP_PART_LAYER, optimizer, &t, &times->host);
+  flap_status status = measure_part(spec, FLAP_PART_LAYER, optimizer, &t, &times->host, &times->copies_beside_host);
   times->host_embedding = times->host;
   if (status == FLAP_OK && flap_layout_has_codes(spec->optim, FLAP_PART_LAYER))
-    status = measure_part(spec, FLAP_PART_EMBEDDING, optimizer, &t, &times->host_embedding);
+    status = measure_part(spec, FLAP_PART_EMBEDDING, optimizer, &t, &times->host_embedding, &slowdown);
   flap_host_optimizer_close(optimizer);
   return status;
 }
@@ -164,6 +196,7 @@ static double host_bytes(const flap_op_times_spec *spec, flap_part part) {
 }
 
 void flap_host_times_from_rate(const flap_op_times_spec *spec, double bytes_per_second, flap_op_times *times) {
+  times->copies_beside_host = 1;
   times->host.alone = times->host.beside_copies = host_bytes(spec, FLAP_PART_LAYER) / bytes_per_second * 1e9;
   times->host_embedding.alone = times->host_embedding.beside_copies =
       host_bytes(spec, FLAP_PART_EMBEDDING) / bytes_per_second * 1e9;

@@ -10,8 +10,13 @@
 #include <string.h>
 
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
-#define MEASURE_NS ((uint64_t)120000000) /* per operation; the second half counts, when clocks have settled */
-#define ROUNDS_MAX 4096
+/* A round takes a batch of each operation; the first rounds warm the card up. */
+#define LONG_NS ((uint64_t)1000000)
+#define LONG_BATCH_NS ((uint64_t)24000000)
+#define SHORT_BATCH_NS ((uint64_t)3000000)
+#define BATCH_MAX 1024u
+#define WARM_ROUNDS 3u
+#define ROUNDS 5u
 #define PATTERN_BYTES FLAP_MIB
 
 /* What of the run is on the device: for times all of it at once. */
@@ -31,7 +36,7 @@ typedef struct bench {
   void *ops_workspace, *model_workspace, *rope;
   flap_model_saved saved;   /* of the operation that is timed */
   uint8_t *decay;           /* host memory */
-  bool fresh;               /* of that operation too */
+  bool fresh;               /* likewise */
   flap_state_format format; /* of the slice */
 } bench;
 
@@ -201,12 +206,13 @@ static void run_head(bench *b) {
   flap_model_head_loss(&b->run, b->head, b->projection, b->x_in, b->tokens, 1e-6f, b->losses, b->x_out, b->head_sums,
                        b->projection_sums, !b->fresh);
 }
-/* In place of a gradient comes that of the layer below: without a fresh one each time they would soon be zeros, on
- * which a card is faster. */
 static void run_copy(bench *b) {
   flap_ops_copy(b->ops, b->dx, b->x_in, flap_model_hidden_bytes(b->spec->model, &b->spec->shape));
 }
+/* A backward leaves gradients in place of the activations that it read and of the gradient that it was given: without
+ * fresh ones each time all would soon be zeros, on which a card is faster. */
 static void run_backward(bench *b) {
+  run_recompute(b);
   run_copy(b);
   flap_model_layer_backward(&b->run, b->layer, b->x_in, &b->saved, b->dx, b->sums, !b->fresh);
 }
@@ -235,89 +241,193 @@ static void run_adamw(bench *b) {
 
 /* ---- time ------------------------------------------------------------------------------------------------ */
 
-static flap_status time_of(bench *b, void (*run)(bench *b), bool fresh, uint64_t *ns_out) {
-  b->fresh = fresh;
-  if (b->clock != NULL) {
-    const uint64_t before_ns = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE);
-    run(b);
-    *ns_out = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE) - before_ns;
-    return FLAP_OK;
-  }
-  run(b); /* loads code, and tunes products */
+/* An operation that is timed: `run`, with `mask` saved by a forward before if `saves`. */
+typedef struct timing {
+  void (*run)(bench *b);
+  bool saves, fresh;
+  uint32_t mask;
+  uint32_t batch; /* runs at a time */
+  uint64_t batch_ns[ROUNDS];
+} timing;
+
+#define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 16)
+
+typedef struct timings {
+  timing list[TIMINGS_MAX];
+  uint32_t count;
+} timings;
+
+static timing *add_timing(timings *t, void (*run)(bench *b)) {
+  flap_assert(t->count < TIMINGS_MAX);
+  t->list[t->count] = (timing){.run = run};
+  return &t->list[t->count++];
+}
+
+static timing *add_saving(timings *t, void (*run)(bench *b), uint32_t mask) {
+  timing *added = add_timing(t, run);
+  added->saves = true;
+  added->mask = mask;
+  return added;
+}
+
+/* What is before the operation, and is not timed. */
+static void prepare(bench *b, const timing *t) {
+  b->fresh = t->fresh;
+  if (!t->saves)
+    return;
+  place_saved(b, t->mask);
+  run_forward(b); /* so that there are values to compute with */
+}
+
+static flap_status time_batch(bench *b, const timing *t, uint32_t batch, uint64_t *ns_out) {
+  prepare(b, t);
   FLAP_TRY(flap_device_synchronize(b->device));
   const uint64_t started_ns = flap_units_now_ns();
-  uint64_t half_ns = started_ns, rounds = 0;
-  for (uint32_t batch = 1; rounds < ROUNDS_MAX; batch = 4) {
-    for (uint32_t i = 0; i < batch; i++)
-      run(b);
-    FLAP_TRY(flap_device_synchronize(b->device));
-    const uint64_t now_ns = flap_units_now_ns();
-    if (now_ns - started_ns < MEASURE_NS / 2) {
-      half_ns = now_ns;
-      continue;
+  for (uint32_t i = 0; i < batch; i++)
+    t->run(b);
+  FLAP_TRY(flap_device_synchronize(b->device));
+  *ns_out = flap_units_now_ns() - started_ns;
+  return FLAP_OK;
+}
+
+/* Short operations make up little of a step, and so of a round. */
+static flap_status choose_batch(bench *b, timing *t) {
+  uint64_t once_ns = 0;
+  FLAP_TRY(time_batch(b, t, 1, &once_ns)); /* loads code, and tunes products */
+  FLAP_TRY(time_batch(b, t, 1, &once_ns));
+  const uint64_t batch_ns = once_ns >= LONG_NS ? LONG_BATCH_NS : SHORT_BATCH_NS;
+  const uint64_t batch = once_ns > 0 ? batch_ns / once_ns + 1 : BATCH_MAX;
+  t->batch = batch < BATCH_MAX ? (uint32_t)batch : BATCH_MAX;
+  return FLAP_OK;
+}
+
+/* In rounds over all operations, because a card's clocks follow what it has been doing for the last seconds: an
+ * operation that is timed by itself, after a pause, is some percent faster than in a step. */
+static flap_status time_rounds(bench *b, timings *all) {
+  for (uint32_t i = 0; i < all->count; i++)
+    FLAP_TRY(choose_batch(b, &all->list[i]));
+  for (uint32_t round = 0; round < WARM_ROUNDS + ROUNDS; round++)
+    for (uint32_t i = 0; i < all->count; i++) {
+      timing *t = &all->list[i];
+      uint64_t ns = 0;
+      FLAP_TRY(time_batch(b, t, t->batch, &ns));
+      if (round >= WARM_ROUNDS)
+        t->batch_ns[round - WARM_ROUNDS] = ns;
     }
-    rounds += batch;
-    if (now_ns - started_ns >= MEASURE_NS) {
-      *ns_out = (now_ns - half_ns) / rounds;
-      return FLAP_OK;
-    }
+  return FLAP_OK;
+}
+
+static int compare_ns(const void *a, const void *b) {
+  const uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
+  return (left > right) - (left < right);
+}
+
+/* The median of the rounds; in sim, what one run adds to the lane. */
+static uint64_t ns_of(bench *b, timing *t) {
+  if (b->clock != NULL) {
+    prepare(b, t);
+    const uint64_t before_ns = flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE);
+    t->run(b);
+    return flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE) - before_ns;
   }
-  *ns_out = (flap_units_now_ns() - half_ns) / rounds;
+  qsort(t->batch_ns, ROUNDS, sizeof *t->batch_ns, compare_ns);
+  return t->batch_ns[ROUNDS / 2] / t->batch;
+}
+
+static uint64_t without(uint64_t ns, uint64_t part_ns) {
+  return ns > part_ns ? ns - part_ns : 0;
+}
+
+static double element_ns(bench *b, timing *t) {
+  return (double)without(ns_of(b, t), b->spec->launch_ns) / SLICE_ELEMENTS;
+}
+
+/* The two forms of the optimizer's operation are alike but for this. */
+static flap_status time_update(bench *b, flap_part part, double *ns_out) {
+  timings one = {.count = 0};
+  b->format = flap_layout_state_format(b->spec->shape.dtype, b->spec->optim, part);
+  timing *t = add_timing(&one, run_adamw);
+  if (b->clock == NULL)
+    FLAP_TRY(time_rounds(b, &one));
+  *ns_out = element_ns(b, t);
   return FLAP_OK;
 }
 
-static flap_status time_per_element(bench *b, void (*run)(bench *b), uint64_t elements, double *ns_out) {
-  uint64_t ns = 0;
-  FLAP_TRY(time_of(b, run, false, &ns));
-  const uint64_t launch_ns = b->spec->launch_ns;
-  *ns_out = ns > launch_ns ? (double)(ns - launch_ns) / (double)elements : 0;
-  return FLAP_OK;
-}
-
-/* Each set after a forward that keeps it, so that there are values to compute with. */
-static flap_status time_sets(bench *b, flap_op_times *t) {
-  const flap_saved_set *sets = flap_model_saved_sets(b->spec->model, &t->set_count);
-  flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
-  for (uint32_t i = 0; i < t->set_count; i++) {
-    t->set_mask[i] = sets[i].mask;
-    if (sets[i].mask == FLAP_MODEL_SAVED_ALL)
-      continue;
-    place_saved(b, sets[i].mask);
-    run_forward(b);
-    FLAP_TRY(time_of(b, run_recompute, false, &t->set_recompute_ns[i]));
-  }
-  return FLAP_OK;
-}
-
-static flap_status time_all(bench *b, flap_op_times *t) {
-  *t = (flap_op_times){.launch_ns = b->spec->launch_ns};
-  FLAP_TRY(time_of(b, run_embed, false, &t->embed_ns));
-  if (b->spec->training)
-    FLAP_TRY(time_sets(b, t));
-  place_saved(b, 0);
-  FLAP_TRY(time_of(b, run_recompute, false, &t->recompute_ns));
-  FLAP_TRY(time_of(b, run_forward, false, &t->forward_ns));
-  FLAP_TRY(time_of(b, run_loss, false, &t->loss_ns));
-  if (!b->spec->training)
-    return FLAP_OK;
-  uint64_t copy_ns = 0;
-  FLAP_TRY(time_of(b, run_copy, false, &copy_ns));
-  FLAP_TRY(time_of(b, run_backward, true, &t->backward_fresh_ns));
-  FLAP_TRY(time_of(b, run_backward, false, &t->backward_ns));
-  t->backward_fresh_ns -= copy_ns < t->backward_fresh_ns ? copy_ns : t->backward_fresh_ns;
-  t->backward_ns -= copy_ns < t->backward_ns ? copy_ns : t->backward_ns;
-  FLAP_TRY(time_of(b, run_head, true, &t->head_fresh_ns));
-  FLAP_TRY(time_of(b, run_head, false, &t->head_ns));
-  FLAP_TRY(time_of(b, run_embed_backward, false, &t->embed_backward_ns));
-  FLAP_TRY(time_per_element(b, run_zero, SLICE_ELEMENTS, &t->zero_ns));
-  FLAP_TRY(time_per_element(b, run_store, SLICE_ELEMENTS, &t->store_ns));
-  b->format = flap_layout_state_format(b->spec->shape.dtype, b->spec->optim, FLAP_PART_LAYER);
-  FLAP_TRY(time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_ns));
+static flap_status time_updates(bench *b, flap_op_times *t) {
+  FLAP_TRY(time_update(b, FLAP_PART_LAYER, &t->adamw_ns));
   t->adamw_embedding_ns = t->adamw_ns;
   if (!flap_layout_has_codes(b->spec->optim, FLAP_PART_LAYER))
     return FLAP_OK;
-  b->format = flap_layout_state_format(b->spec->shape.dtype, b->spec->optim, FLAP_PART_EMBEDDING);
-  return time_per_element(b, run_adamw, SLICE_ELEMENTS, &t->adamw_embedding_ns);
+  return time_update(b, FLAP_PART_EMBEDDING, &t->adamw_embedding_ns);
+}
+
+/* Which of the list is what. */
+typedef struct named_timings {
+  timing *embed, *forward, *recompute, *loss;
+  timing *sets[FLAP_MODEL_SAVED_MAX]; /* NULL for a set of all tensors */
+  timing *copy, *backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero, *store;
+} named_timings;
+
+static void list_forward(timings *all, named_timings *n) {
+  n->embed = add_timing(all, run_embed);
+  n->forward = add_saving(all, run_forward, 0);
+  n->recompute = add_saving(all, run_recompute, 0);
+  n->loss = add_timing(all, run_loss);
+}
+
+static void list_training(bench *b, timings *all, named_timings *n, flap_op_times *t) {
+  const flap_saved_set *set = flap_model_saved_sets(b->spec->model, &t->set_count);
+  flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
+  for (uint32_t i = 0; i < t->set_count; i++) {
+    t->set_mask[i] = set[i].mask;
+    if (set[i].mask != FLAP_MODEL_SAVED_ALL)
+      n->sets[i] = add_saving(all, run_recompute, set[i].mask);
+  }
+  n->copy = add_timing(all, run_copy);
+  n->backward = add_saving(all, run_backward, 0);
+  n->fresh_backward = add_saving(all, run_backward, 0);
+  n->head = add_timing(all, run_head);
+  n->fresh_head = add_timing(all, run_head);
+  n->embed_backward = add_timing(all, run_embed_backward);
+  n->zero = add_timing(all, run_zero);
+  n->store = add_timing(all, run_store);
+  n->fresh_backward->fresh = n->fresh_head->fresh = true;
+}
+
+static void take_forward(bench *b, const named_timings *n, flap_op_times *t) {
+  t->embed_ns = ns_of(b, n->embed);
+  t->forward_ns = ns_of(b, n->forward);
+  t->recompute_ns = ns_of(b, n->recompute);
+  t->loss_ns = ns_of(b, n->loss);
+}
+
+static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
+  const uint64_t before_ns = ns_of(b, n->copy) + t->recompute_ns;
+  for (uint32_t i = 0; i < t->set_count; i++)
+    t->set_recompute_ns[i] = n->sets[i] != NULL ? ns_of(b, n->sets[i]) : 0;
+  t->backward_ns = without(ns_of(b, n->backward), before_ns);
+  t->backward_fresh_ns = without(ns_of(b, n->fresh_backward), before_ns);
+  t->head_ns = ns_of(b, n->head);
+  t->head_fresh_ns = ns_of(b, n->fresh_head);
+  t->embed_backward_ns = ns_of(b, n->embed_backward);
+  t->zero_ns = element_ns(b, n->zero);
+  t->store_ns = element_ns(b, n->store);
+}
+
+static flap_status time_all(bench *b, flap_op_times *t) {
+  timings all = {.count = 0};
+  named_timings named = {.embed = NULL};
+  *t = (flap_op_times){.launch_ns = b->spec->launch_ns, .copies_beside_host = 1};
+  list_forward(&all, &named);
+  if (b->spec->training)
+    list_training(b, &all, &named, t);
+  if (b->clock == NULL)
+    FLAP_TRY(time_rounds(b, &all));
+  take_forward(b, &named, t);
+  if (!b->spec->training)
+    return FLAP_OK;
+  take_training(b, &named, t);
+  return time_updates(b, t);
 }
 
 /* Every product that a step has, once: for tuning. */
@@ -370,11 +480,11 @@ static uint64_t needed_bytes(const flap_op_times_spec *spec, bench_parts parts, 
 
 /* Copies pass through the memory of what was timed before. */
 static flap_status time_host(bench *b, void *vram, void **pinned_out, flap_op_times *times) {
-  *pinned_out = aligned_alloc(4096, FLAP_HOST_TIMES_COPY_BYTES);
+  *pinned_out = aligned_alloc(4096, FLAP_HOST_TIMES_PINNED_BYTES);
   if (*pinned_out == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
-  memset(*pinned_out, 0, FLAP_HOST_TIMES_COPY_BYTES);
-  FLAP_TRY(flap_device_pin_host(b->device, *pinned_out, FLAP_HOST_TIMES_COPY_BYTES));
+  memset(*pinned_out, 0, FLAP_HOST_TIMES_PINNED_BYTES);
+  FLAP_TRY(flap_device_pin_host(b->device, *pinned_out, FLAP_HOST_TIMES_PINNED_BYTES));
   return flap_host_times_measure(b->spec, b->device, vram, *pinned_out, times);
 }
 
@@ -429,7 +539,7 @@ flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_
 static flap_status run_on_cuda(const flap_op_times_spec *spec, bench_parts parts, uint64_t overhead_bytes,
                                uint64_t vram_bytes, flap_op_times *times_out) {
   const uint64_t taken = needed_bytes(spec, parts, FLAP_DEVICE_CUDA);
-  const uint64_t needed = taken > FLAP_HOST_TIMES_COPY_BYTES ? taken : FLAP_HOST_TIMES_COPY_BYTES;
+  const uint64_t needed = taken > FLAP_HOST_TIMES_VRAM_BYTES ? taken : FLAP_HOST_TIMES_VRAM_BYTES;
   if (needed > vram_bytes || overhead_bytes > vram_bytes - needed)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
   const flap_device_config config = {

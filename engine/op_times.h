@@ -34,6 +34,7 @@ typedef struct flap_op_times {
   double store_ns, zero_ns;            /* per element of a slice; per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
   flap_host_ns host, host_embedding;   /* likewise, by the host's cores */
+  double copies_beside_host;           /* how many times as long copies both ways take meanwhile; 1: as long */
 } flap_op_times;
 
 typedef struct flap_op_times_spec {

@@ -212,10 +212,12 @@ static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
 static void log_times(const flap_op_times *t) {
   flap_log(FLAP_LOG_DEBUG,
            "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f), head %.3f (first %.3f), "
-           "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f), rounding %.4f",
+           "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which take "
+           "%.2f times as long), rounding %.4f",
            (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6, (double)t->backward_ns * 1e-6,
            (double)t->backward_fresh_ns * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
-           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies, t->store_ns);
+           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies,
+           t->copies_beside_host, t->store_ns);
 }
 
 /* A card here times the run's own layer, after it has tuned its products; where that cannot be, rates must do. */

@@ -57,6 +57,7 @@ static void end_event(void *context) {
   flap_pager *pager = context;
   const uint64_t ran = atomic_load(&pager->jobs_ran);
   job_at(pager, ran)->ended_ns = flap_clock_now_ns(pager->clock);
+  flap_device_sim_slow_copies(pager->device, 1);
   atomic_store(&pager->jobs_ran, ran + 1);
   pager_ring_bell(pager);
 }
@@ -65,6 +66,8 @@ static void end_event(void *context) {
 static void run_on_clock(flap_pager *pager, pager_job *job) {
   const bool copies = pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired;
   job->started_ns = pager_now_ns(pager);
+  if (job->job.copies_beside > 1)
+    flap_device_sim_slow_copies(pager->device, job->job.copies_beside);
   flap_clock_schedule(pager->clock, job->started_ns + (copies ? job->job.beside_copies_ns : job->job.ns), end_event,
                       pager);
 }

@@ -155,8 +155,10 @@ typedef void (*flap_pager_job_fn)(void *context, void *const memory[]);
 typedef struct flap_pager_job {
   flap_pager_job_fn run;
   void *context; /* until the job is over */
-  /* With a virtual clock: what it takes, and what while copies go on as it begins; run is not called then. */
+  /* With a virtual clock: what it takes, and what while copies go on as it begins; run is not called then. Copies that
+   * are enqueued while it runs take `copies_beside` times as long; 0 and 1: as long. */
   uint64_t ns, beside_copies_ns;
+  double copies_beside;
 } flap_pager_job;
 /* Hands over a job with leases [first, first + count) of the oldest program, in the place of their pins and unpins, and
  * does not wait for it. The leases of its regions before it must be unpinned, and it counts as unpinned for those

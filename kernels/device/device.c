@@ -146,6 +146,11 @@ void flap_device_sim_work(flap_device *device, uint64_t ns) {
   device->table->sim_work(device, ns);
 }
 
+void flap_device_sim_slow_copies(flap_device *device, double times) {
+  flap_assert(device->table->sim_slow_copies && times >= 1);
+  device->table->sim_slow_copies(device, times);
+}
+
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream) {
   flap_assert((unsigned)stream < FLAP_STREAM_COUNT);
   return atomic_load_explicit(&device->busy_ns[stream], memory_order_relaxed);

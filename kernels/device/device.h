@@ -105,6 +105,8 @@ FLAP_CHECKED flap_status flap_device_download(flap_device *device, void *to, con
 void flap_device_sim_kernel(flap_device *device, double flops, double bytes, bool bf16);
 /* sim: work of so many ns on the compute stream. */
 void flap_device_sim_work(flap_device *device, uint64_t ns);
+/* sim: copies that are enqueued from here on take so many times as long; 1: as long. */
+void flap_device_sim_slow_copies(flap_device *device, double times);
 /* Busy time of a stream so far, ns: virtual in sim, measured elsewhere (for cpu compute: as told by
  * flap_device_note_compute). */
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);

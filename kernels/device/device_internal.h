@@ -32,6 +32,7 @@ typedef struct flap_device_table {
   void (*label_compute)(flap_device *device, uint64_t label); /* NULL where launches are over when they return */
   void (*note_compute)(flap_device *device, uint64_t ns);     /* NULL where the device measures its own kernels */
   void (*sim_work)(flap_device *device, uint64_t ns);         /* NULL but in sim */
+  void (*sim_slow_copies)(flap_device *device, double times); /* likewise */
   void (*sim_kernel)(flap_device *device, double flops, double bytes, bool bf16); /* NULL but in sim */
   uint64_t (*memory_peak)(const flap_device *device);
 } flap_device_table;

@@ -35,6 +35,7 @@ typedef struct sim_device {
   flap_device base;
   uint64_t *events; /* the time of each event */
   uint64_t free_ns[FLAP_STREAM_COUNT], busy_from_ns[FLAP_STREAM_COUNT];
+  double slowdown; /* of copies */
   charges charges[FLAP_STREAM_COUNT];
   uint32_t scheduled; /* functions that the clock still holds for us */
 } sim_device;
@@ -93,6 +94,7 @@ static flap_status sim_open(flap_device *base) {
   snprintf(base->description, sizeof base->description, "sim of %.63s", config->machine.name);
   base->arena = (void *)SIM_ARENA; /* never dereferenced */
   base->arena_bytes = config->vram_bytes;
+  sim->slowdown = 1;
   return FLAP_OK;
 }
 
@@ -176,7 +178,7 @@ static void sim_kernel(flap_device *device, double flops, double bytes, bool bf1
 }
 
 /* The end of a copy whose first byte moves at start_ns. */
-static uint64_t copy_end(const sim_device *sim, flap_stream stream, uint64_t start_ns, uint64_t bytes) {
+static uint64_t copy_end(const sim_device *sim, flap_stream stream, uint64_t start_ns, double bytes) {
   const flap_machine *machine = &sim->base.config.machine;
   const flap_stream other = stream == FLAP_STREAM_H2D ? FLAP_STREAM_D2H : FLAP_STREAM_H2D;
   const double h2d = machine->h2d_bytes, d2h = machine->d2h_bytes;
@@ -184,7 +186,11 @@ static uint64_t copy_end(const sim_device *sim, flap_stream stream, uint64_t sta
   const flap_duplex lanes = {.alone_bytes = stream == FLAP_STREAM_H2D ? h2d : d2h,
                              .other_alone_bytes = stream == FLAP_STREAM_H2D ? d2h : h2d,
                              .both_bytes = known ? machine->h2d_both_bytes + machine->d2h_both_bytes : 0};
-  return flap_duplex_end_ns(&lanes, start_ns, (double)bytes, sim->busy_from_ns[other], sim->free_ns[other]);
+  return flap_duplex_end_ns(&lanes, start_ns, bytes, sim->busy_from_ns[other], sim->free_ns[other]);
+}
+
+static void sim_slow_copies(flap_device *device, double times) {
+  self(device)->slowdown = times;
 }
 
 static void sim_copy(flap_device *device, flap_stream stream, void *to, const void *from, uint64_t bytes) {
@@ -196,7 +202,7 @@ static void sim_copy(flap_device *device, flap_stream stream, void *to, const vo
     return;
   }
   uint64_t start_ns = later(sim->free_ns[stream], now(sim));
-  uint64_t end_ns = copy_end(sim, stream, start_ns + machine->copy_ns, bytes);
+  uint64_t end_ns = copy_end(sim, stream, start_ns + machine->copy_ns, (double)bytes * sim->slowdown);
   if (start_ns > sim->free_ns[stream])
     sim->busy_from_ns[stream] = start_ns;
   sim->free_ns[stream] = end_ns;
@@ -302,5 +308,6 @@ const flap_device_table flap_device_sim_table = {
     .download = sim_download,
     .sim_work = sim_work,
     .sim_kernel = sim_kernel,
+    .sim_slow_copies = sim_slow_copies,
     .memory_peak = sim_memory_peak,
 };

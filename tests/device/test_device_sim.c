@@ -221,6 +221,21 @@ START_TEST(copies_are_not_slowed_by_a_lane_that_waits) {
 }
 END_TEST
 
+START_TEST(copies_take_longer_from_when_they_are_slowed) {
+  open_sim(false, 0);
+  h2d(1000); /* 0 .. 1100 */
+  flap_device_sim_slow_copies(device_, 1.5);
+  h2d(1000);
+  record(0, FLAP_STREAM_H2D);
+  flap_device_sim_slow_copies(device_, 1);
+  h2d(1000);
+  record(1, FLAP_STREAM_H2D);
+  ck_assert_uint_eq(wait_ns(0), 1100 + 1600);
+  ck_assert_uint_eq(wait_ns(1), 1100 + 1600 + 1100);
+  close_sim();
+}
+END_TEST
+
 START_TEST(rates_of_both_that_are_none_are_refused) {
   ck_assert_int_eq(flap_clock_open(&clock_), FLAP_OK);
   flap_device_config config = {
@@ -477,6 +492,7 @@ int main(void) {
   tcase_add_test(tests, lanes_overlap_and_are_first_come_first_served);
   tcase_add_test(tests, copies_both_ways_slow_each_other);
   tcase_add_test(tests, copies_are_not_slowed_by_a_lane_that_waits);
+  tcase_add_test(tests, copies_take_longer_from_when_they_are_slowed);
   tcase_add_test(tests, rates_of_both_that_are_none_are_refused);
   tcase_add_test(tests, stream_wait_starts_no_earlier_than_the_event);
   tcase_add_test(tests, event_recorded_again_moves);
