@@ -473,6 +473,23 @@ static flap_status refine_host(const flap_planner *planner, const planner_candid
   return simulate_best(&r, best, costs);
 }
 
+/* How many layers save, between the shares that were tried. */
+static flap_status refine_layers(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                 contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  const uint32_t all = planner->spec.model->num_hidden_layers, middle = best->s.saved.layers;
+  if (middle == 0 || planner->activations != FLAP_ACTIVATIONS_AUTO)
+    return FLAP_OK;
+  const uint32_t reach = all / PLANNER_SAVED_SHARES;
+  for (uint32_t layers = middle > reach ? middle - reach + 1 : 1; layers < middle + reach && layers <= all; layers++) {
+    skeleton s = best->s;
+    s.saved.layers = layers;
+    if (layers != middle)
+      FLAP_TRY(look_at(&r, s, costs));
+  }
+  return simulate_best(&r, best, costs);
+}
+
 /* From the best while nobody helps and all or nothing is saved: one kind of choice after the other, as long as that
  * makes the step shorter. Cuts that are good with the host's help are among those that are tried. */
 static flap_status refine(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
@@ -493,7 +510,7 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
     if (costs->step_seconds >= before)
       break;
   }
-  return FLAP_OK;
+  return refine_layers(planner, c, budgets, best, costs);
 }
 
 /* Which budget is too small, and what it must be at least. */
