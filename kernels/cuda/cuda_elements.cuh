@@ -43,6 +43,25 @@ template <typename T> __device__ inline float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
+/* e^x and 1/x for results that are rounded to T: in fp32 the exact functions; for the 16-bit types the card's own, some
+ * 2^-21 off, because with -fmad=false the exact ones make kernels that should be bound by memory wait for arithmetic. */
+template <typename T> __device__ inline float exponential(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+}
+template <> __device__ inline float exponential<float>(float x) {
+  return expf(x);
+}
+template <typename T> __device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+template <> __device__ inline float reciprocal<float>(float x) {
+  return 1.0f / x;
+}
+
 /* A group as it is stored: half the registers of fp32 for the 16-bit types, so that more of them can be under way. */
 template <typename T> struct alignas(16) raw_group { T elements[GROUP]; };
 

@@ -8,14 +8,14 @@ struct softmax_sum {
   float maximum, sum;
 };
 
-__device__ inline softmax_sum joined(softmax_sum a, softmax_sum b) {
+template <typename T> __device__ inline softmax_sum joined(softmax_sum a, softmax_sum b) {
   softmax_sum both;
   both.maximum = fmaxf(a.maximum, b.maximum);
   if (both.maximum == -INFINITY) {
     both.sum = a.sum + b.sum;
     return both;
   }
-  both.sum = a.sum * expf(a.maximum - both.maximum) + b.sum * expf(b.maximum - both.maximum);
+  both.sum = a.sum * exponential<T>(a.maximum - both.maximum) + b.sum * exponential<T>(b.maximum - both.maximum);
   return both;
 }
 
@@ -28,17 +28,17 @@ __device__ inline softmax_sum shuffled(softmax_sum mine, uint32_t distance) {
 
 /* Joins the block's, pairs of lanes that differ in one bit: both sides of a pair compute the same, a and b exchanged.
  */
-__device__ inline softmax_sum block_softmax(softmax_sum mine, softmax_sum *shared) {
+template <typename T> __device__ inline softmax_sum block_softmax(softmax_sum mine, softmax_sum *shared) {
 #pragma unroll
   for (uint32_t distance = WARP / 2; distance > 0; distance /= 2)
-    mine = joined(mine, shuffled(mine, distance));
+    mine = joined<T>(mine, shuffled(mine, distance));
   if (threadIdx.x % WARP == 0)
     shared[threadIdx.x / WARP] = mine;
   __syncthreads();
   mine = shared[threadIdx.x % WARP];
 #pragma unroll
   for (uint32_t distance = WARP / 2; distance > 0; distance /= 2)
-    mine = joined(mine, shuffled(mine, distance));
+    mine = joined<T>(mine, shuffled(mine, distance));
   return mine;
 }
 
@@ -52,12 +52,12 @@ template <typename T> __device__ inline softmax_sum row_sum(const T *row, uint32
     for (uint32_t i = 0; i < GROUP; ++i)
       maximum = i < valid ? fmaxf(maximum, x[i]) : maximum;
     if (maximum > mine.maximum) {
-      mine.sum *= expf(mine.maximum - maximum);
+      mine.sum *= exponential<T>(mine.maximum - maximum);
       mine.maximum = maximum;
     }
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      mine.sum += i < valid ? expf(x[i] - mine.maximum) : 0.0f;
+      mine.sum += i < valid ? exponential<T>(x[i] - mine.maximum) : 0.0f;
   }
   return mine;
 }
@@ -72,7 +72,7 @@ __device__ inline void row_gradient(T *row, uint32_t vocabulary, float maximum, 
     load_group(x, row + at, valid, valid == GROUP);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i) {
-      const float probability = expf((x[i] - maximum) - log_sum);
+      const float probability = exponential<T>((x[i] - maximum) - log_sum);
       x[i] = (at + i == target ? probability - 1.0f : probability) * loss_scale;
     }
     store_group(row + at, x, valid, valid == GROUP);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(THREADS)
       row[at] = from_float<T>(0);
     return;
   }
-  const softmax_sum all = block_softmax(row_sum(row, vocabulary), shared);
+  const softmax_sum all = block_softmax<T>(row_sum(row, vocabulary), shared);
   const float log_sum = logf(all.sum);
   if (threadIdx.x == 0)
     losses[blockIdx.x] = log_sum - (to_float(row[target]) - all.maximum);

@@ -36,7 +36,7 @@ static flap_status cuda_open(flap_ops *ops) {
   cuda->scratch = (unsigned char *)ops->workspace + CUDA_BLAS_WORKSPACE_BYTES;
   cuda->scratch_bytes = cuda_scratch_needed(limits);
   ops->state = cuda;
-  (void)snprintf(ops->numerics, sizeof ops->numerics, "cuda sm_%u %s, driver %u.%u, runtime %u.%u, %s",
+  (void)snprintf(ops->numerics, sizeof ops->numerics, "cuda " CUDA_KERNELS " sm_%u %s, driver %u.%u, runtime %u.%u, %s",
                  card->capability, card->name, card->driver / 1000, card->driver % 1000 / 10, card->runtime / 1000,
                  card->runtime % 1000 / 10, cuda_blas_version(cuda->blas));
   return FLAP_OK;

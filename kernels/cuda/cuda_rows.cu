@@ -255,7 +255,7 @@ void cuda_rope(flap_ops *ops, flap_dtype dtype, void *x, const float *cos_sin, u
 /* ---- swiglu ---- */
 
 struct swiglu_arguments {
-  uint64_t groups; /* of all rows together */
+  uint32_t groups; /* of all rows together */
   uint32_t per_row, width, ld, ld_d;
   bool vectors;
 };
@@ -267,9 +267,9 @@ struct swiglu_place {
   bool whole;
 };
 
-__device__ inline swiglu_place place_of(const swiglu_arguments &a, uint64_t group) {
-  const uint64_t row = group / a.per_row;
-  const uint32_t column = (uint32_t)(group - row * a.per_row) * GROUP, left = a.width - column;
+__device__ inline swiglu_place place_of(const swiglu_arguments &a, uint32_t group) {
+  const uint32_t of_row = group / a.per_row, column = (group - of_row * a.per_row) * GROUP, left = a.width - column;
+  const uint64_t row = of_row;
   swiglu_place p;
   p.packed = row * a.width + column;
   p.strided = row * a.ld + column;
@@ -281,15 +281,15 @@ __device__ inline swiglu_place place_of(const swiglu_arguments &a, uint64_t grou
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) swiglu_kernel(T *out, const T *gate, const T *up, const swiglu_arguments a) {
-  for (uint64_t group = blockIdx.x * (uint64_t)THREADS + threadIdx.x; group < a.groups;
-       group += (uint64_t)gridDim.x * THREADS) {
-    const swiglu_place p = place_of(a, group);
+  const uint64_t step = (uint64_t)gridDim.x * THREADS;
+  for (uint64_t group = blockIdx.x * THREADS + threadIdx.x; group < a.groups; group += step) {
+    const swiglu_place p = place_of(a, (uint32_t)group);
     float x[GROUP], u[GROUP];
     load_group(x, gate + p.strided, p.valid, p.whole);
     load_group(u, up + p.strided, p.valid, p.whole);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      x[i] = rounded<T>(x[i] / (1.0f + expf(-x[i]))) * u[i];
+      x[i] = rounded<T>(x[i] * reciprocal<T>(1.0f + exponential<T>(-x[i]))) * u[i];
     store_group(out + p.packed, x, p.valid, p.whole);
   }
 }
@@ -298,17 +298,16 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS)
     swiglu_backward_kernel(T *dgate, T *dup, T *out, const T *dout, const T *gate, const T *up,
                            const swiglu_arguments a) {
-  for (uint64_t group = blockIdx.x * (uint64_t)THREADS + threadIdx.x; group < a.groups;
-       group += (uint64_t)gridDim.x * THREADS) {
-    const swiglu_place p = place_of(a, group);
+  const uint64_t step = (uint64_t)gridDim.x * THREADS;
+  for (uint64_t group = blockIdx.x * THREADS + threadIdx.x; group < a.groups; group += step) {
+    const swiglu_place p = place_of(a, (uint32_t)group);
     float x[GROUP], u[GROUP], d[GROUP];
     load_group(x, gate + p.strided, p.valid, p.whole);
     load_group(u, up + p.strided, p.valid, p.whole);
     load_group(d, dout + p.packed, p.valid, p.whole);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i) {
-      const float power = 1.0f + expf(-x[i]);
-      const float sigmoid = 1.0f / power, silu = x[i] / power;
+      const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x[i])), silu = x[i] * sigmoid;
       const float dgate_value = d[i] * u[i] * (sigmoid * (1.0f + x[i] * (1.0f - sigmoid)));
       const float dup_value = d[i] * rounded<T>(silu);
       d[i] = rounded<T>(silu) * u[i];
@@ -325,7 +324,8 @@ __global__ void __launch_bounds__(THREADS)
 static swiglu_arguments swiglu_shape(uint32_t tokens, uint32_t width, uint32_t ld, uint32_t ld_d) {
   swiglu_arguments a = {};
   a.per_row = (uint32_t)cuda_ceil(width, GROUP);
-  a.groups = (uint64_t)tokens * a.per_row;
+  flap_assert((uint64_t)tokens * a.per_row <= UINT32_MAX);
+  a.groups = tokens * a.per_row;
   a.width = width;
   a.ld = ld;
   a.ld_d = ld_d;

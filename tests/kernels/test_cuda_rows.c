@@ -201,9 +201,11 @@ static void check_swiglu(gpu_rig *g, rig_random *random, uint32_t tokens, uint32
   flap_ops_swiglu(g->cpu.ops, g->dtype, out[0].cpu, gate, gate + width * bytes, tokens, width, ld);
   flap_ops_swiglu_backward(g->cpu.ops, g->dtype, dgate, dgate + width * bytes, ld, NULL, dout.cpu, gate,
                            gate + width * bytes, ld, tokens, width);
+  /* silu is rounded before it is multiplied. Where the two devices round it to neighbours, they are two of these units
+   * apart at the bottom of a binade, and the products, rounded again, by two more. */
   const double ulp = gpu_ulp(dtype);
-  operand_near("out", &out[0], 3 * ulp, 1e-6);
-  operand_near("dgate and dup", &dboth[0], 3 * ulp, 3e-5);
+  operand_near("out", &out[0], 4 * ulp, 1e-6);
+  operand_near("dgate and dup", &dboth[0], 4 * ulp, 3e-5);
   for (uint32_t run = 0; run < 2; ++run)
     operand_free(&out[run]), operand_free(&dboth[run]);
   operand_free(&both), operand_free(&dout);
