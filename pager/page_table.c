@@ -159,6 +159,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     flap_assert(config->read_buffers > 0 && config->write_buffers > 0);
     pager->read_buffers = config->read_buffers;
     pager->write_buffers = config->write_buffers;
+    pager->worker_count = config->workers;
   }
   uint32_t buffers = pager->read_buffers + pager->write_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
@@ -171,6 +172,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
   pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, buffers);
+  pager->workers = FLAP_ARENA_ARRAY(arena, pager_worker, pager->worker_count);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
   pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
   pager->jobs = FLAP_ARENA_ARRAY(arena, pager_job, pager->jobs_room);

@@ -17,9 +17,9 @@
  * use → unpin. At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
  *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
- * the engine thread never reaps I/O. Jobs run on a third. On the sim device there is no thread: whoever waits advances
- * the clock. A completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then
- * on every call but close and stats returns it.
+ * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. On the sim device there is no
+ * thread: whoever waits advances the clock. A completion never raises; a failed or unverifiable transfer makes the
+ * pager's error sticky, and from then on every call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
@@ -76,8 +76,9 @@ typedef struct flap_pager_config {
   uint32_t ring_count;
   const flap_pager_ring *rings;         /* not kept */
   uint32_t read_buffers, write_buffers; /* staging; at least 1 each when anything lives on disk */
-  uint32_t leases_max;                  /* of the longest program */
-  uint32_t jobs_max;                    /* of the program with most jobs */
+  uint32_t workers;    /* threads that check what was read and is written; 0: the transfer thread does it */
+  uint32_t leases_max; /* of the longest program */
+  uint32_t jobs_max;   /* of the program with most jobs */
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page

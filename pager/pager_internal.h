@@ -130,6 +130,9 @@ typedef enum pager_buffer_state {
   BUFFER_WRITING   /* at the disk */
 } pager_buffer_state;
 
+/* What becomes of the bytes of a buffer that was handed to the workers. */
+typedef enum pager_work { WORK_NONE, WORK_WAITING, WORK_UNDER_WAY, WORK_DONE } pager_work;
+
 typedef struct pager_buffer {
   flap_block_request request;
   unsigned char *memory;
@@ -140,6 +143,10 @@ typedef struct pager_buffer {
   uint32_t next;                           /* in slot->ready */
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
+  bool handed;                             /* to the workers */
+  /* While it is handed, of whoever works on it; `work` itself is under work_lock. */
+  uint8_t work;          /* pager_work */
+  uint32_t corrupt_page; /* of a read buffer, the first page that is not what was written; or page_count */
 } pager_buffer;
 
 /* A job of the host, from its handing over to its end. */
@@ -149,6 +156,12 @@ typedef struct pager_job {
   uint32_t program;            /* in pager->programs */
   uint64_t started_ns, ended_ns;
 } pager_job;
+
+/* A thread that works on the bytes of buffers. */
+typedef struct pager_worker {
+  flap_pager *pager;
+  pthread_t thread;
+} pager_worker;
 
 typedef struct pager_copy {
   uint32_t slot;   /* or PAGER_NONE: at rest */
@@ -184,7 +197,7 @@ struct flap_pager {
   uint64_t page_bytes, transfer_bytes;
   uint32_t pages_per_transfer, pages_per_copy;
   uint32_t region_count, ring_count, slot_count, page_count, leases_max;
-  uint32_t read_buffers, write_buffers; /* 0 when nothing is on disk */
+  uint32_t read_buffers, write_buffers, worker_count; /* 0 when nothing is on disk */
   uint64_t bounce_bytes;
   flap_pager_sizes sizes;
   pager_region *regions;
@@ -193,8 +206,9 @@ struct flap_pager {
   pager_slot *slots;
   pager_buffer *buffers; /* the read buffers, then the write buffers */
   pager_lease *leases;   /* leases_max for each of two programs */
-  pager_job *jobs;       /* job n at n % jobs_room */
-  uint32_t jobs_room;    /* for those of two programs */
+  pager_worker *workers;
+  pager_job *jobs;    /* job n at n % jobs_room */
+  uint32_t jobs_room; /* for those of two programs */
   unsigned char *staging;
   unsigned char *bounce; /* for fill and drain of resident regions */
   flap_device *device;
@@ -238,6 +252,14 @@ struct flap_pager {
   _Atomic uint64_t jobs_ran; /* of those started; the thread's, or the clock's */
   pthread_t job_thread;
   bool job_thread_started;
+
+  /* The workers: a lock of its own, under which nothing is called. */
+  pthread_mutex_t work_lock;
+  pthread_cond_t work_wake;    /* a buffer waits, or work_stop */
+  _Atomic uint64_t works_done; /* by workers; grows under work_lock */
+  uint64_t works_collected;    /* the pump's own */
+  bool work_stop;
+  uint32_t workers_started;
 
   /* The bell of the transfer thread: a lock of its own, under which nothing is called, because it is rung from inside
    * the device and the block files. */
@@ -328,9 +350,23 @@ void pager_stores_written(flap_pager *pager, uint32_t buffer);
 uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count);
 void pager_buffer_free(flap_pager *pager, uint32_t buffer);
 void pager_buffer_read(flap_pager *pager, uint32_t buffer);
+/* Its bytes are what the page table says by now. */
+void pager_buffer_write(flap_pager *pager, uint32_t buffer);
 bool pager_disk_poll(flap_pager *pager);
-/* Verifies one read buffer, or sums up and submits one full write buffer. Gives the lock up meanwhile. */
-bool pager_staging_check(flap_pager *pager);
+static inline uint64_t pager_disk_offset(const pager_page *page) {
+  return (uint64_t)page->extent * FLAP_BLOCK_ALIGN;
+}
+
+/* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */
+
+/* Takes buffers that workers are done with further, and gives them those that are read or full; small ones are done
+ * here, one at a time, and the lock is given up meanwhile. */
+bool pager_checks_advance(flap_pager *pager);
+/* So many bytes of a buffer the pump looks through itself; tests set it to 0. */
+extern uint64_t pager_small_bytes;
+flap_status pager_checks_open(flap_pager *pager);
+/* Without the lock. What is under way is waited for; what waits is never done. */
+void pager_checks_close(flap_pager *pager);
 
 /* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
 

@@ -203,6 +203,7 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
   c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
   c->config.copy_bytes = c->config.page_bytes * below(&d, 7);
+  c->config.workers = below(&d, 4);
 }
 
 /* What rings that keep load: at the first lease of a program, and at the first behind a job. */

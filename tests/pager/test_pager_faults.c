@@ -221,6 +221,7 @@ END_TEST
 
 int main(void) {
   pager_full_checks = true;
+  pager_small_bytes = 0; /* workers do all, where there are any */
   Suite *suite = suite_create("pager");
   TCase *tcase = tcase_create("faults");
   tcase_set_timeout(tcase, 300);

@@ -60,6 +60,7 @@ END_TEST
 
 int main(void) {
   pager_full_checks = true;
+  pager_small_bytes = 0; /* workers do all, where there are any */
   if (!mkdtemp(folder))
     return EXIT_FAILURE;
   Suite *suite = suite_create("pager");
