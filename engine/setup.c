@@ -381,6 +381,7 @@ static void measure(flap_setup *setup) {
   pager->copy_bytes = flap_units_round_up(COPY_BYTES, choice->page_bytes);
   pager->read_buffers = choice->read_buffers;
   pager->write_buffers = choice->write_buffers;
+  pager->workers = choice->workers;
   pager->region_count = setup->layout.region_count;
   pager->regions = setup->regions;
   pager->rings = setup->rings;

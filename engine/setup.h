@@ -52,6 +52,7 @@ typedef struct flap_choice {
   uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
+  uint32_t workers;                     /* that check what the disk holds; likewise */
   uint32_t trace_events;
   uint32_t extra_slots[FLAP_CLASS_COUNT]; /* of rings, beyond what the programs need at once */
   uint64_t
