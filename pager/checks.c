@@ -1,7 +1,8 @@
 /* What is done to the bytes of buffers between disk and copies, and by whom.
  *
- * A buffer that was read is verified, one that is full is summed up. Workers do that, several buffers at a time, what
- * is needed first before the rest; the pump hands buffers over, goes on, and takes them further when they are done:
+ * A buffer that was read is verified and unpacked, one that is full is packed and summed up (compression.c). Workers do
+ * that, several buffers at a time, what is needed first before the rest; the pump hands buffers over, goes on, and
+ * takes them further when they are done:
  *
  *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or at the
  * disk
@@ -12,9 +13,7 @@
  */
 #include "pager/pager_internal.h"
 
-#include "base/assert.h"
 #include "base/thread.h"
-#include "io/block/checksum.h"
 
 #include <signal.h>
 #include <stdatomic.h>
@@ -23,39 +22,21 @@ uint64_t pager_small_bytes = 64u << 10; /* a few microseconds of summing up */
 
 /* ---- bytes, without the lock ---------------------------------------------------------------------------- */
 
-/* The page of the buffer that is not what was written, or page_count. */
-static uint32_t find_corrupt(const flap_pager *pager, const pager_buffer *buffer) {
-  const pager_region *region = &pager->regions[buffer->region];
-  const pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
-  for (uint32_t i = 0; i < buffer->page_count; i++) {
-    const unsigned char *bytes = buffer->memory + i * pager->page_bytes;
-    if (flap_block_checksum(bytes, page[i].stored_bytes, buffer->region, buffer->first_page + i, page[i].epoch) !=
-        page[i].checksum)
-      return i;
-  }
-  return buffer->page_count;
-}
-
-/* The epoch counts writings, so the checksum of an older writing of the same page does not match. */
-static void sum_up(const flap_pager *pager, const pager_buffer *buffer) {
-  pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page;
-  for (uint32_t i = 0; i < buffer->page_count; i++) {
-    page[i].epoch++;
-    page[i].checksum = flap_block_checksum(buffer->memory + i * pager->page_bytes, page[i].stored_bytes, buffer->region,
-                                           buffer->first_page + i, page[i].epoch);
-  }
-}
-
 static bool is_read(const flap_pager *pager, uint32_t index) {
   return index < pager->read_buffers;
 }
 
-static void work_on(flap_pager *pager, uint32_t index) {
+static void work_on(flap_pager *pager, uint32_t index, pager_packing packing, const pager_scratch *scratch,
+                    pager_packed *packed_out) {
   pager_buffer *buffer = &pager->buffers[index];
   if (is_read(pager, index))
-    buffer->corrupt_page = find_corrupt(pager, buffer);
+    buffer->corrupt_page = pager_unpack(pager, buffer, scratch, packed_out);
   else
-    sum_up(pager, buffer);
+    pager_pack(pager, buffer, packing, scratch, packed_out);
+}
+
+static pager_packing choose(flap_pager *pager, uint32_t index) {
+  return is_read(pager, index) ? PACKING_PLAIN : pager_compression_choose(pager, &pager->buffers[index]);
 }
 
 /* ---- what follows, with it ------------------------------------------------------------------------------- */
@@ -106,8 +87,22 @@ static bool collect(flap_pager *pager) {
 
 /* ---- who works -------------------------------------------------------------------------------------------- */
 
-static bool is_small(const flap_pager *pager, const pager_buffer *buffer) {
-  return pager->worker_count == 0 || buffer->page_count * pager->page_bytes <= pager_small_bytes;
+/* Where anything may be compressed, only workers have the memory for it. */
+static bool is_for_pump(const flap_pager *pager, const pager_buffer *buffer) {
+  return pager->worker_count == 0 ||
+         (!pager->compresses && buffer->page_count * pager->page_bytes <= pager_small_bytes);
+}
+
+/* Without the pager's lock. */
+static void work_here(flap_pager *pager, uint32_t index) {
+  pager_packed packed;
+  pthread_mutex_lock(&pager->work_lock);
+  const pager_packing packing = choose(pager, index);
+  pthread_mutex_unlock(&pager->work_lock);
+  work_on(pager, index, packing, &pager->workers[0].scratch, &packed);
+  pthread_mutex_lock(&pager->work_lock);
+  pager_compression_learn(pager, &pager->buffers[index], &packed);
+  pthread_mutex_unlock(&pager->work_lock);
 }
 
 static void hand_to_workers(flap_pager *pager, pager_buffer *buffer) {
@@ -120,12 +115,13 @@ static void hand_to_workers(flap_pager *pager, pager_buffer *buffer) {
 
 bool pager_checks_advance(flap_pager *pager) {
   bool progress = collect(pager);
+  pager_compression_watch(pager);
   uint32_t first = PAGER_NONE;
   for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     if ((buffer->state != BUFFER_READ && buffer->state != BUFFER_FULL) || buffer->handed)
       continue;
-    if (pager->has_bytes && !is_small(pager, buffer))
+    if (pager->has_bytes && !is_for_pump(pager, buffer))
       hand_to_workers(pager, buffer);
     /* What is needed first; of a lease that both reads and waits for its slot's last occupant, the loads. */
     else if (first == PAGER_NONE || buffer->order < pager->buffers[first].order)
@@ -135,7 +131,7 @@ bool pager_checks_advance(flap_pager *pager) {
     return progress;
   if (pager->has_bytes) {
     pthread_mutex_unlock(&pager->lock);
-    work_on(pager, first);
+    work_here(pager, first);
     pthread_mutex_lock(&pager->lock);
   }
   take_further(pager, first);
@@ -163,10 +159,13 @@ static void *worker_thread(void *context) {
       pthread_cond_wait(&pager->work_wake, &pager->work_lock);
     if (pager->work_stop)
       break;
+    pager_packed packed;
+    const pager_packing packing = choose(pager, index);
     pager->buffers[index].work = WORK_UNDER_WAY;
     pthread_mutex_unlock(&pager->work_lock);
-    work_on(pager, index);
+    work_on(pager, index, packing, &worker->scratch, &packed);
     pthread_mutex_lock(&pager->work_lock);
+    pager_compression_learn(pager, &pager->buffers[index], &packed);
     pager->buffers[index].work = WORK_DONE;
     atomic_fetch_add(&pager->works_done, 1);
     pthread_mutex_unlock(&pager->work_lock);

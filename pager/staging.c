@@ -74,7 +74,9 @@ static void account(flap_pager *pager, const pager_buffer *buffer) {
     pager->trace(pager->trace_context, lane, buffer->region, request->started_ns, request->ended_ns, request->bytes);
   if (buffer->at_rest)
     return;
-  pager->stats.bytes[lane] += request->bytes;
+  pager->stats.bytes[lane] +=
+      pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page, buffer->page_count);
+  pager->stats.disk_bytes[request->op == FLAP_BLOCK_READ ? 0 : 1] += request->bytes;
   pager->disk_ns[request->op == FLAP_BLOCK_READ ? 0 : 1] +=
       request->ended_ns - request->started_ns - pager->disk_latency_ns;
 }

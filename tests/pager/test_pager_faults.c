@@ -48,6 +48,7 @@ static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, 
   static test_case c;
   outcome o = {0};
   case_make(&c, seed, HOMES_MIXED, seed % 2 == 0, 1);
+  c.config.compression = seed % 2 == 0 ? FLAP_COMPRESSION_LZ4 : FLAP_COMPRESSION_OFF;
   case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
   uint64_t least = requests_of(&c, set);
   uint64_t successes = 0;
