@@ -63,7 +63,8 @@ typedef struct flap_plan {
   bool saved_resident;             /* the saved activations stay in VRAM */
   bool sweep;                      /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
-  uint32_t read_buffers, write_buffers;
+  uint32_t read_buffers, write_buffers, workers;
+  flap_compression compression; /* of pages on disk; no figure here counts on it */
   flap_class_plan classes[FLAP_CLASS_COUNT];
 
   /* budgets (resolved) and what is used of them: exact predictions */
@@ -129,6 +130,7 @@ typedef struct flap_step_report {
   double bound_seconds;
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
+  uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
   double eta_seconds;
   bool logged; /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
@@ -153,6 +155,8 @@ typedef struct flap_train_result {
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
   uint64_t steady_lane_bytes[FLAP_LANE_COUNT]; /* measured on the last steady step; 0 if there was none */
+  uint64_t disk_lane_bytes[2], disk_bytes[2];  /* of all programs, read and written: of pages, and of what they were on
+                                                  disk */
   double median_step_seconds;                  /* over steady steps */
   double total_seconds;
   char checkpoint[FLAP_PATH_MAX]; /* the newest one, "" if none */

@@ -7,6 +7,7 @@
 
 #define BUFFERS_MAX 16u
 #define WORKERS_MAX 8u
+#define WORKERS_SHARE 64u /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
 #define TRACE_EVENT_BYTES 64u    /* about */
 #define PLACEMENT_BURST_SHARE 8u /* slots for one burst take at most this part of what is left of vram */
@@ -161,10 +162,19 @@ static uint64_t power_of_two_below(uint64_t value) {
   return power;
 }
 
-/* Half of the cores, for the others compute or launch and copy; and no more than can be at work for either way. */
-static uint32_t count_workers(const flap_setup *setup, uint32_t buffers) {
-  const uint32_t half = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
-  const uint32_t workers = half < buffers ? half : buffers;
+/* Half of the cores, for the others compute or launch and copy; no more than can be at work for either way; and what
+ * they compress with must be a small part of ram. */
+static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice, uint64_t ram_bytes) {
+  const flap_pager_config config = {.page_bytes = choice->page_bytes,
+                                    .transfer_bytes = choice->transfer_bytes,
+                                    .compression = setup->spec.compression,
+                                    .disk_rates = setup->spec.disk_rates};
+  const uint64_t each = flap_pager_worker_bytes(&config);
+  uint32_t workers = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
+  if (workers > choice->read_buffers)
+    workers = choice->read_buffers;
+  while (workers > 1 && workers * each > ram_bytes / WORKERS_SHARE)
+    workers--;
   return workers > 0 ? workers : 1;
 }
 
@@ -189,7 +199,7 @@ static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_s
         continue;
       choice->transfer_bytes = transfer;
       choice->read_buffers = choice->write_buffers = buffers;
-      choice->workers = count_workers(setup, buffers);
+      choice->workers = count_workers(setup, choice, budgets->ram_bytes);
       for (int traced = 1; traced >= 0; traced--) {
         choice->trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
         place(setup, choice);

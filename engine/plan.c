@@ -71,6 +71,9 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->slice_bytes = largest_slice_bytes(&setup->layout);
   plan->read_buffers = choice->read_buffers;
   plan->write_buffers = choice->write_buffers;
+  plan->workers = choice->workers;
+  plan->compression = setup->disk_bytes > 0 && flap_pager_worker_bytes(&setup->pager) > 0 ? setup->spec.compression
+                                                                                          : FLAP_COMPRESSION_OFF;
   memcpy(plan->classes, setup->classes, sizeof plan->classes);
 }
 

@@ -166,6 +166,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                             .device = FLAP_DEVICE_CPU,
                             .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
                             .io = backends[config->expert.io],
+                            .compression = config->compression,
                             .disk_count = config->disk_count};
   for (uint32_t i = 0; i < config->disk_count; i++)
     spec->disk_paths[i] = config->disk[i].path;
@@ -176,7 +177,12 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
     return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
                           config->expert.segment_layers, p->model.num_hidden_layers);
   FLAP_TRY(check_saved(p));
-  return choose_device(p);
+  FLAP_TRY(choose_device(p));
+  spec->disk_rates = (flap_duplex){.alone_bytes = p->machine.disk_read_bytes,
+                                   .other_alone_bytes = p->machine.disk_write_bytes,
+                                   .both_bytes = p->machine.disk_both_bytes};
+  spec->shared_cores = p->machine.shared_cores > 0;
+  return FLAP_OK;
 }
 
 static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {

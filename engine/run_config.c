@@ -52,6 +52,7 @@ void flap_run_config_defaults(flap_run_config *config) {
   config->device = FLAP_RUN_DEVICE_AUTO;
   config->vram.kind = FLAP_SIZE_MAX;
   config->ram.kind = FLAP_SIZE_MAX;
+  config->compression = FLAP_COMPRESSION_AUTO;
 }
 
 static bool between(double value, double low, double high) {

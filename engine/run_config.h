@@ -8,6 +8,7 @@
 
 #include "base/dtype.h"
 #include "base/status.h"
+#include "io/block/codec.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -139,6 +140,7 @@ typedef struct flap_run_config {
   flap_size vram, ram;
   uint32_t disk_count;
   flap_run_disk disk[FLAP_RUN_DISKS_MAX];
+  flap_compression compression;
   uint64_t ssd_tbw; /* bytes that may be written to all disks together; 0: not known */
   flap_expert expert;
 } flap_run_config;

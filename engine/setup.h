@@ -40,6 +40,9 @@ typedef struct flap_setup_spec {
   flap_device_kind device;      /* of the run; planning simulates it */
   uint32_t reader_depth;        /* batches in memory, of a step each; 0: no reader */
   flap_block_backend io;
+  flap_compression compression; /* of pages on disk, and what decides about it: */
+  flap_duplex disk_rates;       /* of all disks together */
+  bool shared_cores;            /* compute wants all cores */
   uint32_t disk_count;
   const char *disk_paths[FLAP_BLOCK_DISKS_MAX];
 } flap_setup_spec;

@@ -243,6 +243,10 @@ static void report_bytes(trainer *t) {
   const flap_setup_program steady = t->prepared.setup.steady;
   flap_pager_stats stats;
   flap_pager_get_stats(t->runtime.pager, &stats);
+  for (int i = 0; i < 2; i++) {
+    t->result->disk_lane_bytes[i] = stats.bytes[i == 0 ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE];
+    t->result->disk_bytes[i] = stats.disk_bytes[i];
+  }
   if (t->runs[steady] == 0)
     return;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {

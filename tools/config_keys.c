@@ -44,6 +44,8 @@ static const flap_config_word matmul_words[] = {
     {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};
 static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
+static const flap_config_word compression_words[] = {
+    {"auto", FLAP_COMPRESSION_AUTO}, {"off", FLAP_COMPRESSION_OFF}, {"lz4", FLAP_COMPRESSION_LZ4}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
 
 /* A key without a kind starts a section of the reference. */
@@ -156,6 +158,9 @@ static const flap_config_key keys[] = {
     PLAIN("ram", SIZE, ram, "Memory of the host for everything that FLAP keeps there: a size, max or min."),
     CUSTOM("disk", flap_config_set_disk, "a list of {path, size}, a path, or a list of paths", "none",
            "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default."),
+    WORD("compression", compression, compression_words,
+         "Of what goes to the disks: auto compresses what it finds to save time, lz4 all that shrinks. Never of the "
+         "numbers, and the space is the same."),
     PLAIN("ssd_tbw", BYTES, ssd_tbw,
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),

@@ -63,6 +63,10 @@ static void print_budgets(FILE *out, const flap_run_config *config, const flap_p
           flap_text_bytes(plan->process_bytes).text, "");
 }
 
+const char *flap_print_compression(flap_compression compression) {
+  return compression == FLAP_COMPRESSION_LZ4 ? "lz4" : compression == FLAP_COMPRESSION_AUTO ? "auto" : "off";
+}
+
 static void print_choices(FILE *out, const flap_plan *plan) {
   fprintf(out, "\nsegments of %u layers, groups of %u of %u micro-batches, ", plan->segment_layers,
           plan->group_micro_batches, plan->micro_batches);
@@ -77,6 +81,9 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->host_parts > 0)
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
+  if (plan->compression != FLAP_COMPRESSION_OFF)
+    fprintf(out, "compression of pages on disk: %s, by %u thread%s; all figures here are without it\n",
+            flap_print_compression(plan->compression), plan->workers, plan->workers == 1 ? "" : "s");
   fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
           flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }
@@ -256,6 +263,8 @@ static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "slice_bytes", plan->slice_bytes);
   set_integer(object, "read_buffers", plan->read_buffers);
   set_integer(object, "write_buffers", plan->write_buffers);
+  set_integer(object, "workers", plan->workers);
+  set_text(object, "compression", flap_print_compression(plan->compression));
   (void)json_object_set_new(object, "classes", classes_json(plan));
 }
 

@@ -155,7 +155,9 @@ void rig_begin(engine_rig *rig, const rig_model *model, const rig_place *place) 
                                 .threads = place->threads,
                                 .device = FLAP_DEVICE_CPU,
                                 .io = place->io,
-                                .disk_count = place->disks};
+                                .disk_count = place->disks,
+                                .compression = place->compression,
+                                .disk_rates = {.alone_bytes = 1e6, .other_alone_bytes = 1e6}};
   make_folders(rig, place->real_disks);
 }
 
