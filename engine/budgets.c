@@ -5,6 +5,7 @@
 #include "engine/machine_profile.h"
 #include "io/block/block.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -143,25 +144,31 @@ static flap_status resolve_min(const flap_planner *planner, const flap_budgets *
   return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
 }
 
-/* What is needed beyond the disks of a given size, shared equally by those that are `min`. */
+/* What is needed beyond the disks of a given size, shared by those that are `min` as their weights are. */
 static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
+  const uint64_t *weights = planner->spec.disk_weights;
   uint64_t needed = 0, given = 0;
+  double weight_sum = 0;
   uint32_t shares = 0;
   for (uint32_t i = 0; i < config->disk_count; i++) {
     const bool is_min = config->disk[i].size.kind == FLAP_SIZE_MIN;
     shares += is_min ? 1 : 0;
+    weight_sum += is_min ? (double)weights[i] : 0;
     given += is_min ? 0 : budgets->disk_bytes[i];
   }
   if (shares == 0)
     return FLAP_OK;
   FLAP_TRY(resolve_min(planner, budgets, "disk", &needed, flap_planner_disk_min));
   const uint64_t missing = needed > given ? needed - given : 0;
-  uint64_t share = shares == 1 ? missing : flap_units_round_up((missing + shares - 1) / shares, DISK_UNIT);
-  if (shares > 1 || given > 0)
-    share = flap_units_round_up(share, DISK_UNIT) + DISK_UNIT;
-  for (uint32_t i = 0; i < config->disk_count; i++)
-    if (config->disk[i].size.kind == FLAP_SIZE_MIN)
-      budgets->disk_bytes[i] = share > 0 ? share : DISK_UNIT;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    if (config->disk[i].size.kind != FLAP_SIZE_MIN)
+      continue;
+    const double part = weight_sum > 0 ? (double)weights[i] / weight_sum : 1.0 / shares;
+    uint64_t share = shares == 1 ? missing : (uint64_t)ceil((double)missing * part);
+    if (shares > 1 || given > 0)
+      share = flap_units_round_up(share, DISK_UNIT) + DISK_UNIT;
+    budgets->disk_bytes[i] = share > 0 ? share : DISK_UNIT;
+  }
   return FLAP_OK;
 }
 

@@ -11,6 +11,7 @@
 #define SLICE_BYTES_MAX (64 * FLAP_MIB)
 #define PAGE_BYTES_MIN (4 * FLAP_KIB)
 #define PAGE_BYTES_MAX (4 * FLAP_MIB)
+#define WEIGHT_MAX 1e6 /* of a disk */
 #define TOKENS_MAX ((uint64_t)1 << 40)
 
 const char *flap_run_config_saved(flap_run_saved saved) {
@@ -159,6 +160,13 @@ static flap_status check_machine(const flap_run_config *config) {
     if (!config->disk[i].path[0])
       return flap_error_set(FLAP_INVALID, "disk: entry %u has no path: name an existing folder", i + 1);
     FLAP_TRY(check_size("disk", config->disk[i].size));
+    if (!between(config->disk[i].weight, 0, WEIGHT_MAX))
+      return flap_error_set(FLAP_INVALID, "disk: %s: a weight of %g must be above 0 and at most %g",
+                            config->disk[i].path, config->disk[i].weight, WEIGHT_MAX);
+    if ((config->disk[i].weight > 0) != (config->disk[0].weight > 0))
+      return flap_error_set(
+          FLAP_INVALID, "disk: %s has a weight and %s has none: give all of them one, or leave it to measurement",
+          config->disk[config->disk[i].weight > 0 ? i : 0].path, config->disk[config->disk[i].weight > 0 ? 0 : i].path);
     for (uint32_t j = 0; j < i; j++)
       if (strcmp(config->disk[i].path, config->disk[j].path) == 0)
         return flap_error_set(FLAP_INVALID, "disk: %s is given twice", config->disk[i].path);

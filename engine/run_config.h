@@ -64,6 +64,7 @@ typedef enum flap_strategy { FLAP_STRATEGY_NO, FLAP_STRATEGY_STEPS, FLAP_STRATEG
 typedef struct flap_run_disk {
   char path[FLAP_PATH_MAX]; /* an existing folder */
   flap_size size;
+  double weight; /* for striping, beside the others'; 0: what the disk can do as measured */
 } flap_run_disk;
 
 /* Where the optimizer runs: on the device, on the host's cores, or on the device for half of the parts. */

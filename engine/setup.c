@@ -338,7 +338,7 @@ void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_
     const uint64_t bytes = setup->disk_sizes[i] / stripe * stripe;
     if (bytes > 0)
       config_out->disks[config_out->disk_count++] =
-          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes};
+          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes, .weight = setup->spec.disk_weights[i]};
   }
 }
 

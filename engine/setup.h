@@ -45,6 +45,7 @@ typedef struct flap_setup_spec {
   bool shared_cores;            /* compute wants all cores */
   uint32_t disk_count;
   const char *disk_paths[FLAP_BLOCK_DISKS_MAX];
+  uint64_t disk_weights[FLAP_BLOCK_DISKS_MAX]; /* for striping; 0: by size */
 } flap_setup_spec;
 
 typedef struct flap_choice {

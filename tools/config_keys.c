@@ -156,8 +156,10 @@ static const flap_config_key keys[] = {
           "Memory of the device: a size (7MiB, 24 GB), max (what is there less a reserve) or min (the least that "
           "works)."),
     PLAIN("ram", SIZE, ram, "Memory of the host for everything that FLAP keeps there: a size, max or min."),
-    CUSTOM("disk", flap_config_set_disk, "a list of {path, size}, a path, or a list of paths", "none",
-           "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default."),
+    CUSTOM("disk", flap_config_set_disk, "a list of {path, size, weight}, a path, or a list of paths", "none",
+           "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default. "
+           "Weight: "
+           "what a disk takes beside the others, as far as its size goes; as measured by default."),
     WORD("compression", compression, compression_words,
          "Of what goes to the disks: auto compresses what it finds to save time, lz4 all that shrinks. Never of the "
          "numbers, and the space is the same."),

@@ -200,15 +200,29 @@ flap_status flap_config_set_dataset(flap_config_reader *reader, const flap_confi
   return FLAP_OK;
 }
 
+static flap_status set_weight(flap_config_reader *reader, const flap_yaml_node *field, flap_run_disk *disk) {
+  static const flap_config_key key = {.name = "disk.weight", .kind = FLAP_CONFIG_NUMBER};
+  if (flap_yaml_is_null(field))
+    return FLAP_OK;
+  if (!flap_yaml_is_number(field, &disk->weight))
+    return flap_config_error_type(reader, field, &key);
+  if (!(disk->weight > 0))
+    return flap_config_error(reader, FLAP_INVALID, field, key.name, "must be above 0");
+  return FLAP_OK;
+}
+
 static flap_status set_disk_field(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *field,
                                   flap_run_disk *disk) {
   static const flap_config_key size_key = {.name = "disk.size", .kind = FLAP_CONFIG_SIZE};
   static const flap_config_key path_key = {.name = "disk.path", .kind = FLAP_CONFIG_PATH};
   if (strcmp(field->key, "size") == 0)
     return flap_yaml_is_null(field) ? FLAP_OK : parse_size(reader, &size_key, field, &disk->size);
+  if (strcmp(field->key, "weight") == 0)
+    return set_weight(reader, field, disk);
   if (strcmp(field->key, "path") != 0) {
     flap_yaml_quote quote;
-    return flap_config_error(reader, FLAP_INVALID, field, key->name, "unknown key %s: an entry has path and size",
+    return flap_config_error(reader, FLAP_INVALID, field, key->name,
+                             "unknown key %s: an entry has path, size and weight",
                              flap_yaml_quote_text(field->key, &quote));
   }
   if (field->kind != FLAP_YAML_SCALAR || flap_yaml_is_null(field))

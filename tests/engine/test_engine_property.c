@@ -122,6 +122,7 @@ static void draw_choices(trial *t) {
   t->machine.h2d_bytes *= between(r, 1, 20) / 10.0;
   t->machine.flops_bf16 *= between(r, 1, 100) / 10.0;
   t->planner.machine = &t->machine;
+  t->place.weighted = one_in(r, 2);
   t->place.compression = (flap_compression)between(r, FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_LZ4);
 }
 

@@ -259,7 +259,8 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
     disk->disks[i] =
         (flap_block_disk){.path = path,
                           .bytes = flap_units_round_up(sizes.disk_bytes / disk->disk_count + 1, disk->stripe_bytes) +
-                                   i * disk->stripe_bytes};
+                                   i * disk->stripe_bytes,
+                          .weight = c->seed / 15 % 2 ? 1 + (c->seed / 30 + i) % 5 : 0};
 }
 
 uint64_t case_saved_bytes;

@@ -156,6 +156,28 @@ machine: rtx4090-64g-1nvme
         self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
         self.assertTrue(plans["all"]["saved_whole"])
 
+    def test_plan_counts_disks_by_what_lies_on_them(self):
+        """Two disks, one four times as fast: together, by weight, they are both at work all the time; a fast one that is too
+        small leaves more to the slow one, and weights that a person gives are what they are."""
+        disk = '{"size_bytes": 4000000000, "read_bytes": %s, "write_bytes": %s, "both_bytes": %s}'
+        self.write("two.json", self.SLOW[:self.SLOW.index('"disks"')] + '"disks": [%s, %s]}' % (
+            disk % ("4e7", "2e7", "4e7"), disk % ("1e7", "5e6", "1e7")))
+
+        def plan(disks, *more):
+            return json.loads(self.accept("plan", "run.yaml", "--json", "machine=two.json", "vram=1MiB", "ram=700KiB",
+                                          f"disk={disks}", *more))
+
+        both = plan("[/fast, /slow]")
+        self.assertAlmostEqual(both["machine"]["disk_write_bytes"], 2.5e7, delta=6e5)
+        self.assertAlmostEqual(both["machine"]["disk_read_bytes"], 5e7, delta=1.2e6)
+        small = both["disk_bytes"] // 8
+        cramped = plan(f"[{{path: /fast, size: {small}}}, /slow]")
+        self.assertAlmostEqual(cramped["machine"]["disk_write_bytes"], 5e6 / (7 / 8), delta=3e5)
+        self.assertGreater(cramped["step_seconds"], 1.5 * both["step_seconds"])
+        even = plan("[{path: /fast, weight: 1}, {path: /slow, weight: 1}]")
+        self.assertAlmostEqual(even["machine"]["disk_write_bytes"], 1e7, delta=2e5)
+        self.assertGreater(even["step_seconds"], both["step_seconds"])
+
     def test_plan_finds_the_knee(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
