@@ -91,7 +91,7 @@ void pager_compression_learn(flap_pager *pager, const pager_buffer *buffer, cons
     return;
   blend(&klass->share, (double)packed->made_bytes / (double)packed->tried_bytes);
   blend(&klass->encode_ns, packed->encode_ns / (double)packed->tried_bytes);
-  klass->on = pays(pager, klass);
+  klass->on = !pager->always_compresses && pays(pager, klass);
 }
 
 /* ---- packing and unpacking, without any lock -------------------------------------------------------------- */

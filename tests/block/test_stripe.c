@@ -189,7 +189,7 @@ END_TEST
 
 static void use(uint32_t disk_count, const uint64_t *stripes, const uint64_t *weights, uint64_t needed,
                 uint64_t *used_out) {
-  flap_block_disk disks[FLAP_BLOCK_DISKS_MAX], used[FLAP_BLOCK_DISKS_MAX];
+  flap_block_disk disks[FLAP_BLOCK_DISKS_MAX] = {{.path = NULL}}, used[FLAP_BLOCK_DISKS_MAX];
   for (uint32_t d = 0; d < disk_count; d++)
     disks[d] = (flap_block_disk){.path = "-", .bytes = stripes[d] * STRIPE, .weight = weights[d]};
   block_map_use(disk_count, disks, STRIPE, needed * STRIPE - (needed > 0), used);
