@@ -4,8 +4,7 @@
  * that, several buffers at a time, what is needed first before the rest; the pump hands buffers over, goes on, and
  * takes them further when they are done:
  *
- *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or at the
- * disk
+ *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or writing
  *
  * A buffer that is read or full is nobody's but its worker's, and the table entries of its pages stay as they are,
  * since a page is neither read nor written while it is written: so nothing of this needs the pager's lock. Waking a

@@ -46,8 +46,8 @@ static double disk_seconds(const flap_duplex *rates) {
   return both > longer ? both : longer;
 }
 
-/* What such a byte takes of the disks, and of them and the codec together. Where compute
- * wants the same cores the codec's time comes on top; elsewhere it passes beside. */
+/* What such a byte takes of the disks, and of them and the codec together. Where compute wants the same cores the
+ * codec's time comes on top; elsewhere it passes beside. */
 static bool pays(const flap_pager *pager, const pager_class *klass) {
   const double disk_ns = 1e9 * disk_seconds(&pager->disk_rates);
   const double decode_ns = klass->decode_ns > 0 ? klass->decode_ns : DECODE_SHARE * klass->encode_ns;
