@@ -174,8 +174,8 @@ typedef struct flap_observer {
   void (*saved)(void *context, const char *folder, double seconds);
 } flap_observer;
 
-/* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save and return with
- * result.interrupted. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
+/* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save (unless
+ * save_strategy is no) and return with result.interrupted. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
  * metrics.jsonl, trace.json. On an error output_dir holds what was saved before and nothing half-written. */
 FLAP_CHECKED flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                                            const volatile sig_atomic_t *stop, flap_train_result *result_out);

@@ -153,6 +153,10 @@ static flap_status fill_regions(trainer *t) {
                           t->resume_folder, t->state.loss_scale.scale > 0 ? "has a" : "has no",
                           flap_dtype_name(layout->spec.shape.dtype));
   t->runtime.executor.loss_scale = t->state.loss_scale;
+  if (strcmp(t->config->resume_from_checkpoint, "true") == 0) { /* until a step is done there is nothing newer */
+    t->saved_step = t->step;
+    memcpy(t->result->checkpoint, t->resume_folder, sizeof t->result->checkpoint);
+  }
   return FLAP_OK;
 }
 

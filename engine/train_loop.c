@@ -231,7 +231,8 @@ static flap_status run_to_rest(trainer *t) {
 }
 
 flap_status trainer_loop(trainer *t) {
-  FLAP_TRY(trainer_evaluate(t));
+  if (!stop_asked(t))
+    FLAP_TRY(trainer_evaluate(t));
   while (t->step < t->steps && !stop_asked(t)) {
     FLAP_TRY(run_to_rest(t));
     if (eval_is_due(t, t->step))
@@ -240,7 +241,7 @@ flap_status trainer_loop(trainer *t) {
       FLAP_TRY(trainer_save(t));
   }
   t->result->interrupted = t->step < t->steps;
-  if (t->result->interrupted && t->saved_step != t->step)
+  if (t->result->interrupted && t->saved_step != t->step && t->config->save_strategy != FLAP_STRATEGY_NO)
     FLAP_TRY(trainer_save(t));
   find_median(t);
   return FLAP_OK;
