@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
+#include "engine/run_lock.h"
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
@@ -235,6 +236,30 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
 }
 
+/* A crash may have left the folder under its temporary name; but where another run writes, that name is a checkpoint in
+ * the making. The caller has the lock of output_dir. Folders of other names are nobody's to touch. */
+static flap_status recover_named(const char *output_dir, const char *folder) {
+  char parent[FLAP_PATH_MAX];
+  struct stat about, mine;
+  uint64_t step;
+  const char *slash = strrchr(folder, '/');
+  if (stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return FLAP_OK;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (parent[0] == '\0')
+    strcpy(parent, "/");
+  if (stat(parent, &about) != 0)
+    return FLAP_OK;
+  if (stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
+    return flap_durable_recover_folder(folder);
+  flap_run_lock lock;
+  FLAP_TRY(flap_run_lock_take(parent, &lock));
+  const flap_status status = flap_durable_recover_folder(folder);
+  flap_run_lock_release(&lock);
+  return status;
+}
+
 flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
                                  flap_trainer_state *state_out) {
   if (strcmp(resume_from, "true") == 0)
@@ -246,12 +271,10 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: the path is %s", length ? "too long" : "empty");
   memcpy(folder_out, resume_from, length);
   folder_out[length] = '\0';
-  /* A crash may have left the folder under its temporary name; nobody else's folders are touched. */
-  const char *slash = strrchr(folder_out, '/');
   struct stat about;
-  uint64_t step;
-  if (stat(folder_out, &about) != 0 && flap_output_parse_name(slash ? slash + 1 : folder_out, "", &step))
-    FLAP_TRY(flap_durable_recover_folder(folder_out));
+  flap_status status = recover_named(output_dir, folder_out);
+  if (status != FLAP_OK)
+    return flap_error_prefix(status, "resume_from_checkpoint");
   if (stat(folder_out, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))

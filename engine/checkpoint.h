@@ -47,7 +47,8 @@ FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager
                                               bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
 
 /* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a
- * crash left half-renamed); otherwise a folder. Reads and checks trainer_state.json; the weights are checked when they
+ * crash left half-renamed); otherwise a folder. The caller holds output_dir's lock (engine/run_lock.h), if it is there.
+ * Reads and checks trainer_state.json; the weights are checked when they
  * are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);

@@ -65,10 +65,27 @@ static flap_status check_output(trainer *t) {
   return FLAP_OK;
 }
 
+/* Before anything in the folder is looked at, for what is half-written there may be another run's. */
+static flap_status lock_output(trainer *t) {
+  const flap_status status = flap_run_lock_take(t->config->output_dir, &t->lock);
+  return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "output_dir");
+}
+
+static flap_status check_and_lock_output(trainer *t) {
+  struct stat info;
+  if (stat(t->config->output_dir, &info) == 0 && S_ISDIR(info.st_mode))
+    FLAP_TRY(lock_output(t));
+  return check_output(t);
+}
+
 static flap_status make_output(trainer *t) {
   struct stat info;
   t->made_output = stat(t->config->output_dir, &info) != 0;
   FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
+  if (t->lock.fd < 0) { /* it was not there, and meanwhile another run may have made it, and trained */
+    FLAP_TRY(lock_output(t));
+    FLAP_TRY(check_output(t));
+  }
   uint64_t free_bytes = 0;
   FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
   const uint64_t needed = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes;
@@ -293,6 +310,7 @@ static void close_all(trainer *t) {
     flap_runtime_close(&t->runtime);
   flap_dataset_close(t->dataset);
   flap_prepare_close(&t->prepared);
+  flap_run_lock_release(&t->lock);
   if (t->made_output)
     (void)rmdir(t->config->output_dir); /* only if nothing is in it */
 }
@@ -304,12 +322,13 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   flap_status status = FLAP_OK;
   memset(t, 0, sizeof *t);
   memset(result_out, 0, sizeof *result_out);
-  *t = (trainer){.config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns()};
+  *t = (trainer){
+      .config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns(), .lock = {.fd = -1}};
   if (observer != NULL)
     t->observer = *observer;
   t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;
-  FLAP_TRY(check_output(t));
-  FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  FLAP_TRY_GOTO(status, check_and_lock_output(t));
+  FLAP_TRY_GOTO(status, flap_prepare_open(config, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                           config->cutoff_len, config->gradient_accumulation_steps, 0));

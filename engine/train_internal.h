@@ -5,6 +5,7 @@
 #include "engine/checkpoint.h"
 #include "engine/evaluate.h"
 #include "engine/prepare.h"
+#include "engine/run_lock.h"
 #include "engine/schedule.h"
 #include "io/formats/metrics.h"
 #include "io/formats/trace.h"
@@ -24,6 +25,7 @@ typedef struct trainer {
   flap_dataset *dataset;
   flap_metrics *metrics;
   flap_runtime runtime;
+  flap_run_lock lock; /* of output_dir */
   bool opened, made_output;
   char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
   flap_trainer_state state;          /* read from it */

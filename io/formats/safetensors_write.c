@@ -161,7 +161,7 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
     return no_memory();
   }
   writer->bytes_left = data_bytes;
-  writer->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  writer->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (writer->fd < 0) {
     status = flap_error_set_os(errno, "cannot create %s", path);
     free(text);

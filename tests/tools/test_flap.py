@@ -316,6 +316,67 @@ machine: rtx4090-64g-1nvme
         self.assertIn(f"continuing after step {newest}\n", out)
         self.assertEqual([name for name in os.listdir(self.path(folder)) if ".tmp" in name], [])
 
+    # ---- one run per output_dir ----
+
+    def start(self, *arguments):
+        """A run that goes on until it is stopped, and has done a step."""
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000", *arguments], cwd=self.folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        return process
+
+    def test_second_run_in_the_same_folder_is_refused_and_harms_nothing(self):
+        process = self.start("save_strategy=steps", "save_steps=100000")
+        os.mkdir(self.path("out/checkpoint-7.tmp"))  # as if it were saving
+        os.symlink("out", self.path("other"))
+        for folder in ("out", "other"):
+            for more in ([], ["resume_from_checkpoint=true"], ["overwrite_output_dir=true"],
+                         [f"resume_from_checkpoint={folder}/checkpoint-7"]):
+                done = self.flap("train", "run.yaml", f"output_dir={folder}", *more)
+                self.assertEqual(done.returncode, 1, done.stdout)
+                self.assertRegex(done.stderr, f"^flap: error: output_dir: {folder} is in use: process {process.pid} on "
+                                              r"\S+ since [-0-9: ]+ UTC writes there")
+        done = self.flap("train", "run.yaml", "output_dir=third", "resume_from_checkpoint=out/checkpoint-7")
+        self.assertRegex(done.stderr, f"resume_from_checkpoint: out is in use: process {process.pid} ")
+        self.assertTrue(os.path.exists(self.path("out/checkpoint-7.tmp")))
+        self.assertFalse(os.path.exists(self.path("third")))
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, error)
+        self.assertIn("continue with", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_lock_of_a_run_that_was_killed_is_no_obstacle(self):
+        process = self.start("save_strategy=steps", "save_steps=1")
+        process.kill()
+        process.communicate(timeout=60)
+        self.assertTrue(os.path.exists(self.path("out/run.lock")))
+        out = self.accept("train", "run.yaml", "overwrite_output_dir=true")
+        self.assertIn("8 steps", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_what_is_made_is_its_owners_alone(self):
+        old = os.umask(0)
+        try:
+            environment = {name: value for name, value in os.environ.items() if name != "FLAP_MACHINE"}
+            environment["XDG_CACHE_HOME"] = self.path("cache")
+            done = subprocess.run([FLAP, "train", "run.yaml", "output_dir=runs/a", "save_strategy=steps", "save_steps=4"],
+                                  cwd=self.folder, capture_output=True, timeout=120, text=True, env=environment)
+        finally:
+            os.umask(old)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        seen = 0
+        for top in ("runs", "cache"):
+            self.assertEqual(os.stat(self.path(top)).st_mode & 0o777, 0o700)
+            for folder, folders, files in os.walk(self.path(top)):
+                for name in folders + files:
+                    mode = os.stat(os.path.join(folder, name)).st_mode & 0o777
+                    self.assertEqual(mode, 0o700 if name in folders else 0o600, name)
+                    seen += 1
+        self.assertGreater(seen, 20)
+
     def test_checkpoints_are_kept_to_the_limit(self):
         self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=2", "max_steps=7")
         kept = sorted(name for name in os.listdir(self.path("out")) if name.startswith("checkpoint-"))
