@@ -6,6 +6,7 @@
 #include "engine/output_folder_internal.h"
 #include "engine/run_lock.h"
 #include "engine/weights.h"
+#include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 #include "io/formats/safetensors.h"
@@ -136,7 +137,7 @@ static flap_status parse_state(const flap_json_object *root, flap_trainer_state 
   return FLAP_OK;
 }
 
-static flap_status read_state(const char *folder, flap_trainer_state *state_out) {
+flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out) {
   char path[FLAP_PATH_MAX];
   json_t *json = NULL;
   flap_json_object root;
@@ -152,16 +153,28 @@ static flap_status read_state(const char *folder, flap_trainer_state *state_out)
 
 /* ---- saving -------------------------------------------------------------------------------------------------- */
 
-static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
-                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
-  FLAP_TRY(flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
-  FLAP_TRY(flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES));
-  if (only_model)
-    return FLAP_OK;
-  FLAP_TRY(flap_weights_save_states(pager, layout, folder));
+static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
+                                const flap_trainer_state *state, flap_checksums *checksums) {
+  FLAP_TRY(flap_weights_save_states(pager, layout, folder, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
     FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
   return write_state(folder, state);
+}
+
+/* Large files are summed up while they are written; the small ones are read again. */
+static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
+                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
+  flap_checksums checksums = {0};
+  flap_status status = FLAP_OK;
+  FLAP_TRY_GOTO(status, flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_TRY_GOTO(status, flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, &checksums));
+  if (!only_model)
+    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, &checksums));
+  FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
+  status = flap_checksums_write(&checksums, folder);
+fail:
+  flap_checksums_close(&checksums);
+  return status;
 }
 
 /* The new checkpoint is safe already: what cannot be removed is said and left. */
@@ -208,7 +221,114 @@ flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, cons
   return FLAP_OK;
 }
 
+/* ---- what is not as it was saved ----------------------------------------------------------------------------- */
+
+/* At least as long as it should be, as far as can be told without reading it. */
+static bool seems_whole(const char *folder) {
+  flap_checksums checksums = {0};
+  const bool whole = flap_output_is_there(folder, STATE_FILE) && flap_checksums_read(folder, &checksums) == FLAP_OK &&
+                     flap_checksums_check_sizes(&checksums, folder) == FLAP_OK;
+  flap_checksums_close(&checksums);
+  return whole;
+}
+
+/* The newest checkpoint beside `folder` that is older; false when there is none. */
+static bool find_older(const char *folder, char older_out[FLAP_PATH_MAX]) {
+  char parent[FLAP_PATH_MAX];
+  uint64_t step = 0;
+  flap_output_steps list = {0};
+  bool found = false;
+  const char *slash = strrchr(folder, '/');
+  if (!flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return false;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (flap_output_list(parent[0] ? parent : "/", &list) != FLAP_OK)
+    return false;
+  for (size_t i = list.count; i > 0 && !found; i--)
+    found = list.steps[i - 1] < step &&
+            flap_output_checkpoint_path(parent[0] ? parent : "/", list.steps[i - 1], older_out) == FLAP_OK &&
+            seems_whole(older_out);
+  flap_output_steps_close(&list);
+  return found;
+}
+
+/* Says what to do about a checkpoint that cannot be trusted. */
+static flap_status advise(const char *folder, flap_status status) {
+  char message[2048], older[FLAP_PATH_MAX];
+  if (status != FLAP_CORRUPT)
+    return status;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  if (find_older(folder, older))
+    return flap_error_set(status,
+                          "%s; nothing was trained on it: go back to the checkpoint before with "
+                          "resume_from_checkpoint=%s",
+                          message, older);
+  return flap_error_set(
+      status,
+      "%s; nothing was trained on it, and no earlier checkpoint is beside it: restore it from a copy, "
+      "or start anew",
+      message);
+}
+
+static bool is_large(const char *name) {
+  const size_t length = strlen(name), end = strlen(".safetensors");
+  return length >= end && strcmp(name + length - end, ".safetensors") == 0;
+}
+
+/* All files are there, and the small ones are what they were. */
+static flap_status check_small(const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  FLAP_TRY(status);
+  status = flap_checksums_check_sizes(&checksums, folder);
+  for (size_t i = 0; i < checksums.count && status == FLAP_OK; i++)
+    if (!is_large(checksums.entries[i].name))
+      status = flap_checksums_check_file(&checksums.entries[i], folder);
+  flap_checksums_close(&checksums);
+  return status;
+}
+
+/* A reader may stumble over a changed byte before a whole file is summed up: then that is what is said. */
+static flap_status find_changed(const char *folder, const flap_checksums *checksums, flap_status status) {
+  char message[2048];
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  for (size_t i = 0; i < checksums->count; i++)
+    if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
+      return FLAP_CORRUPT;
+  return flap_error_set(status, "%s", message);
+}
+
+flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    flap_log(FLAP_LOG_WARNING,
+             "%s has no " FLAP_CHECKSUMS_FILE
+             ": an earlier version saved it, or it was changed; whether it is what was "
+             "saved cannot be told",
+             folder);
+    return flap_weights_resume(pager, layout, folder, NULL);
+  }
+  if (status == FLAP_OK)
+    status = flap_weights_resume(pager, layout, folder, &checksums);
+  if (status == FLAP_INVALID || status == FLAP_UNSUPPORTED || status == FLAP_NOT_FOUND)
+    status = find_changed(folder, &checksums, status);
+  flap_checksums_close(&checksums);
+  return advise(folder, status);
+}
+
 /* ---- finding ------------------------------------------------------------------------------------------------- */
+
+static flap_status open_found(const char *folder, flap_trainer_state *state_out) {
+  FLAP_TRY(advise(folder, check_small(folder)));
+  return flap_checkpoint_read_state(folder, state_out);
+}
 
 static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
   struct stat about;
@@ -227,7 +347,7 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   flap_output_steps_close(&list);
   FLAP_TRY(status);
   if (found)
-    return read_state(folder_out, state_out);
+    return open_found(folder_out, state_out);
   if (count > 0)
     return flap_error_set(FLAP_NOT_FOUND,
                           "resume_from_checkpoint: the checkpoints in %s hold weights only (save_only_model), without "
@@ -285,7 +405,7 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
         "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
         "anew from its weights",
         folder_out, flap_output_is_ours(folder_out) ? ": it was saved with save_only_model, weights only" : "");
-  return read_state(folder_out, state_out);
+  return open_found(folder_out, state_out);
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */

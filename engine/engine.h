@@ -175,8 +175,9 @@ typedef struct flap_observer {
 } flap_observer;
 
 /* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save (unless
- * save_strategy is no) and return with result.interrupted. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
- * metrics.jsonl, trace.json. On an error output_dir holds what was saved before and nothing half-written. */
+ * save_strategy is no) and return with result.interrupted. Writes output_dir: a Hugging Face folder at the end
+ * (export_final), checkpoint-<step>/, metrics.jsonl, trace.json. On an error output_dir holds what was saved before and
+ * nothing half-written. */
 FLAP_CHECKED flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                                            const volatile sig_atomic_t *stop, flap_train_result *result_out);
 
@@ -206,6 +207,35 @@ FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const
  * checkpoint. The target must not exist. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
                                             uint64_t max_shard_bytes);
+
+/* ---- checkpoints of a run ---------------------------------------------------------------------------------- */
+
+typedef enum flap_checkpoint_state {
+  FLAP_CHECKPOINT_WHOLE,   /* every file is what was saved, to the byte */
+  FLAP_CHECKPOINT_UNKNOWN, /* without checksums: an earlier version saved it */
+  FLAP_CHECKPOINT_UNREAD,  /* all files are there with their sizes; nothing else was asked for */
+  FLAP_CHECKPOINT_UNFINISHED /* left by a crash; the next run removes it */,
+  FLAP_CHECKPOINT_BROKEN
+} flap_checkpoint_state;
+
+typedef struct flap_checkpoint_report {
+  char folder[FLAP_PATH_MAX];
+  uint64_t step;
+  int64_t saved_at; /* seconds since 1970, UTC */
+  uint64_t bytes;   /* of its files */
+  bool resumable;   /* it has the optimizer's states */
+  flap_checkpoint_state state;
+  char problem[1024];  /* what is wrong with a broken one, else "" */
+  char numerics[512];  /* the numerics key, "" where it is not known */
+  double read_seconds; /* that comparing took */
+} flap_checkpoint_report;
+
+/* Tells of each checkpoint in an output_dir, in the order of steps, or of `folder` if it is one itself: with `verify`
+ * every file is read and compared with its checksum. Changes nothing, and may run beside a training run. Stores how
+ * many there were; `report` must not keep what it is given. */
+FLAP_CHECKED flap_status flap_engine_inspect(const char *folder, bool verify,
+                                             void (*report)(void *context, const flap_checkpoint_report *report),
+                                             void *context, uint32_t *count_out);
 
 /* ---- machine --------------------------------------------------------------------------------------------- */
 

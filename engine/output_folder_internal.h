@@ -17,6 +17,8 @@ typedef struct flap_output_steps {
 } flap_output_steps;
 
 FLAP_CHECKED flap_status flap_output_list(const char *output_dir, flap_output_steps *steps_out);
+/* Those of `checkpoint-<step>.tmp` too, so a step may be there twice. */
+FLAP_CHECKED flap_status flap_output_list_all(const char *output_dir, flap_output_steps *steps_out);
 void flap_output_steps_close(flap_output_steps *steps); /* {0} is fine */
 
 /* True if `name` is "checkpoint-<step>" followed by `suffix`. */

@@ -141,6 +141,10 @@ static flap_status check_saving(const flap_run_config *config) {
     return flap_error_set(FLAP_INVALID, "eval_steps: nothing is held out to evaluate on: set val_size");
   if (config->save_strategy == FLAP_STRATEGY_STEPS && config->save_steps < 1)
     return flap_error_set(FLAP_INVALID, "save_steps: must be at least 1 (save_strategy: no turns saving off)");
+  if (!between(config->save_minutes, 0, 1e9))
+    return flap_error_set(FLAP_INVALID, "save_minutes: %g must be 0 (never) or more", config->save_minutes);
+  if (config->save_minutes > 0 && config->save_strategy == FLAP_STRATEGY_NO)
+    return flap_error_set(FLAP_INVALID, "save_minutes: contradicts save_strategy: no, which saves nothing");
   if (!config->output_dir[0])
     return flap_error_set(FLAP_INVALID, "output_dir: missing: name the folder for checkpoints, metrics and the "
                                         "trained model");

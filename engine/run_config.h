@@ -127,11 +127,13 @@ typedef struct flap_run_config {
   uint64_t eval_steps; /* 0: at the start and the end only */
   flap_strategy save_strategy;
   uint64_t save_steps;
+  double save_minutes;       /* as well, when so long was not saved; 0: never */
   uint32_t save_total_limit; /* 0: keep all */
   bool save_only_model;
   char output_dir[FLAP_PATH_MAX];
   bool overwrite_output_dir;
   char resume_from_checkpoint[FLAP_PATH_MAX]; /* "": no; "true": the newest in output_dir; else a folder */
+  bool allow_numerics_change;                 /* resume although the numerics key is another */
   bool export_final;                          /* export: final|none */
 
   /* the machine */

@@ -131,15 +131,26 @@ static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
                  plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32", products);
 }
 
-/* What a resumed run does differently from the one that saved is said, not hidden. */
-static void compare_with_saved(const trainer *t) {
-  char key[FLAP_NUMERICS_MAX];
+/* A run that would compute other bits than the one that saved does not go on unless that is wanted. */
+static flap_status compare_numerics(const trainer *t) {
+  char key[FLAP_NUMERICS_MAX], differences[2 * FLAP_NUMERICS_MAX];
   numerics_key(t, key);
-  if (strcmp(key, t->state.numerics) != 0)
-    flap_log(
-        FLAP_LOG_WARNING,
-        "%s was saved by a run that computed differently (%s; now %s): results will be equal in kind, not to the bit",
-        t->resume_folder, t->state.numerics, key);
+  if (flap_numerics_key_differences(t->state.numerics, key, differences, sizeof differences) == 0)
+    return FLAP_OK;
+  if (!t->config->allow_numerics_change)
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: %s was saved by a run that computed differently (%s): change that "
+                          "back, or set allow_numerics_change: true to go on with results that are equal in kind, not "
+                          "to the bit",
+                          t->resume_folder, differences);
+  flap_log(FLAP_LOG_WARNING,
+           "%s was saved by a run that computed differently (%s): results will be equal in kind, not to the bit",
+           t->resume_folder, differences);
+  return FLAP_OK;
+}
+
+/* What else a resumed run does differently is said, not hidden. */
+static void compare_data(const trainer *t) {
   if (t->state.dataset_digest != flap_dataset_digest(t->dataset))
     flap_log(FLAP_LOG_WARNING, "the data are not those that %s was trained on: sequences may come again, or not at all",
              t->resume_folder);
@@ -154,7 +165,8 @@ static flap_status fill_regions(trainer *t) {
   if (!t->resume_folder[0])
     return t->config->model != NULL ? flap_weights_init(pager, layout, t->config->seed)
                                     : flap_weights_load(pager, layout, t->config->model_name_or_path);
-  compare_with_saved(t);
+  FLAP_TRY(compare_numerics(t));
+  compare_data(t);
   t->step = t->state.step;
   t->cursor = t->state.cursor;
   if (t->step >= t->steps)
@@ -162,7 +174,7 @@ static flap_status fill_regions(trainer *t) {
                           "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
                           "max_steps or num_train_epochs",
                           t->resume_folder, (unsigned long long)t->step, (unsigned long long)t->steps);
-  FLAP_TRY(flap_weights_resume(pager, layout, t->resume_folder));
+  FLAP_TRY(flap_checkpoint_load(pager, layout, t->resume_folder));
   if ((t->state.loss_scale.scale > 0) != (layout->spec.shape.dtype == FLAP_F16))
     return flap_error_set(FLAP_INVALID,
                           "resume_from_checkpoint: trainer_state.json in %s %s loss_scale, but its weights are %s: it "
@@ -229,6 +241,7 @@ flap_status trainer_save(trainer *t) {
   FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
                                 t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
   t->saved_step = t->step;
+  t->saved_ns = flap_units_now_ns();
   if (t->observer.saved != NULL)
     t->observer.saved(t->observer.context, t->result->checkpoint, (double)(flap_units_now_ns() - started_ns) * 1e-9);
   return FLAP_OK;

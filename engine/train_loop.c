@@ -23,8 +23,18 @@ static uint64_t epochs_done(const trainer *t, uint64_t step) {
   return step * t->step_sequences / t->sequences;
 }
 
+/* Decided once for each step, before its program is chosen: the clock must not change what the program was chosen for.
+ */
+static void look_at_the_clock(trainer *t, uint64_t step) {
+  const double minutes = (double)(flap_units_now_ns() - t->saved_ns) / 60e9;
+  if (t->config->save_minutes > 0 && t->due_step <= t->saved_step && minutes >= t->config->save_minutes)
+    t->due_step = step;
+}
+
 /* After so many steps. */
 static bool save_is_due(const trainer *t, uint64_t step) {
+  if (step == t->due_step && step > 0)
+    return true;
   switch (t->config->save_strategy) {
   case FLAP_STRATEGY_NO:
     return false;
@@ -196,6 +206,7 @@ static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program nex
 /* Steps until one rests, or until the person wants to stop. */
 static flap_status run_to_rest(trainer *t) {
   bool queued = false, rests = false;
+  look_at_the_clock(t, t->step + 1);
   flap_setup_program program = program_for(t, t->step, t->pending);
   uint64_t ended_ns = flap_units_now_ns();
   FLAP_TRY(flap_executor_begin(&t->runtime.executor, program));
@@ -207,6 +218,8 @@ static flap_status run_to_rest(trainer *t) {
     if (t->step == first + TRACED_STEP + TRACED_STEPS)
       flap_runtime_stop_trace(&t->runtime);
     const bool pending = !t->prepared.setup.choice.sweep && !rests;
+    if (!rests)
+      look_at_the_clock(t, t->step + 2);
     const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);
     queued = !rests && !stop_asked(t);
     if (queued)
@@ -231,6 +244,7 @@ static flap_status run_to_rest(trainer *t) {
 }
 
 flap_status trainer_loop(trainer *t) {
+  t->saved_ns = flap_units_now_ns();
   if (!stop_asked(t))
     FLAP_TRY(trainer_evaluate(t));
   while (t->step < t->steps && !stop_asked(t)) {

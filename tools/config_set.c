@@ -437,7 +437,10 @@ flap_status flap_config_set_resume(flap_config_reader *reader, const flap_config
   }
   if (value->kind != FLAP_YAML_SCALAR)
     return flap_config_error_type(reader, value, key);
-  return store_path(reader, key->name, value, path);
+  FLAP_TRY(store_path(reader, key->name, value, path));
+  if (strcmp(path, "latest") == 0) /* a folder of that name is ./latest */
+    strcpy(path, "true");
+  return FLAP_OK;
 }
 
 flap_status flap_config_set_checkpointing(flap_config_reader *reader, const flap_config_key *key,

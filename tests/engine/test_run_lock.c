@@ -82,7 +82,7 @@ END_TEST
 /* Returns how often it held the lock, or -1 when it was not alone. */
 static int come_and_go(const char *folder, const char *witness) {
   int held = 0;
-  for (int i = 0; i < 1000; i++) {
+  for (int i = 0; i < 200; i++) {
     flap_run_lock lock;
     if (flap_run_lock_take(folder, &lock) != FLAP_OK)
       continue;

@@ -274,8 +274,8 @@ class Bits(unittest.TestCase):
         self.train("half", saving, f"{tag}-saved")
         self.compare("half, saved between", f"{tag}-saved", reference)
         checkpoint = f"resume_from_checkpoint={tag}-saved/checkpoint-3"
-        for name, overrides in {"roomy": [], "both": ["expert.clip=sweep", "DISKS=3"],
-                                "device": ["expert.group_micro_batches=1", "expert.threads=3"]}.items():
+        for name, overrides in {"roomy": [], "both": ["expert.clip=sweep", "DISKS=3", "expert.page_bytes=4KiB"],
+                                "device": ["expert.group_micro_batches=1", "expert.threads=3", "expert.slice_bytes=4KiB"]}.items():
             out = f"{tag}-resumed-{name}"
             done = self.flap("train", *self.arguments(name, common + overrides + [checkpoint], out))
             self.assertEqual((done.returncode, done.stderr), (0, ""), (name, done.stdout))
@@ -388,6 +388,7 @@ class Bits(unittest.TestCase):
             kept = {key: value for key, value in json.load(file).items() if key != "loss_scale"}
         with open(state, "w") as file:
             json.dump(kept, file)
+        os.remove(os.path.join(os.path.dirname(state), "checksums.json"))  # which would find it first
         done = self.flap("train", *self.arguments("roomy", common + ["resume_from_checkpoint=skips-saved/checkpoint-3"],
                                                   "skips-changed"))
         self.assertEqual(done.returncode, 1, done.stdout)

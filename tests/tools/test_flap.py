@@ -4,6 +4,7 @@ What a person does: plan, train, evaluate, sample, export, inspect, interrupt, r
 mistake is one line on stderr, exit status 1, within seconds, and leaves nothing behind."""
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -382,6 +383,123 @@ machine: rtx4090-64g-1nvme
         kept = sorted(name for name in os.listdir(self.path("out")) if name.startswith("checkpoint-"))
         self.assertEqual(len(kept), 2, kept)
         self.assertIn("step", self.accept("inspect", "out"))
+
+    # ---- checkpoints that are looked at, and gone back to ----
+
+    def checkpoints(self, folder="out"):
+        """Names of the finished ones, in order."""
+        return sorted((name for name in os.listdir(self.path(folder)) if re.fullmatch(r"checkpoint-\d+", name)),
+                      key=lambda name: int(name.split("-")[1]))
+
+    def flip(self, name, at=None):
+        """Turns one bit, in the middle of the file if no place is given; the same again turns it back."""
+        with open(self.path(name), "r+b") as file:
+            at = os.path.getsize(self.path(name)) // 2 if at is None else at
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 0x04]))
+
+    def test_inspect_tells_whole_checkpoints_from_broken_ones(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "export=none")
+        shown = self.accept("inspect", "out")
+        self.assertEqual(re.findall(r"^out/checkpoint-(\d+): step (\d+), saved 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
+                                    r"[\d.]+ \wi?B, whole, read in", shown, re.M), [(n, n) for n in "2468"])
+        self.assertEqual(shown.count("numerics: cpu "), 1)
+        self.assertEqual(self.accept("inspect", "--quick", "out").count("complete, not verified"), 4)
+        self.assertIn("out/checkpoint-4: step 4", self.accept("inspect", "out/checkpoint-4"))
+        os.mkdir(self.path("out/checkpoint-10.tmp"))
+        os.remove(self.path("out/checkpoint-2/checksums.json"))
+        self.flip("out/checkpoint-6/optimizer-exp_avg.safetensors")
+        done = self.flap("inspect", "out")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("1 of 5 checkpoints cannot be resumed", done.stderr)
+        for wanted in (r"checkpoint-2: .* no checksums", r"checkpoint-4: .* whole", r"checkpoint-6: .* BROKEN",
+                       r"  out/checkpoint-6/optimizer-exp_avg.safetensors: is not what was saved", r"checkpoint-8: .* whole",
+                       r"checkpoint-10.tmp: step 10, .* unfinished"):
+            self.assertRegex(done.stdout, wanted)
+        self.assertNotIn("BROKEN", self.accept("inspect", "--quick", "out"))  # of which nothing was read
+
+    def test_a_flipped_bit_in_any_file_is_named_and_never_trained_on(self):
+        for optim in ("adamw", "adamw_8bit"):
+            common = ["run.yaml", f"output_dir={optim}", f"optim={optim}", "save_strategy=steps", "save_steps=4",
+                      "export=none"]
+            self.accept("train", *common)
+            files = sorted(os.listdir(self.path(f"{optim}/checkpoint-8")))
+            self.assertGreater(len(files), 8)
+            before = self.metrics(optim)
+            for name in files:
+                path = f"{optim}/checkpoint-8/{name}"
+                places = [None] if not name.endswith(".safetensors") else [None, 9, os.path.getsize(self.path(path)) - 1]
+                for at in places:
+                    self.flip(path, at)
+                    error = self.refuse(f"{optim}/checkpoint-8/", "train", *common, "max_steps=9",
+                                        "resume_from_checkpoint=latest")
+                    self.flip(path, at)
+                    with self.subTest(file=path, at=at):
+                        if name != "checksums.json":  # a sum that was changed accuses its file
+                            self.assertIn(path, error)
+                        self.assertIn(f"nothing was trained on it: go back to the checkpoint before with "
+                                      f"resume_from_checkpoint={optim}/checkpoint-4", error)
+            self.assertEqual(self.metrics(optim), before)
+            self.flip(f"{optim}/checkpoint-4/model.safetensors")
+            self.assertIn("no earlier checkpoint", self.refuse("checkpoint-4/model.safetensors", "train", *common,
+                          "max_steps=9", f"resume_from_checkpoint={optim}/checkpoint-4"))
+            self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
+
+    def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
+        os.remove(self.path("out/checkpoint-8/checksums.json"))
+        done = self.flap("train", "run.yaml", "max_steps=9", "resume_from_checkpoint=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("cannot be told", done.stderr)
+
+    def test_resume_with_other_numerics_is_refused_field_by_field(self):
+        saving = ["save_strategy=steps", "save_steps=4", "export=none"]
+        self.accept("train", "run.yaml", *saving)
+        changed = ["per_device_train_batch_size=1", "gradient_dtype=fp32", "max_steps=9", "resume_from_checkpoint=true"]
+        error = self.refuse("out/checkpoint-8 was saved by a run that computed differently", "train", "run.yaml", *changed)
+        self.assertIn("(micro-batch: 2 x 32 then, 1 x 32 now; gradients: bfloat16 then, float32 now)", error)
+        self.assertIn("allow_numerics_change: true", error)
+        done = self.flap("train", "run.yaml", *changed, "allow_numerics_change=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("micro-batch: 2 x 32 then, 1 x 32 now", done.stderr)
+
+    def test_resume_needs_no_more_than_training_did(self):
+        # The least that each tier takes, given as sizes: a resume that needed a byte more would be refused or fail.
+        saving = ["save_strategy=steps", "save_steps=3", "disk={path: disk, size: min}"]
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "vram=min", "ram=min", *saving))
+        least = [*saving, f"vram={plan['vram_bytes']}", f"ram={plan['ram_bytes']}",
+                 f"disk={{path: disk, size: {plan['disk_sizes'][0]}}}"]
+        self.accept("train", "run.yaml", "output_dir=whole", *least)
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *least], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("saved "):
+                process.kill()
+                break
+        process.communicate(timeout=60)
+        self.assertEqual(process.returncode, -9)
+        out = self.accept("train", "run.yaml", *least, "resume_from_checkpoint=latest")
+        self.assertIn("continuing after step 3", out)
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        peaks = re.findall(r"^(vram|ram|disk) {2,}.*? (\S+)$", out, re.M)
+        self.assertEqual([tier for tier, _ in peaks], ["vram", "ram", "disk"])
+        for tier, share in peaks:  # of the budget, as measured
+            self.assertLessEqual(float(share.rstrip("%")), 100, (tier, out))
+
+    def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
+        common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
+        self.accept("train", "run.yaml", "output_dir=whole", *common)
+        self.accept("train", "run.yaml", *common, "save_minutes=1e-9")  # after every step, and not twice after the last
+        self.assertEqual([int(name.split("-")[1]) for name in self.checkpoints()], list(range(1, 10)))
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        self.accept("train", "run.yaml", "output_dir=rare", *common, "save_minutes=100")
+        self.assertEqual(self.checkpoints("rare"), ["checkpoint-9"])
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=5")  # save_strategy is no
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=-1", "save_strategy=steps")
 
     # ---- what a person does wrong ----
 

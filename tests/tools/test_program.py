@@ -347,7 +347,7 @@ class Program(unittest.TestCase):
         self.write("m/checkpoint-10/x", "")
         text = self.accept("inspect", "m")
         for wanted in ["a.weight", "BF16", "(2, 3)", "12 B", "2 tensors, 7 elements, 16 B", '"llama"', "2 lines, loss 3.5000 at first",
-                       "3.2500 at step 2, 1.50k tok/s", "checkpoint-10: step 10", "b?"]:
+                       "3.2500 at step 2, 1.50k tok/s", "m/checkpoint-10: step 10, saved ", "no checksums", "b?"]:
             self.assertIn(wanted, text)
         self.assertNotIn("\u0007", text)
         self.assertIn("2 tensors", self.accept("inspect", "m/model.safetensors"))
