@@ -1,6 +1,7 @@
 #include "engine/budgets.h"
 
 #include "base/units.h"
+#include "engine/host_memory.h"
 #include "engine/machine_cuda.h"
 #include "engine/machine_profile.h"
 #include "io/block/block.h"
@@ -11,34 +12,22 @@
 
 #define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
 
-static uint64_t read_kib(const char *path, const char *key) {
-  FILE *file = fopen(path, "r");
-  char line[256];
-  unsigned long long kib = 0;
-  const size_t length = strlen(key);
-  if (file == NULL)
-    return 0;
-  while (fgets(line, sizeof line, file) != NULL)
-    if (strncmp(line, key, length) == 0 && sscanf(line + length, " %llu", &kib) == 1)
-      break;
-  (void)fclose(file);
-  return kib * 1024;
-}
-
 uint64_t flap_budgets_resident(void) {
-  return read_kib("/proc/self/status", "VmRSS:");
+  return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmRSS:");
 }
 
 uint64_t flap_budgets_resident_peak(void) {
-  return read_kib("/proc/self/status", "VmHWM:");
+  return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmHWM:");
 }
 
-uint64_t flap_budgets_free_memory(void) {
-  return read_kib("/proc/meminfo", "MemAvailable:");
+uint64_t flap_budgets_free_memory(bool pinned) {
+  flap_host_memory memory;
+  flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
+  return flap_host_memory_left(&memory, pinned);
 }
 
-static uint64_t available_memory(const flap_run_config *config) {
-  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_budgets_free_memory();
+static uint64_t available_memory(const flap_run_config *config, bool pinned) {
+  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_budgets_free_memory(pinned);
   uint64_t reserve = available / 10;
   if (reserve < 512 * FLAP_MIB)
     reserve = 512 * FLAP_MIB;
@@ -58,7 +47,7 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
     budgets->vram_bytes = free_bytes > reserve ? free_bytes - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
-    budgets->ram_bytes = available_memory(config);
+    budgets->ram_bytes = available_memory(config, true);
   budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   return FLAP_OK;
 }
@@ -68,7 +57,7 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   if (device == FLAP_DEVICE_CUDA)
     return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
-  uint64_t available = vram_max || ram_max ? available_memory(config) : 0;
+  uint64_t available = vram_max || ram_max ? available_memory(config, false) : 0;
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {

@@ -1,9 +1,11 @@
 /* flap_engine_plan, and what a setup looks like to people. */
+#include "base/log.h"
 #include "base/units.h"
 #include "engine/bound.h"
 #include "engine/budgets.h"
 #include "engine/checkpoint.h"
 #include "engine/prepare.h"
+#include "engine/pressure.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -186,6 +188,10 @@ flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out)
   FLAP_TRY(flap_prepare_open(config, &prepared));
   flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
+  if (status == FLAP_OK && flap_pressure_check_here(&prepared) != FLAP_OK) { /* a run would be refused */
+    flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
+    flap_error_clear();
+  }
   if (status == FLAP_OK)
     status = describe_least(&prepared, &prepared.plan);
   *plan_out = prepared.plan;

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "base/units.h"
 #include "engine/budgets.h"
+#include "engine/pressure.h"
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 
@@ -345,6 +346,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                           config->cutoff_len, config->gradient_accumulation_steps, 0));
+  FLAP_TRY_GOTO(status, flap_pressure_check_here(&t->prepared));
   FLAP_TRY_GOTO(status, make_output(t));
   FLAP_TRY_GOTO(status, open_dataset(t));
   FLAP_TRY_GOTO(status, open_run(t));

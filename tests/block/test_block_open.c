@@ -215,6 +215,7 @@ static int refused_buffers_story(void *context) {
     return SKIPPED;
   harness_open(&harness);
   ck_assert(stderr_holds(log, "cannot register 24.0 MiB of buffers"));
+  ck_assert(stderr_holds(log, "ulimit -l 28672,")); /* these, and a huge page at either end */
   harness_random_program(&harness, 1, 60);
   (void)!setresuid(0, 0, 0); /* to remove the folder */
   harness_close(&harness);

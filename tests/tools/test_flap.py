@@ -5,6 +5,7 @@ mistake is one line on stderr, exit status 1, within seconds, and leaves nothing
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -488,6 +489,19 @@ machine: rtx4090-64g-1nvme
         self.assertEqual([tier for tier, _ in peaks], ["vram", "ram", "disk"])
         for tier, share in peaks:  # of the budget, as measured
             self.assertLessEqual(float(share.rstrip("%")), 100, (tier, out))
+
+    def test_limit_on_addresses_is_found_before_the_start(self):
+        with open(FLAP, "rb") as program:
+            if re.search(rb"__[at]san_init", program.read()):
+                self.skipTest("a sanitizer takes terabytes of addresses")
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+        done = subprocess.run([FLAP, "train", "run.yaml"], cwd=self.folder, capture_output=True, timeout=60, text=True,
+                              preexec_fn=limit)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
+        self.assertFalse(os.path.exists(self.path("out")))
 
     def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
         common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
