@@ -93,6 +93,11 @@ typedef struct flap_plan {
   uint64_t ssd_tbw_bytes; /* that may be written in all: ssd_tbw, or the machine's; 0: not known */
   double ssd_steps;       /* until that is used up; 0: not known, or nothing is written */
 
+  /* and what the whole run writes, checkpoints and export included; all 0 where the number of steps follows from data
+   * that were not read */
+  uint64_t run_steps, run_checkpoints, ssd_run_bytes;
+  uint64_t ssd_budget_bytes; /* that the run may write: ssd_budget; 0: any number */
+
   /* the least that would be accepted, other budgets unchanged */
   uint64_t vram_min, ram_min, disk_min;
 } flap_plan;
@@ -159,6 +164,9 @@ typedef struct flap_train_result {
                                                   disk */
   double median_step_seconds;                  /* over steady steps */
   double total_seconds;
+  uint64_t disk_written_bytes;    /* to the disks: states at the start, and what steps wrote */
+  uint64_t saved_bytes;           /* to output_dir: checkpoints and export */
+  uint64_t trained_tokens;        /* by this process */
   char checkpoint[FLAP_PATH_MAX]; /* the newest one, "" if none */
   bool exported;
 } flap_train_result;

@@ -6,6 +6,7 @@
 #include "engine/checkpoint.h"
 #include "engine/prepare.h"
 #include "engine/pressure.h"
+#include "engine/wear.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -183,14 +184,24 @@ static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
   return FLAP_OK;
 }
 
+/* What a run would be refused for. */
+static void warn_of(flap_status status) {
+  if (status == FLAP_OK)
+    return;
+  flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
+  flap_error_clear();
+}
+
 flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
   flap_prepared prepared;
   FLAP_TRY(flap_prepare_open(config, &prepared));
   flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
-  if (status == FLAP_OK && flap_pressure_check_here(&prepared) != FLAP_OK) { /* a run would be refused */
-    flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
-    flap_error_clear();
+  if (status == FLAP_OK) {
+    warn_of(flap_pressure_check_here(&prepared));
+    if (config->max_steps > 0) /* else the data say, which are not read */
+      flap_wear_describe(config, config->max_steps, config->num_train_epochs, &prepared.plan);
+    warn_of(flap_wear_check(config, &prepared.plan));
   }
   if (status == FLAP_OK)
     status = describe_least(&prepared, &prepared.plan);

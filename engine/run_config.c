@@ -175,6 +175,8 @@ static flap_status check_machine(const flap_run_config *config) {
       if (strcmp(config->disk[i].path, config->disk[j].path) == 0)
         return flap_error_set(FLAP_INVALID, "disk: %s is given twice", config->disk[i].path);
   }
+  if (!between(config->ssd_budget_share, 0, 1))
+    return flap_error_set(FLAP_INVALID, "ssd_budget: %g%% is not between 0 and 100%%", 100 * config->ssd_budget_share);
   const flap_expert *expert = &config->expert;
   if (expert->page_bytes != 0 && (expert->page_bytes < PAGE_BYTES_MIN || expert->page_bytes > PAGE_BYTES_MAX ||
                                   (expert->page_bytes & (expert->page_bytes - 1)) != 0))

@@ -144,7 +144,9 @@ typedef struct flap_run_config {
   uint32_t disk_count;
   flap_run_disk disk[FLAP_RUN_DISKS_MAX];
   flap_compression compression;
-  uint64_t ssd_tbw; /* bytes that may be written to all disks together; 0: not known */
+  uint64_t ssd_tbw;        /* bytes that may be written to all disks together; 0: not known */
+  uint64_t ssd_budget;     /* bytes that this run may write; 0: any number */
+  double ssd_budget_share; /* the same as a share of ssd_tbw; 0: ssd_budget says */
   flap_expert expert;
 } flap_run_config;
 

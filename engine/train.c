@@ -10,6 +10,7 @@
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/pressure.h"
+#include "engine/wear.h"
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 
@@ -114,7 +115,11 @@ static flap_status open_dataset(trainer *t) {
   t->sequences = flap_dataset_sequences(t->dataset);
   t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
   t->warmup = flap_schedule_warmup(config, t->steps);
-  return FLAP_OK;
+  if (t->steps > t->state.step) {
+    const uint64_t steps = t->steps - t->state.step;
+    flap_wear_describe(config, steps, (double)(steps * t->step_sequences) / (double)t->sequences, &t->prepared.plan);
+  }
+  return flap_wear_check(config, &t->prepared.plan);
 }
 
 /* ---- the run --------------------------------------------------------------------------------------------- */
@@ -243,6 +248,7 @@ flap_status trainer_save(trainer *t) {
                                 t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
   t->saved_step = t->step;
   t->saved_ns = flap_units_now_ns();
+  t->result->saved_bytes += t->prepared.plan.checkpoint_bytes;
   if (t->observer.saved != NULL)
     t->observer.saved(t->observer.context, t->result->checkpoint, (double)(flap_units_now_ns() - started_ns) * 1e-9);
   return FLAP_OK;
@@ -282,6 +288,8 @@ static void report_bytes(trainer *t) {
     t->result->disk_lane_bytes[i] = stats.bytes[i == 0 ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE];
     t->result->disk_bytes[i] = stats.disk_bytes[i];
   }
+  t->result->disk_written_bytes = flap_wear_start_bytes(&t->prepared.plan) + stats.disk_bytes[1];
+  t->result->trained_tokens = (t->step - t->state.step) * t->prepared.plan.tokens_per_step;
   if (t->runs[steady] == 0)
     return;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
@@ -315,6 +323,7 @@ static flap_status finish(trainer *t) {
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
   t->result->exported = true;
+  t->result->saved_bytes += t->prepared.plan.export_bytes;
   return FLAP_OK;
 }
 

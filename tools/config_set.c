@@ -443,6 +443,32 @@ flap_status flap_config_set_resume(flap_config_reader *reader, const flap_config
   return FLAP_OK;
 }
 
+/* "5%" is a share of ssd_tbw, anything else a size. */
+flap_status flap_config_set_ssd_budget(flap_config_reader *reader, const flap_config_key *key,
+                                       const flap_yaml_node *value) {
+  flap_run_config *config = reader->config;
+  config->ssd_budget = 0;
+  config->ssd_budget_share = 0;
+  if (!value)
+    return FLAP_OK;
+  if (value->kind != FLAP_YAML_SCALAR)
+    return flap_config_error_type(reader, value, key);
+  const size_t length = strlen(value->text);
+  if (length > 1 && value->text[length - 1] == '%') {
+    char *end = NULL;
+    const double percent = strtod(value->text, &end);
+    if (end != value->text + length - 1 || !(percent > 0 && percent <= 100))
+      return flap_config_error_type(reader, value, key);
+    config->ssd_budget_share = percent / 100;
+    return FLAP_OK;
+  }
+  if (flap_units_parse_bytes(value->text, &config->ssd_budget) != FLAP_OK || config->ssd_budget == 0) {
+    flap_error_clear();
+    return flap_config_error_type(reader, value, key);
+  }
+  return FLAP_OK;
+}
+
 flap_status flap_config_set_checkpointing(flap_config_reader *reader, const flap_config_key *key,
                                           const flap_yaml_node *value) {
   reader->recompute = false;

@@ -155,6 +155,21 @@ static void print_compression(FILE *out, const flap_plan *plan, const flap_train
           flap_text_ratio((double)(pages[0] + pages[1]), (double)(moved[0] + moved[1]), 3).text);
 }
 
+/* What the drives bore, measured but for the sizes of files. */
+static void print_wear(FILE *out, const flap_plan *plan, const flap_train_result *result) {
+  const uint64_t written = result->disk_written_bytes + result->saved_bytes;
+  if (written == 0)
+    return;
+  fprintf(out, "written to drives: %s (%s a step), %s of it to save", flap_text_bytes(written).text,
+          flap_text_bytes(result->steady_lane_bytes[FLAP_LANE_DISK_WRITE]).text,
+          flap_text_bytes(result->saved_bytes).text);
+  if (result->trained_tokens > 0)
+    fprintf(out, "; %.4g TB per billion tokens", (double)written / (double)result->trained_tokens * 1e9 / 1e12);
+  if (plan->ssd_tbw_bytes > 0)
+    fprintf(out, "; %s of ssd_tbw", flap_text_share((double)written, (double)plan->ssd_tbw_bytes).text);
+  fputc('\n', out);
+}
+
 void flap_progress_summary(flap_progress *progress, const flap_run_config *config, const flap_train_result *result) {
   FILE *out = progress->out;
   flap_progress_end_line(progress);
@@ -182,6 +197,7 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
                      "`flap bench machine` measures them again\n");
     }
   }
+  print_wear(out, &progress->plan, result);
   if (result->checkpoint[0])
     fprintf(out, "newest checkpoint: %s\n", result->checkpoint);
   if (result->exported)

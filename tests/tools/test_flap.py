@@ -503,6 +503,37 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
         self.assertFalse(os.path.exists(self.path("out")))
 
+    def test_what_is_written_is_planned_measured_and_kept_to_a_budget(self):
+        common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=3"]
+        plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
+        self.assertGreater(plan["ssd_step_bytes"], 0)
+        self.assertEqual((plan["run_steps"], plan["run_checkpoints"]), (8, 3))  # after 3, 6 and 8
+        once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        self.assertTrue(0 < once <= plan["disk_bytes"], plan)  # states, laid down at the start
+        shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
+        self.assertRegex(shown, r"run +\S+ MiB written in 8 steps, 3 checkpoints of \S+ KiB, export \S+ KiB\n")
+        self.assertRegex(shown, r"\S+% of the 0.001 TB that the drives bear\n +\S+% of ssd_budget, 477 MiB\n")
+
+        # A byte too few is refused, with what would do.
+        budget = plan["ssd_run_bytes"]
+        error = self.refuse("ssd_budget: this run would write", "train", *common, f"ssd_budget={budget - 1}")
+        self.assertIn(f"allow {budget} bytes", error)
+        steps = int(re.search(r"(\d+) steps stay within it", error).group(1))
+        self.assertEqual(steps, 7)
+        done = self.flap("plan", *common, f"ssd_budget={budget - 1}")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("flap: warning: ssd_budget: this run would write", done.stderr)
+        self.accept("train", *common, "output_dir=less", f"max_steps={steps}", f"ssd_budget={budget - 1}")
+        out = self.accept("train", *common, f"ssd_budget={budget}", "ssd_tbw=1GB")
+        written, unit, share = re.search(r"^written to drives: (\S+) (\wiB) \(.* a step\), .* to save; .* TB per billion "
+                                         r"tokens; (\S+)% of ssd_tbw$", out, re.M).groups()
+        measured = float(written) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit]
+        self.assertAlmostEqual(measured / budget, 1, delta=0.1)  # the first and the last step write a little less
+        self.assertAlmostEqual(float(share), measured / 1e7, delta=0.06 * measured / 1e7)
+        self.refuse("give ssd_tbw", "train", *common, "output_dir=new", "ssd_budget=5%")
+        for wrong in ("0", "0%", "101%", "x%", "5 %x", "-1"):
+            self.refuse("ssd_budget", "plan", *common, f"ssd_budget={wrong}")
+
     def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
         common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
         self.accept("train", "run.yaml", "output_dir=whole", *common)
