@@ -422,16 +422,18 @@ machine: rtx4090-64g-1nvme
         self.assertNotIn("BROKEN", self.accept("inspect", "--quick", "out"))  # of which nothing was read
 
     def test_a_flipped_bit_in_any_file_is_named_and_never_trained_on(self):
+        tried = set()  # by another optimizer: there are more files of adamw_8bit, but most are of the same kind
         for optim in ("adamw", "adamw_8bit"):
             common = ["run.yaml", f"output_dir={optim}", f"optim={optim}", "save_strategy=steps", "save_steps=4",
                       "export=none"]
             self.accept("train", *common)
-            files = sorted(os.listdir(self.path(f"{optim}/checkpoint-8")))
-            self.assertGreater(len(files), 8)
+            files = sorted(set(os.listdir(self.path(f"{optim}/checkpoint-8"))) - tried)
+            self.assertGreaterEqual(len(files), 4)
+            tried.update(files)
             before = self.metrics(optim)
             for name in files:
                 path = f"{optim}/checkpoint-8/{name}"
-                places = [None] if not name.endswith(".safetensors") else [None, 9, os.path.getsize(self.path(path)) - 1]
+                places = [None, 9, os.path.getsize(self.path(path)) - 1] if name.startswith("optimizer-exp_avg.") else [None]
                 for at in places:
                     self.flip(path, at)
                     error = self.refuse(f"{optim}/checkpoint-8/", "train", *common, "max_steps=9",
