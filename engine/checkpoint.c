@@ -23,6 +23,7 @@
 #define STATE_VERSION 1
 #define MATMUL_BYTES ((uint64_t)96 << 10) /* at most, of matmul.json: some 650 for each of 128 products */
 #define STATE_BYTES_MAX ((uint64_t)1 << 20)
+#define READ_AGAIN_BYTES_MAX ((uint64_t)4 << 30) /* only to explain an error: a few seconds */
 
 _Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
 
@@ -296,7 +297,12 @@ static flap_status check_small(const char *folder) {
 /* A reader may stumble over a changed byte before a whole file is summed up: then that is what is said. */
 static flap_status find_changed(const char *folder, const flap_checksums *checksums, flap_status status) {
   char message[2048];
+  uint64_t bytes = 0;
   (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  for (size_t i = 0; i < checksums->count; i++)
+    bytes += checksums->entries[i].bytes;
+  if (bytes > READ_AGAIN_BYTES_MAX)
+    return flap_error_set(status, "%s (flap inspect %s tells whether it is what was saved)", message, folder);
   for (size_t i = 0; i < checksums->count; i++)
     if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
       return FLAP_CORRUPT;
