@@ -385,8 +385,11 @@ static flap_status load_template_special(flap_tokenizer *tokenizer, const flap_j
   uint32_t *out_count = before ? &tokenizer->before_count : &tokenizer->after_count;
   if (count > FLAP_TOKENIZER_TEMPLATE_MAX - *out_count)
     return flap_json_error(item, NULL, "more than %u tokens on one side of the text", FLAP_TOKENIZER_TEMPLATE_MAX);
-  for (size_t i = 0; i < count; i++)
+  for (size_t i = 0; i < count; i++) {
+    if (tokenizer->tokens[ids[i]].raw == NULL)
+      return flap_json_error(&named, "ids", "%lld is not the id of a token", (long long)ids[i]);
     out[(*out_count)++] = (int32_t)ids[i];
+  }
   return FLAP_OK;
 }
 
