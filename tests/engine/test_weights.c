@@ -169,6 +169,8 @@ START_TEST(weights_init_is_the_same_in_all_placements) {
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     weights_rig rig;
     char name[16];
+    if (p > 0 && !RIG_MEETS(_i, p)) /* the first one is what others are compared with */
+      continue;
     (void)snprintf(name, sizeof name, "p%u", p);
     rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
     RIG_OK(flap_weights_init(rig.pager, &rig.layout, 77));
@@ -226,6 +228,8 @@ START_TEST(weights_resume_gives_back_the_same_bits) {
     rig_scribble(in("from", files[i]), i);
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     char name[16];
+    if (!RIG_MEETS(_i, p))
+      continue;
     (void)snprintf(name, sizeof name, "p%u", p);
     rig_open_optim(&rig, &config, dtype, optim, FLAP_MODE_TRAIN, &rig_placements[p], scratch_path(""));
     RIG_OK(flap_weights_resume(rig.pager, &rig.layout, scratch_path("from"), NULL));
