@@ -18,6 +18,7 @@
 #define FORMAT "flap-checksums"
 #define VERSION 1
 #define FILE_BYTES_MAX ((uint64_t)64 << 20)
+#define FILES_MAX 16384u /* that a list is read with: each of them is looked for among the others */
 #define READ_BYTES ((uint64_t)1 << 20)
 #define VALUE_DIGITS 18 /* "0x" and 16 */
 
@@ -212,6 +213,8 @@ static flap_status parse(const char *path, const json_t *json, flap_checksums *l
   FLAP_TRY(flap_json_get_array(&root, "files", &files));
   if (strcmp(format, FORMAT) != 0)
     return flap_json_error(&root, "format", "must be " FORMAT);
+  if (json_array_size(files) > FILES_MAX)
+    return flap_json_error(&root, "files", "are %zu, more than %u", json_array_size(files), FILES_MAX);
   for (size_t i = 0; i < json_array_size(files); i++) {
     flap_json_object file;
     const char *name = NULL, *text = NULL;

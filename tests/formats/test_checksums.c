@@ -4,6 +4,7 @@
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -143,6 +144,26 @@ START_TEST(checksums_bad_files_are_refused) {
 }
 END_TEST
 
+/* Looking for each among the others would take hours for what fits the largest file that is read. */
+START_TEST(checksums_of_more_files_than_there_can_be_are_refused) {
+  static const char entry[] = "{\"name\": \"%05u\", \"bytes\": 1, \"checksum\": \"0x0123456789abcdef\"}%s";
+  enum { FILES = 16385 };
+  char *text = malloc(FILES * sizeof entry + 128);
+  ck_assert_ptr_nonnull(text);
+  for (unsigned files = FILES - 1; files <= FILES; files++) {
+    size_t used = (size_t)snprintf(text, 128, "{\"format\": \"flap-checksums\", \"version\": 1, \"files\": [");
+    for (unsigned i = 0; i < files; i++)
+      used += (size_t)snprintf(text + used, sizeof entry + 8, entry, i, i + 1 < files ? "," : "]}");
+    scratch_text(FLAP_CHECKSUMS_FILE, text);
+    ck_assert_int_eq(flap_checksums_read(scratch_path(""), &list), files < FILES ? FLAP_OK : FLAP_CORRUPT);
+    ck_assert_uint_eq(list.count, files < FILES ? files : 0);
+    flap_checksums_close(&list);
+  }
+  ck_assert(scratch_error_has("files: are 16385, more than 16384"));
+  free(text);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("checksums");
   TCase *tests = tcase_create("all");
@@ -151,6 +172,7 @@ int main(void) {
   tcase_add_test(tests, checksums_of_the_writer_are_those_of_the_file);
   tcase_add_test(tests, checksums_find_every_change);
   tcase_add_test(tests, checksums_bad_files_are_refused);
+  tcase_add_test(tests, checksums_of_more_files_than_there_can_be_are_refused);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);
