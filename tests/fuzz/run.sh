@@ -33,7 +33,7 @@ export ASAN_OPTIONS=clear_shadow_mmap_threshold=67108864:max_malloc_fill_size=0:
 dictionary_of() {
   case $1 in
     index | safetensors | weights) echo safetensors ;;
-    trainer_state | matmul_json) echo checkpoint ;;
+    checksums | trainer_state | matmul_json) echo checkpoint ;;
     jsonl) echo json ;;
     *) echo "$1" ;;
   esac
