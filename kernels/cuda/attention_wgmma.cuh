@@ -51,16 +51,26 @@ template <int N> __device__ __forceinline__ void wgmma_hold(uint32_t (&a)[1][N][
 }
 
 /* Where an operand lies: with rows along K ("major" K), groups of 8 rows 1024 bytes apart; `leading` is then unused.
- * With K across the rows, `leading` is the distance of panels and groups of 8 steps of K are 1024 bytes apart. */
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-         static_cast<uint64_t>(1024 >> 4) << 32 | static_cast<uint64_t>(1) << 62;
-}
+ * With K across the rows, `leading` is the distance of panels and groups of 8 steps of K are 1024 bytes apart. The steps
+ * of a product differ by a constant, which is added when the product is started: descriptors that the compiler keeps
+ * from one tile to the next would take the registers of a tile. */
+struct wgmma_operand {
+  uint32_t low;
+  __device__ __forceinline__ wgmma_operand(uint32_t address, uint32_t leading)
+      : low((address & 0x3ffff) >> 4 | leading >> 4 << 16) {
+    asm volatile("" : "+r"(low));
+  }
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    return static_cast<uint64_t>(1024 >> 4 | 1u << 30) << 32 | (low + (offset >> 4));
+  }
+};
 
-#define ATTENTION_C4(n) "+f"(c[0][n][0]), "+f"(c[0][n][1]), "+f"(c[0][n][2]), "+f"(c[0][n][3])
-#define ATTENTION_C16(n) ATTENTION_C4(n), ATTENTION_C4(n + 1), ATTENTION_C4(n + 2), ATTENTION_C4(n + 3)
-#define ATTENTION_C32 ATTENTION_C16(0), ATTENTION_C16(4)
-#define ATTENTION_C64 ATTENTION_C32, ATTENTION_C16(8), ATTENTION_C16(12)
+/* Sums as operands; `how` "+f": read and written, "=&f": written. */
+#define ATTENTION_C4(how, n) how(c[0][n][0]), how(c[0][n][1]), how(c[0][n][2]), how(c[0][n][3])
+#define ATTENTION_C16(how, n) \
+  ATTENTION_C4(how, n), ATTENTION_C4(how, n + 1), ATTENTION_C4(how, n + 2), ATTENTION_C4(how, n + 3)
+#define ATTENTION_C32(how) ATTENTION_C16(how, 0), ATTENTION_C16(how, 4)
+#define ATTENTION_C64(how) ATTENTION_C32(how), ATTENTION_C16(how, 8), ATTENTION_C16(how, 12)
 #define ATTENTION_P32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -70,11 +80,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/* From shared memory, both with rows along K; `adds` 0 overwrites the sums. */
-#define ATTENTION_WGMMA_SHARED(TYPE, COLUMNS, PLACES, SUMS, A, B, ADDS)                                        \
+/* From shared memory; `adds` 0 overwrites the sums. ACROSS: whether K of the left and the right one runs across their
+ * rows. */
+#define ATTENTION_WGMMA_SHARED(TYPE, COLUMNS, PLACES, SUMS, A, B, ADDS, ACROSS)                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADDS ", 0;\n"                                               \
                "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" PLACES "}, " A ", " B \
-               ", p, 1, 1, 0, 0;\n}\n"                                                                         \
+               ", p, 1, 1, " ACROSS ";\n}\n"                                                                   \
                : SUMS                                                                                          \
                : "l"(a), "l"(b), "r"(adds))
 
@@ -90,43 +101,85 @@ template <typename T> struct wgmma;
 
 template <> struct wgmma<__nv_bfloat16> {
   static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32", "%33", "%34");
+    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 0");
+  }
+  static __device__ __forceinline__ void both_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "1, 1");
+  }
+  static __device__ __forceinline__ void shared_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "0, 0");
+  }
+  static __device__ __forceinline__ void both_across_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "1, 1");
+  }
+  static __device__ __forceinline__ void right_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 1");
   }
   static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "0");
+    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "0");
   }
   static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "1");
+    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "1");
   }
   static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64", "%65", "%66");
+    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 0");
+  }
+  static __device__ __forceinline__ void shared_first(float (&c)[1][16][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("=&f"), "%64", "%65", "%66", "0, 0");
+  }
+  static __device__ __forceinline__ void right_across(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 1");
   }
   static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "0");
+    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "0");
   }
   static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "1");
+    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1");
   }
 };
 
 template <> struct wgmma<__half> {
   static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32", "%33", "%34");
+    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 0");
+  }
+  static __device__ __forceinline__ void both_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "1, 1");
+  }
+  static __device__ __forceinline__ void shared_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "0, 0");
+  }
+  static __device__ __forceinline__ void both_across_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "1, 1");
+  }
+  static __device__ __forceinline__ void right_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 1");
   }
   static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "0");
+    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "0");
   }
   static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32, "%32, %33, %34, %35", "%36", "%37", "1");
+    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "1");
   }
   static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64", "%65", "%66");
+    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 0");
+  }
+  static __device__ __forceinline__ void shared_first(float (&c)[1][16][4], uint64_t a, uint64_t b) {
+    const int adds = 0;
+    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("=&f"), "%64", "%65", "%66", "0, 0");
+  }
+  static __device__ __forceinline__ void right_across(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
+    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 1");
   }
   static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "0");
+    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "0");
   }
   static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64, "%64, %65, %66, %67", "%68", "%69", "1");
+    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1");
   }
 };
 
@@ -155,11 +208,15 @@ __device__ __forceinline__ void panels_load(uint32_t tile, const uint16_t *from,
 /* c (64, N) = rows (64, HD) · tile (N, HD)ᵀ, committed. `rows`: the first of the warpgroup's in panels of ROWS rows. */
 template <typename T, int HD, int ROWS, int N>
 __device__ __forceinline__ void panels_multiply(float (&c)[1][N / 8][4], uint32_t rows, uint32_t tile) {
+  const wgmma_operand left(rows, 16), right(tile, 16);
 #pragma unroll
   for (int k = 0; k < HD / 16; ++k) {
     const uint32_t panel = k / 4, within = k % 4 * 32;
-    wgmma<T>::shared(c, wgmma_descriptor(rows + panel * (ROWS * PANEL_ROW) + within, 16),
-                     wgmma_descriptor(tile + panel * (N * PANEL_ROW) + within, 16), k > 0);
+    const uint64_t a = left.at(panel * (ROWS * PANEL_ROW) + within), b = right.at(panel * (N * PANEL_ROW) + within);
+    if (k == 0)
+      wgmma<T>::shared_first(c, a, b);
+    else
+      wgmma<T>::shared(c, a, b, 1);
   }
   wgmma_commit();
 }
@@ -177,9 +234,10 @@ template <int HD, int ROWS> __device__ __forceinline__ void panels_fragments(uin
 template <typename T, int HD, int N>
 __device__ __forceinline__ void panels_multiply(float (&c)[1][N / 8][4], const uint32_t (&left)[HD / 16][4],
                                                 uint32_t tile) {
+  const wgmma_operand right(tile, 16);
 #pragma unroll
   for (int k = 0; k < HD / 16; ++k)
-    wgmma<T>::along(c, left[k], wgmma_descriptor(tile + k / 4 * (N * PANEL_ROW) + k % 4 * 32, 16), k > 0);
+    wgmma<T>::along(c, left[k], right.at(k / 4 * (N * PANEL_ROW) + k % 4 * 32), k > 0);
   wgmma_commit();
 }
 
@@ -187,10 +245,47 @@ __device__ __forceinline__ void panels_multiply(float (&c)[1][N / 8][4], const u
 template <typename T, int HD, int N>
 __device__ __forceinline__ void panels_accumulate(float (&c)[1][HD / 8][4], const uint32_t (&left)[1][N / 16][4],
                                                   uint32_t tile) {
+  const wgmma_operand right(tile, N * PANEL_ROW);
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
-    wgmma<T>::across(c, left[0][k], wgmma_descriptor(tile + k * (16 * PANEL_ROW), N * PANEL_ROW), 1);
+    wgmma<T>::across(c, left[0][k], right.at(k * (16 * PANEL_ROW)), 1);
   wgmma_commit();
+}
+
+/* The same with the left operand in shared memory: 64 rows, `rows` the first of them, in panels of ROWS rows. */
+template <typename T, int HD, int ROWS, int N>
+__device__ __forceinline__ void panels_accumulate(float (&c)[1][HD / 8][4], uint32_t rows, uint32_t tile) {
+  const wgmma_operand left(rows, 16), right(tile, N * PANEL_ROW);
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+    wgmma<T>::right_across(c, left.at(k / 4 * (ROWS * PANEL_ROW) + k % 4 * 32), right.at(k * (16 * PANEL_ROW)), 1);
+  wgmma_commit();
+}
+
+/* c (64, 64) = left (N, 64)ᵀ · right (N, 64), committed; both are panels. */
+template <typename T, int N>
+__device__ __forceinline__ void panels_multiply_across(float (&c)[1][8][4], uint32_t left, uint32_t right) {
+  const wgmma_operand a(left, N * PANEL_ROW), b(right, N * PANEL_ROW);
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+    if (k == 0)
+      wgmma<T>::both_across_first(c, a.at(0), b.at(0));
+    else
+      wgmma<T>::both_across(c, a.at(k * (16 * PANEL_ROW)), b.at(k * (16 * PANEL_ROW)), 1);
+  wgmma_commit();
+}
+
+/* A warp's 16 rows of packed sums (64, N), into a tile with panels of ROWS rows; `rows` is the first of them. */
+template <int N, int ROWS>
+__device__ __forceinline__ void panels_store_fragments(uint32_t rows, const uint32_t (&packed)[1][N / 16][4]) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                     rows + k / 4 * (ROWS * PANEL_ROW) + (lane & 15) * PANEL_ROW +
+                     (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4)),
+                 "r"(packed[0][k][0]), "r"(packed[0][k][1]), "r"(packed[0][k][2]), "r"(packed[0][k][3])
+                 : "memory");
 }
 
 #endif
