@@ -1,6 +1,6 @@
 /* Measures the attention kernels for CUDA over a table of shapes, and how far reading a cache is from memory's speed.
  *
- *   bench_attention_cuda [row [portable]]     all rows, or one (for a profiler: a single run of each kernel)
+ *   bench_attention_cuda [row [portable | two]]   all rows, or one (for a profiler: a single run of each kernel)
  *
  * Rates are medians, in TFLOP/s of causal attention that computes nothing twice: 2 products forward, 5 backward, half
  * of the square. Operands are random: zeros run faster. */
@@ -22,6 +22,7 @@ const row ROWS[] = {
     {8, 2048, 32, 32, 64, FLAP_BF16}, {2, 8192, 32, 32, 64, FLAP_BF16},  {8, 2048, 32, 8, 64, FLAP_BF16},
     {2, 8192, 32, 8, 64, FLAP_BF16},  {4, 2048, 32, 32, 128, FLAP_BF16}, {1, 8192, 32, 32, 128, FLAP_BF16},
     {4, 2048, 32, 8, 128, FLAP_BF16}, {1, 8192, 32, 8, 128, FLAP_BF16},  {1, 8192, 32, 8, 128, FLAP_F16},
+    {8, 2048, 16, 16, 128, FLAP_BF16},
     {1, 2048, 32, 8, 128, FLAP_BF16}, {1, 1024, 16, 8, 128, FLAP_BF16},  {4, 2048, 32, 8, 96, FLAP_BF16},
     {1, 1024, 8, 8, 256, FLAP_BF16},  {1, 1024, 8, 8, 128, FLAP_F32},    {1, 1000, 8, 2, 64, FLAP_BF16},
 };
@@ -93,7 +94,9 @@ template <typename F> double milliseconds(F call, bool once) {
   return times[times.size() / 2];
 }
 
-void measure(const row &r, bool portable, bool once) {
+enum kernels { CHOSEN, TWO_PASSES, PORTABLE };
+
+void measure(const row &r, kernels which, bool once) {
   flap_cuda_attention_shape s = {};
   s.batch = r.batch;
   s.queries = s.keys = r.sequence;
@@ -103,7 +106,8 @@ void measure(const row &r, bool portable, bool once) {
   s.q_stride = r.heads * r.head_size;
   s.kv_stride = r.kv_heads * r.head_size;
   s.dtype = r.dtype;
-  s.portable = portable;
+  s.portable = which == PORTABLE;
+  s.two_passes = which == TWO_PASSES;
   const uint64_t q_count = static_cast<uint64_t>(r.batch) * r.sequence * s.q_stride;
   const uint64_t kv_count = static_cast<uint64_t>(r.batch) * r.sequence * s.kv_stride;
   const uint64_t bytes = flap_dtype_bytes(r.dtype),
@@ -165,12 +169,12 @@ int main(int argc, char **argv) {
       fprintf(stderr, "rows are 0 to %d\n", count - 1);
       return EXIT_FAILURE;
     }
-    measure(ROWS[index], argc > 2, true);
+    measure(ROWS[index], argc < 3 ? CHOSEN : argv[2][0] == 't' ? TWO_PASSES : PORTABLE, true);
     return EXIT_SUCCESS;
   }
   for (const row &r : ROWS)
-    for (bool portable : {true, false})
-      measure(r, portable, false);
+    for (kernels which : {PORTABLE, TWO_PASSES, CHOSEN})
+      measure(r, which, false);
   for (uint32_t keys : {1024u, 16384u, 131072u})
     measure_decode(1, keys, 32, 8);
   measure_decode(8, 16384, 32, 8);

@@ -63,6 +63,21 @@ attention_args arguments(const flap_cuda_attention_shape *shape, const void *q, 
   return args;
 }
 
+bool takes_chain(const flap_cuda_attention_shape *shape) {
+  return !shape->two_passes && backward_takes_hopper(shape) && cuda_attention_chain_of(shape).slots > 0;
+}
+
+cudaError_t backward_chain(attention_args args, const flap_cuda_attention_shape *shape, void *scratch,
+                           cudaStream_t stream) {
+  const cuda_attention_chain chain = cuda_attention_chain_of(shape);
+  args.turns = reinterpret_cast<uint32_t *>(static_cast<unsigned char *>(scratch) + chain.turns);
+  args.sums = reinterpret_cast<float4 *>(static_cast<unsigned char *>(scratch) + chain.sums);
+  args.slots = chain.slots;
+  args.section_units = chain.section_units;
+  const cudaError_t status = cudaMemsetAsync(args.turns, 0, chain.turns_bytes, stream);
+  return status != cudaSuccess ? status : attention_backward_chain(args, shape->dtype, stream);
+}
+
 } // namespace
 
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, bool backward) {
@@ -70,6 +85,8 @@ const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, boo
     return "few";
   if (!takes_tiles(shape))
     return "plain";
+  if (backward && takes_chain(shape))
+    return "chain";
   return (backward ? backward_takes_hopper(shape) : forward_takes_hopper(shape)) ? "wgmma" : "mma";
 }
 
@@ -114,7 +131,11 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = cuda_attention_backward_parts(shape);
-  status = backward_takes_hopper(shape) ? attention_backward_hopper(args, shape->dtype, stream)
-                                        : attention_backward_mma(args, shape->dtype, stream);
+  if (!backward_takes_hopper(shape))
+    status = attention_backward_mma(args, shape->dtype, stream);
+  else if (!takes_chain(shape))
+    status = attention_backward_hopper(args, shape->dtype, stream);
+  else
+    status = backward_chain(args, shape, scratch, stream);
   return status != cudaSuccess ? status : attention_backward_join_parts(args, shape->dtype, stream);
 }

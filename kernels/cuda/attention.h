@@ -4,8 +4,8 @@
  * with fp32 sums, sm_80 on) and in fp32 or with odd strides by plain fp32 arithmetic. Nothing here allocates, waits or
  * knows of ops: scratch is passed in, and the first error of a launch is returned.
  *
- * Numbers: every sum has an order that depends on the shape alone, and no atomics are used, so the same operands give
- * the same bits on every run. Memory: the files attention_*.cu.
+ * Numbers: every sum has an order that depends on the shape alone: where blocks add to one number, they take turns. So
+ * the same operands give the same bits on every run. Memory: the files attention_*.cu.
  */
 #ifndef FLAP_KERNELS_CUDA_ATTENTION_H
 #define FLAP_KERNELS_CUDA_ATTENTION_H
@@ -33,8 +33,8 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
                                          const void *dout, const void *q, const void *k, const void *v, const void *out,
                                          const float *lse, void *scratch, cudaStream_t stream);
 
-/* Which kernels the shape gets on the current device: "few" (forward alone), "plain", "mma" or "wgmma". Static storage.
- * For tests and benchmarks. */
+/* Which kernels the shape gets on the current device: "few" (forward alone), "plain", "mma", "wgmma" or "chain"
+ * (backward alone). Static storage. For tests and benchmarks. */
 const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, bool backward);
 
 #ifdef __cplusplus

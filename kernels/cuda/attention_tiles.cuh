@@ -23,6 +23,9 @@ struct attention_args {
   float *partial;  /* of dk and dv, or of a decode; NULL when there is one part */
   uint32_t parts;  /* that the heads of a group (backward) or the keys (decode) are split into */
   uint32_t stages; /* tiles in flight in the loops of the backward: 1 or 2 */
+  uint32_t *turns; /* of a chain (attention_chain.cu): tickets taken, and how many have added to each sum; zeros before */
+  float4 *sums;    /* of dq, in slots of a head each */
+  uint32_t slots, section_units;
   uint32_t batch, queries, keys, first_position, heads, kv_heads, head_size;
   uint64_t q_stride, kv_stride;
   float scale, scale_log2; /* 1 / sqrt(HD), and that times log2(e) */
@@ -150,12 +153,17 @@ struct attention_place {
   uint32_t item, rank; /* rank 0: the tile that starts first */
 };
 
+/* Of block `number`, where there are `items` in sections of `section_items`, and `tiles` for each. */
+__device__ __forceinline__ attention_place attention_place_at(uint32_t number, uint32_t tiles, uint32_t items,
+                                                              uint32_t section_items) {
+  const uint32_t section = number / (section_items * tiles), first = section * section_items;
+  const uint32_t count = min(section_items, items - first), index = number - first * tiles;
+  return {first + index % count, index / count};
+}
+
 /* `items` in all, `per_unit` of them in a row to a unit; the grid has the same number of tiles for each item. */
 __device__ __forceinline__ attention_place attention_place_of(uint32_t items, uint32_t per_unit) {
-  const uint32_t tiles = gridDim.x / items, section_items = ATTENTION_SECTION_UNITS * per_unit;
-  const uint32_t section = blockIdx.x / (section_items * tiles), first = section * section_items;
-  const uint32_t count = min(section_items, items - first), index = blockIdx.x - first * tiles;
-  return {first + index % count, index / count};
+  return attention_place_at(blockIdx.x, gridDim.x / items, items, ATTENTION_SECTION_UNITS * per_unit);
 }
 
 template <int ROWS>
@@ -185,12 +193,12 @@ struct attention_key_block {
   uint64_t partial_count;
 };
 
-/* The first keys are seen by the most queries, and their blocks start first. */
-template <int ROWS> __device__ __forceinline__ attention_key_block attention_key_block_of(const attention_args &args) {
-  const uint32_t units = args.batch * args.kv_heads * args.parts;
+/* Block `place.rank` of a unit's keys. */
+template <int ROWS>
+__device__ __forceinline__ attention_key_block attention_key_block_at(const attention_args &args,
+                                                                      attention_place place) {
   attention_key_block block;
   block.heads = args.heads / args.kv_heads / args.parts;
-  const attention_place place = attention_place_of(units, 1);
   const uint32_t unit = place.item, part = unit % args.parts, kv_head = unit / args.parts % args.kv_heads;
   const uint32_t sequence = unit / args.parts / args.kv_heads;
   block.key = place.rank * ROWS;
@@ -206,6 +214,11 @@ template <int ROWS> __device__ __forceinline__ attention_key_block attention_key
   block.partial_count = static_cast<uint64_t>(args.batch) * args.keys * block.partial_stride;
   block.partial = 2 * part * block.partial_count + key_token * block.partial_stride + kv_head * args.head_size;
   return block;
+}
+
+/* The first keys are seen by the most queries, and their blocks start first. */
+template <int ROWS> __device__ __forceinline__ attention_key_block attention_key_block_of(const attention_args &args) {
+  return attention_key_block_at<ROWS>(args, attention_place_of(args.batch * args.kv_heads * args.parts, 1));
 }
 
 __device__ __forceinline__ const uint16_t *attention_at(const void *tensor, uint64_t offset) {

@@ -5,6 +5,10 @@
 
 /* Blocks that fill a large GPU twice; a constant, so that the order of sums is the same on every device. */
 #define BLOCKS_WANTED 264u
+/* Units of heads at a time, see ATTENTION_SECTION_UNITS in attention_tiles.cuh; and at most 192 MiB of sums of dq. */
+#define CHAIN_HEAD_MAX 128u
+#define CHAIN_SECTION_UNITS 32u
+#define CHAIN_SUMS_MAX (((uint64_t)192 << 20) / (CUDA_ATTENTION_CHAIN_ELEMENTS * sizeof(float)))
 #define FEW_PART_KEYS 128u
 #define FEW_PARTS_MAX 64u
 
@@ -62,8 +66,49 @@ static uint64_t backward_partial_bytes(const flap_cuda_attention_shape *shape) {
   return blocks * CUDA_ATTENTION_KEYS * shape->head_size * 2 * sizeof(float);
 }
 
+static bool has_chain(const flap_cuda_attention_shape *shape) {
+  return shape->dtype != FLAP_F32 && shape->head_size <= CHAIN_HEAD_MAX;
+}
+
+static uint64_t chain_tiles(const flap_cuda_attention_shape *shape) {
+  const uint32_t queries = CUDA_ATTENTION_CHAIN_ELEMENTS / (shape->head_size <= 64 ? 64 : 128);
+  return ((uint64_t)shape->queries + queries - 1) / queries;
+}
+
+/* Tiles whose sums are kept: of all heads, or where those are many of two sections of units, so that one is summed
+ * while the blocks of the one before finish; and no more than the limit. */
+static uint64_t chain_sums(const flap_cuda_attention_shape *shape) {
+  const uint64_t all = (uint64_t)shape->batch * shape->heads;
+  const uint64_t wanted = (uint64_t)2 * CHAIN_SECTION_UNITS * (shape->heads / shape->kv_heads);
+  return min_of(min_of(all, wanted) * chain_tiles(shape), CHAIN_SUMS_MAX);
+}
+
+static uint64_t chain_turns_bytes(const flap_cuda_attention_shape *shape) {
+  return flap_units_round_up((1 + 2 * chain_sums(shape)) * sizeof(uint32_t), FLAP_OPS_ALIGN);
+}
+
+cuda_attention_chain cuda_attention_chain_of(const flap_cuda_attention_shape *shape) {
+  cuda_attention_chain chain = {.slots = 0};
+  if (!has_chain(shape))
+    return chain;
+  const uint64_t all = (uint64_t)shape->batch * shape->heads, slots = chain_sums(shape) / chain_tiles(shape);
+  const uint64_t unit_heads = shape->heads / shape->kv_heads / cuda_attention_backward_parts(shape);
+  chain.section_units =
+      (uint32_t)(slots >= all ? CHAIN_SECTION_UNITS : min_of(CHAIN_SECTION_UNITS, slots / (2 * unit_heads)));
+  chain.slots = chain.section_units > 0 ? (uint32_t)min_of(slots, all) : 0;
+  chain.turns =
+      cuda_attention_statistics_bytes(shape) + flap_units_round_up(backward_partial_bytes(shape), FLAP_OPS_ALIGN);
+  chain.turns_bytes = chain_turns_bytes(shape);
+  chain.sums = chain.turns + chain.turns_bytes;
+  return chain;
+}
+
 uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_shape *shape) {
-  return cuda_attention_statistics_bytes(shape) + backward_partial_bytes(shape);
+  const uint64_t bytes =
+      cuda_attention_statistics_bytes(shape) + flap_units_round_up(backward_partial_bytes(shape), FLAP_OPS_ALIGN);
+  if (!has_chain(shape))
+    return bytes;
+  return bytes + chain_turns_bytes(shape) + chain_sums(shape) * CUDA_ATTENTION_CHAIN_ELEMENTS * sizeof(float);
 }
 
 uint32_t cuda_attention_few_parts(uint32_t keys) {

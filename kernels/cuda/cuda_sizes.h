@@ -21,7 +21,8 @@ typedef struct flap_cuda_attention_shape {
   uint32_t heads, kv_heads, head_size;
   uint32_t q_stride, kv_stride;
   flap_dtype dtype;
-  bool portable; /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones */
+  bool portable;   /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones; */
+  bool two_passes; /* and on Hopper those that compute scores twice, also where the scratch has room for the others */
 } flap_cuda_attention_shape;
 
 /* ---- all of it ---- */
@@ -47,6 +48,16 @@ uint64_t flap_cuda_attention_backward_scratch_bytes(const flap_cuda_attention_sh
 uint64_t cuda_attention_statistics_bytes(const flap_cuda_attention_shape *shape);
 /* In how many parts the heads of a group are taken for dk and dv. */
 uint32_t cuda_attention_backward_parts(const flap_cuda_attention_shape *shape);
+/* The backward in one kernel on Hopper (attention_chain.cu): dq is summed in fp32 in the scratch, by tiles of this many
+ * elements, 64 x 128 or 128 x 64, in slots of a head each. */
+#define CUDA_ATTENTION_CHAIN_ELEMENTS 8192u
+typedef struct cuda_attention_chain {
+  uint32_t slots;         /* 0: the scratch would be too large, and the other kernels run */
+  uint32_t section_units; /* units of heads, whose blocks of keys are handed out together */
+  uint64_t turns, sums;   /* where in the scratch: flags, to be zeroed, and the sums */
+  uint64_t turns_bytes;
+} cuda_attention_chain;
+cuda_attention_chain cuda_attention_chain_of(const flap_cuda_attention_shape *shape);
 /* In how many parts the keys are taken where there are few queries. */
 uint32_t cuda_attention_few_parts(uint32_t keys);
 

@@ -279,9 +279,9 @@ static void close_reference(reference *r) {
 
 static const char *describe(const shape *s) {
   static char text[160];
-  snprintf(text, sizeof text, "%s%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
-           s->portable ? " portable" : "", s->batch, s->queries, s->first_position, s->heads, s->kv_heads, s->head_size,
-           s->q_stride, s->kv_stride);
+  snprintf(text, sizeof text, "%s%s%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
+           s->portable ? " portable" : "", s->two_passes ? " two passes" : "", s->batch, s->queries, s->first_position,
+           s->heads, s->kv_heads, s->head_size, s->q_stride, s->kv_stride);
   return text;
 }
 
@@ -364,24 +364,33 @@ static void twice(problem *p, void (*once)(problem *p), operand *const results[]
   }
 }
 
-/* Also by the kernels for every GPU, where this one has others. */
+static void check_kernels(problem *p, const reference *r, bool backward) {
+  const shape *s = &p->s;
+  const uint32_t q_width = s->heads * s->head_size, kv_width = s->kv_heads * s->head_size;
+  twice(p, forward_once, (operand *const[]){&p->out, &p->lse}, 2);
+  compare(s, "out", &p->out, r->out, r->out_error, 1, 1);
+  compare_lse(p, r);
+  if (!backward)
+    return;
+  twice(p, backward_once, (operand *const[]){&p->dq, &p->dk, &p->dv}, 3);
+  compare(s, "dq", &p->dq, r->dq, r->dq_error, q_width, s->q_stride);
+  compare(s, "dk", &p->dk, r->dk, r->dk_error, kv_width, s->kv_stride);
+  compare(s, "dv", &p->dv, r->dv, r->dv_error, kv_width, s->kv_stride);
+}
+
+/* Also by the kernels of two passes and by those for every GPU, where this one has others. */
 static void check_shape(shape s, bool backward) {
-  if (!s.portable && strcmp(flap_cuda_attention_path(&s, true), "wgmma") == 0) {
-    s.portable = true;
-    check_shape(s, backward);
-    s.portable = false;
-  }
   problem p = problem_of(s);
   reference r = reference_of(&p, backward);
-  const uint32_t q_width = s.heads * s.head_size, kv_width = s.kv_heads * s.head_size;
-  twice(&p, forward_once, (operand *const[]){&p.out, &p.lse}, 2);
-  compare(&s, "out", &p.out, r.out, r.out_error, 1, 1);
-  compare_lse(&p, &r);
-  if (backward) {
-    twice(&p, backward_once, (operand *const[]){&p.dq, &p.dk, &p.dv}, 3);
-    compare(&s, "dq", &p.dq, r.dq, r.dq_error, q_width, s.q_stride);
-    compare(&s, "dk", &p.dk, r.dk, r.dk_error, kv_width, s.kv_stride);
-    compare(&s, "dv", &p.dv, r.dv, r.dv_error, kv_width, s.kv_stride);
+  check_kernels(&p, &r, backward);
+  const char *path = flap_cuda_attention_path(&s, true);
+  if (backward && strcmp(path, "chain") == 0) {
+    p.s.two_passes = true;
+    check_kernels(&p, &r, backward);
+  }
+  if (strcmp(path, "chain") == 0 || strcmp(path, "wgmma") == 0) {
+    p.s.portable = true;
+    check_kernels(&p, &r, backward);
   }
   close_reference(&r);
   close_problem(&p);
@@ -437,6 +446,54 @@ END_TEST
 START_TEST(attention_many_blocks_take_a_group_in_one_part) {
   check_shape(shape_of(FLAP_BF16, 34, 20, 4, 2, 64), true);
   check_shape(shape_of(FLAP_F16, 34, 18, 4, 2, 96), true);
+}
+END_TEST
+
+/* More heads than there are slots for sums of dq, so that a slot serves one head after another. */
+START_TEST(attention_many_heads_take_turns_in_slots) {
+  check_shape(shape_of(FLAP_BF16, 70, 140, 1, 1, 64), true);
+  check_shape(shape_of(FLAP_F16, 35, 140, 2, 1, 128), true);
+  check_shape(shape_of(FLAP_BF16, 17, 133, 8, 2, 72), true);
+}
+END_TEST
+
+/* Norm of a - b over the norm of b. */
+static double distance(flap_dtype dtype, const unsigned char *a, const operand *b) {
+  double off = 0, all = 0;
+  for (uint64_t i = 0; i < b->bytes / flap_dtype_bytes(dtype); ++i) {
+    const double x = value_at(dtype, a, i), y = value_at(dtype, b->host, i);
+    off += (x - y) * (x - y);
+    all += y * y;
+  }
+  return sqrt(off / all);
+}
+
+/* Lengths that the reference would take too long for: the kernels are compared with those for every GPU, which differ
+ * in the order of sums. */
+START_TEST(attention_long_sequences_match_the_portable_kernels) {
+  static const uint32_t shapes_of[][5] = {
+      {1, 4096, 2, 1, 128}, {2, 2048, 20, 1, 128}, {1, 2048, 4, 4, 128}, {1, 3000, 3, 2, 64}, {3, 1111, 24, 1, 64}};
+  for (size_t i = 0; i < sizeof shapes_of / sizeof *shapes_of; ++i) {
+    const uint32_t *x = shapes_of[i];
+    problem p = problem_of(shape_of(FLAP_BF16, x[0], x[1], x[2], x[3], x[4]));
+    operand *const results[] = {&p.dq, &p.dk, &p.dv};
+    unsigned char *ours[3];
+    forward_once(&p);
+    twice(&p, backward_once, results, 3);
+    for (size_t j = 0; j < 3; ++j) {
+      ours[j] = malloc(results[j]->bytes);
+      ck_assert_ptr_nonnull(ours[j]);
+      memcpy(ours[j], results[j]->host, results[j]->bytes);
+    }
+    p.s.portable = true;
+    backward_once(&p);
+    for (size_t j = 0; j < 3; ++j) {
+      const double off = distance(p.s.dtype, ours[j], results[j]);
+      ck_assert_msg(off <= 4e-3, "%s: result %zu is off by %g of its norm", describe(&p.s), j, off);
+      free(ours[j]);
+    }
+    close_problem(&p);
+  }
 }
 END_TEST
 
@@ -522,6 +579,8 @@ int main(void) {
   tcase_add_test(tests, attention_head_sizes_and_groups_match_fp64);
   tcase_add_test(tests, attention_random_shapes_and_strides_match_fp64);
   tcase_add_test(tests, attention_many_blocks_take_a_group_in_one_part);
+  tcase_add_test(tests, attention_many_heads_take_turns_in_slots);
+  tcase_add_test(tests, attention_long_sequences_match_the_portable_kernels);
   tcase_add_test(tests, attention_decode_against_a_cache_matches_fp64);
   tcase_add_test(tests, attention_large_scores_stay_finite);
   tcase_add_test(tests, attention_of_smaller_shapes_needs_no_more_scratch);
