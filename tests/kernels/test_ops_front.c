@@ -65,8 +65,10 @@ START_TEST(workspace_of_cuda_is_known_without_cuda) {
   /* Logits: 256 MiB would hold 1,046 rows of 128,256, and 2,048 is the least. */
   ck_assert_uint_eq(flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, &limits), 32 * FLAP_MIB + (uint64_t)2048 * 128256 * 2);
   limits.vocabulary = 250; /* 256 apart, 4,096 rows at most: 2 MiB; a norm's parts: 256 of 4,096 floats, 4 MiB */
-  /* Attention: 8 bytes per token and head, and 264 blocks of 128 keys with two sums of 128 floats. */
-  const uint64_t attention = (uint64_t)2 * 4096 * 32 * 8 + (uint64_t)264 * 128 * 128 * 2 * 4;
+  /* Attention: 8 bytes per token and head, and 264 blocks of 128 keys with two sums of 128 floats; for Hopper dq of all
+   * heads in floats, with a ticket counter and two flags for each of 64 tiles of 64 heads. */
+  const uint64_t chain = (uint64_t)2 * 4096 * 32 * 128 * 4 + flap_units_round_up((1 + 2 * 64 * 64) * 4, 256);
+  const uint64_t attention = (uint64_t)2 * 4096 * 32 * 8 + (uint64_t)264 * 128 * 128 * 2 * 4 + chain;
   ck_assert_uint_eq(flap_ops_workspace_bytes(FLAP_DEVICE_CUDA, &limits), 32 * FLAP_MIB + attention);
   limits.sequence_max = limits.batch_max = 1; /* one query: 32 heads of 130 floats; then the norm decides */
   limits.kv_heads = 32;
