@@ -16,10 +16,10 @@
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
 #define PLANNER_CUTS (1 + 2 * PLANNER_REFINED_CUTS)
-#define PLANNER_ROUNDS 3       /* of refining one choice after the other */
-#define PLANNER_REFINED 6      /* contenders of these that are simulated */
-#define PLANNER_HOST_SHARES 8  /* of the parts are updated by the host's cores: so many parts of so many, or none */
-#define PLANNER_HOST_GAIN 0.98 /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_ROUNDS 3           /* of refining one choice after the other */
+#define PLANNER_REFINED 6          /* contenders of these that are simulated */
+#define PLANNER_HOST_SHARES 8      /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
