@@ -3,9 +3,12 @@
 Models come from a configuration, so nothing is downloaded. Their attention is scaled_dot_product_attention with is_causal and no
 mask, whatever the version of transformers would build under torch.compile: a mask keeps PyTorch from its fast kernels.
 """
+import argparse
 import functools
 import json
 import os
+import re
+import resource
 import statistics
 import sys
 
@@ -18,6 +21,8 @@ import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -101,6 +106,47 @@ def add_shape_arguments(parser, batch, sequence, micro_batches, steps):
     parser.add_argument("--json", help="a file for the record")
 
 
+def bytes_of(text):
+    found = re.fullmatch(r"([\d.]+)\s*(GiB|MiB|GB|MB)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no size like 18GiB")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def add_offload_arguments(parser):
+    """What the peers that offload share beside the shape."""
+    parser.add_argument("--vram", type=bytes_of, help="most that PyTorch's allocator may take of the GPU, for example 18GiB")
+    parser.add_argument("--then", type=int, action="append", default=[], metavar="MICRO_BATCHES",
+                        help="afterwards time steps of so many micro-batches too; again for more")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
+
+
+def cap_memory(options):
+    """Caps what PyTorch's allocator takes of the GPU. What the driver takes for the context is beside that."""
+    if options.vram:
+        everything = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram / everything))
+
+
+def series_of(options):
+    """The options of each series of steps: those given, then with the micro-batches and a JSON file of each --then."""
+    for micro_batches in [options.micro_batches, *options.then]:
+        own = argparse.Namespace(**vars(options))
+        own.micro_batches = micro_batches
+        if options.json and micro_batches != options.micro_batches:
+            stem, extension = os.path.splitext(options.json)
+            own.json = f"{stem}-{micro_batches}{extension}"
+        yield own
+
+
+def host_bytes():
+    """(most that this process had resident, what the whole machine has in use now). Pinned memory that the driver made may be in
+    the second one only."""
+    with open("/proc/meminfo") as file:
+        found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, found["MemTotal"] - found["MemAvailable"]
+
+
 def report(options, title, seconds, losses, **more):
     """Prints the lines and writes the record of a series of steps."""
     shape = shapes.shape_of(options.shape)
@@ -109,17 +155,22 @@ def report(options, title, seconds, losses, **more):
     usual, matmul = shapes.mfu(shape, options.sequence, rate)
     peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     reserved = torch.cuda.max_memory_reserved() if options.device == "cuda" else 0
+    resident, machine = host_bytes()
+    free, everything = torch.cuda.mem_get_info() if options.device == "cuda" else (0, 0)
     record = {"peer": title, "shape": options.shape, "device_name": device_name(options.device), "torch": torch.__version__,
               "transformers": transformers.__version__, "parameters": shapes.parameters(shape), "batch": options.batch,
               "sequence": options.sequence, "micro_batches": options.micro_batches, "step_seconds": median,
               "step_seconds_least": min(seconds), "step_seconds_most": max(seconds), "steps": len(seconds),
               "tokens_per_second": rate, "mfu": usual, "mfu_matmul": matmul, "peak_bytes": peak,
-              "reserved_bytes": reserved, "losses": losses, **more}
+              "reserved_bytes": reserved, "gpu_used_bytes": everything - free, "host_resident_bytes": resident,
+              "host_used_bytes": machine, "losses": losses, **more}
     print(f"{title}, {options.shape}: {record['parameters']:,} parameters, {options.micro_batches} micro-batches of "
           f"{options.batch} x {options.sequence}, on {record['device_name']}, torch {torch.__version__}")
     print(f"median step {median:.4f} s ({min(seconds):.4f} to {max(seconds):.4f}, {len(seconds)} steps), {rate:,.0f} tokens/s, "
           f"MFU {usual:.1%} (without the looked-up embedding {matmul:.1%})")
-    print(f"memory of the GPU: {peak / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} GiB reserved at most")
+    print(f"memory of the GPU: {peak / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} GiB reserved at most, "
+          f"{(everything - free) / 2**30:.2f} GiB in use with the context; of the host: {resident / 2**30:.1f} GiB resident at "
+          f"most, {machine / 2**30:.1f} GiB of the machine in use")
     print(f"losses {' '.join(f'{loss:.4f}' for loss in losses)}")
     if options.json:
         with open(options.json, "w") as file:
