@@ -2,6 +2,7 @@
 #include "engine/checkpoint.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
 #include "engine/weights.h"
@@ -211,7 +212,7 @@ flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, cons
 
 static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
   struct stat about;
-  if (stat(output_dir, &about) != 0)
+  if (flap_system_stat(output_dir, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
   flap_output_steps list = {0};
   FLAP_TRY(flap_output_recover(output_dir));
@@ -250,9 +251,9 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
   const char *slash = strrchr(folder_out, '/');
   struct stat about;
   uint64_t step;
-  if (stat(folder_out, &about) != 0 && flap_output_parse_name(slash ? slash + 1 : folder_out, "", &step))
+  if (flap_system_stat(folder_out, &about) != 0 && flap_output_parse_name(slash ? slash + 1 : folder_out, "", &step))
     FLAP_TRY(flap_durable_recover_folder(folder_out));
-  if (stat(folder_out, &about) != 0)
+  if (flap_system_stat(folder_out, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);

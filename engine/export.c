@@ -1,4 +1,5 @@
 /* A checkpoint or model folder as a plain Hugging Face folder, in another dtype if wanted. */
+#include "base/system.h"
 #include "engine/engine.h"
 #include "engine/hf_config.h"
 #include "engine/weights_internal.h"
@@ -37,7 +38,7 @@ typedef struct export_job {
 
 static bool is_there(const char *path) {
   struct stat about;
-  return lstat(path, &about) == 0;
+  return flap_system_lstat(path, &about) == 0;
 }
 
 /* ---- weights ------------------------------------------------------------------------------------------------- */

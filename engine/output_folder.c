@@ -5,6 +5,7 @@
  */
 #include "engine/output_folder_internal.h"
 
+#include "base/system.h"
 #include "engine/hf_config.h"
 #include "engine/weights.h"
 #include "engine/weights_internal.h"
@@ -12,6 +13,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,7 +76,7 @@ static bool is_weights(const char *name) {
 bool flap_output_is_there(const char *folder, const char *name) {
   char path[FLAP_PATH_MAX];
   struct stat about;
-  const bool there = flap_durable_join(path, folder, name) == FLAP_OK && stat(path, &about) == 0;
+  const bool there = flap_durable_join(path, folder, name) == FLAP_OK && flap_system_stat(path, &about) == 0;
   return there;
 }
 
@@ -96,9 +98,15 @@ typedef flap_status (*entry_fn)(void *context, const char *folder, const char *n
 
 /* Calls `visit` for each name; a folder that is not there has none. `visit` may remove the entry it is given. */
 static flap_status walk(const char *folder, entry_fn visit, void *context) {
-  DIR *list = opendir(folder);
-  if (list == NULL)
+  const int fd = flap_system_open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+  if (fd < 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot list the folder %s", folder);
+  DIR *list = fdopendir(fd);
+  if (list == NULL) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot list the folder %s", folder);
+  }
   flap_status status = FLAP_OK;
   while (status == FLAP_OK) {
     errno = 0;
@@ -210,7 +218,7 @@ bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MA
 static flap_status remove_file(const char *folder, const char *name) {
   char path[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(path, folder, name));
-  if (unlink(path) != 0 && errno != ENOENT)
+  if (flap_system_unlink(path) != 0 && errno != ENOENT)
     return flap_error_set_os(errno, "cannot remove %s", path);
   return FLAP_OK;
 }
@@ -236,7 +244,7 @@ static flap_status clear_checkpoints(const char *output_dir) {
 
 flap_status flap_checkpoint_clear(const char *output_dir) {
   struct stat about;
-  if (stat(output_dir, &about) != 0)
+  if (flap_system_stat(output_dir, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
   FLAP_TRY(flap_output_recover(output_dir));
   FLAP_TRY(clear_checkpoints(output_dir));
@@ -273,7 +281,7 @@ static flap_status move_file(const char *from_folder, const char *to_folder, con
   char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(from, from_folder, name));
   FLAP_TRY(flap_durable_join(to, to_folder, name));
-  if (rename(from, to) != 0)
+  if (flap_system_rename(from, to, 0) != 0)
     return flap_error_set_os(errno, "cannot rename %s to %s", from, to);
   return FLAP_OK;
 }

@@ -7,6 +7,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/weights.h"
@@ -51,7 +52,7 @@ static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
   struct stat info;
-  if (stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
+  if (flap_system_stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", config->output_dir);
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
@@ -67,7 +68,7 @@ static flap_status check_output(trainer *t) {
 
 static flap_status make_output(trainer *t) {
   struct stat info;
-  t->made_output = stat(t->config->output_dir, &info) != 0;
+  t->made_output = flap_system_stat(t->config->output_dir, &info) != 0;
   FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
   uint64_t free_bytes = 0;
   FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
@@ -286,7 +287,7 @@ static void close_all(trainer *t) {
   flap_dataset_close(t->dataset);
   flap_prepare_close(&t->prepared);
   if (t->made_output)
-    (void)rmdir(t->config->output_dir); /* only if nothing is in it */
+    (void)flap_system_rmdir(t->config->output_dir); /* only if nothing is in it */
 }
 
 flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,

@@ -1,6 +1,8 @@
 /* Documents to tokens, with bounded memory: a window of the file, and the longest line of a .jsonl. */
 #include "io/formats/dataset_internal.h"
 
+#include "base/system.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -38,9 +40,7 @@ static flap_status reserve(context *c, uint64_t bytes) {
 static flap_status fill(context *c, uint64_t bytes) {
   FLAP_TRY(reserve(c, bytes));
   while (c->count < bytes && !c->at_end) {
-    ssize_t got = read(c->fd, c->buffer + c->count, bytes - c->count);
-    if (got < 0 && errno == EINTR)
-      continue;
+    ssize_t got = flap_system_read(c->fd, c->buffer + c->count, bytes - c->count);
     if (got < 0)
       return flap_error_set_os(errno, "%s: reading text", c->file->path);
     c->at_end = got == 0;
@@ -158,11 +158,11 @@ flap_status flap_dataset_tokenize(const flap_dataset_file *file, flap_tokenizer 
                                   flap_shard_sink *sink) {
   context c = {
       .file = file, .tokenizer = tokenizer, .sink = sink, .first_flags = begin_tokens ? FLAP_TOKENIZER_BEGIN : 0};
-  c.fd = open(file->path, O_RDONLY | O_CLOEXEC);
+  c.fd = flap_system_open(file->path, O_RDONLY | O_CLOEXEC, 0);
   if (c.fd < 0)
     return flap_error_set_os(errno, "dataset: %s", file->path);
   flap_status status = file->kind == FLAP_DATA_TEXT ? tokenize_text(&c) : tokenize_jsonl(&c);
-  (void)close(c.fd);
+  (void)flap_system_close(c.fd);
   free(c.buffer);
   flap_ids_free(&c.ids);
   return status;

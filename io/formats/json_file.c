@@ -3,6 +3,8 @@
 
 #include "io/formats/durable.h"
 
+#include "base/system.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -42,7 +44,7 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
 
 static flap_status load_open_file(int fd, const char *path, uint64_t bytes_max, json_t **root_out) {
   struct stat about;
-  if (fstat(fd, &about) != 0)
+  if (flap_system_fstat(fd, &about) != 0)
     return flap_error_set_os(errno, "cannot look at %s", path);
   if (!S_ISREG(about.st_mode))
     return flap_error_set(FLAP_INVALID, "%s: not a regular file", path);
@@ -61,11 +63,11 @@ static flap_status load_open_file(int fd, const char *path, uint64_t bytes_max, 
 }
 
 flap_status flap_json_load_file(const char *path, uint64_t bytes_max, json_t **root_out) {
-  int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  int fd = flap_system_open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", path);
   flap_status status = load_open_file(fd, path, bytes_max, root_out);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 

@@ -2,6 +2,7 @@
 #include "io/formats/metrics.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_escape.h"
@@ -76,9 +77,15 @@ static flap_status rewrite(FILE *from, const char *path, int64_t keep_to_step) {
 }
 
 static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
-  FILE *from = fopen(path, "re");
-  if (!from)
+  const int fd = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
+  if (fd < 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot open %s", path);
+  FILE *from = fdopen(fd, "r");
+  if (!from) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot read %s", path);
+  }
   bool differs = false;
   flap_status status = filter_lines(from, path, keep_to_step, NULL, &differs);
   if (status == FLAP_OK && differs) {
@@ -98,7 +105,7 @@ flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metri
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a line", path);
   }
   int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (keep_to_step < 0 ? O_TRUNC : 0);
-  metrics->fd = open(path, flags, 0666);
+  metrics->fd = flap_system_open(path, flags, 0666);
   if (metrics->fd < 0) {
     flap_status status = flap_error_set_os(errno, "cannot open %s", path);
     flap_metrics_close(metrics);
@@ -112,7 +119,7 @@ void flap_metrics_close(flap_metrics *metrics) {
   if (!metrics)
     return;
   if (metrics->fd >= 0)
-    (void)close(metrics->fd);
+    (void)flap_system_close(metrics->fd);
   free(metrics->path);
   free(metrics);
 }
@@ -217,11 +224,11 @@ flap_status flap_metrics_end_line(flap_metrics *metrics) {
   if (end < 0)
     return flap_error_set_os(errno, "cannot append to %s", metrics->path);
   flap_status status = flap_durable_write_all(metrics->fd, metrics->path, metrics->line, metrics->used);
-  if (status != FLAP_OK && ftruncate(metrics->fd, end) != 0)
+  if (status != FLAP_OK && flap_system_ftruncate(metrics->fd, end) != 0)
     status = flap_error_prefix(status, "the last line of %s is torn", metrics->path);
   return status;
 }
 
 flap_status flap_metrics_sync(flap_metrics *metrics) {
-  return fsync(metrics->fd) == 0 ? FLAP_OK : flap_durable_write_error(errno, metrics->path);
+  return flap_system_fsync(metrics->fd) == 0 ? FLAP_OK : flap_durable_write_error(errno, metrics->path);
 }

@@ -3,6 +3,7 @@
 #include "io/formats/safetensors_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_file.h"
@@ -161,7 +162,7 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
     return no_memory();
   }
   writer->bytes_left = data_bytes;
-  writer->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  writer->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (writer->fd < 0) {
     status = flap_error_set_os(errno, "cannot create %s", path);
     free(text);
@@ -200,11 +201,11 @@ static flap_status finish(flap_safetensors_writer *writer) {
   if (writer->bytes_left > 0)
     return flap_error_set(FLAP_INVALID, "%s: %llu bytes of its tensors were never given", writer->path,
                           (unsigned long long)writer->bytes_left);
-  if (fsync(writer->fd) != 0)
+  if (flap_system_fsync(writer->fd) != 0)
     return flap_durable_write_error(errno, writer->path);
   int fd = writer->fd;
   writer->fd = -1;
-  if (close(fd) != 0)
+  if (flap_system_close(fd) != 0)
     return flap_durable_write_error(errno, writer->path);
   return flap_durable_sync_parent(writer->path);
 }
@@ -224,8 +225,8 @@ void flap_safetensors_write_abort(flap_safetensors_writer *writer) {
   if (!writer)
     return;
   if (writer->fd >= 0)
-    (void)close(writer->fd);
-  (void)unlink(writer->path);
+    (void)flap_system_close(writer->fd);
+  (void)flap_system_unlink(writer->path);
   free(writer->path);
   free(writer);
 }
