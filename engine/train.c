@@ -141,7 +141,8 @@ static flap_status fill_regions(trainer *t) {
   compare_with_saved(t);
   t->step = t->state.step;
   t->cursor = t->state.cursor;
-  if (t->step >= t->steps)
+  /* At the last step all the same: what a crash after the last checkpoint left undone is the export. */
+  if (t->step > t->steps)
     return flap_error_set(FLAP_INVALID,
                           "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
                           "max_steps or num_train_epochs",
