@@ -153,9 +153,13 @@ static bool is_clean(const child_job *job) {
     return complain(job, "it must not fail, but did: %s", shared->message);
   if (shared->message[0] == '\0')
     return complain(job, "%s", "an error without a message");
-  char above[TINY_PATH_MAX]; /* folders above are made too, where they are not there */
-  (void)snprintf(above, sizeof above, "%.*s", (int)(strrchr(job->run->folder, '/') - job->run->folder),
-                 job->run->folder);
+  if (!job->hooks->is_right_status(job->plan, shared->status)) {
+    char text[1200];
+    (void)snprintf(text, sizeof text, "%s: %s", flap_status_name(shared->status), shared->message);
+    return complain(job, "the wrong kind of error: %s", text);
+  }
+  char above[TINY_PATH_MAX]; /* folders above are made too, where they are not there: "/dev" */
+  (void)snprintf(above, sizeof above, "%.*s", 1 + (int)strcspn(job->run->folder + 1, "/"), job->run->folder);
   if (job->hooks->names_a_path && strstr(shared->message, above) == NULL)
     return complain(job, "the message names no file: %s", shared->message);
   return true;

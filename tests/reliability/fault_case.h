@@ -11,9 +11,10 @@
 #include "tests/reliability/tiny_run.h"
 
 typedef struct case_hooks {
-  void (*before)(const void *plan);          /* in the process of the life: makes things go wrong */
-  void (*after)(void);                       /* and right again */
-  bool (*fired)(void);                       /* whether something did go wrong */
+  void (*before)(const void *plan);                              /* in the process of the life: makes things go wrong */
+  void (*after)(void);                                           /* and right again */
+  bool (*fired)(void);                                           /* whether something did go wrong */
+  bool (*is_right_status)(const void *plan, flap_status status); /* that a life may end with after the fault */
   bool names_a_path;                         /* errors are of files: the record must hold a path in the folder */
   bool must_pass;                            /* nothing that may end the run */
   bool may_end;                              /* the process may end with FAULT_KILLED */
