@@ -172,7 +172,10 @@ static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_li
   size_t ours = 0;
   for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK && (list.steps[i] == saved_step || flap_output_is_ours(path)))
+    bool known = list.steps[i] == saved_step;
+    if (status == FLAP_OK && !known)
+      status = flap_output_is_ours(path, &known);
+    if (status == FLAP_OK && known)
       list.steps[ours++] = list.steps[i];
   }
   size_t left = ours;
@@ -257,13 +260,14 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
-  if (!flap_output_is_there(folder_out, STATE_FILE))
-    return flap_error_set(
-        FLAP_NOT_FOUND,
-        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
-        "anew from its weights",
-        folder_out, flap_output_is_ours(folder_out) ? ": it was saved with save_only_model, weights only" : "");
-  return read_state(folder_out, state_out);
+  if (flap_output_is_there(folder_out, STATE_FILE))
+    return read_state(folder_out, state_out);
+  bool ours = false;
+  FLAP_TRY(flap_output_is_ours(folder_out, &ours));
+  return flap_error_set(FLAP_NOT_FOUND,
+                        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
+                        "anew from its weights",
+                        folder_out, ours ? ": it was saved with save_only_model, weights only" : "");
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */

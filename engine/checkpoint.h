@@ -51,9 +51,9 @@ FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager
  * are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
-/* True if output_dir holds anything that a new run would overwrite or mix with (config.json, weights, checkpoints,
- * metrics.jsonl); names it. */
-bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
+ * metrics.jsonl); "": there is nothing. */
+FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
  * caller must not have its model, or the checkpoint to resume, in there. */

@@ -76,20 +76,25 @@ static bool is_weights(const char *name) {
 bool flap_output_is_there(const char *folder, const char *name) {
   char path[FLAP_PATH_MAX];
   struct stat about;
-  const bool there = flap_durable_join(path, folder, name) == FLAP_OK && flap_system_stat(path, &about) == 0;
-  return there;
+  if (flap_durable_join(path, folder, name) != FLAP_OK)
+    return false;
+  return flap_system_stat(path, &about) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
-bool flap_output_is_ours(const char *folder) {
+flap_status flap_output_is_ours(const char *folder, bool *ours_out) {
   flap_safetensors *reader = NULL;
-  if (flap_safetensors_open(folder, &reader) != FLAP_OK) {
+  *ours_out = false;
+  const flap_status status = flap_safetensors_open(folder, &reader);
+  if (status == FLAP_IO || status == FLAP_NO_MEMORY)
+    return status;
+  if (status != FLAP_OK) {
     flap_error_clear();
-    return false;
+    return FLAP_OK;
   }
   const char *mark = flap_safetensors_metadata(reader, FLAP_WEIGHTS_MARK_KEY);
-  const bool ours = mark != NULL && strcmp(mark, FLAP_WEIGHTS_MARK_VALUE) == 0;
+  *ours_out = mark != NULL && strcmp(mark, FLAP_WEIGHTS_MARK_VALUE) == 0;
   flap_safetensors_close(reader);
-  return ours;
+  return FLAP_OK;
 }
 
 /* ---- walking ------------------------------------------------------------------------------------------------- */
@@ -204,15 +209,13 @@ static flap_status visit_occupied(void *context, const char *folder, const char 
   return FLAP_OK;
 }
 
-bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
+flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
   char first[256] = "";
   what_out[0] = '\0';
-  if (walk(output_dir, visit_occupied, first) != FLAP_OK)
-    flap_error_clear(); /* a folder that cannot be listed cannot be written either: whoever writes says so */
-  if (first[0] == '\0')
-    return false;
-  (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
-  return true;
+  FLAP_TRY(walk(output_dir, visit_occupied, first));
+  if (first[0] != '\0')
+    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
+  return FLAP_OK;
 }
 
 static flap_status remove_file(const char *folder, const char *name) {
@@ -230,12 +233,15 @@ static flap_status visit_remove_weights(void *context, const char *folder, const
 
 static flap_status clear_checkpoints(const char *output_dir) {
   char path[FLAP_PATH_MAX];
+  bool ours = false;
   flap_output_steps list = {0};
   FLAP_TRY(flap_output_list(output_dir, &list));
   flap_status status = FLAP_OK;
   for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK && flap_output_is_ours(path))
+    if (status == FLAP_OK)
+      status = flap_output_is_ours(path, &ours);
+    if (status == FLAP_OK && ours)
       status = flap_durable_remove_folder(path);
   }
   flap_output_steps_close(&list);
@@ -244,11 +250,13 @@ static flap_status clear_checkpoints(const char *output_dir) {
 
 flap_status flap_checkpoint_clear(const char *output_dir) {
   struct stat about;
+  bool ours = false;
   if (flap_system_stat(output_dir, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
   FLAP_TRY(flap_output_recover(output_dir));
   FLAP_TRY(clear_checkpoints(output_dir));
-  if (flap_output_is_ours(output_dir)) {
+  FLAP_TRY(flap_output_is_ours(output_dir, &ours));
+  if (ours) {
     FLAP_TRY(remove_file(output_dir, CONFIG_FILE)); /* without it nobody takes the rest for a model */
     for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
       FLAP_TRY(remove_file(output_dir, TOKENIZER_FILES[i]));

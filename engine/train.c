@@ -58,7 +58,10 @@ static flap_status check_output(trainer *t) {
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])
     return find_checkpoint(t);
-  if (!config->overwrite_output_dir && flap_checkpoint_occupied(config->output_dir, what))
+  if (config->overwrite_output_dir)
+    return FLAP_OK;
+  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, what));
+  if (what[0] != '\0')
     return flap_error_set(FLAP_INVALID,
                           "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "
                           "start anew or resume_from_checkpoint: true to continue",

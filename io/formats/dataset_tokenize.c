@@ -2,6 +2,7 @@
 #include "io/formats/dataset_internal.h"
 
 #include "base/system.h"
+#include "io/formats/json_file.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -111,6 +112,8 @@ static flap_status put_line(context *c, const char *line, uint64_t bytes, uint64
   json_error_t error;
   /* Integers as doubles: of the other keys only the syntax matters, not the size of their numbers. */
   json_t *object = json_loadb(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
+  if (object == NULL && flap_json_is_no_memory(&error))
+    return flap_error_set(FLAP_NO_MEMORY, "%s:%llu: no memory for the line", c->file->path, (unsigned long long)number);
   if (object == NULL)
     return flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON: %s", c->file->path, (unsigned long long)number,
                           error.text);

@@ -67,7 +67,7 @@ FLAP_CHECKED flap_status flap_durable_begin_folder(const char *final_path, char 
  * target is replaced if `replace` says so, and otherwise FLAP_INVALID, with the temporary left as it was. */
 FLAP_CHECKED flap_status flap_durable_commit_folder(const char *final_path, bool replace);
 
-/* Removes `<final>.tmp`. Nothing there is fine; a failure is left for the next recovery. */
+/* Removes `<final>.tmp`. Nothing there is fine; a failure is left for the next recovery, and the error record stays. */
 void flap_durable_abort_folder(const char *final_path);
 
 /* Removes a folder that holds regular files, links (never followed) and at most one level of folders of such. Anything

@@ -117,9 +117,10 @@ static flap_status walk_path(const char *path, walk_action action) {
   return walk(fd, path, 1, action);
 }
 
+/* What the system does not let us look at is taken to be there: whoever opens or removes it gets the error. */
 static bool is_there(const char *path) {
   struct stat about;
-  return flap_system_lstat(path, &about) == 0;
+  return flap_system_lstat(path, &about) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 /* Removes all or, when it holds something of others, nothing. */
@@ -236,10 +237,15 @@ flap_status flap_durable_commit_folder(const char *final_path, bool replace) {
   return replace_folder(temporary, final);
 }
 
+/* Whoever calls this has an error to tell, and the record is kept for it. */
 void flap_durable_abort_folder(const char *final_path) {
-  char temporary[FLAP_DURABLE_PATH_MAX];
+  char temporary[FLAP_DURABLE_PATH_MAX], message[1024];
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
   if (flap_durable_sibling(temporary, final_path, ".tmp") == FLAP_OK && is_there(temporary))
     (void)!remove_tree(temporary);
+  flap_error_clear();
+  if (message[0] != '\0')
+    (void)flap_error_set(FLAP_IO, "%s", message);
 }
 
 flap_status flap_durable_remove_folder(const char *path) {

@@ -26,6 +26,11 @@ static bool is_about_nan(const char *text) {
          strstr(text, "near '-'");
 }
 
+/* jansson names few of the places where it found no memory; but what is wrong with a text it always says. */
+bool flap_json_is_no_memory(const json_error_t *error) {
+  return error->text[0] == '\0' || json_error_code(error) == json_error_out_of_memory;
+}
+
 flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out) {
   json_error_t error;
   size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
@@ -33,7 +38,7 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
   if (!root && json_error_code(&error) == json_error_numeric_overflow)
     root = json_loadb(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
   if (!root) {
-    if (json_error_code(&error) == json_error_out_of_memory)
+    if (flap_json_is_no_memory(&error))
       return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, bytes);
     return flap_error_set(FLAP_INVALID, "%s:%d:%d: %s%s", name, error.line, error.column, error.text,
                           is_about_nan(error.text) ? " (NaN and Infinity are not JSON: write null or a number)" : "");

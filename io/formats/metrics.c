@@ -6,6 +6,7 @@
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_escape.h"
+#include "io/formats/json_file.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -31,12 +32,16 @@ struct flap_metrics {
 
 /* ---- resuming ------------------------------------------------------------------------------------------ */
 
-static bool is_kept(const char *text, size_t length, int64_t keep_to_step) {
-  json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, NULL);
+static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
+  json_error_t error;
+  json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, &error);
+  *kept_out = false;
+  if (!root && flap_json_is_no_memory(&error))
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
   const json_t *step = json_object_get(root, "step");
-  bool kept = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
+  *kept_out = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
   json_decref(root);
-  return kept;
+  return FLAP_OK;
 }
 
 /* Copies the lines to keep to `to` (NULL: nowhere); tells whether the copy differs from the file. */
@@ -50,7 +55,10 @@ static flap_status filter_lines(FILE *from, const char *path, int64_t keep_to_st
   errno = 0;
   while (status == FLAP_OK && (length = getline(&line, &capacity, from)) > 0) {
     bool whole = line[length - 1] == '\n';
-    bool kept = is_kept(line, (size_t)length, keep_to_step);
+    bool kept;
+    status = is_kept(path, line, (size_t)length, keep_to_step, &kept);
+    if (status != FLAP_OK)
+      break;
     differs = differs || !whole || !kept;
     if (kept && to)
       status = flap_durable_append(to, line, (uint64_t)length);

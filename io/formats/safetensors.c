@@ -253,7 +253,7 @@ static flap_status load_header(const tensor_file *file, uint64_t length, json_t 
   if (status == FLAP_OK) {
     json_error_t error;
     *header_out = json_loadb(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
-    if (!*header_out && json_error_code(&error) == json_error_out_of_memory)
+    if (!*header_out && flap_json_is_no_memory(&error))
       status = no_memory(file->path);
     else if (!*header_out)
       status = flap_error_set(FLAP_CORRUPT, "%s: header, byte %d: %s", file->path, error.position, error.text);
@@ -418,6 +418,8 @@ static flap_status open_folder(flap_safetensors *reader, const char *folder) {
   } else if (flap_system_stat(single, &about) == 0) {
     status = open_single(reader, single);
     single = NULL; /* the reader's now */
+  } else if (errno != ENOENT) {
+    status = flap_error_set_os(errno, "cannot look at %s", single);
   } else if (flap_system_stat(index, &about) == 0) {
     status = open_index(reader, index);
   } else {

@@ -7,6 +7,7 @@
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_file.h"
+#include "io/formats/tokenizer_utf8.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,6 +27,12 @@ struct flap_safetensors_writer {
 
 static flap_status no_memory(void) {
   return flap_error_set(FLAP_NO_MEMORY, "no memory for a safetensors header");
+}
+
+/* jansson refuses a text for the one reason or the other, and does not say for which. */
+static bool is_utf8(const char *text) {
+  const size_t length = strlen(text);
+  return flap_utf8_valid(text, length) == length;
 }
 
 static flap_status bad_entry(const flap_safetensors_entry *entry, const char *what) {
@@ -66,7 +73,7 @@ static flap_status add_entry(json_t *header, const flap_safetensors_entry *entry
   if (!info)
     return no_memory();
   if (json_object_set_new(header, entry->name, info) != 0)
-    return bad_entry(entry, "the name is not UTF-8");
+    return is_utf8(entry->name) ? no_memory() : bad_entry(entry, "the name is not UTF-8");
   *data_bytes += bytes;
   return FLAP_OK;
 }
@@ -77,10 +84,13 @@ static flap_status add_metadata(json_t *header, const flap_safetensors_pair *met
     return no_memory();
   for (uint64_t i = 0; i < count; i++) {
     char shown[FLAP_SAFETENSORS_SHOWN_BYTES];
-    if (json_object_get(object, metadata[i].key) ||
-        json_object_set_new(object, metadata[i].key, json_string(metadata[i].value)) != 0)
-      return flap_error_set(FLAP_INVALID, "cannot write metadata \"%s\": given twice, or not UTF-8",
-                            flap_safetensors_shown(metadata[i].key, shown));
+    const bool twice = json_object_get(object, metadata[i].key) != NULL;
+    if (!twice && json_object_set_new(object, metadata[i].key, json_string(metadata[i].value)) == 0)
+      continue;
+    return !twice && is_utf8(metadata[i].key) && is_utf8(metadata[i].value)
+               ? no_memory()
+               : flap_error_set(FLAP_INVALID, "cannot write metadata \"%s\": given twice, or not UTF-8",
+                                flap_safetensors_shown(metadata[i].key, shown));
   }
   return FLAP_OK;
 }
@@ -267,9 +277,12 @@ flap_status flap_safetensors_write_index(const char *folder, const char *const *
   for (uint64_t i = 0; i < count && status == FLAP_OK; i++) {
     char shown[FLAP_SAFETENSORS_SHOWN_BYTES];
     flap_safetensors_shard_name(shard_of[i], shards, shard);
-    if (json_object_get(map, names[i]) || json_object_set_new(map, names[i], json_string(shard)) != 0)
-      status = flap_error_set(FLAP_INVALID, "%s: tensor \"%s\": given twice, or not UTF-8", path,
-                              flap_safetensors_shown(names[i], shown));
+    const bool twice = json_object_get(map, names[i]) != NULL;
+    if (!twice && json_object_set_new(map, names[i], json_string(shard)) == 0)
+      continue;
+    status = !twice && is_utf8(names[i]) ? no_memory()
+                                         : flap_error_set(FLAP_INVALID, "%s: tensor \"%s\": given twice, or not UTF-8",
+                                                          path, flap_safetensors_shown(names[i], shown));
   }
   if (status == FLAP_OK)
     status = flap_json_write_file(path, root);
