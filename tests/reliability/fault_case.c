@@ -20,7 +20,7 @@
 typedef struct report {
   flap_status status;
   char message[1024], problem[600], phase[32];
-  uint64_t saved_step, resumed_step, digest;
+  uint64_t resumed_step, digest;
   bool fired;
 } report;
 
@@ -75,7 +75,6 @@ typedef struct child_job {
 
 static void keep(const tiny_run *run, flap_status status) {
   shared->status = status;
-  shared->saved_step = run->saved_step;
   shared->resumed_step = run->resumed_step;
   (void)snprintf(shared->message, sizeof shared->message, "%s", status == FLAP_OK ? "" : flap_error_message());
   (void)snprintf(shared->phase, sizeof shared->phase, "%s", run->phase);
@@ -110,6 +109,12 @@ static void live(void *context) {
   }
   check_left_behind(descriptors, threads);
   keep(job->run, status);
+}
+
+static void broken_repair(void *context) {
+  const child_job *job = context;
+  job->hooks->before_repair(job->plan);
+  keep(job->run, tiny_run_repair(job->run));
 }
 
 static void repair(void *context) {
@@ -165,8 +170,18 @@ static bool is_clean(const child_job *job) {
   return true;
 }
 
-static bool repair_is_right(const child_job *job, uint64_t saved_step) {
+static bool was_killed(int wait_status) {
+  return WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == FAULT_KILLED;
+}
+
+static bool repair_is_right(const child_job *job) {
   char text[128];
+  if (job->hooks->before_repair != NULL) {
+    const int broken = case_fork(broken_repair, (void *)(uintptr_t)job, SECONDS_MAX);
+    if (!was_killed(broken) && ended_badly(job, broken, "the repair that is killed too"))
+      return false;
+  }
+  const uint64_t saved_step = job->run->saved_step;
   memset(shared, 0, sizeof *shared);
   (void)snprintf(shared->phase, sizeof shared->phase, "repairing");
   const int wait_status = case_fork(repair, (void *)(uintptr_t)job, SECONDS_MAX);
@@ -188,9 +203,9 @@ bool case_run(tiny_run *run, const case_hooks *hooks, const void *plan, case_tot
   (void)snprintf(shared->phase, sizeof shared->phase, "living");
   totals->cases++;
   const int wait_status = case_fork(live, (void *)(uintptr_t)&job, SECONDS_MAX);
-  if (hooks->may_end && WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == FAULT_KILLED) {
+  if (hooks->may_end && was_killed(wait_status)) {
     totals->killed++;
-    return repair_is_right(&job, 0);
+    return repair_is_right(&job);
   }
   if (ended_badly(&job, wait_status, "the run"))
     return false;
@@ -200,7 +215,7 @@ bool case_run(tiny_run *run, const case_hooks *hooks, const void *plan, case_tot
     return is_right(&job, "it passed, but: %s");
   }
   totals->refused++;
-  return is_clean(&job) && repair_is_right(&job, shared->saved_step);
+  return is_clean(&job) && repair_is_right(&job);
 }
 
 /* ---- the reference ------------------------------------------------------------------------------------------- */
@@ -214,7 +229,8 @@ static void reference(tiny_run *run, void (*fn)(void *), const char *what) {
     fatal(what, shared->status != FLAP_OK ? shared->message : shared->problem[0] ? shared->problem : "it crashed");
 }
 
-void case_open(tiny_run *run, tiny_kind kind) {
+tiny_run *case_open(tiny_kind kind) {
+  tiny_run *run = case_shared(sizeof *run);
   shared = case_shared(sizeof *shared);
   tiny_run_open(run, kind);
   reference(run, repair, "the run that nothing interrupts");
@@ -222,11 +238,13 @@ void case_open(tiny_run *run, tiny_kind kind) {
   reference(run, live, "the run that is interrupted and resumed");
   if (shared->digest != wanted_digest)
     fatal("the run that is interrupted and resumed", "it ends with other bits");
+  return run;
 }
 
 void case_close(tiny_run *run) {
   tiny_run_close(run);
   (void)munmap(shared, sizeof *shared);
+  (void)munmap(run, sizeof *run);
 }
 
 /* ---- which ones ---------------------------------------------------------------------------------------------- */

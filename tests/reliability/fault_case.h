@@ -11,9 +11,10 @@
 #include "tests/reliability/tiny_run.h"
 
 typedef struct case_hooks {
-  void (*before)(const void *plan);                              /* in the process of the life: makes things go wrong */
-  void (*after)(void);                                           /* and right again */
-  bool (*fired)(void);                                           /* whether something did go wrong */
+  void (*before)(const void *plan);        /* in the process of the life: makes things go wrong */
+  void (*after)(void);                     /* and right again */
+  void (*before_repair)(const void *plan); /* NULL, or: in the process of a repair that is killed as well */
+  bool (*fired)(void);                     /* whether something did go wrong */
   bool (*is_right_status)(const void *plan, flap_status status); /* that a life may end with after the fault */
   bool names_a_path;                         /* errors are of files: the record must hold a path in the folder */
   bool must_pass;                            /* nothing that may end the run */
@@ -26,8 +27,9 @@ typedef struct case_totals {
 } case_totals;
 
 /* Runs the life and the uninterrupted one without faults and keeps their digest, which must be one. Ends the process
- * with a message if something is wrong. */
-void case_open(tiny_run *run, tiny_kind kind);
+ * with a message if something is wrong. The run is in memory that children share, so that what they said was saved is
+ * known also of those that were killed. */
+tiny_run *case_open(tiny_kind kind);
 void case_close(tiny_run *run);
 
 /* True if the case is fine; else prints why, and how to make it again. */

@@ -108,20 +108,19 @@ static bool run_named(tiny_run *run, const fault_row *from, size_t count, case_t
 }
 
 static void run_rows(tiny_kind kind, const fault_row *from, size_t count) {
-  tiny_run run;
   case_totals totals = {0};
   unsigned bad = 0;
   uint64_t calls = 0;
-  case_open(&run, kind);
+  tiny_run *run = case_open(kind);
   counts = case_shared(FAULT_CALL_COUNT * sizeof *counts);
-  tiny_run_clear(&run);
-  ck_assert_int_eq(case_fork(count_calls, &run, 60), 0);
-  if (!run_named(&run, from, count, &totals, &bad))
+  tiny_run_clear(run);
+  ck_assert_int_eq(case_fork(count_calls, run, 60), 0);
+  if (!run_named(run, from, count, &totals, &bad))
     for (size_t i = 0; i < count; i++) {
-      bad += run_row(&run, &from[i], i, &totals);
+      bad += run_row(run, &from[i], i, &totals);
       calls += i == 0 || from[i].call != from[i - 1].call ? counts[from[i].call] : 0;
     }
-  case_close(&run);
+  case_close(run);
   printf("seed %llu: %llu faults in %llu calls of a life: %llu passed, %llu refused and repaired, %llu not reached, %u "
          "bad\n",
          (unsigned long long)case_seed(), (unsigned long long)totals.cases, (unsigned long long)calls,

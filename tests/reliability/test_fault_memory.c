@@ -169,26 +169,25 @@ static unsigned run_call(tiny_run *run, uint32_t call, case_totals *totals) {
 
 /* All calls of [first, end). */
 static void run_calls(tiny_kind kind, uint32_t first, uint32_t end) {
-  tiny_run run;
   memory_plan named;
   case_totals totals = {0};
   unsigned bad = 0;
-  case_open(&run, kind);
+  tiny_run *run = case_open(kind);
   counts = case_shared(CALLS * sizeof *counts);
-  tiny_run_clear(&run);
-  ck_assert_int_eq(case_fork(count_calls, &run, 60), 0);
+  tiny_run_clear(run);
+  ck_assert_int_eq(case_fork(count_calls, run, 60), 0);
   if (getenv("FLAP_FAULT") != NULL) {
     ck_assert_msg(read_named(getenv("FLAP_FAULT"), &named), "FLAP_FAULT=%s is not a fault", getenv("FLAP_FAULT"));
     if (named.call >= first && named.call < end)
-      bad += !case_run(&run, &hooks, &named, &totals);
+      bad += !case_run(run, &hooks, &named, &totals);
   } else {
     for (uint32_t call = first; call < end; call++) {
       ck_assert_msg(counts[call] > 0, "a life makes no call of the kind %s", names[call]);
-      bad += run_call(&run, call, &totals);
+      bad += run_call(run, call, &totals);
       printf("  %s: %llu calls of a life\n", names[call], (unsigned long long)counts[call]);
     }
   }
-  case_close(&run);
+  case_close(run);
   printf("seed %llu: %llu faults: %llu passed, %llu refused and repaired, %llu not reached, %u bad\n",
          (unsigned long long)case_seed(), (unsigned long long)totals.cases, (unsigned long long)totals.passed,
          (unsigned long long)totals.refused, (unsigned long long)totals.not_reached, bad);
