@@ -241,6 +241,10 @@ tiny_run *case_open(tiny_kind kind) {
   return run;
 }
 
+uint64_t case_wanted_digest(void) {
+  return wanted_digest;
+}
+
 void case_close(tiny_run *run) {
   tiny_run_close(run);
   (void)munmap(shared, sizeof *shared);

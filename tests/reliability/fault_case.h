@@ -31,6 +31,8 @@ typedef struct case_totals {
  * known also of those that were killed. */
 tiny_run *case_open(tiny_kind kind);
 void case_close(tiny_run *run);
+/* Of the uninterrupted life. */
+uint64_t case_wanted_digest(void);
 
 /* True if the case is fine; else prints why, and how to make it again. */
 bool case_run(tiny_run *run, const case_hooks *hooks, const void *plan, case_totals *totals);

@@ -147,6 +147,8 @@ static void note_saved(void *context, const char *folder, double seconds) {
   tiny_run *run = context;
   (void)seconds;
   run->saved_step = strtoull(strrchr(folder, '-') + 1, NULL, 10);
+  if (run->saved != NULL)
+    run->saved(run->saved_step);
 }
 
 static void note_prepared(void *context, uint64_t train_tokens, uint64_t heldout_tokens, uint64_t sequences,

@@ -22,10 +22,11 @@ typedef enum tiny_kind {
 
 typedef struct tiny_run {
   tiny_kind kind;
-  char folder[TINY_PATH_MAX]; /* of this life; its output is in `out`, the export in `exported` */
-  uint64_t saved_step;        /* of the newest checkpoint that the run said was saved */
-  uint64_t resumed_step;      /* where the newest call of tiny_run_live went on from; 0: from the start */
-  const char *phase;          /* what is going on: for messages */
+  char folder[TINY_PATH_MAX];   /* of this life; its output is in `out`, the export in `exported` */
+  uint64_t saved_step;          /* of the newest checkpoint that the run said was saved */
+  uint64_t resumed_step;        /* where the newest call of tiny_run_live went on from; 0: from the start */
+  void (*saved)(uint64_t step); /* called after each checkpoint; may be NULL */
+  const char *phase;            /* what is going on: for messages */
 } tiny_run;
 
 /* A folder of its own with data in it, and FLAP_MACHINE set, so that nothing is measured. Failures end the process. */
