@@ -119,6 +119,12 @@ flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metri
     flap_metrics_close(metrics);
     return status;
   }
+  /* What flap_metrics_sync makes last must have a name that lasts. */
+  const flap_status status = flap_durable_sync_parent(path);
+  if (status != FLAP_OK) {
+    flap_metrics_close(metrics);
+    return status;
+  }
   *metrics_out = metrics;
   return FLAP_OK;
 }
