@@ -224,7 +224,8 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   bool found = false;
   for (size_t i = list.count; i > 0 && !found && status == FLAP_OK; i--) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i - 1], folder_out);
-    found = status == FLAP_OK && flap_output_is_there(folder_out, STATE_FILE);
+    if (status == FLAP_OK)
+      status = flap_output_look(folder_out, STATE_FILE, &found);
   }
   const size_t count = list.count;
   flap_output_steps_close(&list);
@@ -260,9 +261,10 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
-  if (flap_output_is_there(folder_out, STATE_FILE))
+  bool there = false, ours = false;
+  FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
+  if (there)
     return read_state(folder_out, state_out);
-  bool ours = false;
   FLAP_TRY(flap_output_is_ours(folder_out, &ours));
   return flap_error_set(FLAP_NOT_FOUND,
                         "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "

@@ -1,15 +1,12 @@
 /* A checkpoint or model folder as a plain Hugging Face folder, in another dtype if wanted. */
-#include "base/system.h"
 #include "engine/engine.h"
 #include "engine/hf_config.h"
 #include "engine/weights_internal.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* What makes a tokenizer, or tells how to use the model, is copied as it is: a file that FLAP cannot read may be read
  * by others. */
@@ -35,14 +32,6 @@ typedef struct export_job {
   uint16_t *halves; /* FLAP_WEIGHTS_CHUNK: converted values, or low halves before that */
   flap_weights_target target;
 } export_job;
-
-static flap_status look(const char *path, bool *there_out) {
-  struct stat about;
-  *there_out = flap_system_lstat(path, &about) == 0;
-  if (!*there_out && errno != ENOENT && errno != ENOTDIR)
-    return flap_error_set_os(errno, "cannot look at %s", path);
-  return FLAP_OK;
-}
 
 /* ---- weights ------------------------------------------------------------------------------------------------- */
 
@@ -129,7 +118,7 @@ static flap_status copy_files(const char *from_folder, const char *to_folder) {
     char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
     FLAP_TRY(flap_durable_join(from, from_folder, COPIED[i]));
     FLAP_TRY(flap_durable_join(to, to_folder, COPIED[i]));
-    FLAP_TRY(look(from, &there));
+    FLAP_TRY(flap_durable_look(from, &there));
     if (there)
       FLAP_TRY(flap_durable_copy_file(from, to));
   }
@@ -151,7 +140,7 @@ static flap_status open_masters(export_job *job, const char *folder) {
     bool there = false;
     FLAP_TRY(flap_durable_join(path, folder, kinds[i].name));
     job->master_of = flap_safetensors_from_flap_dtype(kinds[i].weights);
-    FLAP_TRY(look(path, &there));
+    FLAP_TRY(flap_durable_look(path, &there));
     if (job->dtype != kinds[i].weights && there)
       FLAP_TRY(
           flap_weights_source_open(&job->config, &job->list, path, FLAP_WANTED_EXACTLY, kinds[i].dtype, &job->master));
@@ -212,7 +201,7 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   if (to_folder[0] == '\0')
     return flap_error_set(FLAP_INVALID, "export: name the folder to make");
   bool there = false;
-  FLAP_TRY(look(to_folder, &there));
+  FLAP_TRY(flap_durable_look(to_folder, &there));
   if (there)
     return flap_error_set(FLAP_INVALID, "%s: already there; remove it or choose another folder", to_folder);
   flap_status status = open_sources(&job, from_folder);

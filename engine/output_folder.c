@@ -73,12 +73,10 @@ static bool is_weights(const char *name) {
          is_shard(name, &shards);
 }
 
-bool flap_output_is_there(const char *folder, const char *name) {
+flap_status flap_output_look(const char *folder, const char *name, bool *there_out) {
   char path[FLAP_PATH_MAX];
-  struct stat about;
-  if (flap_durable_join(path, folder, name) != FLAP_OK)
-    return false;
-  return flap_system_stat(path, &about) == 0 || (errno != ENOENT && errno != ENOTDIR);
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  return flap_durable_look(path, there_out);
 }
 
 flap_status flap_output_is_ours(const char *folder, bool *ours_out) {
@@ -313,7 +311,8 @@ static flap_status visit_remove_stale(void *context, const char *folder, const c
  * anybody would load: an old index goes before any shard is replaced, and the new index, or the new single file, comes
  * last. Readers prefer the single file, so an old index beside it does no harm. */
 flap_status flap_output_install(const char *from, const char *to) {
-  const bool sharded = flap_output_is_there(from, FLAP_SAFETENSORS_INDEX);
+  bool sharded = false;
+  FLAP_TRY(flap_output_look(from, FLAP_SAFETENSORS_INDEX, &sharded));
   install in = {.to = to, .head = sharded ? FLAP_SAFETENSORS_INDEX : FLAP_SAFETENSORS_FILE};
   char anything[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(anything, to, in.head));

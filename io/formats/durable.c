@@ -168,7 +168,9 @@ flap_status flap_durable_copy_file(const char *from, const char *to) {
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", from);
   flap_status status = FLAP_OK;
-  if (flap_system_fstat(fd, &about) != 0 || !S_ISREG(about.st_mode))
+  if (flap_system_fstat(fd, &about) != 0)
+    status = flap_error_set_os(errno, "cannot look at %s", from);
+  else if (!S_ISREG(about.st_mode))
     status = flap_error_set(FLAP_INVALID, "cannot copy %s: it is not a regular file", from);
   if (status == FLAP_OK)
     status = flap_durable_begin_file(&file, to);

@@ -75,6 +75,10 @@ void flap_durable_abort_folder(const char *final_path);
  * missing folder is FLAP_NOT_FOUND. */
 FLAP_CHECKED flap_status flap_durable_remove_folder(const char *path);
 
+/* Whether something stands at `path`, a link counting as itself. What the system refuses to look at is an error: to
+ * take it for missing could lose it. */
+FLAP_CHECKED flap_status flap_durable_look(const char *path, bool *there_out);
+
 /* "<folder>/<name>"; FLAP_INVALID when too long. */
 FLAP_CHECKED flap_status flap_durable_join(char path_out[FLAP_DURABLE_PATH_MAX], const char *folder, const char *name);
 

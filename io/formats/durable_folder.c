@@ -117,12 +117,6 @@ static flap_status walk_path(const char *path, walk_action action) {
   return walk(fd, path, 1, action);
 }
 
-/* What the system does not let us look at is taken to be there: whoever opens or removes it gets the error. */
-static bool is_there(const char *path) {
-  struct stat about;
-  return flap_system_lstat(path, &about) == 0 || (errno != ENOENT && errno != ENOTDIR);
-}
-
 /* Removes all or, when it holds something of others, nothing. */
 static flap_status remove_tree(const char *path) {
   FLAP_TRY(walk_path(path, WALK_CHECK));
@@ -140,6 +134,14 @@ static flap_status rename_durably(const char *from, const char *to) {
 
 /* ---- public -------------------------------------------------------------------------------------------- */
 
+flap_status flap_durable_look(const char *path, bool *there_out) {
+  struct stat about;
+  *there_out = flap_system_lstat(path, &about) == 0;
+  if (!*there_out && errno != ENOENT && errno != ENOTDIR)
+    return flap_error_set_os(errno, "cannot look at %s", path);
+  return FLAP_OK;
+}
+
 flap_status flap_durable_make_folder(const char *path) {
   char partial[FLAP_DURABLE_PATH_MAX];
   struct stat about;
@@ -153,7 +155,9 @@ flap_status flap_durable_make_folder(const char *path) {
       FLAP_TRY(flap_durable_sync_parent(partial));
     else if (errno != EEXIST)
       return flap_error_set_os(errno, "cannot make the folder %s", partial);
-    else if (flap_system_stat(partial, &about) != 0 || !S_ISDIR(about.st_mode))
+    else if (flap_system_stat(partial, &about) != 0)
+      return flap_error_set_os(errno, "cannot look at the folder %s", partial);
+    else if (!S_ISDIR(about.st_mode))
       return flap_error_set(FLAP_INVALID, "cannot make the folder %s: a file of that name is in the way", partial);
     *at = kept;
     if (kept == '\0')
@@ -163,16 +167,18 @@ flap_status flap_durable_make_folder(const char *path) {
 
 flap_status flap_durable_recover_folder(const char *final_path) {
   char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX], old[FLAP_DURABLE_PATH_MAX];
+  bool final_there = false, temporary_there = false, old_there = false;
   FLAP_TRY(flap_durable_sibling(final, final_path, ""));
   FLAP_TRY(flap_durable_sibling(temporary, final_path, ".tmp"));
   FLAP_TRY(flap_durable_sibling(old, final_path, ".tmp.old"));
-  if (is_there(old)) {
-    if (is_there(final))
-      FLAP_TRY(remove_tree(old));
-    else
-      FLAP_TRY(rename_durably(old, final));
-  }
-  return is_there(temporary) ? remove_tree(temporary) : FLAP_OK;
+  FLAP_TRY(flap_durable_look(old, &old_there));
+  FLAP_TRY(flap_durable_look(final, &final_there));
+  FLAP_TRY(flap_durable_look(temporary, &temporary_there));
+  if (old_there && final_there)
+    FLAP_TRY(remove_tree(old));
+  else if (old_there)
+    FLAP_TRY(rename_durably(old, final));
+  return temporary_there ? remove_tree(temporary) : FLAP_OK;
 }
 
 flap_status flap_durable_begin_folder(const char *final_path, char temporary_out[FLAP_DURABLE_PATH_MAX]) {
@@ -194,6 +200,7 @@ static int exchange(const char *a, const char *b) {
 /* Puts `temporary` in the place of the folder `final`, and removes the old one. */
 static flap_status replace_folder(const char *temporary, const char *final) {
   char old[FLAP_DURABLE_PATH_MAX];
+  bool old_there = false;
   FLAP_TRY(flap_durable_sibling(old, final, ".tmp.old"));
   FLAP_TRY(walk_path(final, WALK_CHECK));
   const char *rest = temporary;
@@ -201,7 +208,8 @@ static flap_status replace_folder(const char *temporary, const char *final) {
     int os_error = errno;
     if (os_error != EINVAL && os_error != ENOSYS)
       return flap_error_set_os(os_error, "cannot put %s in the place of %s", temporary, final);
-    if (is_there(old))
+    FLAP_TRY(flap_durable_look(old, &old_there));
+    if (old_there)
       FLAP_TRY(remove_tree(old));
     FLAP_TRY(rename_durably(final, old));
     if (flap_system_rename(temporary, final, 0) != 0) {
@@ -220,10 +228,12 @@ static flap_status replace_folder(const char *temporary, const char *final) {
 
 flap_status flap_durable_commit_folder(const char *final_path, bool replace) {
   char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX];
+  bool there = false;
   FLAP_TRY(flap_durable_sibling(final, final_path, ""));
   FLAP_TRY(flap_durable_sibling(temporary, final_path, ".tmp"));
   FLAP_TRY(walk_path(temporary, WALK_SYNC));
-  if (!is_there(final)) {
+  FLAP_TRY(flap_durable_look(final, &there));
+  if (!there) {
     if (flap_system_rename(temporary, final, RENAME_NOREPLACE) == 0)
       return flap_durable_sync_parent(final);
     /* Without RENAME_NOREPLACE a plain rename does: it puts a folder over nothing but an empty folder. */
@@ -241,7 +251,9 @@ flap_status flap_durable_commit_folder(const char *final_path, bool replace) {
 void flap_durable_abort_folder(const char *final_path) {
   char temporary[FLAP_DURABLE_PATH_MAX], message[1024];
   (void)snprintf(message, sizeof message, "%s", flap_error_message());
-  if (flap_durable_sibling(temporary, final_path, ".tmp") == FLAP_OK && is_there(temporary))
+  bool there = false;
+  if (flap_durable_sibling(temporary, final_path, ".tmp") == FLAP_OK &&
+      flap_durable_look(temporary, &there) == FLAP_OK && there)
     (void)!remove_tree(temporary);
   flap_error_clear();
   if (message[0] != '\0')
@@ -250,10 +262,12 @@ void flap_durable_abort_folder(const char *final_path) {
 
 flap_status flap_durable_remove_folder(const char *path) {
   char final[FLAP_DURABLE_PATH_MAX], temporary[FLAP_DURABLE_PATH_MAX];
+  bool there = false;
   FLAP_TRY(flap_durable_sibling(final, path, ""));
   FLAP_TRY(flap_durable_sibling(temporary, path, ".tmp"));
   FLAP_TRY(walk_path(final, WALK_CHECK));
-  if (is_there(temporary))
+  FLAP_TRY(flap_durable_look(temporary, &there));
+  if (there)
     FLAP_TRY(remove_tree(temporary));
   FLAP_TRY(rename_durably(final, temporary));
   return remove_tree(temporary);
