@@ -138,13 +138,15 @@ static void verify(flap_pager *pager, uint32_t index) {
     return;
   }
   const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page + corrupt;
+  uint64_t place = 0;
+  const char *disk = flap_block_locate(pager->block, disk_offset(page), &place);
   pager_fail(pager,
              flap_error_set(FLAP_CORRUPT,
-                            "region %u, page %u: the %u bytes at disk offset %llu are not what was written there "
+                            "disk %s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
                             "(writing %u): the disk lost, mixed up or damaged them; look into the system's log, "
                             "check the disk, and start again from the last checkpoint, on another disk if in doubt",
-                            buffer->region, buffer->first_page + corrupt, page->stored_bytes,
-                            (unsigned long long)disk_offset(page), page->epoch));
+                            disk, buffer->region, buffer->first_page + corrupt, page->stored_bytes,
+                            (unsigned long long)place, page->epoch));
   pager_buffer_free(pager, index);
 }
 

@@ -7,6 +7,7 @@
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 #include "io/formats/safetensors.h"
+#include "tests/device/device_faults.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
 
@@ -427,6 +428,32 @@ START_TEST(checkpoint_full_disk_leaves_the_old_one) {
 }
 END_TEST
 
+/* A copy that fails leaves old bytes where new ones should be: no checkpoint may be made of them, whichever it is. */
+START_TEST(checkpoint_of_a_device_that_fails_is_not_saved) {
+  char folder[FLAP_PATH_MAX];
+  const flap_trainer_state state = state_of(1);
+  const rig_placement placement = {.homes = RIG_VRAM, .slice_blocks = 1, .page_bytes = 4096, .transfer_bytes = 8192};
+  rig_close(&rig);
+  device_faults_install(DEVICE_CALL_COPY, 0);
+  rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &placement, scratch_path(""));
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  for (uint64_t copy = 1;; copy++) {
+    device_faults_install(DEVICE_CALL_COPY, copy);
+    const flap_status status =
+        flap_checkpoint_save(scratch_path("out"), rig.pager, &rig.layout, &artifacts, &state, false, 0, folder);
+    const bool reached = device_faults_count(DEVICE_CALL_COPY) >= copy;
+    ck_assert_msg(status == (reached ? FLAP_DEVICE : FLAP_OK), "copy %llu: %s", (unsigned long long)copy,
+                  flap_status_name(status));
+    if (!reached) {
+      ck_assert_uint_gt(copy, 10);
+      break;
+    }
+    ck_assert(!scratch_exists("out/checkpoint-1"));
+  }
+  device_faults_remove();
+}
+END_TEST
+
 /* The process dies after each of its system calls in turn, while it saves step 2 beside (or over) the older one. */
 START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
   const uint64_t old_step = _i == 0 ? 1 : 2;
@@ -564,6 +591,7 @@ int main(void) {
   tcase_add_test(tests, output_folder_of_others_is_not_cleared);
   tcase_add_test(tests, output_folder_sizes_are_enough);
   tcase_add_test(tests, checkpoint_full_disk_leaves_the_old_one);
+  tcase_add_test(tests, checkpoint_of_a_device_that_fails_is_not_saved);
   tcase_add_loop_test(tests, checkpoint_death_at_any_call_leaves_a_whole_one, 0, 2);
   tcase_add_loop_test(tests, export_death_at_any_call_leaves_one_model_or_none, 0, 4);
   suite_add_tcase(suite, tests);

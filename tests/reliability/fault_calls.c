@@ -15,8 +15,8 @@
 static const char *const call_names[] = {"open",     "close",       "read",         "write",  "sync",
                                          "truncate", "allocate",    "rename",       "remove", "mkdir",
                                          "stat",     "extent-read", "extent-write", "change"};
-static const char *const kind_names[] = {"EIO", "ENOSPC", "EMFILE", "EINTR", "short", "kill", "torn"};
-static const int os_errors[] = {EIO, ENOSPC, EMFILE, EINTR, 0, 0, 0};
+static const char *const kind_names[] = {"EIO", "ENOSPC", "EMFILE", "EINTR", "short", "flip", "lose", "kill", "torn"};
+static const int os_errors[FAULT_KIND_COUNT] = {EIO, ENOSPC, EMFILE, EINTR};
 
 static fault_plan plan;
 static atomic_uint_fast64_t counts[FAULT_CALL_COUNT + 1];
@@ -76,7 +76,7 @@ static bool counts_as(fault_call call, bool changes) {
 
 /* True: the call fails, and errno says how. Does not return where the process is to end. */
 static bool fails(fault_call call, bool changes) {
-  if (!counts_as(call, changes) || plan.kind == FAULT_SHORT)
+  if (!counts_as(call, changes) || (plan.kind >= FAULT_SHORT && plan.kind < FAULT_KILL))
     return false;
   if (plan.kind >= FAULT_KILL)
     _exit(FAULT_KILLED);
@@ -84,16 +84,19 @@ static bool fails(fault_call call, bool changes) {
   return true;
 }
 
-/* Of a read or write: how many bytes it may move, or -1. */
-static ssize_t allowed(fault_call call, bool changes, size_t bytes, bool *ends_out) {
-  *ends_out = false;
+/* Of a read or write: how many bytes it may move, or -1; and the fault that happens to it, FAULT_KIND_COUNT for none.
+ */
+static ssize_t allowed(fault_call call, bool changes, size_t bytes, fault_kind *fault_out) {
+  *fault_out = FAULT_KIND_COUNT;
   if (!counts_as(call, changes))
     return (ssize_t)bytes;
+  *fault_out = plan.kind;
   if (plan.kind == FAULT_KILL)
     _exit(FAULT_KILLED);
-  *ends_out = plan.kind == FAULT_KILL_TORN;
-  if (plan.kind == FAULT_SHORT || *ends_out)
+  if (plan.kind == FAULT_SHORT || plan.kind == FAULT_KILL_TORN)
     return (ssize_t)(bytes > 1 ? bytes / 2 : bytes);
+  if (plan.kind == FAULT_FLIP || plan.kind == FAULT_LOSE)
+    return (ssize_t)bytes;
   errno = os_errors[plan.kind];
   return -1;
 }
@@ -122,32 +125,40 @@ static int faulty_close(int fd) {
   return failing ? -1 : result;
 }
 
+static ssize_t flipped(void *data, ssize_t got, fault_kind fault) {
+  if (fault == FAULT_FLIP && got > 0)
+    ((unsigned char *)data)[got > 6 ? 6 : 0] ^= 0x10; /* near the start: ends of pages may hold nothing */
+  return got;
+}
+
 static ssize_t faulty_read(int fd, void *data, size_t bytes) {
-  bool ends;
-  const ssize_t most = allowed(FAULT_CALL_READ, false, bytes, &ends);
-  return most < 0 ? -1 : real->read(fd, data, (size_t)most);
+  fault_kind fault;
+  const ssize_t most = allowed(FAULT_CALL_READ, false, bytes, &fault);
+  return most < 0 ? -1 : flipped(data, real->read(fd, data, (size_t)most), fault);
 }
 
 static ssize_t faulty_pread(int fd, void *data, size_t bytes, off_t offset) {
-  bool ends;
-  const ssize_t most = allowed(of_extent(fd) ? FAULT_CALL_EXTENT_READ : FAULT_CALL_READ, false, bytes, &ends);
-  return most < 0 ? -1 : real->pread(fd, data, (size_t)most, offset);
+  fault_kind fault;
+  const ssize_t most = allowed(of_extent(fd) ? FAULT_CALL_EXTENT_READ : FAULT_CALL_READ, false, bytes, &fault);
+  return most < 0 ? -1 : flipped(data, real->pread(fd, data, (size_t)most, offset), fault);
 }
 
 static ssize_t faulty_write(int fd, const void *data, size_t bytes) {
-  bool ends;
-  const ssize_t most = allowed(FAULT_CALL_WRITE, true, bytes, &ends);
+  fault_kind fault;
+  const ssize_t most = allowed(FAULT_CALL_WRITE, true, bytes, &fault);
   const ssize_t result = most < 0 ? -1 : real->write(fd, data, (size_t)most);
-  if (ends)
+  if (fault == FAULT_KILL_TORN)
     _exit(FAULT_KILLED);
   return result;
 }
 
 static ssize_t faulty_pwrite(int fd, const void *data, size_t bytes, off_t offset) {
-  bool ends;
-  const ssize_t most = allowed(of_extent(fd) ? FAULT_CALL_EXTENT_WRITE : FAULT_CALL_WRITE, true, bytes, &ends);
+  fault_kind fault;
+  const ssize_t most = allowed(of_extent(fd) ? FAULT_CALL_EXTENT_WRITE : FAULT_CALL_WRITE, true, bytes, &fault);
+  if (fault == FAULT_LOSE)
+    return most;
   const ssize_t result = most < 0 ? -1 : real->pwrite(fd, data, (size_t)most, offset);
-  if (ends)
+  if (fault == FAULT_KILL_TORN)
     _exit(FAULT_KILLED);
   return result;
 }

@@ -35,6 +35,8 @@ typedef enum fault_kind {
   FAULT_EMFILE,
   FAULT_EINTR,
   FAULT_SHORT,     /* reads and writes of more than a byte move half */
+  FAULT_FLIP,      /* reads: one bit is another, and nothing is said */
+  FAULT_LOSE,      /* writes to an extent: nothing is written, and nothing is said */
   FAULT_KILL,      /* the process ends before the call, without another instruction of FLAP's */
   FAULT_KILL_TORN, /* the same, after half of a write */
   FAULT_KIND_COUNT

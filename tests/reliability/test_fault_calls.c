@@ -39,7 +39,8 @@ static const fault_row disk_rows[] = {
     {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},     {FAULT_CALL_EXTENT_READ, FAULT_EINTR, true},
     {FAULT_CALL_EXTENT_READ, FAULT_SHORT, true},    {FAULT_CALL_EXTENT_WRITE, FAULT_EIO, false},
     {FAULT_CALL_EXTENT_WRITE, FAULT_ENOSPC, false}, {FAULT_CALL_EXTENT_WRITE, FAULT_EINTR, true},
-    {FAULT_CALL_EXTENT_WRITE, FAULT_SHORT, true},   {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_SHORT, true},   {FAULT_CALL_EXTENT_READ, FAULT_FLIP, false},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_LOSE, false},   {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
     {FAULT_CALL_ALLOCATE, FAULT_ENOSPC, false},     {FAULT_CALL_ALLOCATE, FAULT_EINTR, true},
 };
 #define COUNT(array) (sizeof(array) / sizeof *(array))
@@ -50,6 +51,8 @@ static void before(const void *plan) {
 
 static bool is_right_status(const void *given, flap_status status) {
   const fault_plan *plan = given;
+  if (plan->kind == FAULT_FLIP || plan->kind == FAULT_LOSE)
+    return status == FLAP_CORRUPT;
   return status == (plan->kind == FAULT_ENOSPC ? FLAP_NO_SPACE : FLAP_IO);
 }
 
