@@ -27,6 +27,11 @@ static int system_rename(const char *from, const char *to, unsigned flags) {
   return flags == 0 ? rename(from, to) : renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
 }
 
+static int64_t system_transferred(int fd, bool written, void *data, int64_t result) {
+  (void)fd, (void)written, (void)data;
+  return result;
+}
+
 static const flap_system default_table = {
     .open = system_open,
     .close = close,
@@ -41,6 +46,7 @@ static const flap_system default_table = {
     .remove = unlinkat,
     .make_folder = mkdir,
     .stat = fstatat,
+    .transferred = system_transferred,
 };
 
 static const flap_system *_Atomic table = &default_table;
@@ -143,6 +149,10 @@ int flap_system_lstat(const char *path, struct stat *about_out) {
 
 int flap_system_fstat(int fd, struct stat *about_out) {
   return flap_system_fstatat(fd, "", about_out, AT_EMPTY_PATH);
+}
+
+int64_t flap_system_transferred(int fd, bool written, void *data, int64_t result) {
+  return calls()->transferred(fd, written, data, result);
 }
 
 /* Two processes, or two threads, that try the same name are told apart by O_EXCL. */

@@ -14,6 +14,8 @@
 #ifndef FLAP_BASE_SYSTEM_H
 #define FLAP_BASE_SYSTEM_H
 
+#include <stdbool.h>
+#include <stdint.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 
@@ -37,6 +39,9 @@ typedef struct flap_system {
   int (*remove)(int folder, const char *path, int flags);          /* unlinkat */
   int (*make_folder)(const char *path, mode_t mode);               /* mkdir */
   int (*stat)(int folder, const char *path, struct stat *about_out, int flags); /* fstatat; also of open files */
+  /* What became of a transfer that the system made by itself (io_uring): bytes, or -errno. It comes after the transfer,
+   * on any thread; the default returns `result`. */
+  int64_t (*transferred)(int fd, bool written, void *data, int64_t result);
 } flap_system;
 
 /* Calls go through `table` from here on; NULL: the system's own. Returns the table before. */
@@ -63,6 +68,7 @@ int flap_system_stat(const char *path, struct stat *about_out);
 int flap_system_lstat(const char *path, struct stat *about_out);
 int flap_system_fstat(int fd, struct stat *about_out);
 int flap_system_fstatat(int folder, const char *path, struct stat *about_out, int flags);
+int64_t flap_system_transferred(int fd, bool written, void *data, int64_t result);
 /* A new file with a name of its own; the last six characters of `path` must be XXXXXX, and are replaced. */
 int flap_system_mkostemp(char *path, int flags);
 

@@ -191,6 +191,20 @@ static int faulty_stat(int folder, const char *path, struct stat *about_out, int
   return fails(FAULT_CALL_STAT, false) ? -1 : real->stat(folder, path, about_out, flags);
 }
 
+/* The transfer was made, and is told as another one. A write that only seems lost is no lost write: FAULT_LOSE is for
+ * threads. */
+static int64_t faulty_transferred(int fd, bool written, void *data, int64_t result) {
+  fault_kind fault;
+  (void)fd;
+  if (result <= 0)
+    return result;
+  const ssize_t most =
+      allowed(written ? FAULT_CALL_EXTENT_WRITE : FAULT_CALL_EXTENT_READ, written, (size_t)result, &fault);
+  if (fault == FAULT_KILL_TORN)
+    _exit(FAULT_KILLED);
+  return most < 0 ? -errno : flipped(data, most, written ? FAULT_KIND_COUNT : fault);
+}
+
 static const flap_system faulty = {
     .open = faulty_open,
     .close = faulty_close,
@@ -205,6 +219,7 @@ static const flap_system faulty = {
     .remove = faulty_remove,
     .make_folder = faulty_make_folder,
     .stat = faulty_stat,
+    .transferred = faulty_transferred,
 };
 
 void fault_calls_install(const fault_plan *given) {

@@ -34,7 +34,7 @@
 
 static tiny_run *run; /* the life that is recorded */
 static char scratch[TINY_PATH_MAX];
-static uint64_t good_checkpoint[TINY_STEPS + 1], good_exported, good_model;
+static uint64_t good_checkpoint[TINY_STEPS + 1], good_exported, good_model, good_shard;
 static uint64_t *seen;
 static char problem[2048];
 
@@ -118,6 +118,7 @@ static uint32_t record(cut_mistake mistake) {
   ck_assert_msg(tiny_run_live(run) == FLAP_OK, "%s", flap_error_message());
   cut_disk_mark(MARK_EXPORTED);
   good_exported = digest_folder(join(run->folder, "exported"));
+  good_shard = digest_file(join(run->folder, "tokens.bin"), 1);
   good_model = digest_model(join(run->folder, "out"));
   return cut_disk_stop();
 }
@@ -184,6 +185,13 @@ static bool checkpoint_is_whole(const char *out, uint64_t saved) {
   return metrics_are_whole(out, state.step);
 }
 
+static bool shard_is_whole(uint64_t marked) {
+  const char *shard = join(scratch, "tokens.bin");
+  if (is_there(shard) ? digest_file(shard, 1) != good_shard : marked > 0)
+    return wrong("%s", "the token shard is not whole");
+  return true;
+}
+
 static bool models_are_whole(const char *out, uint64_t marked) {
   const char *exported = join(scratch, "exported");
   if (flap_durable_recover_folder(exported) != FLAP_OK)
@@ -230,7 +238,7 @@ static bool look(const cut *at, uint64_t *distinct) {
   (void)snprintf(folder, sizeof folder, "%s", out);
   flap_error_clear();
   return checkpoint_is_whole(folder, marked > TINY_STEPS ? TINY_STEPS : marked) && models_are_whole(folder, marked) &&
-         (*distinct % RESUME_EVERY != 0 || resumes_to_the_same());
+         shard_is_whole(marked) && (*distinct % RESUME_EVERY != 0 || resumes_to_the_same());
 }
 
 static cut cut_number(uint64_t number, uint32_t entries) {

@@ -4,6 +4,7 @@
 #include "base/system.h"
 #include "engine/engine.h"
 #include "io/block/checksum.h"
+#include "io/formats/dataset.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -86,7 +87,7 @@ void tiny_run_open(tiny_run *run, tiny_kind kind) {
 }
 
 void tiny_run_clear(tiny_run *run) {
-  static const char *const made[] = {"out", "exported", "exported.tmp"};
+  static const char *const made[] = {"out", "exported", "exported.tmp", "tokens.bin", "tokens.bin.tmp"};
   char path[FLAP_PATH_MAX];
   for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
     path_of(run, made[i], path);
@@ -124,7 +125,7 @@ static void fill_config(const tiny_run *run, flap_run_config *config) {
   config->save_total_limit = 2;
   config->device = FLAP_RUN_DEVICE_CPU;
   config->expert.threads = 1;
-  config->expert.io = FLAP_RUN_IO_THREADS;
+  config->expert.io = run->kind == TINY_ON_URING ? FLAP_RUN_IO_AUTO : FLAP_RUN_IO_THREADS;
   path_of(run, "out", config->output_dir);
   config->vram = config->ram = (flap_size){.kind = FLAP_SIZE_BYTES, .bytes = MEMORY_BYTES};
   if (run->kind == TINY_IN_RAM)
@@ -187,14 +188,26 @@ static flap_status export_last(tiny_run *run) {
   return flap_engine_export(from, to, FLAP_F32, UINT64_MAX);
 }
 
+static flap_status tokenize(tiny_run *run) {
+  char text[FLAP_PATH_MAX], shard[FLAP_PATH_MAX];
+  const char *const paths[] = {text};
+  flap_tokenizer *tokenizer = NULL;
+  uint64_t tokens;
+  run->phase = "tokenizing";
+  path_of(run, "text.txt", text);
+  path_of(run, "tokens.bin", shard);
+  FLAP_TRY(flap_tokenizer_open_bytes(&tokenizer));
+  const flap_dataset_config config = {.paths = paths, .path_count = 1, .tokenizer = tokenizer};
+  const flap_status status = flap_dataset_write_shard(&config, shard, &tokens);
+  flap_tokenizer_close(tokenizer);
+  return status;
+}
+
 flap_status tiny_run_live(tiny_run *run) {
+  FLAP_TRY(tokenize(run));
   FLAP_TRY(train(run, false, true));
   FLAP_TRY(train(run, true, false));
   return export_last(run);
-}
-
-flap_status tiny_run_resume(tiny_run *run) {
-  return train(run, true, false);
 }
 
 /* As `ls` shows it: a folder under its final name, or what a crash left of one that was being replaced. */
@@ -213,6 +226,7 @@ static bool has_checkpoint(const tiny_run *run) {
 flap_status tiny_run_repair(tiny_run *run) {
   char path[FLAP_PATH_MAX];
   struct stat about;
+  FLAP_TRY(tokenize(run));
   FLAP_TRY(train(run, has_checkpoint(run), false));
   path_of(run, "exported", path);
   return stat(path, &about) == 0 ? FLAP_OK : export_last(run);
@@ -284,7 +298,8 @@ static const char *add_metrics(const tiny_run *run, uint64_t *digest) {
 }
 
 const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out) {
-  static const char *const names[] = {"out/checkpoint-4/config.json",
+  static const char *const names[] = {"tokens.bin",
+                                      "out/checkpoint-4/config.json",
                                       "out/checkpoint-4/model.safetensors",
                                       "out/checkpoint-4/optimizer-exp_avg.safetensors",
                                       "out/checkpoint-4/optimizer-exp_avg_sq.safetensors",

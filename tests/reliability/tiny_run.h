@@ -1,5 +1,6 @@
-/* A whole life of a tiny model, in process and in tens of milliseconds: trained, interrupted after a checkpoint,
- * resumed, trained to its end and exported. What the tests of reliability break, repair, and compare to the bit.
+/* A whole life of a tiny model, in process and in tens of milliseconds: text made a token shard, trained, interrupted
+ * after a checkpoint, resumed, trained to its end and exported. What the tests of reliability break, repair, and
+ * compare to the bit.
  *
  * The folder lies in /dev/shm where that is there: what is tested is which calls are made, and not the disk.
  */
@@ -16,8 +17,9 @@
 #define TINY_PATH_MAX 512u
 
 typedef enum tiny_kind {
-  TINY_IN_RAM, /* all data stay in RAM: most system calls are those of files that must last */
-  TINY_ON_DISK /* with the least vram and ram that works, so nearly all data stream from an extent file */
+  TINY_IN_RAM,  /* all data stay in RAM: most system calls are those of files that must last */
+  TINY_ON_DISK, /* with the least vram and ram that works, so nearly all data stream from an extent file, by threads */
+  TINY_ON_URING /* the same by io_uring, where the system allows it, and else by threads */
 } tiny_kind;
 
 typedef struct tiny_run {
@@ -41,11 +43,9 @@ FLAP_CHECKED flap_status tiny_run_live(tiny_run *run);
 /* What a person does after a failure: the same commands again, with resume_from_checkpoint where there is a checkpoint.
  * Ends where tiny_run_live ends. */
 FLAP_CHECKED flap_status tiny_run_repair(tiny_run *run);
-/* Trains to the end from the newest checkpoint, without the export. */
-FLAP_CHECKED flap_status tiny_run_resume(tiny_run *run);
-
-/* All that must be the same to the bit at the end: every file of the last checkpoint, the trained model, the exported
- * model, and loss and norm of each step. A text that names what is missing, or "" and the digest. Static storage. */
+/* All that must be the same to the bit at the end: the shard, every file of the last checkpoint, the trained model, the
+ * exported model, and loss and norm of each step. A text that names what is missing, or "" and the digest. Static
+ * storage. */
 const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out);
 
 #endif
