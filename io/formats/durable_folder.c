@@ -219,7 +219,14 @@ static flap_status replace_folder(const char *temporary, const char *final) {
     }
     rest = old;
   }
-  FLAP_TRY(flap_durable_sync_parent(final));
+  const flap_status status = flap_durable_sync_parent(final);
+  if (status != FLAP_OK) {
+    /* Which of both names the disk knows is open, so both folders stay whole: not as `x.tmp`, which an abort removes.
+     */
+    if (rest == temporary)
+      (void)flap_system_rename(temporary, old, 0);
+    return status;
+  }
   /* The new folder is in place. What cannot be removed of the old one waits for the next recovery. */
   if (remove_tree(rest) != FLAP_OK)
     flap_error_clear();

@@ -433,6 +433,7 @@ START_TEST(checkpoint_of_a_device_that_fails_is_not_saved) {
   char folder[FLAP_PATH_MAX];
   const flap_trainer_state state = state_of(1);
   const rig_placement placement = {.homes = RIG_VRAM, .slice_blocks = 1, .page_bytes = 4096, .transfer_bytes = 8192};
+  shrink();
   rig_close(&rig);
   device_faults_install(DEVICE_CALL_COPY, 0);
   rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &placement, scratch_path(""));
