@@ -379,7 +379,7 @@ flap_status flap_machine_cache_lock(const char *path, int *fd_out) {
     (void)nanosleep(&(struct timespec){.tv_nsec = LOCK_PAUSE_NS}, NULL);
   }
   flap_status status = flap_error_set_os(errno, "cannot lock %s", name);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 
@@ -397,7 +397,7 @@ static flap_status store(const flap_machine_cache *cache, const flap_machine_key
   FLAP_TRY(make_folder_of(cache->path));
   FLAP_TRY(flap_machine_cache_lock(cache->path, &fd));
   flap_status status = replace_file(cache, key, machine, rates, disk);
-  (void)close(fd); /* and the lock is gone */
+  (void)flap_system_close(fd); /* and the lock is gone */
   return status;
 }
 

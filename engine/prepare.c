@@ -2,6 +2,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/hf_config.h"
@@ -47,7 +48,7 @@ static flap_status open_tokenizer(flap_prepared *p) {
 
 static flap_status check_folder(const char *path) {
   struct stat info;
-  if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
+  if (flap_system_stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_NOT_FOUND,
                           "model_name_or_path: %s is not a folder here: name a Hugging Face folder that was downloaded",
                           path);

@@ -11,6 +11,9 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/lsan_interface.h>
+#endif
 
 #define SECONDS_MAX 60 /* of one life, which takes tens of milliseconds: sanitizers, and busy machines */
 #define BLAS_THREADS 1u
@@ -94,6 +97,10 @@ static void check_left_behind(unsigned descriptors, unsigned threads) {
   now = count_entries("/proc/self/fd");
   if (now > descriptors)
     (void)snprintf(shared->problem, sizeof shared->problem, "%u descriptors were left open", now - descriptors);
+#if defined(__SANITIZE_ADDRESS__)
+  if (__lsan_do_recoverable_leak_check() != 0)
+    (void)snprintf(shared->problem, sizeof shared->problem, "memory was left behind");
+#endif
 }
 
 static void live(void *context) {
