@@ -106,7 +106,7 @@ static void kill_everywhere(tiny_kind kind) {
     bad = kill_all(run, kind, &totals);
   }
   case_close(run);
-  printf("seed %llu: killed at %llu of %llu places, whole, torn, or with its repair: %u bad\n",
+  printf("seed %llu: killed %llu times, at places out of %llu, whole, torn, or with its repair: %u bad\n",
          (unsigned long long)case_seed(), (unsigned long long)totals.killed, (unsigned long long)*count, bad);
   ck_assert_uint_eq(bad, 0);
   if (getenv("FLAP_FAULT") == NULL)
