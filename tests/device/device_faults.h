@@ -1,7 +1,7 @@
 /* A cpu device that fails as a card does: the n-th call of a kind, and from then on everything.
  *
- * Opening and pinning fail once, with a status. A copy or an operation that fails returns nothing, as launches do: it is
- * left undone, the device has failed for good, nothing is copied any more, and whoever synchronizes, uploads or
+ * Opening and pinning fail once, with a status. A copy or an operation that fails returns nothing, as launches do: it
+ * is left undone, the device has failed for good, nothing is copied any more, and whoever synchronizes, uploads or
  * downloads is told FLAP_DEVICE. An operation here is one that the engine reports with flap_device_note_compute. */
 #ifndef FLAP_TESTS_DEVICE_FAULTS_H
 #define FLAP_TESTS_DEVICE_FAULTS_H
