@@ -111,8 +111,8 @@ static flap_status put_line(context *c, const char *line, uint64_t bytes, uint64
     return FLAP_OK;
   json_error_t error;
   /* Integers as doubles: of the other keys only the syntax matters, not the size of their numbers. */
-  json_t *object = json_loadb(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
-  if (object == NULL && flap_json_is_no_memory(&error))
+  json_t *object = flap_json_parse(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
+  if (object == NULL && flap_json_no_memory())
     return flap_error_set(FLAP_NO_MEMORY, "%s:%llu: no memory for the line", c->file->path, (unsigned long long)number);
   if (object == NULL)
     return flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON: %s", c->file->path, (unsigned long long)number,

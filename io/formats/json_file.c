@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,19 +27,38 @@ static bool is_about_nan(const char *text) {
          strstr(text, "near '-'");
 }
 
-/* jansson names few of the places where it found no memory; but what is wrong with a text it always says. */
-bool flap_json_is_no_memory(const json_error_t *error) {
-  return error->text[0] == '\0' || json_error_code(error) == json_error_out_of_memory;
+/* Set by jansson's requests for memory, which come here. */
+static _Thread_local bool memory_refused;
+
+static void *take_memory(size_t bytes) {
+  void *memory = malloc(bytes);
+  memory_refused = memory_refused || memory == NULL;
+  return memory;
+}
+
+static void watch_memory(void) {
+  json_set_alloc_funcs(take_memory, free);
+}
+
+json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  (void)pthread_once(&once, watch_memory);
+  memory_refused = false;
+  return json_loadb(text, bytes, flags, error_out);
+}
+
+bool flap_json_no_memory(void) {
+  return memory_refused;
 }
 
 flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out) {
   json_error_t error;
   size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
-  json_t *root = json_loadb(text, bytes, flags, &error);
+  json_t *root = flap_json_parse(text, bytes, flags, &error);
   if (!root && json_error_code(&error) == json_error_numeric_overflow)
-    root = json_loadb(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
+    root = flap_json_parse(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
   if (!root) {
-    if (flap_json_is_no_memory(&error))
+    if (flap_json_no_memory())
       return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, bytes);
     return flap_error_set(FLAP_INVALID, "%s:%d:%d: %s%s", name, error.line, error.column, error.text,
                           is_about_nan(error.text) ? " (NaN and Infinity are not JSON: write null or a number)" : "");

@@ -34,9 +34,9 @@ struct flap_metrics {
 
 static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
   json_error_t error;
-  json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, &error);
+  json_t *root = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
   *kept_out = false;
-  if (!root && flap_json_is_no_memory(&error))
+  if (!root && flap_json_no_memory())
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
   const json_t *step = json_object_get(root, "step");
   *kept_out = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));

@@ -252,8 +252,8 @@ static flap_status load_header(const tensor_file *file, uint64_t length, json_t 
     status = flap_error_set(FLAP_CORRUPT, "%s: the header does not start with {", file->path);
   if (status == FLAP_OK) {
     json_error_t error;
-    *header_out = json_loadb(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
-    if (!*header_out && flap_json_is_no_memory(&error))
+    *header_out = flap_json_parse(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
+    if (!*header_out && flap_json_no_memory())
       status = no_memory(file->path);
     else if (!*header_out)
       status = flap_error_set(FLAP_CORRUPT, "%s: header, byte %d: %s", file->path, error.position, error.text);

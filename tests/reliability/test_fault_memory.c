@@ -1,6 +1,6 @@
 /* Every request for memory fails in turn, and every start of a thread, and every open, pinning, copy and kernel of the
  * device, in a whole life of a tiny model. The linker sends the requests of FLAP's libraries here (--wrap); those of
- * jansson come by the functions that it is given. By itself the test takes a sample; FLAP_FAULTS_EVERY=1 takes all, and
+ * jansson come by way of json_file.c. By itself the test takes a sample; FLAP_FAULTS_EVERY=1 takes all, and
  * FLAP_FAULT=<what a failure printed> one.
  */
 #include "tests/device/device_faults.h"
@@ -8,7 +8,6 @@
 
 #include <check.h>
 #include <errno.h>
-#include <jansson.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -98,7 +97,6 @@ static void before(const void *given) {
   atomic_store(&memory_fired, false);
   for (int i = 0; i < MEMORY_CALL_COUNT; i++)
     atomic_store(&numbers[i], 0);
-  json_set_alloc_funcs(__wrap_malloc, free);
   device_faults_install(plan.call >= DEVICE_FIRST ? (device_call)(plan.call - DEVICE_FIRST) : DEVICE_CALL_OPEN,
                         plan.call >= DEVICE_FIRST ? plan.number : 0);
   atomic_store(&armed, true);
