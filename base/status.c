@@ -33,10 +33,23 @@ const char *flap_status_name(flap_status status) {
   return names[status];
 }
 
+/* What a file says may be in a message, and reaches a terminal: control characters become question marks, also those
+ * that take two bytes in UTF-8 (U+0080 to U+009F). */
+static void make_printable(char *text) {
+  for (; *text != '\0'; text++) {
+    const unsigned char byte = (unsigned char)text[0], next = (unsigned char)text[1];
+    if (byte == 0xc2 && next >= 0x80 && next < 0xa0)
+      text[0] = text[1] = '?';
+    else if (byte < 0x20 || byte == 0x7f)
+      *text = '?';
+  }
+}
+
 /* The arguments may point into the record itself, so the text is made beside it and then copied. */
 static void record_replace(const char *format, va_list arguments) {
   char text[RECORD_BYTES];
   (void)vsnprintf(text, sizeof text, format, arguments);
+  make_printable(text);
   memcpy(record, text, sizeof record);
 }
 

@@ -39,7 +39,8 @@ const char *flap_status_name(flap_status status);
 
 /* Replaces this thread's record with the formatted text and returns `status`, so that a failing place
  * reads `return flap_error_set(FLAP_INVALID, "%s: ...", path);`. Texts are one line, without a full stop
- * or a newline at the end. `status` must not be FLAP_OK. */
+ * or a newline at the end; control characters, which may be in what a file says, become question marks.
+ * `status` must not be FLAP_OK. */
 flap_status flap_error_set(flap_status status, const char *format, ...) FLAP_PRINTF(2, 3);
 
 /* The same, with ": " and strerror(os_error) appended. The status follows from os_error: ENOENT gives

@@ -1,43 +1,33 @@
 #include "engine/budgets.h"
 
 #include "base/units.h"
+#include "engine/host_memory.h"
 #include "engine/machine_cuda.h"
 #include "engine/machine_profile.h"
 #include "io/block/block.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
 
-static uint64_t read_kib(const char *path, const char *key) {
-  FILE *file = fopen(path, "r");
-  char line[256];
-  unsigned long long kib = 0;
-  const size_t length = strlen(key);
-  if (file == NULL)
-    return 0;
-  while (fgets(line, sizeof line, file) != NULL)
-    if (strncmp(line, key, length) == 0 && sscanf(line + length, " %llu", &kib) == 1)
-      break;
-  (void)fclose(file);
-  return kib * 1024;
-}
-
 uint64_t flap_budgets_resident(void) {
-  return read_kib("/proc/self/status", "VmRSS:");
+  return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmRSS:");
 }
 
 uint64_t flap_budgets_resident_peak(void) {
-  return read_kib("/proc/self/status", "VmHWM:");
+  return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmHWM:");
 }
 
-uint64_t flap_budgets_free_memory(void) {
-  return read_kib("/proc/meminfo", "MemAvailable:");
+uint64_t flap_budgets_free_memory(bool pinned) {
+  flap_host_memory memory;
+  flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
+  return flap_host_memory_left(&memory, pinned);
 }
 
-static uint64_t available_memory(const flap_run_config *config) {
-  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_budgets_free_memory();
+static uint64_t available_memory(const flap_run_config *config, bool pinned) {
+  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_budgets_free_memory(pinned);
   uint64_t reserve = available / 10;
   if (reserve < 512 * FLAP_MIB)
     reserve = 512 * FLAP_MIB;
@@ -57,7 +47,7 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
     budgets->vram_bytes = free_bytes > reserve ? free_bytes - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
-    budgets->ram_bytes = available_memory(config);
+    budgets->ram_bytes = available_memory(config, true);
   budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   return FLAP_OK;
 }
@@ -67,7 +57,7 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   if (device == FLAP_DEVICE_CUDA)
     return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
-  uint64_t available = vram_max || ram_max ? available_memory(config) : 0;
+  uint64_t available = vram_max || ram_max ? available_memory(config, false) : 0;
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {
@@ -143,25 +133,31 @@ static flap_status resolve_min(const flap_planner *planner, const flap_budgets *
   return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
 }
 
-/* What is needed beyond the disks of a given size, shared equally by those that are `min`. */
+/* What is needed beyond the disks of a given size, shared by those that are `min` as their weights are. */
 static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
+  const uint64_t *weights = planner->spec.disk_weights;
   uint64_t needed = 0, given = 0;
+  double weight_sum = 0;
   uint32_t shares = 0;
   for (uint32_t i = 0; i < config->disk_count; i++) {
     const bool is_min = config->disk[i].size.kind == FLAP_SIZE_MIN;
     shares += is_min ? 1 : 0;
+    weight_sum += is_min ? (double)weights[i] : 0;
     given += is_min ? 0 : budgets->disk_bytes[i];
   }
   if (shares == 0)
     return FLAP_OK;
   FLAP_TRY(resolve_min(planner, budgets, "disk", &needed, flap_planner_disk_min));
   const uint64_t missing = needed > given ? needed - given : 0;
-  uint64_t share = shares == 1 ? missing : flap_units_round_up((missing + shares - 1) / shares, DISK_UNIT);
-  if (shares > 1 || given > 0)
-    share = flap_units_round_up(share, DISK_UNIT) + DISK_UNIT;
-  for (uint32_t i = 0; i < config->disk_count; i++)
-    if (config->disk[i].size.kind == FLAP_SIZE_MIN)
-      budgets->disk_bytes[i] = share > 0 ? share : DISK_UNIT;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    if (config->disk[i].size.kind != FLAP_SIZE_MIN)
+      continue;
+    const double part = weight_sum > 0 ? (double)weights[i] / weight_sum : 1.0 / shares;
+    uint64_t share = shares == 1 ? missing : (uint64_t)ceil((double)missing * part);
+    if (shares > 1 || given > 0)
+      share = flap_units_round_up(share, DISK_UNIT) + DISK_UNIT;
+    budgets->disk_bytes[i] = share > 0 ? share : DISK_UNIT;
+  }
   return FLAP_OK;
 }
 

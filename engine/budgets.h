@@ -1,10 +1,10 @@
 /* Budgets as people give them: a size, `max` (what is there, less a reserve) or `min` (the least that the plan
  * accepts).
  *
- * Folder-private. The reserves: of RAM, one part in ten of what is available, at least 512 MiB, and what the process
- * takes beside its budgets; of a disk, one part in twenty of what is free, at least 1 GiB. On the cpu device VRAM is
- * RAM too: where both are `max`, each gets half. Of a card, one part in twenty of what is free, at least 512 MiB. Of
- * several `min`, vram is made least first, then ram, then disk.
+ * Folder-private. The reserves: of RAM, one part in ten of what is available (engine/host_memory.h), at least 512
+ * MiB, and what the process takes beside its budgets; of a disk, one part in twenty of what is free, at least 1 GiB. On
+ * the cpu device VRAM is RAM too: where both are `max`, each gets half. Of a card, one part in twenty of what is free,
+ * at least 512 MiB. Of several `min`, vram is made least first, then ram, then disk.
  */
 #ifndef FLAP_ENGINE_BUDGETS_H
 #define FLAP_ENGINE_BUDGETS_H
@@ -21,8 +21,9 @@ FLAP_CHECKED flap_status flap_budgets_resolve(const flap_run_config *config, con
                                               flap_budgets *budgets_out);
 /* The sum of the disks. */
 uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budgets);
-/* Bytes that programs may take of this host's memory now, as Linux estimates it. */
-uint64_t flap_budgets_free_memory(void);
+/* Bytes that this process may take of the host's memory now; to be `pinned` for a card, or not (engine/host_memory.h).
+ */
+uint64_t flap_budgets_free_memory(bool pinned);
 /* Resident bytes of this process now, and the most so far; 0 where the system does not tell. */
 uint64_t flap_budgets_resident(void);
 uint64_t flap_budgets_resident_peak(void);

@@ -5,7 +5,9 @@
 #include "base/system.h"
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
+#include "engine/run_lock.h"
 #include "engine/weights.h"
+#include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 #include "io/formats/safetensors.h"
@@ -22,6 +24,7 @@
 #define STATE_VERSION 1
 #define MATMUL_BYTES ((uint64_t)96 << 10) /* at most, of matmul.json: some 650 for each of 128 products */
 #define STATE_BYTES_MAX ((uint64_t)1 << 20)
+#define READ_AGAIN_BYTES_MAX ((uint64_t)4 << 30) /* only to explain an error: a few seconds */
 
 _Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
 
@@ -136,7 +139,7 @@ static flap_status parse_state(const flap_json_object *root, flap_trainer_state 
   return FLAP_OK;
 }
 
-static flap_status read_state(const char *folder, flap_trainer_state *state_out) {
+flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out) {
   char path[FLAP_PATH_MAX];
   json_t *json = NULL;
   flap_json_object root;
@@ -152,16 +155,28 @@ static flap_status read_state(const char *folder, flap_trainer_state *state_out)
 
 /* ---- saving -------------------------------------------------------------------------------------------------- */
 
-static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
-                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
-  FLAP_TRY(flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
-  FLAP_TRY(flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES));
-  if (only_model)
-    return FLAP_OK;
-  FLAP_TRY(flap_weights_save_states(pager, layout, folder));
+static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
+                                const flap_trainer_state *state, flap_checksums *checksums) {
+  FLAP_TRY(flap_weights_save_states(pager, layout, folder, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
     FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
   return write_state(folder, state);
+}
+
+/* Large files are summed up while they are written; the small ones are read again. */
+static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
+                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
+  flap_checksums checksums = {0};
+  flap_status status = FLAP_OK;
+  FLAP_TRY_GOTO(status, flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_TRY_GOTO(status, flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, &checksums));
+  if (!only_model)
+    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, &checksums));
+  FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
+  status = flap_checksums_write(&checksums, folder);
+fail:
+  flap_checksums_close(&checksums);
+  return status;
 }
 
 /* The new checkpoint is safe already: what cannot be removed is said and left. */
@@ -211,7 +226,119 @@ flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, cons
   return FLAP_OK;
 }
 
+/* ---- what is not as it was saved ----------------------------------------------------------------------------- */
+
+/* At least as long as it should be, as far as can be told without reading it. */
+static bool seems_whole(const char *folder) {
+  flap_checksums checksums = {0};
+  const bool whole = flap_output_is_there(folder, STATE_FILE) && flap_checksums_read(folder, &checksums) == FLAP_OK &&
+                     flap_checksums_check_sizes(&checksums, folder) == FLAP_OK;
+  flap_checksums_close(&checksums);
+  return whole;
+}
+
+/* The newest checkpoint beside `folder` that is older; false when there is none. */
+static bool find_older(const char *folder, char older_out[FLAP_PATH_MAX]) {
+  char parent[FLAP_PATH_MAX];
+  uint64_t step = 0;
+  flap_output_steps list = {0};
+  bool found = false;
+  const char *slash = strrchr(folder, '/');
+  if (!flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return false;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (flap_output_list(parent[0] ? parent : "/", &list) != FLAP_OK)
+    return false;
+  for (size_t i = list.count; i > 0 && !found; i--)
+    found = list.steps[i - 1] < step &&
+            flap_output_checkpoint_path(parent[0] ? parent : "/", list.steps[i - 1], older_out) == FLAP_OK &&
+            seems_whole(older_out);
+  flap_output_steps_close(&list);
+  return found;
+}
+
+/* Says what to do about a checkpoint that cannot be trusted. */
+static flap_status advise(const char *folder, flap_status status) {
+  char message[2048], older[FLAP_PATH_MAX];
+  if (status != FLAP_CORRUPT)
+    return status;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  if (find_older(folder, older))
+    return flap_error_set(status,
+                          "%s; nothing was trained on it: go back to the checkpoint before with "
+                          "resume_from_checkpoint=%s",
+                          message, older);
+  return flap_error_set(
+      status,
+      "%s; nothing was trained on it, and no earlier checkpoint is beside it: restore it from a copy, "
+      "or start anew",
+      message);
+}
+
+static bool is_large(const char *name) {
+  const size_t length = strlen(name), end = strlen(".safetensors");
+  return length >= end && strcmp(name + length - end, ".safetensors") == 0;
+}
+
+/* All files are there, and the small ones are what they were. */
+static flap_status check_small(const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  FLAP_TRY(status);
+  status = flap_checksums_check_sizes(&checksums, folder);
+  for (size_t i = 0; i < checksums.count && status == FLAP_OK; i++)
+    if (!is_large(checksums.entries[i].name))
+      status = flap_checksums_check_file(&checksums.entries[i], folder);
+  flap_checksums_close(&checksums);
+  return status;
+}
+
+/* A reader may stumble over a changed byte before a whole file is summed up: then that is what is said. */
+static flap_status find_changed(const char *folder, const flap_checksums *checksums, flap_status status) {
+  char message[2048];
+  uint64_t bytes = 0;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  for (size_t i = 0; i < checksums->count; i++)
+    bytes += checksums->entries[i].bytes;
+  if (bytes > READ_AGAIN_BYTES_MAX)
+    return flap_error_set(status, "%s (flap inspect %s tells whether it is what was saved)", message, folder);
+  for (size_t i = 0; i < checksums->count; i++)
+    if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
+      return FLAP_CORRUPT;
+  return flap_error_set(status, "%s", message);
+}
+
+flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    flap_log(FLAP_LOG_WARNING,
+             "%s has no " FLAP_CHECKSUMS_FILE
+             ": an earlier version saved it, or it was changed; whether it is what was "
+             "saved cannot be told",
+             folder);
+    return flap_weights_resume(pager, layout, folder, NULL);
+  }
+  if (status == FLAP_OK)
+    status = flap_weights_resume(pager, layout, folder, &checksums);
+  if (status == FLAP_INVALID || status == FLAP_UNSUPPORTED || status == FLAP_NOT_FOUND)
+    status = find_changed(folder, &checksums, status);
+  flap_checksums_close(&checksums);
+  return advise(folder, status);
+}
+
 /* ---- finding ------------------------------------------------------------------------------------------------- */
+
+static flap_status open_found(const char *folder, flap_trainer_state *state_out) {
+  FLAP_TRY(advise(folder, check_small(folder)));
+  return flap_checkpoint_read_state(folder, state_out);
+}
 
 static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
   struct stat about;
@@ -231,13 +358,37 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   flap_output_steps_close(&list);
   FLAP_TRY(status);
   if (found)
-    return read_state(folder_out, state_out);
+    return open_found(folder_out, state_out);
   if (count > 0)
     return flap_error_set(FLAP_NOT_FOUND,
                           "resume_from_checkpoint: the checkpoints in %s hold weights only (save_only_model), without "
                           "the optimizer's states; give one as model_name_or_path to start anew from it",
                           output_dir);
   return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
+}
+
+/* A crash may have left the folder under its temporary name; but where another run writes, that name is a checkpoint in
+ * the making. The caller has the lock of output_dir. Folders of other names are nobody's to touch. */
+static flap_status recover_named(const char *output_dir, const char *folder) {
+  char parent[FLAP_PATH_MAX];
+  struct stat about, mine;
+  uint64_t step;
+  const char *slash = strrchr(folder, '/');
+  if (flap_system_stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return FLAP_OK;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (parent[0] == '\0')
+    strcpy(parent, "/");
+  if (flap_system_stat(parent, &about) != 0)
+    return FLAP_OK;
+  if (flap_system_stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
+    return flap_durable_recover_folder(folder);
+  flap_run_lock lock;
+  FLAP_TRY(flap_run_lock_take(parent, &lock));
+  const flap_status status = flap_durable_recover_folder(folder);
+  flap_run_lock_release(&lock);
+  return status;
 }
 
 flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
@@ -251,12 +402,10 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: the path is %s", length ? "too long" : "empty");
   memcpy(folder_out, resume_from, length);
   folder_out[length] = '\0';
-  /* A crash may have left the folder under its temporary name; nobody else's folders are touched. */
-  const char *slash = strrchr(folder_out, '/');
   struct stat about;
-  uint64_t step;
-  if (flap_system_stat(folder_out, &about) != 0 && flap_output_parse_name(slash ? slash + 1 : folder_out, "", &step))
-    FLAP_TRY(flap_durable_recover_folder(folder_out));
+  flap_status status = recover_named(output_dir, folder_out);
+  if (status != FLAP_OK)
+    return flap_error_prefix(status, "resume_from_checkpoint");
   if (flap_system_stat(folder_out, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
@@ -264,7 +413,7 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
   bool there = false, ours = false;
   FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
   if (there)
-    return read_state(folder_out, state_out);
+    return open_found(folder_out, state_out);
   FLAP_TRY(flap_output_is_ours(folder_out, &ours));
   return flap_error_set(FLAP_NOT_FOUND,
                         "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "

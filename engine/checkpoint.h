@@ -1,9 +1,9 @@
 /* Checkpoints and exported folders: what output_dir holds.
  *
  * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
- * files), the optimizer's states (engine/weights.h), trainer_state.json, and where the run was on a card matmul.json
- * (engine/matmul_choice.h). It is written under a temporary name, synced and renamed. It says nothing about placement,
- * so a run may resume at any budget.
+ * files), the optimizer's states (engine/weights.h), trainer_state.json, where the run was on a card matmul.json
+ * (engine/matmul_choice.h), and the checksums of all of these (io/formats/checksums.h). It is written under a temporary
+ * name, synced and renamed. It says nothing about placement, so a run may resume at any budget.
  */
 #ifndef FLAP_ENGINE_CHECKPOINT_H
 #define FLAP_ENGINE_CHECKPOINT_H
@@ -11,13 +11,12 @@
 #include "engine/layout.h"
 #include "engine/loss_scale.h"
 #include "engine/matmul_choice.h"
+#include "engine/numerics_key.h"
 #include "io/formats/tokenizer.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-#define FLAP_NUMERICS_MAX 512
 
 /* trainer_state.json, all that a resumed run must know beside weights and states. */
 typedef struct flap_trainer_state {
@@ -47,10 +46,19 @@ FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager
                                               bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
 
 /* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a
- * crash left half-renamed); otherwise a folder. Reads and checks trainer_state.json; the weights are checked when they
- * are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
+ * crash left half-renamed); otherwise a folder. The caller holds output_dir's lock (engine/run_lock.h), if it is there.
+ * Compares sizes and small files with their checksums, and reads and checks trainer_state.json; the weights
+ * are checked when they are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
+/* Fills weights and states from a checkpoint that was found. Every byte is compared with its checksum on the way: what
+ * does not agree is FLAP_CORRUPT, and names the file and the checkpoint to go back to. One without checksums, of an
+ * earlier version, is taken with a warning. */
+FLAP_CHECKED flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder);
+
+/* What a checkpoint's trainer_state.json says, unchecked otherwise; for looking at it. */
+FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out);
+
 /* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
  * metrics.jsonl); "": there is nothing. */
 FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);

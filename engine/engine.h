@@ -63,7 +63,8 @@ typedef struct flap_plan {
   bool saved_resident;             /* the saved activations stay in VRAM */
   bool sweep;                      /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
-  uint32_t read_buffers, write_buffers;
+  uint32_t read_buffers, write_buffers, workers;
+  flap_compression compression; /* of pages on disk; no figure here counts on it */
   flap_class_plan classes[FLAP_CLASS_COUNT];
 
   /* budgets (resolved) and what is used of them: exact predictions */
@@ -91,6 +92,11 @@ typedef struct flap_plan {
   double ssd_bytes_per_billion_tokens;
   uint64_t ssd_tbw_bytes; /* that may be written in all: ssd_tbw, or the machine's; 0: not known */
   double ssd_steps;       /* until that is used up; 0: not known, or nothing is written */
+
+  /* and what the whole run writes, checkpoints and export included; all 0 where the number of steps follows from data
+   * that were not read */
+  uint64_t run_steps, run_checkpoints, ssd_run_bytes;
+  uint64_t ssd_budget_bytes; /* that the run may write: ssd_budget; 0: any number */
 
   /* the least that would be accepted, other budgets unchanged */
   uint64_t vram_min, ram_min, disk_min;
@@ -129,6 +135,7 @@ typedef struct flap_step_report {
   double bound_seconds;
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
+  uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
   double eta_seconds;
   bool logged; /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
@@ -153,8 +160,13 @@ typedef struct flap_train_result {
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
   uint64_t steady_lane_bytes[FLAP_LANE_COUNT]; /* measured on the last steady step; 0 if there was none */
+  uint64_t disk_lane_bytes[2], disk_bytes[2];  /* of all programs, read and written: of pages, and of what they were on
+                                                  disk */
   double median_step_seconds;                  /* over steady steps */
   double total_seconds;
+  uint64_t disk_written_bytes;    /* to the disks: states at the start, and what steps wrote */
+  uint64_t saved_bytes;           /* to output_dir: checkpoints and export */
+  uint64_t trained_tokens;        /* by this process */
   char checkpoint[FLAP_PATH_MAX]; /* the newest one, "" if none */
   bool exported;
 } flap_train_result;
@@ -170,10 +182,10 @@ typedef struct flap_observer {
   void (*saved)(void *context, const char *folder, double seconds);
 } flap_observer;
 
-/* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save and return with
- * result.interrupted. Resumed from the last step's checkpoint it has only the export left to do. Writes output_dir: a
- * Hugging Face folder at the end (export_final), checkpoint-<step>/, metrics.jsonl, trace.json. On an error output_dir
- * holds what was saved before and nothing half-written. */
+/* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save (unless
+ * save_strategy is no) and return with result.interrupted. Resumed from the last step's checkpoint it has only the
+ * export left to do. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
+ * metrics.jsonl, trace.json. On an error output_dir holds what was saved before and nothing half-written. */
 FLAP_CHECKED flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                                            const volatile sig_atomic_t *stop, flap_train_result *result_out);
 
@@ -203,6 +215,35 @@ FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const
  * checkpoint. The target must not exist. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
                                             uint64_t max_shard_bytes);
+
+/* ---- checkpoints of a run ---------------------------------------------------------------------------------- */
+
+typedef enum flap_checkpoint_state {
+  FLAP_CHECKPOINT_WHOLE,   /* every file is what was saved, to the byte */
+  FLAP_CHECKPOINT_UNKNOWN, /* without checksums: an earlier version saved it */
+  FLAP_CHECKPOINT_UNREAD,  /* all files are there with their sizes; nothing else was asked for */
+  FLAP_CHECKPOINT_UNFINISHED /* left by a crash; the next run removes it */,
+  FLAP_CHECKPOINT_BROKEN
+} flap_checkpoint_state;
+
+typedef struct flap_checkpoint_report {
+  char folder[FLAP_PATH_MAX];
+  uint64_t step;
+  int64_t saved_at; /* seconds since 1970, UTC */
+  uint64_t bytes;   /* of its files */
+  bool resumable;   /* it has the optimizer's states */
+  flap_checkpoint_state state;
+  char problem[1024];  /* what is wrong with a broken one, else "" */
+  char numerics[512];  /* the numerics key, "" where it is not known */
+  double read_seconds; /* that comparing took */
+} flap_checkpoint_report;
+
+/* Tells of each checkpoint in an output_dir, in the order of steps, or of `folder` if it is one itself: with `verify`
+ * every file is read and compared with its checksum. Changes nothing, and may run beside a training run. Stores how
+ * many there were; `report` must not keep what it is given. */
+FLAP_CHECKED flap_status flap_engine_inspect(const char *folder, bool verify,
+                                             void (*report)(void *context, const flap_checkpoint_report *report),
+                                             void *context, uint32_t *count_out);
 
 /* ---- machine --------------------------------------------------------------------------------------------- */
 

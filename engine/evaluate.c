@@ -3,6 +3,7 @@
 #include "base/assert.h"
 #include "base/units.h"
 #include "engine/prepare.h"
+#include "engine/pressure.h"
 #include "engine/weights.h"
 
 #include <string.h>
@@ -92,6 +93,7 @@ flap_status flap_engine_eval(const flap_run_config *config, const flap_observer 
   FLAP_TRY_GOTO(status, open_dataset(&prepared, &dataset));
   FLAP_TRY_GOTO(status, flap_prepare_plan(&prepared, FLAP_MODE_FORWARD, config->per_device_train_batch_size,
                                           config->cutoff_len, EVAL_MICRO_BATCHES, 0));
+  FLAP_TRY_GOTO(status, flap_pressure_check_here(&prepared));
   if (observer != NULL && observer->planned != NULL)
     observer->planned(observer->context, &prepared.plan, NULL);
   FLAP_TRY_GOTO(status, evaluate_run(&prepared, dataset, report_out));

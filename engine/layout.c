@@ -113,11 +113,34 @@ uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
   return layout->first_cache + layer;
 }
 
+/* States are moments for the most part. */
+static uint8_t element_bytes(const flap_layout *layout, flap_region_class klass) {
+  const flap_layout_spec *spec = &layout->spec;
+  switch (klass) {
+  case FLAP_CLASS_STATES:
+  case FLAP_CLASS_GRADIENT_SUMS:
+  case FLAP_CLASS_VOCABULARY_SUMS:
+    return 4;
+  case FLAP_CLASS_GRADIENTS:
+    return (uint8_t)flap_dtype_bytes(spec->gradient_dtype);
+  case FLAP_CLASS_WEIGHTS:
+  case FLAP_CLASS_VOCABULARY:
+  case FLAP_CLASS_BOUNDARIES:
+  case FLAP_CLASS_HIDDEN_GRADIENTS:
+  case FLAP_CLASS_SAVED:
+  case FLAP_CLASS_CACHE:
+  case FLAP_CLASS_COUNT:
+    break;
+  }
+  return (uint8_t)flap_dtype_bytes(spec->shape.dtype);
+}
+
 static uint32_t add_placed(flap_layout *layout, flap_region_class klass, uint64_t bytes, flap_layout_place place) {
   flap_assert(bytes > 0);
   if (layout->regions != NULL) {
     layout->regions[layout->region_count].klass = klass;
     layout->regions[layout->region_count].place = place;
+    layout->regions[layout->region_count].element_bytes = element_bytes(layout, klass);
     layout->regions[layout->region_count].bytes = flap_units_round_up(bytes, FLAP_BLOCK_ALIGN);
   }
   return layout->region_count++;
@@ -180,6 +203,8 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
                      host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
       slice.gradient = add_placed(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype),
                                   host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
+      if (layout->regions != NULL && flap_layout_has_codes(spec->optim, kind))
+        layout->regions[slice.states].element_bytes = 1;
       if (layout->slices != NULL)
         layout->slices[layout->slice_count] = slice;
       layout->slice_count++;

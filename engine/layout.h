@@ -47,7 +47,8 @@ typedef enum flap_layout_place {
 typedef struct flap_layout_region {
   flap_region_class klass;
   flap_layout_place place;
-  uint64_t bytes; /* a multiple of FLAP_BLOCK_ALIGN */
+  uint8_t element_bytes; /* of most of what it holds: how its bytes are shuffled where they are compressed */
+  uint64_t bytes;        /* a multiple of FLAP_BLOCK_ALIGN */
 } flap_layout_region;
 
 /* What a states region holds, section after section, in this order. */

@@ -210,7 +210,7 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   FLAP_TRY(flap_engine_machine(device, threads, disk_path, fresh, machine));
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
-  profile->ram_bytes = flap_budgets_free_memory();
+  profile->ram_bytes = flap_budgets_free_memory(false);
   if (profile->device == FLAP_RUN_DEVICE_CUDA)
     FLAP_TRY(flap_machine_cuda_free(&profile->vram_bytes));
   if (disk_path) {

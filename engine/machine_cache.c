@@ -366,7 +366,7 @@ flap_status flap_machine_cache_lock(const char *path, int *fd_out) {
   char name[FLAP_PATH_MAX];
   if (!join(name, path, ".lock"))
     return flap_error_set(FLAP_INVALID, "%s: too long a path to lock", path);
-  int fd = flap_system_open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+  int fd = flap_system_open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, FLAP_DURABLE_FILE_MODE);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", name);
   for (int i = 0; i < LOCK_TRIES; i++) {

@@ -1,17 +1,23 @@
 #include "engine/machine_profile.h"
 
 #include "base/units.h"
+#include "engine/disk_rates.h"
+
+void flap_machine_profile_disks(const flap_machine_profile *profile, uint32_t disk_count, flap_disk_set *set_out) {
+  *set_out = (flap_disk_set){.count = disk_count < profile->disk_count ? disk_count : profile->disk_count};
+  for (uint32_t i = 0; i < set_out->count; i++)
+    set_out->disks[i] = (flap_disk_rates){.read_bytes = profile->disks[i].read_bytes,
+                                          .write_bytes = profile->disks[i].write_bytes,
+                                          .both_bytes = profile->disks[i].both_bytes,
+                                          .drive = i};
+}
 
 void flap_machine_profile_rates(const flap_machine_profile *profile, uint32_t disk_count, flap_machine *machine_out) {
-  flap_machine machine = profile->machine;
-  machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;
-  for (uint32_t i = 0; i < disk_count && i < profile->disk_count; i++) {
-    const flap_profile_disk *disk = &profile->disks[i];
-    machine.disk_read_bytes += disk->read_bytes;
-    machine.disk_write_bytes += disk->write_bytes;
-    machine.disk_both_bytes += disk->both_bytes > 0 ? disk->both_bytes : disk->read_bytes + disk->write_bytes;
-  }
-  *machine_out = machine;
+  flap_disk_set set;
+  flap_machine_profile_disks(profile, disk_count, &set);
+  flap_disk_set_weigh(&set, NULL);
+  *machine_out = profile->machine;
+  flap_disk_set_rates(&set, NULL, machine_out);
 }
 
 static flap_status check_size(const char *key, const flap_machine_profile *profile, const flap_size *size,

@@ -31,6 +31,10 @@ typedef struct flap_machine_profile {
   flap_profile_disk disks[FLAP_RUN_DISKS_MAX];
 } flap_machine_profile;
 
+/* The first `disk_count` disks of the machine; without weights. */
+struct flap_disk_set;
+void flap_machine_profile_disks(const flap_machine_profile *profile, uint32_t disk_count,
+                                struct flap_disk_set *set_out);
 /* The rates for a run with the first `disk_count` disks of the machine: striped over, they work side by side. */
 void flap_machine_profile_rates(const flap_machine_profile *profile, uint32_t disk_count, flap_machine *machine_out);
 /* Sizes that the configuration gives against what is there. FLAP_BUDGET or FLAP_INVALID names the key. */

@@ -79,6 +79,13 @@ flap_status flap_output_look(const char *folder, const char *name, bool *there_o
   return flap_durable_look(path, there_out);
 }
 
+bool flap_output_is_there(const char *folder, const char *name) {
+  bool there = false;
+  if (flap_output_look(folder, name, &there) != FLAP_OK)
+    flap_error_clear();
+  return there;
+}
+
 flap_status flap_output_is_ours(const char *folder, bool *ours_out) {
   flap_safetensors *reader = NULL;
   *ours_out = false;
@@ -170,6 +177,16 @@ static flap_status list_steps(const char *output_dir, entry_fn visit, flap_outpu
 
 flap_status flap_output_list(const char *output_dir, flap_output_steps *steps_out) {
   return list_steps(output_dir, visit_step, steps_out);
+}
+
+static flap_status visit_any(void *context, const char *folder, const char *name) {
+  FLAP_TRY(visit_step(context, folder, name));
+  uint64_t step;
+  return flap_output_parse_name(name, ".tmp", &step) ? add_step(context, step) : FLAP_OK;
+}
+
+flap_status flap_output_list_all(const char *output_dir, flap_output_steps *steps_out) {
+  return list_steps(output_dir, visit_any, steps_out);
 }
 
 void flap_output_steps_close(flap_output_steps *steps) {
@@ -336,7 +353,7 @@ flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, co
   FLAP_TRY(flap_durable_begin_folder(final, temporary));
   flap_status status = flap_output_write_artifacts(temporary, artifacts, layout->spec.shape.dtype);
   if (status == FLAP_OK)
-    status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES);
+    status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES, NULL);
   if (status == FLAP_OK)
     status = flap_output_install(temporary, output_dir);
   flap_durable_abort_folder(final);

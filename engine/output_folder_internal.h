@@ -17,6 +17,8 @@ typedef struct flap_output_steps {
 } flap_output_steps;
 
 FLAP_CHECKED flap_status flap_output_list(const char *output_dir, flap_output_steps *steps_out);
+/* Those of `checkpoint-<step>.tmp` too, so a step may be there twice. */
+FLAP_CHECKED flap_status flap_output_list_all(const char *output_dir, flap_output_steps *steps_out);
 void flap_output_steps_close(flap_output_steps *steps); /* {0} is fine */
 
 /* True if `name` is "checkpoint-<step>" followed by `suffix`. */
@@ -30,6 +32,8 @@ FLAP_CHECKED flap_status flap_output_recover(const char *output_dir);
 /* Whether the folder's weights were written by FLAP. What is not there, or no model, is not ours; a system that refuses
  * to read, or to give memory, is an error, lest a folder is taken for somebody else's. */
 FLAP_CHECKED flap_status flap_output_is_ours(const char *folder, bool *ours_out);
+/* The same for messages and reports: what cannot be looked at is not there. Leaves no error record. */
+bool flap_output_is_there(const char *folder, const char *name);
 /* Whether the folder has an entry of that name. */
 FLAP_CHECKED flap_status flap_output_look(const char *folder, const char *name, bool *there_out);
 

@@ -6,6 +6,8 @@
 #include <string.h>
 
 #define BUFFERS_MAX 16u
+#define WORKERS_MAX 8u
+#define WORKERS_SHARE 64u /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
 #define TRACE_EVENT_BYTES 64u    /* about */
 #define PLACEMENT_BURST_SHARE 8u /* slots for one burst take at most this part of what is left of vram */
@@ -160,6 +162,22 @@ static uint64_t power_of_two_below(uint64_t value) {
   return power;
 }
 
+/* Half of the cores, for the others compute or launch and copy; no more than can be at work for either way; and what
+ * they compress with must be a small part of ram. */
+static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice, uint64_t ram_bytes) {
+  const flap_pager_config config = {.page_bytes = choice->page_bytes,
+                                    .transfer_bytes = choice->transfer_bytes,
+                                    .compression = setup->spec.compression,
+                                    .disk_rates = setup->spec.disk_rates};
+  const uint64_t each = flap_pager_worker_bytes(&config);
+  uint32_t workers = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
+  if (workers > choice->read_buffers)
+    workers = choice->read_buffers;
+  while (workers > 1 && workers * each > ram_bytes / WORKERS_SHARE)
+    workers--;
+  return workers > 0 ? workers : 1;
+}
+
 /* Staging: as large as a quarter of ram allows, but always what works at all. */
 static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_setup *setup) {
   uint64_t transfer = power_of_two_below(budgets->ram_bytes / (8 * BUFFERS_MAX)); /* as many buffers as may be */
@@ -169,7 +187,7 @@ static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_s
     transfer = choice->page_bytes;
   const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
   choice->transfer_bytes = choice->page_bytes;
-  choice->read_buffers = choice->write_buffers = 1;
+  choice->read_buffers = choice->write_buffers = choice->workers = 1;
   choice->trace_events = 0;
   place(setup, choice);
   if (setup->ram_bytes > budgets->ram_bytes)
@@ -181,6 +199,7 @@ static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_s
         continue;
       choice->transfer_bytes = transfer;
       choice->read_buffers = choice->write_buffers = buffers;
+      choice->workers = count_workers(setup, choice, budgets->ram_bytes);
       for (int traced = 1; traced >= 0; traced--) {
         choice->trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
         place(setup, choice);
@@ -196,7 +215,7 @@ static bool fit_without_disk(const flap_budgets *budgets, flap_choice *choice, f
   flap_choice trial = *choice;
   const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
   for (int traced = 1; traced >= 0; traced--) {
-    trial.read_buffers = trial.write_buffers = 0;
+    trial.read_buffers = trial.write_buffers = trial.workers = 0;
     trial.transfer_bytes = trial.page_bytes;
     while (trial.transfer_bytes * 2 <= PLANNER_TRANSFER_MAX)
       trial.transfer_bytes *= 2; /* copies are merged up to this; nothing is taken for it */
@@ -235,7 +254,7 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
     return PLANNER_FITS;
   if (planner->spec.disk_count == 0) {
     choice.ram_bytes = 0;
-    choice.read_buffers = choice.write_buffers = 0;
+    choice.read_buffers = choice.write_buffers = choice.workers = 0;
     choice.transfer_bytes = choice.page_bytes;
     choice.trace_events = 0;
     place(setup, &choice);

@@ -1,9 +1,12 @@
 /* flap_engine_plan, and what a setup looks like to people. */
+#include "base/log.h"
 #include "base/units.h"
 #include "engine/bound.h"
 #include "engine/budgets.h"
 #include "engine/checkpoint.h"
 #include "engine/prepare.h"
+#include "engine/pressure.h"
+#include "engine/wear.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -71,6 +74,9 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->slice_bytes = largest_slice_bytes(&setup->layout);
   plan->read_buffers = choice->read_buffers;
   plan->write_buffers = choice->write_buffers;
+  plan->workers = choice->workers;
+  plan->compression = setup->disk_bytes > 0 && flap_pager_worker_bytes(&setup->pager) > 0 ? setup->spec.compression
+                                                                                          : FLAP_COMPRESSION_OFF;
   memcpy(plan->classes, setup->classes, sizeof plan->classes);
 }
 
@@ -178,11 +184,25 @@ static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
   return FLAP_OK;
 }
 
+/* What a run would be refused for. */
+static void warn_of(flap_status status) {
+  if (status == FLAP_OK)
+    return;
+  flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
+  flap_error_clear();
+}
+
 flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
   flap_prepared prepared;
   FLAP_TRY(flap_prepare_open(config, &prepared));
   flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
+  if (status == FLAP_OK) {
+    warn_of(flap_pressure_check_here(&prepared));
+    if (config->max_steps > 0) /* else the data say, which are not read */
+      flap_wear_describe(config, config->max_steps, config->num_train_epochs, &prepared.plan);
+    warn_of(flap_wear_check(config, &prepared.plan));
+  }
   if (status == FLAP_OK)
     status = describe_least(&prepared, &prepared.plan);
   *plan_out = prepared.plan;

@@ -175,7 +175,7 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                         .page_bytes = page,
                         .transfer_bytes = page};
   if (planner->spec.disk_count > 0)
-    choice.read_buffers = choice.write_buffers = 1;
+    choice.read_buffers = choice.write_buffers = choice.workers = 1;
   return choice;
 }
 
@@ -278,7 +278,7 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
   for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
     flap_choice choice = settled;
     choice.transfer_bytes = choice.page_bytes;
-    choice.read_buffers = choice.write_buffers = planner->spec.disk_count > 0 ? 1 : 0;
+    choice.read_buffers = choice.write_buffers = choice.workers = planner->spec.disk_count > 0 ? 1 : 0;
     if (planner_fill(planner, budgets, &choice, depths[d], &setup) != PLANNER_FITS)
       continue;
     const double estimate = planner_estimate(planner, &setup) * (depths[d] == 0 ? PLANNER_NOTHING_AHEAD : 1);

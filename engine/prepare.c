@@ -15,6 +15,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#define RATES_ALIKE 0.98 /* no plan is made again for less */
+
 /* ---- model and tokenizer --------------------------------------------------------------------------------- */
 
 static bool only_shards(const flap_run_config *config) {
@@ -109,7 +111,8 @@ static uint32_t thread_count(const flap_run_config *config) {
 static flap_status take_profile(flap_prepared *p, const flap_machine_profile *profile) {
   flap_setup_spec *spec = &p->planner.spec;
   FLAP_TRY(flap_machine_profile_check(profile, p->config));
-  flap_machine_profile_rates(profile, p->config->disk_count, &p->machine);
+  p->machine = profile->machine;
+  flap_machine_profile_disks(profile, p->config->disk_count, &p->disks);
   spec->device = profile->device == FLAP_RUN_DEVICE_CUDA ? FLAP_DEVICE_CUDA : FLAP_DEVICE_CPU;
   spec->vram_overhead_bytes = p->machine.overhead_bytes;
   return FLAP_OK;
@@ -134,6 +137,41 @@ static flap_status choose_device(flap_prepared *p) {
     flap_log(FLAP_LOG_DEBUG, "device: cpu (%s)", flap_error_message());
   }
   return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
+}
+
+/* Of each drive once, however many folders lie on it. */
+static flap_status gather_disks(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  const flap_run_device device =
+      p->planner.spec.device == FLAP_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
+  struct stat about[FLAP_RUN_DISKS_MAX];
+  p->disks.count = config->disk_count;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    flap_machine machine = p->machine;
+    uint32_t drive = 0;
+    if (flap_system_stat(config->disk[i].path, &about[i]) != 0)
+      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", config->disk[i].path);
+    while (about[drive].st_dev != about[i].st_dev)
+      drive++;
+    if (drive == i && i > 0)
+      FLAP_TRY(flap_engine_machine(device, p->planner.spec.threads, config->disk[i].path, false, &machine));
+    p->disks.disks[i] = (flap_disk_rates){.read_bytes = machine.disk_read_bytes,
+                                          .write_bytes = machine.disk_write_bytes,
+                                          .both_bytes = machine.disk_both_bytes,
+                                          .drive = drive};
+    if (drive < i) {
+      p->disks.disks[i] = p->disks.disks[drive];
+      p->disks.disks[i].drive = drive;
+    }
+  }
+  return FLAP_OK;
+}
+
+static void give_disk_rates(flap_prepared *p, const uint64_t *bytes) {
+  flap_disk_set_rates(&p->disks, bytes, &p->machine);
+  p->planner.spec.disk_rates = (flap_duplex){.alone_bytes = p->machine.disk_read_bytes,
+                                             .other_alone_bytes = p->machine.disk_write_bytes,
+                                             .both_bytes = p->machine.disk_both_bytes};
 }
 
 static flap_status check_saved(const flap_prepared *p) {
@@ -167,6 +205,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                             .device = FLAP_DEVICE_CPU,
                             .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
                             .io = backends[config->expert.io],
+                            .compression = config->compression,
                             .disk_count = config->disk_count};
   for (uint32_t i = 0; i < config->disk_count; i++)
     spec->disk_paths[i] = config->disk[i].path;
@@ -177,7 +216,15 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
     return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
                           config->expert.segment_layers, p->model.num_hidden_layers);
   FLAP_TRY(check_saved(p));
-  return choose_device(p);
+  FLAP_TRY(choose_device(p));
+  if (config->profile == NULL)
+    FLAP_TRY(gather_disks(p));
+  flap_disk_set_weigh(&p->disks, config);
+  for (uint32_t i = 0; i < p->disks.count; i++)
+    spec->disk_weights[i] = p->disks.disks[i].weight;
+  give_disk_rates(p, NULL);
+  spec->shared_cores = p->machine.shared_cores > 0;
+  return FLAP_OK;
 }
 
 static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {
@@ -255,6 +302,38 @@ static flap_status give_times(flap_prepared *p) {
   return flap_op_times_from_rates(&of, &p->machine, &p->times);
 }
 
+/* How many bytes lie on each disk of the configuration. */
+static void share_of_disks(const flap_prepared *p, uint64_t bytes_out[FLAP_RUN_DISKS_MAX]) {
+  flap_block_config config;
+  uint64_t bytes[FLAP_BLOCK_DISKS_MAX];
+  flap_setup_block_config(&p->setup, &config);
+  config.bytes = p->setup.sizes.disk_bytes;
+  flap_block_share(&config, bytes);
+  memset(bytes_out, 0, FLAP_RUN_DISKS_MAX * sizeof *bytes_out);
+  for (uint32_t i = 0, k = 0; i < p->disks.count && k < config.disk_count; i++)
+    if (config.disks[k].path == p->planner.spec.disk_paths[i]) /* those without room for a stripe are left out */
+      bytes_out[i] = bytes[k++];
+}
+
+/* Rates are those of the shares that weights ask for. Where a disk is too small for its own, the others have more to
+ * do, and all together are slower: how much is known once it is known how many bytes lie on them. */
+static flap_status plan_anew(flap_prepared *p) {
+  const flap_machine before = p->machine;
+  uint64_t bytes[FLAP_RUN_DISKS_MAX];
+  if (p->disks.count < 2 || p->setup.sizes.disk_bytes == 0)
+    return FLAP_OK;
+  share_of_disks(p, bytes);
+  give_disk_rates(p, bytes);
+  if (p->machine.disk_read_bytes > RATES_ALIKE * before.disk_read_bytes &&
+      p->machine.disk_write_bytes > RATES_ALIKE * before.disk_write_bytes)
+    return FLAP_OK;
+  flap_setup_close(&p->setup);
+  p->has_setup = false;
+  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
+  p->has_setup = true;
+  return FLAP_OK;
+}
+
 flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t batch, uint32_t sequence,
                               uint32_t micro_batches, uint32_t cache_positions) {
   const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
@@ -266,5 +345,6 @@ flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t bat
   FLAP_TRY(give_times(p));
   FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
   p->has_setup = true;
+  FLAP_TRY(plan_anew(p));
   return flap_plan_describe(p, &p->plan);
 }

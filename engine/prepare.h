@@ -7,6 +7,7 @@
 #ifndef FLAP_ENGINE_PREPARE_H
 #define FLAP_ENGINE_PREPARE_H
 
+#include "engine/disk_rates.h"
 #include "engine/planner.h"
 #include "io/formats/tokenizer.h"
 
@@ -18,7 +19,8 @@ typedef struct flap_prepared {
   const flap_run_config *config;
   flap_model_config model;
   flap_tokenizer *tokenizer; /* NULL when the data are tokens already and nobody named one */
-  flap_machine machine;
+  flap_machine machine;      /* its disk rates are those of all disks, with as many bytes on each as the setup has */
+  flap_disk_set disks;
   const char *resume_folder; /* the checkpoint that the run goes on from, for its products; NULL or "": none */
   flap_matmul_choice matmuls;
   flap_op_times times;

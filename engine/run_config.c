@@ -11,6 +11,7 @@
 #define SLICE_BYTES_MAX (64 * FLAP_MIB)
 #define PAGE_BYTES_MIN (4 * FLAP_KIB)
 #define PAGE_BYTES_MAX (4 * FLAP_MIB)
+#define WEIGHT_MAX 1e6 /* of a disk */
 #define TOKENS_MAX ((uint64_t)1 << 40)
 
 const char *flap_run_config_saved(flap_run_saved saved) {
@@ -52,6 +53,7 @@ void flap_run_config_defaults(flap_run_config *config) {
   config->device = FLAP_RUN_DEVICE_AUTO;
   config->vram.kind = FLAP_SIZE_MAX;
   config->ram.kind = FLAP_SIZE_MAX;
+  config->compression = FLAP_COMPRESSION_AUTO;
 }
 
 static bool between(double value, double low, double high) {
@@ -139,6 +141,10 @@ static flap_status check_saving(const flap_run_config *config) {
     return flap_error_set(FLAP_INVALID, "eval_steps: nothing is held out to evaluate on: set val_size");
   if (config->save_strategy == FLAP_STRATEGY_STEPS && config->save_steps < 1)
     return flap_error_set(FLAP_INVALID, "save_steps: must be at least 1 (save_strategy: no turns saving off)");
+  if (!between(config->save_minutes, 0, 1e9))
+    return flap_error_set(FLAP_INVALID, "save_minutes: %g must be 0 (never) or more", config->save_minutes);
+  if (config->save_minutes > 0 && config->save_strategy == FLAP_STRATEGY_NO)
+    return flap_error_set(FLAP_INVALID, "save_minutes: contradicts save_strategy: no, which saves nothing");
   if (!config->output_dir[0])
     return flap_error_set(FLAP_INVALID, "output_dir: missing: name the folder for checkpoints, metrics and the "
                                         "trained model");
@@ -158,10 +164,19 @@ static flap_status check_machine(const flap_run_config *config) {
     if (!config->disk[i].path[0])
       return flap_error_set(FLAP_INVALID, "disk: entry %u has no path: name an existing folder", i + 1);
     FLAP_TRY(check_size("disk", config->disk[i].size));
+    if (!between(config->disk[i].weight, 0, WEIGHT_MAX))
+      return flap_error_set(FLAP_INVALID, "disk: %s: a weight of %g must be above 0 and at most %g",
+                            config->disk[i].path, config->disk[i].weight, WEIGHT_MAX);
+    if ((config->disk[i].weight > 0) != (config->disk[0].weight > 0))
+      return flap_error_set(
+          FLAP_INVALID, "disk: %s has a weight and %s has none: give all of them one, or leave it to measurement",
+          config->disk[config->disk[i].weight > 0 ? i : 0].path, config->disk[config->disk[i].weight > 0 ? 0 : i].path);
     for (uint32_t j = 0; j < i; j++)
       if (strcmp(config->disk[i].path, config->disk[j].path) == 0)
         return flap_error_set(FLAP_INVALID, "disk: %s is given twice", config->disk[i].path);
   }
+  if (!between(config->ssd_budget_share, 0, 1))
+    return flap_error_set(FLAP_INVALID, "ssd_budget: %g%% is not between 0 and 100%%", 100 * config->ssd_budget_share);
   const flap_expert *expert = &config->expert;
   if (expert->page_bytes != 0 && (expert->page_bytes < PAGE_BYTES_MIN || expert->page_bytes > PAGE_BYTES_MAX ||
                                   (expert->page_bytes & (expert->page_bytes - 1)) != 0))

@@ -8,6 +8,7 @@
 
 #include "base/dtype.h"
 #include "base/status.h"
+#include "io/block/codec.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -63,6 +64,7 @@ typedef enum flap_strategy { FLAP_STRATEGY_NO, FLAP_STRATEGY_STEPS, FLAP_STRATEG
 typedef struct flap_run_disk {
   char path[FLAP_PATH_MAX]; /* an existing folder */
   flap_size size;
+  double weight; /* for striping, beside the others'; 0: what the disk can do as measured */
 } flap_run_disk;
 
 /* Where the optimizer runs: on the device, on the host's cores, or on the device for half of the parts. */
@@ -125,11 +127,13 @@ typedef struct flap_run_config {
   uint64_t eval_steps; /* 0: at the start and the end only */
   flap_strategy save_strategy;
   uint64_t save_steps;
+  double save_minutes;       /* as well, when so long was not saved; 0: never */
   uint32_t save_total_limit; /* 0: keep all */
   bool save_only_model;
   char output_dir[FLAP_PATH_MAX];
   bool overwrite_output_dir;
   char resume_from_checkpoint[FLAP_PATH_MAX]; /* "": no; "true": the newest in output_dir; else a folder */
+  bool allow_numerics_change;                 /* resume although the numerics key is another */
   bool export_final;                          /* export: final|none */
 
   /* the machine */
@@ -139,7 +143,10 @@ typedef struct flap_run_config {
   flap_size vram, ram;
   uint32_t disk_count;
   flap_run_disk disk[FLAP_RUN_DISKS_MAX];
-  uint64_t ssd_tbw; /* bytes that may be written to all disks together; 0: not known */
+  flap_compression compression;
+  uint64_t ssd_tbw;        /* bytes that may be written to all disks together; 0: not known */
+  uint64_t ssd_budget;     /* bytes that this run may write; 0: any number */
+  double ssd_budget_share; /* the same as a share of ssd_tbw; 0: ssd_budget says */
   flap_expert expert;
 } flap_run_config;
 

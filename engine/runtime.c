@@ -45,6 +45,8 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
     pager->device.machine = *config->machine;
     pager->clock = runtime->clock;
     pager->disk.disk_count = 0; /* one disk of the machine's rates */
+    pager->compression = FLAP_COMPRESSION_OFF;
+    pager->workers = 0; /* there are no bytes to work on */
   } else {
     pager->trace = trace_transfer;
     pager->trace_compute = trace_compute;

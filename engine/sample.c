@@ -2,6 +2,7 @@
  */
 #include "base/assert.h"
 #include "engine/prepare.h"
+#include "engine/pressure.h"
 #include "engine/runtime.h"
 #include "engine/sampler.h"
 #include "engine/weights.h"
@@ -50,7 +51,8 @@ static flap_status plan(generation *g) {
                           "max_position_embeddings of %u",
                           g->options->max_new_tokens, (unsigned long long)g->prompt.count, most);
   const uint32_t piece = g->prompt.count < PIECE_TOKENS_MAX ? (uint32_t)g->prompt.count : PIECE_TOKENS_MAX;
-  return flap_prepare_plan(&g->prepared, FLAP_MODE_SAMPLE, 1, piece, 1, (uint32_t)positions);
+  FLAP_TRY(flap_prepare_plan(&g->prepared, FLAP_MODE_SAMPLE, 1, piece, 1, (uint32_t)positions));
+  return flap_pressure_check_here(&g->prepared);
 }
 
 static flap_status no_keys(void *context, uint64_t offset, uint64_t bytes, void *memory) {

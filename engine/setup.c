@@ -20,6 +20,8 @@ static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 
+_Static_assert(FLAP_CLASS_COUNT <= FLAP_PAGER_CLASSES_MAX, "the pager knows as many classes");
+
 const char *flap_engine_class_name(flap_region_class klass) {
   static const char *const names[] = {"weights",         "vocabulary", "states",           "gradients", "gradient_sums",
                                       "vocabulary_sums", "boundaries", "hidden_gradients", "saved",     "cache"};
@@ -220,6 +222,8 @@ static void lay_rings(flap_setup *setup) {
     const flap_layout_region *region = &layout->regions[i];
     flap_pager_region *paged = &setup->regions[i];
     paged->bytes = region->bytes;
+    paged->klass = (uint8_t)region->klass;
+    paged->element_bytes = region->element_bytes;
     paged->ram_pages = 0;
     if (region->place == FLAP_PLACE_HOST)
       paged->ring = FLAP_PAGER_HOST;
@@ -334,7 +338,7 @@ void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_
     const uint64_t bytes = setup->disk_sizes[i] / stripe * stripe;
     if (bytes > 0)
       config_out->disks[config_out->disk_count++] =
-          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes};
+          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes, .weight = setup->spec.disk_weights[i]};
   }
 }
 
@@ -381,6 +385,10 @@ static void measure(flap_setup *setup) {
   pager->copy_bytes = flap_units_round_up(COPY_BYTES, choice->page_bytes);
   pager->read_buffers = choice->read_buffers;
   pager->write_buffers = choice->write_buffers;
+  pager->workers = choice->workers;
+  pager->compression = setup->spec.compression;
+  pager->disk_rates = setup->spec.disk_rates;
+  pager->shared_cores = setup->spec.shared_cores;
   pager->region_count = setup->layout.region_count;
   pager->regions = setup->regions;
   pager->rings = setup->rings;

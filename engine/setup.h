@@ -40,8 +40,12 @@ typedef struct flap_setup_spec {
   flap_device_kind device;      /* of the run; planning simulates it */
   uint32_t reader_depth;        /* batches in memory, of a step each; 0: no reader */
   flap_block_backend io;
+  flap_compression compression; /* of pages on disk, and what decides about it: */
+  flap_duplex disk_rates;       /* of all disks together */
+  bool shared_cores;            /* compute wants all cores */
   uint32_t disk_count;
   const char *disk_paths[FLAP_BLOCK_DISKS_MAX];
+  uint64_t disk_weights[FLAP_BLOCK_DISKS_MAX]; /* for striping; 0: by size */
 } flap_setup_spec;
 
 typedef struct flap_choice {
@@ -52,6 +56,7 @@ typedef struct flap_choice {
   uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
+  uint32_t workers;                     /* that check what the disk holds; likewise */
   uint32_t trace_events;
   uint32_t extra_slots[FLAP_CLASS_COUNT]; /* of rings, beyond what the programs need at once */
   uint64_t

@@ -10,6 +10,8 @@
 #include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
+#include "engine/pressure.h"
+#include "engine/wear.h"
 #include "engine/weights.h"
 #include "io/formats/durable.h"
 
@@ -69,10 +71,27 @@ static flap_status check_output(trainer *t) {
   return FLAP_OK;
 }
 
+/* Before anything in the folder is looked at, for what is half-written there may be another run's. */
+static flap_status lock_output(trainer *t) {
+  const flap_status status = flap_run_lock_take(t->config->output_dir, &t->lock);
+  return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "output_dir");
+}
+
+static flap_status check_and_lock_output(trainer *t) {
+  struct stat info;
+  if (flap_system_stat(t->config->output_dir, &info) == 0 && S_ISDIR(info.st_mode))
+    FLAP_TRY(lock_output(t));
+  return check_output(t);
+}
+
 static flap_status make_output(trainer *t) {
   struct stat info;
   t->made_output = flap_system_stat(t->config->output_dir, &info) != 0;
   FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
+  if (t->lock.fd < 0) { /* it was not there, and meanwhile another run may have made it, and trained */
+    FLAP_TRY(lock_output(t));
+    FLAP_TRY(check_output(t));
+  }
   uint64_t free_bytes = 0;
   FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
   const uint64_t needed = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes;
@@ -100,7 +119,11 @@ static flap_status open_dataset(trainer *t) {
   t->sequences = flap_dataset_sequences(t->dataset);
   t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
   t->warmup = flap_schedule_warmup(config, t->steps);
-  return FLAP_OK;
+  if (t->steps > t->state.step) {
+    const uint64_t steps = t->steps - t->state.step;
+    flap_wear_describe(config, steps, (double)(steps * t->step_sequences) / (double)t->sequences, &t->prepared.plan);
+  }
+  return flap_wear_check(config, &t->prepared.plan);
 }
 
 /* ---- the run --------------------------------------------------------------------------------------------- */
@@ -118,15 +141,26 @@ static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
                  plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32", products);
 }
 
-/* What a resumed run does differently from the one that saved is said, not hidden. */
-static void compare_with_saved(const trainer *t) {
-  char key[FLAP_NUMERICS_MAX];
+/* A run that would compute other bits than the one that saved does not go on unless that is wanted. */
+static flap_status compare_numerics(const trainer *t) {
+  char key[FLAP_NUMERICS_MAX], differences[2 * FLAP_NUMERICS_MAX];
   numerics_key(t, key);
-  if (strcmp(key, t->state.numerics) != 0)
-    flap_log(
-        FLAP_LOG_WARNING,
-        "%s was saved by a run that computed differently (%s; now %s): results will be equal in kind, not to the bit",
-        t->resume_folder, t->state.numerics, key);
+  if (flap_numerics_key_differences(t->state.numerics, key, differences, sizeof differences) == 0)
+    return FLAP_OK;
+  if (!t->config->allow_numerics_change)
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: %s was saved by a run that computed differently (%s): change that "
+                          "back, or set allow_numerics_change: true to go on with results that are equal in kind, not "
+                          "to the bit",
+                          t->resume_folder, differences);
+  flap_log(FLAP_LOG_WARNING,
+           "%s was saved by a run that computed differently (%s): results will be equal in kind, not to the bit",
+           t->resume_folder, differences);
+  return FLAP_OK;
+}
+
+/* What else a resumed run does differently is said, not hidden. */
+static void compare_data(const trainer *t) {
   if (t->state.dataset_digest != flap_dataset_digest(t->dataset))
     flap_log(FLAP_LOG_WARNING, "the data are not those that %s was trained on: sequences may come again, or not at all",
              t->resume_folder);
@@ -141,7 +175,8 @@ static flap_status fill_regions(trainer *t) {
   if (!t->resume_folder[0])
     return t->config->model != NULL ? flap_weights_init(pager, layout, t->config->seed)
                                     : flap_weights_load(pager, layout, t->config->model_name_or_path);
-  compare_with_saved(t);
+  FLAP_TRY(compare_numerics(t));
+  compare_data(t);
   t->step = t->state.step;
   t->cursor = t->state.cursor;
   /* At the last step all the same: what a crash after the last checkpoint left undone is the export. */
@@ -150,7 +185,7 @@ static flap_status fill_regions(trainer *t) {
                           "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
                           "max_steps or num_train_epochs",
                           t->resume_folder, (unsigned long long)t->step, (unsigned long long)t->steps);
-  FLAP_TRY(flap_weights_resume(pager, layout, t->resume_folder));
+  FLAP_TRY(flap_checkpoint_load(pager, layout, t->resume_folder));
   if ((t->state.loss_scale.scale > 0) != (layout->spec.shape.dtype == FLAP_F16))
     return flap_error_set(FLAP_INVALID,
                           "resume_from_checkpoint: trainer_state.json in %s %s loss_scale, but its weights are %s: it "
@@ -158,6 +193,10 @@ static flap_status fill_regions(trainer *t) {
                           t->resume_folder, t->state.loss_scale.scale > 0 ? "has a" : "has no",
                           flap_dtype_name(layout->spec.shape.dtype));
   t->runtime.executor.loss_scale = t->state.loss_scale;
+  if (strcmp(t->config->resume_from_checkpoint, "true") == 0) { /* until a step is done there is nothing newer */
+    t->saved_step = t->step;
+    memcpy(t->result->checkpoint, t->resume_folder, sizeof t->result->checkpoint);
+  }
   return FLAP_OK;
 }
 
@@ -213,6 +252,8 @@ flap_status trainer_save(trainer *t) {
   FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
                                 t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
   t->saved_step = t->step;
+  t->saved_ns = flap_units_now_ns();
+  t->result->saved_bytes += t->prepared.plan.checkpoint_bytes;
   if (t->observer.saved != NULL)
     t->observer.saved(t->observer.context, t->result->checkpoint, (double)(flap_units_now_ns() - started_ns) * 1e-9);
   return FLAP_OK;
@@ -248,6 +289,12 @@ static void report_bytes(trainer *t) {
   const flap_setup_program steady = t->prepared.setup.steady;
   flap_pager_stats stats;
   flap_pager_get_stats(t->runtime.pager, &stats);
+  for (int i = 0; i < 2; i++) {
+    t->result->disk_lane_bytes[i] = stats.bytes[i == 0 ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE];
+    t->result->disk_bytes[i] = stats.disk_bytes[i];
+  }
+  t->result->disk_written_bytes = flap_wear_start_bytes(&t->prepared.plan) + stats.disk_bytes[1];
+  t->result->trained_tokens = (t->step - t->state.step) * t->prepared.plan.tokens_per_step;
   if (t->runs[steady] == 0)
     return;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
@@ -281,6 +328,7 @@ static flap_status finish(trainer *t) {
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
   t->result->exported = true;
+  t->result->saved_bytes += t->prepared.plan.export_bytes;
   return FLAP_OK;
 }
 
@@ -290,6 +338,7 @@ static void close_all(trainer *t) {
     flap_runtime_close(&t->runtime);
   flap_dataset_close(t->dataset);
   flap_prepare_close(&t->prepared);
+  flap_run_lock_release(&t->lock);
   if (t->made_output)
     (void)flap_system_rmdir(t->config->output_dir); /* only if nothing is in it */
 }
@@ -301,15 +350,17 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   flap_status status = FLAP_OK;
   memset(t, 0, sizeof *t);
   memset(result_out, 0, sizeof *result_out);
-  *t = (trainer){.config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns()};
+  *t = (trainer){
+      .config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns(), .lock = {.fd = -1}};
   if (observer != NULL)
     t->observer = *observer;
   t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;
-  FLAP_TRY(check_output(t));
-  FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  FLAP_TRY_GOTO(status, check_and_lock_output(t));
+  FLAP_TRY_GOTO(status, flap_prepare_open(config, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                           config->cutoff_len, config->gradient_accumulation_steps, 0));
+  FLAP_TRY_GOTO(status, flap_pressure_check_here(&t->prepared));
   FLAP_TRY_GOTO(status, make_output(t));
   FLAP_TRY_GOTO(status, open_dataset(t));
   FLAP_TRY_GOTO(status, open_run(t));

@@ -5,6 +5,7 @@
 #include "engine/checkpoint.h"
 #include "engine/evaluate.h"
 #include "engine/prepare.h"
+#include "engine/run_lock.h"
 #include "engine/schedule.h"
 #include "io/formats/metrics.h"
 #include "io/formats/trace.h"
@@ -24,6 +25,7 @@ typedef struct trainer {
   flap_dataset *dataset;
   flap_metrics *metrics;
   flap_runtime runtime;
+  flap_run_lock lock; /* of output_dir */
   bool opened, made_output;
   char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
   flap_trainer_state state;          /* read from it */
@@ -32,7 +34,9 @@ typedef struct trainer {
   uint64_t steps, warmup;
   uint64_t step, cursor; /* done; training sequences consumed */
   uint64_t saved_step;
-  bool pending; /* the last step's update waits for the next program */
+  uint64_t saved_ns; /* when, or when the loop began */
+  uint64_t due_step; /* after which save_minutes wants one; 0: none yet */
+  bool pending;      /* the last step's update waits for the next program */
   uint64_t runs[FLAP_SETUP_PROGRAM_COUNT];
   uint64_t predicted[FLAP_SETUP_PROGRAM_COUNT][FLAP_LANE_COUNT];
   double times[TRAINER_TIMES_MAX];

@@ -23,8 +23,18 @@ static uint64_t epochs_done(const trainer *t, uint64_t step) {
   return step * t->step_sequences / t->sequences;
 }
 
+/* Decided once for each step, before its program is chosen: the clock must not change what the program was chosen for.
+ */
+static void look_at_the_clock(trainer *t, uint64_t step) {
+  const double minutes = (double)(flap_units_now_ns() - t->saved_ns) / 60e9;
+  if (t->config->save_minutes > 0 && t->due_step <= t->saved_step && minutes >= t->config->save_minutes)
+    t->due_step = step;
+}
+
 /* After so many steps. */
 static bool save_is_due(const trainer *t, uint64_t step) {
+  if (step == t->due_step && step > 0)
+    return true;
   switch (t->config->save_strategy) {
   case FLAP_STRATEGY_NO:
     return false;
@@ -78,6 +88,17 @@ static double model_flops(const trainer *t) {
           flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD));
 }
 
+/* What the disks moved, and how much longer the pages are that it was. */
+static void write_disk_bytes(flap_metrics *m, const flap_step_report *report) {
+  const uint64_t lanes = report->lane_bytes[FLAP_LANE_DISK_READ] + report->lane_bytes[FLAP_LANE_DISK_WRITE];
+  const uint64_t moved = report->disk_bytes[0] + report->disk_bytes[1];
+  flap_metrics_open_object(m, "disk_bytes");
+  flap_metrics_add_integer(m, "read", (int64_t)report->disk_bytes[0]);
+  flap_metrics_add_integer(m, "written", (int64_t)report->disk_bytes[1]);
+  flap_metrics_close_object(m);
+  flap_metrics_add_number(m, "compression_ratio", moved > 0 ? (double)lanes / (double)moved : 1);
+}
+
 static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   flap_metrics *m = t->metrics;
   flap_metrics_begin_line(m);
@@ -102,6 +123,7 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     flap_metrics_add_integer(m, flap_pager_lane_name((flap_lane)lane), (int64_t)report->lane_bytes[lane]);
   flap_metrics_close_object(m);
+  write_disk_bytes(m, report);
   return flap_metrics_end_line(m);
 }
 
@@ -129,6 +151,8 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
     report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
     report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
   }
+  for (int i = 0; i < 2; i++)
+    report.disk_bytes[i] = after.disk_bytes[i] - before->disk_bytes[i];
   report.logged = result->skipped || t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
   if (report.logged)
     FLAP_TRY(write_metrics(t, &report));
@@ -182,6 +206,7 @@ static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program nex
 /* Steps until one rests, or until the person wants to stop. */
 static flap_status run_to_rest(trainer *t) {
   bool queued = false, rests = false;
+  look_at_the_clock(t, t->step + 1);
   flap_setup_program program = program_for(t, t->step, t->pending);
   uint64_t ended_ns = flap_units_now_ns();
   FLAP_TRY(flap_executor_begin(&t->runtime.executor, program));
@@ -193,6 +218,8 @@ static flap_status run_to_rest(trainer *t) {
     if (t->step == first + TRACED_STEP + TRACED_STEPS)
       flap_runtime_stop_trace(&t->runtime);
     const bool pending = !t->prepared.setup.choice.sweep && !rests;
+    if (!rests)
+      look_at_the_clock(t, t->step + 2);
     const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);
     queued = !rests && !stop_asked(t);
     if (queued)
@@ -217,7 +244,9 @@ static flap_status run_to_rest(trainer *t) {
 }
 
 flap_status trainer_loop(trainer *t) {
-  FLAP_TRY(trainer_evaluate(t));
+  t->saved_ns = flap_units_now_ns();
+  if (!stop_asked(t))
+    FLAP_TRY(trainer_evaluate(t));
   while (t->step < t->steps && !stop_asked(t)) {
     FLAP_TRY(run_to_rest(t));
     if (eval_is_due(t, t->step))
@@ -226,7 +255,7 @@ flap_status trainer_loop(trainer *t) {
       FLAP_TRY(trainer_save(t));
   }
   t->result->interrupted = t->step < t->steps;
-  if (t->result->interrupted && t->saved_step != t->step)
+  if (t->result->interrupted && t->saved_step != t->step && t->config->save_strategy != FLAP_STRATEGY_NO)
     FLAP_TRY(trainer_save(t));
   find_median(t);
   return FLAP_OK;

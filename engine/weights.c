@@ -466,12 +466,13 @@ static flap_status save_weights_run(void *context, uint64_t index, const flap_mo
 }
 
 flap_status flap_weights_save(flap_pager *pager, const flap_layout *layout, const char *folder,
-                              uint64_t shard_bytes_max) {
+                              uint64_t shard_bytes_max, flap_checksums *checksums) {
   flap_weights_list list = {0};
   flap_weights_target target = {0};
   flap_status status;
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
   FLAP_TRY_GOTO(status, flap_weights_target_begin(&list, folder, layout->spec.shape.dtype, shard_bytes_max, &target));
+  target.checksums = checksums;
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, false, save_weights_run, &target));
   status = flap_weights_target_end(&target);
 fail:
@@ -494,12 +495,13 @@ static flap_status save_run(void *context, uint64_t index, const flap_model_tens
 }
 
 static flap_status begin_files(const flap_layout *layout, const state_lists *lists, const char *folder,
-                               save_context saves[STATE_FILES_MAX], states_visit *v) {
+                               flap_checksums *checksums, save_context saves[STATE_FILES_MAX], states_visit *v) {
   state_file files[STATE_FILES_MAX];
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
     const flap_weights_list *list = list_of(lists, &files[i]);
     FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, &saves[i].writer));
+    flap_safetensors_write_sum(saves[i].writer, checksums);
     saves[i].value_bytes = flap_safetensors_dtype_bytes(files[i].dtype);
     give_visit(v, &files[i], (section_visit){save_run, &saves[i], list});
   }
@@ -507,14 +509,15 @@ static flap_status begin_files(const flap_layout *layout, const state_lists *lis
 }
 
 /* All writers are open at once, so that each region is read once. */
-flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder) {
+flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
+                                     flap_checksums *checksums) {
   state_lists lists;
   save_context saves[STATE_FILES_MAX] = {{0}};
   states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
-  FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, saves, &v));
+  FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, checksums, saves, &v));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, false, &v));
   for (uint32_t i = 0; i < STATE_FILES_MAX; i++) {
     flap_safetensors_writer *writer = saves[i].writer;
@@ -547,7 +550,8 @@ static flap_status without_fp32_moments(const char *path) {
 }
 
 static flap_status open_states(const flap_layout *layout, const state_lists *lists, const char *folder,
-                               flap_weights_source sources[STATE_FILES_MAX], states_visit *v) {
+                               const flap_checksums *checksums, flap_weights_source sources[STATE_FILES_MAX],
+                               states_visit *v) {
   state_file files[STATE_FILES_MAX];
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
@@ -559,12 +563,14 @@ static flap_status open_states(const flap_layout *layout, const state_lists *lis
     if (status == FLAP_NOT_FOUND && !files[i].in[STATES_OF_REST])
       return without_fp32_moments(path);
     FLAP_TRY(status);
+    FLAP_TRY(flap_weights_verify_begin(&sources[i], checksums));
     give_visit(v, &files[i], (section_visit){resume_run, &sources[i], list});
   }
   return FLAP_OK;
 }
 
-flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder) {
+flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder,
+                                const flap_checksums *checksums) {
   const flap_dtype dtype = layout->spec.shape.dtype;
   state_lists lists;
   flap_weights_source weights = {0}, states[STATE_FILES_MAX] = {{0}};
@@ -574,9 +580,13 @@ flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, co
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
   FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &lists.all, folder, FLAP_WANTED_EXACTLY,
                                                  flap_safetensors_from_flap_dtype(dtype), &weights));
-  FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, states, &v));
+  FLAP_TRY_GOTO(status, flap_weights_verify_begin(&weights, checksums));
+  FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, checksums, states, &v));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &lists.all, true, resume_run, &weights));
+  FLAP_TRY_GOTO(status, flap_weights_verify_end(&weights));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, true, &v));
+  for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
+    FLAP_TRY_GOTO(status, flap_weights_verify_end(&states[i]));
 fail:
   for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
     flap_weights_source_close(&states[i]);

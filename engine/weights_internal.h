@@ -3,6 +3,7 @@
 #ifndef FLAP_ENGINE_WEIGHTS_INTERNAL_H
 #define FLAP_ENGINE_WEIGHTS_INTERNAL_H
 
+#include "io/formats/checksums.h"
 #include "io/formats/safetensors.h"
 #include "model/model.h"
 
@@ -62,6 +63,7 @@ typedef struct flap_weights_source {
   const flap_safetensors_tensor **tensors; /* by index in the list */
   void *raw;                               /* FLAP_WEIGHTS_CHUNK elements of scratch */
   float *values;
+  struct flap_weights_verify *verify; /* NULL: what is read is not compared with checksums */
 } flap_weights_source;
 
 /* What a source's files must hold. */
@@ -82,6 +84,15 @@ FLAP_CHECKED flap_status flap_weights_source_values(flap_weights_source *source,
 /* Bytes as they are in the file. */
 FLAP_CHECKED flap_status flap_weights_source_read(const flap_weights_source *source, uint64_t tensor, uint64_t first,
                                                   uint64_t count, void *to);
+/* From now on what is read is also summed up, file by file; end compares with the checksums of the folder. Whoever
+ * reads everything once, in the order of the list, reads no byte twice; files that were read otherwise are read again.
+ * FLAP_CORRUPT names the file. A file without a checksum is FLAP_CORRUPT too. */
+FLAP_CHECKED flap_status flap_weights_verify_begin(flap_weights_source *source, const flap_checksums *checksums);
+FLAP_CHECKED flap_status flap_weights_verify_end(flap_weights_source *source);
+/* For the source itself: `bytes` at `data` are those of the tensor from `offset`; NULL is fine for close. */
+void flap_weights_verify_read(struct flap_weights_verify *verify, const flap_safetensors_tensor *tensor,
+                              uint64_t offset, const void *data, uint64_t bytes);
+void flap_weights_verify_close(struct flap_weights_verify *verify);
 /* The error for element `element` of a tensor: not finite, or not within `dtype`. */
 flap_status flap_weights_source_numeric(const flap_weights_source *source, uint64_t tensor, uint64_t element,
                                         flap_dtype dtype);
@@ -100,6 +111,7 @@ typedef struct flap_weights_target {
   uint64_t bytes_left; /* of the one that is */
   uint64_t total_bytes;
   flap_safetensors_writer *writer;
+  flap_checksums *checksums; /* of its files, but for the index; NULL after begin: none */
 } flap_weights_target;
 
 FLAP_CHECKED flap_status flap_weights_target_begin(const flap_weights_list *list, const char *folder, flap_dtype dtype,

@@ -118,6 +118,7 @@ static flap_status next_tensor(flap_weights_target *target) {
     FLAP_TRY(flap_durable_join(path, target->folder, name));
     FLAP_TRY(flap_safetensors_write_begin(path, &target->entries[tensor], shard_end(target, tensor) - tensor, METADATA,
                                           METADATA_COUNT, &target->writer));
+    flap_safetensors_write_sum(target->writer, target->checksums);
   }
   target->bytes_left = target->list->tensors[tensor].elements * flap_dtype_bytes(target->dtype);
   target->next++;

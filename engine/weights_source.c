@@ -142,6 +142,7 @@ fail:
 }
 
 void flap_weights_source_close(flap_weights_source *source) {
+  flap_weights_verify_close(source->verify);
   flap_safetensors_close(source->reader);
   free(source->tensors);
   free(source->raw);
@@ -153,7 +154,10 @@ flap_status flap_weights_source_read(const flap_weights_source *source, uint64_t
                                      void *to) {
   const flap_safetensors_tensor *found = source->tensors[tensor];
   const uint64_t bytes = flap_safetensors_dtype_bytes(found->dtype);
-  return flap_safetensors_read(source->reader, found, first * bytes, count * bytes, to);
+  FLAP_TRY(flap_safetensors_read(source->reader, found, first * bytes, count * bytes, to));
+  if (source->verify != NULL)
+    flap_weights_verify_read(source->verify, found, first * bytes, to, count * bytes);
+  return FLAP_OK;
 }
 
 flap_status flap_weights_source_numeric(const flap_weights_source *source, uint64_t tensor, uint64_t element,

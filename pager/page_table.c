@@ -54,6 +54,8 @@ static void check_config(const flap_pager_config *config) {
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
     flap_assert(region->bytes > 0 && region->bytes % FLAP_BLOCK_ALIGN == 0);
+    flap_assert(region->klass < FLAP_PAGER_CLASSES_MAX);
+    flap_assert(region->element_bytes <= 2 || region->element_bytes == 4);
     flap_assert(region->ring == FLAP_PAGER_RESIDENT || region->ring == FLAP_PAGER_HOST ||
                 (region->ring < config->ring_count && region->bytes <= config->rings[region->ring].slot_bytes));
   }
@@ -121,6 +123,8 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     pager_region *region = &pager->regions[i];
     region->bytes = config->regions[i].bytes;
     region->ring = config->regions[i].ring;
+    region->klass = config->regions[i].klass;
+    region->element_bytes = config->regions[i].element_bytes;
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
@@ -136,6 +140,22 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
       entry->stored_bytes = (uint32_t)pager_chunk_bytes(pager, region, j, 1);
       extent += entry->stored_bytes / FLAP_BLOCK_ALIGN;
     }
+  }
+}
+
+/* Whoever works on buffers compresses in memory of its own: the workers, or the pump where there are none. */
+static void take_workers(flap_pager *pager, const flap_pager_config *config, bool disk, flap_arena *arena) {
+  const uint32_t count = pager->worker_count > 0 ? pager->worker_count : 1;
+  pager->compresses = disk && pager_compresses(config);
+  pager->always_compresses = config->compression == FLAP_COMPRESSION_LZ4;
+  pager->shared_cores = config->shared_cores;
+  pager->disk_rates = config->disk_rates;
+  pager->workers = FLAP_ARENA_ARRAY(arena, pager_worker, count);
+  for (uint32_t i = 0; pager->compresses && i < count; i++) {
+    unsigned char *page = flap_arena_take(arena, config->page_bytes, 64);
+    void *codec = flap_arena_take(arena, flap_block_codec_scratch(config->page_bytes), 64);
+    if (!flap_arena_is_measuring(arena))
+      pager->workers[i].scratch = (pager_scratch){.page = page, .codec = codec};
   }
 }
 
@@ -159,6 +179,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     flap_assert(config->read_buffers > 0 && config->write_buffers > 0);
     pager->read_buffers = config->read_buffers;
     pager->write_buffers = config->write_buffers;
+    pager->worker_count = config->workers;
   }
   uint32_t buffers = pager->read_buffers + pager->write_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
@@ -171,6 +192,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
   pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, buffers);
+  take_workers(pager, config, sizes.disk_bytes > 0, arena);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
   pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
   pager->jobs = FLAP_ARENA_ARRAY(arena, pager_job, pager->jobs_room);

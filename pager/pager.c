@@ -73,6 +73,8 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pthread_cond_init(&pager->let_in, NULL);
   pthread_mutex_init(&pager->job_lock, NULL);
   pthread_cond_init(&pager->job_wake, NULL);
+  pthread_mutex_init(&pager->work_lock, NULL);
+  pthread_cond_init(&pager->work_wake, NULL);
   pthread_mutex_init(&pager->bell_lock, NULL);
   pthread_cond_init(&pager->bell, NULL);
   pager_list_init(&pager->loading);
@@ -167,6 +169,7 @@ flap_status flap_pager_open(const flap_pager_config *config, flap_arena *ram, fl
   if (!config->clock) {
     FLAP_TRY_GOTO(status, pager_thread_start(pager));
     FLAP_TRY_GOTO(status, pager_jobs_open(pager));
+    FLAP_TRY_GOTO(status, pager_checks_open(pager));
   }
   *pager_out = pager;
   return FLAP_OK;
@@ -207,6 +210,7 @@ void flap_pager_close(flap_pager *pager) {
     return;
   pager_jobs_close(pager);
   pager_thread_stop(pager);
+  pager_checks_close(pager);
   if (pager->clock && pager->device)
     wind_down_clock(pager);
   /* Both wait for what is under way; the bell is rung until then. */
@@ -217,6 +221,8 @@ void flap_pager_close(flap_pager *pager) {
   pthread_cond_destroy(&pager->engine_wake);
   pthread_cond_destroy(&pager->let_in);
   pthread_mutex_destroy(&pager->job_lock);
+  pthread_mutex_destroy(&pager->work_lock);
+  pthread_cond_destroy(&pager->work_wake);
   pthread_cond_destroy(&pager->job_wake);
   pthread_mutex_destroy(&pager->lock);
   free(pager->owned_table);

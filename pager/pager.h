@@ -17,15 +17,17 @@
  * use → unpin. At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
  *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
- * the engine thread never reaps I/O. Jobs run on a third. On the sim device there is no thread: whoever waits advances
- * the clock. A completion never raises; a failed or unverifiable transfer makes the pager's error sticky, and from then
- * on every call but close and stats returns it.
+ * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. On the sim device there is no
+ * thread: whoever waits advances the clock. A completion never raises; a failed or unverifiable transfer makes the
+ * pager's error sticky, and from then on every call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
 
 #include "base/arena.h"
+#include "base/duplex.h"
 #include "io/block/block.h"
+#include "io/block/codec.h"
 #include "kernels/device/device.h"
 
 #ifdef __cplusplus
@@ -35,12 +37,16 @@ extern "C" {
 #define FLAP_PAGER_RESIDENT UINT32_MAX   /* instead of a ring */
 #define FLAP_PAGER_HOST (UINT32_MAX - 1) /* likewise: lives in RAM, and only jobs of the host lease it */
 #define FLAP_PAGER_JOB_LEASES_MAX 4
+#define FLAP_PAGER_CLASSES_MAX 16u
 
 typedef struct flap_pager_region {
   uint64_t bytes; /* > 0, a multiple of FLAP_BLOCK_ALIGN; at most the slot_bytes of its ring */
   uint32_t ring;  /* index, FLAP_PAGER_RESIDENT, or FLAP_PAGER_HOST */
   uint32_t
       ram_pages; /* pages that live in RAM: the first ones. Resident regions have none; those that jobs lease all */
+  /* For compression: how wide the numbers are that it holds (1, 2 or 4 bytes; 0: its pages stay as they are), and of
+   * which class it is (below FLAP_PAGER_CLASSES_MAX): what is learnt of one region goes for its class. */
+  uint8_t element_bytes, klass;
 } flap_pager_region;
 
 typedef struct flap_pager_ring {
@@ -76,8 +82,12 @@ typedef struct flap_pager_config {
   uint32_t ring_count;
   const flap_pager_ring *rings;         /* not kept */
   uint32_t read_buffers, write_buffers; /* staging; at least 1 each when anything lives on disk */
-  uint32_t leases_max;                  /* of the longest program */
-  uint32_t jobs_max;                    /* of the program with most jobs */
+  uint32_t workers; /* threads that check and compress what is read and written; 0: the transfer thread does it */
+  flap_compression compression; /* of pages on disk */
+  flap_duplex disk_rates;       /* for FLAP_COMPRESSION_AUTO: reading and writing, of all disks together; 0: never */
+  bool shared_cores;            /* for the same: compute wants the cores that workers run on */
+  uint32_t leases_max;          /* of the longest program */
+  uint32_t jobs_max;            /* of the program with most jobs */
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
@@ -96,6 +106,8 @@ typedef struct flap_pager_sizes {
   uint64_t disk_bytes; /* the linear space of the extent files */
 } flap_pager_sizes;
 
+/* Of table_bytes, what one more worker takes; 0 where nothing is compressed. */
+uint64_t flap_pager_worker_bytes(const flap_pager_config *config);
 /* What a configuration will take; a pure function of the first group of fields. */
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out);
 
@@ -174,7 +186,9 @@ FLAP_CHECKED flap_status flap_pager_settle(flap_pager *pager);
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
 typedef struct flap_pager_stats {
-  uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain */
+  uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain; of disks, as they are in
+                                         regions */
+  uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for */
   uint64_t
       busy_ns[FLAP_LANE_COUNT]; /* for disks: sum of request times over the depth; copies: as the device measured */

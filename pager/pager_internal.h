@@ -36,7 +36,7 @@ typedef struct pager_page {
   uint64_t checksum;     /* of what the disk holds, seeded with region, page and epoch; disk pages only */
   uint32_t epoch;        /* writings so far */
   uint32_t extent;       /* where on the disk, in units of FLAP_BLOCK_ALIGN; PAGER_NONE for a page in RAM */
-  uint32_t stored_bytes; /* how long it is there */
+  uint32_t stored_bytes; /* how long it is there; shorter than the page if it is encoded */
   uint16_t stores_left;  /* released leases whose bytes of this page are not home yet */
   uint8_t state;         /* pager_page_state */
 } pager_page;
@@ -52,7 +52,8 @@ typedef struct pager_region {
   uint32_t changes_started;  /* by jobs that were started and are not done */
   uint32_t loading;          /* H2D copies out of its home that are under way */
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
-  bool holds;                /* after all of the unpinned leases, there are bytes */
+  uint8_t klass, element_bytes;
+  bool holds; /* after all of the unpinned leases, there are bytes */
   bool pinned;
 } pager_region;
 
@@ -130,6 +131,9 @@ typedef enum pager_buffer_state {
   BUFFER_WRITING   /* at the disk */
 } pager_buffer_state;
 
+/* What becomes of the bytes of a buffer that was handed to the workers. */
+typedef enum pager_work { WORK_NONE, WORK_WAITING, WORK_UNDER_WAY, WORK_DONE } pager_work;
+
 typedef struct pager_buffer {
   flap_block_request request;
   unsigned char *memory;
@@ -140,6 +144,10 @@ typedef struct pager_buffer {
   uint32_t next;                           /* in slot->ready */
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
+  bool handed;                             /* to the workers */
+  /* While it is handed, of whoever works on it; `work` itself is under work_lock. */
+  uint8_t work;          /* pager_work */
+  uint32_t corrupt_page; /* of a read buffer, the first page that is not what was written; or page_count */
 } pager_buffer;
 
 /* A job of the host, from its handing over to its end. */
@@ -149,6 +157,37 @@ typedef struct pager_job {
   uint32_t program;            /* in pager->programs */
   uint64_t started_ns, ended_ns;
 } pager_job;
+
+/* A page and what the codec needs beside; NULL where nothing is compressed. */
+typedef struct pager_scratch {
+  unsigned char *page;
+  void *codec;
+} pager_scratch;
+
+/* A thread that works on the bytes of buffers. */
+typedef struct pager_worker {
+  flap_pager *pager;
+  pthread_t thread;
+  pager_scratch scratch;
+} pager_worker;
+
+/* How the pages of a full buffer are stored: as they are; as they are, but one is encoded to see how that would be;
+ * encoded, where they shrink. */
+typedef enum pager_packing { PACKING_PLAIN, PACKING_LOOK, PACKING_ENCODED } pager_packing;
+
+/* What came of it: bytes of pages that were encoded, what they came to, and how long a thread took. */
+typedef struct pager_packed {
+  uint64_t tried_bytes, made_bytes, decoded_bytes;
+  double encode_ns, decode_ns;
+} pager_packed;
+
+/* What `auto` knows of a class, under work_lock. Times are those of a byte of a page; 0: not known yet. */
+typedef struct pager_class {
+  double share; /* of its bytes, what they are encoded */
+  double encode_ns, decode_ns;
+  uint32_t plain_count; /* buffers since it went off */
+  bool on;
+} pager_class;
 
 typedef struct pager_copy {
   uint32_t slot;   /* or PAGER_NONE: at rest */
@@ -184,7 +223,7 @@ struct flap_pager {
   uint64_t page_bytes, transfer_bytes;
   uint32_t pages_per_transfer, pages_per_copy;
   uint32_t region_count, ring_count, slot_count, page_count, leases_max;
-  uint32_t read_buffers, write_buffers; /* 0 when nothing is on disk */
+  uint32_t read_buffers, write_buffers, worker_count; /* 0 when nothing is on disk */
   uint64_t bounce_bytes;
   flap_pager_sizes sizes;
   pager_region *regions;
@@ -193,8 +232,11 @@ struct flap_pager {
   pager_slot *slots;
   pager_buffer *buffers; /* the read buffers, then the write buffers */
   pager_lease *leases;   /* leases_max for each of two programs */
-  pager_job *jobs;       /* job n at n % jobs_room */
-  uint32_t jobs_room;    /* for those of two programs */
+  pager_worker *workers; /* at least one, for its scratch memory */
+  bool compresses, always_compresses, shared_cores;
+  flap_duplex disk_rates;
+  pager_job *jobs;    /* job n at n % jobs_room */
+  uint32_t jobs_room; /* for those of two programs */
   unsigned char *staging;
   unsigned char *bounce; /* for fill and drain of resident regions */
   flap_device *device;
@@ -238,6 +280,17 @@ struct flap_pager {
   _Atomic uint64_t jobs_ran; /* of those started; the thread's, or the clock's */
   pthread_t job_thread;
   bool job_thread_started;
+
+  /* The workers: a lock of its own, under which nothing is called. */
+  pthread_mutex_t work_lock;
+  pthread_cond_t work_wake;    /* a buffer waits, or work_stop */
+  _Atomic uint64_t works_done; /* by workers; grows under work_lock */
+  uint64_t works_collected;    /* the pump's own */
+  bool work_stop;
+  pager_class classes[FLAP_PAGER_CLASSES_MAX];
+  _Atomic bool disks_are_waited_for;     /* leases wait for them: as of the last look at stall times */
+  uint64_t watched_ns, watched_stall_ns; /* when that was; the pump's own */
+  uint32_t workers_started;
 
   /* The bell of the transfer thread: a lock of its own, under which nothing is called, because it is rung from inside
    * the device and the block files. */
@@ -328,9 +381,39 @@ void pager_stores_written(flap_pager *pager, uint32_t buffer);
 uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count);
 void pager_buffer_free(flap_pager *pager, uint32_t buffer);
 void pager_buffer_read(flap_pager *pager, uint32_t buffer);
+/* Its bytes are what the page table says by now. */
+void pager_buffer_write(flap_pager *pager, uint32_t buffer);
 bool pager_disk_poll(flap_pager *pager);
-/* Verifies one read buffer, or sums up and submits one full write buffer. Gives the lock up meanwhile. */
-bool pager_staging_check(flap_pager *pager);
+static inline uint64_t pager_disk_offset(const pager_page *page) {
+  return (uint64_t)page->extent * FLAP_BLOCK_ALIGN;
+}
+
+/* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */
+
+/* Takes buffers that workers are done with further, and gives them those that are read or full; small ones are done
+ * here, one at a time, and the lock is given up meanwhile. */
+bool pager_checks_advance(flap_pager *pager);
+/* So many bytes of a buffer the pump looks through itself; tests set it to 0. */
+extern uint64_t pager_small_bytes;
+flap_status pager_checks_open(flap_pager *pager);
+/* Without the lock. What is under way is waited for; what waits is never done. */
+void pager_checks_close(flap_pager *pager);
+
+/* ---- compression.c: how pages stand on disk --------------------------------------------------------------- */
+
+/* Whether anything may be compressed with this configuration. */
+bool pager_compresses(const flap_pager_config *config);
+/* Now and then, with the lock: whether leases wait for disks. */
+void pager_compression_watch(flap_pager *pager);
+/* These two with work_lock. */
+pager_packing pager_compression_choose(flap_pager *pager, const pager_buffer *buffer);
+void pager_compression_learn(flap_pager *pager, const pager_buffer *buffer, const pager_packed *packed);
+/* Without any lock. Makes of a full buffer what is written, sums it up, and tells the page table. */
+void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing packing, const pager_scratch *scratch,
+                pager_packed *packed_out);
+/* The way back. Returns the first page that is not what was written; page_count if there is none. */
+uint32_t pager_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
+                      pager_packed *packed_out);
 
 /* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
 

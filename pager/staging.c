@@ -1,16 +1,13 @@
 /* Staging buffers: pinned RAM between disk and VRAM, and the disk requests that fill and empty it.
  *
- * A read buffer's way:  free → reading (pager_buffer_read) → read (pager_disk_poll) → verified (pager_staging_check)
+ * A read buffer's way:  free → reading (pager_buffer_read) → read (pager_disk_poll) → verified (pager_checks_advance)
  *                            → loading (pager_loads_issue) → free (pager_lane_retire)
- * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied) → writing
- * (pager_staging_check) → free (pager_disk_poll) Checksums are computed without the lock: a buffer that is read or full
- * is nobody's but the pumping thread's, and the table entries of its pages stay as they are, since a page is neither
- * read nor written while it is written.
+ * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied)
+ *                            → writing (pager_checks_advance) → free (pager_disk_poll)
  */
 #include "pager/pager_internal.h"
 
 #include "base/assert.h"
-#include "io/block/checksum.h"
 
 uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count) {
   uint32_t begin = write ? pager->read_buffers : 0;
@@ -25,7 +22,7 @@ uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint3
     buffer->page_count = page_count;
     buffer->order = 0;
     buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
-    buffer->at_rest = false;
+    buffer->at_rest = buffer->handed = false;
     *(write ? &pager->write_free : &pager->read_free) -= 1;
     return i;
   }
@@ -42,21 +39,17 @@ void pager_buffer_free(flap_pager *pager, uint32_t index) {
 
 /* ---- disk requests ------------------------------------------------------------------------------------ */
 
-static uint64_t disk_offset(const pager_page *page) {
-  return (uint64_t)page->extent * FLAP_BLOCK_ALIGN;
-}
-
 static void submit(flap_pager *pager, uint32_t index, flap_block_op op) {
   pager_buffer *buffer = &pager->buffers[index];
   const pager_region *region = &pager->regions[buffer->region];
   const pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < buffer->page_count; i++) {
-    flap_assert(disk_offset(&page[i]) == disk_offset(page) + bytes); /* adjacent */
+    flap_assert(pager_disk_offset(&page[i]) == pager_disk_offset(page) + bytes); /* adjacent */
     bytes += page[i].stored_bytes;
   }
   buffer->request = (flap_block_request){
-      .op = op, .offset = disk_offset(page), .buffer = buffer->memory, .bytes = (uint32_t)bytes, .user = buffer};
+      .op = op, .offset = pager_disk_offset(page), .buffer = buffer->memory, .bytes = (uint32_t)bytes, .user = buffer};
   flap_block_submit(pager->block, &buffer->request);
   pager->submitted = true;
 }
@@ -66,6 +59,14 @@ void pager_buffer_read(flap_pager *pager, uint32_t index) {
   submit(pager, index, FLAP_BLOCK_READ);
 }
 
+void pager_buffer_write(flap_pager *pager, uint32_t index) {
+  pager_buffer *buffer = &pager->buffers[index];
+  flap_assert(buffer->state == BUFFER_FULL);
+  buffer->slot = PAGER_NONE;
+  buffer->state = BUFFER_WRITING;
+  submit(pager, index, FLAP_BLOCK_WRITE);
+}
+
 static void account(flap_pager *pager, const pager_buffer *buffer) {
   const flap_block_request *request = &buffer->request;
   flap_lane lane = request->op == FLAP_BLOCK_READ ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE;
@@ -73,7 +74,9 @@ static void account(flap_pager *pager, const pager_buffer *buffer) {
     pager->trace(pager->trace_context, lane, buffer->region, request->started_ns, request->ended_ns, request->bytes);
   if (buffer->at_rest)
     return;
-  pager->stats.bytes[lane] += request->bytes;
+  pager->stats.bytes[lane] +=
+      pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page, buffer->page_count);
+  pager->stats.disk_bytes[request->op == FLAP_BLOCK_READ ? 0 : 1] += request->bytes;
   pager->disk_ns[request->op == FLAP_BLOCK_READ ? 0 : 1] +=
       request->ended_ns - request->started_ns - pager->disk_latency_ns;
 }
@@ -108,85 +111,4 @@ bool pager_disk_poll(flap_pager *pager) {
     progress = true;
   }
   return progress;
-}
-
-/* ---- checksums ---------------------------------------------------------------------------------------- */
-
-/* The page of the buffer that is not what was written, or page_count. Without the lock. */
-static uint32_t find_corrupt(const flap_pager *pager, const pager_buffer *buffer) {
-  const pager_region *region = &pager->regions[buffer->region];
-  const pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
-  for (uint32_t i = 0; i < buffer->page_count; i++) {
-    const unsigned char *bytes = buffer->memory + i * pager->page_bytes;
-    if (flap_block_checksum(bytes, page[i].stored_bytes, buffer->region, buffer->first_page + i, page[i].epoch) !=
-        page[i].checksum)
-      return i;
-  }
-  return buffer->page_count;
-}
-
-static void verify(flap_pager *pager, uint32_t index) {
-  pager_buffer *buffer = &pager->buffers[index];
-  uint32_t corrupt = buffer->page_count;
-  if (pager->has_bytes) {
-    pthread_mutex_unlock(&pager->lock);
-    corrupt = find_corrupt(pager, buffer);
-    pthread_mutex_lock(&pager->lock);
-  }
-  if (corrupt == buffer->page_count) {
-    pager_loads_verified(pager, index);
-    return;
-  }
-  const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page + corrupt;
-  uint64_t place = 0;
-  const char *disk = flap_block_locate(pager->block, disk_offset(page), &place);
-  pager_fail(pager,
-             flap_error_set(FLAP_CORRUPT,
-                            "disk %s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
-                            "(writing %u): the disk lost, mixed up or damaged them; look into the system's log, "
-                            "check the disk, and start again from the last checkpoint, on another disk if in doubt",
-                            disk, buffer->region, buffer->first_page + corrupt, page->stored_bytes,
-                            (unsigned long long)place, page->epoch));
-  pager_buffer_free(pager, index);
-}
-
-/* The epoch counts writings, so the checksum of an older writing of the same page does not match. */
-static void sum_up(const flap_pager *pager, const pager_buffer *buffer) {
-  pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page;
-  for (uint32_t i = 0; i < buffer->page_count; i++) {
-    page[i].epoch++;
-    page[i].checksum = flap_block_checksum(buffer->memory + i * pager->page_bytes, page[i].stored_bytes, buffer->region,
-                                           buffer->first_page + i, page[i].epoch);
-  }
-}
-
-static void write_out(flap_pager *pager, uint32_t index) {
-  pager_buffer *buffer = &pager->buffers[index];
-  if (pager->has_bytes) {
-    pthread_mutex_unlock(&pager->lock);
-    sum_up(pager, buffer);
-    pthread_mutex_lock(&pager->lock);
-  }
-  buffer->slot = PAGER_NONE;
-  buffer->state = BUFFER_WRITING;
-  submit(pager, index, FLAP_BLOCK_WRITE);
-}
-
-bool pager_staging_check(flap_pager *pager) {
-  uint32_t first = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
-    const pager_buffer *buffer = &pager->buffers[i];
-    if (buffer->state != BUFFER_READ && buffer->state != BUFFER_FULL)
-      continue;
-    /* What is needed first; of a lease that both reads and waits for its slot's last occupant, the loads. */
-    if (first == PAGER_NONE || buffer->order < pager->buffers[first].order)
-      first = i;
-  }
-  if (first == PAGER_NONE)
-    return false;
-  if (pager->buffers[first].state == BUFFER_READ)
-    verify(pager, first);
-  else
-    write_out(pager, first);
-  return true;
 }

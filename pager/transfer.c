@@ -61,7 +61,7 @@ void pager_pump(flap_pager *pager) {
       progress |= pager_loads_read_ahead(pager);
       flush(pager);
       pager_wait_look(pager);
-      progress |= pager_staging_check(pager);
+      progress |= pager_checks_advance(pager);
     }
     if (progress)
       let_others_in(pager);

@@ -13,7 +13,8 @@ extern "C" {
 #endif
 
 #define FLAP_EXIT_ERROR 1
-#define FLAP_EXIT_INTERRUPTED 130 /* for SIGINT and SIGTERM alike, after a graceful stop and after an immediate one */
+/* By a second SIGINT or SIGTERM, and where the first leaves nothing to take up again. */
+#define FLAP_EXIT_INTERRUPTED 130
 
 typedef struct flap_command {
   const char *name;

@@ -1,4 +1,5 @@
 /* flap inspect: what is in a model, a checkpoint, a tokenizer or the folder of a run. */
+#include "engine/engine.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 #include "io/formats/safetensors.h"
@@ -6,13 +7,13 @@
 #include "tools/arguments.h"
 #include "tools/text.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #define ARGUMENTS_MAX 16
 
@@ -163,25 +164,59 @@ static flap_status inspect_trace(const char *path) {
 
 /* ---- folders --------------------------------------------------------------------------------------------- */
 
-/* Every checkpoint of a run on a line of its own, in the order of steps. */
-static flap_status list_checkpoints(const char *folder, uint32_t *found) {
-  struct dirent **entries = NULL;
-  int count = scandir(folder, &entries, NULL, versionsort);
-  if (count < 0)
-    return flap_error_set_os(errno, "%s: cannot read the folder", folder);
-  for (int i = 0; i < count; i++) {
-    const char *name = entries[i]->d_name;
-    if (strncmp(name, "checkpoint-", 11) == 0 && name[11] && name[11 + strspn(name + 11, "0123456789")] == '\0') {
-      printf("%s/%s: step %s\n", folder, name, name + 11);
-      (*found)++;
-    }
-    free(entries[i]);
+typedef struct checkpoint_list {
+  uint32_t broken;
+  bool numerics_told;
+  char numerics[sizeof((flap_checkpoint_report *)0)->numerics]; /* of the one before */
+} checkpoint_list;
+
+static const char *state_text(const flap_checkpoint_report *report) {
+  switch (report->state) {
+  case FLAP_CHECKPOINT_WHOLE:
+    return "whole";
+  case FLAP_CHECKPOINT_UNKNOWN:
+    return "no checksums: cannot be told";
+  case FLAP_CHECKPOINT_UNREAD:
+    return "complete, not verified";
+  case FLAP_CHECKPOINT_UNFINISHED:
+    return "unfinished";
+  case FLAP_CHECKPOINT_BROKEN:
+    break;
   }
-  free(entries);
-  return FLAP_OK;
+  return "BROKEN";
 }
 
-static flap_status inspect_folder(const char *folder) {
+/* A line each; the numerics key where it is another than the one before. */
+static void print_checkpoint(void *context, const flap_checkpoint_report *report) {
+  checkpoint_list *list = context;
+  char saved[32] = "?";
+  struct tm utc;
+  const time_t at = (time_t)report->saved_at;
+  if (gmtime_r(&at, &utc) != NULL)
+    (void)strftime(saved, sizeof saved, "%Y-%m-%d %H:%M:%S UTC", &utc);
+  print_name(report->folder, 0);
+  printf(": step %llu, saved %s, %s, %s%s", (unsigned long long)report->step, saved,
+         flap_text_bytes(report->bytes).text, state_text(report),
+         report->resumable || report->state == FLAP_CHECKPOINT_UNFINISHED ? "" : ", weights only");
+  if (report->state == FLAP_CHECKPOINT_WHOLE)
+    printf(", read in %s", flap_text_seconds(report->read_seconds).text);
+  putchar('\n');
+  if (report->problem[0]) {
+    printf("  ");
+    print_name(report->problem, 0);
+    putchar('\n');
+  }
+  if (report->numerics[0] && (!list->numerics_told || strcmp(report->numerics, list->numerics) != 0)) {
+    printf("  numerics: ");
+    print_name(report->numerics, 0);
+    putchar('\n');
+    memcpy(list->numerics, report->numerics, sizeof list->numerics);
+    list->numerics_told = true;
+  }
+  list->broken += report->state == FLAP_CHECKPOINT_BROKEN ? 1 : 0;
+}
+
+static flap_status inspect_folder(const char *folder, bool verify) {
   static const struct {
     const char *name;
     flap_status (*show)(const char *path);
@@ -189,7 +224,8 @@ static flap_status inspect_folder(const char *folder) {
                {"metrics.jsonl", inspect_metrics}, {"trace.json", inspect_trace},
                {"state.json", inspect_json},       {"trainer_state.json", inspect_json}};
   char path[FLAP_DURABLE_PATH_MAX];
-  uint32_t found = 0;
+  uint32_t found = 0, checkpoints = 0;
+  checkpoint_list list = {0};
   for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
     if (find_in(folder, parts[i].name, path)) {
       FLAP_TRY(parts[i].show(path));
@@ -199,19 +235,22 @@ static flap_status inspect_folder(const char *folder) {
     FLAP_TRY(inspect_tensors(folder));
     found++;
   }
-  FLAP_TRY(list_checkpoints(folder, &found));
-  if (found == 0)
+  FLAP_TRY(flap_engine_inspect(folder, verify, print_checkpoint, &list, &checkpoints));
+  if (found + checkpoints == 0)
     return flap_error_set(FLAP_NOT_FOUND, "%s: neither a model, a checkpoint, a tokenizer nor the folder of a run",
                           folder);
+  if (list.broken > 0)
+    return flap_error_set(FLAP_CORRUPT, "%s: %u of %u checkpoints cannot be resumed: they are not what was saved",
+                          folder, list.broken, checkpoints);
   return FLAP_OK;
 }
 
-static flap_status inspect(const char *path) {
+static flap_status inspect(const char *path, bool verify) {
   struct stat info;
   if (stat(path, &info) != 0)
     return flap_error_set_os(errno, "%s", path);
   if (S_ISDIR(info.st_mode))
-    return inspect_folder(path);
+    return inspect_folder(path, verify);
   const char *slash = strrchr(path, '/');
   const char *name = slash ? slash + 1 : path;
   if (ends_with(name, ".safetensors") || ends_with(name, ".index.json"))
@@ -230,21 +269,26 @@ static flap_status inspect(const char *path) {
 static flap_status run(const flap_command *command, int argc, char **argv) {
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
-  bool help = false;
+  bool help = false, quick = false;
+  const flap_option options[] = {
+      {"--quick", 0, FLAP_OPTION_FLAG, &quick, "Of checkpoints look at sizes only: nothing of them is read."}};
   if (argc > ARGUMENTS_MAX)
     return flap_arguments_error(command, "more than %d arguments", ARGUMENTS_MAX);
-  FLAP_TRY(flap_arguments_parse(command, NULL, 0, argc, argv, rest, &count, &help));
+  FLAP_TRY(flap_arguments_parse(command, options, 1, argc, argv, rest, &count, &help));
   if (help)
     return FLAP_OK;
   if (count != 1)
     return flap_arguments_error(command, "wanted one folder or file");
-  return inspect(rest[0]);
+  return inspect(rest[0], !quick);
 }
 
 const flap_command flap_command_inspect = {
     .name = "inspect",
-    .usage = "<folder or file>",
+    .usage = "[--quick] <folder or file>",
     .summary = "Show what is in a model, a checkpoint, a tokenizer or the folder of a run.",
-    .details = "Tensors with dtype, shape and size; config.json; the tokenizer; the last loss of metrics.jsonl.",
+    .details =
+        "Tensors with dtype, shape and size; config.json; the tokenizer; the last loss of metrics.jsonl. Of the\n"
+        "folder of a run every checkpoint: its step, when it was saved, its size, and whether each of its files\n"
+        "is to the byte what was saved; exit status 1 if one is not.",
     .run = run,
 };

@@ -1,4 +1,5 @@
 /* flap train: reads the configuration, trains, and says what came of it. */
+#include "base/log.h"
 #include "engine/engine.h"
 #include "tools/arguments.h"
 #include "tools/config_keys.h"
@@ -27,16 +28,37 @@ static void print_resume(FILE *out, const flap_run_config *config, const char *f
   fprintf(out, "%s %strue\n", config->overwrite_output_dir ? " overwrite_output_dir=false" : "", resume_key);
 }
 
+/* A graceful end, which is what was asked for. What is not saved is said. */
 static void say_interrupted(FILE *out, const flap_run_config *config, const flap_train_result *result, const char *file,
                             const char *const *overrides, size_t count) {
-  fprintf(out, "\ninterrupted after step %llu\n", (unsigned long long)result->steps);
-  if (!result->checkpoint[0])
-    fputs("there is no checkpoint to continue from\n", out);
+  fprintf(out, "\nstopped after step %llu, as asked\n", (unsigned long long)result->steps);
+  if (config->save_strategy == FLAP_STRATEGY_NO)
+    fputs("NOTHING WAS SAVED: save_strategy is no, so these steps are lost; with save_strategy=steps a stop saves "
+          "them\n",
+          out);
+  else if (!result->checkpoint[0])
+    fputs("nothing was saved, for no step was done: the same command starts again\n", out);
   else if (config->save_only_model)
     fprintf(out, "%s holds the weights only (save_only_model), so training cannot continue from it\n",
             result->checkpoint);
   else
     print_resume(out, config, file, overrides, count);
+}
+
+/* Output that nobody can read any more (a closed terminal, a reader who left, a full disk) is no failure of the run. */
+static void let_go_of_output(FILE *out) {
+  if (fflush(out) == 0 && !ferror(out))
+    return;
+  flap_log(FLAP_LOG_WARNING, "standard output could not be written to the end; the run itself is complete");
+  if (freopen("/dev/null", "w", out) == NULL)
+    clearerr(out);
+}
+
+static const char *stop_notice(const flap_run_config *config) {
+  return config->save_strategy == FLAP_STRATEGY_NO
+             ? "\nflap: stopping: this step is finished first, and NOTHING IS SAVED (save_strategy: no); once more "
+               "stops at once\n"
+             : "\nflap: stopping: this step is finished and saved first; once more stops at once\n";
 }
 
 static flap_status train(const char *file, const char *const *overrides, size_t count) {
@@ -45,16 +67,16 @@ static flap_status train(const char *file, const char *const *overrides, size_t 
   static flap_train_result result;
   FLAP_TRY(flap_config_load(file, overrides, count, FLAP_CONFIG_TRAIN, &config));
   flap_progress_init(&progress, stdout);
-  flap_interrupt_install("\nflap: stopping: this step is finished and saved first; once more stops at once\n");
+  flap_interrupt_install(stop_notice(&config));
+  flap_interrupt_outlive_terminal();
   flap_observer observer = flap_progress_observer(&progress);
   flap_status status = flap_engine_train(&config, &observer, &flap_interrupt_flag, &result);
   flap_progress_end_line(&progress);
   if (status == FLAP_OK)
     flap_progress_summary(&progress, &config, &result);
-  if (status == FLAP_OK && result.interrupted) {
+  if (status == FLAP_OK && result.interrupted)
     say_interrupted(stdout, &config, &result, file, overrides, count);
-    status = FLAP_INTERRUPTED;
-  }
+  let_go_of_output(stdout);
   flap_run_config_close(&config);
   return status;
 }
@@ -84,7 +106,8 @@ const flap_command flap_command_train = {
     .usage = "<run.yaml> [key=value ...]",
     .summary = "Train a model as run.yaml says.",
     .details = "Checkpoints, metrics.jsonl, trace.json and the trained model go to output_dir. Ctrl-C (or SIGTERM)\n"
-               "finishes the step, saves, and prints the command that continues; a second one stops at once.\n"
-               "Both end with exit status 130.",
+               "finishes the step, saves, prints the command that continues, and ends with exit status 0 (with\n"
+               "save_strategy: no nothing is saved); a second one stops at once, with 130. A terminal that is closed\n"
+               "does not end the run.",
     .run = run,
 };

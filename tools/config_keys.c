@@ -44,6 +44,8 @@ static const flap_config_word matmul_words[] = {
     {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};
 static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
+static const flap_config_word compression_words[] = {
+    {"auto", FLAP_COMPRESSION_AUTO}, {"off", FLAP_COMPRESSION_OFF}, {"lz4", FLAP_COMPRESSION_LZ4}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
 
 /* A key without a kind starts a section of the reference. */
@@ -129,13 +131,18 @@ static const flap_config_key keys[] = {
         "Evaluate every so many steps; 0: at the start and the end only. logging_steps with `eval_strategy: steps`."),
     WORD("save_strategy", save_strategy, strategy_words, "When to write a checkpoint that training can continue from."),
     PLAIN("save_steps", U64, save_steps, "With `save_strategy: steps`: a checkpoint every so many steps."),
+    PLAIN("save_minutes", NUMBER, save_minutes,
+          "A checkpoint also after so many minutes without one, whatever the strategy (but for `no`); 0 for never."),
     PLAIN("save_total_limit", U32, save_total_limit, "Keep so many checkpoints, and delete the oldest; 0 keeps all."),
     PLAIN("save_only_model", BOOL, save_only_model,
           "Checkpoints hold the weights only: smaller, but no resuming from them."),
     PLAIN("output_dir", PATH, output_dir, "Ends as a Hugging Face folder, with checkpoints and metrics beside."),
     PLAIN("overwrite_output_dir", BOOL, overwrite_output_dir, "Start anew in an output_dir that holds an earlier run."),
-    CUSTOM("resume_from_checkpoint", flap_config_set_resume, "true, false or a checkpoint folder", "false",
-           "Continue from a checkpoint, bit for bit; true takes the newest in output_dir."),
+    CUSTOM("resume_from_checkpoint", flap_config_set_resume, "true, latest, false or a checkpoint folder", "false",
+           "Continue from a checkpoint, bit for bit; true (or latest) takes the newest in output_dir."),
+    PLAIN("allow_numerics_change", BOOL, allow_numerics_change,
+          "Continue although something differs that decides bits (the device, its libraries, the micro-batch, dtypes): "
+          "without it such a run is refused."),
     {.name = "export",
      .kind = FLAP_CONFIG_BOOL,
      .offset = FIELD(export_final),
@@ -154,11 +161,20 @@ static const flap_config_key keys[] = {
           "Memory of the device: a size (7MiB, 24 GB), max (what is there less a reserve) or min (the least that "
           "works)."),
     PLAIN("ram", SIZE, ram, "Memory of the host for everything that FLAP keeps there: a size, max or min."),
-    CUSTOM("disk", flap_config_set_disk, "a list of {path, size}, a path, or a list of paths", "none",
-           "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default."),
+    CUSTOM("disk", flap_config_set_disk, "a list of {path, size, weight}, a path, or a list of paths", "none",
+           "Folders on fast disks for what fits neither, striped over all of them. Size: as above, max by default. "
+           "Weight: "
+           "what a disk takes beside the others, as far as its size goes; as measured by default."),
+    WORD("compression", compression, compression_words,
+         "Of what goes to the disks: auto compresses what it finds to save time, lz4 all that shrinks. Never of the "
+         "numbers, and the space is the same."),
     PLAIN("ssd_tbw", BYTES, ssd_tbw,
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),
+    CUSTOM(
+        "ssd_budget", flap_config_set_ssd_budget, "a size, or a share of ssd_tbw such as 5%", "none",
+        "What this run may write to drives in all, checkpoints and the trained model included; a run that would write "
+        "more is refused."),
 
     SECTION("Expert choices, which FLAP makes otherwise. None of them changes the numbers, but for expert.matmul"),
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),

@@ -88,6 +88,8 @@ flap_status flap_config_set_template(flap_config_reader *reader, const flap_conf
 flap_status flap_config_set_max_steps(flap_config_reader *reader, const flap_config_key *key,
                                       const flap_yaml_node *value);
 flap_status flap_config_set_eval(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value);
+flap_status flap_config_set_ssd_budget(flap_config_reader *reader, const flap_config_key *key,
+                                       const flap_yaml_node *value);
 flap_status flap_config_set_resume(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value);
 flap_status flap_config_set_checkpointing(flap_config_reader *reader, const flap_config_key *key,
                                           const flap_yaml_node *value);

@@ -200,15 +200,29 @@ flap_status flap_config_set_dataset(flap_config_reader *reader, const flap_confi
   return FLAP_OK;
 }
 
+static flap_status set_weight(flap_config_reader *reader, const flap_yaml_node *field, flap_run_disk *disk) {
+  static const flap_config_key key = {.name = "disk.weight", .kind = FLAP_CONFIG_NUMBER};
+  if (flap_yaml_is_null(field))
+    return FLAP_OK;
+  if (!flap_yaml_is_number(field, &disk->weight))
+    return flap_config_error_type(reader, field, &key);
+  if (!(disk->weight > 0))
+    return flap_config_error(reader, FLAP_INVALID, field, key.name, "must be above 0");
+  return FLAP_OK;
+}
+
 static flap_status set_disk_field(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *field,
                                   flap_run_disk *disk) {
   static const flap_config_key size_key = {.name = "disk.size", .kind = FLAP_CONFIG_SIZE};
   static const flap_config_key path_key = {.name = "disk.path", .kind = FLAP_CONFIG_PATH};
   if (strcmp(field->key, "size") == 0)
     return flap_yaml_is_null(field) ? FLAP_OK : parse_size(reader, &size_key, field, &disk->size);
+  if (strcmp(field->key, "weight") == 0)
+    return set_weight(reader, field, disk);
   if (strcmp(field->key, "path") != 0) {
     flap_yaml_quote quote;
-    return flap_config_error(reader, FLAP_INVALID, field, key->name, "unknown key %s: an entry has path and size",
+    return flap_config_error(reader, FLAP_INVALID, field, key->name,
+                             "unknown key %s: an entry has path, size and weight",
                              flap_yaml_quote_text(field->key, &quote));
   }
   if (field->kind != FLAP_YAML_SCALAR || flap_yaml_is_null(field))
@@ -423,7 +437,36 @@ flap_status flap_config_set_resume(flap_config_reader *reader, const flap_config
   }
   if (value->kind != FLAP_YAML_SCALAR)
     return flap_config_error_type(reader, value, key);
-  return store_path(reader, key->name, value, path);
+  FLAP_TRY(store_path(reader, key->name, value, path));
+  if (strcmp(path, "latest") == 0) /* a folder of that name is ./latest */
+    strcpy(path, "true");
+  return FLAP_OK;
+}
+
+/* "5%" is a share of ssd_tbw, anything else a size. */
+flap_status flap_config_set_ssd_budget(flap_config_reader *reader, const flap_config_key *key,
+                                       const flap_yaml_node *value) {
+  flap_run_config *config = reader->config;
+  config->ssd_budget = 0;
+  config->ssd_budget_share = 0;
+  if (!value)
+    return FLAP_OK;
+  if (value->kind != FLAP_YAML_SCALAR)
+    return flap_config_error_type(reader, value, key);
+  const size_t length = strlen(value->text);
+  if (length > 1 && value->text[length - 1] == '%') {
+    char *end = NULL;
+    const double percent = strtod(value->text, &end);
+    if (end != value->text + length - 1 || !(percent > 0 && percent <= 100))
+      return flap_config_error_type(reader, value, key);
+    config->ssd_budget_share = percent / 100;
+    return FLAP_OK;
+  }
+  if (flap_units_parse_bytes(value->text, &config->ssd_budget) != FLAP_OK || config->ssd_budget == 0) {
+    flap_error_clear();
+    return flap_config_error_type(reader, value, key);
+  }
+  return FLAP_OK;
 }
 
 flap_status flap_config_set_checkpointing(flap_config_reader *reader, const flap_config_key *key,

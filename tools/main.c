@@ -1,6 +1,7 @@
 /* The `flap` program: finds the subcommand, runs it, and turns its status into an exit status.
  *
- * Exit status: 0 for success, 1 for an error (one line "flap: error: ..." on stderr), 130 after an interruption.
+ * Exit status: 0 for success, 1 for an error (one line "flap: error: ..." on stderr), 130 when interrupted: at once, or
+ * with nothing to take up again. A training run that stops and saves as asked is a success.
  */
 #include "base/status.h"
 #include "tools/arguments.h"
@@ -29,7 +30,7 @@ static void print_help(void) {
   for (size_t i = 0; i < COMMANDS; i++)
     printf("  %-10s %s\n", commands[i]->name, commands[i]->summary);
   puts("\n`flap <subcommand> --help` tells more, `flap train --help-config` lists all keys of run.yaml.\n"
-       "Exit status: 0 success, 1 error, 130 interrupted.");
+       "Exit status: 0 success (also of a run that was stopped gracefully), 1 error, 130 stopped at once.");
 }
 
 static flap_status unknown_command(const char *name) {

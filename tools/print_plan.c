@@ -63,6 +63,10 @@ static void print_budgets(FILE *out, const flap_run_config *config, const flap_p
           flap_text_bytes(plan->process_bytes).text, "");
 }
 
+const char *flap_print_compression(flap_compression compression) {
+  return compression == FLAP_COMPRESSION_LZ4 ? "lz4" : compression == FLAP_COMPRESSION_AUTO ? "auto" : "off";
+}
+
 static void print_choices(FILE *out, const flap_plan *plan) {
   fprintf(out, "\nsegments of %u layers, groups of %u of %u micro-batches, ", plan->segment_layers,
           plan->group_micro_batches, plan->micro_batches);
@@ -77,6 +81,9 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->host_parts > 0)
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
+  if (plan->compression != FLAP_COMPRESSION_OFF)
+    fprintf(out, "compression of pages on disk: %s, by %u thread%s; all figures here are without it\n",
+            flap_print_compression(plan->compression), plan->workers, plan->workers == 1 ? "" : "s");
   fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
           flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }
@@ -111,7 +118,30 @@ static void print_lanes(FILE *out, const flap_plan *plan) {
 }
 
 /* In TB of 10^12 bytes, as data sheets of drives are. */
+/* What the whole run writes, where its steps are known. */
+static void print_run_wear(FILE *out, const flap_plan *plan) {
+  if (plan->ssd_run_bytes == 0)
+    return;
+  fprintf(out, "run       %s written in %s steps", flap_text_bytes(plan->ssd_run_bytes).text,
+          flap_text_grouped(plan->run_steps).text);
+  if (plan->run_checkpoints > 0)
+    fprintf(out, ", %s checkpoints of %s", flap_text_grouped(plan->run_checkpoints).text,
+            flap_text_bytes(plan->checkpoint_bytes).text);
+  if (plan->export_bytes > 0)
+    fprintf(out, ", export %s", flap_text_bytes(plan->export_bytes).text);
+  fputc('\n', out);
+  if (plan->ssd_tbw_bytes > 0)
+    fprintf(out, "          %s of the %.4g TB that the drives bear\n",
+            flap_text_share((double)plan->ssd_run_bytes, (double)plan->ssd_tbw_bytes).text,
+            (double)plan->ssd_tbw_bytes / 1e12);
+  if (plan->ssd_budget_bytes > 0)
+    fprintf(out, "          %s of ssd_budget, %s\n",
+            flap_text_share((double)plan->ssd_run_bytes, (double)plan->ssd_budget_bytes).text,
+            flap_text_bytes(plan->ssd_budget_bytes).text);
+}
+
 static void print_wear(FILE *out, const flap_plan *plan) {
+  print_run_wear(out, plan);
   if (plan->ssd_step_bytes == 0)
     return;
   fprintf(out, "ssd       %s written a step, %.4g TB per billion tokens", flap_text_bytes(plan->ssd_step_bytes).text,
@@ -256,6 +286,8 @@ static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "slice_bytes", plan->slice_bytes);
   set_integer(object, "read_buffers", plan->read_buffers);
   set_integer(object, "write_buffers", plan->write_buffers);
+  set_integer(object, "workers", plan->workers);
+  set_text(object, "compression", flap_print_compression(plan->compression));
   (void)json_object_set_new(object, "classes", classes_json(plan));
 }
 
@@ -300,6 +332,10 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_number(object, "ssd_bytes_per_billion_tokens", plan->ssd_bytes_per_billion_tokens);
   set_integer(object, "ssd_tbw_bytes", plan->ssd_tbw_bytes);
   set_number(object, "ssd_steps", plan->ssd_steps);
+  set_integer(object, "run_steps", plan->run_steps);
+  set_integer(object, "run_checkpoints", plan->run_checkpoints);
+  set_integer(object, "ssd_run_bytes", plan->ssd_run_bytes);
+  set_integer(object, "ssd_budget_bytes", plan->ssd_budget_bytes);
 }
 
 static json_t *knee_json(const flap_knee *knee) {

@@ -21,6 +21,8 @@ void flap_print_knee(FILE *out, const flap_knee *knee);
 /* A profile that `machine` can name (machine_file.h reads it), as JSON. The caller owns it. */
 struct json_t *flap_print_profile_json(const flap_machine_profile *profile);
 
+/* As the configuration spells it. */
+const char *flap_print_compression(flap_compression compression);
 /* The lane that the bound is set by: "compute", "disk_read", ... */
 const char *flap_print_bound_lane(const flap_plan *plan);
 

@@ -144,6 +144,32 @@ static void print_lanes(FILE *out, const flap_plan *plan, const uint64_t *bytes)
             flap_text_ratio((double)plan->bound_bytes[i], parameters, 2).text);
 }
 
+/* Nothing to say where pages are on disk as they are. */
+static void print_compression(FILE *out, const flap_plan *plan, const flap_train_result *result) {
+  const uint64_t *moved = result->disk_bytes, *pages = result->disk_lane_bytes;
+  if (plan->compression == FLAP_COMPRESSION_OFF || moved[0] + moved[1] == 0)
+    return;
+  fprintf(out, "\ndisks read %s and wrote %s for pages of %s and %s (compression: %s): ratio %s\n",
+          flap_text_bytes(moved[0]).text, flap_text_bytes(moved[1]).text, flap_text_bytes(pages[0]).text,
+          flap_text_bytes(pages[1]).text, flap_print_compression(plan->compression),
+          flap_text_ratio((double)(pages[0] + pages[1]), (double)(moved[0] + moved[1]), 3).text);
+}
+
+/* What the drives bore, measured but for the sizes of files. */
+static void print_wear(FILE *out, const flap_plan *plan, const flap_train_result *result) {
+  const uint64_t written = result->disk_written_bytes + result->saved_bytes;
+  if (written == 0)
+    return;
+  fprintf(out, "written to drives: %s (%s a step), %s of it to save", flap_text_bytes(written).text,
+          flap_text_bytes(result->steady_lane_bytes[FLAP_LANE_DISK_WRITE]).text,
+          flap_text_bytes(result->saved_bytes).text);
+  if (result->trained_tokens > 0)
+    fprintf(out, "; %.4g TB per billion tokens", (double)written / (double)result->trained_tokens * 1e9 / 1e12);
+  if (plan->ssd_tbw_bytes > 0)
+    fprintf(out, "; %s of ssd_tbw", flap_text_share((double)written, (double)plan->ssd_tbw_bytes).text);
+  fputc('\n', out);
+}
+
 void flap_progress_summary(flap_progress *progress, const flap_run_config *config, const flap_train_result *result) {
   FILE *out = progress->out;
   flap_progress_end_line(progress);
@@ -161,6 +187,7 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
     print_peaks(out, plan, &result->peaks);
     if (result->median_step_seconds > 0) {
       print_lanes(out, plan, result->steady_lane_bytes);
+      print_compression(out, plan, result);
       fprintf(out, "\nmedian step %s, expected %s, bound %s (%s): %s of the bound reached\n",
               flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->step_seconds).text,
               flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
@@ -170,6 +197,7 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
                      "`flap bench machine` measures them again\n");
     }
   }
+  print_wear(out, &progress->plan, result);
   if (result->checkpoint[0])
     fprintf(out, "newest checkpoint: %s\n", result->checkpoint);
   if (result->exported)

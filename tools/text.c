@@ -53,6 +53,14 @@ flap_text flap_text_percent(double numerator, double denominator) {
   return t;
 }
 
+flap_text flap_text_share(double numerator, double denominator) {
+  flap_text t = {"-"};
+  if (denominator > 0 && isfinite(numerator / denominator))
+    (void)snprintf(t.text, sizeof t.text, 100 * numerator / denominator >= 99.5 ? "%.0f%%" : "%.2g%%",
+                   100 * numerator / denominator);
+  return t;
+}
+
 flap_text flap_text_rate(double per_second) {
   flap_text t = {"-"};
   if (!isfinite(per_second) || per_second < 0)

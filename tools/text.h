@@ -19,6 +19,7 @@ flap_text flap_text_seconds(double seconds); /* "4m 07s"; "-" when not finite or
 flap_text flap_text_grouped(uint64_t value); /* "1,234,567" */
 flap_text flap_text_ratio(double numerator, double denominator, int decimals); /* "-" when the denominator is 0 */
 flap_text flap_text_percent(double numerator, double denominator);             /* "87%" */
+flap_text flap_text_share(double numerator, double denominator);               /* "0.0042%": two digits */
 flap_text flap_text_rate(double per_second);                                   /* "12.3k": tokens per second */
 
 /* `text` as a word for a shell, quoted if it needs to be; cut to the buffer. Returned. */

@@ -83,8 +83,9 @@ static uint64_t state_bytes(flap_block_backend backend) {
 static flap_block *lay_out(flap_arena *arena, const flap_block_config *config) {
   bool measuring = flap_arena_is_measuring(arena);
   flap_block *block = FLAP_ARENA_ARRAY(arena, flap_block, 1);
-  uint32_t phase_count = block_map_phase_count(config->disk_count, config->disks, config->stripe_bytes);
-  block_phase *phases = FLAP_ARENA_ARRAY(arena, block_phase, phase_count);
+  flap_block_disk used[FLAP_BLOCK_DISKS_MAX];
+  block_map_use(config->disk_count, config->disks, config->stripe_bytes, config->bytes, used);
+  block_phase *phases = FLAP_ARENA_ARRAY(arena, block_phase, block_map_phases_max(config->disk_count));
   uint64_t piece_count = (uint64_t)config->requests_max * block_map_runs_max(config->disk_count, config->stripe_bytes);
   block_piece *pieces = FLAP_ARENA_ARRAY(arena, block_piece, piece_count);
   void *state = flap_arena_take(arena, state_bytes(config->backend), 64);
@@ -100,7 +101,8 @@ static flap_block *lay_out(flap_arena *arena, const flap_block_config *config) {
   block->config = *config;
   for (uint32_t d = 0; d < config->disk_count; d++)
     block->config.disks[d].path = paths[d];
-  block_map_build(&block->map, config->disk_count, config->disks, config->stripe_bytes, phases);
+  block_map_build(&block->map, config->disk_count, used, config->stripe_bytes,
+                  block_map_phases_by_size(config->disk_count), phases);
   for (uint64_t i = 0; i < piece_count; i++) {
     pieces[i].next = block->pieces_free;
     block->pieces_free = &pieces[i];

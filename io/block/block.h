@@ -40,6 +40,7 @@ typedef struct flap_block_disk {
   const char *path; /* an existing folder; the extent file is made in it and unlinked at once, so that nothing
                        is left behind whatever happens */
   uint64_t bytes;   /* how much of it may be used; a multiple of stripe_bytes */
+  uint64_t weight;  /* how much it can do beside the others, in any unit; 0 for any of them: sizes count instead */
 } flap_block_disk;
 
 /* A simulated disk. With `clock` it has no bytes: requests complete at virtual times and buffers are never
@@ -65,8 +66,8 @@ typedef struct flap_block_config {
   flap_block_backend backend;
   uint32_t disk_count;
   flap_block_disk disks[FLAP_BLOCK_DISKS_MAX];
-  uint64_t stripe_bytes; /* consecutive stripes go to the disks in turn, in proportion to their sizes; a multiple of
-                            FLAP_BLOCK_ALIGN. One disk: no matter */
+  uint64_t stripe_bytes; /* consecutive stripes go to the disks in turn, in proportion to their weights as far as their
+                            sizes go; a multiple of FLAP_BLOCK_ALIGN. One disk: no matter */
   uint64_t bytes;        /* the linear space that is needed; at most the sum of the disks */
   uint32_t requests_max; /* submitted and not yet polled; more is a mistake of the caller's and asserts */
   uint32_t read_depth, write_depth; /* of each disk, in flight at the system; 0: the backend's default (16) */
@@ -102,6 +103,10 @@ typedef struct flap_block flap_block;
 /* Host bytes that open takes for its queues; the same that open will take. Not counted: the registered memory, the
  * stacks of threads, and the bytes of a simulated disk. 0 for a configuration that open would refuse. */
 uint64_t flap_block_measure(const flap_block_config *config);
+
+/* How many of config->bytes each disk will hold, to a few stripes. Uses disks, stripe_bytes and bytes alone, which
+ * open would accept. */
+void flap_block_share(const flap_block_config *config, uint64_t bytes_out[FLAP_BLOCK_DISKS_MAX]);
 
 /* Creates, preallocates and registers. Errors name the disk's path: no such folder, not writable, too full
  * (with what is free), and say what to do. Nothing stays behind after a failure. */

@@ -46,11 +46,19 @@ typedef struct block_run {
   uint64_t bytes;
 } block_run;
 
-/* How many phases the disks need. */
-uint32_t block_map_phase_count(uint32_t disk_count, const flap_block_disk *disks, uint64_t stripe_bytes);
-/* `phases` holds block_map_phase_count entries and must outlive the map. */
+/* What of each disk is used for so many bytes of the linear space: as much of them as its weight is of all weights, or
+ * all of it where that is less, and the others more. Without weights all of each: their pattern goes by sizes. */
+void block_map_use(uint32_t disk_count, const flap_block_disk *disks, uint64_t stripe_bytes, uint64_t bytes,
+                   flap_block_disk *used_out);
+/* So many phases go by sizes, which is more than sizes were found to need; at most disk_count more take what is left
+ * then. The memory for them does not depend on how much of the disks is used. */
+uint32_t block_map_phases_by_size(uint32_t disk_count);
+static inline uint32_t block_map_phases_max(uint32_t disk_count) {
+  return disk_count == 1 ? 0 : block_map_phases_by_size(disk_count) + disk_count;
+}
+/* `phases` holds by_size + disk_count entries and must outlive the map. */
 void block_map_build(block_map *map, uint32_t disk_count, const flap_block_disk *disks, uint64_t stripe_bytes,
-                     block_phase *phases);
+                     uint32_t by_size, block_phase *phases);
 /* The longest run from `offset` on, at most `bytes`, that is contiguous on one disk. */
 block_run block_map_find(const block_map *map, uint64_t offset, uint64_t bytes);
 /* Bytes of `disk` that the first `bytes` of the linear space reach; stripes are counted whole, except on one disk. */

@@ -27,6 +27,8 @@
 
 #define PART_BYTES FLAP_GIB
 #define REAP_MAX 64u
+/* Whole huge pages are charged, so the two at the ends as well, of which only parts are registered. */
+#define CHARGED_BYTES (4 * FLAP_MIB)
 
 typedef struct uring_state {
   struct io_uring ring;
@@ -158,8 +160,8 @@ static void register_memory(flap_block *block) {
     flap_units_format_bytes(block->config.memory_bytes, size, sizeof size);
     flap_log(FLAP_LOG_WARNING,
              "io_uring: cannot register %s of buffers (%s); transfers will cost more CPU; raise the limit on locked "
-             "memory (ulimit -l)",
-             size, strerror(-result));
+             "memory: ulimit -l %llu, and as much again for each other program of yours that does the same",
+             size, strerror(-result), (unsigned long long)((block->config.memory_bytes + CHARGED_BYTES) / 1024));
   }
 }
 

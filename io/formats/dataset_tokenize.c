@@ -1,5 +1,6 @@
 /* Documents to tokens, with bounded memory: a window of the file, and the longest line of a .jsonl. */
 #include "io/formats/dataset_internal.h"
+#include "io/formats/json_file.h"
 
 #include "base/system.h"
 #include "io/formats/json_file.h"
@@ -7,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -106,9 +108,17 @@ static bool is_blank(const char *line, uint64_t bytes) {
   return true;
 }
 
+static flap_status check_weight(const context *c, const char *line, uint64_t bytes, uint64_t number) {
+  char place[32];
+  (void)snprintf(place, sizeof place, "line %llu", (unsigned long long)number);
+  const flap_status status = flap_json_check_weight(place, line, bytes);
+  return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "%s", c->file->path);
+}
+
 static flap_status put_line(context *c, const char *line, uint64_t bytes, uint64_t number) {
   if (is_blank(line, bytes))
     return FLAP_OK;
+  FLAP_TRY(check_weight(c, line, bytes, number));
   json_error_t error;
   /* Integers as doubles: of the other keys only the syntax matters, not the size of their numbers. */
   json_t *object = flap_json_parse(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);

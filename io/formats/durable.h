@@ -24,6 +24,9 @@ extern "C" {
 #endif
 
 #define FLAP_DURABLE_PATH_MAX 4096u /* the NUL included */
+/* Of what is made: its owner's alone. Weights and texts may be private; who shares them says so with chmod. */
+#define FLAP_DURABLE_FILE_MODE 0600
+#define FLAP_DURABLE_FOLDER_MODE 0700
 
 /* ---- files --------------------------------------------------------------------------------------------- */
 

@@ -151,7 +151,7 @@ flap_status flap_durable_make_folder(const char *path) {
     if (kept != '/' && kept != '\0')
       continue;
     *at = '\0';
-    if (flap_system_mkdir(partial, 0777) == 0)
+    if (flap_system_mkdir(partial, FLAP_DURABLE_FOLDER_MODE) == 0)
       FLAP_TRY(flap_durable_sync_parent(partial));
     else if (errno != EEXIST)
       return flap_error_set_os(errno, "cannot make the folder %s", partial);
@@ -184,7 +184,7 @@ flap_status flap_durable_recover_folder(const char *final_path) {
 flap_status flap_durable_begin_folder(const char *final_path, char temporary_out[FLAP_DURABLE_PATH_MAX]) {
   FLAP_TRY(flap_durable_sibling(temporary_out, final_path, ".tmp"));
   FLAP_TRY(flap_durable_recover_folder(final_path));
-  if (flap_system_mkdir(temporary_out, 0777) != 0)
+  if (flap_system_mkdir(temporary_out, FLAP_DURABLE_FOLDER_MODE) != 0)
     return flap_error_set_os(errno, "cannot make the folder %s", temporary_out);
   return FLAP_OK;
 }

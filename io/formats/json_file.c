@@ -51,7 +51,30 @@ bool flap_json_no_memory(void) {
   return memory_refused;
 }
 
+/* Behind the end of the string that `at` is in, or past the end of the text. */
+static size_t skip_string(const char *text, size_t bytes, size_t at) {
+  while (at < bytes && text[at] != '"')
+    at += text[at] == '\\' ? 2 : 1;
+  return at + 1;
+}
+
+flap_status flap_json_check_weight(const char *name, const char *text, size_t bytes) {
+  uint64_t weight = 0;
+  if (bytes <= FLAP_JSON_WEIGHT_MAX / 4)
+    return FLAP_OK;
+  for (size_t at = 0; at < bytes && weight <= FLAP_JSON_WEIGHT_MAX; at++) {
+    if (text[at] == '"')
+      at = skip_string(text, bytes, at + 1) - 1;
+    else
+      weight += text[at] == ',' ? 1 : text[at] == '[' ? 2 : text[at] == '{' ? 4 : 0;
+  }
+  if (weight <= FLAP_JSON_WEIGHT_MAX)
+    return FLAP_OK;
+  return flap_error_set(FLAP_UNSUPPORTED, "%s: its JSON has millions of values, more than are read", name);
+}
+
 flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out) {
+  FLAP_TRY(flap_json_check_weight(name, text, bytes));
   json_error_t error;
   size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
   json_t *root = flap_json_parse(text, bytes, flags, &error);

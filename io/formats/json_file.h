@@ -18,6 +18,7 @@ extern "C" {
 
 #define FLAP_JSON_BYTES_MAX ((uint64_t)256 << 20) /* a limit that suits every file but data */
 #define FLAP_JSON_PATH_MAX 192u
+#define FLAP_JSON_WEIGHT_MAX ((uint64_t)8 << 20)
 
 /* ---- loading and writing ------------------------------------------------------------------------------- */
 
@@ -26,6 +27,10 @@ extern "C" {
  * doubles; the getters below take those too. Errors: FLAP_NOT_FOUND, FLAP_IO, FLAP_INVALID with "file:line:column".
  * The caller owns the root: json_decref. */
 FLAP_CHECKED flap_status flap_json_load_file(const char *path, uint64_t bytes_max, json_t **root_out);
+/* FLAP_UNSUPPORTED for a text that would take more than half a gigabyte once parsed, which 30 MB of "{}," do: its
+ * commas, with 2 for each array and 4 for each object, may be at most FLAP_JSON_WEIGHT_MAX. The largest tokenizers have
+ * a quarter of that. All that parses JSON asks first. */
+FLAP_CHECKED flap_status flap_json_check_weight(const char *name, const char *text, size_t bytes);
 /* The same from memory; `name` stands for the file in messages. */
 FLAP_CHECKED flap_status flap_json_load_text(const char *name, const char *text, size_t bytes, json_t **root_out);
 

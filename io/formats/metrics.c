@@ -113,7 +113,7 @@ flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metri
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a line", path);
   }
   int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (keep_to_step < 0 ? O_TRUNC : 0);
-  metrics->fd = flap_system_open(path, flags, 0666);
+  metrics->fd = flap_system_open(path, flags, FLAP_DURABLE_FILE_MODE);
   if (metrics->fd < 0) {
     flap_status status = flap_error_set_os(errno, "cannot open %s", path);
     flap_metrics_close(metrics);

@@ -250,6 +250,8 @@ static flap_status load_header(const tensor_file *file, uint64_t length, json_t 
   flap_status status = flap_durable_read_all(file->fd, file->path, FLAP_SAFETENSORS_LENGTH_BYTES, text, length);
   if (status == FLAP_OK && text[0] != '{')
     status = flap_error_set(FLAP_CORRUPT, "%s: the header does not start with {", file->path);
+  if (status == FLAP_OK)
+    status = flap_json_check_weight(file->path, text, (size_t)length);
   if (status == FLAP_OK) {
     json_error_t error;
     *header_out = flap_json_parse(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
@@ -347,6 +349,8 @@ static flap_status open_shards(flap_safetensors *reader, const char *folder, con
     status = open_file(reader, join(folder, shards[i]), map);
     if (status == FLAP_NOT_FOUND)
       status = flap_error_prefix(status, "%s names a shard that is not there", index);
+    else if (status == FLAP_IO)
+      status = flap_error_prefix(status, "%s names a shard that cannot be read", index);
   }
   free(shards);
   return status;

@@ -16,6 +16,7 @@
 
 #include "base/dtype.h"
 #include "base/status.h"
+#include "io/formats/checksums.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -135,6 +136,10 @@ FLAP_CHECKED flap_status flap_safetensors_measure(const flap_safetensors_entry *
 FLAP_CHECKED flap_status flap_safetensors_write_begin(const char *path, const flap_safetensors_entry *entries,
                                                       uint64_t count, const flap_safetensors_pair *metadata,
                                                       uint64_t metadata_count, flap_safetensors_writer **writer_out);
+
+/* Before any data: the sum of the whole file goes into the list when the file is ended. The list outlives the writer.
+ */
+void flap_safetensors_write_sum(flap_safetensors_writer *writer, flap_checksums *checksums);
 
 /* Appends data, in any pieces, in the order of the entries. More than the entries need is FLAP_INVALID. After a failure
  * every later call is FLAP_CLOSED. */

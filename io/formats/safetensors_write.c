@@ -21,6 +21,8 @@ struct flap_safetensors_writer {
   int fd;
   uint64_t bytes_left; /* of data that the header promises */
   bool failed;
+  flap_checksums *checksums; /* takes the file's sum at the end; NULL: nobody wants it */
+  flap_checksum *sum;        /* of the header, and of the data if there is a list */
 };
 
 /* ---- header -------------------------------------------------------------------------------------------- */
@@ -149,10 +151,20 @@ flap_status flap_safetensors_measure(const flap_safetensors_entry *entries, uint
 
 /* ---- a file -------------------------------------------------------------------------------------------- */
 
+static void release(flap_safetensors_writer *writer) {
+  if (writer == NULL)
+    return;
+  flap_checksum_close(writer->sum);
+  free(writer->path);
+  free(writer);
+}
+
 static flap_status write_header(flap_safetensors_writer *writer, const char *text, uint64_t length) {
   unsigned char raw[FLAP_SAFETENSORS_LENGTH_BYTES];
   for (unsigned i = 0; i < sizeof raw; i++)
     raw[i] = (unsigned char)(length >> (8 * i));
+  flap_checksum_add(writer->sum, raw, sizeof raw);
+  flap_checksum_add(writer->sum, text, length);
   FLAP_TRY(flap_durable_write_all(writer->fd, writer->path, raw, sizeof raw));
   return flap_durable_write_all(writer->fd, writer->path, text, length);
 }
@@ -166,18 +178,17 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
   if (status != FLAP_OK)
     return flap_error_prefix(status, "%s", path);
   flap_safetensors_writer *writer = calloc(1, sizeof *writer);
-  if (!writer || !(writer->path = strdup(path))) {
-    free(writer);
+  if (!writer || !(writer->path = strdup(path)) || flap_checksum_open(&writer->sum) != FLAP_OK) {
+    release(writer);
     free(text);
     return no_memory();
   }
   writer->bytes_left = data_bytes;
-  writer->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  writer->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (writer->fd < 0) {
     status = flap_error_set_os(errno, "cannot create %s", path);
     free(text);
-    free(writer->path);
-    free(writer);
+    release(writer);
     return status;
   }
   status = write_header(writer, text, length);
@@ -190,6 +201,10 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
   return FLAP_OK;
 }
 
+void flap_safetensors_write_sum(flap_safetensors_writer *writer, flap_checksums *checksums) {
+  writer->checksums = checksums;
+}
+
 flap_status flap_safetensors_write(flap_safetensors_writer *writer, const void *data, uint64_t bytes) {
   if (writer->failed)
     return flap_error_set(FLAP_CLOSED, "%s: an earlier write failed", writer->path);
@@ -200,9 +215,12 @@ flap_status flap_safetensors_write(flap_safetensors_writer *writer, const void *
   else
     status = flap_durable_write_all(writer->fd, writer->path, data, bytes);
   writer->failed = status != FLAP_OK;
-  if (status == FLAP_OK)
-    writer->bytes_left -= bytes;
-  return status;
+  if (status != FLAP_OK)
+    return status;
+  writer->bytes_left -= bytes;
+  if (writer->checksums != NULL)
+    flap_checksum_add(writer->sum, data, bytes);
+  return FLAP_OK;
 }
 
 static flap_status finish(flap_safetensors_writer *writer) {
@@ -217,6 +235,8 @@ static flap_status finish(flap_safetensors_writer *writer) {
   writer->fd = -1;
   if (flap_system_close(fd) != 0)
     return flap_durable_write_error(errno, writer->path);
+  if (writer->checksums != NULL)
+    FLAP_TRY(flap_checksums_add(writer->checksums, writer->path, writer->sum));
   return flap_durable_sync_parent(writer->path);
 }
 
@@ -226,8 +246,7 @@ flap_status flap_safetensors_write_end(flap_safetensors_writer *writer) {
     flap_safetensors_write_abort(writer);
     return status;
   }
-  free(writer->path);
-  free(writer);
+  release(writer);
   return FLAP_OK;
 }
 
@@ -237,8 +256,7 @@ void flap_safetensors_write_abort(flap_safetensors_writer *writer) {
   if (writer->fd >= 0)
     (void)flap_system_close(writer->fd);
   (void)flap_system_unlink(writer->path);
-  free(writer->path);
-  free(writer);
+  release(writer);
 }
 
 /* ---- shards -------------------------------------------------------------------------------------------- */

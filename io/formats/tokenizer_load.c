@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define GAPS_MAX ((uint64_t)1 << 20) /* ids without a token that a vocabulary may have */
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
 static flap_status unsupported(const flap_json_object *object, const char *key, const char *what) {
@@ -61,7 +62,8 @@ static flap_status check_model(const flap_json_object *model) {
   return FLAP_OK;
 }
 
-/* Sizes everything: the largest id, the bytes of all strings, and that ids are sane. */
+/* Sizes everything: the largest id, the bytes of all strings, and that ids are sane: tables are as long as the largest
+ * one, and a few bytes of JSON must not ask for gigabytes. */
 static flap_status measure_vocab(const flap_json_object *root, const flap_json_object *vocab, const json_t *added,
                                  uint32_t *id_count_out, uint64_t *strings_out, uint64_t *bytes_out) {
   json_int_t largest = -1;
@@ -93,6 +95,9 @@ static flap_status measure_vocab(const flap_json_object *root, const flap_json_o
   }
   if (largest < 0)
     return flap_json_error(vocab, NULL, "has no tokens");
+  if ((uint64_t)largest >= GAPS_MAX + *strings_out)
+    return flap_json_error(root, NULL, "the largest id is %lld, but there are only %llu tokens", (long long)largest,
+                           (unsigned long long)*strings_out);
   *id_count_out = (uint32_t)largest + 1;
   return FLAP_OK;
 }
@@ -196,7 +201,7 @@ static flap_status load_whole_words(flap_tokenizer *tokenizer, const flap_json_o
   FLAP_TRY(flap_json_opt_bool(model, "ignore_merges", false, &tokenizer->ignore_merges));
   if (!tokenizer->ignore_merges)
     return FLAP_OK;
-  FLAP_TRY(flap_text_map_open(&tokenizer->whole_words, tokenizer->id_count));
+  FLAP_TRY(flap_text_map_open(&tokenizer->whole_words, tokenizer->by_raw.count));
   for (uint32_t id = 0; id < tokenizer->id_count; id++) {
     const flap_token *token = &tokenizer->tokens[id];
     if (token->raw != NULL && token->bytes != token->raw) /* only what is spelt in the byte alphabet is a word */
@@ -381,8 +386,11 @@ static flap_status load_template_special(flap_tokenizer *tokenizer, const flap_j
   uint32_t *out_count = before ? &tokenizer->before_count : &tokenizer->after_count;
   if (count > FLAP_TOKENIZER_TEMPLATE_MAX - *out_count)
     return flap_json_error(item, NULL, "more than %u tokens on one side of the text", FLAP_TOKENIZER_TEMPLATE_MAX);
-  for (size_t i = 0; i < count; i++)
+  for (size_t i = 0; i < count; i++) {
+    if (tokenizer->tokens[ids[i]].raw == NULL)
+      return flap_json_error(&named, "ids", "%lld is not the id of a token", (long long)ids[i]);
     out[(*out_count)++] = (int32_t)ids[i];
+  }
   return FLAP_OK;
 }
 

@@ -232,6 +232,17 @@ static void unpin(const flap_cuda_pin *pin, const _Atomic bool *done) {
   }
 }
 
+/* Bytes that were pinned before one could not be. */
+static uint64_t pinned_bytes(const pin_job *job) {
+  uint64_t bytes = 0;
+  for (uint64_t i = 0; i < job->chunks; i++) {
+    uintptr_t start, end;
+    chunk_of(&job->pin, i, &start, &end);
+    bytes += atomic_load(&job->done[i]) ? end - start : 0;
+  }
+  return bytes;
+}
+
 static void run_pinning(pin_job *job) {
   pthread_t threads[PIN_THREADS];
   uint64_t wanted = job->chunks < PIN_THREADS ? job->chunks : PIN_THREADS, started = 0;
@@ -260,12 +271,17 @@ flap_status flap_cuda_memory_pin(flap_cuda_memory *memory, void *start, uint64_t
   run_pinning(&job);
   int error = atomic_load(&job.error);
   if (error != cudaSuccess) {
+    char done[FLAP_UNITS_TEXT_MAX], less[FLAP_UNITS_TEXT_MAX];
+    (void)flap_units_format_bytes(pinned_bytes(&job), done, sizeof done);
+    (void)flap_units_format_bytes(bytes - pinned_bytes(&job), less, sizeof less);
     unpin(&job.pin, job.done);
     (void)cudaGetLastError();
     free(job.done);
-    return flap_error_set(error == cudaErrorMemoryAllocation ? FLAP_NO_MEMORY : FLAP_DEVICE,
-                          "cuda: cannot pin %s of host memory: %s; lower ram, or raise what may be locked (ulimit -l)",
-                          text, cudaGetErrorString((cudaError_t)error));
+    return flap_error_set(
+        error == cudaErrorMemoryAllocation ? FLAP_NO_MEMORY : FLAP_DEVICE,
+        "cuda: cannot pin %s of host memory, only %s of it: %s; lower ram by %s, or raise what may be "
+        "locked or taken here (ulimit -l, the container's limit; WSL pins half of its memory)",
+        text, done, cudaGetErrorString((cudaError_t)error), less);
   }
   free(job.done);
   memory->pins[count] = job.pin;

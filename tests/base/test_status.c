@@ -59,6 +59,17 @@ START_TEST(status_long_text_is_cut_not_overrun) {
 }
 END_TEST
 
+START_TEST(status_message_is_one_line_whatever_it_quotes) {
+  (void)flap_error_set(FLAP_INVALID, "near '%s'",
+                       "a\nb\x1b[2J\x7f\t\xc2\x9b"
+                       "31m caf\xc3\xa9");
+  ck_assert_str_eq(flap_error_message(), "near 'a?b?[2J??"
+                                         "??31m caf\xc3\xa9'");
+  (void)flap_error_prefix(FLAP_INVALID, "%s", "x\ry");
+  ck_assert_int_eq(strncmp(flap_error_message(), "x?y: near", 9), 0);
+}
+END_TEST
+
 static void *fail_elsewhere(void *unused) {
   (void)flap_error_set(FLAP_DEVICE, "elsewhere");
   return unused;
@@ -111,6 +122,7 @@ int main(void) {
   tcase_add_test(tests, status_set_may_quote_its_own_record);
   tcase_add_test(tests, status_set_os_follows_the_os_error);
   tcase_add_test(tests, status_long_text_is_cut_not_overrun);
+  tcase_add_test(tests, status_message_is_one_line_whatever_it_quotes);
   tcase_add_test(tests, status_record_belongs_to_its_thread);
   tcase_add_test(tests, status_try_forwards_failures_only);
   suite_add_tcase(suite, tests);

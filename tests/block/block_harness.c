@@ -36,7 +36,8 @@ void harness_init(block_harness *harness, flap_block_backend backend, const char
   for (uint32_t d = 0; d < disk_count; d++) {
     snprintf(harness->folders[d], sizeof harness->folders[d], "%s/flap-test-XXXXXX", parent);
     ck_assert_ptr_nonnull(mkdtemp(harness->folders[d]));
-    config->disks[d] = (flap_block_disk){harness->folders[d], stripes[d] * stripe_bytes};
+    config->disks[d] = (flap_block_disk){
+        .path = harness->folders[d], .bytes = stripes[d] * stripe_bytes, .weight = disk_count % 2 ? 3 * d + 1 : 0};
     config->bytes += stripes[d] * stripe_bytes;
   }
   config->requests_max = SLOTS;

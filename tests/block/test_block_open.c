@@ -215,6 +215,7 @@ static int refused_buffers_story(void *context) {
     return SKIPPED;
   harness_open(&harness);
   ck_assert(stderr_holds(log, "cannot register 24.0 MiB of buffers"));
+  ck_assert(stderr_holds(log, "ulimit -l 28672,")); /* these, and a huge page at either end */
   harness_random_program(&harness, 1, 60);
   (void)!setresuid(0, 0, 0); /* to remove the folder */
   harness_close(&harness);
@@ -244,6 +245,18 @@ START_TEST(open_read_only_folder_is_told) {
 }
 END_TEST
 
+/* Whoever plans may find room for other bytes meanwhile, and then fewer go to the disks. */
+START_TEST(measure_does_not_depend_on_how_much_is_used) {
+  block_harness harness;
+  harness_init(&harness, FLAP_BLOCK_SIM, "/tmp", 3, (const uint64_t[]){997, 333, 1009}, 65536, 4 * MIB);
+  const uint64_t all = flap_block_measure(&harness.config), bytes = harness.config.bytes;
+  ck_assert_uint_gt(all, 0);
+  for (harness.config.bytes = 4096; harness.config.bytes < bytes; harness.config.bytes += 61 * 65536)
+    ck_assert_uint_eq(flap_block_measure(&harness.config), all);
+  harness_close(&harness);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("block");
   TCase *tests = tcase_create("open");
@@ -255,6 +268,7 @@ int main(void) {
   tcase_add_test(tests, open_reserves_the_space_and_close_gives_it_back);
   tcase_add_test(tests, space_tells_free_bytes_and_bad_folders);
   tcase_add_test(tests, open_file_size_limit_is_told_and_does_not_kill);
+  tcase_add_test(tests, measure_does_not_depend_on_how_much_is_used);
   tcase_add_test(tests, open_refused_ring_falls_back_to_threads);
   tcase_add_test(tests, open_refused_buffers_are_used_unregistered);
   tcase_add_test(tests, open_read_only_folder_is_told);

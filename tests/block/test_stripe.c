@@ -9,16 +9,21 @@
 
 #define STRIPE 4096u
 
+static uint32_t by_size_most = UINT32_MAX; /* fewer phases than usual go by size */
+
 static block_map make_map(uint32_t disk_count, const uint64_t *stripes, flap_block_disk *disks) {
   for (uint32_t d = 0; d < disk_count; d++)
-    disks[d] = (flap_block_disk){"-", stripes[d] * STRIPE};
-  uint32_t count = block_map_phase_count(disk_count, disks, STRIPE);
-  block_phase *phases = calloc(count + 1, sizeof *phases);
+    disks[d] = (flap_block_disk){.path = "-", .bytes = stripes[d] * STRIPE};
+  block_phase *phases = calloc(block_map_phases_max(disk_count) + 1, sizeof *phases);
   block_map map;
-  block_map_build(&map, disk_count, disks, STRIPE, phases);
-  ck_assert_uint_eq(map.phase_count, disk_count == 1 ? 0 : count);
+  const uint32_t usual = block_map_phases_by_size(disk_count), by_size = usual < by_size_most ? usual : by_size_most;
+  block_map_build(&map, disk_count, disks, STRIPE, by_size, phases);
+  ck_assert_uint_le(map.phase_count, by_size + disk_count);
+  ck_assert(map.phase_count < usual || by_size < usual); /* so many are never needed */
   return map;
 }
+
+static bool in_proportion = true;
 
 /* Every stripe of the linear space, one by one. */
 static void check_map(uint32_t disk_count, const uint64_t *stripes) {
@@ -42,7 +47,7 @@ static void check_map(uint32_t disk_count, const uint64_t *stripes) {
     ck_assert_uint_eq(inside.offset, run.offset + 1000);
     ck_assert_uint_eq(inside.bytes, 96);
     /* In proportion all the way: never further from the share than one pattern's rounding. */
-    for (uint32_t d = 0; d < disk_count; d++) {
+    for (uint32_t d = 0; d < disk_count && in_proportion; d++) {
       double share = (double)(s + 1) * (double)stripes[d] / (double)total;
       double error = (double)next[d] - share;
       double slack = 2 + (double)total / BLOCK_PATTERN_MAX;
@@ -90,6 +95,18 @@ START_TEST(stripe_random_sizes_are_covered) {
 }
 END_TEST
 
+/* However few phases go by size, all stripes are used; only not in proportion any more. */
+START_TEST(stripe_phases_that_do_not_go_by_size_use_the_rest) {
+  for (by_size_most = 0; by_size_most < 3; by_size_most++) {
+    in_proportion = false;
+    check_map(2, (const uint64_t[]){997, 499});
+    check_map(3, (const uint64_t[]){1009, 7, 333});
+    check_map(5, (const uint64_t[]){1, 1, 1, 1, 1000});
+    check_map(16, (const uint64_t[]){1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987, 1597});
+  }
+}
+END_TEST
+
 START_TEST(stripe_small_ratios_are_exact_in_one_phase) {
   flap_block_disk disks[FLAP_BLOCK_DISKS_MAX];
   block_map map = make_map(3, (const uint64_t[]){1000, 2000, 3000}, disks);
@@ -112,7 +129,6 @@ START_TEST(stripe_huge_sizes_stay_within_few_phases) {
     }
     flap_block_disk disks[FLAP_BLOCK_DISKS_MAX];
     block_map map = make_map(disk_count, stripes, disks);
-    ck_assert_uint_le(map.phase_count, 128);
     /* Spot checks: two neighbours anywhere lie on different places, within their disks. */
     for (int i = 0; i < 50; i++) {
       uint64_t s = flap_philox_below(&stream, draw++, total);
@@ -169,6 +185,66 @@ START_TEST(stripe_one_disk_is_the_identity) {
 }
 END_TEST
 
+/* ---- weights ------------------------------------------------------------------------------------------------ */
+
+static void use(uint32_t disk_count, const uint64_t *stripes, const uint64_t *weights, uint64_t needed,
+                uint64_t *used_out) {
+  flap_block_disk disks[FLAP_BLOCK_DISKS_MAX] = {{.path = NULL}}, used[FLAP_BLOCK_DISKS_MAX];
+  for (uint32_t d = 0; d < disk_count; d++)
+    disks[d] = (flap_block_disk){.path = "-", .bytes = stripes[d] * STRIPE, .weight = weights[d]};
+  block_map_use(disk_count, disks, STRIPE, needed * STRIPE - (needed > 0), used);
+  for (uint32_t d = 0; d < disk_count; d++)
+    used_out[d] = used[d].bytes / STRIPE;
+}
+
+START_TEST(stripe_weights_decide_as_far_as_sizes_go) {
+  uint64_t used[FLAP_BLOCK_DISKS_MAX];
+  use(2, (const uint64_t[]){1000, 1000}, (const uint64_t[]){3, 1}, 400, used);
+  ck_assert(used[0] == 300 && used[1] == 100);
+  use(2, (const uint64_t[]){1000, 4000}, (const uint64_t[]){7, 7}, 1000, used); /* sizes have no say */
+  ck_assert(used[0] == 500 && used[1] == 500);
+  use(3, (const uint64_t[]){100, 1000, 1000}, (const uint64_t[]){8, 2, 1}, 400, used); /* the fast one is full */
+  ck_assert(used[0] == 100 && used[1] == 200 && used[2] == 100);
+  use(3, (const uint64_t[]){100, 120, 1000}, (const uint64_t[]){8, 2, 1}, 700, used); /* and then the next */
+  ck_assert(used[0] == 100 && used[1] == 120 && used[2] == 480);
+  use(2, (const uint64_t[]){100, 300}, (const uint64_t[]){1000, 1}, 400, used); /* all of it */
+  ck_assert(used[0] == 100 && used[1] == 300);
+  use(2, (const uint64_t[]){100, 300}, (const uint64_t[]){1, 0}, 40, used); /* no weight for one: by size */
+  ck_assert(used[0] == 100 && used[1] == 300);
+}
+END_TEST
+
+/* Every stripe that is needed has a place, no disk more than it has, and none that has room is further below its share
+ * than rounding. */
+START_TEST(stripe_random_weights_use_what_is_needed) {
+  flap_philox stream = flap_philox_stream(3, "weights");
+  uint64_t draw = 0;
+  for (int round = 0; round < 2000; round++) {
+    const uint32_t disk_count = 2 + (uint32_t)flap_philox_below(&stream, draw++, 15);
+    uint64_t stripes[FLAP_BLOCK_DISKS_MAX], weights[FLAP_BLOCK_DISKS_MAX], used[FLAP_BLOCK_DISKS_MAX], total = 0,
+                                                                                                       sum = 0;
+    double most = 0;
+    for (uint32_t d = 0; d < disk_count; d++) {
+      stripes[d] = 1 + flap_philox_below(&stream, draw, (uint64_t)1 << flap_philox_below(&stream, draw + 1, 40));
+      weights[d] = 1 + flap_philox_below(&stream, draw + 2, (uint64_t)1 << flap_philox_below(&stream, draw + 3, 50));
+      draw += 4;
+      total += stripes[d];
+    }
+    const uint64_t needed = 1 + flap_philox_below(&stream, draw++, total);
+    use(disk_count, stripes, weights, needed, used);
+    for (uint32_t d = 0; d < disk_count; d++) {
+      ck_assert_uint_le(used[d], stripes[d]);
+      sum += used[d];
+      const double level = ((double)used[d] - 1) / (double)weights[d];
+      most = level > most ? level : most;
+    }
+    ck_assert_uint_eq(sum, needed);
+    for (uint32_t d = 0; d < disk_count; d++)
+      ck_assert(used[d] == stripes[d] || ((double)used[d] + 1) / (double)weights[d] >= most * (1 - 1e-9));
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("block");
   TCase *tests = tcase_create("stripe");
@@ -180,6 +256,9 @@ int main(void) {
   tcase_add_test(tests, stripe_huge_sizes_stay_within_few_phases);
   tcase_add_test(tests, stripe_runs_join_and_cover_a_request);
   tcase_add_test(tests, stripe_one_disk_is_the_identity);
+  tcase_add_test(tests, stripe_phases_that_do_not_go_by_size_use_the_rest);
+  tcase_add_test(tests, stripe_weights_decide_as_far_as_sizes_go);
+  tcase_add_test(tests, stripe_random_weights_use_what_is_needed);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);

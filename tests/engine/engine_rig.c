@@ -155,7 +155,11 @@ void rig_begin(engine_rig *rig, const rig_model *model, const rig_place *place) 
                                 .threads = place->threads,
                                 .device = FLAP_DEVICE_CPU,
                                 .io = place->io,
-                                .disk_count = place->disks};
+                                .disk_count = place->disks,
+                                .compression = place->compression,
+                                .disk_rates = {.alone_bytes = 1e6, .other_alone_bytes = 1e6}};
+  for (uint32_t i = 0; i < place->disks; i++)
+    rig->spec.disk_weights[i] = place->weighted ? 1 + 3 * i : 0;
   make_folders(rig, place->real_disks);
 }
 

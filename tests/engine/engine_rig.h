@@ -42,6 +42,8 @@ typedef struct rig_place {
   flap_block_backend io;
   uint32_t disks;
   bool real_disks;
+  bool weighted;                /* disks have different weights */
+  flap_compression compression; /* auto: as on slow disks */
 } rig_place;
 
 typedef struct engine_rig {

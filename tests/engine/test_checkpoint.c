@@ -5,6 +5,7 @@
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
 #include "engine/weights.h"
+#include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 #include "io/formats/safetensors.h"
 #include "tests/device/device_faults.h"
@@ -155,10 +156,10 @@ static void check_weights(const char *path, uint64_t step) {
   (void)snprintf(copy, sizeof copy, "%s", path);
   (void)mkdir(scratch_path("wanted"), 0777);
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, step));
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, NULL));
   RIG_OK(flap_weights_load(rig.pager, &rig.layout, copy));
   (void)mkdir(scratch_path("found"), 0777);
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, NULL));
   rig_same_files("wanted/model.safetensors", "found/model.safetensors");
 }
 
@@ -189,7 +190,7 @@ START_TEST(checkpoint_is_found_with_everything_in_it) {
   ck_assert(!scratch_exists("out/checkpoint-10.tmp"));
   RIG_OK(flap_hf_config_read(folder, &again));
   ck_assert_uint_eq(again.vocab_size, config.vocab_size);
-  RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder));
+  RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder, NULL));
   check_weights(folder, 10);
   ck_assert(scratch_exists("out/checkpoint-10/tokenizer.json"));
   ck_assert_uint_eq(find_step(scratch_path("out/checkpoint-3/")), 3);
@@ -316,6 +317,11 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
   char folder[FLAP_PATH_MAX];
   flap_trainer_state state;
   must_save(2, false, 0);
+  scratch_text("out/checkpoint-2/trainer_state.json", "{}");
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "true", folder, &state), FLAP_CORRUPT, "was saved with",
+              "checkpoint-2/trainer_state.json");
+  ck_assert_int_eq(unlink(scratch_path("out/checkpoint-2/" FLAP_CHECKSUMS_FILE)),
+                   0); /* which would find all of these */
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     scratch_text("out/checkpoint-2/trainer_state.json", cases[i].text);
     RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "true", folder, &state), cases[i].status, cases[i].part,
@@ -479,7 +485,7 @@ START_TEST(checkpoint_death_at_any_call_leaves_a_whole_one) {
     flap_safetensors *reader = NULL;
     RIG_OK(flap_safetensors_open(folder, &reader));
     flap_safetensors_close(reader);
-    RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder));
+    RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder, NULL));
     RIG_OK(open_saved_matmuls(folder));
     ck_assert(!saved_matmuls.tunes && saved_matmuls.table.count == 3);
     ck_assert(!scratch_exists("out/checkpoint-2.tmp") && !scratch_exists("out/checkpoint-1.tmp"));
@@ -523,13 +529,13 @@ START_TEST(export_death_at_any_call_leaves_one_model_or_none) {
     RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
     if (_i % 2) { /* the old one in shards */
       ck_assert_int_eq(unlink(scratch_path("out/model.safetensors")), 0);
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("out"), 1000));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("out"), 1000, NULL));
     }
     RIG_OK(flap_weights_init(rig.pager, &rig.layout, 2));
     bool died;
     if (_i / 2) { /* the new one in shards */
       ck_assert_int_eq(mkdir(scratch_path("new"), 0777), 0);
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("new"), 1000));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("new"), 1000, NULL));
       const char *from = scratch_path("new"), *to = scratch_path("out");
       arm(call);
       (void)!flap_output_install(from, to);
@@ -544,12 +550,12 @@ START_TEST(export_death_at_any_call_leaves_one_model_or_none) {
     if (flap_weights_load(rig.pager, &rig.layout, scratch_path("out")) == FLAP_OK) {
       (void)mkdir(scratch_path("found"), 0777), (void)mkdir(scratch_path("wanted"), 0777);
       size_t bytes;
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, NULL));
       char *found = scratch_read("found/model.safetensors", &bytes);
       bool same[2];
       for (uint64_t seed = 1; seed <= 2; seed++) {
         RIG_OK(flap_weights_init(rig.pager, &rig.layout, seed));
-        RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX));
+        RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, NULL));
         char *wanted = scratch_read("wanted/model.safetensors", NULL);
         same[seed - 1] = memcmp(found, wanted, bytes) == 0;
         free(wanted);

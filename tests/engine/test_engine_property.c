@@ -122,6 +122,8 @@ static void draw_choices(trial *t) {
   t->machine.h2d_bytes *= between(r, 1, 20) / 10.0;
   t->machine.flops_bf16 *= between(r, 1, 100) / 10.0;
   t->planner.machine = &t->machine;
+  t->place.weighted = one_in(r, 2);
+  t->place.compression = (flap_compression)between(r, FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_LZ4);
 }
 
 static void trial_open(trial *t, uint32_t number) {
@@ -138,7 +140,8 @@ static void trial_open(trial *t, uint32_t number) {
   (void)snprintf(
       present[chunk], sizeof present[chunk],
       "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
-      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d, saved %d",
+      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d, saved %d, "
+      "compression %d",
       (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
       c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
       c->output_bias      ? ", bias"
@@ -147,8 +150,8 @@ static void trial_open(trial *t, uint32_t number) {
       flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype),
       flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
       t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->group_micro_batches, (int)e->clip,
-      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations,
-      (int)e->saved);
+      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations, (int)e->saved,
+      (int)t->place.compression);
 }
 
 static void trial_close(trial *t) {
@@ -360,12 +363,17 @@ static void check_least(const trial *t, lever which, const flap_budgets *given, 
   check_refusal(t, &budgets, which, strict);
 }
 
-/* The least ram is found from a few cuts of the step, not from all: nearly the least. */
+/* The least ram is found from a few cuts of the step, not from all: nearly the least. Another one may do without a
+ * disk, and so without two buffers and what a worker compresses in. */
 static void check_nearly_least_ram(const trial *t, const flap_budgets *plenty) {
   flap_budgets budgets = *plenty;
   uint64_t least = 0;
   MUST(least_of(t, RAM, &budgets, &least));
-  const uint64_t inexact = RAM_INEXACT + 2 * t->planner.expert.page_bytes;
+  const flap_pager_config compressing = {.page_bytes = t->planner.expert.page_bytes,
+                                         .transfer_bytes = t->planner.expert.page_bytes,
+                                         .compression = t->planner.spec.compression,
+                                         .disk_rates = t->planner.spec.disk_rates};
+  const uint64_t inexact = RAM_INEXACT + 2 * t->planner.expert.page_bytes + flap_pager_worker_bytes(&compressing);
   if (least <= inexact)
     return;
   budgets.ram_bytes = least - inexact;

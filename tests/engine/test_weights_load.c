@@ -123,6 +123,8 @@ START_TEST(load_masters_are_exactly_the_values_of_the_file) {
   for (uint32_t i = (uint32_t)_i % 3; i < 3 * RIG_PLACEMENTS; i += 3) {
     weights_rig rig;
     static const flap_dtype kinds[] = {FLAP_BF16, FLAP_F32, FLAP_F16};
+    if (!RIG_MEETS(_i, i / 3))
+      continue;
     rig_open(&rig, &config, kinds[i / 3 % 3], FLAP_MODE_TRAIN, &rig_placements[i % RIG_PLACEMENTS], scratch_path(""));
     RIG_OK(flap_weights_load(rig.pager, &rig.layout, scratch_path("w.safetensors")));
     check_masters(&rig, p);

@@ -227,6 +227,48 @@ START_TEST(dataset_written_shard_reads_back_equal) {
 }
 END_TEST
 
+START_TEST(dataset_shards_are_copied_into_a_shard) {
+  const uint32_t ids[] = {1, 2, 3, 256, 5, 0};
+  uint64_t before_count, after_count, tokens;
+  write_shard_file("a.bin", 20240801, 7, 6, 4, ids, 6);
+  scratch_text("b.txt", "text");
+  paths[0] = scratch_path("a.bin");
+  paths[1] = scratch_path("b.txt");
+  config.path_count = 2;
+  int32_t *before = read_stream(&before_count);
+  ck_assert_uint_eq(before_count, 11);
+  const char *out = scratch_path("out.bin");
+  ck_assert_msg(flap_dataset_write_shard(&config, out, &tokens) == FLAP_OK, "%s", flap_error_message());
+  ck_assert_uint_eq(tokens, before_count);
+  config.vocabulary = 100; /* a model's that is smaller than the tokenizer's 257, by which the file is made */
+  ck_assert_int_eq(flap_dataset_write_shard(&config, out, &tokens), FLAP_OK);
+  config.vocabulary = 0;
+  config.paths = &out;
+  config.path_count = 1;
+  int32_t *after = read_stream(&after_count);
+  ck_assert_uint_eq(after_count, before_count);
+  ck_assert_mem_eq(after, before, before_count * sizeof *before);
+  free(before);
+  free(after);
+}
+END_TEST
+
+START_TEST(dataset_shard_that_cannot_be_written_leaves_nothing) {
+  const uint32_t ids[] = {1, 2, 3, 257, 5, 0};
+  uint64_t tokens;
+  write_shard_file("a.bin", 20240801, 7, 6, 4, ids, 6);
+  paths[0] = scratch_path("a.bin");
+  ck_assert_int_eq(flap_dataset_write_shard(&config, scratch_path("out.bin"), &tokens), FLAP_INVALID);
+  ck_assert(scratch_error_has("a.bin") && scratch_error_has("token 3 has the id 257"));
+  scratch_text("b.txt", "");
+  paths[0] = scratch_path("b.txt");
+  ck_assert_int_eq(flap_dataset_write_shard(&config, scratch_path("out.bin"), &tokens), FLAP_INVALID);
+  ck_assert(scratch_error_has("out.bin") && scratch_error_has("no text in the files"));
+  ck_assert_uint_eq(tokens, 0);
+  ck_assert_uint_eq(scratch_count(), 2);
+}
+END_TEST
+
 /* ---- order and split ----------------------------------------------------------------------------------- */
 
 START_TEST(dataset_permutation_is_a_bijection_for_every_size) {
@@ -471,6 +513,31 @@ START_TEST(dataset_names_that_lead_nowhere_are_refused) {
 }
 END_TEST
 
+START_TEST(dataset_without_what_it_needs_is_refused) {
+  ck_assert_int_eq(mkfifo(scratch_path("pipe.txt"), 0600), 0);
+  paths[0] = scratch_path("pipe.txt");
+  assert_refused(FLAP_INVALID, "pipe.txt", "not a regular file");
+  scratch_text("a.txt", "some text");
+  paths[0] = scratch_path("a.txt");
+  config.tokenizer = NULL;
+  assert_refused(FLAP_INVALID, "text needs a tokenizer", "");
+  const uint32_t ids[] = {1, 2, 3, 4, 5, 6};
+  write_shard_file("a.bin", 20240520, 1, 6, 2, ids, 6);
+  paths[0] = scratch_path("a.bin");
+  assert_refused(FLAP_INVALID, "neither a vocabulary size nor a tokenizer", "");
+  config.vocabulary = (uint32_t)1 << 31;
+  assert_refused(FLAP_INVALID, "a vocabulary of 2147483648 ids", "");
+  scratch_text("tokenizer.json", "{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": []}, "
+                                 "\"pre_tokenizer\": {\"type\": \"ByteLevel\"}}");
+  flap_tokenizer *endless = NULL;
+  ck_assert_msg(flap_tokenizer_open(scratch_path("tokenizer.json"), &endless) == FLAP_OK, "%s", flap_error_message());
+  config.tokenizer = endless;
+  paths[0] = scratch_path("a.txt");
+  assert_refused(FLAP_INVALID, "tokenizer.json", "no end token");
+  flap_tokenizer_close(endless);
+}
+END_TEST
+
 START_TEST(dataset_bad_lines_are_named) {
   static const struct {
     const char *text, *where, *what;
@@ -590,6 +657,9 @@ int main(void) {
   tcase_add_test(cases, dataset_long_text_has_the_ids_of_the_whole);
   tcase_add_test(cases, dataset_both_versions_of_shards_are_read);
   tcase_add_test(cases, dataset_written_shard_reads_back_equal);
+  tcase_add_test(cases, dataset_shards_are_copied_into_a_shard);
+  tcase_add_test(cases, dataset_shard_that_cannot_be_written_leaves_nothing);
+  tcase_add_test(cases, dataset_without_what_it_needs_is_refused);
   tcase_add_test(cases, dataset_permutation_is_a_bijection_for_every_size);
   tcase_add_test(cases, dataset_permutation_shuffles_and_differs_by_epoch_and_seed);
   tcase_add_test(cases, dataset_heldout_tokens_are_never_seen_in_training);

@@ -361,6 +361,8 @@ START_TEST(safetensors_index_decides_between_shards) {
 }
 END_TEST
 
+#define X32 "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+
 START_TEST(safetensors_bad_index_is_refused_by_name) {
   static const struct {
     const char *index;
@@ -379,6 +381,7 @@ START_TEST(safetensors_bad_index_is_refused_by_name) {
       {"[]", FLAP_CORRUPT, "weight_map"},
       {"{\"weight_map\": {\"a\": \"one\", \"a\": \"one\"}}", FLAP_INVALID, "duplicate"},
       {"{\"weight_map\": {\"a\": \"absent.safetensors\"}}", FLAP_NOT_FOUND, "absent.safetensors"},
+      {"{\"weight_map\": {\"a\": \"" X32 X32 X32 X32 X32 X32 X32 X32 "\"}}", FLAP_IO, "too long"},
       {"{\"weight_map\": {\"z\": \"model-00001-of-00002.safetensors\"}}", FLAP_CORRUPT, "\"z\" is not in model-00001"},
       {"{\"weight_map\": {\"c\": \"model-00001-of-00002.safetensors\"}}", FLAP_CORRUPT, "\"c\" is not in model-00001"},
       {"not json", FLAP_INVALID, ":1:"},

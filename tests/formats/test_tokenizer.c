@@ -176,6 +176,41 @@ START_TEST(tokenizer_pieces_give_the_ids_of_the_whole) {
 }
 END_TEST
 
+/* An added token that strips takes the white space beside it along; one that does not leaves it. */
+START_TEST(tokenizer_added_tokens_that_strip_take_white_space_along) {
+  scratch_text("tokenizer.json",
+               "{\"model\": {\"vocab\": {\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u010a\": 3}, \"merges\": []},"
+               "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false},"
+               "\"added_tokens\": [{\"id\": 4, \"content\": \"<l>\", \"lstrip\": true, \"special\": true},"
+               "{\"id\": 5, \"content\": \"<r>\", \"rstrip\": true, \"special\": true},"
+               "{\"id\": 6, \"content\": \"<b>\", \"lstrip\": true, \"rstrip\": true},"
+               "{\"id\": 7, \"content\": \"a b\", \"special\": true}]}");
+  static const struct {
+    const char *text, *ids; /* digits */
+  } cases[] = {{"a <l> b", "0421"},          {"a <r> b", "0251"}, {"a <b> b", "061"}, {"a\n \xc2\xa0<l>b", "041"},
+               {"<r>\xe2\x80\x83\nb", "51"}, {" <b> <b> ", "66"}, {"<l><r>", "45"},   {"a <l> <l>a", "0440"},
+               {"a b a  b", "720221"}};
+  flap_tokenizer *tokenizer = NULL;
+  flap_ids ids = {0};
+  ck_assert_msg(flap_tokenizer_open(scratch_path(""), &tokenizer) == FLAP_OK, "%s", flap_error_message());
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    ids.count = 0;
+    encode(tokenizer, cases[i].text, strlen(cases[i].text), 0, &ids);
+    ck_assert_msg(ids.count == strlen(cases[i].ids), "\"%s\" has %llu ids", cases[i].text,
+                  (unsigned long long)ids.count);
+    for (uint64_t k = 0; k < ids.count; k++)
+      ck_assert_msg(ids.ids[k] == cases[i].ids[k] - '0', "\"%s\": id %llu is %d", cases[i].text, (unsigned long long)k,
+                    ids.ids[k]);
+  }
+  flap_ids_free(&ids);
+  /* No cut tears such a token, nor parts it from the space that it takes. */
+  static const char text[] = "aa bb a b aa <l> bb <r> aa bb <b> bb\naa a b aa\n<l>bb a b\nb <r>\naa";
+  for (uint64_t piece = 1; piece < sizeof text; piece++)
+    assert_pieces_equal_whole(tokenizer, text, sizeof text - 1, piece);
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
+
 START_TEST(tokenizer_cut_prefers_lines_then_words_then_characters) {
   flap_tokenizer *tokenizer;
   ck_assert_int_eq(flap_tokenizer_open_bytes(&tokenizer), FLAP_OK);
@@ -296,6 +331,7 @@ int main(void) {
   tcase_add_test(cases, tokenizer_of_bytes_gives_bytes_and_the_end_token);
   tcase_add_test(cases, tokenizer_names_of_tokens_are_found);
   tcase_add_loop_test(cases, tokenizer_pieces_give_the_ids_of_the_whole, 0, FAMILIES);
+  tcase_add_test(cases, tokenizer_added_tokens_that_strip_take_white_space_along);
   tcase_add_test(cases, tokenizer_cut_prefers_lines_then_words_then_characters);
   tcase_add_loop_test(cases, tokenizer_long_words_take_linear_time, 0, FAMILIES);
   tcase_add_test(cases, tokenizer_saved_bytes_open_as_the_same_tokenizer);

@@ -92,7 +92,8 @@ static const struct {
     {"added_tokens", "{}", FLAP_INVALID, "added_tokens"},
     {"added_tokens.0", "7", FLAP_INVALID, "added_tokens[0]"},
     {"added_tokens.0.id", "5", FLAP_INVALID, "5 is the id of another token"},
-    {"added_tokens.0.id", "16777215", FLAP_OK, NULL},
+    {"added_tokens.0.id", "1048576", FLAP_OK, NULL},
+    {"added_tokens.0.id", "16777215", FLAP_INVALID, "the largest id is 16777215"},
     {"added_tokens.0.id", "16777216", FLAP_INVALID, "added_tokens[0].id"},
     {"added_tokens.0.content", "\"a\"", FLAP_INVALID, "here and"},
     {"added_tokens.0.content", "\"\"", FLAP_OK, NULL},
@@ -143,6 +144,19 @@ START_TEST(tokenizer_json_of_another_kind_names_file_and_key) {
     ck_assert_msg(scratch_error_has("tokenizer.json"), "%s", flap_error_message());
     ck_assert_msg(scratch_error_has(changes[_i].message), "%s", flap_error_message());
   }
+}
+END_TEST
+
+/* Ids may have gaps, and a template must not point into one: its text would have a token that stands for nothing. */
+START_TEST(tokenizer_template_with_an_id_in_a_gap_is_refused) {
+#define WITH_TEMPLATE(id)                                                                                        \
+  "{\"model\": {\"vocab\": {\"a\": 0, \"b\": 7}, \"merges\": []}, \"pre_tokenizer\": {\"type\": \"ByteLevel\"}," \
+  "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"b\"}}, "    \
+  "{\"Sequence\": {\"id\": \"A\"}}], \"special_tokens\": {\"b\": {\"ids\": [" id "]}}}}"
+  static const char good[] = WITH_TEMPLATE("7"), bad[] = WITH_TEMPLATE("5");
+  ck_assert_int_eq(open_text(good, sizeof good - 1), FLAP_OK);
+  ck_assert_int_eq(open_text(bad, sizeof bad - 1), FLAP_INVALID);
+  ck_assert(scratch_error_has("tokenizer.json") && scratch_error_has("ids: 5 is not the id of a token"));
 }
 END_TEST
 
@@ -250,6 +264,7 @@ int main(void) {
   tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
   tcase_add_loop_test(cases, tokenizer_json_of_another_kind_names_file_and_key, 0,
                       (int)(sizeof changes / sizeof changes[0]));
+  tcase_add_test(cases, tokenizer_template_with_an_id_in_a_gap_is_refused);
   tcase_add_test(cases, tokenizer_errors_are_one_line_whatever_the_file_says);
   tcase_add_test(cases, tokenizer_json_cut_short_anywhere_is_refused);
   tcase_add_test(cases, tokenizer_json_with_changed_bytes_never_crashes);

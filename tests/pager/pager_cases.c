@@ -44,6 +44,8 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
     flap_pager_region *region = &c->regions[i];
     region->bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 20) ? 64 * scale : 8 * scale));
     region->ring = chance(d, 15) ? FLAP_PAGER_RESIDENT : below(d, config->ring_count);
+    region->element_bytes = (uint8_t)(i % 4 == 3 ? 0 : 1 << i % 4);
+    region->klass = (uint8_t)(i % FLAP_PAGER_CLASSES_MAX);
     uint32_t pages = (uint32_t)((region->bytes + config->page_bytes - 1) / config->page_bytes);
     region->ram_pages = homes == HOMES_RAM ? pages : homes == HOMES_DISK ? 0 : below(d, pages + 1);
     c->filled[i] = chance(d, 80);
@@ -203,6 +205,10 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
   c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
   c->config.copy_bytes = c->config.page_bytes * below(&d, 7);
+  c->config.workers = below(&d, 4);
+  c->config.compression = (flap_compression)below(&d, 3);
+  c->config.disk_rates = (flap_duplex){.alone_bytes = 1e6, .other_alone_bytes = 1e6};
+  c->config.shared_cores = chance(&d, 50);
 }
 
 /* What rings that keep load: at the first lease of a program, and at the first behind a job. */
@@ -253,8 +259,11 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
     disk->disks[i] =
         (flap_block_disk){.path = path,
                           .bytes = flap_units_round_up(sizes.disk_bytes / disk->disk_count + 1, disk->stripe_bytes) +
-                                   i * disk->stripe_bytes};
+                                   i * disk->stripe_bytes,
+                          .weight = c->seed / 15 % 2 ? 1 + (c->seed / 30 + i) % 5 : 0};
 }
+
+uint64_t case_saved_bytes;
 
 /* ---- bytes ---------------------------------------------------------------------------------------------- */
 
@@ -264,16 +273,21 @@ static uint64_t mix(uint64_t x) {
   return x ^ (x >> 32);
 }
 
+/* Every other time the words are such that they can be compressed. */
+static uint64_t mask_of(uint64_t key) {
+  return key % 2 ? UINT64_MAX : 0x0003000000030000;
+}
+
 static void write_words(void *memory, uint64_t bytes, uint64_t key) {
-  uint64_t *words = memory;
+  uint64_t *words = memory, mask = mask_of(key);
   for (uint64_t i = 0; i < bytes / 8; i++)
-    words[i] = mix(key + i);
+    words[i] = mix(key + i) & mask;
 }
 
 static void stir_words(void *memory, uint64_t bytes, uint64_t key) {
-  uint64_t *words = memory;
+  uint64_t *words = memory, mask = mask_of(key);
   for (uint64_t i = 0; i < bytes / 8; i++)
-    words[i] = words[i] * 6364136223846793005ull + key + i;
+    words[i] = (words[i] * 6364136223846793005ull + mix(key + i)) & mask;
 }
 
 /* ---- running on the cpu device --------------------------------------------------------------------------- */
@@ -475,6 +489,13 @@ static void check_bytes_moved(const test_case *c, flap_pager *pager) {
   uint64_t predicted[FLAP_LANE_COUNT];
   flap_pager_get_stats(pager, &stats);
   case_predict(c, predicted);
+  const uint64_t of_disks[] = {stats.bytes[FLAP_LANE_DISK_READ], stats.bytes[FLAP_LANE_DISK_WRITE]};
+  for (int i = 0; i < 2; i++) {
+    ck_assert_uint_le(stats.disk_bytes[i], of_disks[i]);
+    ck_assert(c->config.compression != FLAP_COMPRESSION_OFF || stats.disk_bytes[i] == of_disks[i]);
+    if (c->config.compression == FLAP_COMPRESSION_LZ4)
+      case_saved_bytes += of_disks[i] - stats.disk_bytes[i];
+  }
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     ck_assert_msg(stats.bytes[lane] == predicted[lane], "seed %llu: %s moved %llu bytes, predicted %llu",
                   (unsigned long long)c->seed, flap_pager_lane_name((flap_lane)lane),

@@ -74,6 +74,9 @@ flap_status case_run(const test_case *c);
  * as compute or as a stall. Returns the virtual time that it took. */
 uint64_t case_run_sim(const test_case *c, bool synchronous);
 
+/* What disks did not have to move since `compression: lz4` made it shorter, over all cases so far. */
+extern uint64_t case_saved_bytes;
+
 /* Enough space on one to three disks at `path`, as the seed says. */
 void case_set_disk(test_case *c, flap_block_backend backend, const char *path);
 

@@ -84,6 +84,7 @@ static void open_small(small_pager *s, uint32_t slots, flap_block_backend backen
                                   .rings = &s->ring,
                                   .read_buffers = 3,
                                   .write_buffers = 3,
+                                  .workers = 2,
                                   .leases_max = 64};
   flap_pager_sizes sizes;
   flap_pager_measure(&s->config, &sizes);
@@ -401,6 +402,7 @@ END_TEST
 
 int main(void) {
   pager_full_checks = true;
+  pager_small_bytes = 0;
   Suite *suite = suite_create("pager");
   TCase *tcase = tcase_create("contract");
   tcase_set_timeout(tcase, 120);

@@ -21,6 +21,7 @@ static void run_cases(uint32_t first, uint32_t count, case_homes homes, bool tig
     flap_status status = case_run(&c);
     ck_assert_msg(status == FLAP_OK, "seed %llu: %s", (unsigned long long)c.seed, flap_error_message());
   }
+  ck_assert(homes == HOMES_RAM || case_saved_bytes > 0); /* something was compressed */
 }
 
 START_TEST(programs_all_in_ram_equal_plain_run) {
@@ -60,6 +61,7 @@ END_TEST
 
 int main(void) {
   pager_full_checks = true;
+  pager_small_bytes = 0; /* workers do all, where there are any */
   if (!mkdtemp(folder))
     return EXIT_FAILURE;
   Suite *suite = suite_create("pager");

@@ -115,8 +115,9 @@ static flap_status take_step(const flap_run_config *config, const flap_observer 
                              .logged = step % config->logging_steps == 0};
   if (fake("nan") && step == 3)
     return flap_error_set(FLAP_NUMERIC, "step 3: the loss is not finite; the first layer with such values is 7");
-  if (fake("slow") || fake("stuck"))
-    (void)nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+  struct timespec left = {.tv_nsec = fake("slow") || fake("stuck") ? 50000000 : 0};
+  while (nanosleep(&left, &left) != 0) /* a signal does not shorten a step */
+    ;
   observer->stepped(observer->context, &report);
   return FLAP_OK;
 }
@@ -146,7 +147,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   memcpy(result_out->steady_lane_bytes, plan.lane_bytes, sizeof plan.lane_bytes);
   result_out->median_step_seconds = fake("fast") ? 0.3 : 0.6;
   result_out->total_seconds = 12;
-  if (!fake("nosave")) {
+  if (!fake("nosave") && !(result_out->interrupted && config->save_strategy == FLAP_STRATEGY_NO)) {
     (void)snprintf(result_out->checkpoint, sizeof result_out->checkpoint, "%.200s/checkpoint-%llu", config->output_dir,
                    (unsigned long long)result_out->steps);
     observer->saved(observer->context, result_out->checkpoint, 0.2);

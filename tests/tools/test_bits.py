@@ -86,11 +86,16 @@ CASES = {
     "both largest slices": ["expert.slice_bytes=64MiB"],
     "both 3 threads": ["expert.threads=3"],
     "roomy 3 threads": ["expert.threads=3"],
+    "both compressed, 3 disks, io threads": ["compression=lz4", "expert.page_bytes=64KiB", "DISKS=3", "expert.io=threads"],
+    "half compressed, 3 threads": ["compression=lz4", "expert.page_bytes=16KiB", "expert.threads=3"],
+    "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
 }
-FEW = ["both", "half", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "half offload all but the mlp",
+FEW = ["both", "half", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "half offload all but the mlp",
        "both sweep",
        "both 3 threads", "half evaluated between"]
+if SANITIZED:  # what differs in code, once for each type
+    FEW = ["both 3 disks", "both segments of 3", "half offload all but the mlp", "half evaluated between"]
 # Where a plan must show what a case asked for.
 SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual"}
 CHOICES = {"expert.segment_layers": "segment_layers", "expert.group_micro_batches": "group_micro_batches"}
@@ -172,6 +177,17 @@ class Bits(unittest.TestCase):
             moved, planned, _ = row.groups()
             self.assertEqual((moved, planned), (planned, f"{plan['lane_bytes'][lane] / PARAMETERS:.2f}"), lane)
 
+    def check_compression(self, out, always, never):
+        """What the disks moved is what pages came to, and less where they were compressed: moments begin as zeros."""
+        with open(os.path.join(self.folder, out, "metrics.jsonl")) as file:
+            steps = [line for line in map(json.loads, file) if "loss" in line]
+        for step in steps:
+            moved, pages = sum(step["disk_bytes"].values()), step["bytes"]["disk_read"] + step["bytes"]["disk_write"]
+            self.assertLessEqual(moved, pages)
+            self.assertAlmostEqual(step["compression_ratio"], pages / moved if moved else 1, places=9)
+            self.assertTrue(not never or moved == pages)
+        self.assertTrue(not always or max(step["compression_ratio"] for step in steps) > 1.01, out)
+
     def check_choices(self, plan, overrides):
         for override in overrides:
             key, value = override.split("=", 1)
@@ -185,8 +201,10 @@ class Bits(unittest.TestCase):
                 self.assertEqual(plan["saved_tensors"], SAVED[value], override)
             elif override == "activations=recompute":
                 self.assertEqual(plan["saved_layers"], 0)
+            elif key == "compression":
+                self.assertEqual(plan["compression"], value)
             elif key == "expert.page_bytes":
-                self.assertEqual(plan["page_bytes"], {"4KiB": 4 << 10, "4MiB": 4 << 20}[value])
+                self.assertEqual(plan["page_bytes"], {"4KiB": 4 << 10, "16KiB": 16 << 10, "64KiB": 64 << 10, "4MiB": 4 << 20}[value])
 
     def train(self, name, overrides, out):
         """Plans and trains; None where the system has no io_uring."""
@@ -239,6 +257,7 @@ class Bits(unittest.TestCase):
                 lanes = LANES[:2] if name == "both largest pages" else LANES
                 self.assertGreater(min(plan["lane_bytes"][lane] for lane in lanes), PARAMETERS, name)
             self.compare(name, out, reference)
+            self.check_compression(out, "compression=lz4" in CASES[name], "compression=off" in CASES[name])
             return None
 
         names = [name for name in names if ONLY in name]
@@ -257,8 +276,8 @@ class Bits(unittest.TestCase):
         self.train("half", saving, f"{tag}-saved")
         self.compare("half, saved between", f"{tag}-saved", reference)
         checkpoint = f"resume_from_checkpoint={tag}-saved/checkpoint-3"
-        for name, overrides in {"roomy": [], "both": ["expert.clip=sweep", "DISKS=3"],
-                                "device": ["expert.group_micro_batches=1", "expert.threads=3"]}.items():
+        for name, overrides in {"roomy": [], "both": ["expert.clip=sweep", "DISKS=3", "expert.page_bytes=4KiB"],
+                                "device": ["expert.group_micro_batches=1", "expert.threads=3", "expert.slice_bytes=4KiB"]}.items():
             out = f"{tag}-resumed-{name}"
             done = self.flap("train", *self.arguments(name, common + overrides + [checkpoint], out))
             self.assertEqual((done.returncode, done.stderr), (0, ""), (name, done.stdout))
@@ -371,6 +390,7 @@ class Bits(unittest.TestCase):
             kept = {key: value for key, value in json.load(file).items() if key != "loss_scale"}
         with open(state, "w") as file:
             json.dump(kept, file)
+        os.remove(os.path.join(os.path.dirname(state), "checksums.json"))  # which would find it first
         done = self.flap("train", *self.arguments("roomy", common + ["resume_from_checkpoint=skips-saved/checkpoint-3"],
                                                   "skips-changed"))
         self.assertEqual(done.returncode, 1, done.stdout)

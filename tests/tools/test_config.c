@@ -166,7 +166,7 @@ START_TEST(config_overrides_reach_into_mappings) {
                                    "model.hidden_size=64",
                                    "model.rope_scaling.factor=8",
                                    "model.model_type=null",
-                                   "disk=[{path: /a, size: 1GiB}, /b]",
+                                   "disk=[{path: /a, size: 1GiB, weight: 2.5}, {path: /b, weight: 1}]",
                                    "vram=min",
                                    "expert={threads: 3}",
                                    "model={head_dim: 8}",
@@ -182,6 +182,7 @@ START_TEST(config_overrides_reach_into_mappings) {
   ck_assert_int_eq(json_integer_value(json_object_get(json_object_get(config.model, "rope_scaling"), "factor")), 8);
   ck_assert_ptr_null(json_object_get(config.model, "model_type"));
   ck_assert_uint_eq(config.disk_count, 2);
+  ck_assert(config.disk[0].weight == 2.5 && config.disk[1].weight == 1);
   ck_assert_int_eq(config.vram.kind, FLAP_SIZE_MIN);
   ck_assert_str_eq(config.output_dir, "a = b");
   ck_assert_str_eq(config.dataset[0], "*.txt");
@@ -275,11 +276,16 @@ END_TEST
 
 START_TEST(config_disk_errors_name_the_entry) {
   refuse_base("disk:\n  - path: /a\n    size: 1GB\n  - size: 1GB\n", "run.yaml:7: disk: an entry without a path");
-  refuse_base("disk:\n  - path: /a\n    sice: 1GB\n", "run.yaml:6: disk: unknown key sice: an entry has path and size");
+  refuse_base("disk:\n  - path: /a\n    sice: 1GB\n",
+              "run.yaml:6: disk: unknown key sice: an entry has path, size and weight");
   refuse_base("disk:\n  - path: /a\n    size: big\n", "run.yaml:6: disk.size: wanted a size");
   refuse_base("disk: [/a, /b, /a]\n", "run.yaml:4: disk: /a is given twice");
   refuse_base("disk: {path: /a, size: 0}\n", "run.yaml:4: disk: must be more than 0 bytes");
-  refuse_base("disk: [[]]\n", "disk: wanted a list of {path, size}, a path, or a list of paths, found a list");
+  refuse_base("disk: {path: /a, weight: heavy}\n", "run.yaml:4: disk.weight: wanted a number");
+  refuse_base("disk: {path: /a, weight: 0}\n", "run.yaml:4: disk.weight: must be above 0");
+  refuse_base("disk: [{path: /a, weight: 2}, /b]\n", "run.yaml:4: disk: /a has a weight and /b has none");
+  refuse_base("disk: [/a, {path: /b, weight: 2}]\n", "run.yaml:4: disk: /b has a weight and /a has none");
+  refuse_base("disk: [[]]\n", "disk: wanted a list of {path, size, weight}, a path, or a list of paths, found a list");
   refuse_base("disk: [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]\n", "disk: more than 16 entries");
 }
 END_TEST

@@ -4,6 +4,8 @@ What a person does: plan, train, evaluate, sample, export, inspect, interrupt, r
 mistake is one line on stderr, exit status 1, within seconds, and leaves nothing behind."""
 import json
 import os
+import re
+import resource
 import signal
 import struct
 import subprocess
@@ -156,6 +158,28 @@ machine: rtx4090-64g-1nvme
         self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
         self.assertTrue(plans["all"]["saved_whole"])
 
+    def test_plan_counts_disks_by_what_lies_on_them(self):
+        """Two disks, one four times as fast: together, by weight, they are both at work all the time; a fast one that is too
+        small leaves more to the slow one, and weights that a person gives are what they are."""
+        disk = '{"size_bytes": 4000000000, "read_bytes": %s, "write_bytes": %s, "both_bytes": %s}'
+        self.write("two.json", self.SLOW[:self.SLOW.index('"disks"')] + '"disks": [%s, %s]}' % (
+            disk % ("4e7", "2e7", "4e7"), disk % ("1e7", "5e6", "1e7")))
+
+        def plan(disks, *more):
+            return json.loads(self.accept("plan", "run.yaml", "--json", "machine=two.json", "vram=1MiB", "ram=700KiB",
+                                          f"disk={disks}", *more))
+
+        both = plan("[/fast, /slow]")
+        self.assertAlmostEqual(both["machine"]["disk_write_bytes"], 2.5e7, delta=6e5)
+        self.assertAlmostEqual(both["machine"]["disk_read_bytes"], 5e7, delta=1.2e6)
+        small = both["disk_bytes"] // 8
+        cramped = plan(f"[{{path: /fast, size: {small}}}, /slow]")
+        self.assertAlmostEqual(cramped["machine"]["disk_write_bytes"], 5e6 / (7 / 8), delta=3e5)
+        self.assertGreater(cramped["step_seconds"], 1.5 * both["step_seconds"])
+        even = plan("[{path: /fast, weight: 1}, {path: /slow, weight: 1}]")
+        self.assertAlmostEqual(even["machine"]["disk_write_bytes"], 1e7, delta=2e5)
+        self.assertGreater(even["step_seconds"], both["step_seconds"])
+
     def test_plan_finds_the_knee(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
@@ -237,9 +261,9 @@ machine: rtx4090-64g-1nvme
                 process.send_signal(signal.SIGINT)
                 break
         out, error = process.communicate(timeout=60)
-        if process.returncode == 0:
+        self.assertEqual(process.returncode, 0, (out, error))
+        if "stopped after step" not in out:
             self.skipTest("the run ended before the signal came")
-        self.assertEqual(process.returncode, 130, (out, error))
         command = [line for line in out.splitlines() if line.startswith("continue with: ")]
         self.assertEqual(len(command), 1, out)
         done = subprocess.run(command[0][len("continue with: "):], shell=True, cwd=self.folder, capture_output=True,
@@ -249,11 +273,280 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(self.losses("out"), self.losses("whole"))
         self.assertEqual(self.weights("out"), self.weights("whole"))
 
+    def test_stop_without_saving_says_so_and_leaves_nothing_to_continue_from(self):
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, (out, error))
+        self.assertIn("NOTHING WAS SAVED", out)
+        self.assertIn("NOTHING IS SAVED", error)
+        self.assertEqual(sorted(os.listdir(self.path("out"))), ["metrics.jsonl", "trace.json"])
+
+    # A checkpoint of some 20 MB, so that there is time while it is written.
+    LARGER = ["model.hidden_size=128", "model.intermediate_size=512", "model.num_hidden_layers=4", "vram=64MiB",
+              "ram=64MiB", "disk=null", "max_steps=100000", "save_strategy=steps", "export=none"]
+
+    def test_second_signal_while_saving_leaves_the_older_checkpoint_and_no_half(self):
+        for attempt in range(8):
+            folder = f"out{attempt}"
+            process = subprocess.Popen([FLAP, "train", "run.yaml", *self.LARGER, "save_steps=2", f"output_dir={folder}"],
+                                       cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("saved "):
+                    break
+            process.send_signal(signal.SIGINT)
+            unfinished = []
+            while process.poll() is None and not unfinished:
+                unfinished = [name for name in os.listdir(self.path(folder)) if name.endswith(".tmp")]
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGCONT)
+            process.communicate(timeout=60)
+            if process.returncode == 130 and unfinished and os.path.exists(self.path(f"{folder}/{unfinished[0]}")):
+                break
+        else:
+            self.skipTest("no save was caught half way")
+        whole = [name for name in os.listdir(self.path(folder)) if name.startswith("checkpoint-") and "." not in name]
+        newest = max(int(name.split("-")[1]) for name in whole)
+        out = self.accept("train", "run.yaml", *self.LARGER, f"output_dir={folder}", "save_strategy=no",
+                          f"max_steps={newest + 1}", "resume_from_checkpoint=true")
+        self.assertIn(f"continuing after step {newest}\n", out)
+        self.assertEqual([name for name in os.listdir(self.path(folder)) if ".tmp" in name], [])
+
+    # ---- one run per output_dir ----
+
+    def start(self, *arguments):
+        """A run that goes on until it is stopped, and has done a step."""
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000", *arguments], cwd=self.folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        return process
+
+    def test_second_run_in_the_same_folder_is_refused_and_harms_nothing(self):
+        process = self.start("save_strategy=steps", "save_steps=100000")
+        os.mkdir(self.path("out/checkpoint-7.tmp"))  # as if it were saving
+        os.symlink("out", self.path("other"))
+        for folder in ("out", "other"):
+            for more in ([], ["resume_from_checkpoint=true"], ["overwrite_output_dir=true"],
+                         [f"resume_from_checkpoint={folder}/checkpoint-7"]):
+                done = self.flap("train", "run.yaml", f"output_dir={folder}", *more)
+                self.assertEqual(done.returncode, 1, done.stdout)
+                self.assertRegex(done.stderr, f"^flap: error: output_dir: {folder} is in use: process {process.pid} on "
+                                              r"\S+ since [-0-9: ]+ UTC writes there")
+        done = self.flap("train", "run.yaml", "output_dir=third", "resume_from_checkpoint=out/checkpoint-7")
+        self.assertRegex(done.stderr, f"resume_from_checkpoint: out is in use: process {process.pid} ")
+        self.assertTrue(os.path.exists(self.path("out/checkpoint-7.tmp")))
+        self.assertFalse(os.path.exists(self.path("third")))
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, error)
+        self.assertIn("continue with", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_lock_of_a_run_that_was_killed_is_no_obstacle(self):
+        process = self.start("save_strategy=steps", "save_steps=1")
+        process.kill()
+        process.communicate(timeout=60)
+        self.assertTrue(os.path.exists(self.path("out/run.lock")))
+        out = self.accept("train", "run.yaml", "overwrite_output_dir=true")
+        self.assertIn("8 steps", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_what_is_made_is_its_owners_alone(self):
+        old = os.umask(0)
+        try:
+            environment = {name: value for name, value in os.environ.items() if name != "FLAP_MACHINE"}
+            environment["XDG_CACHE_HOME"] = self.path("cache")
+            done = subprocess.run([FLAP, "train", "run.yaml", "output_dir=runs/a", "save_strategy=steps", "save_steps=4"],
+                                  cwd=self.folder, capture_output=True, timeout=120, text=True, env=environment)
+        finally:
+            os.umask(old)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        seen = 0
+        for top in ("runs", "cache"):
+            self.assertEqual(os.stat(self.path(top)).st_mode & 0o777, 0o700)
+            for folder, folders, files in os.walk(self.path(top)):
+                for name in folders + files:
+                    mode = os.stat(os.path.join(folder, name)).st_mode & 0o777
+                    self.assertEqual(mode, 0o700 if name in folders else 0o600, name)
+                    seen += 1
+        self.assertGreater(seen, 20)
+
     def test_checkpoints_are_kept_to_the_limit(self):
         self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=2", "max_steps=7")
         kept = sorted(name for name in os.listdir(self.path("out")) if name.startswith("checkpoint-"))
         self.assertEqual(len(kept), 2, kept)
         self.assertIn("step", self.accept("inspect", "out"))
+
+    # ---- checkpoints that are looked at, and gone back to ----
+
+    def checkpoints(self, folder="out"):
+        """Names of the finished ones, in order."""
+        return sorted((name for name in os.listdir(self.path(folder)) if re.fullmatch(r"checkpoint-\d+", name)),
+                      key=lambda name: int(name.split("-")[1]))
+
+    def flip(self, name, at=None):
+        """Turns one bit, in the middle of the file if no place is given; the same again turns it back."""
+        with open(self.path(name), "r+b") as file:
+            at = os.path.getsize(self.path(name)) // 2 if at is None else at
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 0x04]))
+
+    def test_inspect_tells_whole_checkpoints_from_broken_ones(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "export=none")
+        shown = self.accept("inspect", "out")
+        self.assertEqual(re.findall(r"^out/checkpoint-(\d+): step (\d+), saved 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
+                                    r"[\d.]+ \wi?B, whole, read in", shown, re.M), [(n, n) for n in "2468"])
+        self.assertEqual(shown.count("numerics: cpu "), 1)
+        self.assertEqual(self.accept("inspect", "--quick", "out").count("complete, not verified"), 4)
+        self.assertIn("out/checkpoint-4: step 4", self.accept("inspect", "out/checkpoint-4"))
+        os.mkdir(self.path("out/checkpoint-10.tmp"))
+        os.remove(self.path("out/checkpoint-2/checksums.json"))
+        self.flip("out/checkpoint-6/optimizer-exp_avg.safetensors")
+        done = self.flap("inspect", "out")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("1 of 5 checkpoints cannot be resumed", done.stderr)
+        for wanted in (r"checkpoint-2: .* no checksums", r"checkpoint-4: .* whole", r"checkpoint-6: .* BROKEN",
+                       r"  out/checkpoint-6/optimizer-exp_avg.safetensors: is not what was saved", r"checkpoint-8: .* whole",
+                       r"checkpoint-10.tmp: step 10, .* unfinished"):
+            self.assertRegex(done.stdout, wanted)
+        self.assertNotIn("BROKEN", self.accept("inspect", "--quick", "out"))  # of which nothing was read
+
+    def test_a_flipped_bit_in_any_file_is_named_and_never_trained_on(self):
+        tried = set()  # by another optimizer: there are more files of adamw_8bit, but most are of the same kind
+        for optim in ("adamw", "adamw_8bit"):
+            common = ["run.yaml", f"output_dir={optim}", f"optim={optim}", "save_strategy=steps", "save_steps=4",
+                      "export=none"]
+            self.accept("train", *common)
+            files = sorted(set(os.listdir(self.path(f"{optim}/checkpoint-8"))) - tried)
+            self.assertGreaterEqual(len(files), 4)
+            tried.update(files)
+            before = self.metrics(optim)
+            for name in files:
+                path = f"{optim}/checkpoint-8/{name}"
+                places = [None, 9, os.path.getsize(self.path(path)) - 1] if name.startswith("optimizer-exp_avg.") else [None]
+                for at in places:
+                    self.flip(path, at)
+                    error = self.refuse(f"{optim}/checkpoint-8/", "train", *common, "max_steps=9",
+                                        "resume_from_checkpoint=latest")
+                    self.flip(path, at)
+                    with self.subTest(file=path, at=at):
+                        if name != "checksums.json":  # a sum that was changed accuses its file
+                            self.assertIn(path, error)
+                        self.assertIn(f"nothing was trained on it: go back to the checkpoint before with "
+                                      f"resume_from_checkpoint={optim}/checkpoint-4", error)
+            self.assertEqual(self.metrics(optim), before)
+            self.flip(f"{optim}/checkpoint-4/model.safetensors")
+            self.assertIn("no earlier checkpoint", self.refuse("checkpoint-4/model.safetensors", "train", *common,
+                          "max_steps=9", f"resume_from_checkpoint={optim}/checkpoint-4"))
+            self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
+
+    def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
+        os.remove(self.path("out/checkpoint-8/checksums.json"))
+        done = self.flap("train", "run.yaml", "max_steps=9", "resume_from_checkpoint=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("cannot be told", done.stderr)
+
+    def test_resume_with_other_numerics_is_refused_field_by_field(self):
+        saving = ["save_strategy=steps", "save_steps=4", "export=none"]
+        self.accept("train", "run.yaml", *saving)
+        changed = ["per_device_train_batch_size=1", "gradient_dtype=fp32", "max_steps=9", "resume_from_checkpoint=true"]
+        error = self.refuse("out/checkpoint-8 was saved by a run that computed differently", "train", "run.yaml", *changed)
+        self.assertIn("(micro-batch: 2 x 32 then, 1 x 32 now; gradients: bfloat16 then, float32 now)", error)
+        self.assertIn("allow_numerics_change: true", error)
+        done = self.flap("train", "run.yaml", *changed, "allow_numerics_change=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("micro-batch: 2 x 32 then, 1 x 32 now", done.stderr)
+
+    def test_resume_needs_no_more_than_training_did(self):
+        # The least that each tier takes, given as sizes: a resume that needed a byte more would be refused or fail.
+        saving = ["save_strategy=steps", "save_steps=3", "disk={path: disk, size: min}"]
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "vram=min", "ram=min", *saving))
+        least = [*saving, f"vram={plan['vram_bytes']}", f"ram={plan['ram_bytes']}",
+                 f"disk={{path: disk, size: {plan['disk_sizes'][0]}}}"]
+        self.accept("train", "run.yaml", "output_dir=whole", *least)
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *least], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("saved "):
+                process.kill()
+                break
+        process.communicate(timeout=60)
+        self.assertEqual(process.returncode, -9)
+        out = self.accept("train", "run.yaml", *least, "resume_from_checkpoint=latest")
+        self.assertIn("continuing after step 3", out)
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        peaks = re.findall(r"^(vram|ram|disk) {2,}.*? (\S+)$", out, re.M)
+        self.assertEqual([tier for tier, _ in peaks], ["vram", "ram", "disk"])
+        for tier, share in peaks:  # of the budget, as measured
+            self.assertLessEqual(float(share.rstrip("%")), 100, (tier, out))
+
+    def test_limit_on_addresses_is_found_before_the_start(self):
+        with open(FLAP, "rb") as program:
+            if re.search(rb"__[at]san_init", program.read()):
+                self.skipTest("a sanitizer takes terabytes of addresses")
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+        done = subprocess.run([FLAP, "train", "run.yaml"], cwd=self.folder, capture_output=True, timeout=60, text=True,
+                              preexec_fn=limit)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_what_is_written_is_planned_measured_and_kept_to_a_budget(self):
+        common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=3"]
+        plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
+        self.assertGreater(plan["ssd_step_bytes"], 0)
+        self.assertEqual((plan["run_steps"], plan["run_checkpoints"]), (8, 3))  # after 3, 6 and 8
+        once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        self.assertTrue(0 < once <= plan["disk_bytes"], plan)  # states, laid down at the start
+        shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
+        self.assertRegex(shown, r"run +\S+ MiB written in 8 steps, 3 checkpoints of \S+ KiB, export \S+ KiB\n")
+        self.assertRegex(shown, r"\S+% of the 0.001 TB that the drives bear\n +\S+% of ssd_budget, 477 MiB\n")
+
+        # A byte too few is refused, with what would do.
+        budget = plan["ssd_run_bytes"]
+        error = self.refuse("ssd_budget: this run would write", "train", *common, f"ssd_budget={budget - 1}")
+        self.assertIn(f"allow {budget} bytes", error)
+        steps = int(re.search(r"(\d+) steps stay within it", error).group(1))
+        self.assertEqual(steps, 7)
+        done = self.flap("plan", *common, f"ssd_budget={budget - 1}")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("flap: warning: ssd_budget: this run would write", done.stderr)
+        self.accept("train", *common, "output_dir=less", f"max_steps={steps}", f"ssd_budget={budget - 1}")
+        out = self.accept("train", *common, f"ssd_budget={budget}", "ssd_tbw=1GB")
+        written, unit, share = re.search(r"^written to drives: (\S+) (\wiB) \(.* a step\), .* to save; .* TB per billion "
+                                         r"tokens; (\S+)% of ssd_tbw$", out, re.M).groups()
+        measured = float(written) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit]
+        self.assertAlmostEqual(measured / budget, 1, delta=0.1)  # the first and the last step write a little less
+        self.assertAlmostEqual(float(share), measured / 1e7, delta=0.06 * measured / 1e7)
+        self.refuse("give ssd_tbw", "train", *common, "output_dir=new", "ssd_budget=5%")
+        for wrong in ("0", "0%", "101%", "x%", "5 %x", "-1"):
+            self.refuse("ssd_budget", "plan", *common, f"ssd_budget={wrong}")
+
+    def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
+        common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
+        self.accept("train", "run.yaml", "output_dir=whole", *common)
+        self.accept("train", "run.yaml", *common, "save_minutes=1e-9")  # after every step, and not twice after the last
+        self.assertEqual([int(name.split("-")[1]) for name in self.checkpoints()], list(range(1, 10)))
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        self.accept("train", "run.yaml", "output_dir=rare", *common, "save_minutes=100")
+        self.assertEqual(self.checkpoints("rare"), ["checkpoint-9"])
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=5")  # save_strategy is no
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=-1", "save_strategy=steps")
 
     # ---- what a person does wrong ----
 

@@ -198,7 +198,7 @@ class Program(unittest.TestCase):
         done = self.refuse("step 3: the loss is not finite", "train", "run.yaml", fake="nan")
         self.assertNotIn("Hugging Face", done.stdout)
 
-    def interrupt(self, number, fake, *arguments, times=1):
+    def interrupt(self, number, fake, *arguments, times=1, apart=0.3):
         process = subprocess.Popen([PROGRAM, "train", "run.yaml", "max_steps=100000", "logging_steps=1", *arguments],
                                    cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env={**os.environ, "FLAP_FAKE": fake})
@@ -209,14 +209,14 @@ class Program(unittest.TestCase):
                 break
         for _ in range(times):
             process.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(apart)
         out, error = process.communicate(timeout=60)
         return process.returncode, "".join(lines) + out, error
 
     def test_first_interrupt_finishes_saves_and_says_how_to_resume(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             status, out, error = self.interrupt(number, "slow", "output_dir=a b", "overwrite_output_dir=true")
-            self.assertEqual(status, 130)
+            self.assertEqual(status, 0)
             self.assertIn("stopping", error)
             self.assertNotIn("flap: error", error)
             self.assertIn("saved a b/checkpoint-", out)
@@ -225,22 +225,71 @@ class Program(unittest.TestCase):
 
     def test_interrupt_without_a_checkpoint_says_so(self):
         status, out, _ = self.interrupt(signal.SIGINT, "slow", "save_only_model=true")
-        self.assertEqual(status, 130)
+        self.assertEqual(status, 0)
         self.assertIn("holds the weights only", out)
+        status, out, error = self.interrupt(signal.SIGINT, "slow", "save_strategy=no")
+        self.assertEqual(status, 0)
+        self.assertIn("NOTHING WAS SAVED", out)
+        self.assertIn("NOTHING IS SAVED", error)  # said at once: there is time to let it run on
+        self.assertNotIn("continue with", out)
 
     def test_second_interrupt_stops_at_once(self):
         status, out, _ = self.interrupt(signal.SIGINT, "stuck", times=2)
         self.assertEqual(status, 130)
         self.assertNotIn("checkpoint", out)
 
+    def test_two_signals_that_come_together_are_one(self):
+        # As `timeout` sends them: to the program, then to its group.
+        status, out, error = self.interrupt(signal.SIGTERM, "slow", times=2, apart=0.02)
+        self.assertEqual(status, 0, error)
+        self.assertIn("continue with: ", out)
+        self.assertEqual(error.count("stopping"), 1, error)
+
     def test_a_reader_who_leaves_does_not_stop_training(self):
-        process = subprocess.Popen([PROGRAM, "train", "run.yaml", "logging_steps=1"], cwd=self.folder.name,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "FLAP_FAKE": "slow"})
-        process.stdout.readline()
-        process.stdout.close()
-        self.assertEqual(process.wait(timeout=60), 1)
-        self.assertIn(b"standard output cannot be written", process.stderr.read())
-        process.stderr.close()
+        for streams in ("out", "both"):  # who reads stderr as well leaves nobody to tell
+            process = subprocess.Popen([PROGRAM, "train", "run.yaml", "logging_steps=1", "max_steps=8"],
+                                       cwd=self.folder.name,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       env={**os.environ, "FLAP_FAKE": "slow"})
+            process.stdout.readline()
+            process.stdout.close()
+            if streams == "both":
+                process.stderr.close()
+            self.assertEqual(process.wait(timeout=60), 0)
+            if streams == "out":
+                self.assertIn(b"standard output could not be written", process.stderr.read())
+                process.stderr.close()
+
+    def test_a_full_disk_under_standard_output_does_not_fail_the_run(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([PROGRAM, "train", "run.yaml"], cwd=self.folder.name, stdout=full,
+                                  stderr=subprocess.PIPE, timeout=60, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("standard output could not be written", done.stderr)
+        with open("/dev/full", "w") as full:  # what only prints has failed
+            done = subprocess.run([PROGRAM, "plan", "run.yaml"], cwd=self.folder.name, stdout=full,
+                                  stderr=subprocess.PIPE, timeout=60, text=True)
+        self.assertEqual(done.returncode, 1)
+
+    def test_a_terminal_that_is_closed_does_not_stop_training(self):
+        # The program leads the terminal's session, so closing it sends SIGHUP, and writing is EIO from then on.
+        ready, told = os.pipe()
+        child, master = pty.fork()
+        if child == 0:
+            os.chdir(self.folder.name)
+            os.environ["FLAP_FAKE"] = "slow"
+            os.close(ready)
+            os.set_inheritable(told, True)  # closed when the program ends, whoever waits for it
+            os.execv(PROGRAM, [PROGRAM, "train", "run.yaml", "logging_steps=1", "max_steps=8"])
+        os.close(told)
+        seen = b""
+        while b"step 2/" not in seen:
+            seen += os.read(master, 4096)
+        os.close(master)
+        self.assertEqual(os.read(ready, 1), b"")
+        os.close(ready)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0)
+        self.assertNotIn(b"step 8/", seen)
 
     # ---- the others ----
 
@@ -298,7 +347,7 @@ class Program(unittest.TestCase):
         self.write("m/checkpoint-10/x", "")
         text = self.accept("inspect", "m")
         for wanted in ["a.weight", "BF16", "(2, 3)", "12 B", "2 tensors, 7 elements, 16 B", '"llama"', "2 lines, loss 3.5000 at first",
-                       "3.2500 at step 2, 1.50k tok/s", "checkpoint-10: step 10", "b?"]:
+                       "3.2500 at step 2, 1.50k tok/s", "m/checkpoint-10: step 10, saved ", "no checksums", "b?"]:
             self.assertIn(wanted, text)
         self.assertNotIn("\u0007", text)
         self.assertIn("2 tensors", self.accept("inspect", "m/model.safetensors"))

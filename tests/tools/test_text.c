@@ -17,6 +17,10 @@ START_TEST(text_figures_are_short) {
   ck_assert_str_eq(flap_text_ratio(NAN, 1, 2).text, "-");
   ck_assert_str_eq(flap_text_percent(0.87, 1).text, "87%");
   ck_assert_str_eq(flap_text_percent(1, 0).text, "-");
+  ck_assert_str_eq(flap_text_share(1, 24000).text, "0.0042%");
+  ck_assert_str_eq(flap_text_share(1, 1).text, "100%");
+  ck_assert_str_eq(flap_text_share(2, 3).text, "67%");
+  ck_assert_str_eq(flap_text_share(1, 0).text, "-");
   ck_assert_str_eq(flap_text_rate(0).text, "0");
   ck_assert_str_eq(flap_text_rate(999.4).text, "999");
   ck_assert_str_eq(flap_text_rate(999.6).text, "1.00k");

@@ -1,0 +1,205 @@
+/* What is done to the bytes of buffers between disk and copies, and by whom.
+ *
+ * A buffer that was read is verified and unpacked, one that is full is packed and summed up (compression.c). Workers do
+ * that, several buffers at a time, what is needed first before the rest; the pump hands buffers over, goes on, and
+ * takes them further when they are done:
+ *
+ *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or writing
+ *
+ * A buffer that is read or full is nobody's but its worker's, and the table entries of its pages stay as they are,
+ * since a page is neither read nor written while it is written: so nothing of this needs the pager's lock. Waking a
+ * worker takes longer than summing up a small buffer; those are done by the pump.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/thread.h"
+
+#include <signal.h>
+#include <stdatomic.h>
+
+uint64_t pager_small_bytes = 64u << 10; /* a few microseconds of summing up */
+
+/* ---- bytes, without the lock ---------------------------------------------------------------------------- */
+
+static bool is_read(const flap_pager *pager, uint32_t index) {
+  return index < pager->read_buffers;
+}
+
+static void work_on(flap_pager *pager, uint32_t index, pager_packing packing, const pager_scratch *scratch,
+                    pager_packed *packed_out) {
+  pager_buffer *buffer = &pager->buffers[index];
+  if (is_read(pager, index))
+    buffer->corrupt_page = pager_unpack(pager, buffer, scratch, packed_out);
+  else
+    pager_pack(pager, buffer, packing, scratch, packed_out);
+}
+
+static pager_packing choose(flap_pager *pager, uint32_t index) {
+  return is_read(pager, index) ? PACKING_PLAIN : pager_compression_choose(pager, &pager->buffers[index]);
+}
+
+/* ---- what follows, with it ------------------------------------------------------------------------------- */
+
+static void fail_corrupt(flap_pager *pager, uint32_t index) {
+  const pager_buffer *buffer = &pager->buffers[index];
+  const uint32_t number = buffer->first_page + buffer->corrupt_page;
+  const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + number;
+  uint64_t place = 0;
+  const char *disk = flap_block_locate(pager->block, pager_disk_offset(page), &place);
+  pager_fail(pager,
+             flap_error_set(FLAP_CORRUPT,
+                            "disk %s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
+                            "(writing %u): the disk lost, mixed up or damaged them; look into the system's log, "
+                            "check the disk, and start again from the last checkpoint, on another disk if in doubt",
+                            disk, buffer->region, number, page->stored_bytes, (unsigned long long)place, page->epoch));
+  pager_buffer_free(pager, index);
+}
+
+static void take_further(flap_pager *pager, uint32_t index) {
+  if (!is_read(pager, index))
+    pager_buffer_write(pager, index);
+  else if (pager->has_bytes && pager->buffers[index].corrupt_page < pager->buffers[index].page_count)
+    fail_corrupt(pager, index);
+  else
+    pager_loads_verified(pager, index);
+}
+
+static bool collect(flap_pager *pager) {
+  if (atomic_load(&pager->works_done) == pager->works_collected)
+    return false;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers && pager->error == FLAP_OK; i++) {
+    pager_buffer *buffer = &pager->buffers[i];
+    if (!buffer->handed)
+      continue;
+    pthread_mutex_lock(&pager->work_lock);
+    const bool done = buffer->work == WORK_DONE;
+    if (done)
+      buffer->work = WORK_NONE;
+    pthread_mutex_unlock(&pager->work_lock);
+    if (!done)
+      continue;
+    pager->works_collected++;
+    buffer->handed = false;
+    take_further(pager, i);
+  }
+  return true;
+}
+
+/* ---- who works -------------------------------------------------------------------------------------------- */
+
+/* Where anything may be compressed, only workers have the memory for it. */
+static bool is_for_pump(const flap_pager *pager, const pager_buffer *buffer) {
+  return pager->worker_count == 0 ||
+         (!pager->compresses && buffer->page_count * pager->page_bytes <= pager_small_bytes);
+}
+
+/* Without the pager's lock. */
+static void work_here(flap_pager *pager, uint32_t index) {
+  pager_packed packed;
+  pthread_mutex_lock(&pager->work_lock);
+  const pager_packing packing = choose(pager, index);
+  pthread_mutex_unlock(&pager->work_lock);
+  work_on(pager, index, packing, &pager->workers[0].scratch, &packed);
+  pthread_mutex_lock(&pager->work_lock);
+  pager_compression_learn(pager, &pager->buffers[index], &packed);
+  pthread_mutex_unlock(&pager->work_lock);
+}
+
+static void hand_to_workers(flap_pager *pager, pager_buffer *buffer) {
+  buffer->handed = true;
+  pthread_mutex_lock(&pager->work_lock);
+  buffer->work = WORK_WAITING;
+  pthread_cond_signal(&pager->work_wake);
+  pthread_mutex_unlock(&pager->work_lock);
+}
+
+bool pager_checks_advance(flap_pager *pager) {
+  bool progress = collect(pager);
+  pager_compression_watch(pager);
+  uint32_t first = PAGER_NONE;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
+    pager_buffer *buffer = &pager->buffers[i];
+    if ((buffer->state != BUFFER_READ && buffer->state != BUFFER_FULL) || buffer->handed)
+      continue;
+    if (pager->has_bytes && !is_for_pump(pager, buffer))
+      hand_to_workers(pager, buffer);
+    /* What is needed first; of a lease that both reads and waits for its slot's last occupant, the loads. */
+    else if (first == PAGER_NONE || buffer->order < pager->buffers[first].order)
+      first = i;
+  }
+  if (first == PAGER_NONE || pager->error != FLAP_OK)
+    return progress;
+  if (pager->has_bytes) {
+    pthread_mutex_unlock(&pager->lock);
+    work_here(pager, first);
+    pthread_mutex_lock(&pager->lock);
+  }
+  take_further(pager, first);
+  return true;
+}
+
+/* With work_lock held. */
+static uint32_t next_work(const flap_pager *pager) {
+  uint32_t first = PAGER_NONE;
+  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+    if (pager->buffers[i].work == WORK_WAITING &&
+        (first == PAGER_NONE || pager->buffers[i].order < pager->buffers[first].order))
+      first = i;
+  return first;
+}
+
+static void *worker_thread(void *context) {
+  pager_worker *worker = context;
+  flap_pager *pager = worker->pager;
+  flap_thread_prefer_latency();
+  pthread_mutex_lock(&pager->work_lock);
+  for (;;) {
+    uint32_t index;
+    while ((index = next_work(pager)) == PAGER_NONE && !pager->work_stop)
+      pthread_cond_wait(&pager->work_wake, &pager->work_lock);
+    if (pager->work_stop)
+      break;
+    pager_packed packed;
+    const pager_packing packing = choose(pager, index);
+    pager->buffers[index].work = WORK_UNDER_WAY;
+    pthread_mutex_unlock(&pager->work_lock);
+    work_on(pager, index, packing, &worker->scratch, &packed);
+    pthread_mutex_lock(&pager->work_lock);
+    pager_compression_learn(pager, &pager->buffers[index], &packed);
+    pager->buffers[index].work = WORK_DONE;
+    atomic_fetch_add(&pager->works_done, 1);
+    pthread_mutex_unlock(&pager->work_lock);
+    pager_ring_bell(pager);
+    pthread_mutex_lock(&pager->work_lock);
+  }
+  pthread_mutex_unlock(&pager->work_lock);
+  return NULL;
+}
+
+/* Signals are for the threads of the program. */
+flap_status pager_checks_open(flap_pager *pager) {
+  sigset_t all, before;
+  int error = 0;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  while (error == 0 && pager->workers_started < pager->worker_count) {
+    pager_worker *worker = &pager->workers[pager->workers_started];
+    worker->pager = pager;
+    error = pthread_create(&worker->thread, NULL, worker_thread, worker);
+    pager->workers_started += error == 0;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  return error ? flap_error_set_os(error, "pager: cannot start thread %u of %u that check what the disk holds",
+                                   pager->workers_started + 1, pager->worker_count)
+               : FLAP_OK;
+}
+
+void pager_checks_close(flap_pager *pager) {
+  pthread_mutex_lock(&pager->work_lock);
+  pager->work_stop = true;
+  pthread_cond_broadcast(&pager->work_wake);
+  pthread_mutex_unlock(&pager->work_lock);
+  for (uint32_t i = 0; i < pager->workers_started; i++)
+    pthread_join(pager->workers[i].thread, NULL);
+  pager->workers_started = 0;
+}
