@@ -44,7 +44,13 @@ json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   (void)pthread_once(&once, watch_memory);
   memory_refused = false;
-  return json_loadb(text, bytes, flags, error_out);
+  json_t *root = json_loadb(text, bytes, flags, error_out);
+  /* jansson does not look at each of its requests: a text may come out with a piece missing. */
+  if (memory_refused && root != NULL) {
+    json_decref(root);
+    root = NULL;
+  }
+  return root;
 }
 
 bool flap_json_no_memory(void) {
@@ -131,12 +137,15 @@ static char *dump_briefly(const json_t *root) {
     char *text = json_dumps(root, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
     if (!text || digits == 17)
       return text;
-    json_t *again = json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    json_error_t error;
+    json_t *again = flap_json_parse(text, strlen(text), JSON_DECODE_ANY | JSON_ALLOW_NUL, &error);
     bool same = again && json_equal(root, again);
     json_decref(again);
     if (same)
       return text;
     free(text);
+    if (flap_json_no_memory())
+      return NULL; /* more digits would be another text */
   }
 }
 

@@ -198,11 +198,10 @@ static void record_rename(uint32_t folder, const char *name, uint32_t folder_to,
   release_held_syncs();
 }
 
-static void record_write(int fd, const void *data, uint64_t bytes) {
+/* `at` is where the write ended. */
+static void record_write(int fd, const void *data, uint64_t bytes, off_t at) {
   const uint32_t what = node_of_fd[fd];
   node *n = &nodes[what];
-  /* All files that FLAP writes by name are written at their end, but for a header that is written again. */
-  const off_t at = lseek(fd, 0, SEEK_CUR);
   must(at >= (off_t)bytes && (uint64_t)at <= FILE_BYTES_MAX, "a large file");
   entry *e = add(ENTRY_WRITE, what);
   e->offset = (uint64_t)at - bytes;
@@ -269,14 +268,18 @@ static ssize_t cut_write(int fd, const void *data, size_t bytes) {
   pthread_mutex_lock(&lock);
   const ssize_t written = real->write(fd, data, bytes);
   if (written > 0 && is_recorded(fd))
-    record_write(fd, data, (uint64_t)written);
+    record_write(fd, data, (uint64_t)written, lseek(fd, 0, SEEK_CUR));
   pthread_mutex_unlock(&lock);
   return written;
 }
 
 static ssize_t cut_pwrite(int fd, const void *data, size_t bytes, off_t offset) {
-  must(!is_recorded(fd), "a file with a name is written by pwrite");
-  return real->pwrite(fd, data, bytes, offset);
+  pthread_mutex_lock(&lock);
+  const ssize_t written = real->pwrite(fd, data, bytes, offset);
+  if (written > 0 && is_recorded(fd))
+    record_write(fd, data, (uint64_t)written, offset + written);
+  pthread_mutex_unlock(&lock);
+  return written;
 }
 
 static int cut_sync(int fd) {

@@ -69,8 +69,10 @@ static uint64_t digest_file(const char *path, uint64_t digest) {
 }
 
 /* Of the files in a folder, whatever their order. */
-static uint64_t digest_folder(const char *path) {
+static uint64_t digest_folder(const char *given) {
+  char path[PATH_BYTES]; /* join has few buffers, and a folder may have more files */
   uint64_t sum = 0;
+  (void)snprintf(path, sizeof path, "%s", given);
   DIR *folder = opendir(path);
   for (const struct dirent *entry; folder != NULL && (entry = readdir(folder)) != NULL;)
     if (entry->d_name[0] != '.')
