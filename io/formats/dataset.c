@@ -40,7 +40,8 @@ struct flap_dataset {
 void flap_dataset_close(flap_dataset *dataset) {
   if (dataset == NULL)
     return;
-  for (uint64_t i = 0; i < dataset->segment_count; i++)
+  /* Without memory for them they are counted, but not there. */
+  for (uint64_t i = 0; dataset->segments != NULL && i < dataset->segment_count; i++)
     flap_shard_close(&dataset->segments[i]);
   if (dataset->scratch_fd >= 0)
     (void)flap_system_close(dataset->scratch_fd);
