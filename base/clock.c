@@ -22,8 +22,11 @@ struct flap_clock {
 flap_status flap_clock_open(flap_clock **clock_out) {
   *clock_out = NULL;
   flap_clock *clock = calloc(1, sizeof *clock);
-  if (clock == NULL)
-    return flap_error_set(FLAP_NO_MEMORY, "virtual clock: no memory");
+  if (clock == NULL || (clock->events = malloc(FLAP_CLOCK_EVENTS * sizeof *clock->events)) == NULL) {
+    free(clock);
+    return flap_error_set(FLAP_NO_MEMORY, "virtual clock: no memory for %u events", FLAP_CLOCK_EVENTS);
+  }
+  clock->capacity = FLAP_CLOCK_EVENTS;
   *clock_out = clock;
   return FLAP_OK;
 }
@@ -39,7 +42,7 @@ static bool event_before(const clock_event *a, const clock_event *b) {
 void flap_clock_schedule(flap_clock *clock, uint64_t at_ns, flap_clock_fn fn, void *context) {
   flap_assert(at_ns >= clock->now_ns);
   if (clock->count == clock->capacity) {
-    size_t capacity = clock->capacity == 0 ? 64 : clock->capacity * 2;
+    size_t capacity = clock->capacity * 2;
     clock_event *events = realloc(clock->events, capacity * sizeof *events);
     flap_assert(events != NULL);
     clock->events = events;

@@ -16,11 +16,13 @@
 extern "C" {
 #endif
 
+#define FLAP_CLOCK_EVENTS 4096u
+
 typedef struct flap_clock flap_clock;
 typedef void (*flap_clock_fn)(void *context);
 
-/* The queue grows as needed (and asserts when the system refuses those few bytes); a clock is for planning
- * and tests, never for the step loop. */
+/* Takes room for FLAP_CLOCK_EVENTS events at a time. The queue grows where more are wanted (and asserts when the system
+ * refuses that); a clock is for planning and tests, never for the step loop. */
 FLAP_CHECKED flap_status flap_clock_open(flap_clock **clock_out);
 uint64_t flap_clock_now_ns(const flap_clock *clock);
 

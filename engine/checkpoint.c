@@ -2,6 +2,7 @@
 #include "engine/checkpoint.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
 #include "engine/run_lock.h"
@@ -186,7 +187,10 @@ static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_li
   size_t ours = 0;
   for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK && (list.steps[i] == saved_step || flap_output_is_ours(path)))
+    bool known = list.steps[i] == saved_step;
+    if (status == FLAP_OK && !known)
+      status = flap_output_is_ours(path, &known);
+    if (status == FLAP_OK && known)
       list.steps[ours++] = list.steps[i];
   }
   size_t left = ours;
@@ -338,7 +342,7 @@ static flap_status open_found(const char *folder, flap_trainer_state *state_out)
 
 static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
   struct stat about;
-  if (stat(output_dir, &about) != 0)
+  if (flap_system_stat(output_dir, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
   flap_output_steps list = {0};
   FLAP_TRY(flap_output_recover(output_dir));
@@ -347,7 +351,8 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   bool found = false;
   for (size_t i = list.count; i > 0 && !found && status == FLAP_OK; i--) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i - 1], folder_out);
-    found = status == FLAP_OK && flap_output_is_there(folder_out, STATE_FILE);
+    if (status == FLAP_OK)
+      status = flap_output_look(folder_out, STATE_FILE, &found);
   }
   const size_t count = list.count;
   flap_output_steps_close(&list);
@@ -369,15 +374,15 @@ static flap_status recover_named(const char *output_dir, const char *folder) {
   struct stat about, mine;
   uint64_t step;
   const char *slash = strrchr(folder, '/');
-  if (stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+  if (flap_system_stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
     return FLAP_OK;
   (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
                  slash != NULL ? folder : ".");
   if (parent[0] == '\0')
     strcpy(parent, "/");
-  if (stat(parent, &about) != 0)
+  if (flap_system_stat(parent, &about) != 0)
     return FLAP_OK;
-  if (stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
+  if (flap_system_stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
     return flap_durable_recover_folder(folder);
   flap_run_lock lock;
   FLAP_TRY(flap_run_lock_take(parent, &lock));
@@ -401,17 +406,19 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
   flap_status status = recover_named(output_dir, folder_out);
   if (status != FLAP_OK)
     return flap_error_prefix(status, "resume_from_checkpoint");
-  if (stat(folder_out, &about) != 0)
+  if (flap_system_stat(folder_out, &about) != 0)
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
-  if (!flap_output_is_there(folder_out, STATE_FILE))
-    return flap_error_set(
-        FLAP_NOT_FOUND,
-        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
-        "anew from its weights",
-        folder_out, flap_output_is_ours(folder_out) ? ": it was saved with save_only_model, weights only" : "");
-  return open_found(folder_out, state_out);
+  bool there = false, ours = false;
+  FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
+  if (there)
+    return open_found(folder_out, state_out);
+  FLAP_TRY(flap_output_is_ours(folder_out, &ours));
+  return flap_error_set(FLAP_NOT_FOUND,
+                        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
+                        "anew from its weights",
+                        folder_out, ours ? ": it was saved with save_only_model, weights only" : "");
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */

@@ -59,9 +59,9 @@ FLAP_CHECKED flap_status flap_checkpoint_load(flap_pager *pager, const flap_layo
 /* What a checkpoint's trainer_state.json says, unchecked otherwise; for looking at it. */
 FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out);
 
-/* True if output_dir holds anything that a new run would overwrite or mix with (config.json, weights, checkpoints,
- * metrics.jsonl); names it. */
-bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
+ * metrics.jsonl); "": there is nothing. */
+FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
  * caller must not have its model, or the checkpoint to resume, in there. */

@@ -5,10 +5,8 @@
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* What makes a tokenizer, or tells how to use the model, is copied as it is: a file that FLAP cannot read may be read
  * by others. */
@@ -34,11 +32,6 @@ typedef struct export_job {
   uint16_t *halves; /* FLAP_WEIGHTS_CHUNK: converted values, or low halves before that */
   flap_weights_target target;
 } export_job;
-
-static bool is_there(const char *path) {
-  struct stat about;
-  return lstat(path, &about) == 0;
-}
 
 /* ---- weights ------------------------------------------------------------------------------------------------- */
 
@@ -120,11 +113,13 @@ static flap_status write_config(const export_job *job, const char *from_folder, 
 }
 
 static flap_status copy_files(const char *from_folder, const char *to_folder) {
+  bool there = false;
   for (size_t i = 0; i < sizeof COPIED / sizeof *COPIED; i++) {
     char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
     FLAP_TRY(flap_durable_join(from, from_folder, COPIED[i]));
     FLAP_TRY(flap_durable_join(to, to_folder, COPIED[i]));
-    if (is_there(from))
+    FLAP_TRY(flap_durable_look(from, &there));
+    if (there)
       FLAP_TRY(flap_durable_copy_file(from, to));
   }
   return FLAP_OK;
@@ -142,9 +137,11 @@ static flap_status open_masters(export_job *job, const char *folder) {
                {FLAP_F16, FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32}};
   for (size_t i = 0; i < sizeof kinds / sizeof *kinds && job->master.reader == NULL; i++) {
     char path[FLAP_PATH_MAX];
+    bool there = false;
     FLAP_TRY(flap_durable_join(path, folder, kinds[i].name));
     job->master_of = flap_safetensors_from_flap_dtype(kinds[i].weights);
-    if (job->dtype != kinds[i].weights && is_there(path))
+    FLAP_TRY(flap_durable_look(path, &there));
+    if (job->dtype != kinds[i].weights && there)
       FLAP_TRY(
           flap_weights_source_open(&job->config, &job->list, path, FLAP_WANTED_EXACTLY, kinds[i].dtype, &job->master));
   }
@@ -203,7 +200,9 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
     return flap_error_set(FLAP_INVALID, "models are exported as bfloat16, float16 or float32");
   if (to_folder[0] == '\0')
     return flap_error_set(FLAP_INVALID, "export: name the folder to make");
-  if (is_there(to_folder))
+  bool there = false;
+  FLAP_TRY(flap_durable_look(to_folder, &there));
+  if (there)
     return flap_error_set(FLAP_INVALID, "%s: already there; remove it or choose another folder", to_folder);
   flap_status status = open_sources(&job, from_folder);
   if (status == FLAP_OK)

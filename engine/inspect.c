@@ -1,4 +1,5 @@
 /* flap inspect: the checkpoints of a run, and whether they are what was saved. */
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/engine.h"
 #include "engine/output_folder_internal.h"
@@ -7,6 +8,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,15 +19,20 @@
 
 /* Sizes and the newest time of the files in a folder. */
 static flap_status measure(const char *folder, flap_checkpoint_report *r) {
-  DIR *list = opendir(folder);
-  if (list == NULL)
-    return flap_error_set_os(errno, "cannot list the folder %s", folder);
+  const int fd = flap_system_open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+  DIR *list = fd >= 0 ? fdopendir(fd) : NULL;
+  if (list == NULL) {
+    const int os_error = errno;
+    if (fd >= 0)
+      (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot list the folder %s", folder);
+  }
   flap_status status = FLAP_OK;
   for (const struct dirent *entry; status == FLAP_OK && (entry = readdir(list)) != NULL;) {
     char path[FLAP_PATH_MAX];
     struct stat about;
     status = flap_durable_join(path, folder, entry->d_name);
-    if (status != FLAP_OK || lstat(path, &about) != 0 || !S_ISREG(about.st_mode))
+    if (status != FLAP_OK || flap_system_lstat(path, &about) != 0 || !S_ISREG(about.st_mode))
       continue;
     r->bytes += (uint64_t)about.st_size;
     if ((int64_t)about.st_mtime > r->saved_at)
@@ -80,7 +87,7 @@ static void look(const char *folder, bool verify, flap_checkpoint_report *r) {
 
 static bool is_folder(const char *path) {
   struct stat about;
-  return stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+  return flap_system_stat(path, &about) == 0 && S_ISDIR(about.st_mode);
 }
 
 /* A finished checkpoint, and what a crash left of one, may have the same step. */

@@ -1,4 +1,5 @@
 /* Rates of this machine: from the file that keeps them, or measured. */
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/engine.h"
@@ -190,7 +191,7 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
                  cores == 1 ? "" : "s");
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
-  if (disk_path && realpath(disk_path, wish.real_path) && stat(wish.real_path, &about) == 0) {
+  if (disk_path && realpath(disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
     wish.disk = (flap_machine_disk){.path = wish.real_path, .number = (uint64_t)about.st_dev};
     wish.disk_found = true;
   }

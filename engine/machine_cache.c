@@ -1,6 +1,7 @@
 #include "engine/machine_cache.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 
@@ -365,7 +366,7 @@ flap_status flap_machine_cache_lock(const char *path, int *fd_out) {
   char name[FLAP_PATH_MAX];
   if (!join(name, path, ".lock"))
     return flap_error_set(FLAP_INVALID, "%s: too long a path to lock", path);
-  int fd = open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, FLAP_DURABLE_FILE_MODE);
+  int fd = flap_system_open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, FLAP_DURABLE_FILE_MODE);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", name);
   for (int i = 0; i < LOCK_TRIES; i++) {
@@ -378,7 +379,7 @@ flap_status flap_machine_cache_lock(const char *path, int *fd_out) {
     (void)nanosleep(&(struct timespec){.tv_nsec = LOCK_PAUSE_NS}, NULL);
   }
   flap_status status = flap_error_set_os(errno, "cannot lock %s", name);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 
@@ -396,7 +397,7 @@ static flap_status store(const flap_machine_cache *cache, const flap_machine_key
   FLAP_TRY(make_folder_of(cache->path));
   FLAP_TRY(flap_machine_cache_lock(cache->path, &fd));
   flap_status status = replace_file(cache, key, machine, rates, disk);
-  (void)close(fd); /* and the lock is gone */
+  (void)flap_system_close(fd); /* and the lock is gone */
   return status;
 }
 

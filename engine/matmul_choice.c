@@ -1,6 +1,7 @@
 #include "engine/matmul_choice.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "engine/machine_cache.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
@@ -335,7 +336,7 @@ static flap_status store(flap_matmul_choice *choice) {
   FLAP_TRY(flap_durable_make_folder(folder));
   FLAP_TRY(flap_machine_cache_lock(choice->cache, &fd));
   const flap_status status = replace_file(choice);
-  (void)close(fd); /* and the lock is gone */
+  (void)flap_system_close(fd); /* and the lock is gone */
   return status;
 }
 

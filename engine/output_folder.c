@@ -5,6 +5,7 @@
  */
 #include "engine/output_folder_internal.h"
 
+#include "base/system.h"
 #include "engine/hf_config.h"
 #include "engine/weights.h"
 #include "engine/weights_internal.h"
@@ -12,6 +13,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,23 +73,33 @@ static bool is_weights(const char *name) {
          is_shard(name, &shards);
 }
 
-bool flap_output_is_there(const char *folder, const char *name) {
+flap_status flap_output_look(const char *folder, const char *name, bool *there_out) {
   char path[FLAP_PATH_MAX];
-  struct stat about;
-  const bool there = flap_durable_join(path, folder, name) == FLAP_OK && stat(path, &about) == 0;
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  return flap_durable_look(path, there_out);
+}
+
+bool flap_output_is_there(const char *folder, const char *name) {
+  bool there = false;
+  if (flap_output_look(folder, name, &there) != FLAP_OK)
+    flap_error_clear();
   return there;
 }
 
-bool flap_output_is_ours(const char *folder) {
+flap_status flap_output_is_ours(const char *folder, bool *ours_out) {
   flap_safetensors *reader = NULL;
-  if (flap_safetensors_open(folder, &reader) != FLAP_OK) {
+  *ours_out = false;
+  const flap_status status = flap_safetensors_open(folder, &reader);
+  if (status == FLAP_IO || status == FLAP_NO_MEMORY)
+    return status;
+  if (status != FLAP_OK) {
     flap_error_clear();
-    return false;
+    return FLAP_OK;
   }
   const char *mark = flap_safetensors_metadata(reader, FLAP_WEIGHTS_MARK_KEY);
-  const bool ours = mark != NULL && strcmp(mark, FLAP_WEIGHTS_MARK_VALUE) == 0;
+  *ours_out = mark != NULL && strcmp(mark, FLAP_WEIGHTS_MARK_VALUE) == 0;
   flap_safetensors_close(reader);
-  return ours;
+  return FLAP_OK;
 }
 
 /* ---- walking ------------------------------------------------------------------------------------------------- */
@@ -96,9 +108,15 @@ typedef flap_status (*entry_fn)(void *context, const char *folder, const char *n
 
 /* Calls `visit` for each name; a folder that is not there has none. `visit` may remove the entry it is given. */
 static flap_status walk(const char *folder, entry_fn visit, void *context) {
-  DIR *list = opendir(folder);
-  if (list == NULL)
+  const int fd = flap_system_open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+  if (fd < 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot list the folder %s", folder);
+  DIR *list = fdopendir(fd);
+  if (list == NULL) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot list the folder %s", folder);
+  }
   flap_status status = FLAP_OK;
   while (status == FLAP_OK) {
     errno = 0;
@@ -206,21 +224,19 @@ static flap_status visit_occupied(void *context, const char *folder, const char 
   return FLAP_OK;
 }
 
-bool flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
+flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
   char first[256] = "";
   what_out[0] = '\0';
-  if (walk(output_dir, visit_occupied, first) != FLAP_OK)
-    flap_error_clear(); /* a folder that cannot be listed cannot be written either: whoever writes says so */
-  if (first[0] == '\0')
-    return false;
-  (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
-  return true;
+  FLAP_TRY(walk(output_dir, visit_occupied, first));
+  if (first[0] != '\0')
+    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
+  return FLAP_OK;
 }
 
 static flap_status remove_file(const char *folder, const char *name) {
   char path[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(path, folder, name));
-  if (unlink(path) != 0 && errno != ENOENT)
+  if (flap_system_unlink(path) != 0 && errno != ENOENT)
     return flap_error_set_os(errno, "cannot remove %s", path);
   return FLAP_OK;
 }
@@ -232,12 +248,15 @@ static flap_status visit_remove_weights(void *context, const char *folder, const
 
 static flap_status clear_checkpoints(const char *output_dir) {
   char path[FLAP_PATH_MAX];
+  bool ours = false;
   flap_output_steps list = {0};
   FLAP_TRY(flap_output_list(output_dir, &list));
   flap_status status = FLAP_OK;
   for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
     status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK && flap_output_is_ours(path))
+    if (status == FLAP_OK)
+      status = flap_output_is_ours(path, &ours);
+    if (status == FLAP_OK && ours)
       status = flap_durable_remove_folder(path);
   }
   flap_output_steps_close(&list);
@@ -246,11 +265,13 @@ static flap_status clear_checkpoints(const char *output_dir) {
 
 flap_status flap_checkpoint_clear(const char *output_dir) {
   struct stat about;
-  if (stat(output_dir, &about) != 0)
+  bool ours = false;
+  if (flap_system_stat(output_dir, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
   FLAP_TRY(flap_output_recover(output_dir));
   FLAP_TRY(clear_checkpoints(output_dir));
-  if (flap_output_is_ours(output_dir)) {
+  FLAP_TRY(flap_output_is_ours(output_dir, &ours));
+  if (ours) {
     FLAP_TRY(remove_file(output_dir, CONFIG_FILE)); /* without it nobody takes the rest for a model */
     for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
       FLAP_TRY(remove_file(output_dir, TOKENIZER_FILES[i]));
@@ -283,7 +304,7 @@ static flap_status move_file(const char *from_folder, const char *to_folder, con
   char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(from, from_folder, name));
   FLAP_TRY(flap_durable_join(to, to_folder, name));
-  if (rename(from, to) != 0)
+  if (flap_system_rename(from, to, 0) != 0)
     return flap_error_set_os(errno, "cannot rename %s to %s", from, to);
   return FLAP_OK;
 }
@@ -307,7 +328,8 @@ static flap_status visit_remove_stale(void *context, const char *folder, const c
  * anybody would load: an old index goes before any shard is replaced, and the new index, or the new single file, comes
  * last. Readers prefer the single file, so an old index beside it does no harm. */
 flap_status flap_output_install(const char *from, const char *to) {
-  const bool sharded = flap_output_is_there(from, FLAP_SAFETENSORS_INDEX);
+  bool sharded = false;
+  FLAP_TRY(flap_output_look(from, FLAP_SAFETENSORS_INDEX, &sharded));
   install in = {.to = to, .head = sharded ? FLAP_SAFETENSORS_INDEX : FLAP_SAFETENSORS_FILE};
   char anything[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_join(anything, to, in.head));

@@ -29,9 +29,13 @@ FLAP_CHECKED flap_status flap_output_checkpoint_path(const char *output_dir, uin
 /* Clears up after checkpoints and exports that a crash interrupted. */
 FLAP_CHECKED flap_status flap_output_recover(const char *output_dir);
 
-/* Whether the folder's weights were written by FLAP. Leaves no error record. */
-bool flap_output_is_ours(const char *folder);
+/* Whether the folder's weights were written by FLAP. What is not there, or no model, is not ours; a system that refuses
+ * to read, or to give memory, is an error, lest a folder is taken for somebody else's. */
+FLAP_CHECKED flap_status flap_output_is_ours(const char *folder, bool *ours_out);
+/* The same for messages and reports: what cannot be looked at is not there. Leaves no error record. */
 bool flap_output_is_there(const char *folder, const char *name);
+/* Whether the folder has an entry of that name. */
+FLAP_CHECKED flap_status flap_output_look(const char *folder, const char *name, bool *there_out);
 
 /* config.json and the tokenizer's files. */
 FLAP_CHECKED flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts,

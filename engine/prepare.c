@@ -2,6 +2,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/hf_config.h"
@@ -49,7 +50,7 @@ static flap_status open_tokenizer(flap_prepared *p) {
 
 static flap_status check_folder(const char *path) {
   struct stat info;
-  if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
+  if (flap_system_stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_NOT_FOUND,
                           "model_name_or_path: %s is not a folder here: name a Hugging Face folder that was downloaded",
                           path);
@@ -148,7 +149,7 @@ static flap_status gather_disks(flap_prepared *p) {
   for (uint32_t i = 0; i < config->disk_count; i++) {
     flap_machine machine = p->machine;
     uint32_t drive = 0;
-    if (stat(config->disk[i].path, &about[i]) != 0)
+    if (flap_system_stat(config->disk[i].path, &about[i]) != 0)
       return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", config->disk[i].path);
     while (about[drive].st_dev != about[i].st_dev)
       drive++;

@@ -1,6 +1,7 @@
 #include "engine/run_lock.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 
 #include <errno.h>
@@ -18,7 +19,7 @@
 
 /* What the file says; control characters of a file that is somebody else's do not reach a terminal. */
 static void read_holder(int fd, char text[HOLDER_BYTES]) {
-  const ssize_t length = pread(fd, text, HOLDER_BYTES - 1, 0);
+  const ssize_t length = flap_system_pread(fd, text, HOLDER_BYTES - 1, 0);
   text[length > 0 ? length : 0] = '\0';
   text[strcspn(text, "\n")] = '\0';
   for (char *at = text; *at; at++)
@@ -38,14 +39,15 @@ static void write_holder(int fd) {
   if (gmtime_r(&now, &utc) != NULL)
     (void)strftime(since, sizeof since, "%Y-%m-%d %H:%M:%S", &utc);
   const int length = snprintf(text, sizeof text, "process %ld on %s since %s UTC\n", (long)getpid(), host, since);
-  if (ftruncate(fd, 0) == 0)
-    (void)!pwrite(fd, text, (size_t)length, 0);
+  if (flap_system_ftruncate(fd, 0) == 0)
+    (void)!flap_system_pwrite(fd, text, (size_t)length, 0);
 }
 
 /* Whether the file is still the one of that name. */
 static bool is_current(int fd, const char *path) {
   struct stat mine, named;
-  return fstat(fd, &mine) == 0 && stat(path, &named) == 0 && mine.st_dev == named.st_dev && mine.st_ino == named.st_ino;
+  return flap_system_fstat(fd, &mine) == 0 && flap_system_stat(path, &named) == 0 && mine.st_dev == named.st_dev &&
+         mine.st_ino == named.st_ino;
 }
 
 static flap_status refuse(int fd, const char *folder) {
@@ -59,7 +61,7 @@ static flap_status refuse(int fd, const char *folder) {
 /* FLAP_OK without a lock: the file went away meanwhile (`again`), or there are no locks. */
 static flap_status try_lock(const char *folder, flap_run_lock *lock, bool *again) {
   *again = false;
-  const int fd = open(lock->path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
+  const int fd = flap_system_open(lock->path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot create %s, by which %s is locked against a second run", lock->path, folder);
   if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
@@ -71,16 +73,16 @@ static flap_status try_lock(const char *folder, flap_run_lock *lock, bool *again
     }
   } else if (errno == EWOULDBLOCK) {
     const flap_status status = refuse(fd, folder);
-    (void)close(fd);
+    (void)flap_system_close(fd);
     return status;
   } else if (errno == EINTR) {
     *again = true;
   } else {
     flap_log(FLAP_LOG_WARNING, "%s cannot be locked (%s): make sure that no second run writes there", folder,
              strerror(errno));
-    (void)unlink(lock->path);
+    (void)flap_system_unlink(lock->path);
   }
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return FLAP_OK;
 }
 
@@ -99,7 +101,7 @@ flap_status flap_run_lock_take(const char *folder, flap_run_lock *lock_out) {
 void flap_run_lock_release(flap_run_lock *lock) {
   if (lock->fd < 0)
     return;
-  (void)unlink(lock->path);
-  (void)close(lock->fd);
+  (void)flap_system_unlink(lock->path);
+  (void)flap_system_close(lock->fd);
   lock->fd = -1;
 }

@@ -7,6 +7,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/budgets.h"
 #include "engine/pressure.h"
@@ -53,13 +54,16 @@ static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
   struct stat info;
-  if (stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
+  if (flap_system_stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", config->output_dir);
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])
     return find_checkpoint(t);
-  if (!config->overwrite_output_dir && flap_checkpoint_occupied(config->output_dir, what))
+  if (config->overwrite_output_dir)
+    return FLAP_OK;
+  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, what));
+  if (what[0] != '\0')
     return flap_error_set(FLAP_INVALID,
                           "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "
                           "start anew or resume_from_checkpoint: true to continue",
@@ -75,14 +79,14 @@ static flap_status lock_output(trainer *t) {
 
 static flap_status check_and_lock_output(trainer *t) {
   struct stat info;
-  if (stat(t->config->output_dir, &info) == 0 && S_ISDIR(info.st_mode))
+  if (flap_system_stat(t->config->output_dir, &info) == 0 && S_ISDIR(info.st_mode))
     FLAP_TRY(lock_output(t));
   return check_output(t);
 }
 
 static flap_status make_output(trainer *t) {
   struct stat info;
-  t->made_output = stat(t->config->output_dir, &info) != 0;
+  t->made_output = flap_system_stat(t->config->output_dir, &info) != 0;
   FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
   if (t->lock.fd < 0) { /* it was not there, and meanwhile another run may have made it, and trained */
     FLAP_TRY(lock_output(t));
@@ -175,7 +179,8 @@ static flap_status fill_regions(trainer *t) {
   compare_data(t);
   t->step = t->state.step;
   t->cursor = t->state.cursor;
-  if (t->step >= t->steps)
+  /* At the last step all the same: what a crash after the last checkpoint left undone is the export. */
+  if (t->step > t->steps)
     return flap_error_set(FLAP_INVALID,
                           "resume_from_checkpoint: %s is at step %llu already, and the run ends at %llu: raise "
                           "max_steps or num_train_epochs",
@@ -335,7 +340,7 @@ static void close_all(trainer *t) {
   flap_prepare_close(&t->prepared);
   flap_run_lock_release(&t->lock);
   if (t->made_output)
-    (void)rmdir(t->config->output_dir); /* only if nothing is in it */
+    (void)flap_system_rmdir(t->config->output_dir); /* only if nothing is in it */
 }
 
 flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,

@@ -5,6 +5,7 @@
  * whole, is read again for its sum.
  */
 #include "base/assert.h"
+#include "base/system.h"
 #include "engine/weights_internal.h"
 #include "io/formats/durable.h"
 
@@ -30,7 +31,7 @@ struct flap_weights_verify {
 /* What precedes the file's first tensor. */
 static flap_status add_header(verify_file *file, uint64_t bytes) {
   unsigned char piece[4096];
-  const int fd = open(file->path, O_RDONLY | O_CLOEXEC);
+  const int fd = flap_system_open(file->path, O_RDONLY | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", file->path);
   flap_status status = FLAP_OK;
@@ -41,7 +42,7 @@ static flap_status add_header(verify_file *file, uint64_t bytes) {
       flap_checksum_add(file->sum, piece, length);
     at += length;
   }
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 

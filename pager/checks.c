@@ -44,13 +44,14 @@ static void fail_corrupt(flap_pager *pager, uint32_t index) {
   const pager_buffer *buffer = &pager->buffers[index];
   const uint32_t number = buffer->first_page + buffer->corrupt_page;
   const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + number;
+  uint64_t place = 0;
+  const char *disk = flap_block_locate(pager->block, pager_disk_offset(page), &place);
   pager_fail(pager,
              flap_error_set(FLAP_CORRUPT,
-                            "region %u, page %u: the %u bytes at disk offset %llu are not what was written there "
+                            "disk %s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
                             "(writing %u): the disk lost, mixed up or damaged them; look into the system's log, "
                             "check the disk, and start again from the last checkpoint, on another disk if in doubt",
-                            buffer->region, number, page->stored_bytes, (unsigned long long)pager_disk_offset(page),
-                            page->epoch));
+                            disk, buffer->region, number, page->stored_bytes, (unsigned long long)place, page->epoch));
   pager_buffer_free(pager, index);
 }
 

@@ -35,7 +35,16 @@ static bool lanes_are_empty(flap_pager *pager, uint32_t unused) {
   return pager->h2d.issued == pager->h2d.retired && pager->d2h.issued == pager->d2h.retired;
 }
 
-/* A copy of its own, waited for; its time is not the programs'. */
+/* Waits for all streams, and tells whether the device failed. */
+static flap_status synchronize(flap_pager *pager) {
+  pthread_mutex_unlock(&pager->lock);
+  flap_status status = flap_device_synchronize(pager->device);
+  pager_enter(pager);
+  return status;
+}
+
+/* A copy of its own, waited for; its time is not the programs'. A copy that failed has left old bytes where it should
+ * have put new ones, and a checkpoint must not get them: so the device is asked before anybody reads them. */
 static flap_status copy_at_rest(flap_pager *pager, pager_lane *lane, void *to, const void *from, uint32_t region,
                                 uint64_t bytes) {
   uint64_t before = flap_device_busy_ns(pager->device, lane->stream);
@@ -43,7 +52,8 @@ static flap_status copy_at_rest(flap_pager *pager, pager_lane *lane, void *to, c
   pager_lane_copy(pager, lane, to, from, &copy);
   pager_wait_until(pager, lanes_are_empty, 0, false);
   pager->at_rest_ns[lane->lane == FLAP_LANE_H2D ? 0 : 1] += flap_device_busy_ns(pager->device, lane->stream) - before;
-  return pager_error(pager);
+  FLAP_TRY(pager_error(pager));
+  return synchronize(pager);
 }
 
 static piece resident_piece(const flap_pager *pager, const pager_region *region, uint64_t offset) {
@@ -51,17 +61,9 @@ static piece resident_piece(const flap_pager *pager, const pager_region *region,
   return (piece){.offset = offset, .bytes = rest < pager->bounce_bytes ? rest : pager->bounce_bytes};
 }
 
-/* Compute may still use the region: it is waited for, and a failed device is told about. */
-static flap_status wait_for_compute(flap_pager *pager) {
-  pthread_mutex_unlock(&pager->lock);
-  flap_status status = flap_device_synchronize(pager->device);
-  pager_enter(pager);
-  return status;
-}
-
 static flap_status fill_resident(flap_pager *pager, uint32_t index, flap_pager_fill_fn fill, void *context) {
   pager_region *region = &pager->regions[index];
-  FLAP_TRY(wait_for_compute(pager));
+  FLAP_TRY(synchronize(pager)); /* compute may still use the region */
   for (uint64_t offset = 0; offset < region->bytes;) {
     piece p = resident_piece(pager, region, offset);
     pthread_mutex_unlock(&pager->lock);
@@ -76,7 +78,7 @@ static flap_status fill_resident(flap_pager *pager, uint32_t index, flap_pager_f
 
 static flap_status drain_resident(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
   pager_region *region = &pager->regions[index];
-  FLAP_TRY(wait_for_compute(pager));
+  FLAP_TRY(synchronize(pager)); /* compute may still use the region */
   for (uint64_t offset = 0; offset < region->bytes;) {
     piece p = resident_piece(pager, region, offset);
     FLAP_TRY(copy_at_rest(pager, &pager->d2h, pager->bounce, region->home + offset, index, p.bytes));

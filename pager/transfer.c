@@ -120,8 +120,10 @@ flap_status pager_thread_start(flap_pager *pager) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   int error = pthread_create(&pager->thread, NULL, transfer_thread, pager);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (error)
-    return flap_error_set_os(error, "pager: cannot start the transfer thread");
+  if (error) {
+    (void)flap_error_set_os(error, "pager: cannot start the transfer thread");
+    return FLAP_NO_MEMORY;
+  }
   pager->thread_started = true;
   return FLAP_OK;
 }

@@ -9,6 +9,7 @@ Usage: tools/check_layering.py [root]     prints one line per violation; exit st
 4. Every folder of the table has a README.md, of at most 150 lines.
 5. exit() and abort() are for tools/, tests/, bench/ and base/assert.c.
 6. Source files have at most 800 lines; generated tables (*_table.h) may have more.
+7. io/ and engine/ make system calls on files by the names of base/system.h, so that tests can disturb each.
 """
 import os
 import re
@@ -35,6 +36,11 @@ NAMED = SOURCES + (".py", ".sh")
 LINES_MAX, README_LINES_MAX = 800, 150
 MAY_EXIT = re.compile(r"^(tools|tests|bench)/|^base/assert\.c$")
 EXITS = re.compile(r"(?<![\w.>])(exit|_exit|_Exit|quick_exit|abort)\s*\(")
+# FILE * is for what the kernel tells in /proc, and for reading descriptors that were opened so.
+CALLS_FILES = re.compile(r"^(io|engine)/")
+FILE_CALL = re.compile(r"(?<![\w.>])(open|openat|creat|close|read|pread|write|pwrite|fsync|fdatasync|ftruncate|fallocate|"
+                       r"posix_fallocate|rename|renameat2?|unlink|unlinkat|rmdir|mkdir|mkdirat|remove|stat|lstat|fstat|fstatat|"
+                       r"opendir|mkstemp|mkostemp)\s*\(")
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 
 
@@ -97,6 +103,11 @@ def check_source(path, text, files):
             match = EXITS.search(line)
             if match:
                 found.append(f"{path}:{number}: {match.group(1)}() is not for libraries: return a flap_status")
+    if CALLS_FILES.match(path):
+        for number, line in enumerate(without_comments(text).splitlines(), 1):
+            match = FILE_CALL.search(line)
+            if match:
+                found.append(f"{path}:{number}: {match.group(1)}() goes round base/system.h: flap_system_{match.group(1)}()")
     return found
 
 

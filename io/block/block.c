@@ -422,6 +422,12 @@ int block_thread_start(pthread_t *thread, void *(*main)(void *), void *argument)
 
 /* --- for people ----------------------------------------------------------------------------------------------- */
 
+const char *flap_block_locate(const flap_block *block, uint64_t offset, uint64_t *place_out) {
+  const block_run run = block_map_find(&block->map, offset, 1);
+  *place_out = run.offset;
+  return block->config.disks[run.disk].path;
+}
+
 flap_status flap_block_explain(const flap_block *block, const flap_block_request *request) {
   if (request->status == FLAP_OK)
     return FLAP_OK;

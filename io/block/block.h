@@ -122,6 +122,9 @@ flap_block_request *flap_block_poll(flap_block *block);
 /* Fills the error record from a failed request: disk path, offset, what the system said, what to do. */
 flap_status flap_block_explain(const flap_block *block, const flap_block_request *request);
 
+/* The path of the disk that holds the byte at `offset` of the linear space, and its place in the extent file there. */
+const char *flap_block_locate(const flap_block *block, uint64_t offset, uint64_t *place_out);
+
 /* What is in use: "io_uring, O_DIRECT", "threads, O_DIRECT", "threads, buffered", "sim". */
 const char *flap_block_describe(const flap_block *block);
 

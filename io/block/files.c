@@ -7,6 +7,7 @@
 #include "io/block/block_internal.h"
 
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 
 #include <errno.h>
@@ -21,7 +22,7 @@
 
 static flap_status check_folder(const char *path) {
   struct stat info;
-  if (stat(path, &info) != 0) {
+  if (flap_system_stat(path, &info) != 0) {
     int os_error = errno;
     if (os_error == ENOENT)
       return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder; create it or name another", path);
@@ -48,7 +49,7 @@ flap_status flap_block_space(const char *path, uint64_t *free_bytes_out) {
 
 /* A descriptor of a file without a name, or -errno. */
 static int create_unnamed(const char *path) {
-  int fd = open(path, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  int fd = flap_system_open(path, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   if (fd >= 0)
     return fd;
   /* File systems without O_TMPFILE say so in one of these ways. */
@@ -58,12 +59,12 @@ static int create_unnamed(const char *path) {
   int length = snprintf(name, sizeof name, "%s/.flap-extent-XXXXXX", path);
   if (length < 0 || (size_t)length >= sizeof name)
     return -ENAMETOOLONG;
-  fd = mkostemp(name, O_CLOEXEC);
+  fd = flap_system_mkostemp(name, O_CLOEXEC);
   if (fd < 0)
     return -errno;
-  if (unlink(name) != 0) {
+  if (flap_system_unlink(name) != 0) {
     int os_error = errno;
-    (void)close(fd);
+    (void)flap_system_close(fd);
     return -os_error;
   }
   return fd;
@@ -99,16 +100,12 @@ static flap_status check_limits(const char *path, uint64_t bytes) {
 
 static flap_status reserve(const char *path, int fd, uint64_t bytes) {
   FLAP_TRY(check_limits(path, bytes));
-  int result;
-  do
-    result = fallocate(fd, 0, 0, (off_t)bytes);
-  while (result != 0 && errno == EINTR);
-  if (result == 0)
+  if (flap_system_fallocate(fd, (off_t)bytes) == 0)
     return FLAP_OK;
   if (errno == EOPNOTSUPP || errno == ENOSYS) {
     flap_log(FLAP_LOG_WARNING, "disk %s: this file system cannot reserve space; if others fill it, a run may fail",
              path);
-    if (ftruncate(fd, (off_t)bytes) == 0)
+    if (flap_system_ftruncate(fd, (off_t)bytes) == 0)
       return FLAP_OK;
   }
   if (errno == ENOSPC || errno == EDQUOT)
@@ -125,7 +122,7 @@ static bool set_direct(int fd) {
   if (flags < 0 || fcntl(fd, F_SETFL, flags | O_DIRECT) != 0)
     return false;
   void *page = aligned_alloc(FLAP_BLOCK_ALIGN, FLAP_BLOCK_ALIGN);
-  bool works = page != NULL && pread(fd, page, FLAP_BLOCK_ALIGN, 0) == (ssize_t)FLAP_BLOCK_ALIGN;
+  bool works = page != NULL && flap_system_pread(fd, page, FLAP_BLOCK_ALIGN, 0) == (ssize_t)FLAP_BLOCK_ALIGN;
   free(page);
   if (!works)
     (void)fcntl(fd, F_SETFL, flags);
@@ -143,7 +140,7 @@ flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_o
   }
   flap_status status = bytes > 0 ? reserve(path, fd, bytes) : FLAP_OK;
   if (status != FLAP_OK) {
-    (void)close(fd);
+    (void)flap_system_close(fd);
     return status;
   }
   *file_out = (block_file){.fd = fd, .direct = bytes > 0 && set_direct(fd)};
@@ -152,6 +149,6 @@ flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_o
 
 void block_file_close(block_file *file) {
   if (file->fd >= 0)
-    (void)close(file->fd);
+    (void)flap_system_close(file->fd);
   file->fd = -1;
 }

@@ -1,6 +1,7 @@
 /* The fallback: threads that call pread and pwrite. Each takes a piece, moves what the system will move at once, and
  * settles it; whatever is left goes back to its lane. */
 #include "io/block/block_internal.h"
+#include "base/system.h"
 #include "base/thread.h"
 
 #include <errno.h>
@@ -17,8 +18,9 @@ typedef struct threads_state {
 
 static int64_t transfer(const flap_block *block, const block_piece *piece) {
   int fd = block->files[piece->disk].fd;
-  ssize_t result = piece->op == FLAP_BLOCK_READ ? pread(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset)
-                                                : pwrite(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset);
+  ssize_t result = piece->op == FLAP_BLOCK_READ
+                       ? flap_system_pread(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset)
+                       : flap_system_pwrite(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset);
   return result < 0 ? -errno : result;
 }
 

@@ -14,6 +14,7 @@
 #include "io/block/block_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "base/thread.h"
 #include "base/log.h"
 #include "base/units.h"
@@ -93,6 +94,10 @@ static void uring_start(flap_block *block) {
   pthread_mutex_unlock(&state->submit_mutex);
 }
 
+static int64_t result_of(const flap_block *block, const block_piece *piece, int32_t result) {
+  return flap_system_transferred(block->files[piece->disk].fd, piece->op == FLAP_BLOCK_WRITE, piece->buffer, result);
+}
+
 /* Settles what has arrived. False when the end was asked for: a completion without a piece. */
 static bool reap(flap_block *block, bool *completed_out) {
   uring_state *state = block->state;
@@ -105,7 +110,7 @@ static bool reap(flap_block *block, bool *completed_out) {
     block_piece *piece = io_uring_cqe_get_data(cqes[i]);
     if (piece == NULL)
       go_on = false;
-    else if (block_piece_settle(block, piece, cqes[i]->res))
+    else if (block_piece_settle(block, piece, result_of(block, piece, cqes[i]->res)))
       *completed_out = true;
   }
   pthread_mutex_unlock(&block->mutex);

@@ -1,6 +1,7 @@
 #include "io/formats/checksums.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 
@@ -112,9 +113,7 @@ static flap_status sum_descriptor(int fd, const char *path, flap_checksum *sum) 
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read it", path);
   (void)posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL);
   while (status == FLAP_OK) {
-    const ssize_t got = read(fd, buffer, READ_BYTES);
-    if (got < 0 && errno == EINTR)
-      continue;
+    const ssize_t got = flap_system_read(fd, buffer, READ_BYTES);
     if (got < 0)
       status = flap_error_set_os(errno, "cannot read %s", path);
     if (got <= 0)
@@ -126,11 +125,11 @@ static flap_status sum_descriptor(int fd, const char *path, flap_checksum *sum) 
 }
 
 static flap_status sum_file(const char *path, flap_checksum *sum) {
-  const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  const int fd = flap_system_open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", path);
   const flap_status status = sum_descriptor(fd, path, sum);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 
@@ -139,7 +138,9 @@ static flap_status add_file(flap_checksums *list, const char *folder, const char
   struct stat about;
   flap_checksum *sum = NULL;
   FLAP_TRY(flap_durable_join(path, folder, name));
-  if (lstat(path, &about) != 0 || !S_ISREG(about.st_mode))
+  if (flap_system_lstat(path, &about) != 0)
+    return flap_error_set_os(errno, "cannot look at %s", path);
+  if (!S_ISREG(about.st_mode))
     return FLAP_OK;
   FLAP_TRY(flap_checksum_open(&sum));
   flap_status status = sum_file(path, sum);
@@ -265,7 +266,7 @@ flap_status flap_checksums_check_sizes(const flap_checksums *list, const char *f
     char path[FLAP_DURABLE_PATH_MAX];
     struct stat about;
     FLAP_TRY(flap_durable_join(path, folder, entry->name));
-    if (stat(path, &about) != 0)
+    if (flap_system_stat(path, &about) != 0)
       return errno == ENOENT ? flap_error_set(FLAP_CORRUPT, "%s: is missing, but was saved", path)
                              : flap_error_set_os(errno, "%s", path);
     if (!S_ISREG(about.st_mode) || (uint64_t)about.st_size != entry->bytes)

@@ -8,6 +8,7 @@
 
 #include "base/assert.h"
 #include "base/philox.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "io/formats/durable.h"
 #include "io/formats/tokenizer_map.h"
@@ -39,10 +40,11 @@ struct flap_dataset {
 void flap_dataset_close(flap_dataset *dataset) {
   if (dataset == NULL)
     return;
-  for (uint64_t i = 0; i < dataset->segment_count; i++)
+  /* Without memory for them they are counted, but not there. */
+  for (uint64_t i = 0; dataset->segments != NULL && i < dataset->segment_count; i++)
     flap_shard_close(&dataset->segments[i]);
   if (dataset->scratch_fd >= 0)
-    (void)close(dataset->scratch_fd);
+    (void)flap_system_close(dataset->scratch_fd);
   free(dataset->segments);
   free(dataset->starts);
   free(dataset);
@@ -168,10 +170,10 @@ static flap_status open_scratch(const char *folder, int *fd_out) {
   if (folder == NULL)
     return flap_error_set(FLAP_INVALID, "dataset: text needs a folder for its tokens");
   FLAP_TRY(flap_durable_join(path, folder, ".flap-tokens-XXXXXX"));
-  *fd_out = mkostemp(path, O_CLOEXEC);
+  *fd_out = flap_system_mkostemp(path, O_CLOEXEC);
   if (*fd_out < 0)
     return flap_error_set_os(errno, "%s: cannot make a file for tokens", folder);
-  if (unlink(path) != 0)
+  if (flap_system_unlink(path) != 0)
     return flap_error_set_os(errno, "%s", path);
   return FLAP_OK;
 }

@@ -1,6 +1,8 @@
 /* Which files a dataset is made of. */
 #include "io/formats/dataset_internal.h"
 
+#include "base/system.h"
+
 #include <errno.h>
 #include <glob.h>
 #include <stdlib.h>
@@ -32,7 +34,7 @@ static flap_status kind_of(const char *path, flap_dataset_kind *kind_out) {
 
 static flap_status add_file(flap_file_list *files, const char *path) {
   struct stat info;
-  if (stat(path, &info) != 0)
+  if (flap_system_stat(path, &info) != 0)
     return flap_error_set_os(errno, "dataset: %s", path);
   if (S_ISDIR(info.st_mode))
     return flap_error_set(FLAP_INVALID, "dataset: %s is a folder; name files, for example %s/*.txt", path, path);
@@ -60,7 +62,7 @@ static flap_status add_file(flap_file_list *files, const char *path) {
 static flap_status add_pattern(flap_file_list *files, const char *pattern) {
   struct stat info;
   /* A name with a star in it that exists is a name. */
-  if (strpbrk(pattern, "*?[") == NULL || stat(pattern, &info) == 0)
+  if (strpbrk(pattern, "*?[") == NULL || flap_system_stat(pattern, &info) == 0)
     return add_file(files, pattern);
   glob_t matches;
   int result = glob(pattern, GLOB_ERR, NULL, &matches);

@@ -119,7 +119,8 @@ flap_status flap_reader_open(const flap_reader_config *config, flap_arena *arena
     (void)pthread_mutex_destroy(&reader->lock);
     (void)pthread_cond_destroy(&reader->wake_thread);
     (void)pthread_cond_destroy(&reader->wake_consumer);
-    return flap_error_set_os(error, "dataset: cannot start the thread that reads ahead");
+    (void)flap_error_set_os(error, "dataset: cannot start the thread that reads ahead");
+    return FLAP_NO_MEMORY;
   }
   *reader_out = reader;
   return FLAP_OK;

@@ -2,6 +2,9 @@
 #include "io/formats/dataset_internal.h"
 #include "io/formats/json_file.h"
 
+#include "base/system.h"
+#include "io/formats/json_file.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -40,9 +43,7 @@ static flap_status reserve(context *c, uint64_t bytes) {
 static flap_status fill(context *c, uint64_t bytes) {
   FLAP_TRY(reserve(c, bytes));
   while (c->count < bytes && !c->at_end) {
-    ssize_t got = read(c->fd, c->buffer + c->count, bytes - c->count);
-    if (got < 0 && errno == EINTR)
-      continue;
+    ssize_t got = flap_system_read(c->fd, c->buffer + c->count, bytes - c->count);
     if (got < 0)
       return flap_error_set_os(errno, "%s: reading text", c->file->path);
     c->at_end = got == 0;
@@ -120,7 +121,9 @@ static flap_status put_line(context *c, const char *line, uint64_t bytes, uint64
   FLAP_TRY(check_weight(c, line, bytes, number));
   json_error_t error;
   /* Integers as doubles: of the other keys only the syntax matters, not the size of their numbers. */
-  json_t *object = json_loadb(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
+  json_t *object = flap_json_parse(line, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
+  if (object == NULL && flap_json_no_memory())
+    return flap_error_set(FLAP_NO_MEMORY, "%s:%llu: no memory for the line", c->file->path, (unsigned long long)number);
   if (object == NULL)
     return flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON: %s", c->file->path, (unsigned long long)number,
                           error.text);
@@ -168,11 +171,11 @@ flap_status flap_dataset_tokenize(const flap_dataset_file *file, flap_tokenizer 
                                   flap_shard_sink *sink) {
   context c = {
       .file = file, .tokenizer = tokenizer, .sink = sink, .first_flags = begin_tokens ? FLAP_TOKENIZER_BEGIN : 0};
-  c.fd = open(file->path, O_RDONLY | O_CLOEXEC);
+  c.fd = flap_system_open(file->path, O_RDONLY | O_CLOEXEC, 0);
   if (c.fd < 0)
     return flap_error_set_os(errno, "dataset: %s", file->path);
   flap_status status = file->kind == FLAP_DATA_TEXT ? tokenize_text(&c) : tokenize_jsonl(&c);
-  (void)close(c.fd);
+  (void)flap_system_close(c.fd);
   free(c.buffer);
   flap_ids_free(&c.ids);
   return status;

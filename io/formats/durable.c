@@ -3,6 +3,7 @@
 #include "io/formats/durable_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -52,21 +53,19 @@ flap_status flap_durable_sync_parent(const char *path) {
     slash[1] = '\0';
   else
     *slash = '\0';
-  int fd = open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  int fd = flap_system_open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open the folder %s", parent);
   /* EINVAL: a file system whose folders need no fsync. */
-  int os_error = fsync(fd) != 0 && errno != EINVAL ? errno : 0;
-  (void)close(fd);
+  int os_error = flap_system_fsync(fd) != 0 && errno != EINVAL ? errno : 0;
+  (void)flap_system_close(fd);
   return os_error ? flap_durable_write_error(os_error, parent) : FLAP_OK;
 }
 
 flap_status flap_durable_write_all(int fd, const char *path, const void *data, uint64_t bytes) {
   const unsigned char *from = data;
   while (bytes > 0) {
-    ssize_t written = write(fd, from, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX));
-    if (written < 0 && errno == EINTR)
-      continue;
+    ssize_t written = flap_system_write(fd, from, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX));
     if (written <= 0)
       return flap_durable_write_error(written < 0 ? errno : EIO, path);
     from += written;
@@ -78,9 +77,8 @@ flap_status flap_durable_write_all(int fd, const char *path, const void *data, u
 flap_status flap_durable_read_all(int fd, const char *path, uint64_t offset, void *data, uint64_t bytes) {
   unsigned char *to = data;
   while (bytes > 0) {
-    ssize_t got = pread(fd, to, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX), (off_t)offset);
-    if (got < 0 && errno == EINTR)
-      continue;
+    ssize_t got =
+        flap_system_pread(fd, to, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX), (off_t)offset);
     if (got < 0)
       return flap_error_set_os(errno, "cannot read %s", path);
     if (got == 0)
@@ -97,7 +95,7 @@ flap_status flap_durable_begin_file(flap_durable_file *file, const char *path) {
   file->fd = -1;
   FLAP_TRY(flap_durable_sibling(file->path, path, ""));
   FLAP_TRY(flap_durable_sibling(file->temporary, path, ".tmp"));
-  file->fd = open(file->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
+  file->fd = flap_system_open(file->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (file->fd < 0)
     return flap_error_set_os(errno, "cannot create %s", file->temporary);
   return FLAP_OK;
@@ -110,17 +108,17 @@ flap_status flap_durable_append(flap_durable_file *file, const void *data, uint6
 
 flap_status flap_durable_commit_file(flap_durable_file *file) {
   flap_assert(file->fd >= 0);
-  int os_error = fsync(file->fd) != 0 ? errno : 0;
-  if (close(file->fd) != 0 && !os_error)
+  int os_error = flap_system_fsync(file->fd) != 0 ? errno : 0;
+  if (flap_system_close(file->fd) != 0 && !os_error)
     os_error = errno;
   file->fd = -1;
   if (os_error) {
-    (void)unlink(file->temporary);
+    (void)flap_system_unlink(file->temporary);
     return flap_durable_write_error(os_error, file->temporary);
   }
-  if (rename(file->temporary, file->path) != 0) {
+  if (flap_system_rename(file->temporary, file->path, 0) != 0) {
     os_error = errno;
-    (void)unlink(file->temporary);
+    (void)flap_system_unlink(file->temporary);
     return flap_error_set_os(os_error, "cannot rename %s to %s", file->temporary, file->path);
   }
   return flap_durable_sync_parent(file->path);
@@ -129,8 +127,8 @@ flap_status flap_durable_commit_file(flap_durable_file *file) {
 void flap_durable_abort_file(flap_durable_file *file) {
   if (file->fd < 0)
     return;
-  (void)close(file->fd);
-  (void)unlink(file->temporary);
+  (void)flap_system_close(file->fd);
+  (void)flap_system_unlink(file->temporary);
   file->fd = -1;
 }
 
@@ -151,9 +149,7 @@ static flap_status copy_bytes(int from, const char *from_path, flap_durable_file
     return flap_error_set(FLAP_NO_MEMORY, "cannot copy %s: no memory for a buffer", from_path);
   flap_status status = FLAP_OK;
   while (status == FLAP_OK) {
-    ssize_t got = read(from, buffer, COPY_BYTES);
-    if (got < 0 && errno == EINTR)
-      continue;
+    ssize_t got = flap_system_read(from, buffer, COPY_BYTES);
     if (got < 0)
       status = flap_error_set_os(errno, "cannot read %s", from_path);
     if (got <= 0)
@@ -168,17 +164,19 @@ flap_status flap_durable_copy_file(const char *from, const char *to) {
   struct stat about;
   flap_durable_file file = {.fd = -1};
   /* O_NONBLOCK: opening a pipe by mistake must not wait for its other end. */
-  int fd = open(from, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  int fd = flap_system_open(from, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", from);
   flap_status status = FLAP_OK;
-  if (fstat(fd, &about) != 0 || !S_ISREG(about.st_mode))
+  if (flap_system_fstat(fd, &about) != 0)
+    status = flap_error_set_os(errno, "cannot look at %s", from);
+  else if (!S_ISREG(about.st_mode))
     status = flap_error_set(FLAP_INVALID, "cannot copy %s: it is not a regular file", from);
   if (status == FLAP_OK)
     status = flap_durable_begin_file(&file, to);
   if (status == FLAP_OK)
     status = copy_bytes(fd, from, &file);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   if (status == FLAP_OK)
     return flap_durable_commit_file(&file);
   flap_durable_abort_file(&file);

@@ -70,13 +70,17 @@ FLAP_CHECKED flap_status flap_durable_begin_folder(const char *final_path, char 
  * target is replaced if `replace` says so, and otherwise FLAP_INVALID, with the temporary left as it was. */
 FLAP_CHECKED flap_status flap_durable_commit_folder(const char *final_path, bool replace);
 
-/* Removes `<final>.tmp`. Nothing there is fine; a failure is left for the next recovery. */
+/* Removes `<final>.tmp`. Nothing there is fine; a failure is left for the next recovery, and the error record stays. */
 void flap_durable_abort_folder(const char *final_path);
 
 /* Removes a folder that holds regular files, links (never followed) and at most one level of folders of such. Anything
  * else is FLAP_INVALID, and nothing has been removed then. It loses its name first, so half of it is never seen. A
  * missing folder is FLAP_NOT_FOUND. */
 FLAP_CHECKED flap_status flap_durable_remove_folder(const char *path);
+
+/* Whether something stands at `path`, a link counting as itself. What the system refuses to look at is an error: to
+ * take it for missing could lose it. */
+FLAP_CHECKED flap_status flap_durable_look(const char *path, bool *there_out);
 
 /* "<folder>/<name>"; FLAP_INVALID when too long. */
 FLAP_CHECKED flap_status flap_durable_join(char path_out[FLAP_DURABLE_PATH_MAX], const char *folder, const char *name);

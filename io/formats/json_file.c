@@ -3,9 +3,12 @@
 
 #include "io/formats/durable.h"
 
+#include "base/system.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +25,36 @@
 static bool is_about_nan(const char *text) {
   return strstr(text, "near 'NaN") || strstr(text, "near 'Infinity") || strstr(text, "near '-Infinity") ||
          strstr(text, "near '-'");
+}
+
+/* Set by jansson's requests for memory, which come here. */
+static _Thread_local bool memory_refused;
+
+static void *take_memory(size_t bytes) {
+  void *memory = malloc(bytes);
+  memory_refused = memory_refused || memory == NULL;
+  return memory;
+}
+
+static void watch_memory(void) {
+  json_set_alloc_funcs(take_memory, free);
+}
+
+json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  (void)pthread_once(&once, watch_memory);
+  memory_refused = false;
+  json_t *root = json_loadb(text, bytes, flags, error_out);
+  /* jansson does not look at each of its requests: a text may come out with a piece missing. */
+  if (memory_refused && root != NULL) {
+    json_decref(root);
+    root = NULL;
+  }
+  return root;
+}
+
+bool flap_json_no_memory(void) {
+  return memory_refused;
 }
 
 /* Behind the end of the string that `at` is in, or past the end of the text. */
@@ -50,11 +83,11 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
   FLAP_TRY(flap_json_check_weight(name, text, bytes));
   json_error_t error;
   size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
-  json_t *root = json_loadb(text, bytes, flags, &error);
+  json_t *root = flap_json_parse(text, bytes, flags, &error);
   if (!root && json_error_code(&error) == json_error_numeric_overflow)
-    root = json_loadb(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
+    root = flap_json_parse(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
   if (!root) {
-    if (json_error_code(&error) == json_error_out_of_memory)
+    if (flap_json_no_memory())
       return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, bytes);
     return flap_error_set(FLAP_INVALID, "%s:%d:%d: %s%s", name, error.line, error.column, error.text,
                           is_about_nan(error.text) ? " (NaN and Infinity are not JSON: write null or a number)" : "");
@@ -65,7 +98,7 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
 
 static flap_status load_open_file(int fd, const char *path, uint64_t bytes_max, json_t **root_out) {
   struct stat about;
-  if (fstat(fd, &about) != 0)
+  if (flap_system_fstat(fd, &about) != 0)
     return flap_error_set_os(errno, "cannot look at %s", path);
   if (!S_ISREG(about.st_mode))
     return flap_error_set(FLAP_INVALID, "%s: not a regular file", path);
@@ -84,11 +117,11 @@ static flap_status load_open_file(int fd, const char *path, uint64_t bytes_max, 
 }
 
 flap_status flap_json_load_file(const char *path, uint64_t bytes_max, json_t **root_out) {
-  int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  int fd = flap_system_open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", path);
   flap_status status = load_open_file(fd, path, bytes_max, root_out);
-  (void)close(fd);
+  (void)flap_system_close(fd);
   return status;
 }
 
@@ -104,12 +137,15 @@ static char *dump_briefly(const json_t *root) {
     char *text = json_dumps(root, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
     if (!text || digits == 17)
       return text;
-    json_t *again = json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    json_error_t error;
+    json_t *again = flap_json_parse(text, strlen(text), JSON_DECODE_ANY | JSON_ALLOW_NUL, &error);
     bool same = again && json_equal(root, again);
     json_decref(again);
     if (same)
       return text;
     free(text);
+    if (flap_json_no_memory())
+      return NULL; /* more digits would be another text */
   }
 }
 

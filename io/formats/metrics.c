@@ -2,9 +2,11 @@
 #include "io/formats/metrics.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_escape.h"
+#include "io/formats/json_file.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -30,12 +32,16 @@ struct flap_metrics {
 
 /* ---- resuming ------------------------------------------------------------------------------------------ */
 
-static bool is_kept(const char *text, size_t length, int64_t keep_to_step) {
-  json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, NULL);
+static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
+  json_error_t error;
+  json_t *root = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
+  *kept_out = false;
+  if (!root && flap_json_no_memory())
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
   const json_t *step = json_object_get(root, "step");
-  bool kept = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
+  *kept_out = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
   json_decref(root);
-  return kept;
+  return FLAP_OK;
 }
 
 /* Copies the lines to keep to `to` (NULL: nowhere); tells whether the copy differs from the file. */
@@ -49,7 +55,10 @@ static flap_status filter_lines(FILE *from, const char *path, int64_t keep_to_st
   errno = 0;
   while (status == FLAP_OK && (length = getline(&line, &capacity, from)) > 0) {
     bool whole = line[length - 1] == '\n';
-    bool kept = is_kept(line, (size_t)length, keep_to_step);
+    bool kept;
+    status = is_kept(path, line, (size_t)length, keep_to_step, &kept);
+    if (status != FLAP_OK)
+      break;
     differs = differs || !whole || !kept;
     if (kept && to)
       status = flap_durable_append(to, line, (uint64_t)length);
@@ -76,9 +85,15 @@ static flap_status rewrite(FILE *from, const char *path, int64_t keep_to_step) {
 }
 
 static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
-  FILE *from = fopen(path, "re");
-  if (!from)
+  const int fd = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
+  if (fd < 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot open %s", path);
+  FILE *from = fdopen(fd, "r");
+  if (!from) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot read %s", path);
+  }
   bool differs = false;
   flap_status status = filter_lines(from, path, keep_to_step, NULL, &differs);
   if (status == FLAP_OK && differs) {
@@ -98,9 +113,15 @@ flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metri
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a line", path);
   }
   int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (keep_to_step < 0 ? O_TRUNC : 0);
-  metrics->fd = open(path, flags, FLAP_DURABLE_FILE_MODE);
+  metrics->fd = flap_system_open(path, flags, FLAP_DURABLE_FILE_MODE);
   if (metrics->fd < 0) {
     flap_status status = flap_error_set_os(errno, "cannot open %s", path);
+    flap_metrics_close(metrics);
+    return status;
+  }
+  /* What flap_metrics_sync makes last must have a name that lasts. */
+  const flap_status status = flap_durable_sync_parent(path);
+  if (status != FLAP_OK) {
     flap_metrics_close(metrics);
     return status;
   }
@@ -112,7 +133,7 @@ void flap_metrics_close(flap_metrics *metrics) {
   if (!metrics)
     return;
   if (metrics->fd >= 0)
-    (void)close(metrics->fd);
+    (void)flap_system_close(metrics->fd);
   free(metrics->path);
   free(metrics);
 }
@@ -217,11 +238,11 @@ flap_status flap_metrics_end_line(flap_metrics *metrics) {
   if (end < 0)
     return flap_error_set_os(errno, "cannot append to %s", metrics->path);
   flap_status status = flap_durable_write_all(metrics->fd, metrics->path, metrics->line, metrics->used);
-  if (status != FLAP_OK && ftruncate(metrics->fd, end) != 0)
+  if (status != FLAP_OK && flap_system_ftruncate(metrics->fd, end) != 0)
     status = flap_error_prefix(status, "the last line of %s is torn", metrics->path);
   return status;
 }
 
 flap_status flap_metrics_sync(flap_metrics *metrics) {
-  return fsync(metrics->fd) == 0 ? FLAP_OK : flap_durable_write_error(errno, metrics->path);
+  return flap_system_fsync(metrics->fd) == 0 ? FLAP_OK : flap_durable_write_error(errno, metrics->path);
 }

@@ -9,6 +9,7 @@
 #include "io/formats/safetensors_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 
@@ -253,8 +254,8 @@ static flap_status load_header(const tensor_file *file, uint64_t length, json_t 
     status = flap_json_check_weight(file->path, text, (size_t)length);
   if (status == FLAP_OK) {
     json_error_t error;
-    *header_out = json_loadb(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
-    if (!*header_out && json_error_code(&error) == json_error_out_of_memory)
+    *header_out = flap_json_parse(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
+    if (!*header_out && flap_json_no_memory())
       status = no_memory(file->path);
     else if (!*header_out)
       status = flap_error_set(FLAP_CORRUPT, "%s: header, byte %d: %s", file->path, error.position, error.text);
@@ -271,11 +272,11 @@ static flap_status open_file(flap_safetensors *reader, char *path, const json_t 
   *file = (tensor_file){.path = path, .fd = -1};
   uint32_t file_index = reader->file_count++;
   /* O_NONBLOCK: opening a pipe by mistake must not wait for its other end. */
-  file->fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  file->fd = flap_system_open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (file->fd < 0)
     return flap_error_set_os(errno, "cannot open %s", path);
   struct stat about;
-  if (fstat(file->fd, &about) != 0)
+  if (flap_system_fstat(file->fd, &about) != 0)
     return flap_error_set_os(errno, "cannot look at %s", path);
   if (!S_ISREG(about.st_mode))
     return flap_error_set(FLAP_INVALID, "%s: not a regular file", path);
@@ -418,10 +419,12 @@ static flap_status open_folder(flap_safetensors *reader, const char *folder) {
   flap_status status;
   if (!single || !index) {
     status = no_memory(folder);
-  } else if (stat(single, &about) == 0) {
+  } else if (flap_system_stat(single, &about) == 0) {
     status = open_single(reader, single);
     single = NULL; /* the reader's now */
-  } else if (stat(index, &about) == 0) {
+  } else if (errno != ENOENT) {
+    status = flap_error_set_os(errno, "cannot look at %s", single);
+  } else if (flap_system_stat(index, &about) == 0) {
     status = open_index(reader, index);
   } else {
     status = flap_error_set(FLAP_NOT_FOUND, "%s: holds neither " FLAP_SAFETENSORS_FILE " nor " FLAP_SAFETENSORS_INDEX,
@@ -443,7 +446,7 @@ static flap_status open_any(flap_safetensors *reader, const char *path) {
   reader->path = strdup(path);
   if (!reader->path)
     return no_memory(path);
-  if (stat(path, &about) != 0)
+  if (flap_system_stat(path, &about) != 0)
     return flap_error_set_os(errno, "cannot open %s", path);
   if (S_ISDIR(about.st_mode))
     return open_folder(reader, path);
@@ -471,7 +474,7 @@ void flap_safetensors_close(flap_safetensors *reader) {
     return;
   for (uint32_t i = 0; i < reader->file_count; i++) {
     if (reader->files[i].fd >= 0)
-      (void)close(reader->files[i].fd);
+      (void)flap_system_close(reader->files[i].fd);
     json_decref(reader->files[i].metadata);
     free(reader->files[i].path);
   }

@@ -3,9 +3,11 @@
 #include "io/formats/safetensors_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 #include "io/formats/json_file.h"
+#include "io/formats/tokenizer_utf8.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,6 +29,12 @@ struct flap_safetensors_writer {
 
 static flap_status no_memory(void) {
   return flap_error_set(FLAP_NO_MEMORY, "no memory for a safetensors header");
+}
+
+/* jansson refuses a text for the one reason or the other, and does not say for which. */
+static bool is_utf8(const char *text) {
+  const size_t length = strlen(text);
+  return flap_utf8_valid(text, length) == length;
 }
 
 static flap_status bad_entry(const flap_safetensors_entry *entry, const char *what) {
@@ -67,7 +75,7 @@ static flap_status add_entry(json_t *header, const flap_safetensors_entry *entry
   if (!info)
     return no_memory();
   if (json_object_set_new(header, entry->name, info) != 0)
-    return bad_entry(entry, "the name is not UTF-8");
+    return is_utf8(entry->name) ? no_memory() : bad_entry(entry, "the name is not UTF-8");
   *data_bytes += bytes;
   return FLAP_OK;
 }
@@ -78,10 +86,13 @@ static flap_status add_metadata(json_t *header, const flap_safetensors_pair *met
     return no_memory();
   for (uint64_t i = 0; i < count; i++) {
     char shown[FLAP_SAFETENSORS_SHOWN_BYTES];
-    if (json_object_get(object, metadata[i].key) ||
-        json_object_set_new(object, metadata[i].key, json_string(metadata[i].value)) != 0)
-      return flap_error_set(FLAP_INVALID, "cannot write metadata \"%s\": given twice, or not UTF-8",
-                            flap_safetensors_shown(metadata[i].key, shown));
+    const bool twice = json_object_get(object, metadata[i].key) != NULL;
+    if (!twice && json_object_set_new(object, metadata[i].key, json_string(metadata[i].value)) == 0)
+      continue;
+    return !twice && is_utf8(metadata[i].key) && is_utf8(metadata[i].value)
+               ? no_memory()
+               : flap_error_set(FLAP_INVALID, "cannot write metadata \"%s\": given twice, or not UTF-8",
+                                flap_safetensors_shown(metadata[i].key, shown));
   }
   return FLAP_OK;
 }
@@ -173,7 +184,7 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
     return no_memory();
   }
   writer->bytes_left = data_bytes;
-  writer->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
+  writer->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (writer->fd < 0) {
     status = flap_error_set_os(errno, "cannot create %s", path);
     free(text);
@@ -218,11 +229,11 @@ static flap_status finish(flap_safetensors_writer *writer) {
   if (writer->bytes_left > 0)
     return flap_error_set(FLAP_INVALID, "%s: %llu bytes of its tensors were never given", writer->path,
                           (unsigned long long)writer->bytes_left);
-  if (fsync(writer->fd) != 0)
+  if (flap_system_fsync(writer->fd) != 0)
     return flap_durable_write_error(errno, writer->path);
   int fd = writer->fd;
   writer->fd = -1;
-  if (close(fd) != 0)
+  if (flap_system_close(fd) != 0)
     return flap_durable_write_error(errno, writer->path);
   if (writer->checksums != NULL)
     FLAP_TRY(flap_checksums_add(writer->checksums, writer->path, writer->sum));
@@ -243,8 +254,8 @@ void flap_safetensors_write_abort(flap_safetensors_writer *writer) {
   if (!writer)
     return;
   if (writer->fd >= 0)
-    (void)close(writer->fd);
-  (void)unlink(writer->path);
+    (void)flap_system_close(writer->fd);
+  (void)flap_system_unlink(writer->path);
   release(writer);
 }
 
@@ -284,9 +295,12 @@ flap_status flap_safetensors_write_index(const char *folder, const char *const *
   for (uint64_t i = 0; i < count && status == FLAP_OK; i++) {
     char shown[FLAP_SAFETENSORS_SHOWN_BYTES];
     flap_safetensors_shard_name(shard_of[i], shards, shard);
-    if (json_object_get(map, names[i]) || json_object_set_new(map, names[i], json_string(shard)) != 0)
-      status = flap_error_set(FLAP_INVALID, "%s: tensor \"%s\": given twice, or not UTF-8", path,
-                              flap_safetensors_shown(names[i], shown));
+    const bool twice = json_object_get(map, names[i]) != NULL;
+    if (!twice && json_object_set_new(map, names[i], json_string(shard)) == 0)
+      continue;
+    status = !twice && is_utf8(names[i]) ? no_memory()
+                                         : flap_error_set(FLAP_INVALID, "%s: tensor \"%s\": given twice, or not UTF-8",
+                                                          path, flap_safetensors_shown(names[i], shown));
   }
   if (status == FLAP_OK)
     status = flap_json_write_file(path, root);

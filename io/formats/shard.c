@@ -1,6 +1,7 @@
 #include "io/formats/shard.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 
 #include <errno.h>
@@ -47,10 +48,10 @@ flap_status flap_shard_open(const char *path, flap_shard *shard_out) {
   shard.path = strdup(path);
   if (shard.path == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to open it", path);
-  shard.fd = open(path, O_RDONLY | O_CLOEXEC);
+  shard.fd = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
   shard.owns_fd = true;
   struct stat info;
-  if (shard.fd < 0 || fstat(shard.fd, &info) != 0) {
+  if (shard.fd < 0 || flap_system_fstat(shard.fd, &info) != 0) {
     status = flap_error_set_os(errno, "%s: cannot open the token shard", path);
     goto fail;
   }
@@ -71,7 +72,7 @@ fail:
 
 void flap_shard_close(flap_shard *shard) {
   if (shard->owns_fd && shard->fd >= 0)
-    (void)close(shard->fd);
+    (void)flap_system_close(shard->fd);
   free(shard->path);
   *shard = (flap_shard){0};
 }

@@ -3,6 +3,7 @@
 #include "io/formats/tokenizer_internal.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/tokenizer_utf8.h"
 
 #include <stdlib.h>
@@ -72,7 +73,7 @@ void flap_tokenizer_close(flap_tokenizer *tokenizer) {
     return;
   for (int file = 0; file < FLAP_FILE_COUNT; file++)
     if (tokenizer->files[file] >= 0)
-      (void)close(tokenizer->files[file]);
+      (void)flap_system_close(tokenizer->files[file]);
   for (uint32_t i = 0; i < tokenizer->split_count; i++)
     flap_split_close(tokenizer->splits[i]);
   flap_split_close(tokenizer->byte_level_split);

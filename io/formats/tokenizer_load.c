@@ -3,6 +3,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
 #include "io/formats/tokenizer_utf8.h"
@@ -554,7 +555,7 @@ static flap_status open_beside(flap_tokenizer *tokenizer, const char *folder) {
   for (int file = FLAP_FILE_CONFIG; file < FLAP_FILE_COUNT; file++) {
     FLAP_TRY(flap_durable_join(path, folder, flap_tokenizer_file_names[file]));
     FLAP_TRY(read_beside(tokenizer, path, false, settled));
-    tokenizer->files[file] = open(path, O_RDONLY | O_CLOEXEC);
+    tokenizer->files[file] = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
     if (tokenizer->files[file] < 0 && errno != ENOENT)
       return flap_error_set_os(errno, "%s", path);
   }
@@ -581,7 +582,7 @@ flap_status flap_tokenizer_open(const char *path, flap_tokenizer **tokenizer_out
   struct stat info;
   if (strlen(path) >= FLAP_DURABLE_PATH_MAX)
     return flap_error_set(FLAP_INVALID, "%.100s...: the path is too long", path);
-  if (stat(path, &info) != 0)
+  if (flap_system_stat(path, &info) != 0)
     return flap_error_set_os(errno, "%s: cannot open the tokenizer", path);
   if (S_ISDIR(info.st_mode))
     FLAP_TRY(flap_durable_join(file, path, flap_tokenizer_file_names[FLAP_FILE_TOKENIZER]));
@@ -592,7 +593,7 @@ flap_status flap_tokenizer_open(const char *path, flap_tokenizer **tokenizer_out
   flap_status status;
   FLAP_TRY_GOTO(status, flap_json_load_file(file, FLAP_JSON_BYTES_MAX, &json));
   FLAP_TRY_GOTO(status, load_tokenizer(file, json, &tokenizer));
-  tokenizer->files[FLAP_FILE_TOKENIZER] = open(file, O_RDONLY | O_CLOEXEC);
+  tokenizer->files[FLAP_FILE_TOKENIZER] = flap_system_open(file, O_RDONLY | O_CLOEXEC, 0);
   if (tokenizer->files[FLAP_FILE_TOKENIZER] < 0) {
     status = flap_error_set_os(errno, "%s", file);
     goto fail;

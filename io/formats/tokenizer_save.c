@@ -5,6 +5,8 @@
 #include "io/formats/json_file.h"
 #include "io/formats/tokenizer_utf8.h"
 
+#include "base/system.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,18 +16,16 @@
 /* Copies through a descriptor that is open since the file was read. */
 static flap_status copy_open_file(int fd, const char *to) {
   struct stat from_info, to_info;
-  if (fstat(fd, &from_info) != 0)
+  if (flap_system_fstat(fd, &from_info) != 0)
     return flap_error_set_os(errno, "%s: the file to copy", to);
-  if (stat(to, &to_info) == 0 && to_info.st_dev == from_info.st_dev && to_info.st_ino == from_info.st_ino)
+  if (flap_system_stat(to, &to_info) == 0 && to_info.st_dev == from_info.st_dev && to_info.st_ino == from_info.st_ino)
     return FLAP_OK; /* it is already there */
   flap_durable_file file;
   FLAP_TRY(flap_durable_begin_file(&file, to));
   char buffer[1 << 16];
   flap_status status = FLAP_OK;
   for (off_t at = 0; status == FLAP_OK;) {
-    ssize_t count = pread(fd, buffer, sizeof buffer, at);
-    if (count < 0 && errno == EINTR)
-      continue;
+    ssize_t count = flap_system_pread(fd, buffer, sizeof buffer, at);
     if (count < 0)
       status = flap_error_set_os(errno, "%s: the file to copy", to);
     if (count <= 0)

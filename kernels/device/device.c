@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* One row per kind; a kind that this build has not is NULL. */
-static const flap_device_table *const tables[] = {
+static const flap_device_table *tables[] = {
     [FLAP_DEVICE_CPU] = &flap_device_cpu_table,
 #ifdef FLAP_CUDA
     [FLAP_DEVICE_CUDA] = &flap_device_cuda_table,
@@ -21,6 +21,13 @@ static const flap_device_table *const tables[] = {
     [FLAP_DEVICE_SIM] = &flap_device_sim_table,
 };
 #define KIND_COUNT (sizeof tables / sizeof tables[0])
+
+const flap_device_table *flap_device_replace_table(flap_device_kind kind, const flap_device_table *table) {
+  flap_assert((size_t)kind < KIND_COUNT);
+  const flap_device_table *before = tables[kind];
+  tables[kind] = table;
+  return before;
+}
 
 flap_status flap_device_open(const flap_device_config *config, flap_device **device_out) {
   flap_assert(config && device_out);

@@ -43,6 +43,10 @@ extern const flap_device_table flap_device_sim_table;
 extern const flap_device_table flap_device_cuda_table;
 #endif
 
+/* Devices of this kind that are opened from here on use `table`; returns the one before. For tests, which make some of
+ * its functions fail; while no device is opened elsewhere. */
+const flap_device_table *flap_device_replace_table(flap_device_kind kind, const flap_device_table *table);
+
 struct flap_device {
   const flap_device_table *table;
   flap_device_config config;

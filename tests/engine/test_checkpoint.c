@@ -8,6 +8,7 @@
 #include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 #include "io/formats/safetensors.h"
+#include "tests/device/device_faults.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
 
@@ -335,22 +336,27 @@ END_TEST
 
 START_TEST(output_folder_occupied_and_cleared) {
   char what[FLAP_PATH_MAX];
-  ck_assert(!flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_eq(what, "");
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
   ck_assert_int_eq(mkdir(scratch_path("out"), 0777), 0);
   scratch_text("out/notes.txt", "mine");
   scratch_text("out/trace.json", "[]");
-  ck_assert(!flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_eq(what, "");
   scratch_text("out/metrics.jsonl", "{}\n");
-  ck_assert(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_ne(what, "");
   ck_assert_str_eq(what, scratch_path("out/metrics.jsonl"));
   must_save(5, false, 0);
-  ck_assert(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_ne(what, "");
   ck_assert_str_eq(what, scratch_path("out/checkpoint-5"));
   RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
   ck_assert_int_eq(mkdir(scratch_path("out/checkpoint-6.tmp"), 0777), 0);
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
-  ck_assert(!flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_eq(what, "");
   ck_assert(scratch_exists("out/notes.txt"));
   ck_assert_int_eq(unlink(scratch_path("out/notes.txt")), 0);
   ck_assert_msg(rmdir(scratch_path("out")) == 0, "clear left something");
@@ -371,7 +377,8 @@ START_TEST(output_folder_of_others_is_not_cleared) {
   ck_assert_int_eq(rename(scratch_path("theirs"), scratch_path("out/checkpoint-5")), 0);
   scratch_text("out/config.json", "{}");
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
-  ck_assert(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  ck_assert_str_ne(what, "");
   ck_assert(scratch_exists("out/checkpoint-5/model.safetensors") && scratch_exists("out/config.json"));
   must_save(6, true, 1);
   ck_assert(scratch_exists("out/checkpoint-5/model.safetensors"));
@@ -424,6 +431,33 @@ START_TEST(checkpoint_full_disk_leaves_the_old_one) {
   ck_assert(scratch_error_has("saving ") && scratch_error_has("checkpoint-2"));
   ck_assert(!scratch_exists("out/checkpoint-2") && !scratch_exists("out/checkpoint-2.tmp"));
   ck_assert_uint_eq(find_step("true"), 1);
+}
+END_TEST
+
+/* A copy that fails leaves old bytes where new ones should be: no checkpoint may be made of them, whichever it is. */
+START_TEST(checkpoint_of_a_device_that_fails_is_not_saved) {
+  char folder[FLAP_PATH_MAX];
+  const flap_trainer_state state = state_of(1);
+  const rig_placement placement = {.homes = RIG_VRAM, .slice_blocks = 1, .page_bytes = 4096, .transfer_bytes = 8192};
+  shrink();
+  rig_close(&rig);
+  device_faults_install(DEVICE_CALL_COPY, 0);
+  rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &placement, scratch_path(""));
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  for (uint64_t copy = 1;; copy++) {
+    device_faults_install(DEVICE_CALL_COPY, copy);
+    const flap_status status =
+        flap_checkpoint_save(scratch_path("out"), rig.pager, &rig.layout, &artifacts, &state, false, 0, folder);
+    const bool reached = device_faults_count(DEVICE_CALL_COPY) >= copy;
+    ck_assert_msg(status == (reached ? FLAP_DEVICE : FLAP_OK), "copy %llu: %s", (unsigned long long)copy,
+                  flap_status_name(status));
+    if (!reached) {
+      ck_assert_uint_gt(copy, 10);
+      break;
+    }
+    ck_assert(!scratch_exists("out/checkpoint-1"));
+  }
+  device_faults_remove();
 }
 END_TEST
 
@@ -564,6 +598,7 @@ int main(void) {
   tcase_add_test(tests, output_folder_of_others_is_not_cleared);
   tcase_add_test(tests, output_folder_sizes_are_enough);
   tcase_add_test(tests, checkpoint_full_disk_leaves_the_old_one);
+  tcase_add_test(tests, checkpoint_of_a_device_that_fails_is_not_saved);
   tcase_add_loop_test(tests, checkpoint_death_at_any_call_leaves_a_whole_one, 0, 2);
   tcase_add_loop_test(tests, export_death_at_any_call_leaves_one_model_or_none, 0, 4);
   suite_add_tcase(suite, tests);

@@ -104,13 +104,13 @@ START_TEST(fault_full_disk_at_every_request_is_sticky) {
 END_TEST
 
 START_TEST(fault_flipped_bit_at_every_read_is_found) {
-  const char *words[] = {"region ", "page ", "disk offset ", "checkpoint", NULL};
+  const char *words[] = {"region ", "page ", "disk (simulated)", "checkpoint", NULL};
   countdowns(corrupt_read, FLAP_CORRUPT, words, false);
 }
 END_TEST
 
 START_TEST(fault_lost_write_is_found_when_it_is_read) {
-  const char *words[] = {"region ", "page ", "disk offset ", "checkpoint", NULL};
+  const char *words[] = {"region ", "page ", "disk (simulated)", "checkpoint", NULL};
   countdowns(lose_write, FLAP_CORRUPT, words, true);
 }
 END_TEST

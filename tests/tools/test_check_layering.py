@@ -18,6 +18,7 @@ CLEAN = {
     "io/block/block_internal.h": '#include "io/block/block.h"\n',
     "io/block/block.c": '#include "io/block/block_internal.h"\n/* never exit(1) */\nint atexit(int);\n'
                         'const char *text = "abort()";\n',
+    "io/block/calls.c": "int f(int fd) {\n  return backend->open(fd) + flap_system_fsync(fd);\n}\n",
     "pager/README.md": "pager\n",
     "pager/pager.c": '#include "io/block/block.h"\n#include "base/status.h"\n',
     "tools/README.md": "tools\n",
@@ -45,6 +46,7 @@ CANARIES = [
     ({"pager/quit.c": "void f(void) {\n  exit(1);\n}\n"}, "pager/quit.c:2: exit() is not for libraries"),
     ({"pager/quit.c": "void f(void) { /* no */ abort (); }\n"}, "abort() is not for libraries"),
     ({"pager/quit.c": "void f(void) { _exit(1); }\n"}, "_exit() is not for libraries"),
+    ({"io/block/round.c": "int f(int fd) {\n  return fsync(fd);\n}\n"}, "io/block/round.c:2: fsync() goes round base/system.h"),
     ({"pager/long.c": "\n" * 801}, "801 lines are more than 800"),
 ]
 

@@ -1,0 +1,128 @@
+/* System calls by the table: what is replaced is called, signals are outlived, and what interrupts for ever ends. */
+#include "base/system.h"
+
+#include <check.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static flap_system table;
+static int interrupts; /* before a call gets through */
+static int calls;
+
+static ssize_t interrupted_write(int fd, const void *data, size_t bytes) {
+  calls++;
+  if (interrupts-- > 0) {
+    errno = EINTR;
+    return -1;
+  }
+  return flap_system_default()->write(fd, data, bytes);
+}
+
+static int failing_sync(int fd) {
+  (void)fd;
+  calls++;
+  errno = EIO;
+  return -1;
+}
+
+static int interrupted_close(int fd) {
+  calls++;
+  (void)flap_system_default()->close(fd);
+  errno = EINTR;
+  return -1;
+}
+
+static void setup(void) {
+  table = *flap_system_default();
+  table.write = interrupted_write;
+  table.sync = failing_sync;
+  table.close = interrupted_close;
+  calls = interrupts = 0;
+  (void)flap_system_replace(&table);
+}
+
+static void teardown(void) {
+  ck_assert_ptr_eq(flap_system_replace(NULL), &table);
+}
+
+static int open_scratch(char path[64]) {
+  strcpy(path, "/tmp/flap-system-XXXXXX");
+  const int fd = flap_system_mkostemp(path, O_CLOEXEC);
+  ck_assert_int_ge(fd, 0);
+  return fd;
+}
+
+START_TEST(system_interrupted_call_is_made_again) {
+  char path[64], byte = 0;
+  const int fd = open_scratch(path);
+  interrupts = 3;
+  ck_assert_int_eq(flap_system_write(fd, "x", 1), 1);
+  ck_assert_int_eq(calls, 4);
+  ck_assert_int_eq(flap_system_pread(fd, &byte, 1, 0), 1);
+  ck_assert_int_eq(byte, 'x');
+  (void)close(fd);
+  ck_assert_int_eq(flap_system_unlink(path), 0);
+}
+END_TEST
+
+START_TEST(system_interrupted_for_ever_is_an_error) {
+  interrupts = 10 * FLAP_SYSTEM_TRIES_MAX;
+  ck_assert_int_eq(flap_system_write(STDOUT_FILENO, "x", 1), -1);
+  ck_assert_int_eq(errno, EINTR);
+  ck_assert_int_eq(calls, FLAP_SYSTEM_TRIES_MAX);
+}
+END_TEST
+
+START_TEST(system_failed_sync_is_not_made_again) {
+  ck_assert_int_eq(flap_system_fsync(STDOUT_FILENO), -1);
+  ck_assert_int_eq(errno, EIO);
+  ck_assert_int_eq(calls, 1);
+}
+END_TEST
+
+START_TEST(system_interrupted_close_has_closed) {
+  char path[64];
+  const int fd = open_scratch(path);
+  ck_assert_int_eq(flap_system_close(fd), 0);
+  ck_assert_int_eq(calls, 1);
+  ck_assert_int_eq(fcntl(fd, F_GETFD), -1);
+  ck_assert_int_eq(flap_system_unlink(path), 0);
+}
+END_TEST
+
+START_TEST(system_new_files_have_names_of_their_own) {
+  char first[64], second[64];
+  struct stat about;
+  const int a = open_scratch(first), b = open_scratch(second);
+  ck_assert_str_ne(first, second);
+  ck_assert_int_eq(flap_system_stat(first, &about), 0);
+  ck_assert_uint_eq(about.st_mode & 0777, 0600);
+  (void)close(a);
+  (void)close(b);
+  ck_assert_int_eq(flap_system_unlink(first), 0);
+  ck_assert_int_eq(flap_system_unlink(second), 0);
+  ck_assert_int_eq(flap_system_lstat(first, &about), -1);
+  ck_assert_int_eq(errno, ENOENT);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("base");
+  TCase *tests = tcase_create("system");
+  tcase_add_checked_fixture(tests, setup, teardown);
+  tcase_add_test(tests, system_interrupted_call_is_made_again);
+  tcase_add_test(tests, system_interrupted_for_ever_is_an_error);
+  tcase_add_test(tests, system_failed_sync_is_not_made_again);
+  tcase_add_test(tests, system_interrupted_close_has_closed);
+  tcase_add_test(tests, system_new_files_have_names_of_their_own);
+  suite_add_tcase(suite, tests);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_ENV);
+  const int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? 0 : 1;
+}
