@@ -5,7 +5,7 @@
 #include "base/assert.h"
 
 static flap_cuda_attention_shape shape_of(const flap_attention *x) {
-  return (flap_cuda_attention_shape){.batch = x->batch,
+  flap_cuda_attention_shape shape = {.batch = x->batch,
                                      .queries = x->sequence,
                                      .keys = x->sequence,
                                      .heads = x->heads,
@@ -14,6 +14,8 @@ static flap_cuda_attention_shape shape_of(const flap_attention *x) {
                                      .q_stride = x->q_stride,
                                      .kv_stride = x->kv_stride,
                                      .dtype = x->dtype};
+  shape.two_passes = !cuda_attention_chain_pays(&shape);
+  return shape;
 }
 
 void cuda_attention(flap_ops *ops, const flap_attention *x) {

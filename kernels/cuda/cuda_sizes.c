@@ -27,6 +27,10 @@
 
 /* Sums of a bias: a part has so many tokens, more where there are many. */
 #define BIAS_PART_TOKENS 256u
+/* Where turns cost less than computing scores twice: measured on an H100, see ATTENTION.md. */
+#define CHAIN_QUERIES_LONG 4096u
+#define CHAIN_QUERIES 2048u
+#define CHAIN_HEADS 128u
 #define BIAS_PARTS_MAX 64u
 #define ROW_GROUP 8u /* elements that a thread of a row-wise kernel loads at once */
 
@@ -66,8 +70,13 @@ static uint64_t backward_partial_bytes(const flap_cuda_attention_shape *shape) {
   return blocks * CUDA_ATTENTION_KEYS * shape->head_size * 2 * sizeof(float);
 }
 
+bool cuda_attention_chain_pays(const flap_cuda_attention_shape *shape) {
+  return shape->queries >= CHAIN_QUERIES_LONG ||
+         (shape->queries >= CHAIN_QUERIES && (uint64_t)shape->batch * shape->heads >= CHAIN_HEADS);
+}
+
 static bool has_chain(const flap_cuda_attention_shape *shape) {
-  return shape->dtype != FLAP_F32 && shape->head_size <= CHAIN_HEAD_MAX;
+  return !shape->two_passes && shape->dtype != FLAP_F32 && shape->head_size <= CHAIN_HEAD_MAX;
 }
 
 static uint64_t chain_tiles(const flap_cuda_attention_shape *shape) {
@@ -133,6 +142,7 @@ static uint64_t attention_bytes(const flap_ops_limits *limits) {
                                      .kv_stride = limits->kv_heads * limits->head_size,
                                      .dtype = limits->dtype};
   uint64_t bytes = 0;
+  shape.two_passes = !cuda_attention_chain_pays(&shape); /* then it does not for smaller ones either */
   if (shape.queries > 0)
     bytes =
         max_of(flap_cuda_attention_forward_scratch_bytes(&shape), flap_cuda_attention_backward_scratch_bytes(&shape));
