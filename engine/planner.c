@@ -160,6 +160,7 @@ typedef struct skeleton {
   planner_saving saved;
   bool spread;
   uint32_t host;
+  uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
 } skeleton;
 
 static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
@@ -214,8 +215,8 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
   const uint64_t slice_wanted = budgets->vram_bytes / PLANNER_SLICE_SHARE / state_block_bytes(planner) * FLAP_OPS_BLOCK;
   const uint64_t page_wanted =
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
-  const uint32_t slice_first = preferred_index(c->slices, c->slice_count, slice_wanted);
-  const uint32_t page_first = preferred_index(c->pages, c->page_count, page_wanted);
+  const uint32_t slice_first = preferred_index(c->slices, c->slice_count, s.slice > 0 ? s.slice : slice_wanted);
+  const uint32_t page_first = preferred_index(c->pages, c->page_count, s.page > 0 ? s.page : page_wanted);
   uint64_t slice_least = 0; /* smaller ones have longer lists, and those of this one are too long for ram already */
   for (uint32_t i = 0; i < c->slice_count; i++) {
     const uint64_t slice = c->slices[from_preferred(slice_first, c->slice_count, i)];
@@ -255,9 +256,19 @@ typedef struct contender {
   double estimate;
 } contender;
 
-/* Keeps the best few, in order; equal ones in the order in which they came. */
+static bool same_contender(const contender *a, const contender *b) {
+  const skeleton *s = &a->s, *t = &b->s;
+  return a->depth == b->depth && s->segment == t->segment && s->group == t->group && s->spread == t->spread &&
+         s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask && s->host == t->host &&
+         s->slice == t->slice && s->page == t->page;
+}
+
+/* Keeps the best few, each once, in order; equally good ones in the order in which they came. */
 static void enter(contender *list, uint32_t *count, uint32_t count_max, contender candidate) {
   uint32_t at = *count;
+  for (uint32_t i = 0; i < *count; i++)
+    if (same_contender(&list[i], &candidate))
+      return;
   while (at > 0 && candidate.estimate < list[at - 1].estimate)
     at--;
   if (at >= count_max)
@@ -348,7 +359,7 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host};
+          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host, 0, 0};
           if (is_double(planner, &c->saved, s))
             continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
@@ -490,6 +501,42 @@ static flap_status refine_layers(const flap_planner *planner, const planner_cand
   return simulate_best(&r, best, costs);
 }
 
+/* The next size of a slice or of a page, from the best one's own, as long as that makes the step shorter. */
+static flap_status climb(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                         bool pages, int direction, contender *best, flap_plan_costs *costs) {
+  const uint64_t *const sizes = pages ? c->pages : c->slices;
+  const uint32_t count = pages ? c->page_count : c->slice_count;
+  for (double before = 0; before != costs->step_seconds;) {
+    refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+    skeleton s = best->s;
+    uint64_t *const size = pages ? &s.page : &s.slice;
+    const uint32_t at = preferred_index(sizes, count, *size);
+    if (direction < 0 ? at == 0 : at + 1 == count)
+      break;
+    *size = sizes[direction < 0 ? at - 1 : at + 1];
+    before = costs->step_seconds;
+    FLAP_TRY(look_at(&r, s, costs));
+    FLAP_TRY(simulate_best(&r, best, costs));
+  }
+  return FLAP_OK;
+}
+
+/* Sizes of slices and pages, beside those that the budgets suggest: how transfers fill the gaps that computing leaves,
+ * and what each of them costs, is nothing that estimates see. */
+static flap_status refine_sizes(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                contender *best, flap_plan_costs *costs) {
+  flap_setup setup;
+  planner_reach reach = PLANNER_NO_VRAM;
+  FLAP_TRY(settle(planner, c, best->s, budgets, best->depth, &setup, &reach));
+  best->s.slice = setup.choice.slice_elements;
+  best->s.page = setup.choice.page_bytes;
+  flap_setup_close(&setup);
+  for (int pages = 0; pages < 2; pages++)
+    for (int direction = -1; direction < 2; direction += 2)
+      FLAP_TRY(climb(planner, c, budgets, pages == 1, direction, best, costs));
+  return FLAP_OK;
+}
+
 /* From the best while nobody helps and all or nothing is saved: one kind of choice after the other, as long as that
  * makes the step shorter. Cuts that are good with the host's help are among those that are tried. */
 static flap_status refine(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
@@ -505,6 +552,11 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
   }
   for (int round = 0; round < PLANNER_ROUNDS; round++) {
     const double before = costs->step_seconds;
+    FLAP_TRY(refine_sizes(planner, c, budgets, best, costs));
+    for (uint32_t k = 0; k < cuts.count; k++) {
+      cuts.of[k].slice = best->s.slice;
+      cuts.of[k].page = best->s.page;
+    }
     FLAP_TRY(refine_saved(planner, c, budgets, &cuts, best, costs));
     FLAP_TRY(refine_host(planner, c, budgets, &cuts, best, costs));
     if (costs->step_seconds >= before)
@@ -715,10 +767,11 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
   for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
     for (uint32_t g = 0; g < c.group_count; g = g + 1 < c.group_count ? c.group_count - 1 : c.group_count) {
       FLAP_TRY(least_of_skeleton(planner, budgets, &c,
-                                 (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts}, found));
+                                 (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts, 0, 0},
+                                 found));
       if (last.layers > 0 && last.mask != FLAP_MODEL_SAVED_ALL && c.saved.count > 1)
         FLAP_TRY(least_of_skeleton(planner, budgets, &c,
-                                   (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts}, found));
+                                   (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts, 0, 0}, found));
     }
   for (uint32_t i = 0; i < found->count; i++)
     if (found->least[i] == UINT64_MAX)
