@@ -9,136 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- candidates ------------------------------------------------------------------------------------------ */
-
-static void add_segments(const flap_planner *planner, planner_candidates *c) {
-  static const uint32_t usual[] = {1, 2, 4, 8, 16, 32};
-  const uint32_t layers = planner->spec.model->num_hidden_layers;
-  if (planner->spec.mode != FLAP_MODE_TRAIN) {
-    c->segments[c->segment_count++] = 1;
-    return;
-  }
-  if (planner->expert.segment_layers > 0) {
-    c->segments[c->segment_count++] = planner->expert.segment_layers < layers ? planner->expert.segment_layers : layers;
-    return;
-  }
-  for (size_t i = 0; i < sizeof usual / sizeof *usual && usual[i] < layers; i++)
-    c->segments[c->segment_count++] = usual[i];
-  c->segments[c->segment_count++] = layers;
-}
-
-static void add_groups(const flap_planner *planner, planner_candidates *c) {
-  const uint32_t n = planner->spec.micro_batches;
-  if (planner->expert.group_micro_batches > 0 && planner->spec.mode == FLAP_MODE_TRAIN) {
-    c->groups[c->group_count++] = planner->expert.group_micro_batches < n ? planner->expert.group_micro_batches : n;
-    return;
-  }
-  for (uint32_t group = n; c->group_count < PLANNER_GROUPS_MAX; group = (group + 1) / 2) {
-    c->groups[c->group_count++] = group;
-    if (group == 1)
-      break;
-  }
-}
-
-static void enter_saving(planner_savings *list, uint32_t layers, uint32_t mask) {
-  if (list->count == 0 || list->of[list->count - 1].layers != layers || list->of[list->count - 1].mask != mask)
-    list->of[list->count++] = (planner_saving){.layers = layers, .mask = mask};
-}
-
-/* `activations` forces how many layers save, `expert.saved` what; keep and offload alone mean everything. */
-static void add_saved(const flap_planner *planner, planner_candidates *c) {
-  const uint32_t layers = planner->spec.model->num_hidden_layers;
-  const bool forced = planner->activations != FLAP_ACTIVATIONS_AUTO;
-  const char *wanted = flap_run_config_saved(planner->expert.saved);
-  uint32_t set_count = 0;
-  const flap_saved_set *sets = flap_model_saved_sets(planner->spec.model, &set_count);
-  const bool nothing = planner->spec.mode != FLAP_MODE_TRAIN || planner->activations == FLAP_ACTIVATIONS_RECOMPUTE;
-  if (nothing || !forced)
-    enter_saving(&c->saved, 0, 0);
-  flap_assert(set_count <= FLAP_MODEL_SAVED_MAX);
-  for (uint32_t i = 0; i < set_count && !nothing; i++) {
-    const bool is_first = wanted != NULL ? strcmp(sets[i].name, wanted) == 0 : sets[i].mask == FLAP_MODEL_SAVED_ALL;
-    for (uint32_t share = forced ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
-      const uint32_t saved = layers * share / PLANNER_SAVED_SHARES;
-      if (saved > 0 && is_first)
-        enter_saving(&c->saved, saved, sets[i].mask);
-      else if (saved > 0 && wanted == NULL && !forced)
-        enter_saving(&c->partial, saved, sets[i].mask);
-    }
-  }
-}
-
-/* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
- * larger, but where they are of one block of a wider format. */
-static uint64_t state_block_bytes(const flap_planner *planner) {
-  const flap_state_format format =
-      flap_layout_state_format(planner->spec.shape.dtype, planner->spec.optim, FLAP_PART_LAYER);
-  return flap_layout_state_bytes(&format, FLAP_OPS_BLOCK);
-}
-
-/* Slices: powers of two of blocks; fine enough for small budgets, and few enough for a table of a large model's slices.
- */
-static void add_slices(const flap_planner *planner, planner_candidates *c) {
-  const uint64_t block_bytes = state_block_bytes(planner);
-  const uint64_t most = 64 * FLAP_MIB / block_bytes * FLAP_OPS_BLOCK;
-  if (planner->spec.mode != FLAP_MODE_TRAIN) {
-    c->slices[c->slice_count++] = FLAP_OPS_BLOCK;
-    return;
-  }
-  if (planner->expert.slice_bytes > 0) {
-    uint64_t elements = planner->expert.slice_bytes / block_bytes * FLAP_OPS_BLOCK;
-    elements = elements < FLAP_OPS_BLOCK ? FLAP_OPS_BLOCK : elements > most ? most : elements;
-    c->slices[c->slice_count++] = elements;
-    return;
-  }
-  uint64_t least = FLAP_OPS_BLOCK;
-  const uint64_t parameters = flap_model_parameters(planner->spec.model);
-  while (parameters / least > PLANNER_TABLE_SLICES)
-    least *= 2;
-  for (uint64_t elements = least; elements <= most && c->slice_count < PLANNER_SLICES_MAX; elements *= 2)
-    c->slices[c->slice_count++] = elements;
-}
-
-/* The host's cores help where the device's memory is another one; where they are the device they have no time. */
-static void add_hosts(const flap_planner *planner, planner_candidates *c) {
-  const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
-  if (planner->spec.mode != FLAP_MODE_TRAIN)
-    return;
-  switch (planner->expert.optimizer) {
-  case FLAP_OPTIMIZER_GPU:
-    break;
-  case FLAP_OPTIMIZER_CPU:
-    c->host_parts = parts;
-    break;
-  case FLAP_OPTIMIZER_SPLIT:
-    c->host_parts = parts / 2;
-    break;
-  case FLAP_OPTIMIZER_AUTO:
-    for (uint32_t share = 1; share <= PLANNER_HOST_SHARES && planner->spec.device == FLAP_DEVICE_CUDA; share++)
-      c->other_hosts[c->other_host_count++] = (parts * share + PLANNER_HOST_SHARES - 1) / PLANNER_HOST_SHARES;
-    break;
-  }
-}
-
-static void add_pages(const flap_planner *planner, planner_candidates *c) {
-  if (planner->expert.page_bytes > 0) {
-    c->pages[c->page_count++] = planner->expert.page_bytes;
-    return;
-  }
-  for (uint64_t bytes = PLANNER_PAGE_MIN; bytes <= PLANNER_PAGE_MAX; bytes *= 2)
-    c->pages[c->page_count++] = bytes;
-}
-
-void planner_list(const flap_planner *planner, planner_candidates *c) {
-  memset(c, 0, sizeof *c);
-  add_segments(planner, c);
-  add_groups(planner, c);
-  add_saved(planner, c);
-  add_slices(planner, c);
-  add_pages(planner, c);
-  add_hosts(planner, c);
-  c->sweep = planner->expert.clip == FLAP_CLIP_SWEEP;
-}
+/* ---- settling a skeleton on a slice and a page size ------------------------------------------------------- */
 
 /* Indexes in the order in which they are tried: the preferred one, smaller ones downwards, then larger ones upwards. */
 static uint32_t from_preferred(uint32_t preferred, uint32_t count, uint32_t turn) {
@@ -152,8 +23,6 @@ static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint6
     index++;
   return index;
 }
-
-/* ---- settling a skeleton on a slice and a page size ------------------------------------------------------- */
 
 typedef struct skeleton {
   uint32_t segment, group;
@@ -212,7 +81,8 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
 static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
-  const uint64_t slice_wanted = budgets->vram_bytes / PLANNER_SLICE_SHARE / state_block_bytes(planner) * FLAP_OPS_BLOCK;
+  const uint64_t slice_wanted =
+      budgets->vram_bytes / PLANNER_SLICE_SHARE / planner_state_block_bytes(planner) * FLAP_OPS_BLOCK;
   const uint64_t page_wanted =
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
   const uint32_t slice_first = preferred_index(c->slices, c->slice_count, s.slice > 0 ? s.slice : slice_wanted);
@@ -522,15 +392,22 @@ static flap_status climb(const flap_planner *planner, const planner_candidates *
 }
 
 /* Sizes of slices and pages, beside those that the budgets suggest: how transfers fill the gaps that computing leaves,
- * and what each of them costs, is nothing that estimates see. */
+ * and what each of them costs, is nothing that estimates see. Where a step is made of thousands of transfers it hardly
+ * matters, and simulating takes long. */
 static flap_status refine_sizes(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                 contender *best, flap_plan_costs *costs) {
   flap_setup setup;
   planner_reach reach = PLANNER_NO_VRAM;
+  uint64_t transfers = 0;
   FLAP_TRY(settle(planner, c, best->s, budgets, best->depth, &setup, &reach));
-  best->s.slice = setup.choice.slice_elements;
-  best->s.page = setup.choice.page_bytes;
+  const flap_choice settled = setup.choice;
   flap_setup_close(&setup);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    transfers += costs->lane_bytes[lane] / settled.transfer_bytes;
+  if (transfers > PLANNER_TRANSFERS_COARSE)
+    return FLAP_OK;
+  best->s.slice = settled.slice_elements;
+  best->s.page = settled.page_bytes;
   for (int pages = 0; pages < 2; pages++)
     for (int direction = -1; direction < 2; direction += 2)
       FLAP_TRY(climb(planner, c, budgets, pages == 1, direction, best, costs));

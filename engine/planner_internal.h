@@ -1,4 +1,5 @@
-/* Private to the planner: candidates (planner.c), placement (placement.c), prices (pricing.c). */
+/* Private to the planner: candidates (candidates.c), choosing (planner.c), placement (placement.c), prices
+ * (pricing.c). */
 #ifndef FLAP_ENGINE_PLANNER_INTERNAL_H
 #define FLAP_ENGINE_PLANNER_INTERNAL_H
 
@@ -12,6 +13,7 @@
 #define PLANNER_PAGES_MAX 12
 #define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
 #define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
+#define PLANNER_TRANSFERS_COARSE 5000 /* of a step: with more, sizes of slices and pages are as budgets suggest */
 #define PLANNER_CONTENDERS 12         /* that are simulated */
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
@@ -46,7 +48,11 @@ typedef struct planner_candidates {
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   bool sweep;
 } planner_candidates;
+/* candidates.c. */
 void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
+/* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
+ * larger, but where they are of one block of a wider format. */
+uint64_t planner_state_block_bytes(const flap_planner *planner);
 
 /* How far a placement got; later is further. */
 typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
