@@ -160,8 +160,11 @@ static void compare(comparison *c, const char *what, const planner_trial *trial,
 }
 
 static void report(const char *what, const comparison *c) {
-  printf("%s: %.2f times as much as farthest next use needs in all, %.2f times where it is nearest\n", what,
-         c->least > 0 ? c->moved / c->least : 1, c->nearest);
+  if (c->least > 0)
+    printf("%s: %.2f times as much as farthest next use needs in all, %.2f times where it is nearest\n", what,
+           c->moved / c->least, c->nearest);
+  else
+    printf("%s: farthest next use needs none, and %.0f bytes are moved\n", what, c->moved);
 }
 
 START_TEST(plans_move_no_less_than_farthest_next_use) {

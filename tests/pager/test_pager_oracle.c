@@ -20,7 +20,7 @@
 #define RINGS_MAX 2u
 #define THREADS_MAX 64u
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define PROGRAMS 40000u /* twenty times as slow */
+#define PROGRAMS 40000u /* several times as slow */
 #else
 #define PROGRAMS 1000000u
 #endif
