@@ -95,7 +95,8 @@ flap_status flap_durable_begin_file(flap_durable_file *file, const char *path) {
   file->fd = -1;
   FLAP_TRY(flap_durable_sibling(file->path, path, ""));
   FLAP_TRY(flap_durable_sibling(file->temporary, path, ".tmp"));
-  file->fd = flap_system_open(file->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
+  file->fd =
+      flap_system_open(file->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (file->fd < 0)
     return flap_error_set_os(errno, "cannot create %s", file->temporary);
   return FLAP_OK;

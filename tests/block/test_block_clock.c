@@ -21,7 +21,7 @@ static void open_both(clock_case *test, double both) {
   ck_assert_int_eq(flap_clock_open(&test->clock), FLAP_OK);
   flap_block_config config = {.backend = FLAP_BLOCK_SIM,
                               .disk_count = 2,
-                              .disks = {{NULL, 1024 * MIB}, {NULL, 3072 * MIB}},
+                              .disks = {{.bytes = 1024 * MIB}, {.bytes = 3072 * MIB}},
                               .stripe_bytes = MIB,
                               .bytes = 4096 * MIB,
                               .requests_max = 64,
@@ -134,7 +134,7 @@ START_TEST(clock_disk_without_rates_is_refused) {
   ck_assert_int_eq(flap_clock_open(&test.clock), FLAP_OK);
   flap_block_config config = {.backend = FLAP_BLOCK_SIM,
                               .disk_count = 1,
-                              .disks = {{NULL, MIB}},
+                              .disks = {{.bytes = MIB}},
                               .bytes = MIB,
                               .requests_max = 1,
                               .sim = {.clock = test.clock, .read_bytes_per_second = 1}};

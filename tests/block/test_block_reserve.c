@@ -1,13 +1,13 @@
 /* How a disk's file is made: space that cannot be reserved, file systems that lack what is asked for first, and limits.
- * The system's answers are made up by wrapping its calls. */
+ * The system's answers are made up by calls of our own in its table. */
 #include "tests/block/block_harness.h"
 
+#include "base/system.h"
 #include "io/block/block_internal.h"
 
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -21,38 +21,36 @@ static unsigned fallocate_calls;
 static int unnamed_error; /* of open with O_TMPFILE */
 static char folder[64];
 
-int __real_fallocate(int fd, int mode, off_t offset, off_t bytes);
-int __wrap_fallocate(int fd, int mode, off_t offset, off_t bytes);
-int __wrap_fallocate(int fd, int mode, off_t offset, off_t bytes) {
+static int allocate(int fd, off_t bytes) {
   ck_assert_uint_lt(fallocate_calls, 4);
   errno = fallocate_errors[fallocate_calls++];
-  return errno != 0 ? -1 : __real_fallocate(fd, mode, offset, bytes);
+  return errno != 0 ? -1 : flap_system_default()->allocate(fd, bytes);
 }
 
-int __real_open(const char *path, int flags, ...);
-int __wrap_open(const char *path, int flags, ...);
-int __wrap_open(const char *path, int flags, ...) {
-  va_list more;
-  va_start(more, flags);
-  const mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0;
-  va_end(more);
+static int open_file(int in_folder, const char *path, int flags, mode_t mode) {
   if ((flags & O_TMPFILE) == O_TMPFILE && unnamed_error != 0) {
     errno = unnamed_error;
     return -1;
   }
-  return __real_open(path, flags, mode);
+  return flap_system_default()->open(in_folder, path, flags, mode);
 }
 
 static void setup(void) {
   memset(fallocate_errors, 0, sizeof fallocate_errors);
   fallocate_calls = 0;
   unnamed_error = 0;
+  static flap_system calls;
+  calls = *flap_system_default();
+  calls.allocate = allocate;
+  calls.open = open_file;
+  (void)flap_system_replace(&calls);
   strcpy(folder, "/tmp/flap-reserve-XXXXXX");
   ck_assert_ptr_nonnull(mkdtemp(folder));
   flap_error_clear();
 }
 
 static void teardown(void) {
+  (void)flap_system_replace(NULL);
   ck_assert_int_eq(rmdir(folder), 0);
 }
 
