@@ -33,7 +33,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in
                 ("batch", "queries", "keys", "first_position", "heads", "kv_heads", "head_size", "q_stride",
-                 "kv_stride")] + [("dtype", ctypes.c_int), ("portable", ctypes.c_bool)]
+                 "kv_stride")] + [("dtype", ctypes.c_int), ("portable", ctypes.c_bool),
+                                      ("two_passes", ctypes.c_bool)]
 
 
 class Own:
@@ -46,12 +47,14 @@ class Own:
                          self.library.flap_cuda_attention_backward_scratch_bytes]
         for measure in self.measures:
             measure.restype = ctypes.c_uint64
+        self.library.cuda_attention_chain_pays.restype = ctypes.c_bool
 
     def prepare(self, q, k, v, dout):
         batch, sequence, heads, head_size = q.shape
         kv_heads = k.shape[2]
         self.shape = Shape(batch, sequence, sequence, 0, heads, kv_heads, head_size, q.stride(1), k.stride(1),
-                           DTYPES[q.dtype], self.portable)
+                           DTYPES[q.dtype], self.portable, False)
+        self.shape.two_passes = not self.library.cuda_attention_chain_pays(ctypes.byref(self.shape))  # as in training
         self.q, self.k, self.v, self.dout = q, k, v, dout
         self.out, self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (q, q, k, v))
         self.lse = torch.empty(batch, heads, sequence, device="cuda")
