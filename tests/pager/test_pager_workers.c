@@ -77,6 +77,12 @@ static flap_pager *open_pager(flap_arena *arena, uint32_t workers) {
   return pager;
 }
 
+/* Tests may run in one process. */
+static void setup(void) {
+  inside = inside_most = pieces = waiting_in_vain = 0;
+  wanted_inside = wanted_pieces = 0;
+}
+
 /* No checksum ends before as many are under way as there are workers and all buffers were filled: so the pager's lock
  * is held by none of them. Reads are verified side by side likewise. */
 START_TEST(workers_check_buffers_side_by_side_while_the_pager_goes_on) {
@@ -113,6 +119,7 @@ int main(void) {
   Suite *suite = suite_create("pager");
   TCase *tcase = tcase_create("workers");
   tcase_set_timeout(tcase, 60);
+  tcase_add_checked_fixture(tcase, setup, NULL);
   tcase_add_test(tcase, workers_check_buffers_side_by_side_while_the_pager_goes_on);
   tcase_add_test(tcase, without_workers_the_transfer_thread_checks_one_buffer_at_a_time);
   suite_add_tcase(suite, tcase);
