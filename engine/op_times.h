@@ -52,9 +52,8 @@ typedef struct flap_op_times_spec {
 /* From rates: runs each operation once on the sim device. */
 FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
                                                   flap_op_times *times_out);
-/* Runs each operation on the cuda device for about a tenth of a second, with at most so much of the card's memory.
- * FLAP_BUDGET: that is too little for a layer and the head at once. Takes a second, and about as long again where
- * products are tuned. */
+/* Runs all operations on the cuda device in rounds, with at most so much of the card's memory. FLAP_BUDGET: that is too
+ * little for a layer and the head at once. Takes about three seconds, and one more where products are tuned. */
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
 /* Only tunes the products of a training step, a layer's and then the head's: where there is not room for both at once.

@@ -99,89 +99,53 @@ struct wgmma_operand {
 
 template <typename T> struct wgmma;
 
-template <> struct wgmma<__nv_bfloat16> {
-  static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 0");
-  }
-  static __device__ __forceinline__ void both_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "1, 1");
-  }
-  static __device__ __forceinline__ void shared_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "0, 0");
-  }
-  static __device__ __forceinline__ void both_across_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "1, 1");
-  }
-  static __device__ __forceinline__ void right_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 1");
-  }
-  static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "0");
-  }
-  static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "1");
-  }
-  static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 0");
-  }
-  static __device__ __forceinline__ void shared_first(float (&c)[1][16][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("=&f"), "%64", "%65", "%66", "0, 0");
-  }
-  static __device__ __forceinline__ void right_across(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 1");
-  }
-  static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "0");
-  }
-  static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("bf16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1");
-  }
-};
+/* The products of one storage type, which the instructions name TYPE. */
+#define ATTENTION_WGMMA_PRODUCTS(T, TYPE) \
+  template <> struct wgmma<T> {                                                                                            \
+    static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {                 \
+      ATTENTION_WGMMA_SHARED(TYPE, "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 0");                 \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void both_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {            \
+      ATTENTION_WGMMA_SHARED(TYPE, "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "1, 1");                 \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void shared_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {                     \
+      const int adds = 0;                                                                                                  \
+      ATTENTION_WGMMA_SHARED(TYPE, "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "0, 0");                \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void both_across_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {                \
+      const int adds = 0;                                                                                                  \
+      ATTENTION_WGMMA_SHARED(TYPE, "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "1, 1");                \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void right_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {           \
+      ATTENTION_WGMMA_SHARED(TYPE, "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 1");                 \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {      \
+      ATTENTION_WGMMA_REGISTERS(TYPE, "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "0");  \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {     \
+      ATTENTION_WGMMA_REGISTERS(TYPE, "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "1");  \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {                \
+      ATTENTION_WGMMA_SHARED(TYPE, "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 0");                \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void shared_first(float (&c)[1][16][4], uint64_t a, uint64_t b) {                    \
+      const int adds = 0;                                                                                                  \
+      ATTENTION_WGMMA_SHARED(TYPE, "128", ATTENTION_P64, ATTENTION_C64("=&f"), "%64", "%65", "%66", "0, 0");               \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void right_across(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {          \
+      ATTENTION_WGMMA_SHARED(TYPE, "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 1");                \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {     \
+      ATTENTION_WGMMA_REGISTERS(TYPE, "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "0"); \
+    }                                                                                                                      \
+    static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {    \
+      ATTENTION_WGMMA_REGISTERS(TYPE, "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1"); \
+    }                                                                                                                      \
+  };
 
-template <> struct wgmma<__half> {
-  static __device__ __forceinline__ void shared(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 0");
-  }
-  static __device__ __forceinline__ void both_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "1, 1");
-  }
-  static __device__ __forceinline__ void shared_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "0, 0");
-  }
-  static __device__ __forceinline__ void both_across_first(float (&c)[1][8][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("=&f"), "%32", "%33", "%34", "1, 1");
-  }
-  static __device__ __forceinline__ void right_across(float (&c)[1][8][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32", "%33", "%34", "0, 1");
-  }
-  static __device__ __forceinline__ void along(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "0");
-  }
-  static __device__ __forceinline__ void across(float (&c)[1][8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "64", ATTENTION_P32, ATTENTION_C32("+f"), "%32, %33, %34, %35", "%36", "%37", "1");
-  }
-  static __device__ __forceinline__ void shared(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 0");
-  }
-  static __device__ __forceinline__ void shared_first(float (&c)[1][16][4], uint64_t a, uint64_t b) {
-    const int adds = 0;
-    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("=&f"), "%64", "%65", "%66", "0, 0");
-  }
-  static __device__ __forceinline__ void right_across(float (&c)[1][16][4], uint64_t a, uint64_t b, int adds) {
-    ATTENTION_WGMMA_SHARED("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64", "%65", "%66", "0, 1");
-  }
-  static __device__ __forceinline__ void along(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "0");
-  }
-  static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    ATTENTION_WGMMA_REGISTERS("f16", "128", ATTENTION_P64, ATTENTION_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1");
-  }
-};
+ATTENTION_WGMMA_PRODUCTS(__nv_bfloat16, "bf16")
+ATTENTION_WGMMA_PRODUCTS(__half, "f16")
+#undef ATTENTION_WGMMA_PRODUCTS
 
 /* ---- tiles of panels ---- */
 
