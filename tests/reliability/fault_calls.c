@@ -242,3 +242,19 @@ uint64_t fault_calls_count(fault_call call) {
 bool fault_calls_fired(void) {
   return atomic_load(&fired);
 }
+
+static uint64_t *of_life; /* written by the child */
+
+static void count_life(void *context) {
+  fault_calls_install(&(fault_plan){0});
+  const flap_status status = tiny_run_live(context);
+  fault_calls_remove();
+  for (int i = 0; i <= FAULT_CALL_CHANGE; i++)
+    of_life[i] = status == FLAP_OK ? fault_calls_count((fault_call)i) : 0;
+}
+
+const uint64_t *fault_calls_of_life(tiny_run *run) {
+  of_life = case_shared((FAULT_CALL_CHANGE + 1) * sizeof *of_life);
+  tiny_run_clear(run);
+  return case_fork(count_life, run, 60) == 0 ? of_life : NULL;
+}

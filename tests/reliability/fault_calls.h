@@ -7,8 +7,7 @@
 #ifndef FLAP_TESTS_RELIABILITY_FAULT_CALLS_H
 #define FLAP_TESTS_RELIABILITY_FAULT_CALLS_H
 
-#include <stdbool.h>
-#include <stdint.h>
+#include "tests/reliability/fault_case.h"
 
 typedef enum fault_call {
   FAULT_CALL_OPEN,
@@ -60,6 +59,9 @@ bool fault_plan_read(const char *text, fault_plan *plan_out);
 void fault_calls_install(const fault_plan *plan);
 void fault_calls_remove(void);
 uint64_t fault_calls_count(fault_call call);
+/* How often an undisturbed life of `run` makes each call, FAULT_CALL_CHANGE included; counted in a child. NULL if that
+ * life does not end well. */
+const uint64_t *fault_calls_of_life(tiny_run *run);
 /* The planned fault happened. */
 bool fault_calls_fired(void);
 

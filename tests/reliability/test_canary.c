@@ -45,15 +45,7 @@ static const case_hooks hooks = {.before = before,
                                  .is_right_status = is_right_status,
                                  .describe = describe};
 
-static uint64_t *counts;
-
-static void count_calls(void *context) {
-  fault_calls_install(&(fault_plan){0});
-  const flap_status status = tiny_run_live(context);
-  fault_calls_remove();
-  for (int i = 0; i < FAULT_CALL_COUNT; i++)
-    counts[i] = status == FLAP_OK ? fault_calls_count((fault_call)i) : 0;
-}
+static const uint64_t *counts; /* of the calls of a life */
 
 /* How many of the faults are noticed; a bit that nobody reads again may pass, and a page that is written over. */
 static unsigned notice(tiny_run *run, fault_call call, fault_kind kind) {
@@ -67,9 +59,8 @@ static unsigned notice(tiny_run *run, fault_call call, fault_kind kind) {
 
 START_TEST(canary_without_checksums_ends_with_other_bits) {
   tiny_run *run = case_open(TINY_ON_DISK);
-  counts = case_shared(FAULT_CALL_COUNT * sizeof *counts);
-  tiny_run_clear(run);
-  ck_assert_int_eq(case_fork(count_calls, run, 60), 0);
+  counts = fault_calls_of_life(run);
+  ck_assert_ptr_nonnull(counts);
   printf("two complaints follow, and must:\n");
   const unsigned flips = notice(run, FAULT_CALL_EXTENT_READ, FAULT_FLIP);
   const unsigned losses = notice(run, FAULT_CALL_EXTENT_WRITE, FAULT_LOSE);

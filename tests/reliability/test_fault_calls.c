@@ -65,16 +65,7 @@ static const char *describe(const void *plan) {
   return fault_plan_write(plan);
 }
 
-/* How many calls of each kind a life makes; counted in a child, told by its exit through memory that both have. */
-static uint64_t *counts;
-
-static void count_calls(void *context) {
-  fault_calls_install(&(fault_plan){0});
-  const flap_status status = tiny_run_live(context);
-  fault_calls_remove();
-  for (int i = 0; i < FAULT_CALL_COUNT; i++)
-    counts[i] = status == FLAP_OK ? fault_calls_count((fault_call)i) : 0;
-}
+static const uint64_t *counts; /* of the calls of a life */
 
 static bool run_plan(tiny_run *run, const fault_row *row, const fault_plan *plan, case_totals *totals) {
   /* Half a block for ever is no progress where transfers are of whole blocks. */
@@ -120,9 +111,8 @@ static void run_rows(tiny_kind kind, const fault_row *from, size_t count) {
   unsigned bad = 0;
   uint64_t calls = 0;
   tiny_run *run = case_open(kind);
-  counts = case_shared(FAULT_CALL_COUNT * sizeof *counts);
-  tiny_run_clear(run);
-  ck_assert_int_eq(case_fork(count_calls, run, 60), 0);
+  counts = fault_calls_of_life(run);
+  ck_assert_ptr_nonnull(counts);
   if (!run_named(run, from, count, &totals, &bad))
     for (size_t i = 0; i < count; i++) {
       bad += run_row(run, &from[i], i, &totals);
