@@ -5,7 +5,7 @@ A run is started, killed, and started again with resume_from_checkpoint, until i
 After each kill every folder that is called checkpoint-<step> must be whole to the bit; at the end weights, moments, losses,
 norms and the exported model must be those of a run that nothing disturbed.
 
-The last line says how many kills, where they struck, and the seed. By itself it makes 20 kills; 2,000 take minutes."""
+The last line says how many kills, where they struck, and the seed. By itself it makes 50 kills; 2,000 take minutes."""
 import argparse
 import hashlib
 import json
@@ -155,7 +155,7 @@ class Lives:
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("flap")
-    arguments.add_argument("--kills", type=int, default=20)
+    arguments.add_argument("--kills", type=int, default=50)
     arguments.add_argument("--seed", type=int, default=int(os.environ.get("FLAP_TEST_SEED", "20240607")))
     given = arguments.parse_args()
     above = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
