@@ -51,8 +51,10 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
     enter_saving(&c->saved, 0, 0);
   flap_assert(set_count <= FLAP_MODEL_SAVED_MAX);
   for (uint32_t i = 0; i < set_count && !nothing; i++) {
-    const bool is_first = wanted != NULL ? strcmp(sets[i].name, wanted) == 0 : sets[i].mask == FLAP_MODEL_SAVED_ALL;
-    for (uint32_t share = forced ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
+    const bool is_first = strcmp(sets[i].name, wanted != NULL ? wanted : "all") == 0;
+    /* Spare tensors are worth their place where everything else is kept. */
+    const bool whole = forced || sets[i].mask == FLAP_MODEL_SAVED_ALL;
+    for (uint32_t share = whole ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
       const uint32_t saved = layers * share / PLANNER_SAVED_SHARES;
       if (saved > 0 && is_first)
         enter_saving(&c->saved, saved, sets[i].mask);
@@ -72,7 +74,7 @@ uint64_t planner_state_block_bytes(const flap_planner *planner) {
  */
 static void add_slices(const flap_planner *planner, planner_candidates *c) {
   const uint64_t block_bytes = planner_state_block_bytes(planner);
-  const uint64_t most = 64 * FLAP_MIB / block_bytes * FLAP_OPS_BLOCK;
+  const uint64_t most = (uint64_t)FLAP_OPS_ADAMW_BLOCKS_MAX * FLAP_OPS_BLOCK;
   if (planner->spec.mode != FLAP_MODE_TRAIN) {
     c->slices[c->slice_count++] = FLAP_OPS_BLOCK;
     return;

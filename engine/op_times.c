@@ -364,8 +364,8 @@ static flap_status time_updates(bench *b, flap_op_times *t) {
 /* Which of the list is what. */
 typedef struct named_timings {
   timing *embed, *forward, *recompute, *loss;
-  timing *sets[FLAP_MODEL_SAVED_MAX]; /* NULL for a set of all tensors */
-  timing *copy, *backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero, *store;
+  timing *sets[FLAP_MODEL_SAVED_MAX]; /* NULL where nothing is to be computed again */
+  timing *copy, *backward, *spare_backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero, *store;
 } named_timings;
 
 static void list_forward(timings *all, named_timings *n) {
@@ -375,16 +375,27 @@ static void list_forward(timings *all, named_timings *n) {
   n->loss = add_timing(all, run_loss);
 }
 
+/* With them alone kept, a recompute does what it does with nothing kept. */
+static uint32_t spare_mask(const flap_op_times_spec *spec) {
+  flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
+  const uint32_t count = flap_model_saved_tensors(spec->model, &spec->shape, 0, tensors);
+  uint32_t mask = 0;
+  for (uint32_t i = 0; i < count; i++)
+    mask |= (tensors[i].spare ? 1u : 0u) << i;
+  return mask;
+}
+
 static void list_training(bench *b, timings *all, named_timings *n, flap_op_times *t) {
   const flap_saved_set *set = flap_model_saved_sets(b->spec->model, &t->set_count);
   flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
   for (uint32_t i = 0; i < t->set_count; i++) {
     t->set_mask[i] = set[i].mask;
-    if (set[i].mask != FLAP_MODEL_SAVED_ALL)
+    if (flap_model_scratch_bytes(b->spec->model, &b->spec->shape, set[i].mask) > 0)
       n->sets[i] = add_saving(all, run_recompute, set[i].mask);
   }
   n->copy = add_timing(all, run_copy);
   n->backward = add_saving(all, run_backward, 0);
+  n->spare_backward = add_saving(all, run_backward, spare_mask(b->spec));
   n->fresh_backward = add_saving(all, run_backward, 0);
   n->head = add_timing(all, run_head);
   n->fresh_head = add_timing(all, run_head);
@@ -403,8 +414,11 @@ static void take_forward(bench *b, const named_timings *n, flap_op_times *t) {
 
 static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
   const uint64_t before_ns = ns_of(b, n->copy) + t->recompute_ns;
-  for (uint32_t i = 0; i < t->set_count; i++)
+  const uint64_t gain_ns = without(ns_of(b, n->backward), ns_of(b, n->spare_backward));
+  for (uint32_t i = 0; i < t->set_count; i++) {
     t->set_recompute_ns[i] = n->sets[i] != NULL ? ns_of(b, n->sets[i]) : 0;
+    t->set_gain_ns[i] = t->set_mask[i] == FLAP_MODEL_SAVED_ALL ? gain_ns : 0;
+  }
   t->backward_ns = without(ns_of(b, n->backward), before_ns);
   t->backward_fresh_ns = without(ns_of(b, n->fresh_backward), before_ns);
   t->head_ns = ns_of(b, n->head);
@@ -566,6 +580,14 @@ uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {
   return t->recompute_ns;
 }
 
+uint64_t flap_op_times_backward(const flap_op_times *t, uint32_t mask, bool fresh) {
+  const uint64_t ns = fresh ? t->backward_fresh_ns : t->backward_ns;
+  for (uint32_t i = 0; i < t->set_count; i++)
+    if (t->set_mask[i] == mask)
+      return without(ns, t->set_gain_ns[i]);
+  return ns;
+}
+
 static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t elements) {
   return t->launch_ns + (uint64_t)(element_ns * (double)elements);
 }
@@ -590,7 +612,7 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
   case FLAP_OP_HEAD:
     return op->operand[3] == FLAP_OPERAND_NONE ? t->loss_ns : op->fresh ? t->head_fresh_ns : t->head_ns;
   case FLAP_OP_LAYER_BACKWARD:
-    return op->fresh ? t->backward_fresh_ns : t->backward_ns;
+    return flap_op_times_backward(t, op->operand[2] == FLAP_OPERAND_NONE ? 0 : layout->spec.saved_mask, op->fresh);
   case FLAP_OP_EMBED_BACKWARD:
     return t->embed_backward_ns;
   case FLAP_OP_ZERO:

@@ -28,6 +28,7 @@ typedef struct flap_op_times {
   uint32_t set_count; /* of the family's sets, in training */
   uint32_t set_mask[FLAP_MODEL_SAVED_MAX];
   uint64_t set_recompute_ns[FLAP_MODEL_SAVED_MAX];
+  uint64_t set_gain_ns[FLAP_MODEL_SAVED_MAX]; /* by which a backward is shorter, because its spare tensors are kept */
   /* in training: `fresh` ones are the first to write their sums */
   uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, embed_backward_ns;
   uint64_t launch_ns;                  /* of an operation on a slice, beside its elements */
@@ -69,6 +70,8 @@ uint64_t flap_op_times_beside_copies(const flap_op_times *times, const flap_layo
 /* Of computing again what is not kept with a mask; that of a mask which is no set of the family's is not known, and
  * taken for that of everything. */
 uint64_t flap_op_times_recompute(const flap_op_times *times, uint32_t mask);
+/* Of a layer's backward where such a set is kept; 0: nothing is. */
+uint64_t flap_op_times_backward(const flap_op_times *times, uint32_t mask, bool fresh);
 
 #ifdef __cplusplus
 }

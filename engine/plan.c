@@ -38,7 +38,7 @@ static void describe_saved(const flap_setup *setup, flap_plan *plan) {
   plan->saved_whole = true;
   for (uint32_t i = 0; i < count; i++) {
     if ((mask >> i & 1) == 0)
-      plan->saved_whole = false;
+      plan->saved_whole = plan->saved_whole && tensors[i].spare;
     else if (used < sizeof plan->saved_tensors)
       used += (size_t)snprintf(plan->saved_tensors + used, sizeof plan->saved_tensors - used, "%s%s",
                                used > 0 ? ", " : "", tensors[i].name);

@@ -81,8 +81,9 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
 static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
-  const uint64_t slice_wanted =
-      budgets->vram_bytes / PLANNER_SLICE_SHARE / planner_state_block_bytes(planner) * FLAP_OPS_BLOCK;
+  const uint64_t share = budgets->vram_bytes / PLANNER_SLICE_SHARE;
+  const uint64_t slice_bytes = share < PLANNER_SLICE_BYTES ? share : PLANNER_SLICE_BYTES;
+  const uint64_t slice_wanted = slice_bytes / planner_state_block_bytes(planner) * FLAP_OPS_BLOCK;
   const uint64_t page_wanted =
       budgets->ram_bytes / 256 < budgets->vram_bytes / 64 ? budgets->ram_bytes / 256 : budgets->vram_bytes / 64;
   const uint32_t slice_first = preferred_index(c->slices, c->slice_count, s.slice > 0 ? s.slice : slice_wanted);
@@ -212,8 +213,10 @@ static double least_seconds(const flap_planner *planner, const flap_budgets *bud
   const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
   if (spec->mode != FLAP_MODE_TRAIN)
     return 0;
-  const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns;
-  const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns;
+  const double saving = layers - unsaved_layers(planner, s);
+  const double gain_ns = saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, false));
+  const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns - gain_ns;
+  const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns - gain_ns;
   const double forward_ns = layers * (double)t->forward_ns + recompute_ns(planner, s);
   const double computing = (n * forward_ns + fresh_ns + (n - 1) * adding_ns) * 1e-9;
   const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
@@ -646,7 +649,8 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
       FLAP_TRY(least_of_skeleton(planner, budgets, &c,
                                  (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts, 0, 0},
                                  found));
-      if (last.layers > 0 && last.mask != FLAP_MODEL_SAVED_ALL && c.saved.count > 1)
+      if (last.layers > 0 && flap_model_scratch_bytes(planner->spec.model, &planner->spec.shape, last.mask) > 0 &&
+          c.saved.count > 1)
         FLAP_TRY(least_of_skeleton(planner, budgets, &c,
                                    (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts, 0, 0}, found));
     }

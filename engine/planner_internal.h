@@ -23,7 +23,8 @@
 #define PLANNER_HOST_SHARES 8      /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
-#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram */
+#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
+#define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)

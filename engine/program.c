@@ -40,7 +40,7 @@ static bool saves_all(const flap_layout *layout) {
 
 /* What a layer that saves does not keep. */
 static uint64_t missing_bytes(const flap_layout *layout) {
-  return flap_model_saved_bytes(layout->spec.model, &layout->spec.shape, ~layout->spec.saved_mask);
+  return flap_model_scratch_bytes(layout->spec.model, &layout->spec.shape, layout->spec.saved_mask);
 }
 
 uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
@@ -60,7 +60,7 @@ uint32_t flap_program_scratch_buffers(const flap_layout *layout) {
 
 uint64_t flap_program_scratch_bytes(const flap_layout *layout) {
   return saves_all(layout) ? missing_bytes(layout)
-                           : flap_model_saved_bytes(layout->spec.model, &layout->spec.shape, FLAP_MODEL_SAVED_ALL);
+                           : flap_model_scratch_bytes(layout->spec.model, &layout->spec.shape, 0);
 }
 
 /* ---- appending ------------------------------------------------------------------------------------------- */

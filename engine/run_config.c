@@ -18,7 +18,8 @@ const char *flap_run_config_saved(flap_run_saved saved) {
   static const char *const names[] = {[FLAP_RUN_SAVED_AUTO] = NULL,
                                       [FLAP_RUN_SAVED_ATTENTION] = "attention",
                                       [FLAP_RUN_SAVED_ALL_BUT_MLP] = "all_but_mlp",
-                                      [FLAP_RUN_SAVED_ALL] = "all"};
+                                      [FLAP_RUN_SAVED_ALL] = "all",
+                                      [FLAP_RUN_SAVED_EVERYTHING] = "everything"};
   return names[saved];
 }
 

@@ -51,7 +51,8 @@ typedef enum flap_run_saved {
   FLAP_RUN_SAVED_AUTO,
   FLAP_RUN_SAVED_ATTENTION,
   FLAP_RUN_SAVED_ALL_BUT_MLP,
-  FLAP_RUN_SAVED_ALL
+  FLAP_RUN_SAVED_ALL,
+  FLAP_RUN_SAVED_EVERYTHING
 } flap_run_saved;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 typedef enum flap_run_io { FLAP_RUN_IO_AUTO, FLAP_RUN_IO_URING, FLAP_RUN_IO_THREADS } flap_run_io;

@@ -124,19 +124,28 @@ uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_mo
   for (uint32_t i = 0; i < count; i++) {
     uint64_t *offset = &end[is_kept(mask, i)];
     tensors_out[i].offset = *offset;
-    *offset += flap_units_round_up(tensors_out[i].bytes, FLAP_MODEL_ALIGN);
+    if (is_kept(mask, i) || !tensors_out[i].spare)
+      *offset += flap_units_round_up(tensors_out[i].bytes, FLAP_MODEL_ALIGN);
   }
   return count;
 }
 
-uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask) {
+static uint64_t block_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask, bool kept) {
   flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
   uint32_t count = flap_model_saved_tensors(config, shape, mask, tensors);
   uint64_t end = 0;
   for (uint32_t i = 0; i < count; i++)
-    if (is_kept(mask, i))
+    if (is_kept(mask, i) == kept && (kept || !tensors[i].spare))
       end = tensors[i].offset + tensors[i].bytes;
   return flap_units_round_up(end, FLAP_MODEL_PAGE);
+}
+
+uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask) {
+  return block_bytes(config, shape, mask, true);
+}
+
+uint64_t flap_model_scratch_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask) {
+  return block_bytes(config, shape, mask, false);
 }
 
 const flap_saved_set *flap_model_saved_sets(const flap_model_config *config, uint32_t *count_out) {

@@ -7,7 +7,8 @@
  * statistics and losses in fp32), so a value is the same whether it was kept or computed again.
  *   2. A layer's saved tensors are what backward cannot cheaply compute from the layer's input: rotated q, k and v,
  *      attention's result and statistics, those of the norms, the residual stream between the two halves, and gate and
- *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation.
+ *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation,
+ *      unless they are kept as well (spare tensors).
  *      Each of them is computed from the layer's input and the ones before it, so any may be kept without the others;
  *      but attention's result and statistics, which one kernel writes, go together.
  *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
@@ -145,17 +146,23 @@ typedef enum llama_saved {
   LLAMA_LSE,
   LLAMA_RSTD,
   LLAMA_RESIDUAL,
-  LLAMA_GATE_UP
+  LLAMA_GATE_UP,
+  LLAMA_NORMALIZED_INPUT,
+  LLAMA_NORMALIZED_RESIDUAL,
+  LLAMA_INNER,
+  LLAMA_SAVED_COUNT
 } llama_saved;
 
 /* Per byte of its 16-bit result a product costs as many operations as the hidden size, whichever it is; attention costs
  * the sequence's length, and a GPU does it at a third of the rate. So attention is worth keeping first where sequences
  * are long. All but gate and up is about half of the bytes: a step between nothing and everything. */
 #define LLAMA_SAVED_ATTENTION (1u << LLAMA_ATTENTION | 1u << LLAMA_LSE)
+#define LLAMA_SAVED_BUT_MLP (LLAMA_SAVED_ATTENTION | 1u << LLAMA_QKV | 1u << LLAMA_RSTD | 1u << LLAMA_RESIDUAL)
 static const flap_saved_set LLAMA_SAVED_SETS[] = {
     {"attention", LLAMA_SAVED_ATTENTION},
-    {"all_but_mlp", LLAMA_SAVED_ATTENTION | 1u << LLAMA_QKV | 1u << LLAMA_RSTD | 1u << LLAMA_RESIDUAL},
-    {"all", FLAP_MODEL_SAVED_ALL},
+    {"all_but_mlp", LLAMA_SAVED_BUT_MLP},
+    {"all", LLAMA_SAVED_BUT_MLP | 1u << LLAMA_GATE_UP},
+    {"everything", FLAP_MODEL_SAVED_ALL},
 };
 
 static double matmul_flops(uint64_t m, uint64_t n, uint64_t k) {
@@ -188,7 +195,13 @@ static uint32_t llama_saved_tensors(const flap_model_config *config, const flap_
   out[LLAMA_GATE_UP] = (flap_saved_tensor){.name = "gate_up",
                                            .bytes = tokens * 2 * dims.f * element, // (T, 2·F)
                                            .recompute_flops = matmul_flops(tokens, 2 * (uint64_t)dims.f, dims.d)};
-  return LLAMA_GATE_UP + 1;
+  const flap_saved_tensor normalized = {.bytes = tokens * dims.d * element, .spare = true}; // (T, D)
+  out[LLAMA_NORMALIZED_INPUT] = out[LLAMA_NORMALIZED_RESIDUAL] = normalized;
+  out[LLAMA_NORMALIZED_INPUT].name = "normalized_input";
+  out[LLAMA_NORMALIZED_RESIDUAL].name = "normalized_residual";
+  out[LLAMA_INNER] =
+      (flap_saved_tensor){.name = "inner", .bytes = tokens * dims.f * element, .spare = true}; // (T, F): silu(gate)·up
+  return LLAMA_SAVED_COUNT;
 }
 
 static double llama_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part) {
@@ -261,6 +274,7 @@ typedef struct llama_layer {
   char *qkv, *gate_up;          /* saved tensors, wherever they are */
   void *attention, *residual;
   float *lse, *rstd; /* of the scores; (2, T): of the input's norm, then of the other */
+  void *normalized_input, *normalized_residual, *inner; /* `first`, unless they are kept */
 } llama_layer;
 
 static bool keeps(const llama_layer *layer, llama_saved tensor) {
@@ -269,11 +283,11 @@ static bool keeps(const llama_layer *layer, llama_saved tensor) {
 
 static void place_saved(llama_layer *layer, const flap_model_saved *saved) {
   flap_saved_tensor tensors[FLAP_MODEL_SAVED_MAX];
-  char *place[LLAMA_GATE_UP + 1];
+  char *place[LLAMA_SAVED_COUNT];
   layer->kept = saved->mask;
   flap_assert(keeps(layer, LLAMA_ATTENTION) == keeps(layer, LLAMA_LSE));
   (void)flap_model_saved_tensors(layer->run->config, &layer->run->shape, saved->mask, tensors);
-  for (llama_saved i = 0; i <= LLAMA_GATE_UP; i++)
+  for (llama_saved i = 0; i < LLAMA_SAVED_COUNT; i++)
     place[i] = (char *)(keeps(layer, i) ? saved->kept : saved->scratch) + tensors[i].offset;
   layer->qkv = place[LLAMA_QKV];
   layer->attention = place[LLAMA_ATTENTION];
@@ -281,6 +295,10 @@ static void place_saved(llama_layer *layer, const flap_model_saved *saved) {
   layer->rstd = (float *)(void *)place[LLAMA_RSTD];
   layer->residual = place[LLAMA_RESIDUAL];
   layer->gate_up = place[LLAMA_GATE_UP];
+  layer->normalized_input = keeps(layer, LLAMA_NORMALIZED_INPUT) ? place[LLAMA_NORMALIZED_INPUT] : layer->first;
+  layer->normalized_residual =
+      keeps(layer, LLAMA_NORMALIZED_RESIDUAL) ? place[LLAMA_NORMALIZED_RESIDUAL] : layer->first;
+  layer->inner = keeps(layer, LLAMA_INNER) ? place[LLAMA_INNER] : layer->first;
 }
 
 static llama_layer open_layer(const flap_model_run *run, const void *weights, const flap_model_saved *saved,
@@ -300,13 +318,13 @@ static llama_layer open_layer(const flap_model_run *run, const void *weights, co
   for (llama_role role = 0; role < LLAMA_ROLES; role++)
     layer.offset[role] = has_role(config, role) ? tensors[index++].offset : UINT64_MAX;
 
-  place_saved(&layer, saved);
   llama_workspace space = workspace_of(config, &run->shape);
   char *workspace = run->workspace;
   layer.spare_rstd = (float *)(void *)(workspace + space.rstd);
   layer.bias = workspace + space.bias;
   layer.first = workspace + space.first;
   layer.second = workspace + space.second;
+  place_saved(&layer, saved);
   layer.dqkv = dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
   return layer;
 }
@@ -538,10 +556,10 @@ static void project_attention(const llama_layer *layer, uint32_t tokens, const v
   project(layer, LLAMA_O, d, q, bias_of(layer, LLAMA_O), tokens, layer->attention, x_in, layer->residual, d); // (T, D)
 }
 
-/* Gate and up of the normalised residual stream in `first`. */
+/* Gate and up of the normalised residual stream. */
 static void project_gate_up(const llama_layer *layer, uint32_t tokens) {
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
-  project_group(layer, &gate_up, tokens, layer->first, layer->gate_up); // (T, 2·F)
+  project_group(layer, &gate_up, tokens, layer->normalized_residual, layer->gate_up); // (T, 2·F)
 }
 
 /* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals, which the
@@ -549,16 +567,16 @@ static void project_gate_up(const llama_layer *layer, uint32_t tokens) {
 static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
   const uint32_t d = layer->dims.d, f = layer->dims.f;
   project_attention(layer, tokens, x_in);
-  normalize(layer, layer->first, layer->residual, LLAMA_POST_NORM, tokens);
+  normalize(layer, layer->normalized_residual, layer->residual, LLAMA_POST_NORM, tokens);
   project_gate_up(layer, tokens);
-  activate(layer, layer->first, tokens); // (T, F)
-  project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->first, layer->residual, x_out, d);
+  activate(layer, layer->inner, tokens); // (T, F)
+  project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->inner, layer->residual, x_out, d);
 }
 
-/* Rotated q, k and v of the normalised input in `first`. */
+/* Rotated q, k and v of the normalised input. */
 static void project_qkv(const llama_layer *layer) {
   llama_group qkv = open_group(layer, LLAMA_Q, 3);
-  project_group(layer, &qkv, layer->tokens, layer->first, layer->qkv); // (T, qkv)
+  project_group(layer, &qkv, layer->tokens, layer->normalized_input, layer->qkv); // (T, qkv)
   rotate(layer, layer->qkv, false);
 }
 
@@ -570,7 +588,7 @@ static void attend(const llama_layer *layer) {
 static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
                                 const flap_model_saved *saved, void *x_out) {
   llama_layer layer = open_layer(run, weights, saved, NULL);
-  normalize(&layer, layer.first, x_in, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
+  normalize(&layer, layer.normalized_input, x_in, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
   project_qkv(&layer);
   attend(&layer);
   finish_layer(&layer, layer.tokens, x_in, x_out);
@@ -581,7 +599,9 @@ static void llama_layer_forward(const flap_model_run *run, const void *weights, 
 static void llama_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
                                   const flap_model_saved *saved) {
   llama_layer layer = open_layer(run, weights, saved, NULL);
-  if (!keeps(&layer, LLAMA_QKV) || !keeps(&layer, LLAMA_RSTD))
+  const bool first_norm = !keeps(&layer, LLAMA_QKV) && !keeps(&layer, LLAMA_NORMALIZED_INPUT);
+  const bool second_norm = !keeps(&layer, LLAMA_GATE_UP) && !keeps(&layer, LLAMA_NORMALIZED_RESIDUAL);
+  if (first_norm || !keeps(&layer, LLAMA_RSTD))
     normalize_again(&layer, layer.first, x_in, LLAMA_INPUT_NORM);
   if (!keeps(&layer, LLAMA_QKV))
     project_qkv(&layer);
@@ -589,32 +609,34 @@ static void llama_layer_recompute(const flap_model_run *run, const void *weights
     attend(&layer);
   if (!keeps(&layer, LLAMA_RESIDUAL))
     project_attention(&layer, layer.tokens, x_in);
-  if (!keeps(&layer, LLAMA_GATE_UP) || !keeps(&layer, LLAMA_RSTD))
+  if (second_norm || !keeps(&layer, LLAMA_RSTD))
     normalize_again(&layer, layer.first, layer.residual, LLAMA_POST_NORM);
   if (!keeps(&layer, LLAMA_GATE_UP))
     project_gate_up(&layer, layer.tokens);
 }
 
-/* dx: on through the norm of x, from dy, whose place then holds the normalised x once more. */
-static void normalize_backward(const llama_layer *layer, void *dx, void *dy, const void *x, llama_role norm) {
-  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), dy, dy, x, weight_of(layer, norm),
-                            rstd_of(layer, norm), dx, layer->tokens, layer->dims.d);
+/* dx: on through the norm of x, from dy in `first`, where the normalised x is then once more if it is not kept. */
+static void normalize_backward(const llama_layer *layer, void *dx, void *normalized, const void *x, llama_role norm) {
+  void *dy = layer->first;
+  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), normalized == dy ? dy : NULL, dy, x,
+                            weight_of(layer, norm), rstd_of(layer, norm), dx, layer->tokens, layer->dims.d);
 }
 
 /* dx: from the gradient of the layer's output to that of the residual stream between the halves. */
 static void mlp_backward(const llama_layer *layer, void *dx) {
   uint32_t f = layer->dims.f;
-  void *gate = layer->gate_up, *up = column(layer, layer->gate_up, f), *inner = layer->first;
+  void *gate = layer->gate_up, *up = column(layer, layer->gate_up, f), *dinner = layer->first;
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
   llama_group down = open_group(layer, LLAMA_DOWN, 1);
 
-  group_input_gradient(layer, &down, dx, inner, NULL); // (T, F), over which silu(gate)·up is computed again
-  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, inner, inner, gate, up, 2 * f, layer->tokens, f);
-  group_weight_gradient(layer, &down, inner, dx);
+  group_input_gradient(layer, &down, dx, dinner, NULL); // (T, F), over which silu(gate)·up is computed again
+  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, layer->inner == dinner ? dinner : NULL, dinner,
+                           gate, up, 2 * f, layer->tokens, f);
+  group_weight_gradient(layer, &down, layer->inner, dx);
 
   group_input_gradient(layer, &gate_up, layer->gate_up, layer->first, layer->second); // (T, D), likewise
-  normalize_backward(layer, dx, layer->first, layer->residual, LLAMA_POST_NORM);
-  group_weight_gradient(layer, &gate_up, layer->first, layer->gate_up);
+  normalize_backward(layer, dx, layer->normalized_residual, layer->residual, LLAMA_POST_NORM);
+  group_weight_gradient(layer, &gate_up, layer->normalized_residual, layer->gate_up);
 }
 
 /* dx: on to the gradient of the layer's input. Gate and up are dead by now: their place may hold dqkv. */
@@ -630,8 +652,8 @@ static void attention_backward(const llama_layer *layer, const void *x_in, void 
   rotate(layer, layer->dqkv, true);
 
   group_input_gradient(layer, &qkv, layer->dqkv, layer->first, layer->second); // (T, D)
-  normalize_backward(layer, dx, layer->first, x_in, LLAMA_INPUT_NORM);
-  group_weight_gradient(layer, &qkv, layer->first, layer->dqkv);
+  normalize_backward(layer, dx, layer->normalized_input, x_in, LLAMA_INPUT_NORM);
+  group_weight_gradient(layer, &qkv, layer->normalized_input, layer->dqkv);
 }
 
 /* Sums that no product writes become zero: those of norms and biases, and the gaps between tensors. */

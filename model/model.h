@@ -117,16 +117,17 @@ typedef struct flap_saved_tensor {
   const char *name;
   uint64_t offset, bytes; /* in its block, see flap_model_saved; offsets are multiples of 256 */
   double recompute_flops; /* where it is not kept, whatever else is */
+  bool spare;             /* where it is not kept it is nowhere: the backward makes it in passing */
 } flap_saved_tensor;
 #define FLAP_MODEL_SAVED_MAX 16
 #define FLAP_MODEL_SAVED_ALL UINT32_MAX
 
 /* Which of a layer's saved tensors are kept from its forward to its backward, and where they are. Those of `mask` (bit
- * i: tensor i) are side by side in one block, the others in another, which needs to hold them no longer than a call, or
- * than from a recompute to the backward after it. Neither has the layer's input. */
+ * i: tensor i) are side by side in one block, the others but spare ones in another, which needs to hold them no longer
+ * than a call, or than from a recompute to the backward after it. Neither has the layer's input. */
 typedef struct flap_model_saved {
   void *kept;    /* flap_model_saved_bytes(mask); unused with mask 0 */
-  void *scratch; /* flap_model_saved_bytes(~mask); unused with FLAP_MODEL_SAVED_ALL */
+  void *scratch; /* flap_model_scratch_bytes(mask); unused where that is 0 */
   uint32_t mask;
 } flap_model_saved;
 /* Returns the count; offsets are those in the block that a tensor is in with this mask. */
@@ -134,8 +135,11 @@ uint32_t flap_model_saved_tensors(const flap_model_config *config, const flap_mo
                                   flap_saved_tensor *tensors_out);
 /* A block of the tensors of `mask`, a multiple of 4096; 0 for none. */
 uint64_t flap_model_saved_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask);
+/* The other block, of what `mask` does not keep. */
+uint64_t flap_model_scratch_bytes(const flap_model_config *config, const flap_model_shape *shape, uint32_t mask);
 
-/* Masks that are worth choosing from: not empty, in order of size, all tensors last (FLAP_MODEL_SAVED_ALL). */
+/* Masks that are worth choosing from: not empty, in order of size. The last but one, "all", leaves nothing to compute
+ * again; the last one, FLAP_MODEL_SAVED_ALL, has the spare tensors too, which saves the backward writing them. */
 typedef struct flap_saved_set {
   const char *name; /* "all" */
   uint32_t mask;
@@ -202,7 +206,7 @@ void flap_model_embed_backward(const flap_model_run *run, const int32_t *tokens,
 /* ---- sampling -------------------------------------------------------------------------------------------- */
 
 /* x (tokens, D) in place, for new tokens at first_position..; their keys and values are written to `cache` (laid out
- * for cache_positions) first. tokens <= T of the shape. `scratch` is of the size of all saved tensors. */
+ * for cache_positions) first. tokens <= T of the shape. `scratch` has flap_model_scratch_bytes(0). */
 void flap_model_layer_decode(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                              uint32_t cache_positions, uint32_t tokens, uint32_t first_position);
 /* logits (V) fp32 of row `row` of x (·, D); leaves x as it is. */

@@ -39,6 +39,7 @@ static const flap_config_word saved_words[] = {{"auto", FLAP_RUN_SAVED_AUTO},
                                                {"attention", FLAP_RUN_SAVED_ATTENTION},
                                                {"all_but_mlp", FLAP_RUN_SAVED_ALL_BUT_MLP},
                                                {"all", FLAP_RUN_SAVED_ALL},
+                                               {"everything", FLAP_RUN_SAVED_EVERYTHING},
                                                {NULL, 0}};
 static const flap_config_word matmul_words[] = {
     {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};

@@ -35,7 +35,11 @@ ROWS = {
     "7b-24-65k": f"{SEVEN_B} --vram 24GiB --micro-batches 8",
     "7b-24-65k-8bit": f"{SEVEN_B} --vram 24GiB --micro-batches 8 optim=adamw_8bit",
     "7b-76": f"{SEVEN_B} --vram 76GiB --micro-batches 16",
-    "8b-24": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 32",
+    "8b-24": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 16",
+    "8b-24-8bit": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 16 optim=adamw_8bit",
+    "8b-24-8192": "llama3-8b --batch 1 --sequence 8192 --micro-batches 16 --steps 5 --ram 112GiB --vram 24GiB",
+    "8b-24-8192-8bit": "llama3-8b --batch 1 --sequence 8192 --micro-batches 16 --steps 5 --ram 112GiB --vram 24GiB "
+                       "optim=adamw_8bit",
     "8b-24-16k": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2",
     "8b-24-32k": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4",
     "13b-24-8bit": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 24GiB --ram 112GiB optim=adamw_8bit",
@@ -43,7 +47,7 @@ ROWS = {
                    "--disk-size 56GB",
 }
 RATES = {  # tokens per second
-    "7b-24": 10000, "7b-24-8bit": 10790, "7b-24-65k": 9620, "7b-24-65k-8bit": 9620, "7b-76": 12000, "8b-24": 10764,
+    "7b-24": 10000, "7b-24-8bit": 10790, "7b-24-65k": 9620, "7b-24-65k-8bit": 9620, "7b-76": 12000, "8b-24": 10764, "8b-24-8bit": 10764,
     "13b-24-8bit": 5550,
 }
 SHARES = [  # row, row to compare with, at least

@@ -136,7 +136,7 @@ static void take_all(model_fixture *fixture, uint32_t saved_mask, uint64_t ops_b
   for (uint32_t i = 0; i < layers; i++) {
     fixture->saved[i].mask = saved_mask;
     fixture->saved[i].kept = take(fixture, "kept tensors", flap_model_saved_bytes(config, shape, saved_mask));
-    fixture->saved[i].scratch = take(fixture, "other tensors", flap_model_saved_bytes(config, shape, ~saved_mask));
+    fixture->saved[i].scratch = take(fixture, "other tensors", flap_model_scratch_bytes(config, shape, saved_mask));
     fixture->cache[i] = take(fixture, "cache", flap_model_cache_bytes(config, shape->dtype, fixture->cache_positions));
   }
   fixture->dx = take(fixture, "dx", flap_model_hidden_bytes(config, shape));

@@ -73,6 +73,8 @@ CASES = {
     "half offload": ["activations=offload"],
     "both offload": ["activations=offload"],
     "both keep attention": ["activations=keep", "expert.saved=attention"],
+    "both keep everything": ["activations=keep", "expert.saved=everything"],
+    "half offload everything": ["activations=offload", "expert.saved=everything"],
     "half offload all but the mlp": ["activations=offload", "expert.saved=all_but_mlp"],
     "both offload attention, segments of 2": ["activations=offload", "expert.saved=attention", "expert.segment_layers=2"],
     "roomy recompute": ["activations=recompute"],

@@ -144,7 +144,7 @@ machine: rtx4090-64g-1nvme
     def test_plan_saves_some_tensors_where_all_are_too_many(self):
         self.write("large.yaml", self.LARGE)
         plans = {}
-        for saved in ("auto", "attention", "all_but_mlp", "all"):
+        for saved in ("auto", "attention", "all_but_mlp", "all", "everything"):
             plans[saved] = json.loads(self.accept(
                 "plan", "large.yaml", "--json", "activations=auto", "model.hidden_size=1536", "model.intermediate_size=8960",
                 "model.num_hidden_layers=12", "model.num_attention_heads=12", "model.max_position_embeddings=32768",
