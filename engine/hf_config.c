@@ -42,7 +42,8 @@ static const flap_model_key *find_key(const flap_family *family, const char *nam
 
 /* NULL for lack of memory. */
 static json_t *wanted_value(const flap_model_key *key) {
-  return json_loads(key->must_be, JSON_DECODE_ANY, NULL);
+  json_error_t error;
+  return flap_json_parse(key->must_be, strlen(key->must_be), JSON_DECODE_ANY, &error);
 }
 
 static bool same_value(const json_t *value, const json_t *wanted) {

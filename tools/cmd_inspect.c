@@ -91,7 +91,7 @@ static flap_status inspect_json(const char *path) {
   const char *key = NULL;
   json_t *value = NULL;
   json_object_foreach(root, key, value) {
-    char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(12) | JSON_ENSURE_ASCII);
+    char *text = flap_json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(12) | JSON_ENSURE_ASCII);
     printf("  ");
     print_name(key, 28);
     printf(" %.64s%s\n", text ? text : "?", text && strlen(text) > 64 ? "..." : "");

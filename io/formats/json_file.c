@@ -27,34 +27,37 @@ static bool is_about_nan(const char *text) {
          strstr(text, "near '-'");
 }
 
-/* Set by jansson's requests for memory, which come here. */
-static _Thread_local bool memory_refused;
+/* Jansson's requests for memory come here, and what it does when one is refused was read in its source (2.14). It looks
+ * at all of them but two: a token that is read goes on without the byte for which its buffer should have grown, and is
+ * then another number, or searched for an end that it has not got; and an object's key that is written may be missing
+ * from the text. So the first refused request of a parser is served from a reserve that is as large as a token's buffer
+ * can get, and from then on the text is at its end: which jansson notices before it has another byte to keep. */
+static _Thread_local struct {
+  bool refused; /* since the newest parse or dump of this thread */
+  void *reserve;
+  size_t reserve_bytes;
+} memory;
 
 static void *take_memory(size_t bytes) {
-  void *memory = malloc(bytes);
-  memory_refused = memory_refused || memory == NULL;
-  return memory;
+  const bool first = !memory.refused;
+  void *taken = first || memory.reserve == NULL ? malloc(bytes) : NULL;
+  memory.refused = memory.refused || taken == NULL;
+  return taken == NULL && first && bytes <= memory.reserve_bytes ? memory.reserve : taken;
+}
+
+static void give_memory(void *taken) {
+  if (taken != memory.reserve)
+    free(taken);
 }
 
 static void watch_memory(void) {
-  json_set_alloc_funcs(take_memory, free);
+  json_set_alloc_funcs(take_memory, give_memory);
 }
 
-json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out) {
+static void start_watching(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   (void)pthread_once(&once, watch_memory);
-  memory_refused = false;
-  json_t *root = json_loadb(text, bytes, flags, error_out);
-  /* jansson does not look at each of its requests: a text may come out with a piece missing. */
-  if (memory_refused && root != NULL) {
-    json_decref(root);
-    root = NULL;
-  }
-  return root;
-}
-
-bool flap_json_no_memory(void) {
-  return memory_refused;
+  memory.refused = false;
 }
 
 /* Behind the end of the string that `at` is in, or past the end of the text. */
@@ -62,6 +65,72 @@ static size_t skip_string(const char *text, size_t bytes, size_t at) {
   while (at < bytes && text[at] != '"')
     at += text[at] == '\\' ? 2 : 1;
   return at + 1;
+}
+
+/* Of strings with their quotes, numbers and words. */
+static size_t longest_token(const char *text, size_t bytes) {
+  size_t longest = 0, first = 0;
+  for (size_t at = 0; at < bytes; at++) {
+    const char c = text[at];
+    if (c == '"') {
+      first = at;
+      at = skip_string(text, bytes, at + 1) - 1;
+    } else if (c == ',' || c == ':' || c == '[' || c == ']' || c == '{' || c == '}' || c == ' ' || c == '\n') {
+      first = at;
+    }
+    if (at - first >= longest)
+      longest = at - first + 1;
+  }
+  return longest;
+}
+
+typedef struct source {
+  const char *text;
+  size_t bytes, at;
+} source;
+
+/* Byte by byte, so that no more are read once memory was refused. */
+static size_t next_byte(void *buffer, size_t bytes, void *context) {
+  source *from = context;
+  (void)bytes;
+  if (memory.refused || from->at == from->bytes)
+    return 0;
+  *(char *)buffer = from->text[from->at++];
+  return 1;
+}
+
+json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out) {
+  source from = {.text = text, .bytes = bytes};
+  memset(error_out, 0, sizeof *error_out);
+  start_watching();
+  /* A token's buffer doubles when one byte of it is free; a character of several bytes is kept whole. */
+  const size_t reserve_bytes = 2 * (longest_token(text, bytes) + 8);
+  void *reserve = malloc(reserve_bytes);
+  memory.refused = reserve == NULL;
+  memory.reserve = reserve;
+  memory.reserve_bytes = reserve ? reserve_bytes : 0;
+  json_t *root = reserve ? json_load_callback(next_byte, &from, flags, error_out) : NULL;
+  if (memory.refused && root != NULL) {
+    json_decref(root);
+    root = NULL;
+  }
+  memory.reserve = NULL;
+  memory.reserve_bytes = 0;
+  free(reserve);
+  return root;
+}
+
+bool flap_json_no_memory(void) {
+  return memory.refused;
+}
+
+char *flap_json_dumps(const json_t *root, size_t flags) {
+  start_watching();
+  char *text = json_dumps(root, flags);
+  if (!memory.refused)
+    return text;
+  free(text);
+  return NULL;
 }
 
 flap_status flap_json_check_weight(const char *name, const char *text, size_t bytes) {
@@ -84,7 +153,7 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
   json_error_t error;
   size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
   json_t *root = flap_json_parse(text, bytes, flags, &error);
-  if (!root && json_error_code(&error) == json_error_numeric_overflow)
+  if (!root && !flap_json_no_memory() && json_error_code(&error) == json_error_numeric_overflow)
     root = flap_json_parse(text, bytes, flags | JSON_DECODE_INT_AS_REAL, &error);
   if (!root) {
     if (flap_json_no_memory())
@@ -134,7 +203,7 @@ json_t *flap_json_real(double value) {
 /* 15 digits are enough for what people write (1e-05); 17 are enough for every double. */
 static char *dump_briefly(const json_t *root) {
   for (size_t digits = 15;; digits++) {
-    char *text = json_dumps(root, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
+    char *text = flap_json_dumps(root, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
     if (!text || digits == 17)
       return text;
     json_error_t error;

@@ -74,10 +74,12 @@ FLAP_CHECKED flap_status flap_json_get_bool(const flap_json_object *object, cons
 FLAP_CHECKED flap_status flap_json_get_integers(const flap_json_object *object, const char *key, int64_t min,
                                                 int64_t max, int64_t *values_out, size_t count_max, size_t *count_out);
 
-/* json_loadb, after whose failure flap_json_no_memory tells whether memory was refused, so that nothing is known of the
- * text: jansson itself then often speaks of a mistake in it. */
+/* json_loadb and json_dumps for when memory may be refused, which those two do not stand: NULL then. After a failure
+ * flap_json_no_memory tells whether that was why, so that nothing is known of the text, for jansson often speaks of a
+ * mistake in it. The caller frees what dumps returns. */
 json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out);
-/* Of this thread's newest flap_json_parse. */
+char *flap_json_dumps(const json_t *root, size_t flags);
+/* Of this thread's newest flap_json_parse or flap_json_dumps. */
 bool flap_json_no_memory(void);
 
 /* Optional keys: a missing key or a null stores `fallback`; everything else as above. */

@@ -99,7 +99,7 @@ static flap_status add_metadata(json_t *header, const flap_safetensors_pair *met
 
 /* The JSON text padded with blanks so that the data starts at a multiple of 8; the caller frees it. */
 static flap_status header_text(json_t *header, char **text_out, uint64_t *length_out) {
-  char *text = json_dumps(header, JSON_COMPACT);
+  char *text = flap_json_dumps(header, JSON_COMPACT);
   if (!text)
     return no_memory();
   size_t length = strlen(text), padded = (length + 7) / 8 * 8;

@@ -4,6 +4,7 @@
 
 #include <check.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -211,6 +212,77 @@ START_TEST(json_long_way_of_keys_is_cut_in_messages) {
 }
 END_TEST
 
+/* ---- memory that is refused ------------------------------------------------------------------------------------ */
+
+void *__real_malloc(size_t bytes);
+void *__wrap_malloc(size_t bytes);
+static uint64_t requests, refused_request;
+static bool for_ever;
+
+void *__wrap_malloc(size_t bytes) {
+  requests++;
+  const bool refused = refused_request > 0 && (requests == refused_request || (for_ever && requests > refused_request));
+  return refused ? NULL : __real_malloc(bytes);
+}
+
+/* Check itself asks for memory too, so nothing is refused when it does. */
+static void refuse(uint64_t request) {
+  requests = 0;
+  refused_request = request;
+}
+
+static json_t *parse_refused(const char *text, size_t flags, uint64_t request) {
+  json_error_t error;
+  refuse(request);
+  json_t *parsed = flap_json_parse(text, strlen(text), flags, &error);
+  refused_request = 0;
+  return parsed;
+}
+
+static char *dump_refused(const json_t *value, uint64_t request) {
+  refuse(request);
+  char *text = flap_json_dumps(value, JSON_COMPACT);
+  refused_request = 0;
+  return text;
+}
+
+static void parse_and_dump_at_each_request(const char *text) {
+  const size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
+  json_t *whole = parse_refused(text, flags, 0);
+  const uint64_t of_parse = requests;
+  ck_assert(!flap_json_no_memory());
+  for (uint64_t n = 1; n <= of_parse; n++)
+    ck_assert_msg(parse_refused(text, flags, n) == NULL && flap_json_no_memory(), "request %llu of %s",
+                  (unsigned long long)n, text);
+  if (whole == NULL)
+    return; /* the text is a mistake */
+  free(dump_refused(whole, 0));
+  const uint64_t of_dump = requests;
+  for (uint64_t n = 1; n <= of_dump; n++)
+    ck_assert_msg(dump_refused(whole, n) == NULL && flap_json_no_memory(), "request %llu for %s", (unsigned long long)n,
+                  text);
+  json_decref(whole);
+}
+
+/* Tokens of every length at which jansson's buffer for them grows, and one more and less. */
+START_TEST(json_memory_refused_at_any_request_is_told_and_gives_nothing) {
+  static const char *const shapes[] = {"[\"%s\"]",     "{\"%s\": 1}", "[1%s, 2]", "[0.1%s]", "[-1%sE2]",
+                                       "{\"a\": 2%s}", "[%s]",        "[\"%s",    "[\"a\\",  "%s"};
+  static const char *const parts[] = {"7", "q", "\\n", "\\u00e9", "\\\"", "\xe2\x82\xac"};
+  char part[512], text[600];
+  for (int ever = 0; ever < 2; ever++)
+    for (size_t shape = 0; shape < sizeof shapes / sizeof *shapes; shape++)
+      for (size_t p = 0; p < sizeof parts / sizeof *parts; p++)
+        for (size_t count = 10, length = 0; count < 70; count++, length = 0) {
+          for (size_t i = 0; i < count; i++)
+            length += (size_t)snprintf(part + length, sizeof part - length, "%s", parts[p]);
+          (void)snprintf(text, sizeof text, shapes[shape], part);
+          for_ever = ever;
+          parse_and_dump_at_each_request(text);
+        }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("formats");
   TCase *tests = tcase_create("json_file");
@@ -223,6 +295,7 @@ int main(void) {
   tcase_add_test(tests, json_opt_falls_back_on_missing_and_null_only);
   tcase_add_test(tests, json_written_file_reads_back_equal_and_brief);
   tcase_add_test(tests, json_long_way_of_keys_is_cut_in_messages);
+  tcase_add_test(tests, json_memory_refused_at_any_request_is_told_and_gives_nothing);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
