@@ -6,16 +6,24 @@
  *
  *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or writing
  *
+ * What does not agree with its checksum, or cannot be decoded, is read once more, the whole request; then the pager
+ * fails.
+ *
  * A buffer that is read or full is nobody's but its worker's, and the table entries of its pages stay as they are,
  * since a page is neither read nor written while it is written: so nothing of this needs the pager's lock. Waking a
  * worker takes longer than summing up a small buffer; those are done by the pump.
  */
 #include "pager/pager_internal.h"
 
+#include "base/log.h"
 #include "base/thread.h"
 
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
+
+#define CORRUPT_TEXT_MAX 512u
+#define WARNINGS_EACH 16u /* of reading again; then those whose number is a power of two */
 
 uint64_t pager_small_bytes = 64u << 10; /* a few microseconds of summing up */
 
@@ -40,26 +48,49 @@ static pager_packing choose(flap_pager *pager, uint32_t index) {
 
 /* ---- what follows, with it ------------------------------------------------------------------------------- */
 
-static void fail_corrupt(flap_pager *pager, uint32_t index) {
+/* The page of the buffer that is not what was written, where it lies, and how much there is of it. */
+static const char *name_corrupt(flap_pager *pager, uint32_t index, char text[CORRUPT_TEXT_MAX]) {
   const pager_buffer *buffer = &pager->buffers[index];
   const uint32_t number = buffer->first_page + buffer->corrupt_page;
   const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + number;
   uint64_t place = 0;
   const char *disk = flap_block_locate(pager->block, pager_disk_offset(page), &place);
-  pager_fail(pager,
-             flap_error_set(FLAP_CORRUPT,
-                            "disk %s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
-                            "(writing %u): the disk lost, mixed up or damaged them; look into the system's log, "
-                            "check the disk, and start again from the last checkpoint, on another disk if in doubt",
-                            disk, buffer->region, number, page->stored_bytes, (unsigned long long)place, page->epoch));
+  (void)snprintf(text, CORRUPT_TEXT_MAX,
+                 "disk %.300s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
+                 "(writing %u)",
+                 disk, buffer->region, number, page->stored_bytes, (unsigned long long)place, page->epoch);
+  return text;
+}
+
+static void fail_corrupt(flap_pager *pager, uint32_t index) {
+  char text[CORRUPT_TEXT_MAX];
+  pager_fail(pager, flap_error_set(FLAP_CORRUPT,
+                                   "%s, and were not when they were read again: the disk lost, mixed up or damaged "
+                                   "them; look into the system's log and check the disk, then go on from the last "
+                                   "checkpoint with resume_from_checkpoint: true, on another disk if in doubt",
+                                   name_corrupt(pager, index, text)));
   pager_buffer_free(pager, index);
+}
+
+/* Once: what a bus or a controller's memory turned over on the way comes right by that, what lies on the disk does not.
+ * A drive that does so all the time is told of again and again, but not in each line of the log. */
+static void read_again(flap_pager *pager, uint32_t index) {
+  char text[CORRUPT_TEXT_MAX];
+  pager_buffer *buffer = &pager->buffers[index];
+  const uint64_t count = ++pager->stats.reread;
+  if (count <= WARNINGS_EACH || (count & (count - 1)) == 0)
+    flap_log(FLAP_LOG_WARNING, "%s: reading them again (the %llu. time in this run)", name_corrupt(pager, index, text),
+             (unsigned long long)count);
+  buffer->again = true;
+  buffer->state = BUFFER_READING;
+  pager_buffer_read(pager, index);
 }
 
 static void take_further(flap_pager *pager, uint32_t index) {
   if (!is_read(pager, index))
     pager_buffer_write(pager, index);
   else if (pager->has_bytes && pager->buffers[index].corrupt_page < pager->buffers[index].page_count)
-    fail_corrupt(pager, index);
+    (pager->buffers[index].again ? fail_corrupt : read_again)(pager, index);
   else
     pager_loads_verified(pager, index);
 }

@@ -18,8 +18,9 @@
  *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
  * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. On the sim device there is no
- * thread: whoever waits advances the clock. A completion never raises; a failed or unverifiable transfer makes the
- * pager's error sticky, and from then on every call but close and stats returns it.
+ * thread: whoever waits advances the clock. A completion never raises. A transfer that failed, or bytes that are not
+ * what was written even when they are read once more (FLAP_CORRUPT), make the pager's error sticky, and from then on
+ * every call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
@@ -192,6 +193,8 @@ typedef struct flap_pager_stats {
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for */
   uint64_t
       busy_ns[FLAP_LANE_COUNT]; /* for disks: sum of request times over the depth; copies: as the device measured */
+  uint64_t reread; /* requests that were read once more, because their bytes were not what was written; their second
+                      reading is in none of the above. Of fill and drain too */
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 

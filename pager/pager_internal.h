@@ -144,6 +144,7 @@ typedef struct pager_buffer {
   uint32_t next;                           /* in slot->ready */
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
+  bool again;                              /* read for the second time: what came first was not what was written */
   bool handed;                             /* to the workers */
   /* While it is handed, of whoever works on it; `work` itself is under work_lock. */
   uint8_t work;          /* pager_work */

@@ -2,6 +2,7 @@
  *
  * A read buffer's way:  free → reading (pager_buffer_read) → read (pager_disk_poll) → verified (pager_checks_advance)
  *                            → loading (pager_loads_issue) → free (pager_lane_retire)
+ *                       and back, once: read → reading (pager_checks_advance)
  * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied)
  *                            → writing (pager_checks_advance) → free (pager_disk_poll)
  */
@@ -22,7 +23,7 @@ uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint3
     buffer->page_count = page_count;
     buffer->order = 0;
     buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
-    buffer->at_rest = buffer->handed = false;
+    buffer->at_rest = buffer->again = buffer->handed = false;
     *(write ? &pager->write_free : &pager->read_free) -= 1;
     return i;
   }
@@ -72,7 +73,7 @@ static void account(flap_pager *pager, const pager_buffer *buffer) {
   flap_lane lane = request->op == FLAP_BLOCK_READ ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE;
   if (pager->trace)
     pager->trace(pager->trace_context, lane, buffer->region, request->started_ns, request->ended_ns, request->bytes);
-  if (buffer->at_rest)
+  if (buffer->at_rest || buffer->again)
     return;
   pager->stats.bytes[lane] +=
       pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page, buffer->page_count);

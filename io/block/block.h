@@ -57,7 +57,8 @@ typedef struct flap_block_sim {
    */
   uint64_t fail_read_at, fail_write_at; /* EIO */
   uint64_t full_write_at;               /* ENOSPC */
-  uint64_t corrupt_read_at;             /* one bit flipped, reported as success */
+  uint64_t corrupt_read_at;             /* one bit flipped, reported as success; what is stored stays right */
+  uint64_t corrupt_write_at;            /* one bit of what is stored flipped, reported as success */
   uint64_t lose_write_at;               /* reported as success, never stored: the page stays stale */
   double split_probability;             /* requests served in several short pieces, as short reads and writes */
 } flap_block_sim;

@@ -80,6 +80,8 @@ static bool draw_chance(sim_state *state, double probability) {
 static sim_fault choose_fault(const flap_block_sim *sim, flap_block_op op, uint64_t count) {
   if (op == FLAP_BLOCK_READ)
     return count == sim->fail_read_at ? FAULT_IO : count == sim->corrupt_read_at ? FAULT_CORRUPT : FAULT_NONE;
+  if (count == sim->corrupt_write_at)
+    return FAULT_CORRUPT;
   if (count == sim->fail_write_at)
     return FAULT_IO;
   if (count == sim->full_write_at)
@@ -148,7 +150,7 @@ static void move_bytes(sim_state *state, const block_piece *piece, int64_t bytes
   else if (fault != FAULT_LOSE)
     memcpy(stored, piece->buffer, (size_t)bytes);
   if (fault == FAULT_CORRUPT)
-    piece->buffer[flip_bit / 8] ^= (unsigned char)(1u << flip_bit % 8);
+    (piece->op == FLAP_BLOCK_READ ? piece->buffer : stored)[flip_bit / 8] ^= (unsigned char)(1u << flip_bit % 8);
 }
 
 static void take_waiting(flap_block *block) {

@@ -109,6 +109,15 @@ START_TEST(fault_write_error_and_full_disk_reach_the_request) {
 }
 END_TEST
 
+static uint32_t count_flipped(const block_harness *harness, uint32_t request) {
+  static unsigned char expected[REQUEST_BYTES];
+  uint32_t flipped = 0;
+  fill(expected, request + 1);
+  for (uint32_t i = 0; i < REQUEST_BYTES; i++)
+    flipped += (uint32_t)__builtin_popcount(expected[i] ^ harness->memory[request * REQUEST_BYTES + i]);
+  return flipped;
+}
+
 START_TEST(fault_corrupt_read_flips_one_bit_and_the_checksum_sees_it) {
   uint32_t n = 1 + (uint32_t)_i / 2 % COUNT;
   block_harness harness;
@@ -120,15 +129,30 @@ START_TEST(fault_corrupt_read_flips_one_bit_and_the_checksum_sees_it) {
   uint64_t sum = flap_block_checksum(harness.memory + (n - 1) * REQUEST_BYTES, REQUEST_BYTES, 4, n, 9);
   run_all(&harness, FLAP_BLOCK_READ, 1, requests);
   check_statuses(requests, COUNT, FLAP_OK, 0);
-  static unsigned char expected[REQUEST_BYTES];
-  fill(expected, n);
-  uint32_t flipped = 0;
-  for (uint32_t i = 0; i < REQUEST_BYTES; i++)
-    flipped += (uint32_t)__builtin_popcount(expected[i] ^ harness.memory[(n - 1) * REQUEST_BYTES + i]);
-  ck_assert_uint_eq(flipped, 1);
+  ck_assert_uint_eq(count_flipped(&harness, n - 1), 1);
   ck_assert_uint_ne(flap_block_checksum(harness.memory + (n - 1) * REQUEST_BYTES, REQUEST_BYTES, 4, n, 9), sum);
   for (uint32_t r = 0; r < COUNT; r++)
     ck_assert(r == n - 1 || holds(&harness, r, 1));
+  harness_close(&harness);
+}
+END_TEST
+
+START_TEST(fault_corrupt_write_flips_one_bit_of_what_is_stored) {
+  const uint32_t n = 1 + (uint32_t)_i / 2 % COUNT;
+  block_harness harness;
+  init(&harness, geometry_of(_i));
+  harness.config.sim.corrupt_write_at = n;
+  harness_open(&harness);
+  flap_block_request requests[COUNT];
+  run_all(&harness, FLAP_BLOCK_WRITE, 1, requests);
+  ck_assert_uint_eq(count_flipped(&harness, n - 1), 0); /* the caller's bytes are as they were */
+  for (int again = 0; again < 2; again++) {
+    memset(harness.memory, 0, COUNT * REQUEST_BYTES);
+    run_all(&harness, FLAP_BLOCK_READ, 1, requests);
+    check_statuses(requests, COUNT, FLAP_OK, 0);
+    for (uint32_t r = 0; r < COUNT; r++)
+      ck_assert_uint_eq(count_flipped(&harness, r), r == n - 1);
+  }
   harness_close(&harness);
 }
 END_TEST
@@ -199,6 +223,7 @@ int main(void) {
   tcase_add_loop_test(tests, fault_read_error_reaches_the_request_that_it_hit, 0, 2 * COUNT);
   tcase_add_loop_test(tests, fault_write_error_and_full_disk_reach_the_request, 0, 2 * COUNT);
   tcase_add_loop_test(tests, fault_corrupt_read_flips_one_bit_and_the_checksum_sees_it, 0, 2 * COUNT);
+  tcase_add_loop_test(tests, fault_corrupt_write_flips_one_bit_of_what_is_stored, 0, 2 * COUNT);
   tcase_add_loop_test(tests, fault_lost_write_leaves_the_old_page, 0, 2 * COUNT);
   tcase_add_loop_test(tests, fault_real_end_of_file_is_an_error_not_a_hang, 0, 2);
   tcase_add_test(tests, fault_real_system_error_is_reported);

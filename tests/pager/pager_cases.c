@@ -263,7 +263,7 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
                           .weight = c->seed / 15 % 2 ? 1 + (c->seed / 30 + i) % 5 : 0};
 }
 
-uint64_t case_saved_bytes;
+uint64_t case_saved_bytes, case_rereads;
 
 /* ---- bytes ---------------------------------------------------------------------------------------------- */
 
@@ -522,6 +522,9 @@ static flap_status run_all(runner *r) {
     ck_assert_uint_eq(v.next, c->regions[i].bytes);
   }
   check_bytes_moved(c, r->pager); /* fill and drain do not count */
+  flap_pager_stats stats;
+  flap_pager_get_stats(r->pager, &stats);
+  case_rereads += stats.reread;
   return FLAP_OK;
 }
 

@@ -76,6 +76,8 @@ uint64_t case_run_sim(const test_case *c, bool synchronous);
 
 /* What disks did not have to move since `compression: lz4` made it shorter, over all cases so far. */
 extern uint64_t case_saved_bytes;
+/* Requests that were read once more, over all cases that ran to their end. */
+extern uint64_t case_rereads;
 
 /* Enough space on one to three disks at `path`, as the seed says. */
 void case_set_disk(test_case *c, flap_block_backend backend, const char *path);

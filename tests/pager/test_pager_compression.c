@@ -191,7 +191,7 @@ START_TEST(damage_that_checksums_miss_is_refused_by_the_codec_or_harmless) {
   blind = true;
   for (uint64_t seed = 1; seed <= 40; seed++) {
     rig r;
-    rig_open(&r, FLAP_COMPRESSION_LZ4, 0, &(flap_block_sim){.seed = seed, .corrupt_read_at = 1});
+    rig_open(&r, FLAP_COMPRESSION_LZ4, 0, &(flap_block_sim){.seed = seed, .corrupt_write_at = 1});
     ck_assert_int_eq(flap_pager_fill(r.pager, 0, fill, r.plain[0]), FLAP_OK);
     const flap_status status = flap_pager_drain(r.pager, 0, drain_blindly, NULL);
     ck_assert(status == FLAP_OK || status == FLAP_CORRUPT);
