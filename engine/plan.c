@@ -199,6 +199,7 @@ flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out)
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
   if (status == FLAP_OK) {
     warn_of(flap_pressure_check_here(&prepared));
+    flap_pressure_warn_of_buffers(&prepared);
     if (config->max_steps > 0) /* else the data say, which are not read */
       flap_wear_describe(config, config->max_steps, config->num_train_epochs, &prepared.plan);
     warn_of(flap_wear_check(config, &prepared.plan));

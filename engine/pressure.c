@@ -86,3 +86,12 @@ flap_status flap_pressure_check_here(const flap_prepared *p) {
   flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
   return flap_pressure_check(p, &memory);
 }
+
+void flap_pressure_warn_of_buffers(const flap_prepared *p) {
+  flap_block_config disk;
+  if (p->config->profile != NULL || p->setup.sizes.disk_bytes == 0)
+    return;
+  flap_setup_block_config(&p->setup, &disk);
+  disk.memory_bytes = p->setup.sizes.staging_bytes;
+  flap_block_check_memory(&disk);
+}

@@ -19,6 +19,10 @@ FLAP_CHECKED flap_status flap_pressure_check(const flap_prepared *prepared, cons
 /* The same for this host as it is now. A machine that is described instead is not checked. */
 FLAP_CHECKED flap_status flap_pressure_check_here(const flap_prepared *prepared);
 
+/* Of a plan that is not to run: what a run would say in the log if this host does not let its staging buffers be
+ * registered (`ulimit -l`). */
+void flap_pressure_warn_of_buffers(const flap_prepared *prepared);
+
 #ifdef __cplusplus
 }
 #endif

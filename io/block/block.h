@@ -109,6 +109,10 @@ uint64_t flap_block_measure(const flap_block_config *config);
  * open would accept. */
 void flap_block_share(const flap_block_config *config, uint64_t bytes_out[FLAP_BLOCK_DISKS_MAX]);
 
+/* For a plan: says in the log what open would say, if the system lets less than memory_bytes be registered. Uses
+ * backend and memory_bytes alone, and takes a few MiB, for a moment. One thread at a time. */
+void flap_block_check_memory(const flap_block_config *config);
+
 /* Creates, preallocates and registers. Errors name the disk's path: no such folder, not writable, too full
  * (with what is free), and say what to do. Nothing stays behind after a failure. */
 FLAP_CHECKED flap_status flap_block_open(const flap_block_config *config, flap_block **block_out);

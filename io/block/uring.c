@@ -23,12 +23,16 @@
 #include <liburing.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #define PART_BYTES FLAP_GIB
 #define REAP_MAX 64u
-/* Whole huge pages are charged, so the two at the ends as well, of which only parts are registered. */
-#define CHARGED_BYTES (4 * FLAP_MIB)
+#define TRIAL_PARTS 1024u /* the most buffers that every kernel registers */
+/* Whole huge pages are charged, so the two at the ends as well, of which only parts are registered; and by some kernels
+ * the ring itself. */
+#define ENDS_BYTES (4 * FLAP_MIB)
+#define RING_BYTES FLAP_MIB
 
 typedef struct uring_state {
   struct io_uring ring;
@@ -141,6 +145,15 @@ static void *reaper_main(void *argument) {
 }
 
 /* Everything works without registration, only a little slower; so a refusal is told and no more. */
+static void tell_refusal(uint64_t bytes, int os_error) {
+  char size[FLAP_UNITS_TEXT_MAX];
+  flap_units_format_bytes(bytes, size, sizeof size);
+  flap_log(FLAP_LOG_WARNING,
+           "io_uring: cannot register %s of buffers (%s); transfers will cost more CPU; raise the limit on locked "
+           "memory: ulimit -l %llu, and as much again for each other program of yours that does the same",
+           size, strerror(os_error), (unsigned long long)((bytes + ENDS_BYTES + RING_BYTES) / 1024));
+}
+
 static void register_memory(flap_block *block) {
   uring_state *state = block->state;
   uint64_t count = (block->config.memory_bytes + PART_BYTES - 1) / PART_BYTES;
@@ -155,14 +168,38 @@ static void register_memory(flap_block *block) {
   }
   free(parts);
   state->fixed_buffers = result == 0;
-  if (result != 0) {
-    char size[FLAP_UNITS_TEXT_MAX];
-    flap_units_format_bytes(block->config.memory_bytes, size, sizeof size);
-    flap_log(FLAP_LOG_WARNING,
-             "io_uring: cannot register %s of buffers (%s); transfers will cost more CPU; raise the limit on locked "
-             "memory: ulimit -l %llu, and as much again for each other program of yours that does the same",
-             size, strerror(-result), (unsigned long long)((block->config.memory_bytes + CHARGED_BYTES) / 1024));
-  }
+  if (result != 0)
+    tell_refusal(block->config.memory_bytes, -result);
+}
+
+/* The system charges each buffer for its pages, also where several are of the same: so a little memory, registered many
+ * times over, tells what it would say to a lot. Huge pages it would count once. */
+static int register_trial(struct io_uring *ring, uint64_t bytes) {
+  static struct iovec parts[TRIAL_PARTS];
+  const uint64_t part_bytes = flap_units_round_up((bytes + TRIAL_PARTS - 1) / TRIAL_PARTS, FLAP_MIB);
+  void *memory = mmap(NULL, part_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  unsigned count = 0;
+  if (memory == MAP_FAILED)
+    return 0;
+  (void)madvise(memory, part_bytes, MADV_NOHUGEPAGE);
+  for (uint64_t left = bytes; left > 0; left -= parts[count++].iov_len)
+    parts[count] = (struct iovec){.iov_base = memory, .iov_len = (size_t)least(part_bytes, left)};
+  const int result = io_uring_register_buffers(ring, parts, count);
+  if (result == 0)
+    (void)io_uring_unregister_buffers(ring);
+  (void)munmap(memory, part_bytes);
+  return result;
+}
+
+void flap_block_check_memory(const flap_block_config *config) {
+  struct io_uring ring;
+  const bool wanted = config->backend == FLAP_BLOCK_AUTO || config->backend == FLAP_BLOCK_URING;
+  if (!wanted || config->memory_bytes == 0 || io_uring_queue_init(1, &ring, 0) != 0)
+    return;
+  const int result = register_trial(&ring, config->memory_bytes + ENDS_BYTES);
+  io_uring_queue_exit(&ring);
+  if (result == -ENOMEM)
+    tell_refusal(config->memory_bytes, ENOMEM);
 }
 
 static void register_files(flap_block *block) {

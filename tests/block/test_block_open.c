@@ -175,6 +175,11 @@ static bool stderr_holds(FILE *file, const char *text) {
   return strstr(buffer, text) != NULL;
 }
 
+static void forget_stderr(FILE *file) {
+  rewind(file);
+  ck_assert_int_eq(ftruncate(fileno(file), 0), 0);
+}
+
 static int refused_ring_story(void *context) {
   (void)context;
   block_harness harness;
@@ -215,7 +220,11 @@ static int refused_buffers_story(void *context) {
     return SKIPPED;
   harness_open(&harness);
   ck_assert(stderr_holds(log, "cannot register 24.0 MiB of buffers"));
-  ck_assert(stderr_holds(log, "ulimit -l 28672,")); /* these, and a huge page at either end */
+  ck_assert(stderr_holds(log, "ulimit -l 29696,")); /* these, a huge page at either end, and the ring */
+  forget_stderr(log);
+  flap_block_check_memory(&harness.config);
+  ck_assert(stderr_holds(log, "cannot register 24.0 MiB of buffers"));
+  ck_assert(stderr_holds(log, "ulimit -l 29696,"));
   harness_random_program(&harness, 1, 60);
   (void)!setresuid(0, 0, 0); /* to remove the folder */
   harness_close(&harness);
@@ -225,6 +234,29 @@ static int refused_buffers_story(void *context) {
 
 START_TEST(open_refused_buffers_are_used_unregistered) {
   check_child(harness_in_child(refused_buffers_story, NULL));
+}
+END_TEST
+
+/* The limit that is named is one that does. */
+static int checked_buffers_story(void *context) {
+  (void)context;
+  const flap_block_config config = {.backend = FLAP_BLOCK_AUTO, .memory_bytes = 2 * MIB};
+  const uint64_t limits[] = {7 * MIB, 2 * MIB};
+  FILE *log = tmpfile();
+  dup2(fileno(log), STDERR_FILENO);
+  for (int i = 0; i < 2; i++) {
+    const struct rlimit limit = {limits[i], limits[i]};
+    if (setrlimit(RLIMIT_MEMLOCK, &limit) != 0 || (geteuid() == 0 && setresuid(65534, 65534, 0) != 0))
+      return SKIPPED;
+    flap_block_check_memory(&config);
+    ck_assert(stderr_holds(log, "ulimit -l 7168,") == (i == 1));
+  }
+  fclose(log);
+  return 0;
+}
+
+START_TEST(check_of_memory_says_what_is_too_little) {
+  check_child(harness_in_child(checked_buffers_story, NULL));
 }
 END_TEST
 
@@ -271,6 +303,7 @@ int main(void) {
   tcase_add_test(tests, measure_does_not_depend_on_how_much_is_used);
   tcase_add_test(tests, open_refused_ring_falls_back_to_threads);
   tcase_add_test(tests, open_refused_buffers_are_used_unregistered);
+  tcase_add_test(tests, check_of_memory_says_what_is_too_little);
   tcase_add_test(tests, open_read_only_folder_is_told);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
