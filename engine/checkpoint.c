@@ -49,10 +49,11 @@ static flap_status write_state(const char *folder, const flap_trainer_state *sta
   FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
   (void)snprintf(seed, sizeof seed, "%" PRIu64, state->seed);
   (void)snprintf(digest, sizeof digest, "0x%016" PRIx64, state->dataset_digest);
-  json_t *root = json_pack("{s:s, s:i, s:I, s:I, s:I, s:s, s:s, s:s, s:s}", "format", STATE_FORMAT, "version",
-                           STATE_VERSION, "global_step", to_json(state->step), "max_steps", to_json(state->max_steps),
-                           "sequences_consumed", to_json(state->cursor), "seed", seed, "dataset_digest", digest,
-                           "optim", flap_run_config_optim_name(state->optim), "numerics", state->numerics);
+  json_t *root =
+      json_pack("{s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:s}", "format", STATE_FORMAT, "version", STATE_VERSION,
+                "global_step", to_json(state->step), "max_steps", to_json(state->max_steps), "sequences_consumed",
+                to_json(state->cursor), "written_bytes", to_json(state->written_bytes), "seed", seed, "dataset_digest",
+                digest, "optim", flap_run_config_optim_name(state->optim), "numerics", state->numerics);
   if (root == NULL || !add_loss_scale(root, state)) {
     json_decref(root);
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
@@ -113,7 +114,7 @@ static flap_status parse_optim(const flap_json_object *root, flap_trainer_state 
 
 static flap_status parse_state(const flap_json_object *root, flap_trainer_state *state) {
   const char *format = NULL, *numerics = NULL;
-  int64_t version = 0;
+  int64_t version = 0, written = 0;
   FLAP_TRY(flap_json_opt_string(root, "format", "", &format));
   if (strcmp(format, STATE_FORMAT) != 0)
     return flap_json_error(root, "format",
@@ -128,6 +129,8 @@ static flap_status parse_state(const flap_json_object *root, flap_trainer_state 
   FLAP_TRY(read_count(root, "global_step", &state->step));
   FLAP_TRY(read_count(root, "max_steps", &state->max_steps));
   FLAP_TRY(read_count(root, "sequences_consumed", &state->cursor));
+  FLAP_TRY(flap_json_opt_integer(root, "written_bytes", 0, INT64_MAX, 0, &written));
+  state->written_bytes = (uint64_t)written;
   FLAP_TRY(read_long(root, "seed", 10, &state->seed));
   FLAP_TRY(read_long(root, "dataset_digest", 16, &state->dataset_digest));
   FLAP_TRY(parse_optim(root, state));

@@ -96,6 +96,7 @@ typedef struct flap_plan {
   /* and what the whole run writes, checkpoints and export included; all 0 where the number of steps follows from data
    * that were not read */
   uint64_t run_steps, run_checkpoints, ssd_run_bytes;
+  uint64_t ssd_before_bytes; /* of a run that goes on: what it wrote up to its checkpoint */
   uint64_t ssd_budget_bytes; /* that the run may write: ssd_budget; 0: any number */
 
   /* the least that would be accepted, other budgets unchanged */

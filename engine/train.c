@@ -121,6 +121,7 @@ static flap_status open_dataset(trainer *t) {
   t->warmup = flap_schedule_warmup(config, t->steps);
   if (t->steps > t->state.step) {
     const uint64_t steps = t->steps - t->state.step;
+    t->prepared.plan.ssd_before_bytes = t->state.written_bytes;
     flap_wear_describe(config, steps, (double)(steps * t->step_sequences) / (double)t->sequences, &t->prepared.plan);
   }
   return flap_wear_check(config, &t->prepared.plan);
@@ -235,6 +236,15 @@ static flap_status open_files(trainer *t) {
 
 /* ---- saving ---------------------------------------------------------------------------------------------- */
 
+/* By all lives of the run: so far, and for the checkpoint that is about to be written. */
+static uint64_t written_bytes(const trainer *t) {
+  const flap_plan *plan = &t->prepared.plan;
+  flap_pager_stats stats;
+  flap_pager_get_stats(t->runtime.pager, &stats);
+  return t->state.written_bytes + flap_wear_start_bytes(plan) + stats.disk_bytes[1] + t->result->saved_bytes +
+         plan->checkpoint_bytes;
+}
+
 flap_status trainer_save(trainer *t) {
   const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
   flap_trainer_state state = {.step = t->step,
@@ -249,6 +259,7 @@ flap_status trainer_save(trainer *t) {
   numerics_key(t, state.numerics);
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
   FLAP_TRY(flap_metrics_sync(t->metrics));
+  state.written_bytes = written_bytes(t);
   FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
                                 t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
   t->saved_step = t->step;

@@ -172,10 +172,10 @@ static const flap_config_key keys[] = {
     PLAIN("ssd_tbw", BYTES, ssd_tbw,
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),
-    CUSTOM(
-        "ssd_budget", flap_config_set_ssd_budget, "a size, or a share of ssd_tbw such as 5%", "none",
-        "What this run may write to drives in all, checkpoints and the trained model included; a run that would write "
-        "more is refused."),
+    CUSTOM("ssd_budget", flap_config_set_ssd_budget, "a size, or a share of ssd_tbw such as 5%", "none",
+           "What this run may write to drives in all, checkpoints and the trained model included, and what it wrote "
+           "before "
+           "the checkpoint that it goes on from; a run that would write more is refused."),
 
     SECTION("Expert choices, which FLAP makes otherwise. None of them changes the numbers, but for expert.matmul"),
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),

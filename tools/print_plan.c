@@ -135,9 +135,11 @@ static void print_run_wear(FILE *out, const flap_plan *plan) {
             flap_text_share((double)plan->ssd_run_bytes, (double)plan->ssd_tbw_bytes).text,
             (double)plan->ssd_tbw_bytes / 1e12);
   if (plan->ssd_budget_bytes > 0)
-    fprintf(out, "          %s of ssd_budget, %s\n",
-            flap_text_share((double)plan->ssd_run_bytes, (double)plan->ssd_budget_bytes).text,
-            flap_text_bytes(plan->ssd_budget_bytes).text);
+    fprintf(
+        out, "          %s of ssd_budget, %s%s\n",
+        flap_text_share((double)(plan->ssd_before_bytes + plan->ssd_run_bytes), (double)plan->ssd_budget_bytes).text,
+        flap_text_bytes(plan->ssd_budget_bytes).text,
+        plan->ssd_before_bytes > 0 ? ", with what was written before" : "");
 }
 
 static void print_wear(FILE *out, const flap_plan *plan) {
@@ -335,6 +337,7 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_integer(object, "run_steps", plan->run_steps);
   set_integer(object, "run_checkpoints", plan->run_checkpoints);
   set_integer(object, "ssd_run_bytes", plan->ssd_run_bytes);
+  set_integer(object, "ssd_before_bytes", plan->ssd_before_bytes);
   set_integer(object, "ssd_budget_bytes", plan->ssd_budget_bytes);
 }
 

@@ -129,6 +129,7 @@ static flap_trainer_state state_of(uint64_t step) {
   return (flap_trainer_state){.step = step,
                               .max_steps = 1000,
                               .cursor = 8 * step,
+                              .written_bytes = step << 40,
                               .seed = UINT64_MAX - step,
                               .dataset_digest = 0xfedcba9876543210u,
                               .optim = step > 1 ? FLAP_OPTIM_ADAMW_8BIT : FLAP_OPTIM_ADAMW,
@@ -182,6 +183,7 @@ START_TEST(checkpoint_is_found_with_everything_in_it) {
   ck_assert_uint_eq(state.step, 10);
   ck_assert_uint_eq(state.max_steps, wanted.max_steps);
   ck_assert_uint_eq(state.cursor, wanted.cursor);
+  ck_assert_uint_eq(state.written_bytes, wanted.written_bytes);
   ck_assert_uint_eq(state.seed, wanted.seed);
   ck_assert_uint_eq(state.dataset_digest, wanted.dataset_digest);
   ck_assert_str_eq(state.numerics, wanted.numerics);
@@ -306,6 +308,7 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
       {STATE("\"seed\": \"99999999999999999999\", \"dataset_digest\": \"0x0\""), FLAP_INVALID, "seed: 9999"},
       {STATE("\"seed\": \"5\""), FLAP_INVALID, "dataset_digest: this key is missing"},
       {STATE(LONGS ", \"optim\": \"sgd\""), FLAP_INVALID, "optim: sgd is neither adamw nor adamw_8bit"},
+      {STATE(LONGS ", \"written_bytes\": -1"), FLAP_INVALID, "written_bytes: "},
       {STATE(LONGS ", \"optim\": 8"), FLAP_INVALID, "optim: must be a string"},
       {STATE(LONGS ", \"loss_scale\": 3"), FLAP_INVALID, "loss_scale: 3 is not a power of two"},
       {STATE(LONGS ", \"loss_scale\": -1"), FLAP_INVALID, "loss_scale: "},
@@ -331,6 +334,7 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
   RIG_OK(flap_checkpoint_find(scratch_path("out"), "true", folder, &state));
   ck_assert_uint_eq(state.dataset_digest, 0xab);
   ck_assert_int_eq(state.optim, FLAP_OPTIM_ADAMW); /* from before there was a choice */
+  ck_assert_uint_eq(state.written_bytes, 0);       /* or a count */
 }
 END_TEST
 

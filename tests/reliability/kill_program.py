@@ -46,12 +46,25 @@ TEXT = "".join(f"The {n}th line says that {n} and {n + 1} make {2 * n + 1}.\n" f
 SECONDS_MAX = 120  # of one process; it takes a tenth of a second
 
 
+def without_written(name, data):
+    """A run that is disturbed writes more to drives, and says so; all else that it saves is the same to the byte."""
+    if name == "trainer_state.json":
+        state = json.loads(data)
+        del state["written_bytes"]
+        return json.dumps(state).encode()
+    if name == "checksums.json":
+        sums = json.loads(data)
+        sums["files"] = [entry for entry in sums["files"] if entry["name"] != "trainer_state.json"]
+        return json.dumps(sums).encode()
+    return data
+
+
 def digests(folder):
     """Of every file in a folder, by name."""
     found = {}
     for name in sorted(os.listdir(folder)):
         with open(os.path.join(folder, name), "rb") as file:
-            found[name] = hashlib.sha256(file.read()).hexdigest()
+            found[name] = hashlib.sha256(without_written(name, file.read())).hexdigest()
     return found
 
 

@@ -536,6 +536,28 @@ machine: rtx4090-64g-1nvme
         for wrong in ("0", "0%", "101%", "x%", "5 %x", "-1"):
             self.refuse("ssd_budget", "plan", *common, f"ssd_budget={wrong}")
 
+    def written_bytes(self, step):
+        with open(self.path(f"out/checkpoint-{step}/trainer_state.json")) as file:
+            return json.load(file)["written_bytes"]
+
+    def test_what_was_written_before_counts_for_the_budget_of_a_run_that_goes_on(self):
+        common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=2", "val_size=0"]
+        plan = json.loads(self.accept("plan", *common, "max_steps=4", "--json"))
+        self.accept("train", *common, "max_steps=4", "export=none")
+        written = [self.written_bytes(step) for step in (2, 4)]
+        self.assertGreaterEqual(written[1] - written[0], plan["checkpoint_bytes"] + plan["ssd_step_bytes"])
+        once = plan["ssd_run_bytes"] - 4 * plan["ssd_step_bytes"] - 2 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        self.assertTrue(once < written[0] <= plan["ssd_run_bytes"], (written, plan))
+        self.assertLessEqual(written[1], plan["ssd_run_bytes"] - plan["export_bytes"])
+
+        # Four steps more write as much again; a byte less than both together is too little.
+        more = [*common, "max_steps=8", "resume_from_checkpoint=true"]
+        budget = written[1] + plan["ssd_run_bytes"]
+        error = self.refuse("ssd_budget: this run would write", "train", *more, f"ssd_budget={budget - 1}")
+        self.assertRegex(error, rf" beside the \S+ MiB until now, .* 3 more steps stay within it, .* allow {budget} bytes")
+        self.accept("train", *more, f"ssd_budget={budget}")
+        self.assertAlmostEqual(self.written_bytes(8) / written[1], 2, delta=0.1)
+
     def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
         common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
         self.accept("train", "run.yaml", "output_dir=whole", *common)
