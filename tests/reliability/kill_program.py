@@ -43,6 +43,7 @@ MACHINE = {"format": "flap machine 1", "machines": [{
     "d2h_bytes": 1e10, "host_bytes": 1e10, "launch_ns": 100, "copy_ns": 1000, "disk_ns": 10000, "synchronous": True,
     "shared_cores": 1, "disk_read_bytes": 1e9, "disk_write_bytes": 1e9}]}
 TEXT = "".join(f"The {n}th line says that {n} and {n + 1} make {2 * n + 1}.\n" for n in range(40))
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 SECONDS_MAX = 120  # of one process; it takes a tenth of a second
 
 
@@ -59,10 +60,10 @@ def without_written(name, data):
     return data
 
 
-def digests(folder):
-    """Of every file in a folder, by name."""
+def digests(folder, names=None):
+    """Of every file in a folder, or of these, by name."""
     found = {}
-    for name in sorted(os.listdir(folder)):
+    for name in names or sorted(os.listdir(folder)):
         with open(os.path.join(folder, name), "rb") as file:
             found[name] = hashlib.sha256(without_written(name, file.read())).hexdigest()
     return found
@@ -95,16 +96,7 @@ class Lives:
         with open(self.path(out, "metrics.jsonl")) as file:
             lines = [json.loads(line) for line in file]
         steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
-        model = {name: digest for name, digest in self.files(out).items()}
-        return {"steps": steps, "model": model, "last": digests(self.path(out, "checkpoint-8"))}
-
-    def files(self, out):
-        wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-        found = {}
-        for name in wanted:
-            with open(self.path(out, name), "rb") as file:
-                found[name] = hashlib.sha256(file.read()).hexdigest()
-        return found
+        return {"steps": steps, "model": digests(self.path(out), MODEL_FILES), "last": digests(self.path(out, "checkpoint-8"))}
 
     def reference(self):
         """The undisturbed run: what it ends with, each of its checkpoints, and for how long it goes."""
