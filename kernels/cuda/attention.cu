@@ -16,16 +16,11 @@ bool takes_tiles(const flap_cuda_attention_shape *shape) {
   return shape->dtype != FLAP_F32 && shape->head_size <= ATTENTION_MMA_HEAD_MAX && rows_aligned(shape);
 }
 
-/* Whether this is a GPU for the kernels of attention_hopper.cu; which GPU it is, is part of the numerics key. */
-bool backward_takes_hopper(const flap_cuda_attention_shape *shape) {
+/* Whether this is a GPU for the kernels of sm_90a; which GPU it is, is part of the numerics key. */
+bool takes_hopper(const flap_cuda_attention_shape *shape) {
   int device = 0, major = 0;
   return !shape->portable && takes_tiles(shape) && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-}
-
-/* With small heads the exponentials decide, and the smaller blocks of the portable kernel hide them better. */
-bool forward_takes_hopper(const flap_cuda_attention_shape *shape) {
-  return shape->head_size > 64 && backward_takes_hopper(shape);
 }
 
 bool valid(const flap_cuda_attention_shape *shape) {
@@ -64,7 +59,7 @@ attention_args arguments(const flap_cuda_attention_shape *shape, const void *q, 
 }
 
 bool takes_chain(const flap_cuda_attention_shape *shape) {
-  return !shape->two_passes && backward_takes_hopper(shape) && cuda_attention_chain_of(shape).slots > 0;
+  return !shape->two_passes && takes_hopper(shape) && cuda_attention_chain_of(shape).slots > 0;
 }
 
 cudaError_t backward_chain(attention_args args, const flap_cuda_attention_shape *shape, void *scratch,
@@ -87,7 +82,7 @@ const char *flap_cuda_attention_path(const flap_cuda_attention_shape *shape, boo
     return "plain";
   if (backward && takes_chain(shape))
     return "chain";
-  return (backward ? backward_takes_hopper(shape) : forward_takes_hopper(shape)) ? "wgmma" : "mma";
+  return !takes_hopper(shape) ? "mma" : backward ? "wgmma" : "stream";
 }
 
 cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, void *out, float *lse, const void *q,
@@ -104,8 +99,8 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
     return attention_forward_few(args, shape->dtype, stream);
   if (!takes_tiles(shape))
     return attention_forward_plain(args, shape->dtype, stream);
-  return forward_takes_hopper(shape) ? attention_forward_hopper(args, shape->dtype, stream)
-                                     : attention_forward_mma(args, shape->dtype, stream);
+  return takes_hopper(shape) ? attention_forward_stream(args, shape->dtype, stream)
+                             : attention_forward_mma(args, shape->dtype, stream);
 }
 
 cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
@@ -127,11 +122,12 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (status != cudaSuccess)
     return status;
   args.statistics = statistics;
-  args.partial = reinterpret_cast<float *>(static_cast<unsigned char *>(scratch) + cuda_attention_statistics_bytes(shape));
+  args.partial =
+      reinterpret_cast<float *>(static_cast<unsigned char *>(scratch) + cuda_attention_statistics_bytes(shape));
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = cuda_attention_backward_parts(shape);
-  if (!backward_takes_hopper(shape))
+  if (!takes_hopper(shape))
     status = attention_backward_mma(args, shape->dtype, stream);
   else if (!takes_chain(shape))
     status = attention_backward_hopper(args, shape->dtype, stream);

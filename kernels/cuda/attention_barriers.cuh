@@ -25,6 +25,11 @@ __device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier) {
     barrier_arrive(barrier);
 }
 
+/* One arrival of this thread, once all copies that it has started (cp.async) are over. */
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
 /* Until the phase of that parity is over; of a new barrier, the phase before the first (parity 1) is. */
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile("{\n.reg .pred done;\nagain:\n"

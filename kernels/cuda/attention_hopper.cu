@@ -1,5 +1,5 @@
-/* The kernels of attention_forward.cu and attention_backward.cu for Hopper (sm_90a): the same tiles, order of sums and
- * steps between the products, which are done by warpgroups (attention_wgmma.cuh) at twice the rate.
+/* The kernels of attention_backward.cu for Hopper (sm_90a): the same tiles, order of sums and steps between the
+ * products, which are done by warpgroups (attention_wgmma.cuh) at twice the rate.
  *
  * A warpgroup has 64 rows, a block WGS warpgroups, and there is one block per multiprocessor: while one warpgroup
  * computes exponentials another multiplies. Tiles have two stages; a stage is filled after the barrier behind which no
@@ -44,101 +44,6 @@ template <int HD> struct left_rows<HD, true> {
     panels_multiply<T, HD, N>(c, held, right);
   }
 };
-
-/* ---- forward ---- */
-
-constexpr int KEYS = 128;
-
-template <int HD>
-constexpr uint32_t forward_shared_bytes = tile_bytes<HD, ROWS<HD>> + 4 * tile_bytes<HD, KEYS> + ALIGNMENT;
-
-template <typename T, int HD>
-__global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_forward_kernel(const attention_args args) {
-  extern __shared__ unsigned char dynamic[];
-  unsigned char *shared = aligned_shared(dynamic);
-  const uint32_t q_tile = attention_shared_address(shared), k_tiles = q_tile + tile_bytes<HD, ROWS<HD>>;
-  const uint32_t v_tiles = k_tiles + 2 * tile_bytes<HD, KEYS>;
-  const uint32_t warp = threadIdx.x >> 5, first = warp * 16; /* the warp's first row */
-  const attention_query_block block = attention_query_block_of<ROWS<HD>>(args);
-  const uint32_t end = args.first_position + block.query + block.rows;
-  const uint16_t *k = attention_at(args.k, block.kv), *v = attention_at(args.v, block.kv);
-  panels_load<HD, ROWS<HD>, THREADS<HD>>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
-                                         args.head_size);
-  panels_load<HD, KEYS, THREADS<HD>>(k_tiles, k, end, args.kv_stride, args.head_size);
-  attention_commit();
-
-  float out[1][HD / 8][4], scores[1][KEYS / 8][4], factor[1][2];
-  uint32_t packed[1][KEYS / 16][4];
-  attention_clear<1, HD / 8>(out);
-  attention_running<1> state;
-  attention_running_open<1>(state);
-  const uint32_t position = args.first_position + block.query + first; /* of the warp's first query */
-  const auto load_next =
-      [&](uint32_t key,
-          uint32_t stage) { /* values of this tile, keys of the next */
-                            panels_load<HD, KEYS, THREADS<HD>>(v_tiles + stage * tile_bytes<HD, KEYS>,
-                                                               v + key * args.kv_stride, end - key, args.kv_stride,
-                                                               args.head_size);
-                            if (key + KEYS < end)
-                              panels_load<HD, KEYS, THREADS<HD>>(k_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>,
-                                                                 k + (key + KEYS) * args.kv_stride, end - key - KEYS,
-                                                                 args.kv_stride, args.head_size);
-                            attention_commit();
-      };
-  const auto soften = [&](uint32_t key) {
-    if (key + KEYS > position + 1)
-      attention_hide_later_keys<1, KEYS>(scores, static_cast<int>(position) - static_cast<int>(key));
-    attention_softmax_tile<1, KEYS>(scores, state, factor, args.scale_log2);
-  };
-  left_rows<HD, HELD<HD>> queries;
-  panels_arrived();
-  __syncthreads();
-  queries.open(q_tile);
-  wgmma_hold(scores);
-  wgmma_begin();
-  queries.template multiply<T, KEYS>(scores, k_tiles);
-  load_next(0, 0);
-  wgmma_wait<0>();
-  wgmma_hold(scores);
-  soften(0);
-  attention_pack<T, 1, KEYS>(packed, scores);
-  /* The scores of a tile are computed while the tile before is multiplied with its values. */
-  for (uint32_t key = KEYS, stage = 1; key < end; key += KEYS, stage ^= 1) {
-    panels_arrived(); /* keys of this tile, values of the one before */
-    __syncthreads();
-    wgmma_hold(scores);
-    wgmma_hold(out);
-    wgmma_hold(packed);
-    wgmma_begin();
-    queries.template multiply<T, KEYS>(scores, k_tiles + stage * tile_bytes<HD, KEYS>);
-    panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + (stage ^ 1) * tile_bytes<HD, KEYS>);
-    load_next(key, stage);
-    wgmma_wait<1>();
-    wgmma_hold(scores);
-    soften(key);
-    wgmma_wait<0>();
-    wgmma_hold(out);
-    wgmma_hold(packed);
-    attention_rescale<1, HD>(out, factor);
-    attention_pack<T, 1, KEYS>(packed, scores);
-  }
-  panels_arrived();
-  __syncthreads();
-  wgmma_hold(out);
-  wgmma_hold(packed);
-  wgmma_begin();
-  panels_accumulate<T, HD, KEYS>(out, packed, v_tiles + ((end + KEYS - 1) / KEYS - 1) % 2 * tile_bytes<HD, KEYS>);
-  wgmma_wait<0>();
-  wgmma_hold(out);
-  __syncthreads();
-
-  const uint32_t valid = block.rows > first ? block.rows - first : 0;
-  attention_running_close<1>(state, factor, args.lse_out == NULL ? NULL : args.lse_out + block.statistic + first, valid,
-                             args.scale);
-  attention_store_rows<T, HD, 1>(attention_at(args.out, block.packed + first * block.packed_stride),
-                                 block.packed_stride, valid, args.head_size, out, factor,
-                                 shared + first * attention_row_bytes<HD>);
-}
 
 /* ---- backward, pass one: dk and dv ---- */
 
@@ -368,11 +273,6 @@ template <int HD> uint64_t tiles_of(uint32_t rows) {
   return (rows + ROWS<HD> - 1) / ROWS<HD>;
 }
 
-template <typename T, int HD> cudaError_t forward(const attention_args &args, cudaStream_t stream) {
-  return attention_launch(attention_hopper_forward_kernel<T, HD>, tiles_of<HD>(args.queries) * args.batch * args.heads,
-                          THREADS<HD>, forward_shared_bytes<HD>, args, stream);
-}
-
 template <typename T, int HD> cudaError_t backward(const attention_args &args, cudaStream_t stream) {
   cudaError_t status = attention_launch(attention_hopper_keys_kernel<T, HD>,
                                         tiles_of<HD>(args.keys) * args.batch * args.kv_heads * args.parts, THREADS<HD>,
@@ -385,10 +285,6 @@ template <typename T, int HD> cudaError_t backward(const attention_args &args, c
 }
 
 } // namespace
-
-cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
-  return dtype == FLAP_BF16 ? forward<__nv_bfloat16, 128>(args, stream) : forward<__half, 128>(args, stream);
-}
 
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
   if (dtype == FLAP_BF16)

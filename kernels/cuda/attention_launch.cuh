@@ -11,9 +11,8 @@ constexpr uint32_t ATTENTION_MMA_HEAD_MAX = 128;
 cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* With args.parts above 1, dk and dv are left in parts. */
 cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
-/* The same two on Hopper alone: attention_hopper.cu and attention_chain.cu are code for sm_90a. Forward: head sizes
- * above 64. */
-cudaError_t attention_forward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
+/* The same two on Hopper alone: attention_stream.cu, attention_hopper.cu and attention_chain.cu are code for sm_90a. */
+cudaError_t attention_forward_stream(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 /* The backward on Hopper in one kernel; args.turns, args.slots of cuda_attention_chain_of. */
 cudaError_t attention_backward_chain(const attention_args &args, flap_dtype dtype, cudaStream_t stream);

@@ -23,8 +23,9 @@ struct attention_args {
   float *partial;  /* of dk and dv, or of a decode; NULL when there is one part */
   uint32_t parts;  /* that the heads of a group (backward) or the keys (decode) are split into */
   uint32_t stages; /* tiles in flight in the loops of the backward: 1 or 2 */
-  uint32_t *turns; /* of a chain (attention_chain.cu): tickets taken, and how many have added to each sum; zeros before */
-  float4 *sums;    /* of dq, in slots of a head each */
+  uint32_t
+      *turns;   /* of a chain (attention_chain.cu): tickets taken, and how many have added to each sum; zeros before */
+  float4 *sums; /* of dq, in slots of a head each */
   uint32_t slots, section_units;
   uint32_t batch, queries, keys, first_position, heads, kv_heads, head_size;
   uint64_t q_stride, kv_stride;
@@ -142,11 +143,11 @@ struct attention_query_block {
   uint64_t q, packed, packed_stride, statistic, kv;
 };
 
-/* Blocks come in sections of a few units, within which those with the longest rows start first. A unit is what one set of
- * keys and values serves, or in the pass for dk and dv one set of queries: with at most so many units at a time several
- * of a unit's tiles run together and share what they read through the L2 cache. Over all units at once every block reads
- * from memory, where units are many: keys and values of 4 sequences of 2048 tokens with 32 heads of 128 are 134 MB. Fewer
- * units would leave too few blocks to even out their lengths. */
+/* Blocks come in sections of a few units, within which those with the longest rows start first. A unit is what one set
+ * of keys and values serves, or in the pass for dk and dv one set of queries: with at most so many units at a time
+ * several of a unit's tiles run together and share what they read through the L2 cache. Over all units at once every
+ * block reads from memory, where units are many: keys and values of 4 sequences of 2048 tokens with 32 heads of 128 are
+ * 134 MB. Fewer units would leave too few blocks to even out their lengths. */
 constexpr uint32_t ATTENTION_SECTION_UNITS = 32;
 
 struct attention_place {
@@ -166,14 +167,14 @@ __device__ __forceinline__ attention_place attention_place_of(uint32_t items, ui
   return attention_place_at(blockIdx.x, gridDim.x / items, items, ATTENTION_SECTION_UNITS * per_unit);
 }
 
+/* Block `place.rank` of the queries of a head of a sequence, place.item, of which there are `tiles`. */
 template <int ROWS>
-__device__ __forceinline__ attention_query_block attention_query_block_of(const attention_args &args) {
-  const uint32_t pairs = args.batch * args.heads, shared = args.heads / args.kv_heads;
-  const attention_place place = attention_place_of(pairs, shared);
+__device__ __forceinline__ attention_query_block attention_query_block_at(const attention_args &args,
+                                                                          attention_place place, uint32_t tiles) {
   const uint32_t pair = place.item, sequence = pair / args.heads, head = pair % args.heads;
-  const uint32_t kv_head = head / shared;
+  const uint32_t kv_head = head / (args.heads / args.kv_heads);
   attention_query_block block;
-  block.query = (gridDim.x / pairs - 1 - place.rank) * ROWS;
+  block.query = (tiles - 1 - place.rank) * ROWS;
   block.rows = min(static_cast<uint32_t>(ROWS), args.queries - block.query);
   const uint64_t token = static_cast<uint64_t>(sequence) * args.queries + block.query;
   block.packed_stride = static_cast<uint64_t>(args.heads) * args.head_size;
@@ -182,6 +183,13 @@ __device__ __forceinline__ attention_query_block attention_query_block_of(const 
   block.statistic = static_cast<uint64_t>(pair) * args.queries + block.query;
   block.kv = static_cast<uint64_t>(sequence) * args.keys * args.kv_stride + kv_head * args.head_size;
   return block;
+}
+
+/* The thread block's, of a grid that has one for each. */
+template <int ROWS>
+__device__ __forceinline__ attention_query_block attention_query_block_of(const attention_args &args) {
+  const uint32_t pairs = args.batch * args.heads;
+  return attention_query_block_at<ROWS>(args, attention_place_of(pairs, args.heads / args.kv_heads), gridDim.x / pairs);
 }
 
 /* `rows` keys of one key-value head, from `key` on, at `kv` in k, v, dk and dv, for `heads` heads of its group. Where
