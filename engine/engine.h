@@ -27,6 +27,7 @@ typedef enum flap_region_class {
   FLAP_CLASS_VOCABULARY,    /* weights of embedding and head */
   FLAP_CLASS_STATES,        /* optimizer slices: the rest of the master, and moments */
   FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
+  FLAP_CLASS_ROUNDED,       /* rounded gradients whose slices are updated in the backward: places that all share */
   FLAP_CLASS_GRADIENT_SUMS, /* fp32, of the layers */
   FLAP_CLASS_VOCABULARY_SUMS,
   FLAP_CLASS_BOUNDARIES,       /* segment inputs, per micro-batch */
@@ -61,6 +62,7 @@ typedef struct flap_plan {
   char saved_tensors[128];         /* what of a layer these save: "attention, lse"; "" for no layer */
   bool saved_whole;                /* which is all there is */
   bool saved_resident;             /* the saved activations stay in VRAM */
+  uint32_t backward_parts;         /* that are updated in the backward of their own step; the others: */
   bool sweep;                      /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
   uint32_t read_buffers, write_buffers, workers;

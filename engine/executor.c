@@ -120,7 +120,7 @@ static void adamw(flap_executor *x, const flap_op *op) {
 }
 
 /* A job of the pager's, on its thread. The scalars stay as they are until the next norm, by when the forward has used
- * all weights. */
+ * all weights; or, where updates begin in the backward, until the losses of the next step are there, likewise. */
 static void update_on_host(void *context, void *const memory[]) {
   const flap_host_job *job = context;
   flap_executor *x = job->executor;
@@ -255,6 +255,19 @@ static bool is_finite(const flap_executor_result *result) {
   return isfinite(result->loss_sum) && isfinite(result->grad_norm);
 }
 
+/* Updates begin in the backward, whose scalars depend on no norm. A loss that is not finite is found here, while
+ * nothing of this step's has changed a weight. */
+static flap_status losses(flap_executor *x, flap_executor_result *result) {
+  FLAP_TRY(sum_losses(x, result));
+  x->has_update = true;
+  x->skips = false;
+  if (x->config == NULL || !isfinite(result->loss_sum))
+    return FLAP_OK;
+  flap_assert(!(x->config->max_grad_norm > 0) && !(x->loss_scale.scale > 0));
+  flap_schedule_adamw(x->config, x->input->learning_rate, 1, x->input->step, &x->adamw);
+  return FLAP_OK;
+}
+
 /* The gradients are complete: their norm, the clip coefficient, and the scalars of the update. */
 static flap_status norm(flap_executor *x, flap_executor_result *result) {
   FLAP_TRY(sum_losses(x, result));
@@ -267,8 +280,8 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
   result->loss_scale = x->loss_scale.scale;
   x->has_update = true;
   x->skips = false;
-  if (x->config == NULL)
-    return FLAP_OK; /* a simulation */
+  if (x->config == NULL || x->layout->spec.backward_parts > 0)
+    return FLAP_OK; /* a simulation; or the scalars are those that losses() gave, and jobs use them */
   if (!is_finite(result))
     return FLAP_OK; /* there is no update to scale: the caller skips it, or stops the run */
   const double clip = flap_schedule_clip(x->config->max_grad_norm, result->grad_norm);
@@ -324,6 +337,8 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
   case FLAP_OP_ADAMW:
     adamw(x, op);
     break;
+  case FLAP_OP_LOSSES:
+    return losses(x, result);
   case FLAP_OP_NORM:
     return norm(x, result);
   case FLAP_OP_LAYER_DECODE:
@@ -402,6 +417,8 @@ static flap_status overflowed(flap_executor *x, flap_executor_result *result) {
 }
 
 static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_result *result) {
+  if (x->mode == FLAP_EXECUTE_UPDATE && op->kind == FLAP_OP_LOSSES)
+    x->mode = FLAP_EXECUTE_NOTHING; /* updates from here on would be those of a step that does not happen */
   if (x->mode == FLAP_EXECUTE_NOTHING || (x->mode == FLAP_EXECUTE_UPDATE && op->kind != FLAP_OP_ADAMW))
     return FLAP_OK;
   if (x->mode == FLAP_EXECUTE_SEARCH) {
@@ -416,7 +433,8 @@ static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_re
   FLAP_TRY(perform(x, op, result));
   if (x->timed)
     flap_executor_trace(x->trace, label_of(x, op), started_ns, flap_units_now_ns());
-  return op->kind == FLAP_OP_NORM && !is_finite(result) ? overflowed(x, result) : FLAP_OK;
+  const bool looks = op->kind == FLAP_OP_NORM || op->kind == FLAP_OP_LOSSES;
+  return looks && !is_finite(result) ? overflowed(x, result) : FLAP_OK;
 }
 
 static flap_status run_ops(flap_executor *x, flap_setup_program which, flap_executor_result *result) {

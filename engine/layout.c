@@ -102,10 +102,34 @@ uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t m
   return layout->first_saved + (uint32_t)saved_index(spec, layer, micro_batch);
 }
 
+static uint32_t all_parts(const flap_layout_spec *spec) {
+  return spec->model->num_hidden_layers + 2;
+}
+
+/* Parts before this one that the host updates. */
+static uint32_t hosts_before(const flap_layout_spec *spec, uint32_t part) {
+  const uint32_t parts = all_parts(spec), wanted = spec->host_parts, reluctant = spec->backward_parts > 0 ? 2 : 0;
+  const uint32_t first = parts - wanted < reluctant ? parts - wanted : reluctant;
+  return part <= first ? 0 : (uint32_t)((uint64_t)(part - first) * wanted / (parts - first));
+}
+
 bool flap_layout_is_host(const flap_layout *layout, uint32_t part) {
   const flap_layout_spec *spec = &layout->spec;
-  const uint64_t parts = (uint64_t)spec->model->num_hidden_layers + 2, wanted = spec->host_parts;
-  return spec->mode == FLAP_MODE_TRAIN && (part + 1) * wanted / parts > part * wanted / parts;
+  return spec->mode == FLAP_MODE_TRAIN && hosts_before(spec, part + 1) > hosts_before(spec, part);
+}
+
+/* Each kind by itself: at distances that are even among all parts one of the two could be of one kind alone. */
+bool flap_layout_in_backward(const flap_layout *layout, uint32_t part) {
+  const flap_layout_spec *spec = &layout->spec;
+  const bool host = flap_layout_is_host(layout, part);
+  const uint32_t parts = all_parts(spec), wanted = host ? spec->host_backward_parts : spec->backward_parts;
+  const uint32_t before = hosts_before(spec, part), index = host ? before : part - before;
+  return spec->mode == FLAP_MODE_TRAIN && (uint64_t)(index + 1) * wanted / parts > (uint64_t)index * wanted / parts;
+}
+
+/* Its gradient never leaves the device. */
+static bool is_consumed_at_once(const flap_layout *layout, uint32_t part) {
+  return flap_layout_in_backward(layout, part) && !flap_layout_is_host(layout, part);
 }
 
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
@@ -122,6 +146,7 @@ static uint8_t element_bytes(const flap_layout *layout, flap_region_class klass)
   case FLAP_CLASS_VOCABULARY_SUMS:
     return 4;
   case FLAP_CLASS_GRADIENTS:
+  case FLAP_CLASS_ROUNDED:
     return (uint8_t)flap_dtype_bytes(spec->gradient_dtype);
   case FLAP_CLASS_WEIGHTS:
   case FLAP_CLASS_VOCABULARY:
@@ -158,10 +183,9 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   const bool layer = part->kind == FLAP_PART_LAYER;
   uint64_t elements = part->elements;
   if (shared && layer) {
-    /* The first segment's layers have weights, sums, and two regions per slice each, one layer after the other. */
-    const uint32_t per_layer = (uint32_t)(2 + 2 * ((elements + spec->slice_elements - 1) / spec->slice_elements));
-    if (part->layer >= spec->segment_layers)
-      return layout->first_sums + part->layer % spec->segment_layers * per_layer;
+    if (part->layer >= spec->segment_layers) /* where regions are only counted there are no parts to ask */
+      return layout->parts == NULL ? FLAP_REGION_NONE
+                                   : layout->parts[flap_layout_layer_part(part->layer % spec->segment_layers)].sums;
   } else if (shared && !layout->tied) {
     if (part->kind == FLAP_PART_HEAD)
       return layout->vocabulary_sums;
@@ -172,9 +196,54 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
       add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS, elements * 4);
   if (part->kind == FLAP_PART_EMBEDDING)
     layout->vocabulary_sums = region;
-  else if (layer && part->layer == 0)
-    layout->first_sums = region;
   return region;
+}
+
+/* Slices of a part. */
+static uint32_t count_slices(const flap_layout *layout, flap_part kind) {
+  return (uint32_t)((layout->part_elements[kind] + layout->slice_elements[kind] - 1) / layout->slice_elements[kind]);
+}
+
+/* Gradients that are consumed at once need one place if each slice is updated when it is rounded; if the update of a
+ * segment is spread over the next one, places for all of its slices, or for those of the head. */
+static uint32_t count_rounded(const flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  const uint32_t head = spec->model->num_hidden_layers + 1;
+  uint32_t most = 0;
+  for (uint32_t part = 0; part <= head; part++)
+    most |= is_consumed_at_once(layout, part);
+  if (most == 0 || !spec->spread)
+    return most;
+  if (is_consumed_at_once(layout, head))
+    most = count_slices(layout, FLAP_PART_HEAD);
+  for (uint32_t segment = 0; segment < layout->segment_count; segment++) {
+    uint32_t first, end, here = 0;
+    flap_layout_segment(layout, segment, &first, &end);
+    for (uint32_t layer = first; layer < end; layer++)
+      here += is_consumed_at_once(layout, flap_layout_layer_part(layer)) ? count_slices(layout, FLAP_PART_LAYER) : 0;
+    most = here > most ? here : most;
+  }
+  return most;
+}
+
+static void add_rounded(flap_layout *layout) {
+  uint64_t elements = 0;
+  for (int kind = 0; kind < FLAP_PART_COUNT; kind++) {
+    const uint64_t largest = layout->part_elements[kind] < layout->slice_elements[kind] ? layout->part_elements[kind]
+                                                                                        : layout->slice_elements[kind];
+    elements = largest > elements ? largest : elements;
+  }
+  layout->rounded_count = count_rounded(layout);
+  for (uint32_t i = 0; i < layout->rounded_count; i++)
+    add_region(layout, FLAP_CLASS_ROUNDED, elements * flap_dtype_bytes(layout->spec.gradient_dtype));
+}
+
+/* The slices of a segment are neighbours, so they have different places. */
+static uint32_t add_gradient(flap_layout *layout, uint64_t elements, bool host, bool at_once) {
+  if (at_once)
+    return layout->rounded_next++ % layout->rounded_count;
+  return add_placed(layout, FLAP_CLASS_GRADIENTS, elements * flap_dtype_bytes(layout->spec.gradient_dtype),
+                    host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
 }
 
 /* A part's weights, and in training its gradient sums and its slices. */
@@ -182,6 +251,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
   flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
   const bool vocabulary = kind != FLAP_PART_LAYER, host = flap_layout_is_host(layout, layout->part_count);
+  const bool at_once = is_consumed_at_once(layout, layout->part_count);
   part.elements = layout->part_elements[kind];
   part.weights =
       add_placed(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
@@ -201,8 +271,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
           add_placed(layout, FLAP_CLASS_STATES,
                      slice.elements == slice_elements ? whole_bytes : flap_layout_state_bytes(format, slice.elements),
                      host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
-      slice.gradient = add_placed(layout, FLAP_CLASS_GRADIENTS, slice.elements * flap_dtype_bytes(spec->gradient_dtype),
-                                  host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
+      slice.gradient = add_gradient(layout, slice.elements, host, at_once);
       if (layout->regions != NULL && flap_layout_has_codes(spec->optim, kind))
         layout->regions[slice.states].element_bytes = 1;
       if (layout->slices != NULL)
@@ -244,6 +313,8 @@ static void add_all(flap_layout *layout) {
   const uint32_t layers = spec->model->num_hidden_layers;
   layout->part_count = layout->slice_count = layout->region_count = 0;
   layout->block_count = 0;
+  layout->rounded_next = 0;
+  add_rounded(layout);
   add_part(layout, FLAP_PART_EMBEDDING, 0);
   for (uint32_t layer = 0; layer < layers; layer++)
     add_part(layout, FLAP_PART_LAYER, layer);
@@ -277,7 +348,9 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
   flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
   flap_assert(spec->saved_layers == 0 || spec->saved_mask != 0);
-  flap_assert(spec->host_parts <= layers + 2);
+  flap_assert(spec->host_parts <= layers + 2 && spec->backward_parts <= layers + 2);
+  flap_assert(spec->host_backward_parts <= layers + 2 && (spec->backward_parts > 0 || spec->host_backward_parts == 0));
+
   flap_assert(spec->group_micro_batches >= 1 && spec->group_micro_batches <= spec->micro_batches);
   flap_assert(spec->mode != FLAP_MODE_TRAIN ||
               (spec->slice_elements > 0 && spec->slice_elements % FLAP_OPS_BLOCK == 0 &&

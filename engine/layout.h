@@ -27,9 +27,14 @@ typedef struct flap_layout_spec {
   uint32_t micro_batches;       /* per step */
   uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
-  uint32_t saved_layers;    /* save activations; the others recompute. Below the layer count it is a share: see below */
-  uint32_t saved_mask;      /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
-  uint32_t host_parts;      /* so many parts are updated by the host's cores: see flap_layout_is_host */
+  uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
+  uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
+  uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */
+  uint32_t backward_parts; /* of the parts that the device updates this share in all parts is updated in the backward,
+                            see flap_layout_in_backward; */
+  uint32_t host_backward_parts; /* of those that the host updates */
+
+  bool spread; /* and those of a segment while the next one is passed: then all of them are rounded at once */
   uint64_t slice_elements;  /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
                                of them. The embedding's slices have about as many bytes. */
   uint32_t cache_positions; /* sample mode */
@@ -90,7 +95,7 @@ typedef struct flap_layout_part {
 typedef struct flap_layout_slice {
   uint32_t part;
   uint64_t first_element, elements; /* in the part; multiples of FLAP_OPS_BLOCK */
-  uint32_t states, gradient;        /* regions */
+  uint32_t states, gradient;        /* regions; the gradient's may be one that other slices use after it */
 } flap_layout_slice;
 
 typedef struct flap_layout {
@@ -105,7 +110,9 @@ typedef struct flap_layout {
   flap_layout_part *parts; /* embedding, layers in order, head */
   flap_layout_slice *slices;
   flap_layout_region *regions;
-  uint32_t first_sums, vocabulary_sums;
+  uint32_t vocabulary_sums;
+  uint32_t rounded_count; /* places for gradients that are consumed where they are rounded: the first regions */
+  uint32_t rounded_next;  /* while it is built */
   uint32_t first_boundary, first_hidden_gradient, first_saved, first_cache; /* regions, or FLAP_REGION_NONE */
   bool tied;
 } flap_layout;
@@ -127,8 +134,12 @@ static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;
 }
 /* Whether the optimizer of a part (an index into parts) runs on the host's cores: of all parts host_parts do, at even
- * distances, the head first, for which a step has most time. */
+ * distances, the head first, for which a step has most time. Where updates happen in the backward embedding and first
+ * layer come last: their gradients are complete when the next forward is about to begin with them. */
 bool flap_layout_is_host(const flap_layout *layout, uint32_t part);
+/* Whether a part is updated in the backward of the step, once its gradient is complete, and not folded into the next
+ * forward or swept: of the parts that the host updates, and of the others, a share at even distances. */
+bool flap_layout_in_backward(const flap_layout *layout, uint32_t part);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);
 

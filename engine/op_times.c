@@ -628,6 +628,7 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
     return (uint64_t)(host_of(t, layout, op)->alone * (double)layout->slices[op->index].elements);
   case FLAP_OP_PIN:
   case FLAP_OP_UNPIN:
+  case FLAP_OP_LOSSES:
   case FLAP_OP_NORM:
   case FLAP_OP_LAYER_DECODE:
   case FLAP_OP_LOGITS:

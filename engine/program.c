@@ -6,6 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* `last`: of its part, whose weights have been of use then. */
+typedef struct rounded_slice {
+  uint32_t index;
+  bool last;
+  flap_operand weights, gradient;
+} rounded_slice;
+
 /* A program under construction. The first failure to get memory sticks; after it nothing is appended. */
 typedef struct builder {
   const flap_layout *layout;
@@ -21,13 +28,18 @@ typedef struct builder {
   flap_operand *next;
   uint32_t next_part, next_parts, next_slices, next_done;
   bool next_pinned;
+  /* Slices whose gradient is rounded and whose update is spread over the backward of the segment behind them, in
+   * order: at most as many as there are places for rounded gradients. */
+  struct rounded_slice *rounded;
+  uint32_t rounded_count, rounded_done;
+  bool last_group; /* of micro-batches, in work */
   uint32_t hidden_buffers;
 } builder;
 
 const char *flap_program_op_name(flap_op_kind kind) {
-  static const char *const names[] = {"pin",   "unpin",      "embed",      "forward", "recompute",
-                                      "head",  "backward",   "embed back", "zero",    "store grad",
-                                      "adamw", "host adamw", "norm",       "decode",  "logits"};
+  static const char *const names[] = {"pin",      "unpin",      "embed",  "forward",    "recompute", "head",
+                                      "backward", "embed back", "zero",   "store grad", "adamw",     "host adamw",
+                                      "losses",   "norm",       "decode", "logits"};
   _Static_assert(sizeof names / sizeof *names == FLAP_OP_KIND_COUNT, "a name per kind");
   flap_assert(kind < FLAP_OP_KIND_COUNT);
   return names[kind];
@@ -157,6 +169,15 @@ static uint32_t head_part(const builder *b) {
   return b->layout->part_count - 1;
 }
 
+static bool in_backward(const builder *b, uint32_t part) {
+  return flap_layout_in_backward(b->layout, part);
+}
+
+/* On the device, in the forward of the next step. */
+static bool folds(const builder *b, uint32_t part) {
+  return !flap_layout_is_host(b->layout, part) && !in_backward(b, part);
+}
+
 static void update_slice(builder *b, uint32_t index, flap_operand weights) {
   const flap_layout_slice *slice = &b->layout->slices[index];
   const flap_operand states = pin(b, slice->states, FLAP_LEASE_UPDATE);
@@ -169,27 +190,25 @@ static void update_slice(builder *b, uint32_t index, flap_operand weights) {
 /* AdamW on every slice of a part whose weights are pinned for update. */
 static void update_part(builder *b, uint32_t part, flap_operand weights) {
   const flap_layout_part *p = part_of(b, part);
-  flap_assert(!flap_layout_is_host(b->layout, part));
+  flap_assert(folds(b, part));
   for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++)
     update_slice(b, i, weights);
 }
 
-/* Hands the slices of every part that the host updates over to it, in the order of the forward: it works along that
- * list while the device computes, and what reads the weights waits for it. */
-static void update_on_host(builder *b) {
+/* Hands the slices of a part over to the host. */
+static void update_part_on_host(builder *b, uint32_t part) {
   const flap_layout *layout = b->layout;
-  for (uint32_t i = 0; i < layout->slice_count; i++) {
+  const flap_layout_part *p = part_of(b, part);
+  const flap_state_format *format = &layout->state_formats[p->kind];
+  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++) {
     const flap_layout_slice *slice = &layout->slices[i];
-    if (!flap_layout_is_host(layout, slice->part))
-      continue;
-    const flap_state_format *format = &layout->state_formats[layout->parts[slice->part].kind];
     const flap_lease leases[] = {{.region = slice->states,
                                   .mode = FLAP_LEASE_UPDATE,
                                   .host_bytes = flap_layout_state_bytes(format, slice->elements)},
                                  {.region = slice->gradient,
                                   .mode = FLAP_LEASE_CONSUME,
                                   .host_bytes = slice->elements * flap_dtype_bytes(layout->spec.gradient_dtype)},
-                                 {.region = layout->parts[slice->part].weights,
+                                 {.region = p->weights,
                                   .mode = FLAP_LEASE_UPDATE,
                                   .host_bytes = slice->elements * flap_dtype_bytes(layout->spec.shape.dtype)}};
     flap_operand operand[3];
@@ -198,6 +217,14 @@ static void update_on_host(builder *b) {
     OP(b, FLAP_OP_HOST_ADAMW, i, 0, operand[0], operand[1], operand[2], NONE, NONE, NONE);
     b->program->job_count++;
   }
+}
+
+/* Of every part that the host updates, but for those of the backward, in the order of the forward: it works along that
+ * list while the device computes, and what reads the weights waits for it. */
+static void update_on_host(builder *b) {
+  for (uint32_t part = 0; part < b->layout->part_count; part++)
+    if (flap_layout_is_host(b->layout, part) && !in_backward(b, part))
+      update_part_on_host(b, part);
 }
 
 /* States stream through a ring that is much smaller than a layer's. Updated in one go, a layer waits for all of them;
@@ -209,11 +236,17 @@ static void next_begin(builder *b, uint32_t first_part, uint32_t part_count) {
   b->next_slices = b->next_done = 0;
   b->next_pinned = false;
   for (uint32_t i = 0; i < part_count; i++)
-    b->next_slices += flap_layout_is_host(b->layout, first_part + i) ? 0 : part_of(b, first_part + i)->slice_count;
+    b->next_slices += folds(b, first_part + i) ? part_of(b, first_part + i)->slice_count : 0;
 }
 
+/* Whether the device changes the weights that it is about to lease for the forward: `update`: by the pending update; or
+ * by this step's, where they stay for a backward behind which that happens. */
 static flap_operand pin_part(builder *b, uint32_t part, bool update) {
-  const bool changes = update && !flap_layout_is_host(b->layout, part);
+  const flap_layout *layout = b->layout;
+  const bool step = b->spec->kind == FLAP_PROGRAM_STEP;
+  const bool stays = part == head_part(b) ||
+                     (part > 0 && part_of(b, part)->layer / layout->spec.segment_layers + 1 == layout->segment_count);
+  const bool changes = folds(b, part) ? update : step && stays && b->last_group && !flap_layout_is_host(layout, part);
   return pin(b, part_of(b, part)->weights, changes ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
 }
 
@@ -221,7 +254,7 @@ static flap_operand pin_part(builder *b, uint32_t part, bool update) {
 static uint32_t next_slice(const builder *b, uint32_t n) {
   uint32_t part = b->next_part;
   for (;; part++) {
-    const uint32_t count = flap_layout_is_host(b->layout, part) ? 0 : part_of(b, part)->slice_count;
+    const uint32_t count = folds(b, part) ? part_of(b, part)->slice_count : 0;
     if (n < count)
       return part_of(b, part)->first_slice + n;
     n -= count;
@@ -244,7 +277,7 @@ static void next_update(builder *b, uint32_t until) {
 /* A part's weights; with the pending update applied if this is the place for it. */
 static flap_operand pin_weights(builder *b, uint32_t part, bool update) {
   const flap_operand weights = pin_part(b, part, update);
-  if (update && !flap_layout_is_host(b->layout, part))
+  if (update && folds(b, part))
     update_part(b, part, weights);
   return weights;
 }
@@ -257,6 +290,69 @@ static void store_part(builder *b, uint32_t part, flap_operand sums) {
     OP(b, FLAP_OP_STORE_GRADIENT, i, 0, sums, gradient, NONE, NONE, NONE, NONE);
     unpin(b, gradient);
   }
+}
+
+/* Rounds a slice's finished gradient where it is consumed. */
+static flap_operand round_slice(builder *b, uint32_t index, flap_operand sums) {
+  const flap_operand gradient = pin(b, b->layout->slices[index].gradient, FLAP_LEASE_SCRATCH);
+  OP(b, FLAP_OP_STORE_GRADIENT, index, 0, sums, gradient, NONE, NONE, NONE, NONE);
+  return gradient;
+}
+
+static void update_rounded(builder *b, uint32_t index, flap_operand weights, flap_operand states,
+                           flap_operand gradient) {
+  OP(b, FLAP_OP_ADAMW, index, 0, weights, states, gradient, NONE, NONE, NONE);
+  unpin(b, gradient);
+  unpin(b, states);
+}
+
+/* Updates the first `until` of the rounded slices, those that are done already excepted. */
+static void rounded_update(builder *b, uint32_t until) {
+  for (; b->rounded_done < until && !b->failed; b->rounded_done++) {
+    const rounded_slice *slice = &b->rounded[b->rounded_done];
+    const flap_operand states = pin(b, b->layout->slices[slice->index].states, FLAP_LEASE_UPDATE);
+    update_rounded(b, slice->index, slice->weights, states, slice->gradient);
+    if (slice->last)
+      unpin(b, slice->weights);
+  }
+}
+
+/* After micro-batch `done` (from 0) of `count`: an equal share after each. */
+static void rounded_share(builder *b, uint32_t done, uint32_t count) {
+  rounded_update(b, (uint32_t)((uint64_t)b->rounded_count * (done + 1) / count));
+}
+
+/* Of those before none are left. */
+static void rounded_begin(builder *b) {
+  flap_assert(b->failed || b->rounded_done == b->rounded_count);
+  b->rounded_count = b->rounded_done = 0;
+}
+
+/* A part's gradient is complete: it goes home, or is consumed by the update. Sums and weights have been of use, but for
+ * the weights of slices that are only rounded here. */
+static void finish_part(builder *b, uint32_t part, flap_operand sums, flap_operand weights) {
+  const flap_layout_part *p = part_of(b, part);
+  const bool host = flap_layout_is_host(b->layout, part), updates = in_backward(b, part) && !host;
+  const bool later = updates && b->layout->spec.spread && part > 0; /* behind the embedding there is no segment */
+  if (!updates)
+    store_part(b, part, sums);
+  for (uint32_t i = p->first_slice; updates && i < p->first_slice + p->slice_count; i++) {
+    if (later) {
+      flap_assert(b->rounded_count < b->layout->rounded_count);
+      b->rounded[b->rounded_count++] = (rounded_slice){.index = i,
+                                                       .last = i + 1 == p->first_slice + p->slice_count,
+                                                       .weights = weights,
+                                                       .gradient = round_slice(b, i, sums)};
+    } else {
+      const flap_operand states = pin(b, b->layout->slices[i].states, FLAP_LEASE_UPDATE);
+      update_rounded(b, i, weights, states, round_slice(b, i, sums));
+    }
+  }
+  unpin(b, sums);
+  if (weights != NONE && !later)
+    unpin(b, weights);
+  if (host && in_backward(b, part))
+    update_part_on_host(b, part);
 }
 
 /* A part's sums for one group: the first group's first micro-batch writes them, they travel in fp32 between groups, and
@@ -411,14 +507,19 @@ static void head(builder *b, micro_batch_range range, bool update) {
       unpin(b, dx);
     unpin(b, x_in);
   }
-  if (backward && range.last_group)
-    store_part(b, head_part(b), sums);
   if (backward && tied)
     unpin(b, projection_sums);
-  if (backward)
-    unpin(b, sums);
   if (tied)
     unpin(b, projection);
+  if (backward && range.last_group) {
+    if (b->layout->spec.backward_parts > 0)
+      OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+    rounded_begin(b);
+    finish_part(b, head_part(b), sums, weights);
+    return;
+  }
+  if (backward)
+    unpin(b, sums);
   unpin(b, weights);
 }
 
@@ -445,8 +546,9 @@ static void backward_segment(builder *b, uint32_t segment, micro_batch_range ran
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
+    const bool updates = range.last_group && in_backward(b, part) && !flap_layout_is_host(b->layout, part);
     if (!held)
-      b->weights[layer - first] = pin_weights(b, part, false);
+      b->weights[layer - first] = pin(b, part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
     b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
@@ -457,13 +559,17 @@ static void backward_segment(builder *b, uint32_t segment, micro_batch_range ran
     unpin_saved(b, segment);
     unpin(b, x_in);
     unpin(b, dx);
+    rounded_share(b, i - range.first, range.end - range.first);
   }
+  rounded_begin(b);
   for (uint32_t layer = end; layer-- > first;) {
     const uint32_t j = layer - first;
-    if (range.last_group)
-      store_part(b, flap_layout_layer_part(layer), b->sums[j]);
-    unpin(b, b->sums[j]);
-    unpin(b, b->weights[j]);
+    if (range.last_group) {
+      finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
+    } else {
+      unpin(b, b->sums[j]);
+      unpin(b, b->weights[j]);
+    }
   }
 }
 
@@ -476,15 +582,16 @@ static void embed_backward(builder *b) {
     const flap_operand dx = pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CONSUME);
     OP(b, FLAP_OP_EMBED_BACKWARD, 0, i, dx, sums, NONE, NONE, NONE, NONE);
     unpin(b, dx);
+    rounded_share(b, i, b->layout->spec.micro_batches);
   }
-  store_part(b, 0, sums);
-  unpin(b, sums);
+  const bool updates = in_backward(b, 0) && !flap_layout_is_host(b->layout, 0);
+  finish_part(b, 0, sums, updates ? pin(b, part_of(b, 0)->weights, FLAP_LEASE_UPDATE) : NONE);
 }
 
 static void sweep(builder *b) {
   update_on_host(b);
   for (uint32_t part = 0; part < b->layout->part_count; part++)
-    if (!flap_layout_is_host(b->layout, part))
+    if (folds(b, part))
       unpin(b, pin_weights(b, part, true));
 }
 
@@ -499,7 +606,7 @@ static void build_step(builder *b) {
   for (uint32_t first = 0; first < n; first += group) {
     micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     range.first_group = first == 0;
-    range.last_group = range.end == n;
+    range.last_group = b->last_group = range.end == n;
     const bool update = b->spec->pending && range.first_group;
     embed(b, range, update);
     for (uint32_t segment = 0; segment <= last; segment++)
@@ -558,8 +665,12 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
                .hidden_buffers = flap_program_hidden_buffers(layout),
                .keeps_whole = missing_bytes(layout) == 0};
   flap_operand *lists = calloc(k, 4 * sizeof *lists);
-  if (lists == NULL)
+  b.rounded = calloc((size_t)layout->rounded_count + 1, sizeof *b.rounded);
+  if (lists == NULL || b.rounded == NULL) {
+    free(lists);
+    free(b.rounded);
     return flap_error_set(FLAP_NO_MEMORY, "no memory to plan a segment of %u layers", k);
+  }
   b.weights = lists;
   b.sums = lists + k;
   b.saved = lists + 2 * (size_t)k;
@@ -579,6 +690,7 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
     break;
   }
   free(lists);
+  free(b.rounded);
   if (b.failed) {
     flap_program_close(program_out);
     return flap_error_set(FLAP_NO_MEMORY, "no memory for a step program of %u layers", layout->part_count - 2);

@@ -1,8 +1,8 @@
 /* Step programs: what happens in one optimizer step, one evaluation or one generated token, op by op.
  *
  * A program is known before it runs. It lists ops in order; pins and unpins are ops too, so the leases of the pager and
- * their lifetimes can be read off. Numbers never depend on the choices made here (segments, groups, fold or sweep,
- * saved or recomputed): they only decide when the same arithmetic happens.
+ * their lifetimes can be read off. Numbers never depend on the choices made here (segments, groups, when parts are
+ * updated, saved or recomputed): they only decide when the same arithmetic happens.
  */
 #ifndef FLAP_ENGINE_PROGRAM_H
 #define FLAP_ENGINE_PROGRAM_H
@@ -26,6 +26,7 @@ typedef enum flap_op_kind {
   FLAP_OP_STORE_GRADIENT,  /* sums, gradient; `index` is the slice */
   FLAP_OP_ADAMW,           /* weights, states, gradient; `index` is the slice */
   FLAP_OP_HOST_ADAMW,      /* states, gradient, weights: three leases in a row of a job of the host; likewise */
+  FLAP_OP_LOSSES,          /* the losses of all micro-batches are complete, and updates in the backward begin */
   FLAP_OP_NORM,            /* the norms of all gradients are complete: collect them, with the losses */
   FLAP_OP_LAYER_DECODE,    /* weights, x, cache, scratch; `index` is the layer */
   FLAP_OP_LOGITS,          /* head, projection holder, x */
@@ -51,6 +52,7 @@ typedef struct flap_op {
 /* Which step this is. */
 typedef struct flap_program_spec {
   enum { FLAP_PROGRAM_STEP, FLAP_PROGRAM_SWEEP, FLAP_PROGRAM_FORWARD, FLAP_PROGRAM_DECODE } kind;
+  /* Of the parts that are not updated in the backward, which the layout says: */
   bool pending; /* STEP: the previous step's update is folded into this forward */
   bool sweep;   /* STEP: this step's update happens at its end */
   bool spread;  /* STEP, pending: a layer's update is spread over the forward of the segment before it */

@@ -158,6 +158,37 @@ static flap_status check_size(const char *key, flap_size size) {
   return FLAP_OK;
 }
 
+bool flap_run_config_needs_norm(const flap_run_config *config) {
+  return config->max_grad_norm > 0 || config->fp16;
+}
+
+flap_update_when flap_run_config_update(const flap_expert *expert) {
+  static const flap_update_when same[] = {
+      [FLAP_CLIP_AUTO] = FLAP_UPDATE_AUTO, [FLAP_CLIP_FOLD] = FLAP_UPDATE_FOLD, [FLAP_CLIP_SWEEP] = FLAP_UPDATE_SWEEP};
+  return expert->update != FLAP_UPDATE_AUTO ? expert->update : same[expert->clip];
+}
+
+static flap_status check_update(const flap_run_config *config) {
+  const flap_expert *expert = &config->expert;
+  flap_expert clip_alone = *expert;
+  clip_alone.update = FLAP_UPDATE_AUTO;
+  const flap_update_when clip = flap_run_config_update(&clip_alone);
+  if (clip != FLAP_UPDATE_AUTO && expert->update != FLAP_UPDATE_AUTO && clip != expert->update)
+    return flap_error_set(FLAP_INVALID,
+                          "expert.clip: contradicts expert.update, which is about the same: leave it out");
+  if (expert->update != FLAP_UPDATE_BACKWARD || !flap_run_config_needs_norm(config))
+    return FLAP_OK;
+  if (config->fp16)
+    return flap_error_set(FLAP_INVALID,
+                          "expert.update: backward contradicts fp16, whose steps are skipped where any gradient "
+                          "overflows: no part can be updated before all are known; use bf16, or leave it out");
+  return flap_error_set(
+      FLAP_INVALID,
+      "expert.update: backward contradicts max_grad_norm: %g, for which the norm of all gradients must "
+      "be known before any part is updated: set max_grad_norm: 0, or leave it out",
+      config->max_grad_norm);
+}
+
 static flap_status check_machine(const flap_run_config *config) {
   FLAP_TRY(check_size("vram", config->vram));
   FLAP_TRY(check_size("ram", config->ram));
@@ -204,6 +235,7 @@ flap_status flap_run_config_check(const flap_run_config *config) {
   FLAP_TRY(check_steps(config));
   FLAP_TRY(check_optimizer(config));
   FLAP_TRY(check_saving(config));
+  FLAP_TRY(check_update(config));
   return check_machine(config);
 }
 

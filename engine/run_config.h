@@ -55,6 +55,14 @@ typedef enum flap_run_saved {
   FLAP_RUN_SAVED_EVERYTHING
 } flap_run_saved;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
+/* When a part is updated: in the next forward, right before it is used; behind the whole backward; or in the backward,
+ * once its gradient is complete, where no norm of all gradients is needed. */
+typedef enum flap_update_when {
+  FLAP_UPDATE_AUTO,
+  FLAP_UPDATE_FOLD,
+  FLAP_UPDATE_SWEEP,
+  FLAP_UPDATE_BACKWARD
+} flap_update_when;
 typedef enum flap_run_io { FLAP_RUN_IO_AUTO, FLAP_RUN_IO_URING, FLAP_RUN_IO_THREADS } flap_run_io;
 /* Which algorithm a card's library takes for a product: the one that was fastest when tried here, or its first answer.
  */
@@ -82,7 +90,8 @@ typedef struct flap_expert {
   uint32_t segment_layers;
   uint32_t group_micro_batches;
   flap_run_saved saved; /* which tensors a layer saves that saves any */
-  flap_clip clip;
+  flap_clip clip;       /* the same as update: fold or sweep */
+  flap_update_when update;
   flap_optimizer_place optimizer;
   uint64_t page_bytes;  /* a power of two, 4 KiB .. 4 MiB */
   uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
@@ -160,6 +169,10 @@ FLAP_CHECKED flap_status flap_run_config_check(const flap_run_config *config);
 /* Frees what is owned. */
 void flap_run_config_close(flap_run_config *config);
 
+/* Whether updates depend on the norm of all gradients: for clipping, or to know whether fp16 overflowed. */
+bool flap_run_config_needs_norm(const flap_run_config *config);
+/* What `update` and `clip` say together. */
+flap_update_when flap_run_config_update(const flap_expert *expert);
 /* As the configuration spells it. */
 const char *flap_run_config_optim_name(flap_optim optim);
 /* Weights' and activations' storage type. */

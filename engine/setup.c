@@ -23,8 +23,9 @@ static uint64_t smaller(uint64_t a, uint64_t b) {
 _Static_assert(FLAP_CLASS_COUNT <= FLAP_PAGER_CLASSES_MAX, "the pager knows as many classes");
 
 const char *flap_engine_class_name(flap_region_class klass) {
-  static const char *const names[] = {"weights",         "vocabulary", "states",           "gradients", "gradient_sums",
-                                      "vocabulary_sums", "boundaries", "hidden_gradients", "saved",     "cache"};
+  static const char *const names[] = {"weights",       "vocabulary",      "states",     "gradients",        "rounded",
+                                      "gradient_sums", "vocabulary_sums", "boundaries", "hidden_gradients", "saved",
+                                      "cache"};
   _Static_assert(sizeof names / sizeof *names == FLAP_CLASS_COUNT, "a name per class");
   flap_assert((unsigned)klass < FLAP_CLASS_COUNT);
   return names[klass];
@@ -44,6 +45,10 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
                             .host_parts = choice->host_parts,
+                            .backward_parts = choice->backward_parts,
+                            .host_backward_parts = choice->host_backward_parts,
+
+                            .spread = choice->backward_parts > 0 && choice->spread,
                             .slice_elements = choice->slice_elements,
                             .cache_positions = spec->cache_positions};
 }
@@ -79,14 +84,23 @@ static flap_program_spec program_spec(flap_setup_program program) {
   return specs[program];
 }
 
+/* Whether some part is updated neither in the backward nor in a sweep. */
+static bool leaves_updates(const flap_setup *setup) {
+  for (uint32_t part = 0; part < setup->layout.part_count; part++)
+    if (!setup->choice.sweep && !flap_layout_in_backward(&setup->layout, part))
+      return true;
+  return false;
+}
+
 static void choose_programs(flap_setup *setup) {
   bool *has = setup->has_program;
   switch (setup->spec.mode) {
   case FLAP_MODE_TRAIN:
     has[FLAP_SETUP_SINGLE] = has[FLAP_SETUP_FORWARD] = true;
     has[FLAP_SETUP_FIRST] = has[FLAP_SETUP_STEADY] = has[FLAP_SETUP_LAST] = has[FLAP_SETUP_SWEEP] =
-        !setup->choice.sweep;
-    setup->steady = setup->choice.sweep ? FLAP_SETUP_SINGLE : FLAP_SETUP_STEADY;
+        leaves_updates(setup);
+
+    setup->steady = flap_setup_folds(setup) ? FLAP_SETUP_STEADY : FLAP_SETUP_SINGLE;
     break;
   case FLAP_MODE_FORWARD:
     has[FLAP_SETUP_FORWARD] = true;
@@ -160,6 +174,13 @@ static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
   return (index + 1) * wanted / regions > index * wanted / regions;
 }
 
+/* The embedding's gradient is complete when the backward is over, and the next forward begins with its weights: its
+ * states pass the bus while nothing computes, unless they stay. */
+static uint64_t preferred_states(const flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  return setup->choice.keeps_embedding && !flap_layout_is_host(layout, 0) ? layout->parts[0].slice_count : 0;
+}
+
 static void choose_residents(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
   const uint64_t *regions = setup->region_counts;
@@ -169,9 +190,15 @@ static void choose_residents(flap_setup *setup) {
     if (regions[k] > 0)
       wanted[k] = bytes_max >= setup->staying_bytes[k] ? regions[k] : bytes_max / setup->largest_bytes[k];
   }
+  const uint64_t states = preferred_states(setup); /* the first of their class */
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_region_class k = layout->regions[i].klass;
-    setup->resident[i] = may_stay(&layout->regions[i]) && is_chosen(index[k]++, wanted[k], regions[k]);
+    const uint64_t first = k == FLAP_CLASS_STATES ? states : 0, rest = wanted[k] > first ? wanted[k] - first : 0;
+    setup->resident[i] = false;
+    if (!may_stay(&layout->regions[i]))
+      continue;
+    const uint64_t at = index[k]++;
+    setup->resident[i] = at < first ? at < wanted[k] : is_chosen(at - first, rest, regions[k] - first);
   }
 }
 
@@ -447,7 +474,11 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
               choice->group_micro_batches == setup->choice.group_micro_batches &&
               choice->saved_layers == setup->choice.saved_layers && choice->saved_mask == setup->choice.saved_mask &&
               choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
-              choice->slice_elements == setup->choice.slice_elements && choice->host_parts == setup->choice.host_parts);
+              choice->slice_elements == setup->choice.slice_elements &&
+              choice->host_parts == setup->choice.host_parts &&
+              choice->backward_parts == setup->choice.backward_parts &&
+              choice->host_backward_parts == setup->choice.host_backward_parts);
+
   setup->choice = *choice;
   choose_residents(setup);
   lay_rings(setup);
@@ -461,6 +492,7 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   memset(setup_out, 0, sizeof *setup_out);
   setup_out->spec = *spec;
   setup_out->choice = *choice;
+  flap_assert(choice->backward_parts == 0 || spec->needs_no_norm);
   flap_status status = FLAP_OK;
   FLAP_TRY_GOTO(status, build_layout(setup_out));
   FLAP_TRY_GOTO(status, check_regions(&setup_out->layout));

@@ -16,6 +16,7 @@ extern "C" {
 
 /* The programs that a run may execute. */
 typedef enum flap_setup_program {
+  /* Of what is not updated in the backward of its own step. Where all is, single is the only step. */
   FLAP_SETUP_FIRST,   /* a step that begins and ends with its update pending: nothing pending before */
   FLAP_SETUP_STEADY,  /* the update before is folded in, this one stays pending */
   FLAP_SETUP_LAST,    /* the update before is folded in, this one happens at the end: before an evaluation or a save */
@@ -43,6 +44,7 @@ typedef struct flap_setup_spec {
   flap_compression compression; /* of pages on disk, and what decides about it: */
   flap_duplex disk_rates;       /* of all disks together */
   bool shared_cores;            /* compute wants all cores */
+  bool needs_no_norm;           /* nothing is clipped or scaled: a part may be updated before all gradients are there */
   uint32_t disk_count;
   const char *disk_paths[FLAP_BLOCK_DISKS_MAX];
   uint64_t disk_weights[FLAP_BLOCK_DISKS_MAX]; /* for striping; 0: by size */
@@ -51,8 +53,13 @@ typedef struct flap_setup_spec {
 typedef struct flap_choice {
   uint32_t segment_layers, group_micro_batches, saved_layers;
   uint32_t saved_mask; /* which tensors these save */
-  bool sweep;
-  bool spread;         /* the folded update of a segment is spread over the forward of the one before */
+  /* Only where no norm is needed, and host_backward_parts only with backward_parts: what share in all parts is updated
+   * in the backward, of the parts that the device updates and of those that the host does; the others: */
+  uint32_t backward_parts, host_backward_parts;
+
+  bool sweep;  /* at the step's end, or else in the next forward */
+  bool spread; /* the update of a segment is spread over what comes before it, the forward of the segment before or the
+                  backward of the one behind */
   uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
@@ -61,6 +68,7 @@ typedef struct flap_choice {
   uint32_t extra_slots[FLAP_CLASS_COUNT]; /* of rings, beyond what the programs need at once */
   uint64_t
       resident_bytes[FLAP_CLASS_COUNT]; /* at most so many bytes of a class stay in VRAM, its regions spread evenly */
+  bool keeps_embedding;                 /* of the states that stay the embedding's come first */
   uint64_t ram_bytes;                   /* at most so many bytes of pages live in RAM, by class in order of traffic */
 } flap_choice;
 
@@ -100,6 +108,10 @@ FLAP_CHECKED flap_status flap_setup_build(const flap_setup_spec *spec, const fla
  * slots, residents and RAM. */
 FLAP_CHECKED flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice);
 void flap_setup_close(flap_setup *setup);
+/* Whether steps leave updates for the next one. */
+static inline bool flap_setup_folds(const flap_setup *setup) {
+  return setup->has_program[FLAP_SETUP_STEADY];
+}
 
 /* Takes from `ram` in the order of the run, behind the pager's memory, what the run keeps there: used for measuring and
  * for opening. */

@@ -57,7 +57,7 @@ static bool rests_after(const trainer *t, uint64_t step) {
 
 /* The program of the step after `done` steps. */
 static flap_setup_program program_for(const trainer *t, uint64_t done, bool pending) {
-  if (t->prepared.setup.choice.sweep)
+  if (!flap_setup_folds(&t->prepared.setup))
     return FLAP_SETUP_SINGLE;
   if (rests_after(t, done + 1))
     return pending ? FLAP_SETUP_LAST : FLAP_SETUP_SINGLE;
@@ -217,7 +217,7 @@ static flap_status run_to_rest(trainer *t) {
       flap_runtime_start_trace(&t->runtime);
     if (t->step == first + TRACED_STEP + TRACED_STEPS)
       flap_runtime_stop_trace(&t->runtime);
-    const bool pending = !t->prepared.setup.choice.sweep && !rests;
+    const bool pending = flap_setup_folds(&t->prepared.setup) && !rests;
     if (!rests)
       look_at_the_clock(t, t->step + 2);
     const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);

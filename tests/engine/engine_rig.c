@@ -146,18 +146,20 @@ void rig_begin(engine_rig *rig, const rig_model *model, const rig_place *place) 
   memset(rig, 0, sizeof *rig);
   ck_assert_uint_le(place->disks, RIG_DISKS_MAX);
   rig->model = model;
-  rig->spec = (flap_setup_spec){.model = &model->config,
-                                .shape = model->shape,
-                                .mode = FLAP_MODE_TRAIN,
-                                .gradient_dtype = model->gradient_dtype,
-                                .optim = model->options.optim,
-                                .micro_batches = model->micro_batches,
-                                .threads = place->threads,
-                                .device = FLAP_DEVICE_CPU,
-                                .io = place->io,
-                                .disk_count = place->disks,
-                                .compression = place->compression,
-                                .disk_rates = {.alone_bytes = 1e6, .other_alone_bytes = 1e6}};
+  rig->spec =
+      (flap_setup_spec){.model = &model->config,
+                        .shape = model->shape,
+                        .mode = FLAP_MODE_TRAIN,
+                        .gradient_dtype = model->gradient_dtype,
+                        .optim = model->options.optim,
+                        .micro_batches = model->micro_batches,
+                        .threads = place->threads,
+                        .device = FLAP_DEVICE_CPU,
+                        .io = place->io,
+                        .disk_count = place->disks,
+                        .compression = place->compression,
+                        .needs_no_norm = !flap_run_config_needs_norm(&model->options) && model->shape.dtype != FLAP_F16,
+                        .disk_rates = {.alone_bytes = 1e6, .other_alone_bytes = 1e6}};
   for (uint32_t i = 0; i < place->disks; i++)
     rig->spec.disk_weights[i] = place->weighted ? 1 + 3 * i : 0;
   make_folders(rig, place->real_disks);
@@ -244,7 +246,7 @@ static flap_executor_input input_of(const engine_rig *rig, uint64_t step) {
 }
 
 static flap_setup_program program_of(const engine_rig *rig, bool pending, bool updates) {
-  if (rig->setup.choice.sweep)
+  if (!flap_setup_folds(&rig->setup))
     return FLAP_SETUP_SINGLE;
   if (pending)
     return updates ? FLAP_SETUP_LAST : FLAP_SETUP_STEADY;
@@ -267,14 +269,14 @@ static void run_step(engine_rig *rig, uint32_t step, rig_result *result) {
 
 void rig_train(engine_rig *rig, uint32_t first, uint32_t end, rig_ending ending, rig_result *result) {
   flap_executor *x = &rig->runtime.executor;
-  const bool sweep = rig->setup.choice.sweep;
+  const bool folds = flap_setup_folds(&rig->setup);
   ck_assert_uint_lt(first, end);
   bool pending = rig->pending;
   for (uint32_t next = first, step = first; step < end; step++) {
     for (; next < end && next < step + 2; next++) { /* the present program and the one behind it */
       const bool updates = next + 1 == end && ending == RIG_UPDATED;
       MUST(flap_executor_begin(x, program_of(rig, pending, updates)));
-      pending = !sweep && !updates;
+      pending = folds && !updates;
     }
     run_step(rig, step, result);
   }
@@ -301,7 +303,7 @@ void rig_evaluate(engine_rig *rig, rig_result *result) {
 
 void rig_measure_step(engine_rig *rig, uint32_t step, rig_result *result, uint64_t moved_out[FLAP_LANE_COUNT]) {
   flap_pager_stats before, after;
-  ck_assert(rig->pending || rig->setup.choice.sweep);
+  ck_assert(rig->pending || !flap_setup_folds(&rig->setup));
   flap_pager_get_stats(rig->runtime.pager, &before);
   MUST(flap_executor_begin(&rig->runtime.executor, rig->setup.steady));
   run_step(rig, step, result);

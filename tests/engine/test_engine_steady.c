@@ -112,7 +112,8 @@ typedef struct way {
   bool from_disk, sweep;
   flap_block_backend io;
   uint32_t saved, group;
-  uint32_t mask; /* of saved tensors; 0: all */
+  uint32_t mask;           /* of saved tensors; 0: all */
+  uint32_t backward, host; /* parts */
 } way;
 
 static const way WAYS[] = {
@@ -122,6 +123,12 @@ static const way WAYS[] = {
     {.name = "ram, saved attention", .saved = 2, .mask = 0x06},
     {.name = "disk, all saved but the mlp", .from_disk = true, .saved = 2, .mask = 0x1f},
     {.name = "io threads, folded", .from_disk = true, .io = FLAP_BLOCK_THREADS, .saved = 2},
+    {.name = "ram, in the backward", .backward = 4},
+    {.name = "io_uring, most in the backward, half by the host",
+     .from_disk = true,
+     .io = FLAP_BLOCK_URING,
+     .backward = 3,
+     .host = 2},
     {.name = "io_uring, sweep", .from_disk = true, .sweep = true, .io = FLAP_BLOCK_URING},
 };
 #define WAY_COUNT ((int)(sizeof WAYS / sizeof *WAYS))
@@ -136,6 +143,9 @@ static void open_way(engine_rig *rig, const rig_model *model, const way *w) {
   if (w->mask != 0)
     choice.saved_mask = w->mask;
   choice.trace_events = 4096;
+  choice.backward_parts = choice.host_backward_parts = w->backward;
+  choice.spread = w->backward > 0;
+  choice.host_parts = w->host;
   if (w->group > 0)
     choice.group_micro_batches = w->group;
   rig_begin(rig, model, &(rig_place){.threads = 2, .io = w->io, .disks = w->from_disk ? 1 : 0});
@@ -146,7 +156,7 @@ static void open_way(engine_rig *rig, const rig_model *model, const way *w) {
  * leaves an update for a program of its own. */
 static flap_status loop(engine_rig *rig, uint32_t first, uint32_t end) {
   flap_executor *x = &rig->runtime.executor;
-  const bool sweep = rig->setup.choice.sweep;
+  const bool sweep = !flap_setup_folds(&rig->setup);
   const rig_model *model = rig->model;
   const uint64_t tokens = (uint64_t)model->shape.batch * model->shape.sequence * model->micro_batches;
   flap_executor_result result;
@@ -185,6 +195,7 @@ START_TEST(steps_take_nothing) {
   engine_rig rig;
   rig_model_small(&model);
   model.options.max_steps = STEPS;
+  model.options.max_grad_norm = w->backward > 0 ? 0 : 1;
   rig_model_random_data(&model);
   open_way(&rig, &model, w);
   MUST(loop(&rig, 0, 2)); /* the first steps; libraries warm up */
