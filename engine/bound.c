@@ -10,7 +10,8 @@
  * each, and the gradient. Moments are fp32, or a byte, beside an fp32 number that the 256 share. */
 #define GROUP 256u
 static uint64_t group_bytes(const flap_bound_spec *spec, bool codes) {
-  const uint64_t weight = spec->shape.dtype == FLAP_F16 ? 6 : 4, gradient = flap_dtype_bytes(spec->gradient_dtype);
+  const uint64_t weight = spec->shape.dtype == FLAP_F16 ? 6 : 4;
+  const uint64_t gradient = spec->needs_no_norm ? 0 : flap_dtype_bytes(spec->gradient_dtype); /* that waits */
   return codes ? GROUP * (weight + 2 + gradient) + 2 * 4 : GROUP * (weight + 2 * 4 + gradient);
 }
 
@@ -42,7 +43,7 @@ static uint64_t beyond(uint64_t bytes, uint64_t room) {
 
 /* What a step's bytes are made of, in all parts. */
 typedef struct step_bytes {
-  uint64_t live; /* state and gradients */
+  uint64_t live, state; /* state and gradients that wait; state alone */
   uint64_t weights, gradients;
 } step_bytes;
 
@@ -51,9 +52,11 @@ static step_bytes count_bytes(const flap_bound_spec *spec) {
   const uint64_t elements = flap_model_part_elements(model, FLAP_PART_LAYER) * model->num_hidden_layers +
                             flap_model_part_elements(model, FLAP_PART_HEAD) +
                             flap_model_part_elements(model, FLAP_PART_EMBEDDING);
-  return (step_bytes){.live = count_live(spec),
+  const uint64_t live = count_live(spec), gradients = elements * flap_dtype_bytes(spec->gradient_dtype);
+  return (step_bytes){.live = live,
+                      .state = spec->needs_no_norm ? live : live - gradients,
                       .weights = elements * flap_dtype_bytes(spec->shape.dtype),
-                      .gradients = elements * flap_dtype_bytes(spec->gradient_dtype)};
+                      .gradients = gradients};
 }
 
 static uint64_t share_of(double share, uint64_t bytes) {
@@ -73,7 +76,7 @@ static void compute_lanes(const flap_bound_spec *spec, const step_bytes *bytes, 
   bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(host, bytes->weights);
   bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(host, bytes->gradients);
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
-  bound->lane_bytes[FLAP_LANE_HOST] = share_of(host, 2 * bytes->live - bytes->gradients);
+  bound->lane_bytes[FLAP_LANE_HOST] = share_of(host, 2 * bytes->state + bytes->gradients);
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     if (bound->lane_bytes[lane] > 0)
       bound->lane_seconds[lane] = rates[lane] > 0 ? (double)bound->lane_bytes[lane] / rates[lane] : (double)INFINITY;

@@ -15,6 +15,9 @@
  * RAM as what can be held: max(0, state + gradients - vram - ram) bytes are read, and as many written. The budgets
  * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed.
  *
+ * Where no norm is waited for (nothing is clipped or scaled) a gradient may be gone before the next one is complete.
+ * Then take the moment at which a step begins: only the state exists, and the same holds of it without gradients.
+ *
  * The host's cores may update a share of it all instead, where they are not the device. Then that share of states is no
  * matter of the bus: only its weights come in (H2D) and its gradients go out (D2H), and the host reads and writes its
  * states and reads its gradients. The share is the one with which the step can be shortest, so that no plan beats the
@@ -45,6 +48,7 @@ typedef struct flap_bound_spec {
   uint32_t micro_batches;
   flap_dtype gradient_dtype;
   flap_optim optim;
+  bool needs_no_norm;             /* nothing is clipped or scaled */
   uint64_t vram_bytes, ram_bytes; /* budgets */
   const flap_machine *machine;    /* rates above 0; those of disks may be 0 where nothing needs a disk */
 } flap_bound_spec;

@@ -69,6 +69,9 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
     describe_saved(setup, plan);
   plan->saved_resident = plan->saved_layers > 0 && setup->classes[FLAP_CLASS_SAVED].ring_slots == 0;
   plan->sweep = choice->sweep;
+  for (uint32_t part = 0; part < plan->part_count && setup->spec.mode == FLAP_MODE_TRAIN; part++)
+    plan->backward_parts += flap_layout_in_backward(&setup->layout, part);
+
   plan->page_bytes = choice->page_bytes;
   plan->transfer_bytes = choice->transfer_bytes;
   plan->slice_bytes = largest_slice_bytes(&setup->layout);
@@ -128,6 +131,7 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
                                       .micro_batches = spec->micro_batches,
                                       .gradient_dtype = spec->gradient_dtype,
                                       .optim = spec->optim,
+                                      .needs_no_norm = spec->needs_no_norm,
                                       .vram_bytes = p->budgets.vram_bytes,
                                       .ram_bytes = p->budgets.ram_bytes,
                                       .machine = &p->machine};

@@ -205,6 +205,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                             .device = FLAP_DEVICE_CPU,
                             .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
                             .io = backends[config->expert.io],
+                            .needs_no_norm = !flap_run_config_needs_norm(config),
                             .compression = config->compression,
                             .disk_count = config->disk_count};
   for (uint32_t i = 0; i < config->disk_count; i++)
