@@ -110,8 +110,27 @@ static void add_hosts(const flap_planner *planner, planner_candidates *c) {
   case FLAP_OPTIMIZER_AUTO:
     for (uint32_t share = 1; share <= PLANNER_HOST_SHARES && planner->spec.device == FLAP_DEVICE_CUDA; share++)
       c->other_hosts[c->other_host_count++] = (parts * share + PLANNER_HOST_SHARES - 1) / PLANNER_HOST_SHARES;
+    if (planner->spec.device == FLAP_DEVICE_CUDA && planner->spec.needs_no_norm)
+      c->other_hosts[c->other_host_count++] = parts - 1; /* all but the embedding, whose update nothing would hide */
     break;
   }
+}
+
+/* In the backward states have most of the step to pass the bus in, and gradients none to pass. Where that is not enough
+ * the next forward helps: with parts that the host updates, whose gradients go home in any case, or with all kinds. */
+static void add_updates(const flap_planner *planner, planner_candidates *c) {
+  const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
+  const planner_backward others[] = {
+      {parts, parts * 3 / 4}, {parts, parts / 2}, {parts * 3 / 4, parts * 3 / 4}, {parts / 2, parts / 2}, {0, 0}};
+  const flap_update_when wanted = flap_run_config_update(&planner->expert);
+  c->sweep = wanted == FLAP_UPDATE_SWEEP;
+  if (planner->spec.mode != FLAP_MODE_TRAIN || !planner->spec.needs_no_norm || wanted == FLAP_UPDATE_FOLD || c->sweep)
+    return;
+  c->backward = (planner_backward){parts, parts};
+  if (wanted == FLAP_UPDATE_BACKWARD)
+    return;
+  c->other_backward_count = sizeof others / sizeof *others;
+  memcpy(c->other_backwards, others, sizeof others);
 }
 
 static void add_pages(const flap_planner *planner, planner_candidates *c) {
@@ -131,5 +150,5 @@ void planner_list(const flap_planner *planner, planner_candidates *c) {
   add_slices(planner, c);
   add_pages(planner, c);
   add_hosts(planner, c);
-  c->sweep = planner->expert.clip == FLAP_CLIP_SWEEP;
+  add_updates(planner, c);
 }

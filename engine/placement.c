@@ -51,7 +51,7 @@ uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choi
 uint64_t planner_least_without_slices(const flap_planner *planner, const flap_choice *choice, flap_setup *setup) {
   const uint64_t all = planner_least_vram(planner, choice, setup);
   uint64_t slices = 0;
-  const flap_region_class sliced[] = {FLAP_CLASS_STATES, FLAP_CLASS_GRADIENTS};
+  const flap_region_class sliced[] = {FLAP_CLASS_STATES, FLAP_CLASS_GRADIENTS, FLAP_CLASS_ROUNDED};
   for (size_t i = 0; i < sizeof sliced / sizeof *sliced; i++) {
     const flap_class_plan *row = &setup->classes[sliced[i]];
     slices += row->ring_bytes + row->resident_bytes;
@@ -121,18 +121,19 @@ static void make_resident(flap_activations activations, int k, uint64_t *left, f
                           const flap_setup *setup) {
   /* Where all stays, the ring goes. */
   const uint64_t ring = setup->passing_bytes[k] == 0 ? setup->classes[k].ring_bytes : 0;
-  const uint64_t bytes = setup->staying_bytes[k], slot = slot_bytes(setup, k);
+  const uint64_t bytes = setup->staying_bytes[k], slot = slot_bytes(setup, k), before = choice->resident_bytes[k];
   if (slot == 0 || (k == FLAP_CLASS_SAVED && activations == FLAP_ACTIVATIONS_OFFLOAD))
     return;
-  if (bytes <= *left + ring) {
-    *left = *left + ring - bytes;
+  if (bytes <= *left + before + ring) {
+    *left = *left + before + ring - bytes;
     choice->resident_bytes[k] = bytes;
     if (setup->passing_bytes[k] == 0)
       choice->extra_slots[k] = 0;
     return;
   }
-  choice->resident_bytes[k] = *left / slot * slot;
-  *left -= choice->resident_bytes[k];
+  const uint64_t more = *left / slot * slot;
+  choice->resident_bytes[k] = before + more;
+  *left -= more;
 }
 
 /* Most traffic per byte first. */
@@ -140,6 +141,11 @@ static void add_residents(const flap_planner *planner, const flap_budgets *budge
                           flap_setup *setup) {
   bool done[FLAP_CLASS_COUNT] = {false};
   uint64_t left = budgets->vram_bytes - setup->vram_bytes;
+  if (choice->keeps_embedding) {
+    const uint64_t wanted = setup->layout.parts[0].slice_count * setup->largest_bytes[FLAP_CLASS_STATES];
+    choice->resident_bytes[FLAP_CLASS_STATES] = wanted < left ? wanted : 0;
+    left -= choice->resident_bytes[FLAP_CLASS_STATES];
+  }
   for (int round = 0; round < FLAP_CLASS_COUNT; round++) {
     int best = -1;
     for (int k = 0; k < FLAP_CLASS_COUNT; k++)

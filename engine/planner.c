@@ -29,6 +29,8 @@ typedef struct skeleton {
   planner_saving saved;
   bool spread;
   uint32_t host;
+  planner_backward backward;
+  bool keeps;           /* the embedding's states in VRAM */
   uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
 } skeleton;
 
@@ -41,6 +43,9 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                         .sweep = c->sweep,
                         .spread = s.spread,
                         .host_parts = s.host,
+                        .backward_parts = s.backward.device,
+                        .host_backward_parts = s.backward.host,
+                        .keeps_embedding = s.keeps,
                         .slice_elements = slice,
                         .page_bytes = page,
                         .transfer_bytes = page};
@@ -72,8 +77,9 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
   double homes = 0;
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
     homes += (double)setup->classes[k].disk_bytes;
-  const double rings =
-      (double)setup->classes[FLAP_CLASS_STATES].ring_bytes + (double)setup->classes[FLAP_CLASS_GRADIENTS].ring_bytes;
+  const double rings = (double)setup->classes[FLAP_CLASS_STATES].ring_bytes +
+                       (double)setup->classes[FLAP_CLASS_GRADIENTS].ring_bytes +
+                       (double)setup->classes[FLAP_CLASS_ROUNDED].resident_bytes;
   const double ram = (double)budgets->ram_bytes;
   return planner->spec.disk_count == 0 && (double)setup->ram_bytes + homes > ram + rings + ram / 64 + 64.0 * FLAP_MIB;
 }
@@ -131,6 +137,7 @@ static bool same_contender(const contender *a, const contender *b) {
   const skeleton *s = &a->s, *t = &b->s;
   return a->depth == b->depth && s->segment == t->segment && s->group == t->group && s->spread == t->spread &&
          s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask && s->host == t->host &&
+         s->backward.device == t->backward.device && s->backward.host == t->backward.host && s->keeps == t->keeps &&
          s->slice == t->slice && s->page == t->page;
 }
 
@@ -232,7 +239,8 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host, 0, 0};
+          const skeleton s = {
+              c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host, c->backward, false, 0, 0};
           if (is_double(planner, &c->saved, s))
             continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
@@ -258,13 +266,14 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
     flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
-    flap_log(
-        FLAP_LOG_DEBUG,
-        "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the host, depth "
-        "%u: estimated %.4f s, simulated %.4f s",
-        list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
-        list[i].s.spread ? "spread" : "at once", list[i].s.host, list[i].depth, list[i].estimate,
-        costs_here.step_seconds);
+    flap_log(FLAP_LOG_DEBUG,
+             "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the host, %u "
+             "and %u in "
+             "the backward%s, depth %u: estimated %.4f s, simulated %.4f s",
+             list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
+             list[i].s.spread ? "spread" : "at once", list[i].s.host, list[i].s.backward.device,
+             list[i].s.backward.host, list[i].s.keeps ? ", embedding kept" : "", list[i].depth, list[i].estimate,
+             costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
     const double wanted = list[i].s.host > best->s.host ? PLANNER_HOST_GAIN : 0.9999;
@@ -335,6 +344,8 @@ static flap_status refine_saved(const flap_planner *planner, const planner_candi
         skeleton s = cuts->of[k];
         s.saved = lists[i]->of[j];
         s.host = host;
+        s.backward = best->s.backward;
+        s.keeps = best->s.keeps;
         if (!is_double(planner, lists[i], s))
           FLAP_TRY(look_at(&r, s, costs));
       }
@@ -349,12 +360,56 @@ static flap_status refine_host(const flap_planner *planner, const planner_candid
     for (uint32_t j = 0; j < c->other_host_count; j++) {
       skeleton s = cuts->of[k];
       s.host = c->other_hosts[j];
+      s.backward = best->s.backward;
+      s.keeps = best->s.keeps;
       FLAP_TRY(look_at(&r, s, costs));
       s.saved = best->s.saved;
       if (!is_double(planner, &c->partial, s))
         FLAP_TRY(look_at(&r, s, costs));
     }
   return simulate_best(&r, best, costs);
+}
+
+/* How much is updated in the backward, where that may be; then whether the embedding's states should stay: estimates
+ * see what that takes from others, but not what it saves. */
+static flap_status refine_backward(const flap_planner *planner, const planner_candidates *c,
+                                   const flap_budgets *budgets, contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  for (uint32_t j = 0; j < c->other_backward_count; j++)
+    for (int spread = 0; spread < 2; spread++) {
+      skeleton s = best->s;
+      s.backward = c->other_backwards[j];
+      s.spread = spread == 1;
+      FLAP_TRY(look_at(&r, s, costs));
+    }
+  FLAP_TRY(simulate_best(&r, best, costs));
+  if (c->backward.device == 0)
+    return FLAP_OK;
+  skeleton kept = best->s;
+  kept.keeps = !kept.keeps;
+  r.count = 0;
+  FLAP_TRY(look_at(&r, kept, costs));
+  return simulate_best(&r, best, costs);
+}
+
+/* What is saved, with all else as in the best: where the bus carries states beside the backward, estimates tell too
+ * little of how deep rings must be, and would fill the list with one depth that is not the best one's. */
+static flap_status refine_saved_of_best(const flap_planner *planner, const planner_candidates *c,
+                                        const flap_budgets *budgets, contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets}, kept = r;
+  const planner_savings *const lists[] = {&c->partial, &c->saved};
+  for (size_t i = 0; i < 2 && c->backward.device > 0; i++)
+    for (uint32_t j = 0; j < lists[i]->count; j++) {
+      skeleton s = best->s;
+      s.saved = lists[i]->of[j];
+      r.count = 0;
+      if (!is_double(planner, lists[i], s))
+        FLAP_TRY(look_at(&r, s, costs));
+      for (uint32_t k = 0; k < r.count; k++)
+        if (r.list[k].depth == best->depth)
+          enter(kept.list, &kept.count, PLANNER_CONTENDERS, r.list[k]);
+    }
+  return simulate_best(&kept, best, costs);
 }
 
 /* How many layers save, between the shares that were tried. */
@@ -439,9 +494,11 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
     }
     FLAP_TRY(refine_saved(planner, c, budgets, &cuts, best, costs));
     FLAP_TRY(refine_host(planner, c, budgets, &cuts, best, costs));
+    FLAP_TRY(refine_backward(planner, c, budgets, best, costs));
     if (costs->step_seconds >= before)
       break;
   }
+  FLAP_TRY(refine_saved_of_best(planner, c, budgets, best, costs));
   return refine_layers(planner, c, budgets, best, costs);
 }
 
@@ -646,13 +703,14 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
     found->least[i] = UINT64_MAX;
   for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
     for (uint32_t g = 0; g < c.group_count; g = g + 1 < c.group_count ? c.group_count - 1 : c.group_count) {
-      FLAP_TRY(least_of_skeleton(planner, budgets, &c,
-                                 (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts, 0, 0},
-                                 found));
+      FLAP_TRY(least_of_skeleton(
+          planner, budgets, &c,
+          (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts, c.backward, false, 0, 0}, found));
       if (last.layers > 0 && flap_model_scratch_bytes(planner->spec.model, &planner->spec.shape, last.mask) > 0 &&
           c.saved.count > 1)
-        FLAP_TRY(least_of_skeleton(planner, budgets, &c,
-                                   (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts, 0, 0}, found));
+        FLAP_TRY(least_of_skeleton(
+            planner, budgets, &c,
+            (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts, c.backward, false, 0, 0}, found));
     }
   for (uint32_t i = 0; i < found->count; i++)
     if (found->least[i] == UINT64_MAX)

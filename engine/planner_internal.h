@@ -18,9 +18,10 @@
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
 #define PLANNER_CUTS (1 + 2 * PLANNER_REFINED_CUTS)
-#define PLANNER_ROUNDS 3           /* of refining one choice after the other */
-#define PLANNER_REFINED 6          /* contenders of these that are simulated */
-#define PLANNER_HOST_SHARES 8      /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_ROUNDS 3      /* of refining one choice after the other */
+#define PLANNER_REFINED 6     /* contenders of these that are simulated */
+#define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
@@ -34,6 +35,11 @@ typedef struct planner_saving {
   uint32_t layers, mask;
 } planner_saving;
 
+/* What share, in all parts, is updated in the backward: of those that the device updates, and of those of the host. */
+typedef struct planner_backward {
+  uint32_t device, host;
+} planner_backward;
+
 typedef struct planner_savings {
   uint32_t count;
   planner_saving of[PLANNER_SAVED_MAX];
@@ -45,7 +51,10 @@ typedef struct planner_candidates {
   planner_savings saved;   /* all or nothing of so many layers; what saves least first */
   planner_savings partial; /* some of it */
   uint32_t host_parts;     /* updated by the host's cores: in all candidates, to begin with */
-  uint32_t other_host_count, other_hosts[PLANNER_HOST_SHARES];   /* what else is tried with the best */
+  uint32_t other_host_count, other_hosts[PLANNER_HOST_SHARES + 1]; /* what else is tried with the best */
+  planner_backward backward;                                       /* likewise */
+  uint32_t other_backward_count;
+  planner_backward other_backwards[PLANNER_BACKWARDS_MAX];
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   bool sweep;
 } planner_candidates;

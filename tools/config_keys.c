@@ -28,6 +28,11 @@ static const flap_config_word activation_words[] = {{"auto", FLAP_ACTIVATIONS_AU
                                                     {NULL, 0}};
 static const flap_config_word device_words[] = {
     {"auto", FLAP_RUN_DEVICE_AUTO}, {"cpu", FLAP_RUN_DEVICE_CPU}, {"cuda", FLAP_RUN_DEVICE_CUDA}, {NULL, 0}};
+static const flap_config_word update_words[] = {{"auto", FLAP_UPDATE_AUTO},
+                                                {"fold", FLAP_UPDATE_FOLD},
+                                                {"sweep", FLAP_UPDATE_SWEEP},
+                                                {"backward", FLAP_UPDATE_BACKWARD},
+                                                {NULL, 0}};
 static const flap_config_word clip_words[] = {
     {"auto", FLAP_CLIP_AUTO}, {"fold", FLAP_CLIP_FOLD}, {"sweep", FLAP_CLIP_SWEEP}, {NULL, 0}};
 static const flap_config_word optimizer_words[] = {{"auto", FLAP_OPTIMIZER_AUTO},
@@ -183,7 +188,9 @@ static const flap_config_key keys[] = {
           "Micro-batches that pass the layers together."),
     WORD("expert.saved", expert.saved, saved_words,
          "Which activations a layer saves that saves any: attention's result, all but the MLP's, or all."),
-    WORD("expert.clip", expert.clip, clip_words, "Update folded into the next forward, or swept after the backward."),
+    WORD("expert.update", expert.update, update_words,
+         "Update folded into the next forward, swept after the backward, or (max_grad_norm: 0) in the backward."),
+    WORD("expert.clip", expert.clip, clip_words, "The same as expert.update: fold or sweep."),
     WORD("expert.optimizer", expert.optimizer, optimizer_words,
          "Where weights are updated: on the device, by the host's cores, or each of them half."),
     PLAIN("expert.page_bytes", BYTES, expert.page_bytes, "Unit of checksums and homes: a power of two, 4KiB to 4MiB."),

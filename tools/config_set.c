@@ -113,7 +113,9 @@ static size_t field_bytes(flap_config_kind kind) {
                                  [FLAP_CONFIG_SIZE] = sizeof(flap_size), [FLAP_CONFIG_BYTES] = sizeof(uint64_t)};
   return bytes[kind];
 }
-_Static_assert(sizeof(flap_clip) == sizeof(int) && sizeof(flap_dtype) == sizeof(int), "enums are stored as int");
+_Static_assert(sizeof(flap_clip) == sizeof(int) && sizeof(flap_update_when) == sizeof(int) &&
+                   sizeof(flap_dtype) == sizeof(int),
+               "enums are stored as int");
 
 static void store_default(flap_config_reader *reader, const flap_config_key *key) {
   static flap_run_config defaults;

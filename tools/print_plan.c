@@ -77,7 +77,12 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->saved_layers > 0 && !plan->saved_whole)
     fprintf(out, ",\n   of which %s; the others are recomputed", plan->saved_tensors);
   fputc('\n', out);
-  fprintf(out, "update %s", plan->sweep ? "in a sweep after the backward" : "folded into the next forward");
+  const char *late = plan->sweep ? "in a sweep after the backward" : "folded into the next forward";
+  if (plan->backward_parts > 0 && plan->backward_parts < plan->part_count)
+    fprintf(out, "update of %u of %u parts in the backward, of the others %s", plan->backward_parts, plan->part_count,
+            late);
+  else
+    fprintf(out, "update %s", plan->backward_parts > 0 ? "in the backward" : late);
   if (plan->host_parts > 0)
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
@@ -283,6 +288,7 @@ static void add_choices(json_t *object, const flap_plan *plan) {
   set_bool(object, "saved_whole", plan->saved_whole);
   set_bool(object, "saved_resident", plan->saved_resident);
   set_bool(object, "sweep", plan->sweep);
+  set_integer(object, "backward_parts", plan->backward_parts);
   set_integer(object, "page_bytes", plan->page_bytes);
   set_integer(object, "transfer_bytes", plan->transfer_bytes);
   set_integer(object, "slice_bytes", plan->slice_bytes);

@@ -104,12 +104,13 @@ static void draw_budgets(source *s, planner_trial *t) {
   b->ram_bytes = least + (uint64_t)((double)regions * between(s, 0, 120) / 100.0);
 }
 
-void planner_trial_open(planner_trial *t, uint64_t seed, uint32_t layers, uint32_t micro_batches) {
+void planner_trial_open(planner_trial *t, uint64_t seed, uint32_t layers, uint32_t micro_batches, bool needs_no_norm) {
   source s = {.stream = flap_philox_stream(seed, "planner trial")};
   memset(t, 0, sizeof *t);
   t->seed = seed;
   draw_model(&s, t, layers);
   draw_spec(&s, t, micro_batches);
+  t->planner.spec.needs_no_norm = needs_no_norm;
   draw_machine(&s, t);
   t->planner.machine = &t->machine;
   MUST(planner_times(&t->planner, &t->times));
@@ -117,9 +118,9 @@ void planner_trial_open(planner_trial *t, uint64_t seed, uint32_t layers, uint32
   draw_budgets(&s, t);
   const flap_setup_spec *spec = &t->planner.spec;
   (void)snprintf(t->words, sizeof t->words,
-                 "seed %llu: %u layers of %u, %u micro-batches of %u tokens, %s%s, vram %.2f MiB, ram %.2f MiB",
+                 "seed %llu: %u layers of %u, %u micro-batches of %u tokens, %s%s%s, vram %.2f MiB, ram %.2f MiB",
                  (unsigned long long)seed, t->model.num_hidden_layers, t->model.hidden_size, spec->micro_batches,
                  spec->shape.batch * spec->shape.sequence, spec->device == FLAP_DEVICE_CUDA ? "card" : "cpu",
-                 spec->disk_count > 0 ? ", a disk" : "", (double)t->budgets.vram_bytes / (double)FLAP_MIB,
-                 (double)t->budgets.ram_bytes / (double)FLAP_MIB);
+                 spec->disk_count > 0 ? ", a disk" : "", needs_no_norm ? ", nothing clipped" : "",
+                 (double)t->budgets.vram_bytes / (double)FLAP_MIB, (double)t->budgets.ram_bytes / (double)FLAP_MIB);
 }

@@ -16,7 +16,8 @@ typedef struct planner_trial {
   char words[256]; /* what it is, for messages */
 } planner_trial;
 
-/* A pure function of the seed. `layers` and `micro_batches`: at most so many. */
-void planner_trial_open(planner_trial *trial, uint64_t seed, uint32_t layers, uint32_t micro_batches);
+/* A pure function of what is given. `layers` and `micro_batches`: at most so many. */
+void planner_trial_open(planner_trial *trial, uint64_t seed, uint32_t layers, uint32_t micro_batches,
+                        bool needs_no_norm);
 
 #endif

@@ -97,7 +97,7 @@ static void draw_model(random_source *r, rig_model *m) {
   m->seed = between(r, 0, 1u << 30);
   m->options.max_steps = STEPS;
   m->options.warmup_steps = 1;
-  m->options.max_grad_norm = one_in(r, 4) ? 0 : 1;
+  m->options.max_grad_norm = one_in(r, 2) ? 0 : 1;
   rig_model_random_data(m);
 }
 
@@ -110,6 +110,10 @@ static void draw_choices(trial *t) {
   e->segment_layers = one_in(r, 2) ? between(r, 1, m->config.num_hidden_layers) : 0;
   e->group_micro_batches = one_in(r, 2) ? between(r, 1, m->micro_batches) : 0;
   e->clip = one_in(r, 3) ? FLAP_CLIP_SWEEP : one_in(r, 2) ? FLAP_CLIP_FOLD : FLAP_CLIP_AUTO;
+  if (m->options.max_grad_norm <= 0 && m->shape.dtype != FLAP_F16 && one_in(r, 2)) {
+    e->clip = FLAP_CLIP_AUTO;
+    e->update = FLAP_UPDATE_BACKWARD;
+  }
   e->optimizer =
       (flap_optimizer_place)(one_in(r, 2) ? FLAP_OPTIMIZER_AUTO : between(r, FLAP_OPTIMIZER_GPU, FLAP_OPTIMIZER_SPLIT));
   e->page_bytes = one_in(r, 2) ? (uint64_t)PAGE << between(r, 0, 6) : 0;
@@ -140,7 +144,8 @@ static void trial_open(trial *t, uint32_t number) {
   (void)snprintf(
       present[chunk], sizeof present[chunk],
       "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
-      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, page %llu, slice %llu, act %d, saved %d, "
+      "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, update %d, page %llu, slice %llu, act %d, "
+      "saved %d, "
       "compression %d",
       (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
       c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
@@ -150,8 +155,8 @@ static void trial_open(trial *t, uint32_t number) {
       flap_dtype_name(t->model.shape.dtype), flap_dtype_name(t->model.gradient_dtype),
       flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
       t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->group_micro_batches, (int)e->clip,
-      (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes, (int)t->planner.activations, (int)e->saved,
-      (int)t->place.compression);
+      (int)e->update, (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes,
+      (int)t->planner.activations, (int)e->saved, (int)t->place.compression);
 }
 
 static void trial_close(trial *t) {

@@ -175,7 +175,7 @@ START_TEST(plans_move_no_less_than_farthest_next_use) {
     planner_trial trial;
     flap_setup setup;
     flap_plan_costs costs;
-    planner_trial_open(&trial, seed, 4, 4);
+    planner_trial_open(&trial, seed, 4, 4, seed % 2 == 0);
     MUST(flap_planner_choose(&trial.planner, &trial.budgets, &setup, &costs));
     const flap_pager_sizes *sizes = &setup.sizes;
     const uint64_t vram = sizes->vram_bytes, ram = sizes->ram_home_bytes + sizes->staging_bytes;

@@ -93,6 +93,21 @@ CASES = {
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
 }
+BACKWARD = {  # where nothing is clipped
+    "roomy": [], "both": [], "half": [], "device": [],
+    "both backward": ["expert.update=backward"],
+    "half backward": ["expert.update=backward"],
+    "roomy backward": ["expert.update=backward"],
+    "both backward, groups of 1, segments of 2": ["expert.update=backward", "expert.group_micro_batches=1",
+                                                  "expert.segment_layers=2"],
+    "device backward, by the host": ["expert.update=backward", "expert.optimizer=cpu"],
+    "both backward, half by the host": ["expert.update=backward", "expert.optimizer=split"],
+    "half backward, offload, evaluated between": ["expert.update=backward", "activations=offload", "eval_strategy=steps",
+                                                  "eval_steps=2"],
+    "both backward, smallest slices, 3 disks": ["expert.update=backward", "expert.slice_bytes=4KiB", "DISKS=3"],
+    "both fold": ["expert.update=fold"],
+    "half sweep": ["expert.update=sweep"],
+}
 FEW = ["both", "half", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "half offload all but the mlp",
        "both sweep",
        "both 3 threads", "half evaluated between"]
@@ -196,8 +211,9 @@ class Bits(unittest.TestCase):
             key, value = override.split("=", 1)
             if key in CHOICES:
                 self.assertEqual(plan[CHOICES[key]], int(value), override)
-            elif key == "expert.clip":
+            elif key in ("expert.clip", "expert.update"):
                 self.assertEqual(plan["sweep"], value == "sweep", override)
+                self.assertEqual(plan["backward_parts"], plan["part_count"] if value == "backward" else 0, override)
             elif override == "activations=keep":
                 self.assertEqual((plan["saved_layers"], plan["saved_resident"]), (LAYERS, True))
             elif key == "expert.saved":
@@ -248,19 +264,19 @@ class Bits(unittest.TestCase):
         self.assertTrue((norms[0] < 2.5 or skipped) and 2.5 < norms[-1], norms)  # some are clipped, others not
         return reference
 
-    def suite(self, tag, common, names, skipped=()):
+    def suite(self, tag, common, names, skipped=(), cases=CASES):
         reference = self.reference(tag, common, skipped)
 
         def case(number, name):
             out = f"{tag}-{number}"
-            plan = self.train(name, common + CASES[name], out)
+            plan = self.train(name, common + cases[name], out)
             if plan is None:
                 return f"{tag}, {name}: left out, this system has no io_uring"
             if name.startswith("both"):  # it does stream; buffers of the largest pages leave room for homes in RAM
                 lanes = LANES[:2] if name == "both largest pages" else LANES
                 self.assertGreater(min(plan["lane_bytes"][lane] for lane in lanes), PARAMETERS, name)
             self.compare(name, out, reference)
-            self.check_compression(out, "compression=lz4" in CASES[name], "compression=off" in CASES[name])
+            self.check_compression(out, "compression=lz4" in cases[name], "compression=off" in cases[name])
             return None
 
         names = [name for name in names if ONLY in name]
@@ -312,6 +328,20 @@ class Bits(unittest.TestCase):
         common = ["gradient_dtype=fp32"]
         reference = self.suite("fp32", common, CASES)
         self.check_resume("fp32", common, reference)
+
+    def test_nothing_is_clipped(self):
+        common = ["max_grad_norm=0"]
+        reference = self.suite("free", common, BACKWARD, cases=BACKWARD)
+        self.check_resume("free", common, reference)
+        # Gradients neither pass the bus nor need to.
+        plans = [json.loads(self.flap("plan", "--json", *self.arguments("device", each, "free-plan")).stdout)
+                 for each in (common + ["expert.update=backward"], common + ["expert.update=fold"], [])]
+        self.assertEqual(plans[0]["classes"]["gradients"]["bytes"], 0)
+        self.assertGreater(plans[1]["classes"]["gradients"]["bytes"], 0)
+        for lane in LANES[:2]:
+            self.assertLess(plans[0]["lane_bytes"][lane], plans[1]["lane_bytes"][lane], lane)
+            self.assertLess(plans[0]["bound_bytes"][lane], plans[2]["bound_bytes"][lane], lane)
+            self.assertEqual(plans[0]["bound_bytes"][lane], plans[1]["bound_bytes"][lane], lane)
 
     def test_everything_in_fp32(self):
         self.suite("full", ["bf16=false"], FEW)

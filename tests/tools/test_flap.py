@@ -628,6 +628,23 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(done.stderr, r"step \d+: .*not finite.*(layer \d+|embedding|head)")
         self.assertFalse(os.path.exists(self.path("out/model.safetensors")))
 
+    def test_nothing_is_saved_after_a_step_that_is_not_finite(self):
+        """Updates in the backward may have begun by then: what stands is the checkpoint of an earlier step."""
+        steps = {}
+        for update in ("fold", "backward"):
+            done = self.flap("train", "run.yaml", "learning_rate=1e6", "weight_decay=1e6", "max_grad_norm=0", "max_steps=200",
+                             "save_strategy=steps", "save_steps=1", f"expert.update={update}", f"output_dir={update}")
+            self.assertEqual(done.returncode, 1, done.stderr)
+            steps[update] = int(re.search(r"step (\d+): ", done.stderr).group(1))
+            saved = sorted(each for each in os.listdir(self.path(update)) if each.startswith("checkpoint"))
+            self.assertFalse(os.path.exists(self.path(f"{update}/model.safetensors")))
+            self.assertEqual(len(saved), steps[update] - 1, (saved, done.stderr))
+            shown = self.flap("inspect", update)
+            self.assertEqual((shown.returncode, shown.stderr), (0, ""))
+            with open(self.path(f"{update}/{saved[-1]}/model.safetensors"), "rb") as file:
+                steps[update] = (steps[update], file.read())
+        self.assertEqual(steps["fold"], steps["backward"])
+
 
 if __name__ == "__main__":
     unittest.main()
