@@ -26,6 +26,9 @@ CASES = {  # name: shape, machine, sequence, batch, micro-batches, further keys
     "7b-24": ("qwen2.5-7b", H100, 2048, 4, 8, {"vram": "24GiB", "ram": "112GiB"}),
     "7b-24-8bit": ("qwen2.5-7b", H100, 2048, 4, 32, {"vram": "24GiB", "ram": "112GiB", "optim": "adamw_8bit"}),
     "8b-24-2": ("llama3-8b", H100, 2048, 4, 2, {"vram": "24GiB", "ram": "112GiB"}),
+    "8b-24-2-noclip": ("llama3-8b", H100, 2048, 4, 2, {"vram": "24GiB", "ram": "112GiB", "max_grad_norm": "0"}),
+    "8b-24-4-noclip": ("llama3-8b", H100, 2048, 4, 4, {"vram": "24GiB", "ram": "112GiB", "max_grad_norm": "0"}),
+    "3b-24-noclip": ("3b", H100, 2048, 4, 4, {"vram": "24GiB", "ram": "100GiB", "max_grad_norm": "0"}),
     "13b-24-8bit": ("llama2-13b", H100, 2048, 4, 16, {"vram": "24GiB", "ram": "112GiB", "optim": "adamw_8bit"}),
     "7b-4090": ("qwen2.5-7b", RTX4090, 2048, 2, 16, {}),
     "3b-3090": ("3b", RTX3090, 2048, 2, 16, {}),
@@ -33,7 +36,7 @@ CASES = {  # name: shape, machine, sequence, batch, micro-batches, further keys
 }
 FORCED = {
     "optimizer": [{"expert": "{optimizer: %s}" % word} for word in ("gpu", "cpu", "split")],
-    "clip": [{"expert": "{clip: %s}" % word} for word in ("fold", "sweep")],
+    "update": [{"expert": "{update: %s}" % word} for word in ("fold", "sweep", "backward")],
     "segments": [{"expert": "{segment_layers: %d}" % count} for count in (1, 2, 4, 8)],
     "groups": [{"expert": "{group_micro_batches: %d}" % count} for count in (1, 2, 4, 8)],
     "activations": [{"activations": word} for word in ("keep", "offload", "recompute")],
@@ -65,11 +68,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flap", default="build/tools/flap")
     parser.add_argument("--only", help="cases whose name begins so")
-    parser.add_argument("--quick", action="store_true", help="optimizer, clip and activations alone")
+    parser.add_argument("--quick", action="store_true", help="optimizer, update and activations alone")
     parser.add_argument("--json", help="where to write every step time")
     options = parser.parse_args()
     cases = [case for case in CASES if case.startswith(options.only or "")]
-    groups = [name for name in FORCED if not options.quick or name in ("optimizer", "clip", "activations")]
+    groups = [name for name in FORCED if not options.quick or name in ("optimizer", "update", "activations")]
     if not cases:
         parser.error(f"--only: no case begins with {options.only}; there are {', '.join(CASES)}")
     results, missed = {}, 0

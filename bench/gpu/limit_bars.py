@@ -42,6 +42,11 @@ ROWS = {
                        "optim=adamw_8bit",
     "8b-24-16k": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2",
     "8b-24-32k": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4",
+    "3b-24-noclip": f"{THREE_B} --vram 24GiB max_grad_norm=0",
+    "3b-24-32k-noclip": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB --vram 24GiB max_grad_norm=0",
+    "8b-24-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 32 max_grad_norm=0",
+    "8b-24-16k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2 max_grad_norm=0",
+    "8b-24-32k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4 max_grad_norm=0",
     "13b-24-8bit": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 24GiB --ram 112GiB optim=adamw_8bit",
     "13b-24-disk": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 4 --vram 24GiB --ram 104GiB --disk DISK "
                    "--disk-size 56GB",
