@@ -115,12 +115,15 @@ static uint32_t hosts_before(const flap_layout_spec *spec, uint32_t part) {
 
 bool flap_layout_is_host(const flap_layout *layout, uint32_t part) {
   const flap_layout_spec *spec = &layout->spec;
-  return spec->mode == FLAP_MODE_TRAIN && hosts_before(spec, part + 1) > hosts_before(spec, part);
+  return spec->host_parts > 0 && spec->mode == FLAP_MODE_TRAIN &&
+         hosts_before(spec, part + 1) > hosts_before(spec, part);
 }
 
 /* Each kind by itself: at distances that are even among all parts one of the two could be of one kind alone. */
 bool flap_layout_in_backward(const flap_layout *layout, uint32_t part) {
   const flap_layout_spec *spec = &layout->spec;
+  if (spec->backward_parts == 0) /* most often, and without a division */
+    return false;
   const bool host = flap_layout_is_host(layout, part);
   const uint32_t parts = all_parts(spec), wanted = host ? spec->host_backward_parts : spec->backward_parts;
   const uint32_t before = hosts_before(spec, part), index = host ? before : part - before;
@@ -210,6 +213,8 @@ static uint32_t count_rounded(const flap_layout *layout) {
   const flap_layout_spec *spec = &layout->spec;
   const uint32_t head = spec->model->num_hidden_layers + 1;
   uint32_t most = 0;
+  if (spec->backward_parts == 0)
+    return 0;
   for (uint32_t part = 0; part <= head; part++)
     most |= is_consumed_at_once(layout, part);
   if (most == 0 || !spec->spread)

@@ -181,6 +181,13 @@ static uint64_t preferred_states(const flap_setup *setup) {
   return setup->choice.keeps_embedding && !flap_layout_is_host(layout, 0) ? layout->parts[0].slice_count : 0;
 }
 
+/* Of a class whose `first` regions are chosen before the others. */
+static bool stays(uint64_t index, uint64_t wanted, uint64_t regions, uint64_t first) {
+  if (index < first)
+    return index < wanted;
+  return is_chosen(index - first, wanted > first ? wanted - first : 0, regions - first);
+}
+
 static void choose_residents(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
   const uint64_t *regions = setup->region_counts;
@@ -193,12 +200,8 @@ static void choose_residents(flap_setup *setup) {
   const uint64_t states = preferred_states(setup); /* the first of their class */
   for (uint32_t i = 0; i < layout->region_count; i++) {
     const flap_region_class k = layout->regions[i].klass;
-    const uint64_t first = k == FLAP_CLASS_STATES ? states : 0, rest = wanted[k] > first ? wanted[k] - first : 0;
-    setup->resident[i] = false;
-    if (!may_stay(&layout->regions[i]))
-      continue;
-    const uint64_t at = index[k]++;
-    setup->resident[i] = at < first ? at < wanted[k] : is_chosen(at - first, rest, regions[k] - first);
+    const uint64_t first = states > 0 && k == FLAP_CLASS_STATES ? states : 0;
+    setup->resident[i] = may_stay(&layout->regions[i]) && stays(index[k]++, wanted[k], regions[k], first);
   }
 }
 
