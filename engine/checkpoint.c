@@ -210,23 +210,40 @@ static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_li
   flap_output_steps_close(&list);
 }
 
-flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
-                                 const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
-                                 uint32_t total_limit, char folder_out[FLAP_PATH_MAX]) {
+static flap_status give_up(const char *folder, flap_status status) {
+  flap_checkpoint_abandon(folder);
+  return flap_error_prefix(status, "saving %s", folder);
+}
+
+flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                  const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
+                                  char folder_out[FLAP_PATH_MAX]) {
   char temporary[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_make_folder(output_dir));
   FLAP_TRY(flap_output_checkpoint_path(output_dir, state->step, folder_out));
   FLAP_TRY(flap_durable_begin_folder(folder_out, temporary));
-  flap_status status = write_all(temporary, pager, layout, artifacts, state, only_model);
-  if (status == FLAP_OK)
-    status = flap_durable_commit_folder(folder_out, true);
-  if (status != FLAP_OK) {
-    flap_durable_abort_folder(folder_out);
-    return flap_error_prefix(status, "saving %s", folder_out);
-  }
+  const flap_status status = write_all(temporary, pager, layout, artifacts, state, only_model);
+  return status == FLAP_OK ? FLAP_OK : give_up(folder_out, status);
+}
+
+flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step, uint32_t total_limit) {
+  const flap_status status = flap_durable_commit_folder(folder, true);
+  if (status != FLAP_OK)
+    return give_up(folder, status);
   if (total_limit > 0)
-    prune(output_dir, state->step, total_limit);
+    prune(output_dir, step, total_limit);
   return FLAP_OK;
+}
+
+void flap_checkpoint_abandon(const char *folder) {
+  flap_durable_abort_folder(folder);
+}
+
+flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                 const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
+                                 uint32_t total_limit, char folder_out[FLAP_PATH_MAX]) {
+  FLAP_TRY(flap_checkpoint_write(output_dir, pager, layout, artifacts, state, only_model, folder_out));
+  return flap_checkpoint_commit(output_dir, folder_out, state->step, total_limit);
 }
 
 /* ---- what is not as it was saved ----------------------------------------------------------------------------- */

@@ -239,10 +239,22 @@ static flap_status sum_losses(flap_executor *x, flap_executor_result *result) {
   return FLAP_OK;
 }
 
-static flap_status check_fault(flap_executor *x) {
+static flap_status look_for_fault(flap_executor *x, bool *found_out) {
   int32_t fault = 0;
   FLAP_TRY(flap_device_download(flap_ops_device(x->ops), &fault, x->device.fault, sizeof fault));
-  if (fault == 0 && __atomic_load_n(&x->host_fault, __ATOMIC_RELAXED) == 0)
+  *found_out = fault != 0 || __atomic_load_n(&x->host_fault, __ATOMIC_RELAXED) != 0;
+  return FLAP_OK;
+}
+
+bool flap_executor_updates_are_good(flap_executor *x) {
+  bool found = true;
+  return look_for_fault(x, &found) == FLAP_OK && !found;
+}
+
+static flap_status check_fault(flap_executor *x) {
+  bool found = false;
+  FLAP_TRY(look_for_fault(x, &found));
+  if (!found)
     return FLAP_OK;
   return flap_error_set(FLAP_NUMERIC,
                         "step %llu: the optimizer would make a weight infinite or NaN%s: lower learning_rate, or set "
@@ -539,6 +551,11 @@ flap_status flap_executor_run_update(flap_executor *x) {
   FLAP_TRY(run_ops(x, x->queue[0], &ignored));
   x->has_update = false;
   return check_fault(x);
+}
+
+uint32_t flap_executor_update_leases(const flap_executor *x) {
+  flap_assert(x->queued == 1 && x->programs[x->queue[0]].spec.pending);
+  return x->programs[x->queue[0]].before_sweep;
 }
 
 flap_status flap_executor_open(flap_executor *x) {

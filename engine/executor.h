@@ -82,6 +82,12 @@ FLAP_CHECKED flap_status flap_executor_run(flap_executor *executor, const flap_e
 /* Runs the queued program for its folded update alone: a step that was begun but is not wanted any more. */
 FLAP_CHECKED flap_status flap_executor_run_update(flap_executor *executor);
 
+/* How many leases of the program that is queued, the only one, make the update that is pending. */
+uint32_t flap_executor_update_leases(const flap_executor *executor);
+/* After a failure, whether the updates that were made so far are good as far as can be told: no weight became infinite
+ * or NaN, and the device works. What a run returns FLAP_OK for is. */
+bool flap_executor_updates_are_good(flap_executor *executor);
+
 #ifdef __cplusplus
 }
 #endif

@@ -203,6 +203,9 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
                             .cache_positions = cache_positions,
                             .threads = thread_count(config),
                             .device = FLAP_DEVICE_CPU,
+                            .saves_weights = mode == FLAP_MODE_TRAIN && config->save_strategy != FLAP_STRATEGY_NO,
+                            .saves_states = mode == FLAP_MODE_TRAIN && config->save_strategy != FLAP_STRATEGY_NO &&
+                                            !config->save_only_model,
                             .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
                             .io = backends[config->expert.io],
                             .needs_no_norm = !flap_run_config_needs_norm(config),

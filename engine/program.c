@@ -617,6 +617,7 @@ static void build_step(builder *b) {
   }
   embed_backward(b);
   OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+  b->program->before_sweep = b->program->lease_count;
   if (b->spec->sweep)
     sweep(b);
 }

@@ -63,6 +63,7 @@ typedef struct flap_program {
   uint32_t op_count, lease_count;
   uint32_t ops_max, leases_max; /* of the heap; 0 once placed */
   uint32_t job_count;
+  uint32_t before_sweep; /* leases before those of this step's own update; all, where it has none */
   flap_op *ops;
   flap_lease *leases;
   uint32_t live_max[FLAP_CLASS_COUNT]; /* streaming leases of a class that are live at the same time, at most */

@@ -220,6 +220,11 @@ static uint32_t lay_copy(flap_setup *setup, const flap_layout_region *region) {
   return setup->pager.ring_count++;
 }
 
+static bool is_saved(const flap_setup_spec *spec, flap_region_class klass) {
+  return (spec->saves_weights && (klass == FLAP_CLASS_WEIGHTS || klass == FLAP_CLASS_VOCABULARY)) ||
+         (spec->saves_states && klass == FLAP_CLASS_STATES);
+}
+
 /* A ring per class that streams, as wide as the largest region that streams. */
 static void lay_rings(flap_setup *setup) {
   const flap_layout *layout = &setup->layout;
@@ -254,6 +259,7 @@ static void lay_rings(flap_setup *setup) {
     paged->bytes = region->bytes;
     paged->klass = (uint8_t)region->klass;
     paged->element_bytes = region->element_bytes;
+    paged->in_snapshots = is_saved(&setup->spec, region->klass);
     paged->ram_pages = 0;
     if (region->place == FLAP_PLACE_HOST)
       paged->ring = FLAP_PAGER_HOST;
@@ -383,7 +389,7 @@ static uint64_t block_bytes(const flap_setup *setup) {
   config.bytes = smaller(setup->sizes.disk_bytes, room);
   if (config.bytes == 0)
     return 0;
-  config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers;
+  config.requests_max = flap_pager_requests_max(&setup->pager);
   config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
   config.memory_bytes = setup->sizes.staging_bytes;
   const uint64_t bytes = flap_block_measure(&config);

@@ -35,11 +35,12 @@ typedef struct flap_setup_spec {
   flap_dtype gradient_dtype;
   flap_optim optim;
   uint32_t micro_batches;
-  uint32_t cache_positions;     /* sample mode */
-  uint32_t threads;             /* that compute */
-  uint64_t vram_overhead_bytes; /* of the budget that the device keeps for itself */
-  flap_device_kind device;      /* of the run; planning simulates it */
-  uint32_t reader_depth;        /* batches in memory, of a step each; 0: no reader */
+  uint32_t cache_positions;         /* sample mode */
+  uint32_t threads;                 /* that compute */
+  uint64_t vram_overhead_bytes;     /* of the budget that the device keeps for itself */
+  flap_device_kind device;          /* of the run; planning simulates it */
+  bool saves_weights, saves_states; /* checkpoints are written while programs run */
+  uint32_t reader_depth;            /* batches in memory, of a step each; 0: no reader */
   flap_block_backend io;
   flap_compression compression; /* of pages on disk, and what decides about it: */
   flap_duplex disk_rates;       /* of all disks together */

@@ -231,7 +231,17 @@ static flap_status open_files(trainer *t) {
   if (!t->resume_folder[0] && t->config->overwrite_output_dir)
     FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
-  return flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics);
+  FLAP_TRY(flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics));
+  if (t->config->save_strategy == FLAP_STRATEGY_NO)
+    return FLAP_OK;
+  const flap_saver_config saver = {.output_dir = t->config->output_dir,
+                                   .pager = t->runtime.pager,
+                                   .layout = &t->runtime.lists.layout,
+                                   .artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer},
+                                   .metrics = t->metrics,
+                                   .only_model = t->config->save_only_model,
+                                   .total_limit = t->config->save_total_limit};
+  return flap_saver_open(&saver, &t->saver);
 }
 
 /* ---- saving ---------------------------------------------------------------------------------------------- */
@@ -245,8 +255,7 @@ static uint64_t written_bytes(const trainer *t) {
          plan->checkpoint_bytes;
 }
 
-flap_status trainer_save(trainer *t) {
-  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+static flap_trainer_state state_of(const trainer *t) {
   flap_trainer_state state = {.step = t->step,
                               .max_steps = t->steps,
                               .cursor = t->cursor,
@@ -255,19 +264,70 @@ flap_status trainer_save(trainer *t) {
                               .loss_scale = t->runtime.executor.loss_scale,
                               .matmuls = &t->prepared.matmuls,
                               .dataset_digest = flap_dataset_digest(t->dataset)};
-  const uint64_t started_ns = flap_units_now_ns();
   numerics_key(t, state.numerics);
-  FLAP_TRY(flap_pager_settle(t->runtime.pager));
-  FLAP_TRY(flap_metrics_sync(t->metrics));
-  state.written_bytes = written_bytes(t);
-  FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
-                                t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
-  t->saved_step = t->step;
+  return state;
+}
+
+static void note_saved(trainer *t, uint64_t step, double seconds) {
+  t->saved_step = step;
   t->saved_ns = flap_units_now_ns();
   t->result->saved_bytes += t->prepared.plan.checkpoint_bytes;
   if (t->observer.saved != NULL)
-    t->observer.saved(t->observer.context, t->result->checkpoint, (double)(flap_units_now_ns() - started_ns) * 1e-9);
+    t->observer.saved(t->observer.context, t->result->checkpoint, seconds);
+}
+
+flap_status trainer_save(trainer *t) {
+  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+  FLAP_TRY(trainer_collect_save(t, true));
+  const flap_trainer_state state = state_of(t);
+  const uint64_t started_ns = flap_units_now_ns();
+  FLAP_TRY(flap_pager_settle(t->runtime.pager));
+  FLAP_TRY(flap_metrics_sync(t->metrics));
+  FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
+                                t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
+  note_saved(t, t->step, (double)(flap_units_now_ns() - started_ns) * 1e-9);
   return FLAP_OK;
+}
+
+/* The update may be pending: then the snapshot holds what the next program makes of the weights first of all. */
+flap_status trainer_begin_save(trainer *t) {
+  FLAP_TRY(trainer_collect_save(t, true));
+  const flap_trainer_state state = state_of(t);
+  flap_pager_snapshot_begin(t->runtime.pager, t->pending ? flap_executor_update_leases(&t->runtime.executor) : 0);
+  flap_saver_start(&t->saver, &state);
+  t->saved_ns = flap_units_now_ns();
+  if (!t->pending)
+    flap_saver_judge(&t->saver, true);
+  return FLAP_OK;
+}
+
+void trainer_approve_save(trainer *t) {
+  if (flap_saver_is_busy(&t->saver) && !flap_saver_is_judged(&t->saver))
+    flap_saver_judge(&t->saver, true);
+}
+
+flap_status trainer_collect_save(trainer *t, bool wait) {
+  if (!flap_saver_is_busy(&t->saver) || (!wait && !flap_saver_is_over(&t->saver)))
+    return FLAP_OK;
+  FLAP_TRY(flap_saver_collect(&t->saver));
+  memcpy(t->result->checkpoint, t->saver.folder, sizeof t->result->checkpoint);
+  note_saved(t, t->saver.state.step, t->saver.seconds);
+  return FLAP_OK;
+}
+
+/* The run ends with an error. A checkpoint in the works is of an earlier step: if all of it is there and good it is
+ * finished, and else given up. The error that counts is the run's. */
+static void end_save(trainer *t, flap_status status) {
+  char message[2048];
+  if (!flap_saver_is_busy(&t->saver))
+    return;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  flap_pager_snapshot_cut_off(t->runtime.pager);
+  if (!flap_saver_is_judged(&t->saver))
+    flap_saver_judge(&t->saver, flap_executor_updates_are_good(&t->runtime.executor));
+  if (trainer_collect_save(t, true) != FLAP_OK)
+    flap_log(FLAP_LOG_DEBUG, "the checkpoint in the works was given up: %s", flap_error_message());
+  (void)flap_error_set(status, "%s", message);
 }
 
 flap_status trainer_evaluate(trainer *t) {
@@ -275,6 +335,7 @@ flap_status trainer_evaluate(trainer *t) {
   flap_eval_report report;
   if (flap_dataset_heldout(t->dataset) == 0)
     return FLAP_OK;
+  FLAP_TRY(trainer_collect_save(t, true));
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
   FLAP_TRY(flap_evaluate(&t->runtime, t->dataset, t->step, &report, &programs));
   t->runs[FLAP_SETUP_FORWARD] += programs;
@@ -344,6 +405,7 @@ static flap_status finish(trainer *t) {
 }
 
 static void close_all(trainer *t) {
+  flap_saver_close(&t->saver);
   flap_metrics_close(t->metrics);
   if (t->opened)
     flap_runtime_close(&t->runtime);
@@ -380,6 +442,8 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   FLAP_TRY_GOTO(status, finish(t));
   result_out->total_seconds = (double)(flap_units_now_ns() - t->started_ns) * 1e-9;
 fail:
+  if (status != FLAP_OK)
+    end_save(t, status);
   close_all(t);
   return status;
 }

@@ -6,6 +6,7 @@
 #include "engine/evaluate.h"
 #include "engine/prepare.h"
 #include "engine/run_lock.h"
+#include "engine/saver.h"
 #include "engine/schedule.h"
 #include "io/formats/metrics.h"
 #include "io/formats/trace.h"
@@ -33,10 +34,11 @@ typedef struct trainer {
   uint64_t sequences, step_sequences; /* of an epoch; of a step */
   uint64_t steps, warmup;
   uint64_t step, cursor; /* done; training sequences consumed */
-  uint64_t saved_step;
-  uint64_t saved_ns; /* when, or when the loop began */
-  uint64_t due_step; /* after which save_minutes wants one; 0: none yet */
-  bool pending;      /* the last step's update waits for the next program */
+  flap_saver saver;
+  uint64_t saved_step; /* of the newest checkpoint that is durable */
+  uint64_t saved_ns;   /* when that, or the save in progress, or the loop began */
+  uint64_t due_step;   /* after which save_minutes wants one; 0: none yet */
+  bool pending;        /* the last step's update waits for the next program */
   uint64_t runs[FLAP_SETUP_PROGRAM_COUNT];
   uint64_t predicted[FLAP_SETUP_PROGRAM_COUNT][FLAP_LANE_COUNT];
   double times[TRAINER_TIMES_MAX];
@@ -44,8 +46,14 @@ typedef struct trainer {
 } trainer;
 
 FLAP_CHECKED flap_status trainer_loop(trainer *t);
-/* At rest, with nothing pending. */
+/* At rest, with nothing pending: waits for the checkpoint. */
 FLAP_CHECKED flap_status trainer_save(trainer *t);
+/* Begins a checkpoint of the present step, between two programs: at rest, or with the next one queued. */
+FLAP_CHECKED flap_status trainer_begin_save(trainer *t);
+/* What came of a save that was begun, if it is over or `wait`. */
+FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
+/* The program that made the pending update ran well. */
+void trainer_approve_save(trainer *t);
 FLAP_CHECKED flap_status trainer_evaluate(trainer *t);
 
 #endif

@@ -1,8 +1,9 @@
 /* The step loop.
  *
- * A step rests when something needs the weights after it: an evaluation, a checkpoint, the end. Before such a step no
- * next one is begun, and its program ends with the update; between others the next program is queued before the present
- * one runs, so that transfers never pause. Nothing is allocated between two rests.
+ * A step rests when something needs the weights after it: an evaluation, the end. Before such a step no next one is
+ * begun, and its program ends with the update; between others the next program is queued before the present one runs,
+ * so that transfers never pause. A checkpoint between two steps is written beside those that follow. The engine thread
+ * allocates nothing between two rests.
  */
 #include "engine/train_internal.h"
 
@@ -23,12 +24,10 @@ static uint64_t epochs_done(const trainer *t, uint64_t step) {
   return step * t->step_sequences / t->sequences;
 }
 
-/* Decided once for each step, before its program is chosen: the clock must not change what the program was chosen for.
- */
-static void look_at_the_clock(trainer *t, uint64_t step) {
+static void look_at_the_clock(trainer *t) {
   const double minutes = (double)(flap_units_now_ns() - t->saved_ns) / 60e9;
-  if (t->config->save_minutes > 0 && t->due_step <= t->saved_step && minutes >= t->config->save_minutes)
-    t->due_step = step;
+  if (t->config->save_minutes > 0 && minutes >= t->config->save_minutes)
+    t->due_step = t->step;
 }
 
 /* After so many steps. */
@@ -52,7 +51,7 @@ static bool eval_is_due(const trainer *t, uint64_t step) {
 }
 
 static bool rests_after(const trainer *t, uint64_t step) {
-  return step == t->steps || save_is_due(t, step) || eval_is_due(t, step);
+  return step == t->steps || eval_is_due(t, step);
 }
 
 /* The program of the step after `done` steps. */
@@ -184,6 +183,7 @@ static flap_status run_step(trainer *t, flap_setup_program program, bool rests, 
     t->times[t->time_count++ % TRAINER_TIMES_MAX] = seconds;
   t->step++;
   t->cursor += t->step_sequences;
+  trainer_approve_save(t);
   return report_step(t, &result, input.learning_rate, seconds, &before);
 }
 
@@ -200,13 +200,20 @@ static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program nex
     t->runs[FLAP_SETUP_SWEEP]++;
   }
   t->pending = false;
+  trainer_approve_save(t);
   return flap_pager_settle(t->runtime.pager);
+}
+
+/* Between two steps, with the next one queued. */
+static flap_status look_after_saves(trainer *t) {
+  FLAP_TRY(trainer_collect_save(t, false));
+  look_at_the_clock(t);
+  return save_is_due(t, t->step) && t->saved_step != t->step ? trainer_begin_save(t) : FLAP_OK;
 }
 
 /* Steps until one rests, or until the person wants to stop. */
 static flap_status run_to_rest(trainer *t) {
   bool queued = false, rests = false;
-  look_at_the_clock(t, t->step + 1);
   flap_setup_program program = program_for(t, t->step, t->pending);
   uint64_t ended_ns = flap_units_now_ns();
   FLAP_TRY(flap_executor_begin(&t->runtime.executor, program));
@@ -218,8 +225,6 @@ static flap_status run_to_rest(trainer *t) {
     if (t->step == first + TRACED_STEP + TRACED_STEPS)
       flap_runtime_stop_trace(&t->runtime);
     const bool pending = flap_setup_folds(&t->prepared.setup) && !rests;
-    if (!rests)
-      look_at_the_clock(t, t->step + 2);
     const flap_setup_program next = rests ? program : program_for(t, t->step + 1, pending);
     queued = !rests && !stop_asked(t);
     if (queued)
@@ -227,6 +232,8 @@ static flap_status run_to_rest(trainer *t) {
     FLAP_TRY(run_step(t, program, rests, &ended_ns));
     t->pending = pending;
     program = next;
+    if (queued && !stop_asked(t))
+      FLAP_TRY(look_after_saves(t));
   } while (queued && !stop_asked(t));
   if (rests)
     return FLAP_OK;
@@ -249,11 +256,14 @@ flap_status trainer_loop(trainer *t) {
     FLAP_TRY(trainer_evaluate(t));
   while (t->step < t->steps && !stop_asked(t)) {
     FLAP_TRY(run_to_rest(t));
+    FLAP_TRY(trainer_collect_save(t, true));
     if (eval_is_due(t, t->step))
       FLAP_TRY(trainer_evaluate(t));
-    if (save_is_due(t, t->step))
-      FLAP_TRY(trainer_save(t));
+    look_at_the_clock(t);
+    if (save_is_due(t, t->step) && t->saved_step != t->step)
+      FLAP_TRY(t->step < t->steps && !stop_asked(t) ? trainer_begin_save(t) : trainer_save(t));
   }
+  FLAP_TRY(trainer_collect_save(t, true));
   t->result->interrupted = t->step < t->steps;
   if (t->result->interrupted && t->saved_step != t->step && t->config->save_strategy != FLAP_STRATEGY_NO)
     FLAP_TRY(trainer_save(t));

@@ -30,7 +30,7 @@ uint64_t pager_small_bytes = 64u << 10; /* a few microseconds of summing up */
 /* ---- bytes, without the lock ---------------------------------------------------------------------------- */
 
 static bool is_read(const flap_pager *pager, uint32_t index) {
-  return index < pager->read_buffers;
+  return index < pager->read_buffers || pager_is_snapshot_buffer(pager, index);
 }
 
 static void work_on(flap_pager *pager, uint32_t index, pager_packing packing, const pager_scratch *scratch,
@@ -98,7 +98,7 @@ static void take_further(flap_pager *pager, uint32_t index) {
 static bool collect(flap_pager *pager) {
   if (atomic_load(&pager->works_done) == pager->works_collected)
     return false;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers && pager->error == FLAP_OK; i++) {
+  for (uint32_t i = 0; i < pager->buffer_count && pager->error == FLAP_OK; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     if (!buffer->handed)
       continue;
@@ -148,7 +148,7 @@ bool pager_checks_advance(flap_pager *pager) {
   bool progress = collect(pager);
   pager_compression_watch(pager);
   uint32_t first = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
+  for (uint32_t i = 0; i < pager->buffer_count; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     if ((buffer->state != BUFFER_READ && buffer->state != BUFFER_FULL) || buffer->handed)
       continue;
@@ -172,7 +172,7 @@ bool pager_checks_advance(flap_pager *pager) {
 /* With work_lock held. */
 static uint32_t next_work(const flap_pager *pager) {
   uint32_t first = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+  for (uint32_t i = 0; i < pager->buffer_count; i++)
     if (pager->buffers[i].work == WORK_WAITING &&
         (first == PAGER_NONE || pager->buffers[i].order < pager->buffers[first].order))
       first = i;

@@ -45,7 +45,7 @@ static bool is_ready(flap_pager *pager, const pager_job *job) {
     pager_region *region = &pager->regions[what->region];
     const uint64_t order = pager->programs[job->program].first_order + index % pager->leases_max;
     if (region->changes_released + region->changes_started != pager->leases[index].change || region->loading > 0 ||
-        !is_home(pager, region, order))
+        pager_is_kept_back(region, pager->leases[index].change) || !is_home(pager, region, order))
       return false;
     if (!region->holds)
       pager_mistake(pager, "a job takes region %u, which holds nothing", what->region);
@@ -104,6 +104,7 @@ static void finish(flap_pager *pager, const pager_job *job) {
     region->changes_started--;
     region->changes_released++;
     region->holds = pager_stores(what->mode);
+    pager_snapshot_changed(pager, region);
     bytes += pager_job_bytes(what);
     pager->leases[index].state = LEASE_RELEASED;
   }

@@ -26,8 +26,11 @@ void pager_lane_copy(flap_pager *pager, pager_lane *lane, void *to, const void *
 static void retire(flap_pager *pager, pager_lane *lane, const pager_copy *copy) {
   flap_assert(lane->bytes >= copy->bytes);
   lane->bytes -= copy->bytes;
-  if (copy->slot == PAGER_NONE)
-    return; /* fill and drain look at the counter */
+  if (copy->slot == PAGER_NONE) { /* fill and drain look at the counter, the drain of a snapshot at its buffer */
+    if (copy->buffer != PAGER_NONE)
+      pager->buffers[copy->buffer].state = BUFFER_VERIFIED;
+    return;
+  }
   pager->stats.bytes[lane->lane] += copy->bytes;
   flap_assert(pager->slots[copy->slot].copies_left > 0);
   pager->slots[copy->slot].copies_left--;

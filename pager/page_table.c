@@ -35,7 +35,7 @@ uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, u
 }
 
 uint32_t pager_events(const flap_pager *pager) {
-  return 2 * pager->slot_count + 2 * PAGER_WINDOW;
+  return 2 * pager->slot_count + 1 + 2 * PAGER_WINDOW;
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------- */
@@ -87,6 +87,25 @@ static bool has_residents(const flap_pager_config *config) {
   return false;
 }
 
+/* Of snapshots: what is in RAM is taken where it is; for the rest one piece is on its way in while another is on its
+ * way out. Without a disk residents pass through the buffer that is there for fill and drain. */
+static uint32_t snapshot_buffers(const flap_pager_config *config, uint64_t disk_bytes) {
+  for (uint32_t i = 0; i < config->region_count; i++) {
+    const flap_pager_region *region = &config->regions[i];
+    if (region->in_snapshots && (region->ring == FLAP_PAGER_RESIDENT ||
+                                 pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages) > 0))
+      return disk_bytes > 0 ? 2 : 1;
+  }
+  return 0;
+}
+
+uint32_t flap_pager_requests_max(const flap_pager_config *config) {
+  flap_pager_sizes sizes = {0};
+  uint64_t pages = 0;
+  measure_homes(config, &sizes, &pages);
+  return config->read_buffers + config->write_buffers + snapshot_buffers(config, sizes.disk_bytes);
+}
+
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {
   flap_pager pager = {0};
   flap_arena arena;
@@ -125,6 +144,7 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     region->ring = config->regions[i].ring;
     region->klass = config->regions[i].klass;
     region->element_bytes = config->regions[i].element_bytes;
+    region->in_snapshots = config->regions[i].in_snapshots;
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
@@ -181,18 +201,20 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     pager->write_buffers = config->write_buffers;
     pager->worker_count = config->workers;
   }
-  uint32_t buffers = pager->read_buffers + pager->write_buffers;
+  pager->snapshot_buffers = snapshot_buffers(config, sizes.disk_bytes);
+  pager->buffer_count = pager->read_buffers + pager->write_buffers + pager->snapshot_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
    * that. */
-  pager->bounce_bytes = buffers > 0 ? config->transfer_bytes : has_residents(config) ? config->page_bytes : 0;
-  sizes.staging_bytes = buffers > 0 ? buffers * config->transfer_bytes : pager->bounce_bytes;
+  const bool disk = sizes.disk_bytes > 0;
+  pager->bounce_bytes = disk ? config->transfer_bytes : has_residents(config) ? config->page_bytes : 0;
+  sizes.staging_bytes = disk ? pager->buffer_count * config->transfer_bytes : pager->bounce_bytes;
 
   pager->regions = FLAP_ARENA_ARRAY(arena, pager_region, pager->region_count);
   pager->pages = FLAP_ARENA_ARRAY(arena, pager_page, pager->page_count);
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
-  pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, buffers);
-  take_workers(pager, config, sizes.disk_bytes > 0, arena);
+  pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, pager->buffer_count);
+  take_workers(pager, config, disk, arena);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
   pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
   pager->jobs = FLAP_ARENA_ARRAY(arena, pager_job, pager->jobs_room);
@@ -223,7 +245,7 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
     vram += pager->rings[pager->slots[i].ring].slot_bytes;
   }
   pager->staging = staging;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
+  for (uint32_t i = 0; i < pager->buffer_count; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     buffer->memory = staging + i * pager->transfer_bytes;
     buffer->slot = buffer->lease = buffer->next = PAGER_NONE;

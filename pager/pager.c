@@ -23,7 +23,9 @@
  *  9. The slot of a ring that keeps holds its region's bytes as of `change`; a lease of the same program and number of
  * changes takes them as they are.
  * 10. Stores of one region go in the order of the unpins: page by page, none passes an earlier one.
- * 11. After a failure nothing new starts; what is under way is collected.
+ * 11. What a snapshot keeps stays as it is at home until it is drained: of its region no store of a lease behind the
+ *     point has begun, no such job, and where it is resident no such lease is pinned.
+ * 12. After a failure nothing new starts; what is under way is collected.
  */
 #include "pager/pager_internal.h"
 
@@ -70,6 +72,7 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager->trace_context = config->trace_context;
   pthread_mutex_init(&pager->lock, NULL);
   pthread_cond_init(&pager->engine_wake, NULL);
+  pthread_cond_init(&pager->drain_wake, NULL);
   pthread_cond_init(&pager->let_in, NULL);
   pthread_mutex_init(&pager->job_lock, NULL);
   pthread_cond_init(&pager->job_wake, NULL);
@@ -77,6 +80,7 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pthread_cond_init(&pager->work_wake, NULL);
   pthread_mutex_init(&pager->bell_lock, NULL);
   pthread_cond_init(&pager->bell, NULL);
+  pager->snapshot.region = PAGER_NONE;
   pager_list_init(&pager->loading);
   pager_list_init(&pager->released);
   pager_list_init(&pager->storing);
@@ -144,7 +148,7 @@ static flap_status open_disk(flap_pager *pager, const flap_pager_config *config)
   disk.bytes = pager->sizes.disk_bytes;
   disk.memory = pager->staging;
   disk.memory_bytes = pager->sizes.staging_bytes;
-  disk.requests_max = pager->read_buffers + pager->write_buffers;
+  disk.requests_max = pager->buffer_count;
   disk.notify = pager_ring_bell;
   disk.notify_context = pager;
   pager->read_depth = depth_of(&disk, disk.read_depth, pager->read_buffers);
@@ -182,7 +186,7 @@ static bool nothing_under_way(const flap_pager *pager) {
   if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired ||
       pager->jobs_done != pager->jobs_started)
     return false;
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+  for (uint32_t i = 0; i < pager->buffer_count; i++)
     if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_WRITING)
       return false;
   return true;
@@ -208,6 +212,7 @@ static void wind_down_clock(flap_pager *pager) {
 void flap_pager_close(flap_pager *pager) {
   if (!pager)
     return;
+  flap_assert(pager->snapshot.region == PAGER_NONE); /* nobody drains any more */
   pager_jobs_close(pager);
   pager_thread_stop(pager);
   pager_checks_close(pager);
@@ -219,6 +224,7 @@ void flap_pager_close(flap_pager *pager) {
   pthread_cond_destroy(&pager->bell);
   pthread_mutex_destroy(&pager->bell_lock);
   pthread_cond_destroy(&pager->engine_wake);
+  pthread_cond_destroy(&pager->drain_wake);
   pthread_cond_destroy(&pager->let_in);
   pthread_mutex_destroy(&pager->job_lock);
   pthread_mutex_destroy(&pager->work_lock);
@@ -298,6 +304,13 @@ static bool lease_is_loaded(flap_pager *pager, uint32_t lease) {
          pager->regions[pager->slots[slot].region].changes_released == pager->leases[lease].change;
 }
 
+/* A change of what is resident is a change at home. */
+static bool may_change_resident(flap_pager *pager, uint32_t lease) {
+  const pager_program *program = &pager->programs[lease / pager->leases_max];
+  const flap_lease *what = &program->leases[lease % pager->leases_max];
+  return !pager_is_kept_back(&pager->regions[what->region], pager->leases[lease].change);
+}
+
 /* What would make a pin wait for ever is a mistake of the planner's, and is told as one. */
 static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what, const pager_lease *lease) {
   const pager_region *region = &pager->regions[what->region];
@@ -336,11 +349,13 @@ flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out)
   pager_region *region = &pager->regions[what->region];
   flap_assert(what->host_bytes == 0 && region->ring != FLAP_PAGER_HOST);
   check_pin(pager, index, what, lease);
+  if (is_streaming(region) || what->mode != FLAP_LEASE_READ)
+    pager_wait_until(pager, is_streaming(region) ? lease_is_loaded : may_change_resident, program->first_lease + index,
+                     true);
+  status = pager_error(pager);
+  if (status != FLAP_OK)
+    goto fail;
   if (is_streaming(region)) {
-    pager_wait_until(pager, lease_is_loaded, program->first_lease + index, true);
-    status = pager_error(pager);
-    if (status != FLAP_OK)
-      goto fail;
     pager->slots[lease->slot].state = SLOT_PINNED;
     pager->rings[region->ring].pinned++;
   }
@@ -364,6 +379,7 @@ static void release_region(flap_pager *pager, pager_region *region, flap_lease_m
     return;
   region->changes_released++;
   region->holds = pager_stores(mode);
+  pager_snapshot_changed(pager, region);
   if (!is_streaming(region) || !pager_stores(mode))
     return;
   pager_page *page = pager_pages_of(pager, region);

@@ -16,11 +16,14 @@
  * through that list (and through the list of the next program, when it has been handed over already). Per lease: pin →
  * use → unpin. At most `slots` leases of a ring are live at any time: the planner's duty, checked here.
  *
+ * Snapshots. The values that some regions have at one point of the programs can be read while programs run on: each is
+ * kept at home from the moment it is there until it was read, and what would change it waits meanwhile.
+ *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
- * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. On the sim device there is no
- * thread: whoever waits advances the clock. A completion never raises. A transfer that failed, or bytes that are not
- * what was written even when they are read once more (FLAP_CORRUPT), make the pager's error sticky, and from then on
- * every call but close and stats returns it.
+ * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. A thread of the caller's may
+ * drain a snapshot. On the sim device there is no thread: whoever waits advances the clock. A completion never raises.
+ * A transfer that failed, or bytes that are not what was written even when they are read once more (FLAP_CORRUPT), make
+ * the pager's error sticky, and from then on every call but close and stats returns it.
  */
 #ifndef FLAP_PAGER_PAGER_H
 #define FLAP_PAGER_PAGER_H
@@ -48,6 +51,7 @@ typedef struct flap_pager_region {
   /* For compression: how wide the numbers are that it holds (1, 2 or 4 bytes; 0: its pages stay as they are), and of
    * which class it is (below FLAP_PAGER_CLASSES_MAX): what is learnt of one region goes for its class. */
   uint8_t element_bytes, klass;
+  bool in_snapshots; /* belongs to every snapshot */
 } flap_pager_region;
 
 typedef struct flap_pager_ring {
@@ -111,6 +115,8 @@ typedef struct flap_pager_sizes {
 uint64_t flap_pager_worker_bytes(const flap_pager_config *config);
 /* What a configuration will take; a pure function of the first group of fields. */
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out);
+/* Of the disks' requests, how many are under way at a time at most: one for each buffer. */
+uint32_t flap_pager_requests_max(const flap_pager_config *config);
 
 typedef struct flap_pager flap_pager;
 
@@ -131,7 +137,8 @@ const char *flap_pager_disk_describe(const flap_pager *pager);
 typedef flap_status (*flap_pager_fill_fn)(void *context, uint64_t offset, uint64_t bytes, void *memory);
 FLAP_CHECKED flap_status flap_pager_fill(flap_pager *pager, uint32_t region, flap_pager_fill_fn fill, void *context);
 
-/* Reads a region wherever it lives, piece by piece in order; verified like any other read. */
+/* Reads a region wherever it lives, piece by piece in order; verified like any other read. While a snapshot is open it
+ * is of this, and not only at rest: see below. */
 typedef flap_status (*flap_pager_drain_fn)(void *context, uint64_t offset, uint64_t bytes, const void *memory);
 FLAP_CHECKED flap_status flap_pager_drain(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain, void *context);
 
@@ -184,15 +191,35 @@ FLAP_CHECKED flap_status flap_pager_end(flap_pager *pager);
 /* Waits until everything is written back and no program is queued: at rest. */
 FLAP_CHECKED flap_status flap_pager_settle(flap_pager *pager);
 
+/* ---- snapshots ------------------------------------------------------------------------------------------ */
+
+/* Opens a snapshot: the values that the regions with `in_snapshots` have once the first `until` leases of the program
+ * begun last, and all programs before it, have changed them. None of its later leases may be pinned yet, nor before all
+ * of those are unpinned. With no program queued (and until 0) the values are those of now. One at a time; not on the
+ * sim device. Nothing is copied: a region's value stays at home until flap_pager_drain has delivered it. Until then
+ * what would change it waits: the store of a lease behind the point, or a job, or the pin where the region is resident.
+ *
+ * While it is open, one thread, any but the engine's, may call flap_pager_drain for these regions, once for each, in
+ * any order. It waits until the value is there and home, and delivers it as at rest. After its last piece it asks the
+ * device, so that nothing of one that failed is taken for good. A region that holds nothing at the point must not be
+ * drained. */
+void flap_pager_snapshot_begin(flap_pager *pager, uint32_t until);
+/* No program goes on: a drain of a value that will not come any more returns FLAP_CLOSED. Others go on. From the
+ * engine thread. */
+void flap_pager_snapshot_cut_off(flap_pager *pager);
+/* Lets go of what was not drained, and closes the snapshot. From any thread, with no drain under way. */
+void flap_pager_snapshot_end(flap_pager *pager);
+
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
 typedef struct flap_pager_stats {
   uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain; of disks, as they are in
                                          regions */
   uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
-  uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for */
-  uint64_t
-      busy_ns[FLAP_LANE_COUNT]; /* for disks: sum of request times over the depth; copies: as the device measured */
+  uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for; for a snapshot to be drained:
+                                         FLAP_LANE_DISK_WRITE */
+  uint64_t busy_ns[FLAP_LANE_COUNT];  /* for disks: sum of request times over the depth; copies: as the device measured,
+                                         with  those of snapshots */
   uint64_t reread; /* requests that were read once more, because their bytes were not what was written; their second
                       reading is in none of the above. Of fill and drain too */
 } flap_pager_stats;

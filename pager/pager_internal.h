@@ -52,9 +52,13 @@ typedef struct pager_region {
   uint32_t changes_started;  /* by jobs that were started and are not done */
   uint32_t loading;          /* H2D copies out of its home that are under way */
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
+  uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
   uint8_t klass, element_bytes;
-  bool holds; /* after all of the unpinned leases, there are bytes */
-  bool pinned;
+  bool holds : 1; /* after all of the unpinned leases, there are bytes */
+  bool pinned : 1;
+  bool in_snapshots : 1;
+  bool kept : 1;       /* of the open snapshot, and not drained yet */
+  bool kept_holds : 1; /* there are bytes at the point; known once it is reached */
 } pager_region;
 
 /* ---- where it is moved ---------------------------------------------------------------------------------- */
@@ -214,10 +218,19 @@ typedef struct pager_wait {
   pager_ready_fn ready; /* NULL: nobody waits */
   uint32_t argument;
   bool is_pin;    /* then argument is a lease, and the time is charged */
-  bool sleeping;  /* the engine thread is in pthread_cond_wait */
+  bool sleeping;  /* the thread is in pthread_cond_wait */
   flap_lane lane; /* charged since since_ns; FLAP_LANE_COUNT for none */
   uint64_t since_ns;
 } pager_wait;
+
+/* The snapshot, and the drain in progress of one of its regions. */
+typedef struct pager_snapshot {
+  bool open, cut_off;
+  bool marked;          /* mark_event is recorded: on the compute stream, behind the last change of a resident region */
+  uint32_t to_mark;     /* such changes that are still to be unpinned before */
+  uint32_t region;      /* that is drained and read ahead; PAGER_NONE */
+  uint32_t next, count; /* pieces of it that pass through buffers: the next one to ask for; all */
+} pager_snapshot;
 
 struct flap_pager {
   /* fixed at open */
@@ -225,13 +238,14 @@ struct flap_pager {
   uint32_t pages_per_transfer, pages_per_copy;
   uint32_t region_count, ring_count, slot_count, page_count, leases_max;
   uint32_t read_buffers, write_buffers, worker_count; /* 0 when nothing is on disk */
+  uint32_t snapshot_buffers, buffer_count;            /* all of them */
   uint64_t bounce_bytes;
   flap_pager_sizes sizes;
   pager_region *regions;
   pager_page *pages;
   pager_ring *rings;
   pager_slot *slots;
-  pager_buffer *buffers; /* the read buffers, then the write buffers */
+  pager_buffer *buffers; /* the read buffers, the write buffers, then those of snapshots */
   pager_lease *leases;   /* leases_max for each of two programs */
   pager_worker *workers; /* at least one, for its scratch memory */
   bool compresses, always_compresses, shared_cores;
@@ -253,9 +267,10 @@ struct flap_pager {
 
   /* under lock */
   pthread_mutex_t lock;
-  pthread_cond_t engine_wake, let_in;
-  _Atomic uint32_t wanted; /* calls of the engine thread that want the lock: the pump lets them in */
-  pager_wait wait;
+  pthread_cond_t engine_wake, drain_wake, let_in;
+  _Atomic uint32_t wanted;     /* calls of other threads that want the lock: the pump lets them in */
+  pager_wait wait, drain_wait; /* the engine thread's; that of whoever drains a snapshot */
+  pager_snapshot snapshot;
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
   uint64_t order_next;
@@ -389,6 +404,24 @@ static inline uint64_t pager_disk_offset(const pager_page *page) {
   return (uint64_t)page->extent * FLAP_BLOCK_ALIGN;
 }
 
+/* ---- snapshot.c: values that are kept while programs go on ----------------------------------------------- */
+
+/* The region has one more change: a lease of it was unpinned, or a job is over. */
+void pager_snapshot_changed(flap_pager *pager, pager_region *region);
+/* A change of the region with so many before it must wait for the drain. */
+static inline bool pager_is_kept_back(const pager_region *region, uint32_t change) {
+  return region->kept && (int32_t)(change - region->kept_change) >= 0;
+}
+/* Asks for the next pieces of the region that is drained. */
+bool pager_snapshot_issue(flap_pager *pager);
+flap_status pager_snapshot_drain(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain, void *context);
+static inline bool pager_is_snapshot_buffer(const flap_pager *pager, uint32_t buffer) {
+  return buffer >= pager->read_buffers + pager->write_buffers;
+}
+static inline flap_event pager_mark_event(const flap_pager *pager) {
+  return 2 * pager->slot_count;
+}
+
 /* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */
 
 /* Takes buffers that workers are done with further, and gives them those that are read or full; small ones are done
@@ -430,14 +463,17 @@ void pager_jobs_close(flap_pager *pager);
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
-/* Takes the lock on the engine thread. The pump goes on for as long as anything moves, which with both
- * copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here. */
+/* Takes the lock on the engine thread, or on one that drains. The pump goes on for as long as anything moves, which
+ * with both copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here.
+ */
 void pager_enter(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
 void pager_ring_bell(void *context);
 /* Waits on the engine thread until ready(argument) or until the pager has failed. */
 void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument, bool is_pin);
-/* Charges the time since the last look to the lane that the pin waits for. */
+/* The same on a thread that drains a snapshot. */
+void pager_wait_to_drain(flap_pager *pager, pager_ready_fn ready, uint32_t argument);
+/* Wakes who need not wait any more. Charges the time since the last look to the lane that the pin waits for. */
 void pager_wait_look(flap_pager *pager);
 uint64_t pager_now_ns(const flap_pager *pager);
 flap_status pager_thread_start(flap_pager *pager);

@@ -72,11 +72,14 @@ static void dump(const flap_pager *pager) {
              pager->rings[i].slots, pager->rings[i].free.count, pager->rings[i].pinned,
              (int)pager->rings[i].queue_head);
   dump_slots(pager);
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
+  for (uint32_t i = 0; i < pager->buffer_count; i++)
     if (pager->buffers[i].state != BUFFER_FREE)
       flap_log(FLAP_LOG_ERROR, "  buffer %u: %s, region %u, pages from %u, count %u, lease %llu", i,
                states[pager->buffers[i].state], pager->buffers[i].region, pager->buffers[i].first_page,
                pager->buffers[i].page_count, (unsigned long long)pager->buffers[i].order);
+  if (pager->snapshot.open)
+    flap_log(FLAP_LOG_ERROR, "  snapshot: region %d is drained, piece %u of %u is next", (int)pager->snapshot.region,
+             pager->snapshot.next, pager->snapshot.count);
   flap_log(FLAP_LOG_ERROR, "  copies: %llu of %llu h2d, %llu of %llu d2h retired",
            (unsigned long long)pager->h2d.retired, (unsigned long long)pager->h2d.issued,
            (unsigned long long)pager->d2h.retired, (unsigned long long)pager->d2h.issued);
@@ -109,6 +112,8 @@ static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring)
     const pager_slot *slot = &pager->slots[ring->first_slot + i];
     if (slot->state != SLOT_STORING)
       continue;
+    if (pager_is_kept_back(&pager->regions[slot->region], slot->change))
+      return FLAP_LANE_DISK_WRITE; /* of a checkpoint, say */
     bool needs_buffer = slot->disk_next < pager->regions[slot->region].page_count && pager->write_free == 0;
     bool at_disk = needs_buffer && (any_buffer(pager, BUFFER_WRITING) || any_buffer(pager, BUFFER_FULL));
     return at_disk ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
@@ -123,7 +128,7 @@ static bool waits_for_pages(const flap_pager *pager, const pager_region *region,
   for (uint32_t i = 0; i < count; i++) {
     if (page[i].stores_left == 0)
       continue;
-    *lane_out = page[i].state == PAGE_WRITING ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
+    *lane_out = page[i].state == PAGE_WRITING || region->kept ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
     return true;
   }
   return false;
@@ -133,8 +138,11 @@ flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   uint32_t index = pager->leases[lease].slot;
   const pager_program *program = &pager->programs[lease / pager->leases_max];
   const uint32_t wanted = program->leases[lease % pager->leases_max].region;
-  if (pager->regions[wanted].changes_released != pager->leases[lease].change)
-    return FLAP_LANE_HOST; /* all else that changes it is unpinned by now */
+  if (pager->regions[wanted].changes_released !=
+      pager->leases[lease].change) /* by a job: all else is unpinned by now */
+    return pager->regions[wanted].kept ? FLAP_LANE_DISK_WRITE : FLAP_LANE_HOST;
+  if (pager->regions[wanted].ring == FLAP_PAGER_RESIDENT)
+    return FLAP_LANE_DISK_WRITE; /* nothing else holds it up than that it is drained */
   if (index == PAGER_NONE) {
     uint32_t ring = pager->regions[program->leases[lease % pager->leases_max].region].ring;
     return waits_for_slot(pager, &pager->rings[ring]);
@@ -261,6 +269,18 @@ static void assert_buffers(const flap_pager *pager) {
   flap_assert(read_free == pager->read_free && write_free == pager->write_free);
 }
 
+/* 11: what is unpinned behind the point, and is to be stored, has not begun. */
+static void assert_kept(const flap_pager *pager) {
+  for (uint32_t i = 0; i < pager->region_count; i++)
+    flap_assert(!pager->regions[i].kept || (pager->snapshot.open && pager->regions[i].in_snapshots));
+  for (uint32_t i = pager->storing.head; i != PAGER_NONE; i = pager->slots[i].next) {
+    const pager_slot *slot = &pager->slots[i];
+    const pager_region *region = &pager->regions[slot->region];
+    if (pager_is_kept_back(region, slot->change))
+      flap_assert(slot->copies_left == 0 && slot->ram_next == 0 && slot->disk_next == region->ram_pages);
+  }
+}
+
 static void assert_rings(const flap_pager *pager) {
   for (uint32_t i = 0; i < pager->ring_count; i++) {
     const pager_ring *ring = &pager->rings[i];
@@ -280,6 +300,7 @@ void pager_assert_state(flap_pager *pager) {
     return;
   assert_slots(pager);
   assert_stores(pager);
+  assert_kept(pager);
   assert_buffers(pager);
   assert_pages(pager);
 }

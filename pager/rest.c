@@ -11,12 +11,10 @@ typedef struct piece {
   uint64_t offset, bytes;
 } piece;
 
-static flap_status enter(flap_pager *pager, uint32_t region) {
-  flap_assert(region < pager->region_count);
-  pager_enter(pager);
+static flap_status come_to_rest(flap_pager *pager, uint32_t region) {
   FLAP_TRY(pager_error(pager));
-  if (pager->program_count > 0)
-    pager_mistake(pager, "region %u is filled or drained while a program is queued", region);
+  if (pager->program_count > 0 || pager->snapshot.open)
+    pager_mistake(pager, "region %u is filled or drained while a program is queued or a snapshot is open", region);
   pager_wait_until(pager, pager_is_idle, 0, false);
   return pager_error(pager);
 }
@@ -226,7 +224,9 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
 /* ---- the two calls ------------------------------------------------------------------------------------ */
 
 flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_fn fill, void *context) {
-  flap_status status = enter(pager, index);
+  flap_assert(index < pager->region_count);
+  pager_enter(pager);
+  flap_status status = come_to_rest(pager, index);
   pager_region *region = &pager->regions[index];
   if (status != FLAP_OK)
     return leave(pager, status);
@@ -249,8 +249,11 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
 }
 
 flap_status flap_pager_drain(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
-  flap_assert(pager->has_bytes);
-  flap_status status = enter(pager, index);
+  flap_assert(pager->has_bytes && index < pager->region_count);
+  pager_enter(pager);
+  if (pager->snapshot.open && pager->error == FLAP_OK)
+    return leave(pager, pager_snapshot_drain(pager, index, drain, context));
+  flap_status status = come_to_rest(pager, index);
   pager_region *region = &pager->regions[index];
   if (status != FLAP_OK)
     return leave(pager, status);

@@ -5,6 +5,7 @@
  *                       and back, once: read → reading (pager_checks_advance)
  * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied)
  *                            → writing (pager_checks_advance) → free (pager_disk_poll)
+ * Those of snapshots: see snapshot.c.
  */
 #include "pager/pager_internal.h"
 
@@ -35,7 +36,8 @@ void pager_buffer_free(flap_pager *pager, uint32_t index) {
   flap_assert(buffer->state != BUFFER_FREE);
   buffer->state = BUFFER_FREE;
   buffer->slot = buffer->lease = PAGER_NONE;
-  *(index < pager->read_buffers ? &pager->read_free : &pager->write_free) += 1;
+  if (!pager_is_snapshot_buffer(pager, index))
+    *(index < pager->read_buffers ? &pager->read_free : &pager->write_free) += 1;
 }
 
 /* ---- disk requests ------------------------------------------------------------------------------------ */

@@ -4,7 +4,8 @@
  * be it for the slot or for the region's bytes, and among equals from the one that was unpinned first. (In the order of
  * unpins alone, activations that nobody needs before the backward would stand before states whose slots the next loads
  * wait for.) Stores of one region are wanted alike, so they stay in order; a page that an earlier one of them still
- * writes is waited for. So one page is never written twice at a time, and the later bytes win.
+ * writes is waited for. So one page is never written twice at a time, and the later bytes win. What a snapshot keeps at
+ * home is not written before it is drained.
  *
  * A page's way: idle → copying (issue) → idle (pager_stores_copied, in RAM)
  *                                      → writing (pager_stores_copied, on disk) → idle (pager_stores_written)
@@ -38,6 +39,8 @@ static void move_pages(flap_pager *pager, uint32_t region, uint32_t first_page, 
 static bool can_store(const flap_pager *pager, const pager_slot *s, bool disk, uint32_t *count_out) {
   const pager_region *region = &pager->regions[s->region];
   const uint32_t first = disk ? s->disk_next : s->ram_next;
+  if (pager_is_kept_back(region, s->change))
+    return false;
   if (first >= (disk ? region->page_count : region->ram_pages) || (disk && pager->write_free == 0))
     return false;
   *count_out = disk ? pager_chunk_pages(pager, region, first) : pager_copy_pages(pager, region, first);

@@ -54,6 +54,7 @@ void pager_pump(flap_pager *pager) {
     progress |= pager_jobs_collect(pager);
     if (pager->error == FLAP_OK) {
       progress |= pager_rings_release(pager);
+      progress |= pager_snapshot_issue(pager);
       progress |= pager_stores_issue(pager);
       progress |= pager_jobs_start(pager);
       progress |= pager_rings_assign(pager);
@@ -149,8 +150,7 @@ bool pager_is_idle(flap_pager *pager, uint32_t unused) {
          pager->write_free == pager->write_buffers;
 }
 
-void pager_wait_look(flap_pager *pager) {
-  pager_wait *wait = &pager->wait;
+static void look_at(flap_pager *pager, pager_wait *wait, pthread_cond_t *wake) {
   if (!wait->ready)
     return;
   bool over = pager->error != FLAP_OK || wait->ready(pager, wait->argument);
@@ -168,7 +168,12 @@ void pager_wait_look(flap_pager *pager) {
     return;
   wait->sleeping = false;
   atomic_fetch_add(&pager->wanted, 1); /* it gets the lock back before the next round */
-  pthread_cond_signal(&pager->engine_wake);
+  pthread_cond_signal(wake);
+}
+
+void pager_wait_look(flap_pager *pager) {
+  look_at(pager, &pager->wait, &pager->engine_wake);
+  look_at(pager, &pager->drain_wait, &pager->drain_wake);
 }
 
 static void wait_on_clock(flap_pager *pager) {
@@ -188,7 +193,7 @@ static void wait_on_clock(flap_pager *pager) {
 void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument, bool is_pin) {
   pager->wait = (pager_wait){
       .ready = ready, .argument = argument, .is_pin = is_pin, .lane = FLAP_LANE_COUNT, .since_ns = pager_now_ns(pager)};
-  pager_wait_look(pager);
+  look_at(pager, &pager->wait, &pager->engine_wake);
   if (!pager->wait.ready)
     return;
   if (pager->clock) {
@@ -198,5 +203,17 @@ void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument
   pager->wait.sleeping = true;
   while (pager->wait.ready)
     pthread_cond_wait(&pager->engine_wake, &pager->lock);
+  entered(pager);
+}
+
+void pager_wait_to_drain(flap_pager *pager, pager_ready_fn ready, uint32_t argument) {
+  flap_assert(!pager->clock && !pager->drain_wait.ready);
+  pager->drain_wait = (pager_wait){.ready = ready, .argument = argument, .lane = FLAP_LANE_COUNT};
+  look_at(pager, &pager->drain_wait, &pager->drain_wake);
+  if (!pager->drain_wait.ready)
+    return;
+  pager->drain_wait.sleeping = true;
+  while (pager->drain_wait.ready)
+    pthread_cond_wait(&pager->drain_wake, &pager->lock);
   entered(pager);
 }

@@ -49,7 +49,7 @@ void flap_metrics_close_object(flap_metrics *metrics);
  * fails (FLAP_NO_SPACE, FLAP_IO) what was written of the line is taken back, so the next line is sound. */
 FLAP_CHECKED flap_status flap_metrics_end_line(flap_metrics *metrics);
 
-/* fsync, for commits. */
+/* fsync, for commits; also from another thread than the one that adds lines, for those that were ended before. */
 FLAP_CHECKED flap_status flap_metrics_sync(flap_metrics *metrics);
 /* Closes; does not sync. NULL is fine. */
 void flap_metrics_close(flap_metrics *metrics);

@@ -132,6 +132,10 @@ flap_status flap_device_synchronize(flap_device *device) {
   return device->table->synchronize(device);
 }
 
+flap_status flap_device_outcome(flap_device *device) {
+  return device->table->outcome ? device->table->outcome(device) : FLAP_OK;
+}
+
 flap_status flap_device_upload(flap_device *device, void *to, const void *from, uint64_t bytes) {
   flap_assert(in_arena(device, to, bytes));
   return bytes > 0 ? device->table->upload(device, to, from, bytes) : FLAP_OK;

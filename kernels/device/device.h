@@ -94,6 +94,9 @@ void flap_device_stream_wait(flap_device *device, flap_stream stream, flap_event
 /* Waits for every stream, on none of which anybody launches meanwhile, then tells whether the device failed since open.
  * Device errors are sticky. */
 FLAP_CHECKED flap_status flap_device_synchronize(flap_device *device);
+/* The same without waiting, while others launch: what came before an event that is complete is in the answer. From any
+ * thread. */
+FLAP_CHECKED flap_status flap_device_outcome(flap_device *device);
 
 /* Small transfers in order with the compute stream; `download` returns when the bytes are there. In sim both only take
  * time, and `download` fills with zeros. */

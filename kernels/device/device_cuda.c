@@ -511,6 +511,10 @@ static flap_status cuda_synchronize(flap_device *base) {
   return failure_of(device);
 }
 
+static flap_status cuda_outcome(flap_device *base) {
+  return failure_of(self(base));
+}
+
 /* Through pinned buffers, so that the caller's bytes are taken when the call returns and nobody waits for the stream
  * unless all buffers are under way. */
 static flap_status cuda_upload(flap_device *base, void *to, const void *from, uint64_t bytes) {
@@ -556,6 +560,7 @@ const flap_device_table flap_device_cuda_table = {
     .event_wait = cuda_event_wait,
     .stream_wait = cuda_stream_wait,
     .synchronize = cuda_synchronize,
+    .outcome = cuda_outcome,
     .upload = cuda_upload,
     .download = cuda_download,
     .label_compute = cuda_label_compute,

@@ -27,6 +27,7 @@ typedef struct flap_device_table {
   void (*event_wait)(flap_device *device, flap_event event);
   void (*stream_wait)(flap_device *device, flap_stream stream, flap_event event);
   flap_status (*synchronize)(flap_device *device);
+  flap_status (*outcome)(flap_device *device); /* NULL where nothing can fail */
   flap_status (*upload)(flap_device *device, void *to, const void *from, uint64_t bytes);
   flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
   void (*label_compute)(flap_device *device, uint64_t label); /* NULL where launches are over when they return */

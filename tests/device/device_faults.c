@@ -54,6 +54,11 @@ static flap_status faulty_synchronize(flap_device *device) {
   return tell();
 }
 
+static flap_status faulty_outcome(flap_device *device) {
+  (void)device;
+  return tell();
+}
+
 static flap_status faulty_upload(flap_device *device, void *to, const void *from, uint64_t bytes) {
   FLAP_TRY(tell());
   return real->upload(device, to, from, bytes);
@@ -73,6 +78,7 @@ void device_faults_install(device_call call, uint64_t number) {
   faulty.copy = faulty_copy;
   faulty.note_compute = faulty_note_compute;
   faulty.synchronize = faulty_synchronize;
+  faulty.outcome = faulty_outcome;
   faulty.upload = faulty_upload;
   faulty.download = faulty_download;
   failing_call = call;

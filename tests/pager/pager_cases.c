@@ -5,210 +5,16 @@
 #include "pager/pager_internal.h"
 
 #include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- making a case -------------------------------------------------------------------------------------- */
-
-typedef struct draw {
-  flap_philox stream;
-  uint64_t next;
-} draw;
-
-static uint32_t below(draw *d, uint32_t bound) {
-  return (uint32_t)flap_philox_below(&d->stream, d->next++, bound);
-}
-static bool chance(draw *d, uint32_t percent) {
-  return below(d, 100) < percent;
-}
-
-uint64_t case_first_seed(void) {
-  const char *text = getenv("FLAP_TEST_SEED");
-  uint64_t seed = text ? strtoull(text, NULL, 10) : 20240607;
-  printf("FLAP_TEST_SEED=%llu\n", (unsigned long long)seed);
-  return seed;
-}
-
-static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale) {
-  flap_pager_config *config = &c->config;
-  config->page_bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 50) ? 16 : 4));
-  config->transfer_bytes = config->page_bytes * (1 + below(d, 4));
-  config->ring_count = 1 + below(d, CASE_RINGS_MAX);
-  config->region_count = 2 + below(d, CASE_REGIONS_MAX - 1);
-  static const char *const names[CASE_RINGS_MAX] = {"weights", "states", "activations"};
-  for (uint32_t i = 0; i < config->ring_count; i++)
-    c->rings[i] = (flap_pager_ring){.name = names[i], .slot_bytes = FLAP_BLOCK_ALIGN};
-  uint32_t kept = 0;
-  for (uint32_t i = 0; i < config->region_count; i++) {
-    flap_pager_region *region = &c->regions[i];
-    region->bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 20) ? 64 * scale : 8 * scale));
-    region->ring = chance(d, 15) ? FLAP_PAGER_RESIDENT : below(d, config->ring_count);
-    region->element_bytes = (uint8_t)(i % 4 == 3 ? 0 : 1 << i % 4);
-    region->klass = (uint8_t)(i % FLAP_PAGER_CLASSES_MAX);
-    uint32_t pages = (uint32_t)((region->bytes + config->page_bytes - 1) / config->page_bytes);
-    region->ram_pages = homes == HOMES_RAM ? pages : homes == HOMES_DISK ? 0 : below(d, pages + 1);
-    c->filled[i] = chance(d, 80);
-    if (region->ring == FLAP_PAGER_RESIDENT) {
-      region->ram_pages = 0;
-      continue;
-    }
-    c->for_jobs[i] = homes != HOMES_DISK && chance(d, 25);
-    if (c->for_jobs[i]) {
-      region->ram_pages = pages;
-      if (chance(d, 30)) {
-        region->ring = FLAP_PAGER_HOST;
-        continue;
-      }
-      if (chance(d, 40) && kept < CASE_KEPT_MAX) {
-        region->ring = config->ring_count + kept++;
-        c->rings[region->ring] =
-            (flap_pager_ring){.name = "kept", .slot_bytes = region->bytes, .slots = 1, .keeps = true};
-        continue;
-      }
-    }
-    if (c->rings[region->ring].slot_bytes < region->bytes)
-      c->rings[region->ring].slot_bytes = region->bytes;
-  }
-  config->ring_count += kept;
-  config->regions = c->regions;
-  config->rings = c->rings;
-}
-
-typedef struct maker {
-  draw *d;
-  test_case *c;
-  bool holds[CASE_REGIONS_MAX], pinned[CASE_REGIONS_MAX];
-  uint32_t live[CASE_RINGS_MAX + CASE_KEPT_MAX];
-  uint32_t live_leases[CASE_LEASES_MAX], live_count;
-  bool jobs;
-} maker;
-
-static void push(test_case *c, action_kind kind, uint32_t index) {
-  ck_assert_uint_lt(c->action_count, CASE_ACTIONS_MAX);
-  c->actions[c->action_count++] = (action){.kind = kind, .index = index};
-}
+/* ---- what a case moves ---------------------------------------------------------------------------------------- */
 
 static bool is_kept(const test_case *c, uint32_t region) {
   return c->regions[region].ring < FLAP_PAGER_HOST && c->rings[c->regions[region].ring].keeps;
-}
-
-/* A job of some regions that hold something and that nobody has pinned. */
-static void make_job(maker *m, uint32_t program) {
-  test_case *c = m->c;
-  uint32_t wanted = 1 + below(m->d, FLAP_PAGER_JOB_LEASES_MAX), first = c->lease_counts[program], count = 0;
-  uint32_t start = below(m->d, c->config.region_count);
-  for (uint32_t i = 0; i < c->config.region_count && count < wanted && first + count < CASE_LEASES_MAX; i++) {
-    uint32_t region = (start + i) % c->config.region_count;
-    if (!c->for_jobs[region] || m->pinned[region] || !m->holds[region])
-      continue;
-    flap_lease_mode mode = chance(m->d, 70) || is_kept(c, region) ? FLAP_LEASE_UPDATE : FLAP_LEASE_CONSUME;
-    m->holds[region] = mode != FLAP_LEASE_CONSUME;
-    c->leases[program][first + count++] =
-        (flap_lease){.region = region, .mode = mode, .host_bytes = c->regions[region].bytes};
-  }
-  if (count == 0)
-    return;
-  c->lease_counts[program] += count;
-  push(c, ACTION_JOB, first);
-  c->actions[c->action_count - 1].count = count;
-}
-
-static bool make_pin(maker *m, uint32_t program) {
-  test_case *c = m->c;
-  uint32_t region = below(m->d, c->config.region_count);
-  if (m->pinned[region] || m->live_count == 8 || c->regions[region].ring == FLAP_PAGER_HOST)
-    return false;
-  if (is_kept(c, region) && !m->holds[region])
-    return false;
-  flap_lease_mode mode = (flap_lease_mode)below(m->d, 5);
-  if (chance(m->d, 50))
-    mode = chance(m->d, 50) ? FLAP_LEASE_READ : FLAP_LEASE_UPDATE;
-  if (!m->holds[region] && mode != FLAP_LEASE_SCRATCH)
-    mode = FLAP_LEASE_CREATE;
-  if (is_kept(c, region))
-    mode = FLAP_LEASE_READ;
-  uint32_t index = c->lease_counts[program]++;
-  c->leases[program][index] = (flap_lease){.region = region, .mode = mode};
-  m->pinned[region] = true;
-  m->live_leases[m->live_count++] = index;
-  uint32_t ring = c->regions[region].ring;
-  if (ring != FLAP_PAGER_RESIDENT && ++m->live[ring] > c->rings[ring].slots)
-    c->rings[ring].slots = m->live[ring];
-  push(c, ACTION_PIN, index);
-  return true;
-}
-
-static void make_unpin(maker *m, uint32_t program) {
-  test_case *c = m->c;
-  uint32_t which = below(m->d, m->live_count), index = m->live_leases[which];
-  m->live_leases[which] = m->live_leases[--m->live_count];
-  flap_lease lease = c->leases[program][index];
-  m->pinned[lease.region] = false;
-  if (lease.mode == FLAP_LEASE_CREATE)
-    m->holds[lease.region] = true;
-  else if (lease.mode == FLAP_LEASE_CONSUME || lease.mode == FLAP_LEASE_SCRATCH)
-    m->holds[lease.region] = false;
-  if (c->regions[lease.region].ring != FLAP_PAGER_RESIDENT)
-    m->live[c->regions[lease.region].ring]--;
-  push(c, ACTION_UNPIN, index);
-}
-
-static void make_program(maker *m, uint32_t program, bool last) {
-  test_case *c = m->c;
-  uint32_t leases = below(m->d, CASE_LEASES_MAX + 1);
-  uint32_t tries = 0;
-  bool next_begun = last;
-  while (c->lease_counts[program] < leases || m->live_count > 0) {
-    if (++tries == 20 * CASE_LEASES_MAX) /* all that is left may be regions of jobs that hold nothing */
-      leases = c->lease_counts[program];
-    if (!next_begun && chance(m->d, 4)) { /* handed over ahead of time */
-      push(c, ACTION_BEGIN, program + 1);
-      next_begun = true;
-    }
-    if (m->jobs && c->lease_counts[program] < leases && chance(m->d, 15))
-      make_job(m, program);
-    else if (c->lease_counts[program] < leases && chance(m->d, 45))
-      (void)make_pin(m, program);
-    else if (m->live_count > 0 && (chance(m->d, 60) || c->lease_counts[program] == leases))
-      make_unpin(m, program);
-    else if (chance(m->d, 20))
-      push(c, ACTION_COMPUTE, 0);
-  }
-  push(c, ACTION_END, program);
-  if (!next_begun) {
-    if (chance(m->d, 50)) {
-      push(c, ACTION_SETTLE, 0);
-      uint32_t region = below(m->d, c->config.region_count);
-      push(c, ACTION_REFILL, region);
-      m->holds[region] = true;
-    }
-    push(c, ACTION_BEGIN, program + 1);
-  }
-}
-
-void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale) {
-  memset(c, 0, sizeof *c);
-  c->seed = seed;
-  draw d = {.stream = flap_philox_stream(seed, "pager case")};
-  make_regions(c, &d, homes, scale);
-  maker m = {.d = &d, .c = c, .jobs = homes != HOMES_DISK};
-  memcpy(m.holds, c->filled, sizeof m.holds);
-  c->program_count = 1 + below(&d, CASE_PROGRAMS_MAX);
-  push(c, ACTION_BEGIN, 0);
-  for (uint32_t i = 0; i < c->program_count; i++)
-    make_program(&m, i, i + 1 == c->program_count);
-  for (uint32_t i = 0; i < c->config.ring_count; i++)
-    if (!c->rings[i].keeps)
-      c->rings[i].slots += c->rings[i].slots == 0 ? 1 : tight ? 0 : below(&d, 3);
-  c->config.read_buffers = tight ? 1 : 1 + below(&d, 4);
-  c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
-  c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
-  c->config.copy_bytes = c->config.page_bytes * below(&d, 7);
-  c->config.workers = below(&d, 4);
-  c->config.compression = (flap_compression)below(&d, 3);
-  c->config.disk_rates = (flap_duplex){.alone_bytes = 1e6, .other_alone_bytes = 1e6};
-  c->config.shared_cores = chance(&d, 50);
 }
 
 /* What rings that keep load: at the first lease of a program, and at the first behind a job. */
@@ -263,7 +69,7 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
                           .weight = c->seed / 15 % 2 ? 1 + (c->seed / 30 + i) % 5 : 0};
 }
 
-uint64_t case_saved_bytes, case_rereads;
+uint64_t case_saved_bytes, case_rereads, case_snapshots;
 
 /* ---- bytes ---------------------------------------------------------------------------------------------- */
 
@@ -292,6 +98,18 @@ static void stir_words(void *memory, uint64_t bytes, uint64_t key) {
 
 /* ---- running on the cpu device --------------------------------------------------------------------------- */
 
+/* A snapshot in progress. What each region must hold is copied before the call that makes its value complete. */
+typedef struct snapshot_run {
+  bool open;
+  atomic_bool over;
+  pthread_t thread;
+  uint32_t stop_after; /* regions */
+  bool wanted[CASE_REGIONS_MAX];
+  uint32_t changes_left[CASE_REGIONS_MAX];
+  unsigned char *expected[CASE_REGIONS_MAX];
+  flap_status status;
+} snapshot_run;
+
 typedef struct runner {
   const test_case *c;
   flap_pager *pager;
@@ -302,6 +120,11 @@ typedef struct runner {
   uint64_t time; /* counts uses, so that every change is another one */
   struct job_run *jobs[CASE_ACTIONS_MAX];
   uint32_t job_count;
+  uint32_t begun, next_lease;     /* programs; of the oldest, to be pinned or handed over */
+  bool released[CASE_LEASES_MAX]; /* of the oldest */
+  flap_philox snapshot_draw;
+  uint64_t drawn;
+  snapshot_run snapshot;
 } runner;
 
 typedef struct visit {
@@ -339,6 +162,123 @@ static flap_status fill_region(runner *r, uint32_t region) {
   return FLAP_OK;
 }
 
+/* ---- snapshots ---- */
+
+static uint32_t draw_below(runner *r, uint32_t bound) {
+  return (uint32_t)flap_philox_below(&r->snapshot_draw, r->drawn++, bound);
+}
+
+/* In the midst of its piece, now and then: whoever drains may stop at any. */
+static flap_status compare_piece(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
+  visit *v = context;
+  ck_assert_uint_eq(offset, v->next);
+  v->next += bytes;
+  ck_assert_msg(memcmp(memory, v->r->snapshot.expected[v->region] + offset, bytes) == 0,
+                "seed %llu: region %u differs in a snapshot, in the %llu bytes at %llu",
+                (unsigned long long)v->r->c->seed, v->region, (unsigned long long)bytes, (unsigned long long)offset);
+  return v->r->snapshot.stop_after == 0 ? flap_error_set(FLAP_IO, "the test stops here") : FLAP_OK;
+}
+
+static void *drain_snapshot(void *context) {
+  runner *r = context;
+  snapshot_run *s = &r->snapshot;
+  const uint32_t count = r->c->config.region_count, start = (uint32_t)(r->c->seed % count);
+  for (uint32_t i = 0; i < count && s->status == FLAP_OK; i++) {
+    const uint32_t region = r->c->seed % 2 ? (start + i) % count : (start + count - i) % count;
+    visit v = {.r = r, .region = region};
+    if (!s->wanted[region])
+      continue;
+    s->status = flap_pager_drain(r->pager, region, compare_piece, &v);
+    ck_assert(s->status != FLAP_OK || v.next == r->c->regions[region].bytes);
+    s->stop_after -= s->stop_after > 0;
+  }
+  flap_pager_snapshot_end(r->pager);
+  atomic_store(&s->over, true);
+  return NULL;
+}
+
+static void keep_expected(runner *r, uint32_t region) {
+  memcpy(r->snapshot.expected[region], r->plain[region], r->c->regions[region].bytes);
+}
+
+/* Before the call that tells the pager. */
+static void note_change(runner *r, uint32_t region) {
+  snapshot_run *s = &r->snapshot;
+  if (s->open && s->changes_left[region] > 0 && --s->changes_left[region] == 0)
+    keep_expected(r, region);
+}
+
+static void count_changes(runner *r, uint32_t program, uint32_t end) {
+  for (uint32_t i = 0; i < end; i++) {
+    const flap_lease *lease = &r->c->leases[program][i];
+    if (lease->mode == FLAP_LEASE_READ || (program == r->program && r->released[i]))
+      continue;
+    r->snapshot.changes_left[lease->region]++;
+    r->snapshot.wanted[lease->region] = pager_stores(lease->mode);
+  }
+}
+
+/* The first lease from `from` on of a program before which all others are unpinned, or its end. */
+static uint32_t next_point(const test_case *c, uint32_t program, uint32_t from) {
+  uint32_t at = 0, live = 0;
+  for (uint32_t i = 0; i < c->action_count && at <= program; i++) {
+    const action *a = &c->actions[i];
+    at += a->kind == ACTION_END;
+    if (at != program)
+      continue;
+    if ((a->kind == ACTION_PIN || a->kind == ACTION_JOB) && live == 0 && a->index >= from)
+      return a->index;
+    live += a->kind == ACTION_PIN;
+    live -= a->kind == ACTION_UNPIN;
+  }
+  return c->lease_counts[program];
+}
+
+static void begin_snapshot(runner *r) {
+  snapshot_run *s = &r->snapshot;
+  const uint32_t last = r->begun - 1, queued = r->begun - r->program;
+  const uint32_t pinned = queued == 1 ? r->next_lease : 0;
+  const uint32_t from = queued == 0 ? 0 : pinned + draw_below(r, r->c->lease_counts[last] - pinned + 1);
+  const uint32_t until = queued == 0 ? 0 : next_point(r->c, last, from);
+  s->open = true;
+  s->status = FLAP_OK;
+  s->stop_after = draw_below(r, 5) == 0 ? draw_below(r, 4) : UINT32_MAX;
+  atomic_store(&s->over, false);
+  memset(s->changes_left, 0, sizeof s->changes_left);
+  memcpy(s->wanted, r->holds, sizeof s->wanted);
+  for (uint32_t i = r->program; i < r->begun; i++)
+    count_changes(r, i, i == last ? until : r->c->lease_counts[i]);
+  for (uint32_t i = 0; i < r->c->config.region_count; i++) {
+    s->wanted[i] &= r->c->regions[i].in_snapshots;
+    if (s->changes_left[i] == 0)
+      keep_expected(r, i);
+  }
+  flap_pager_snapshot_begin(r->pager, until);
+  ck_assert_int_eq(pthread_create(&s->thread, NULL, drain_snapshot, r), 0);
+}
+
+/* `ends`: nothing more is coming. */
+static void join_snapshot(runner *r, bool ends) {
+  snapshot_run *s = &r->snapshot;
+  if (!s->open)
+    return;
+  if (ends)
+    flap_pager_snapshot_cut_off(r->pager);
+  ck_assert_int_eq(pthread_join(s->thread, NULL), 0);
+  s->open = false;
+  case_snapshots += s->status == FLAP_OK;
+  ck_assert(s->status == FLAP_OK || s->stop_after == 0 || ends);
+}
+
+static void look_after_snapshot(runner *r) {
+  if (!r->c->snapshots)
+    return;
+  if (r->snapshot.open && atomic_load(&r->snapshot.over))
+    join_snapshot(r, false);
+  if (!r->snapshot.open && draw_below(r, 10) == 0)
+    begin_snapshot(r);
+}
+
 static void check_bytes(const runner *r, uint32_t index, const char *when) {
   flap_lease lease = r->c->leases[r->program][index];
   uint64_t bytes = r->c->regions[lease.region].bytes;
@@ -357,6 +297,7 @@ static flap_status pin(runner *r, uint32_t index) {
   flap_lease lease = r->c->leases[r->program][index];
   uint64_t bytes = r->c->regions[lease.region].bytes;
   FLAP_TRY(flap_pager_pin(r->pager, index, &r->pinned[index]));
+  r->next_lease++;
   ck_assert((uintptr_t)r->pinned[index] % FLAP_BLOCK_ALIGN == 0);
   if (pager_loads(lease.mode)) {
     check_bytes(r, index, "at its pin");
@@ -431,7 +372,10 @@ static void hand_over_job(runner *r, action a) {
     if (lease.mode == FLAP_LEASE_UPDATE)
       stir_words(r->plain[lease.region], bytes, j->key);
     r->holds[lease.region] = lease.mode == FLAP_LEASE_UPDATE;
+    r->released[a.index + i] = true;
+    note_change(r, lease.region);
   }
+  r->next_lease += a.count;
   flap_pager_run_job(r->pager, a.index, a.count, &(flap_pager_job){.run = run_job, .context = j});
 }
 
@@ -451,6 +395,9 @@ static void unpin(runner *r, uint32_t index) {
     stir_words(r->pinned[index], r->c->regions[lease.region].bytes, key);
     stir_words(r->plain[lease.region], r->c->regions[lease.region].bytes, key);
   }
+  if (lease.mode != FLAP_LEASE_READ)
+    note_change(r, lease.region);
+  r->released[index] = true;
   flap_pager_unpin(r->pager, index);
   r->pinned[index] = NULL;
   if (lease.mode != FLAP_LEASE_READ)
@@ -460,6 +407,7 @@ static void unpin(runner *r, uint32_t index) {
 static flap_status act(runner *r, action a) {
   switch (a.kind) {
   case ACTION_BEGIN:
+    r->begun++;
     return flap_pager_begin(r->pager, r->c->leases[a.index], r->c->lease_counts[a.index]);
   case ACTION_PIN:
     return pin(r, a.index);
@@ -475,10 +423,13 @@ static flap_status act(runner *r, action a) {
   case ACTION_END:
     FLAP_TRY(flap_pager_end(r->pager));
     r->program++;
+    r->next_lease = 0;
+    memset(r->released, 0, sizeof r->released);
     return FLAP_OK;
   case ACTION_SETTLE:
     return flap_pager_settle(r->pager);
   case ACTION_REFILL:
+    join_snapshot(r, false);
     return fill_region(r, a.index);
   }
   return FLAP_OK;
@@ -508,11 +459,13 @@ static flap_status run_all(runner *r) {
     if (c->filled[i])
       FLAP_TRY(fill_region(r, i));
   for (uint32_t i = 0; i < c->action_count; i++) {
+    look_after_snapshot(r);
     FLAP_TRY(act(r, c->actions[i]));
     if (i + 1 == c->close_after)
       return FLAP_OK;
   }
   FLAP_TRY(flap_pager_settle(r->pager));
+  join_snapshot(r, false);
   check_bytes_moved(c, r->pager);
   for (uint32_t i = 0; i < c->config.region_count; i++) {
     visit v = {.r = r, .region = i};
@@ -566,6 +519,7 @@ static flap_status run_between_canaries(runner *r, const flap_pager_config *conf
   memset(ram_canary, 0xa5, CANARY_BYTES);
   memset(vram_canary, 0xa5, CANARY_BYTES);
   status = run_all(r);
+  join_snapshot(r, true);
   if (status != FLAP_OK)
     check_sticky(r, status);
   check_canary(vram_canary, "vram");
@@ -575,7 +529,7 @@ static flap_status run_between_canaries(runner *r, const flap_pager_config *conf
 }
 
 flap_status case_run(const test_case *c) {
-  runner r = {.c = c};
+  runner r = {.c = c, .snapshot_draw = flap_philox_stream(c->seed, "pager case snapshots")};
   flap_pager_config config = c->config;
   flap_pager_sizes sizes;
   flap_pager_measure(&config, &sizes);
@@ -583,12 +537,16 @@ flap_status case_run(const test_case *c) {
   config.device.vram_bytes = sizes.vram_bytes + CANARY_BYTES;
   flap_arena arena;
   ck_assert_int_eq(flap_arena_open(&arena, "ram", sizes.ram_bytes + CANARY_BYTES), FLAP_OK);
-  for (uint32_t i = 0; i < c->config.region_count; i++)
+  for (uint32_t i = 0; i < c->config.region_count; i++) {
     r.plain[i] = calloc(1, c->regions[i].bytes);
+    r.snapshot.expected[i] = calloc(1, c->regions[i].bytes);
+  }
   flap_status status = run_between_canaries(&r, &config, &arena, &sizes);
   free_jobs(&r);
-  for (uint32_t i = 0; i < c->config.region_count; i++)
+  for (uint32_t i = 0; i < c->config.region_count; i++) {
     free(r.plain[i]);
+    free(r.snapshot.expected[i]);
+  }
   flap_arena_close(&arena);
   return status;
 }

@@ -56,12 +56,19 @@ typedef struct test_case {
   flap_lease leases[CASE_PROGRAMS_MAX][CASE_LEASES_MAX];
   action actions[CASE_ACTIONS_MAX];
   uint32_t action_count;
+  bool snapshots;       /* case_add_snapshots was called */
   uint32_t close_after; /* close in the midst of it, after so many actions; 0: never */
 } test_case;
 
 /* `tight`: as few slots and buffers as can work. `scale` bounds the sizes: 1 is small, 4 is what the property tests
  * use. */
 void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale);
+
+/* Marks regions as of snapshots, before the disk is set. case_run then opens snapshots now and then, of any point ahead,
+ * which another thread drains in any order, at times not to the end, while the case goes on. */
+void case_add_snapshots(test_case *c);
+/* Snapshots that were drained to the end, over all cases so far. */
+extern uint64_t case_snapshots;
 
 /* The sum of flap_pager_predict over all programs; what rings that keep load is counted by the case itself. */
 void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]);

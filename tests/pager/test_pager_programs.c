@@ -11,17 +11,24 @@
 
 static char folder[] = "/tmp/flap-pager-XXXXXX";
 
-static void run_cases(uint32_t first, uint32_t count, case_homes homes, bool tight, flap_block_backend backend) {
+static void run_cases_with(uint32_t first, uint32_t count, case_homes homes, bool tight, flap_block_backend backend,
+                           bool snapshots) {
   static test_case c;
   uint64_t seed = case_first_seed();
   for (uint32_t i = first; i < first + count; i += CASE_STRIDE) {
     case_make(&c, seed + i, homes, tight, 2);
+    if (snapshots)
+      case_add_snapshots(&c);
     case_set_disk(&c, backend, folder);
     c.config.disk.sim = (flap_block_sim){.latency_ns = 200000, .seed = seed + i, .split_probability = 0.1};
     flap_status status = case_run(&c);
     ck_assert_msg(status == FLAP_OK, "seed %llu: %s", (unsigned long long)c.seed, flap_error_message());
   }
   ck_assert(homes == HOMES_RAM || case_saved_bytes > 0); /* something was compressed */
+}
+
+static void run_cases(uint32_t first, uint32_t count, case_homes homes, bool tight, flap_block_backend backend) {
+  run_cases_with(first, count, homes, tight, backend, false);
 }
 
 START_TEST(programs_all_in_ram_equal_plain_run) {
@@ -59,6 +66,18 @@ START_TEST(programs_on_files_by_default_backend_equal_plain_run) {
 }
 END_TEST
 
+/* Bytes, counts and sizes as without; and those of another thread are the ones of the point. */
+START_TEST(snapshots_drained_beside_programs_equal_plain_run) {
+  const uint64_t before = case_snapshots;
+  run_cases_with(7000, 80, HOMES_RAM, true, FLAP_BLOCK_SIM, true);
+  run_cases_with(8000, 80, HOMES_MIXED, true, FLAP_BLOCK_SIM, true);
+  run_cases_with(9000, 40, HOMES_MIXED, false, FLAP_BLOCK_AUTO, true);
+  run_cases_with(10000, 40, HOMES_DISK, true, FLAP_BLOCK_SIM, true);
+  printf("%llu snapshots\n", (unsigned long long)(case_snapshots - before));
+  ck_assert_uint_gt(case_snapshots - before, 200 / CASE_STRIDE);
+}
+END_TEST
+
 int main(void) {
   pager_full_checks = true;
   pager_small_bytes = 0; /* workers do all, where there are any */
@@ -74,6 +93,7 @@ int main(void) {
   tcase_add_test(tcase, programs_all_on_disk_equal_plain_run);
   tcase_add_test(tcase, programs_on_files_by_threads_equal_plain_run);
   tcase_add_test(tcase, programs_on_files_by_default_backend_equal_plain_run);
+  tcase_add_test(tcase, snapshots_drained_beside_programs_equal_plain_run);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
