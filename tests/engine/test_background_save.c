@@ -1,0 +1,379 @@
+/* Checkpoints that are written while training goes on: to the byte those that a run writes which stops at that step,
+ * whatever the numbers are stored as and wherever they live; going on from one ends with the bits of the run that saved
+ * it; and what is not good, or cannot be written, never becomes one.
+ */
+#include "engine/engine.h"
+
+#include "base/log.h"
+#include "base/system.h"
+#include "tests/formats/formats_scratch.h"
+
+#include <check.h>
+#include <dirent.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define STEPS 6u
+#define PATHS 1024u
+
+typedef struct numbers {
+  const char *name;
+  bool fp16, tied;
+  flap_optim optim;
+} numbers;
+
+static const numbers NUMBERS[] = {
+    {.name = "bf16, tied", .tied = true},
+    {.name = "bf16, 8-bit moments", .optim = FLAP_OPTIM_ADAMW_8BIT},
+    {.name = "fp16, whose first steps overflow, 8-bit moments, tied",
+     .fp16 = true,
+     .tied = true,
+     .optim = FLAP_OPTIM_ADAMW_8BIT},
+    {.name = "fp16, whose first steps overflow", .fp16 = true},
+};
+#define NUMBER_COUNT ((int)(sizeof NUMBERS / sizeof *NUMBERS))
+
+typedef struct place {
+  const char *name;
+  flap_size vram, ram;
+  bool disk, sweep;
+  flap_optimizer_place optimizer;
+  uint64_t eval_steps;
+  bool only_model;
+} place;
+
+#define BYTES(n) \
+  { .kind = FLAP_SIZE_BYTES, .bytes = (n) }
+#define LEAST \
+  { .kind = FLAP_SIZE_MIN }
+#define ROOMY BYTES((uint64_t)16 << 20)
+
+static const place PLACES[] = {
+    {.name = "resident", .vram = ROOMY, .ram = ROOMY},
+    {.name = "in ram", .vram = LEAST, .ram = ROOMY},
+    {.name = "on disk", .vram = LEAST, .ram = LEAST, .disk = true},
+    {.name = "some of each", .vram = BYTES((uint64_t)1200 << 10), .ram = BYTES((uint64_t)900 << 10), .disk = true},
+    {.name = "updated by the host", .vram = LEAST, .ram = ROOMY, .optimizer = FLAP_OPTIMIZER_CPU},
+    {.name = "half updated by the host", .vram = LEAST, .ram = ROOMY, .optimizer = FLAP_OPTIMIZER_SPLIT},
+    {.name = "on disk, swept", .vram = LEAST, .ram = LEAST, .disk = true, .sweep = true},
+    {.name = "in ram, evaluated between", .vram = LEAST, .ram = ROOMY, .eval_steps = 2},
+    {.name = "weights alone", .vram = LEAST, .ram = LEAST, .disk = true, .only_model = true},
+};
+#define PLACE_COUNT (sizeof PLACES / sizeof *PLACES)
+
+/* ---- a run ------------------------------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t stop;
+static struct {
+  uint64_t stop_at; /* a step, after which the person stops the run */
+  uint64_t stepped, saved[STEPS + 1];
+  uint64_t stepped_at_save[STEPS + 1]; /* of each checkpoint, how many steps were done when it was told */
+} seen;
+
+static void note_step(void *context, const flap_step_report *report) {
+  (void)context;
+  seen.stepped = report->step;
+  if (report->step == seen.stop_at)
+    stop = 1;
+}
+
+static void note_saved(void *context, const char *folder, double seconds) {
+  (void)context, (void)seconds;
+  const uint64_t step = strtoull(strrchr(folder, '-') + 1, NULL, 10);
+  ck_assert_uint_le(step, STEPS);
+  seen.saved[step]++;
+  seen.stepped_at_save[step] = seen.stepped;
+}
+
+static char disk[64]; /* a folder, whose extents have no names */
+
+static void write_files(void) {
+  const char *path = scratch_path("machine.json");
+  FILE *file = fopen(path, "w");
+  ck_assert_ptr_nonnull(file);
+  fputs("{\"format\": \"flap machine 1\", \"machines\": [{\"device\": \"cpu\", \"name\": \"tests\", \"flops_bf16\": "
+        "1e11, "
+        "\"flops_f32\": 1e11, \"device_bytes\": 1e10, \"h2d_bytes\": 1e10, \"d2h_bytes\": 1e10, \"host_bytes\": 1e10, "
+        "\"launch_ns\": 100, \"copy_ns\": 1000, \"disk_ns\": 10000, \"synchronous\": true, \"shared_cores\": 1, "
+        "\"disk_read_bytes\": 1e9, \"disk_write_bytes\": 1e9}]}\n",
+        file);
+  ck_assert_int_eq(fclose(file), 0);
+  ck_assert_int_eq(setenv("FLAP_MACHINE", path, 1), 0);
+  file = fopen(scratch_path("text.txt"), "w");
+  ck_assert_ptr_nonnull(file);
+  for (int n = 0; n < 60; n++)
+    fprintf(file, "The %dth line says that %d and %d make %d.\n", n, n, n + 1, 2 * n + 1);
+  ck_assert_int_eq(fclose(file), 0);
+  const bool memory = access("/dev/shm", R_OK | W_OK | X_OK) == 0;
+  (void)snprintf(disk, sizeof disk, "%s/flap-save-XXXXXX", memory ? "/dev/shm" : "/tmp");
+  ck_assert_ptr_nonnull(mkdtemp(disk));
+}
+
+/* Nothing dies here, so there is no need to wait for the disk. */
+static int no_sync(int fd) {
+  (void)fd;
+  return 0;
+}
+
+static void setup(void) {
+  static flap_system without_sync;
+  without_sync = *flap_system_default();
+  without_sync.sync = no_sync;
+  (void)flap_system_replace(&without_sync);
+  scratch_setup();
+  write_files();
+  flap_log_set_level(FLAP_LOG_ERROR);
+}
+
+static void teardown(void) {
+  (void)rmdir(disk);
+  scratch_teardown();
+}
+
+static flap_run_config config; /* it holds long paths */
+
+static void configure(const numbers *n, const place *p, const char *out) {
+  flap_run_config_defaults(&config);
+  config.model = json_pack("{s:s, s:i, s:i, s:i, s:i, s:i, s:b}", "model_type", "llama", "hidden_size", 32,
+                           "intermediate_size", 64, "num_hidden_layers", 3, "num_attention_heads", 2,
+                           "max_position_embeddings", 64, "tie_word_embeddings", (int)n->tied);
+  (void)snprintf(config.tokenizer, sizeof config.tokenizer, "bytes");
+  config.dataset[0] = strdup(scratch_path("text.txt"));
+  config.dataset_count = 1;
+  config.val_size = 2;
+  config.cutoff_len = 16;
+  config.per_device_train_batch_size = 1;
+  config.gradient_accumulation_steps = 2;
+  config.max_steps = STEPS;
+  config.learning_rate = 1e-2;
+  config.logging_steps = 1;
+  config.save_strategy = FLAP_STRATEGY_STEPS;
+  config.save_steps = 1000;
+  config.save_total_limit = 0;
+  config.save_only_model = p->only_model;
+  config.export_final = false;
+  config.overwrite_output_dir = true;
+  config.device = FLAP_RUN_DEVICE_CPU;
+  config.bf16 = !n->fp16;
+  config.fp16 = n->fp16;
+  config.fp16_init_scale = (double)(1 << 30);
+  config.optim = n->optim;
+  config.eval_steps = p->eval_steps;
+  config.vram = p->vram;
+  config.ram = p->ram;
+  config.expert.threads = 1;
+  config.expert.optimizer = p->optimizer;
+  config.expert.clip = p->sweep ? FLAP_CLIP_SWEEP : FLAP_CLIP_AUTO;
+  (void)snprintf(config.output_dir, sizeof config.output_dir, "%s", scratch_path(out));
+  if (!p->disk)
+    return;
+  config.disk_count = 1;
+  (void)snprintf(config.disk[0].path, sizeof config.disk[0].path, "%s", disk);
+  config.disk[0].size = (flap_size)BYTES((uint64_t)16 << 20);
+}
+
+static flap_status train(void) {
+  flap_train_result result;
+  const flap_observer observer = {.stepped = note_step, .saved = note_saved};
+  const uint64_t stop_at = seen.stop_at;
+  memset(&seen, 0, sizeof seen);
+  seen.stop_at = stop_at;
+  stop = 0;
+  const flap_status status = flap_engine_train(&config, &observer, &stop, &result);
+  flap_run_config_close(&config);
+  return status;
+}
+
+static void must_train(const char *what) {
+  const flap_status status = train();
+  ck_assert_msg(status == FLAP_OK, "%s: %s", what, flap_error_message());
+}
+
+/* ---- comparing --------------------------------------------------------------------------------------------- */
+
+/* Every file of one folder is in the other, with the same bytes; but for the list of all files, if the other has more.
+ */
+static void must_be_in(const char *one, const char *other, bool all, const char *what) {
+  DIR *folder = opendir(scratch_path(one));
+  ck_assert_msg(folder != NULL, "%s: %s is not there", what, one);
+  unsigned files = 0;
+  for (const struct dirent *entry; (entry = readdir(folder)) != NULL;) {
+    char here[PATHS], there[PATHS];
+    size_t here_bytes = 0, there_bytes = 0;
+    if (entry->d_name[0] == '.' || (!all && strcmp(entry->d_name, "checksums.json") == 0))
+      continue;
+    (void)snprintf(here, sizeof here, "%s/%s", one, entry->d_name);
+    (void)snprintf(there, sizeof there, "%s/%s", other, entry->d_name);
+    ck_assert_msg(scratch_exists(there), "%s: %s is missing", what, there);
+    char *a = scratch_read(here, &here_bytes), *b = scratch_read(there, &there_bytes);
+    ck_assert_msg(here_bytes == there_bytes && memcmp(a, b, here_bytes) == 0, "%s: %s differs from %s", what, there,
+                  here);
+    free(a);
+    free(b);
+    files++;
+  }
+  (void)closedir(folder);
+  ck_assert_uint_ge(files, 4);
+}
+
+static void must_be_same(const char *one, const char *other, const char *what) {
+  must_be_in(one, other, true, what);
+  must_be_in(other, one, true, what);
+}
+
+static char *checkpoint(const char *out, uint64_t step, char path[PATHS]) {
+  (void)snprintf(path, PATHS, "%s/checkpoint-%llu", out, (unsigned long long)step);
+  return path;
+}
+
+/* ---- the same bytes ------------------------------------------------------------------------------------------ */
+
+/* What runs save that are stopped after each step, at rest; or, as the last step but one is not stopped after, when it
+ * rests for an evaluation. */
+static void make_references(const numbers *n) {
+  for (uint64_t step = 1; step <= STEPS; step++) {
+    char out[32];
+    (void)snprintf(out, sizeof out, "at-rest-%llu", (unsigned long long)step);
+    configure(n, &PLACES[0], out);
+    if (step == STEPS - 1)
+      config.eval_steps = config.save_steps = step;
+    else
+      seen.stop_at = step;
+    must_train(n->name);
+    ck_assert_msg(seen.saved[step] == 1, "%s: %llu steps, not saved at %llu", out, (unsigned long long)seen.stepped,
+                  (unsigned long long)step);
+    seen.stop_at = 0;
+  }
+}
+
+static void must_be_references(const place *p, const char *what) {
+  char mine[PATHS], wanted[PATHS], reference[32];
+  for (uint64_t step = 1; step <= STEPS; step++) {
+    (void)snprintf(reference, sizeof reference, "at-rest-%llu", (unsigned long long)step);
+    must_be_in(checkpoint("out", step, mine), checkpoint(reference, step, wanted), !p->only_model, what);
+    if (!p->only_model)
+      must_be_in(wanted, mine, true, what);
+  }
+}
+
+/* A fold is judged by the program that makes it, so its checkpoint is told a step later; at the latest then. */
+static void check_when_saved(const place *p, const char *what) {
+  for (uint64_t step = 1; step <= STEPS; step++) {
+    const bool rests = step == STEPS || (p->eval_steps > 0 && step % p->eval_steps == 0);
+    ck_assert_msg(seen.saved[step] == 1, "%s: step %llu was saved %llu times", what, (unsigned long long)step,
+                  (unsigned long long)seen.saved[step]);
+    if (!rests && !p->sweep)
+      ck_assert_msg(seen.stepped_at_save[step] == step + 1, "%s: step %llu was told to be saved after %llu steps", what,
+                    (unsigned long long)step, (unsigned long long)seen.stepped_at_save[step]);
+  }
+}
+
+static void resume(const numbers *n, const place *p, const char *what) {
+  char from[PATHS], one[PATHS], other[PATHS];
+  configure(n, p, "resumed");
+  (void)snprintf(config.resume_from_checkpoint, sizeof config.resume_from_checkpoint, "%s",
+                 scratch_path(checkpoint("out", 3, from)));
+  config.overwrite_output_dir = false;
+  config.save_steps = 1;
+  must_train(what);
+  must_be_same(checkpoint("out", STEPS, one), checkpoint("resumed", STEPS, other), what);
+  must_be_same(checkpoint("out", 4, one), checkpoint("resumed", 4, other), what);
+}
+
+START_TEST(background_save_equals_one_at_rest_to_the_byte) {
+  const numbers *n = &NUMBERS[_i];
+  make_references(n);
+  for (size_t i = 0; i < PLACE_COUNT; i++) {
+    char what[256];
+    const place *p = &PLACES[i];
+    (void)snprintf(what, sizeof what, "%s, %s", n->name, p->name);
+    configure(n, p, "out");
+    config.save_steps = 1;
+    must_train(what);
+    must_be_references(p, what);
+    check_when_saved(p, what);
+    if (i == 0)
+      resume(n, &PLACES[2], what);
+  }
+}
+END_TEST
+
+/* ---- what must not become a checkpoint -------------------------------------------------------------------------- */
+
+static void train_with(double learning_rate, size_t where) {
+  configure(&NUMBERS[0], &PLACES[where], "out");
+  config.save_steps = 1;
+  config.learning_rate = learning_rate;
+  const flap_status status = train();
+  ck_assert_msg(status == FLAP_NUMERIC, "%s", flap_error_message());
+}
+
+/* The update of step 1 makes weights infinite. That is found out when the program that it is folded into ends, and the
+ * loss of step 2 may tell before: by then all files of the checkpoint may be there. */
+START_TEST(background_save_of_a_bad_update_is_given_up) {
+  char path[PATHS];
+  for (size_t i = 0; i < 3; i++) {
+    train_with(1e39, i);
+    ck_assert(!scratch_exists(checkpoint("out", 1, path)));
+    strcat(path, ".tmp");
+    ck_assert(!scratch_exists(path));
+    ck_assert_uint_eq(seen.saved[1], 0);
+  }
+}
+END_TEST
+
+/* It makes them very large: they can be saved, but the next loss is not finite. */
+START_TEST(background_save_is_finished_when_the_next_step_fails) {
+  char path[PATHS];
+  for (size_t i = 0; i < 3; i++) {
+    train_with(1e37, i);
+    ck_assert_msg(strstr(flap_error_message(), "step 2: ") != NULL, "%s", flap_error_message());
+    ck_assert(scratch_exists(checkpoint("out", 1, path)));
+    ck_assert_uint_eq(seen.saved[1], 1);
+  }
+}
+END_TEST
+
+START_TEST(background_save_that_cannot_be_written_ends_the_run_and_keeps_the_last) {
+  char path[PATHS], blocked[PATHS + 16];
+  configure(&NUMBERS[0], &PLACES[2], "out");
+  config.save_steps = 1;
+  config.overwrite_output_dir = false;
+  ck_assert_int_eq(mkdir(scratch_path("out"), 0700), 0);
+  /* Nobody can make a folder of a name that holds what is not FLAP's to remove. */
+  (void)snprintf(blocked, sizeof blocked, "%s.tmp", checkpoint("out", 3, path));
+  for (int depth = 0; depth < 4; depth++) {
+    ck_assert_int_eq(mkdir(scratch_path(blocked), 0700), 0);
+    strcat(blocked, "/a");
+  }
+  const flap_status status = train();
+  ck_assert_msg(status != FLAP_OK, "it trained on");
+  ck_assert_msg(strstr(flap_error_message(), "checkpoint-3") != NULL, "%s", flap_error_message());
+  ck_assert_uint_eq(seen.saved[2], 1);
+  ck_assert_uint_eq(seen.saved[3], 0);
+  ck_assert_uint_le(seen.stepped, 4);
+  ck_assert(scratch_exists(checkpoint("out", 2, path)));
+  ck_assert(!scratch_exists(checkpoint("out", 3, path)));
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("engine");
+  TCase *tests = tcase_create("background_save");
+  tcase_set_timeout(tests, 300);
+  tcase_add_checked_fixture(tests, setup, teardown);
+  tcase_add_loop_test(tests, background_save_equals_one_at_rest_to_the_byte, 0, NUMBER_COUNT);
+  tcase_add_test(tests, background_save_of_a_bad_update_is_given_up);
+  tcase_add_test(tests, background_save_is_finished_when_the_next_step_fails);
+  tcase_add_test(tests, background_save_that_cannot_be_written_ends_the_run_and_keeps_the_last);
+  suite_add_tcase(suite, tests);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_ENV);
+  const int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
