@@ -69,7 +69,8 @@ static const place PLACES[] = {
 
 static volatile sig_atomic_t stop;
 static struct {
-  uint64_t stop_at; /* a step, after which the person stops the run */
+  uint64_t stop_at;       /* a step, after which the person stops the run */
+  uint64_t stop_at_saved; /* or when they hear that this one is saved */
   uint64_t stepped, saved[STEPS + 1];
   uint64_t stepped_at_save[STEPS + 1]; /* of each checkpoint, how many steps were done when it was told */
 } seen;
@@ -87,6 +88,8 @@ static void note_saved(void *context, const char *folder, double seconds) {
   ck_assert_uint_le(step, STEPS);
   seen.saved[step]++;
   seen.stepped_at_save[step] = seen.stepped;
+  if (step == seen.stop_at_saved)
+    stop = 1;
 }
 
 static char disk[64]; /* a folder, whose extents have no names */
@@ -179,9 +182,8 @@ static void configure(const numbers *n, const place *p, const char *out) {
 static flap_status train(void) {
   flap_train_result result;
   const flap_observer observer = {.stepped = note_step, .saved = note_saved};
-  const uint64_t stop_at = seen.stop_at;
-  memset(&seen, 0, sizeof seen);
-  seen.stop_at = stop_at;
+  memset(seen.saved, 0, sizeof seen.saved);
+  seen.stepped = 0;
   stop = 0;
   const flap_status status = flap_engine_train(&config, &observer, &stop, &result);
   flap_run_config_close(&config);
@@ -302,6 +304,30 @@ START_TEST(background_save_equals_one_at_rest_to_the_byte) {
 }
 END_TEST
 
+/* Step 2 is told to be saved between steps 3 and 4, just before step 3 begins to be saved. */
+START_TEST(background_save_of_the_step_that_is_stopped_at_is_the_only_one) {
+  char mine[PATHS], wanted[PATHS];
+  const size_t places[] = {0, 1, 2, 6};
+  const uint64_t stops[] = {3, 3, 3, 4}; /* a sweep is run to its end, which is a step more */
+  configure(&NUMBERS[0], &PLACES[0], "at-rest-3");
+  seen.stop_at = 3;
+  must_train("at rest");
+  seen.stop_at = 0;
+  for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+    const char *what = PLACES[places[i]].name;
+    configure(&NUMBERS[0], &PLACES[places[i]], "out");
+    config.save_steps = 1;
+    seen.stop_at_saved = 2;
+    must_train(what);
+    seen.stop_at_saved = 0;
+    ck_assert_uint_eq(seen.stepped, stops[i]);
+    for (uint64_t step = 1; step <= STEPS; step++)
+      ck_assert_uint_eq(seen.saved[step], step <= stops[i] ? 1 : 0);
+    must_be_same(checkpoint("at-rest-3", 3, wanted), checkpoint("out", 3, mine), what);
+  }
+}
+END_TEST
+
 /* ---- what must not become a checkpoint -------------------------------------------------------------------------- */
 
 static void train_with(double learning_rate, size_t where) {
@@ -367,6 +393,7 @@ int main(void) {
   tcase_set_timeout(tests, 300);
   tcase_add_checked_fixture(tests, setup, teardown);
   tcase_add_loop_test(tests, background_save_equals_one_at_rest_to_the_byte, 0, NUMBER_COUNT);
+  tcase_add_test(tests, background_save_of_the_step_that_is_stopped_at_is_the_only_one);
   tcase_add_test(tests, background_save_of_a_bad_update_is_given_up);
   tcase_add_test(tests, background_save_is_finished_when_the_next_step_fails);
   tcase_add_test(tests, background_save_that_cannot_be_written_ends_the_run_and_keeps_the_last);
