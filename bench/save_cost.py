@@ -1,12 +1,13 @@
-"""What checkpoints cost: the same steps without any, and with one after every n-th.
+"""What a checkpoint costs: steps that one follows, beside their neighbours that none follows, in the same run.
 
-  python3 bench/save_cost.py [--flap build/tools/flap] [--base <an earlier flap>] [--every 1,2] [--steps 12] [--rounds 5]
+  python3 bench/save_cost.py [--flap build/tools/flap] [--base <an earlier flap>] [--every 2] [--steps 24] [--rounds 5]
                              [--folder /tmp] [--model "hidden layers mlp"] [--tokens 1024] [key=value ...]
 
-Each round runs all of them, in an order that alternates; a run's figure is the time from the line of its second step to that
-of its last but one, by the clock, over the steps between: checkpoints in it, start and end not. Ratios are those of a round, and
-medians of all rounds are printed with their range. Also how long the saver's thread computed for a checkpoint
-(FLAP_LOG=debug), and at what rate one file of its size is written and synced, measured in each round.
+A run saves after every n-th step. What counts is the time from one step's line to the next one's, by the clock: behind a step
+that is saved it has what the save costs, whether the run rests for it or not. It is divided by the mean of the two beside it, so
+that other work on the machine falls on both. Medians over all rounds, with their quartiles; of two programs the rounds alternate.
+Also how long the saver's thread computed for a checkpoint (FLAP_LOG=debug), and at what rate one file of its size is written and
+synced, once a round.
 """
 import argparse
 import os
@@ -34,10 +35,10 @@ device: cpu
 """
 
 
-def train(flap, folder, steps, saves, overrides):
-    """Seconds a step, and what the saver computed for each checkpoint."""
-    command = [flap, "train", "run.yaml", "overwrite_output_dir=true", f"max_steps={steps}",
-               *(["save_strategy=no"] if saves == 0 else ["save_strategy=steps", f"save_steps={saves}"]), *overrides]
+def train(flap, folder, steps, every, overrides):
+    """Seconds between the lines of steps n and n + 1, by n, and what the saver computed for each checkpoint."""
+    command = [flap, "train", "run.yaml", "overwrite_output_dir=true", f"max_steps={steps}", "save_strategy=steps",
+               f"save_steps={every}", *overrides]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "FLAP_LOG": "debug"})
     times = {}
@@ -49,7 +50,7 @@ def train(flap, folder, steps, saves, overrides):
     if process.wait() != 0:
         sys.exit(f"save_cost: {' '.join(command)} failed: {errors.strip()}")
     computed = [float(figure) for figure in re.findall(r"of which the saver computed ([\d.]+) s", errors)]
-    return (times[steps - 1] - times[2]) / (steps - 3), computed
+    return {n: times[n + 1] - times[n] for n in range(2, steps - 1)}, computed
 
 
 def write_rate(folder, size):
@@ -72,24 +73,24 @@ def folder_bytes(folder):
 
 
 def spread(values, form="%.3f"):
-    return f"{form % statistics.median(values)} ({form % min(values)} to {form % max(values)})"
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return f"{form % middle} ({form % low} to {form % high})"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flap", default="build/tools/flap")
     parser.add_argument("--base")
-    parser.add_argument("--every", default="1,2")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default="/tmp")
-    parser.add_argument("--model", default="512 8 1536")
+    parser.add_argument("--model", default="384 6 1024")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=256)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    flaps = {"": os.path.abspath(options.flap), **({"base, ": os.path.abspath(options.base)} if options.base else {})}
-    every = [int(n) for n in options.every.split(",")]
+    flaps = {"flap": os.path.abspath(options.flap), **({"base": os.path.abspath(options.base)} if options.base else {})}
     hidden, layers, mlp = map(int, options.model.split())
     folder = tempfile.mkdtemp(prefix="flap-save-cost-", dir=options.folder)
     try:
@@ -97,26 +98,25 @@ def main():
             file.write(RUN % (hidden, mlp, layers, options.micro_batch, options.tokens // options.micro_batch))
         with open(os.path.join(folder, "text.txt"), "w") as file:
             file.writelines(f"The {n}th line says that {n} and {n + 1} make {2 * n + 1}.\n" for n in range(20000))
-        ways = [(name, saves) for name in flaps for saves in [0, *every]]
-        seconds, ratios = {way: [] for way in ways}, {way: [] for way in ways}
+        ratios, seconds = {name: [] for name in flaps}, {name: [] for name in flaps}
         computed, rates, size = [], [], 0
         for number in range(options.rounds):
-            for name, saves in ways if number % 2 == 0 else reversed(ways):
-                took, saver = train(flaps[name], folder, options.steps, saves, options.overrides)
-                seconds[name, saves].append(took)
+            for name in list(flaps) if number % 2 == 0 else reversed(flaps):
+                spans, saver = train(flaps[name], folder, options.steps, options.every, options.overrides)
                 computed += saver
-                if saves:
-                    size = folder_bytes(folder)
-            rates.append(write_rate(folder, size))
-            for name, saves in ways:
-                ratios[name, saves].append(seconds[name, saves][-1] / seconds[name, 0][-1])
-        print(f"a checkpoint is {size / 1e6:.0f} MB; such a file is written and synced at {spread([r / 1e6 for r in rates], '%.0f')} "
-              f"MB/s: {size / statistics.median(rates):.2f} s")
+                for step, span in spans.items():
+                    if step % options.every != 0:
+                        seconds[name].append(span)
+                    elif step - 1 in spans and step + 1 in spans:
+                        ratios[name].append(2 * span / (spans[step - 1] + spans[step + 1]))
+                size = folder_bytes(folder)
+            rates.append(write_rate(folder, size) / 1e6)
+        print(f"a checkpoint is {size / 1e6:.0f} MB; such a file is written and synced at {spread(rates, '%.0f')} MB/s")
         if computed:
             print(f"the saver computes {spread(computed)} s for one")
-        for name, saves in ways:
-            print(f"{name}{'no checkpoints' if saves == 0 else f'save_steps: {saves}'}: {spread(seconds[name, saves])} s a step; "
-                  f"ratio {spread(ratios[name, saves])}")
+        for name in flaps:
+            print(f"{name}: a step that no checkpoint follows {spread(seconds[name])} s; one that is followed by one takes "
+                  f"{spread(ratios[name])} times as long ({len(ratios[name])} of them)")
     finally:
         shutil.rmtree(folder)
 

@@ -64,8 +64,8 @@ typedef struct test_case {
  * use. */
 void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32_t scale);
 
-/* Marks regions as of snapshots, before the disk is set. case_run then opens snapshots now and then, of any point ahead,
- * which another thread drains in any order, at times not to the end, while the case goes on. */
+/* Marks regions as of snapshots, before the disk is set. case_run then opens snapshots now and then, of any point
+ * ahead, which another thread drains in any order, at times not to the end, while the case goes on. */
 void case_add_snapshots(test_case *c);
 /* Snapshots that were drained to the end, over all cases so far. */
 extern uint64_t case_snapshots;
