@@ -11,6 +11,9 @@ extern "C" {
  * threads; elsewhere nothing happens). Needs no rights. */
 void flap_thread_prefer_latency(void);
 
+/* For threads whose work is for later: the calling thread takes what the others leave (10 nicer than the process). */
+void flap_thread_stand_back(void);
+
 #ifdef __cplusplus
 }
 #endif

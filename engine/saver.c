@@ -2,6 +2,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/thread.h"
 #include "base/units.h"
 
 #include <signal.h>
@@ -59,6 +60,7 @@ static void work(flap_saver *saver) {
 
 static void *saver_thread(void *context) {
   flap_saver *saver = context;
+  flap_thread_stand_back();
   pthread_mutex_lock(&saver->lock);
   for (;;) {
     while (saver->phase != FLAP_SAVER_SAVING && !saver->stop)
