@@ -318,6 +318,36 @@ machine: rtx4090-64g-1nvme
         self.assertIn(f"continuing after step {newest}\n", out)
         self.assertEqual([name for name in os.listdir(self.path(folder)) if ".tmp" in name], [])
 
+    def list(self, name):
+        return os.listdir(self.path(name)) if os.path.isdir(self.path(name)) else []
+
+    def test_signal_while_a_checkpoint_is_written_beside_steps_finishes_it_and_saves_once_more(self):
+        common = [*self.LARGER, "save_total_limit=0", "lr_scheduler_type=constant"]
+        with open(self.path("printed"), "w") as printed:
+            process = subprocess.Popen([FLAP, "train", "run.yaml", *common, "save_steps=3"], cwd=self.folder, stdout=printed,
+                                       stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not any(re.fullmatch(r"checkpoint-\d+.tmp", name) for name in self.list("out")):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, error)
+        with open(self.path("printed")) as printed:
+            out = printed.read()
+        saved = [int(step) for step in re.findall(r"saved out/checkpoint-(\d+) in", out)]
+        last = max(map(int, re.findall(r"(?m)^step (\d+)/", out)))
+        self.assertEqual(saved, sorted(set(saved)))
+        self.assertEqual((saved[0], saved[-1]), (3, last), out)
+        self.assertEqual(sorted(os.listdir(self.path("out"))),
+                         sorted([f"checkpoint-{step}" for step in saved] + ["metrics.jsonl", "trace.json"]))
+        self.assertNotIn("broken", self.accept("inspect", "out"))
+        for step in (3, last):  # both are resumed, and end alike
+            self.accept("train", "run.yaml", *common, f"output_dir=from-{step}", "save_steps=1000000",
+                        f"max_steps={last + 2}", f"resume_from_checkpoint=out/checkpoint-{step}")
+        for name in os.listdir(self.path(f"from-3/checkpoint-{last + 2}")):
+            with open(self.path(f"from-3/checkpoint-{last + 2}/{name}"), "rb") as one, \
+                    open(self.path(f"from-{last}/checkpoint-{last + 2}/{name}"), "rb") as other:
+                self.assertEqual(one.read(), other.read(), name)
+
     # ---- one run per output_dir ----
 
     def start(self, *arguments):
