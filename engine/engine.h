@@ -182,6 +182,7 @@ typedef struct flap_observer {
                    uint64_t resumed_step);
   void (*stepped)(void *context, const flap_step_report *report);
   void (*evaluated)(void *context, const flap_eval_report *report);
+  /* It is durable; `seconds` since it was begun. Steps may have been done meanwhile. */
   void (*saved)(void *context, const char *folder, double seconds);
 } flap_observer;
 
