@@ -389,7 +389,7 @@ static uint64_t block_bytes(const flap_setup *setup) {
   config.bytes = smaller(setup->sizes.disk_bytes, room);
   if (config.bytes == 0)
     return 0;
-  config.requests_max = flap_pager_requests_max(&setup->pager);
+  config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers + setup->sizes.snapshot_buffers;
   config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
   config.memory_bytes = setup->sizes.staging_bytes;
   const uint64_t bytes = flap_block_measure(&config);

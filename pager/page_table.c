@@ -99,13 +99,6 @@ static uint32_t snapshot_buffers(const flap_pager_config *config, uint64_t disk_
   return 0;
 }
 
-uint32_t flap_pager_requests_max(const flap_pager_config *config) {
-  flap_pager_sizes sizes = {0};
-  uint64_t pages = 0;
-  measure_homes(config, &sizes, &pages);
-  return config->read_buffers + config->write_buffers + snapshot_buffers(config, sizes.disk_bytes);
-}
-
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {
   flap_pager pager = {0};
   flap_arena arena;
@@ -201,7 +194,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     pager->write_buffers = config->write_buffers;
     pager->worker_count = config->workers;
   }
-  pager->snapshot_buffers = snapshot_buffers(config, sizes.disk_bytes);
+  pager->snapshot_buffers = sizes.snapshot_buffers = snapshot_buffers(config, sizes.disk_bytes);
   pager->buffer_count = pager->read_buffers + pager->write_buffers + pager->snapshot_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
    * that. */

@@ -108,15 +108,14 @@ typedef struct flap_pager_sizes {
   uint64_t vram_bytes; /* resident regions and rings */
   uint64_t ram_bytes;  /* all of the below, exactly what open takes from the arena */
   uint64_t ram_home_bytes, staging_bytes, table_bytes;
-  uint64_t disk_bytes; /* the linear space of the extent files */
+  uint64_t disk_bytes;       /* the linear space of the extent files */
+  uint32_t snapshot_buffers; /* part of the staging; each is a request of the disks, as the other buffers are */
 } flap_pager_sizes;
 
 /* Of table_bytes, what one more worker takes; 0 where nothing is compressed. */
 uint64_t flap_pager_worker_bytes(const flap_pager_config *config);
 /* What a configuration will take; a pure function of the first group of fields. */
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out);
-/* Of the disks' requests, how many are under way at a time at most: one for each buffer. */
-uint32_t flap_pager_requests_max(const flap_pager_config *config);
 
 typedef struct flap_pager flap_pager;
 
