@@ -263,6 +263,7 @@ static flap_trainer_state state_of(const trainer *t) {
                               .optim = t->config->optim,
                               .loss_scale = t->runtime.executor.loss_scale,
                               .matmuls = &t->prepared.matmuls,
+                              .written_bytes = written_bytes(t),
                               .dataset_digest = flap_dataset_digest(t->dataset)};
   numerics_key(t, state.numerics);
   return state;

@@ -24,10 +24,17 @@ static uint64_t epochs_done(const trainer *t, uint64_t step) {
   return step * t->step_sequences / t->sequences;
 }
 
-static void look_at_the_clock(trainer *t) {
+/* Where one step makes the updates of two, some folded and some in its backward, there is no moment between them at
+ * which all are made once: then such a step rests before a save. */
+static bool rests_for_saves(const trainer *t) {
+  return flap_setup_folds(&t->prepared.setup) && t->prepared.setup.choice.backward_parts > 0;
+}
+
+/* A step that is queued already cannot be told to rest any more. */
+static void look_at_the_clock(trainer *t, bool queued) {
   const double minutes = (double)(flap_units_now_ns() - t->saved_ns) / 60e9;
-  if (t->config->save_minutes > 0 && minutes >= t->config->save_minutes)
-    t->due_step = t->step;
+  if (t->config->save_minutes > 0 && minutes >= t->config->save_minutes && t->due_step <= t->step)
+    t->due_step = queued && rests_for_saves(t) ? t->step + 2 : t->step;
 }
 
 /* After so many steps. */
@@ -51,7 +58,7 @@ static bool eval_is_due(const trainer *t, uint64_t step) {
 }
 
 static bool rests_after(const trainer *t, uint64_t step) {
-  return step == t->steps || eval_is_due(t, step);
+  return step == t->steps || eval_is_due(t, step) || (rests_for_saves(t) && save_is_due(t, step));
 }
 
 /* The program of the step after `done` steps. */
@@ -207,7 +214,9 @@ static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program nex
 /* Between two steps, with the next one queued. */
 static flap_status look_after_saves(trainer *t) {
   FLAP_TRY(trainer_collect_save(t, false));
-  look_at_the_clock(t);
+  look_at_the_clock(t, true);
+  if (rests_for_saves(t))
+    return FLAP_OK;
   return save_is_due(t, t->step) && t->saved_step != t->step ? trainer_begin_save(t) : FLAP_OK;
 }
 
@@ -259,7 +268,7 @@ flap_status trainer_loop(trainer *t) {
     FLAP_TRY(trainer_collect_save(t, true));
     if (eval_is_due(t, t->step))
       FLAP_TRY(trainer_evaluate(t));
-    look_at_the_clock(t);
+    look_at_the_clock(t, false);
     if (save_is_due(t, t->step) && t->saved_step != t->step)
       FLAP_TRY(t->step < t->steps && !stop_asked(t) ? trainer_begin_save(t) : trainer_save(t));
   }
