@@ -3,6 +3,7 @@
 #include "tests/fuzz/fuzz_rig.h"
 
 #define SEQUENCE 3
+#define FETCHED 32 /* sequences of a dataset, spread over it: each is a call of the system */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   static flap_tokenizer *tokenizer;
@@ -27,11 +28,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   }
   fuzz_must(flap_dataset_tokens(dataset) <= bytes, "a token stands for at least a byte, or ends a document");
   uint64_t sequences = flap_dataset_sequences(dataset), heldout = flap_dataset_heldout(dataset);
-  for (uint64_t i = 0; i < sequences + heldout; i++) {
+  for (uint64_t i = 0; i < sequences + heldout; i += 1 + (sequences + heldout) / FETCHED) {
     int32_t tokens[SEQUENCE], targets[SEQUENCE];
     status = i < sequences ? flap_dataset_fetch(dataset, i, 1, tokens, targets)
                            : flap_dataset_fetch_heldout(dataset, i - sequences, 1, tokens, targets);
-    fuzz_must(status == FLAP_OK && tokens[1] == targets[0], "every sequence can be read");
+    fuzz_must(status == FLAP_OK && tokens[1] == targets[0], "a sequence can be read");
   }
   flap_dataset_close(dataset);
   return 0;
