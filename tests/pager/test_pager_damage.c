@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define PAGE FLAP_BLOCK_ALIGN
 #define REGIONS 3u
@@ -191,14 +192,52 @@ static uint64_t number_from(const char *name, uint64_t otherwise) {
   return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
+/* ---- what is said --------------------------------------------------------------------------------------------- */
+
+static void disturb_reads(void) {
+  static flap_system calls;
+  calls = *flap_system_default();
+  calls.pread = read_page;
+  calls.pwrite = write_page;
+  (void)flap_system_replace(&calls);
+}
+
+/* Of the first 16, and then of those whose number is a power of two. */
+START_TEST(damage_that_goes_away_is_told_but_not_each_time) {
+  char line[512];
+  uint32_t lines = 0;
+  flap_arena arena;
+  FILE *log = tmpfile();
+  const int before = dup(STDERR_FILENO);
+  disturb_reads();
+  damage.active = false;
+  flap_pager *pager = open_filled(&arena, 1);
+  ck_assert(log != NULL && dup2(fileno(log), STDERR_FILENO) >= 0);
+  flap_log_set_level(FLAP_LOG_WARNING);
+  for (uint64_t i = 0; i < 70; i++)
+    try_damage(pager, 1, i, true, i);
+  ck_assert_int_ge(dup2(before, STDERR_FILENO), 0);
+  rewind(log);
+  while (fgets(line, sizeof line, log) != NULL) {
+    ck_assert_msg(strstr(line, "flap: warning: disk /tmp: region ") != NULL && strstr(line, ", page ") != NULL &&
+                      strstr(line, "at byte ") != NULL && strstr(line, "reading them again") != NULL,
+                  "%s", line);
+    lines++;
+  }
+  ck_assert_uint_eq(lines, 18);
+  flap_pager_close(pager);
+  flap_arena_close(&arena);
+  (void)close(before);
+  (void)fclose(log);
+  (void)flap_system_replace(NULL);
+}
+END_TEST
+
 START_TEST(damage_of_a_page_is_found_before_its_use) {
   const uint64_t seed = number_from("FLAP_TEST_SEED", 20261126),
                  count = number_from("FLAP_TEST_DAMAGES", DAMAGES_DEFAULT);
-  flap_system calls = *flap_system_default();
-  calls.pread = read_page;
-  calls.pwrite = write_page;
+  disturb_reads();
   flap_log_set_level(FLAP_LOG_ERROR); /* each damage warns */
-  (void)flap_system_replace(&calls);
   for (uint64_t i = 0; i < count; i += EACH)
     try_damages(seed, i, count - i < EACH ? count - i : EACH);
   (void)flap_system_replace(NULL);
@@ -210,6 +249,7 @@ int main(void) {
   Suite *suite = suite_create("pager");
   TCase *tests = tcase_create("damage");
   tcase_set_timeout(tests, 0);
+  tcase_add_test(tests, damage_that_goes_away_is_told_but_not_each_time);
   tcase_add_test(tests, damage_of_a_page_is_found_before_its_use);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
