@@ -44,16 +44,20 @@ ROWS = {
     "8b-24-32k": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4",
     "3b-24-noclip": f"{THREE_B} --vram 24GiB max_grad_norm=0",
     "3b-24-32k-noclip": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB --vram 24GiB max_grad_norm=0",
-    "8b-24-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 32 max_grad_norm=0",
+    "3b-12-noclip": f"{THREE_B} --vram 12GiB max_grad_norm=0",
+    "3b-8-noclip": f"{THREE_B} --vram 8GiB max_grad_norm=0",
+    "8b-24-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 16 max_grad_norm=0",
     "8b-24-16k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2 max_grad_norm=0",
     "8b-24-32k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4 max_grad_norm=0",
     "13b-24-8bit": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 24GiB --ram 112GiB optim=adamw_8bit",
-    "13b-24-disk": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 4 --vram 24GiB --ram 104GiB --disk DISK "
+    "13b-24-disk": "llama2-13b --batch 4 --sequence 2048 --micro-batches 4 --steps 4 --vram 24GiB --ram 112GiB --disk DISK "
                    "--disk-size 56GB",
+    "13b-24-disk-noclip": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 4 --vram 24GiB --ram 112GiB "
+                          "--disk DISK --disk-size 56GB max_grad_norm=0",
 }
 RATES = {  # tokens per second
     "7b-24": 10000, "7b-24-8bit": 10790, "7b-24-65k": 9620, "7b-24-65k-8bit": 9620, "7b-76": 12000, "8b-24": 10764, "8b-24-8bit": 10764,
-    "13b-24-8bit": 5550,
+    "8b-24-noclip": 10764, "13b-24-8bit": 5550,
 }
 SHARES = [  # row, row to compare with, at least
     ("3b-24", "3b-72-recompute", 0.97), ("3b-12", "3b-72-recompute", 0.95), ("3b-8", "3b-72-recompute", 0.90),

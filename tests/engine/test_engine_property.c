@@ -119,8 +119,8 @@ static void draw_choices(trial *t) {
   e->page_bytes = one_in(r, 2) ? (uint64_t)PAGE << between(r, 0, 6) : 0;
   e->slice_bytes = one_in(r, 2) ? 40960u * between(r, 1, 20) : 0;
   t->planner.activations = (flap_activations)between(r, FLAP_ACTIVATIONS_AUTO, FLAP_ACTIVATIONS_RECOMPUTE);
-  e->saved =
-      one_in(r, 2) ? (flap_run_saved)between(r, FLAP_RUN_SAVED_ATTENTION, FLAP_RUN_SAVED_EVERYTHING) : FLAP_RUN_SAVED_AUTO;
+  e->saved = one_in(r, 2) ? (flap_run_saved)between(r, FLAP_RUN_SAVED_ATTENTION, FLAP_RUN_SAVED_EVERYTHING)
+                          : FLAP_RUN_SAVED_AUTO;
   flap_device_default_machine(FLAP_DEVICE_CPU, &t->machine);
   t->machine.disk_read_bytes *= between(r, 1, 20) / 10.0;
   t->machine.h2d_bytes *= between(r, 1, 20) / 10.0;

@@ -273,8 +273,8 @@ case_numbers case_pick(uint64_t count, uint64_t wanted, uint64_t salt) {
   const uint64_t fewest = wanted > 0 && count > wanted ? (count + wanted - 1) / wanted : 1;
   const uint64_t stride = number_from("FLAP_FAULTS_EVERY", fewest);
   const flap_philox stream = flap_philox_stream(case_seed(), "reliability cases");
-  const uint64_t first = stride > 1 ? flap_philox_below(&stream, salt, stride) : 0;
-  return (case_numbers){.next = 1 + first, .stride = stride, .count = count};
+  const uint64_t first = 1 + (stride > 1 ? flap_philox_below(&stream, salt, stride) : 0);
+  return (case_numbers){.next = number_from("FLAP_FAULTS_FIRST", first), .stride = stride, .count = count};
 }
 
 uint64_t case_next(case_numbers *numbers) {

@@ -43,7 +43,8 @@ int case_fork(void (*fn)(void *), void *context, unsigned seconds);
 /* Memory of zeros that a child and its parent both have. */
 void *case_shared(uint64_t bytes);
 
-/* Every `stride`-th of 1..count, from a first one that follows from the seed and `salt`; with FLAP_FAULTS_EVERY=1 all.
+/* Every `stride`-th of 1..count, from a first one that FLAP_FAULTS_FIRST says, or else follows from the seed and
+ * `salt`; with FLAP_FAULTS_EVERY=1 all.
  */
 typedef struct case_numbers {
   uint64_t next, stride, count;
