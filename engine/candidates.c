@@ -52,13 +52,12 @@ static void add_saved(const flap_planner *planner, planner_candidates *c) {
   flap_assert(set_count <= FLAP_MODEL_SAVED_MAX);
   for (uint32_t i = 0; i < set_count && !nothing; i++) {
     const bool is_first = strcmp(sets[i].name, wanted != NULL ? wanted : "all") == 0;
-    /* Spare tensors are worth their place where everything else is kept. */
-    const bool whole = forced || sets[i].mask == FLAP_MODEL_SAVED_ALL;
-    for (uint32_t share = whole ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
+    const bool spare = sets[i].mask == FLAP_MODEL_SAVED_ALL; /* the planner looks at them last of all */
+    for (uint32_t share = forced ? PLANNER_SAVED_SHARES : 1; share <= PLANNER_SAVED_SHARES; share++) {
       const uint32_t saved = layers * share / PLANNER_SAVED_SHARES;
       if (saved > 0 && is_first)
         enter_saving(&c->saved, saved, sets[i].mask);
-      else if (saved > 0 && wanted == NULL && !forced)
+      else if (saved > 0 && wanted == NULL && !forced && !spare)
         enter_saving(&c->partial, saved, sets[i].mask);
     }
   }
@@ -77,20 +76,24 @@ static void add_slices(const flap_planner *planner, planner_candidates *c) {
   const uint64_t most = (uint64_t)FLAP_OPS_ADAMW_BLOCKS_MAX * FLAP_OPS_BLOCK;
   if (planner->spec.mode != FLAP_MODE_TRAIN) {
     c->slices[c->slice_count++] = FLAP_OPS_BLOCK;
+    c->least_slices = 1;
     return;
   }
   if (planner->expert.slice_bytes > 0) {
     uint64_t elements = planner->expert.slice_bytes / block_bytes * FLAP_OPS_BLOCK;
     elements = elements < FLAP_OPS_BLOCK ? FLAP_OPS_BLOCK : elements > most ? most : elements;
     c->slices[c->slice_count++] = elements;
+    c->least_slices = 1;
     return;
   }
   uint64_t least = FLAP_OPS_BLOCK;
   const uint64_t parameters = flap_model_parameters(planner->spec.model);
   while (parameters / least > PLANNER_TABLE_SLICES)
     least *= 2;
-  for (uint64_t elements = least; elements <= most && c->slice_count < PLANNER_SLICES_MAX; elements *= 2)
+  for (uint64_t elements = least; elements <= most && c->slice_count < PLANNER_SLICES_MAX; elements *= 2) {
+    c->least_slices += elements <= PLANNER_SLICE_BYTES / block_bytes * FLAP_OPS_BLOCK ? 1 : 0;
     c->slices[c->slice_count++] = elements;
+  }
 }
 
 /* The host's cores help where the device's memory is another one; where they are the device they have no time. */

@@ -472,19 +472,25 @@ static flap_status refine_sizes(const flap_planner *planner, const planner_candi
   return FLAP_OK;
 }
 
-/* From the best while nobody helps and all or nothing is saved: one kind of choice after the other, as long as that
- * makes the step shorter. Cuts that are good with the host's help are among those that are tried. */
-static flap_status refine(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                          const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
-  cut_list cuts = {.of = {best->s}, .count = 1};
-  enter_cuts(list, count, &cuts);
-  if (c->other_host_count > 0) {
-    contender helped[PLANNER_CONTENDERS + 1];
-    uint32_t helped_count = 0;
-    planner_reach reach = PLANNER_NO_VRAM;
-    FLAP_TRY(shortlist(planner, c, budgets, c->other_hosts[c->other_host_count / 2], helped, &helped_count, &reach));
-    enter_cuts(helped, helped_count, &cuts);
-  }
+/* Spare tensors are worth their place where everything else is kept. Among the candidates they would crowd out others.
+ */
+static flap_status refine_spare(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  uint32_t count = 0;
+  const flap_saved_set *sets = flap_model_saved_sets(planner->spec.model, &count);
+  if (planner->expert.saved != FLAP_RUN_SAVED_AUTO || best->s.saved.layers < planner->spec.model->num_hidden_layers ||
+      best->s.saved.mask != sets[count - 2].mask)
+    return FLAP_OK;
+  skeleton s = best->s;
+  s.saved.mask = sets[count - 1].mask;
+  FLAP_TRY(look_at(&r, s, costs));
+  return simulate_best(&r, best, costs);
+}
+
+/* From a start: one kind of choice after the other, as long as that makes the step shorter. */
+static flap_status refine_from(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                               cut_list cuts, contender *best, flap_plan_costs *costs) {
   for (int round = 0; round < PLANNER_ROUNDS; round++) {
     const double before = costs->step_seconds;
     FLAP_TRY(refine_sizes(planner, c, budgets, best, costs));
@@ -499,7 +505,36 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
       break;
   }
   FLAP_TRY(refine_saved_of_best(planner, c, budgets, best, costs));
-  return refine_layers(planner, c, budgets, best, costs);
+  FLAP_TRY(refine_layers(planner, c, budgets, best, costs));
+  return refine_spare(planner, c, budgets, best, costs);
+}
+
+/* From the best while nobody helps and all or nothing is saved; cuts that are good with the host's help are among those
+ * that are tried. Where updates happen in the backward, so many choices hang together that the best with that help is a
+ * start of its own. */
+static flap_status refine(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                          const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+  cut_list cuts = {.of = {best->s}, .count = 1};
+  contender helped[PLANNER_CONTENDERS + 1];
+  uint32_t helped_count = 0;
+  enter_cuts(list, count, &cuts);
+  if (c->other_host_count > 0) {
+    planner_reach reach = PLANNER_NO_VRAM;
+    FLAP_TRY(shortlist(planner, c, budgets, c->other_hosts[c->other_host_count / 2], helped, &helped_count, &reach));
+    enter_cuts(helped, helped_count, &cuts);
+  }
+  FLAP_TRY(refine_from(planner, c, budgets, cuts, best, costs));
+  if (c->backward.device == 0 || helped_count == 0)
+    return FLAP_OK;
+  contender other = helped[0];
+  flap_plan_costs other_costs = {0};
+  FLAP_TRY(simulate_list(planner, c, budgets, helped, helped_count, &other, &other_costs));
+  FLAP_TRY(refine_from(planner, c, budgets, cuts, &other, &other_costs));
+  if (other_costs.step_seconds < costs->step_seconds * 0.9999) {
+    *best = other;
+    *costs = other_costs;
+  }
+  return FLAP_OK;
 }
 
 /* Which budget is too small, and what it must be at least. */
@@ -681,10 +716,10 @@ static flap_status least_of_skeleton(const flap_planner *planner, const flap_bud
                                      const planner_candidates *c, skeleton s, search *found) {
   const bool vram = found->which[0] == LEVER_VRAM;
   uint32_t fitting = 0;
-  for (uint32_t k = 0; k < c->slice_count && fitting < 2; k++) {
+  for (uint32_t k = 0; k < c->least_slices && fitting < 2; k++) {
     const uint64_t before = found->least[0];
     bool fits = false;
-    FLAP_TRY(least_of_slice(planner, budgets, c, s, c->slices[vram ? k : c->slice_count - 1 - k], found, &fits));
+    FLAP_TRY(least_of_slice(planner, budgets, c, s, c->slices[vram ? k : c->least_slices - 1 - k], found, &fits));
     fitting += vram ? (found->least[0] < before ? 2 : 0) : (fits ? 1 : 0);
   }
   return FLAP_OK;

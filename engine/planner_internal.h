@@ -56,6 +56,7 @@ typedef struct planner_candidates {
   uint32_t other_backward_count;
   planner_backward other_backwards[PLANNER_BACKWARDS_MAX];
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
+  uint32_t least_slices; /* of them, up to PLANNER_SLICE_BYTES: what the least budgets are looked for with */
   bool sweep;
 } planner_candidates;
 /* candidates.c. */

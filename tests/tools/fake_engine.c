@@ -14,8 +14,10 @@ static bool fake(const char *what) {
 }
 
 const char *flap_engine_class_name(flap_region_class klass) {
-  static const char *const names[] = {"weights",         "vocabulary", "states",           "gradients", "gradient_sums",
-                                      "vocabulary_sums", "boundaries", "hidden_gradients", "saved",     "cache"};
+  static const char *const names[] = {"weights",       "vocabulary",      "states",     "gradients",        "rounded",
+                                      "gradient_sums", "vocabulary_sums", "boundaries", "hidden_gradients", "saved",
+                                      "cache"};
+  _Static_assert(sizeof names / sizeof *names == FLAP_CLASS_COUNT, "a name per class");
   return names[klass];
 }
 

@@ -115,7 +115,8 @@ if SANITIZED:  # what differs in code, once for each type; test_executor_bits ha
     CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 2 == 0 or name in FEW}
     FEW = ["both 3 disks", "both segments of 3", "half offload all but the mlp", "half evaluated between"]
 # Where a plan must show what a case asked for.
-SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual"}
+SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual",
+         "everything": "qkv, attention, lse, rstd, residual, gate_up, normalized_input, normalized_residual, inner"}
 CHOICES = {"expert.segment_layers": "segment_layers", "expert.group_micro_batches": "group_micro_batches"}
 
 
