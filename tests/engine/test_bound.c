@@ -308,17 +308,21 @@ static void about(double got, double want) {
   ck_assert_msg(fabs(got - want) <= 1e-4 * want, "%.17g instead of %.17g", got, want);
 }
 
-/* Everything is outside VRAM. Then bus and host are busy for equally long, and less long than the bus alone. */
+/* Everything is outside VRAM. */
+static flap_bound_spec outside(const flap_model_config *config, const flap_machine *machine) {
+  return (flap_bound_spec){.model = config,
+                           .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 8},
+                           .micro_batches = 1,
+                           .gradient_dtype = FLAP_BF16,
+                           .ram_bytes = 1ull << 40,
+                           .machine = machine};
+}
+
 /* Nothing waits for a norm: the state alone crosses. The host reads gradients that the device made all the same. */
 START_TEST(gradients_that_wait_for_nothing_need_not_cross) {
   const flap_model_config config = model();
   flap_machine machine = helped();
-  flap_bound_spec spec = {.model = &config,
-                          .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 8},
-                          .micro_batches = 1,
-                          .gradient_dtype = FLAP_BF16,
-                          .ram_bytes = 1ull << 40,
-                          .machine = &gpu};
+  flap_bound_spec spec = outside(&config, &gpu);
   flap_bound waiting, free_of_it;
   flap_bound_compute(&spec, &waiting);
   spec.needs_no_norm = true;
@@ -334,15 +338,11 @@ START_TEST(gradients_that_wait_for_nothing_need_not_cross) {
 }
 END_TEST
 
+/* Then bus and host are busy for equally long, and less long than the bus alone. */
 START_TEST(host_shares_the_update) {
   const flap_model_config config = model();
   flap_machine machine = helped();
-  flap_bound_spec spec = {.model = &config,
-                          .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 8},
-                          .micro_batches = 1,
-                          .gradient_dtype = FLAP_BF16,
-                          .ram_bytes = 1ull << 40,
-                          .machine = &machine};
+  flap_bound_spec spec = outside(&config, &machine);
   flap_bound bound, alone;
   flap_bound_compute(&spec, &bound);
   spec.machine = &gpu;
