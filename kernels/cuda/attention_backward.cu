@@ -265,7 +265,5 @@ cudaError_t attention_backward_join_parts(const attention_args &args, flap_dtype
 }
 
 cudaError_t attention_backward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
-  if (dtype == FLAP_BF16)
-    return args.head_size <= 64 ? launch<__nv_bfloat16, 64>(args, stream) : launch<__nv_bfloat16, 128>(args, stream);
-  return args.head_size <= 64 ? launch<__half, 64>(args, stream) : launch<__half, 128>(args, stream);
+  return ATTENTION_FOR_TILES(launch, args, dtype, stream);
 }

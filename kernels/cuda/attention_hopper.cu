@@ -287,10 +287,7 @@ template <typename T, int HD> cudaError_t backward(const attention_args &args, c
 } // namespace
 
 cudaError_t attention_backward_hopper(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
-  if (dtype == FLAP_BF16)
-    return args.head_size <= 64 ? backward<__nv_bfloat16, 64>(args, stream)
-                                : backward<__nv_bfloat16, 128>(args, stream);
-  return args.head_size <= 64 ? backward<__half, 64>(args, stream) : backward<__half, 128>(args, stream);
+  return ATTENTION_FOR_TILES(backward, args, dtype, stream);
 }
 
 #endif

@@ -27,6 +27,13 @@ cudaError_t attention_statistics(const attention_args &args, flap_dtype dtype, f
 /* For few queries: the keys are read in parts, whose results go through args.partial. */
 cudaError_t attention_forward_few(const attention_args &args, flap_dtype dtype, cudaStream_t stream);
 
+/* Calls launch<T, HD>(args, stream) for the storage type and the width of tiles that the head size needs. */
+#define ATTENTION_FOR_TILES(launch, args, dtype, stream)                                            \
+  ((dtype) == FLAP_BF16     ? (args).head_size <= 64 ? launch<__nv_bfloat16, 64>((args), (stream))  \
+                                                     : launch<__nv_bfloat16, 128>((args), (stream)) \
+       : (args).head_size <= 64 ? launch<__half, 64>((args), (stream))                              \
+                            : launch<__half, 128>((args), (stream)))
+
 /* One launch with `shared_bytes` of dynamic shared memory. Raising the limit of a kernel is cheap and is no work of the
  * stream, so it is done every time: no state is kept between calls, whatever device is current. */
 inline cudaError_t attention_launch(void (*kernel)(const attention_args), uint64_t blocks, uint32_t threads,
