@@ -234,6 +234,11 @@ static char *read_lasting(const char *path, size_t *bytes) {
   return text;
 }
 
+static void path_in(const char *folder, const char *name, char path_out[PATHS]) {
+  const int length = snprintf(path_out, PATHS, "%s/%s", folder, name);
+  ck_assert_int_lt(length, PATHS);
+}
+
 /* Every file of one folder is in the other, with the same bytes; but for the list of all files, if the other has more.
  */
 static void must_be_in(const char *one, const char *other, bool all, const char *what) {
@@ -245,8 +250,8 @@ static void must_be_in(const char *one, const char *other, bool all, const char 
     size_t here_bytes = 0, there_bytes = 0;
     if (entry->d_name[0] == '.' || (!all && strcmp(entry->d_name, "checksums.json") == 0))
       continue;
-    (void)snprintf(here, sizeof here, "%s/%s", one, entry->d_name);
-    (void)snprintf(there, sizeof there, "%s/%s", other, entry->d_name);
+    path_in(one, entry->d_name, here);
+    path_in(other, entry->d_name, there);
     ck_assert_msg(scratch_exists(there), "%s: %s is missing", what, there);
     char *a = read_lasting(here, &here_bytes), *b = read_lasting(there, &there_bytes);
     ck_assert_msg(here_bytes == there_bytes && memcmp(a, b, here_bytes) == 0, "%s: %s differs from %s", what, there,
