@@ -106,8 +106,8 @@ typedef struct flap_plan {
 } flap_plan;
 
 /* Plans a training run: reads model and tokenizer (not the data). FLAP_BUDGET names the budget and the smallest that
- * works. */
-FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out);
+ * works. `trace_path` (or NULL): the file where the expected timeline of a step goes, in the form of trace.json. */
+FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out);
 
 /* From how many tokens a step on compute hides everything else. */
 #define FLAP_KNEE_SHARE 0.9 /* of the step is then compute */

@@ -387,12 +387,16 @@ static void trace_stall(flap_executor *x, uint32_t region, uint64_t started_ns, 
   flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, started_ns, ended_ns, 0);
 }
 
+static uint64_t now_ns(const flap_executor *x) {
+  return x->clock != NULL ? flap_clock_now_ns(x->clock) : flap_units_now_ns();
+}
+
 static flap_status pin(flap_executor *x, uint32_t lease) {
   if (x->trace == NULL)
     return flap_pager_pin(x->pager, lease, &x->host.addresses[lease]);
-  const uint64_t started_ns = flap_units_now_ns();
+  const uint64_t started_ns = now_ns(x);
   FLAP_TRY(flap_pager_pin(x->pager, lease, &x->host.addresses[lease]));
-  const uint64_t ended_ns = flap_units_now_ns();
+  const uint64_t ended_ns = now_ns(x);
   if (ended_ns - started_ns > STALL_TRACED_NS)
     trace_stall(x, x->programs[x->queue[0]].leases[lease].region, started_ns, ended_ns);
   return FLAP_OK;

@@ -7,9 +7,12 @@
 #include "engine/prepare.h"
 #include "engine/pressure.h"
 #include "engine/wear.h"
+#include "io/formats/trace.h"
 
 #include <stdio.h>
 #include <string.h>
+
+#define TRACE_EVENTS (1u << 20)
 
 static void describe_model(const flap_prepared *p, flap_plan *plan) {
   const flap_setup_spec *spec = &p->planner.spec;
@@ -196,7 +199,21 @@ static void warn_of(flap_status status) {
   flap_error_clear();
 }
 
-flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
+static flap_status write_trace(flap_prepared *p, const char *path) {
+  flap_arena arena;
+  FLAP_TRY(flap_arena_open(&arena, "trace", flap_trace_measure(TRACE_EVENTS)));
+  flap_trace *trace = flap_trace_open(&arena, TRACE_EVENTS);
+  flap_status status = flap_planner_trace(&p->planner, &p->budgets, &p->setup, trace);
+  if (status == FLAP_OK)
+    status = flap_trace_write(trace, path);
+  if (status == FLAP_OK && flap_trace_dropped(trace) > 0)
+    flap_log(FLAP_LOG_WARNING, "%s: a step has more events than a trace holds: %llu of them are missing", path,
+             (unsigned long long)flap_trace_dropped(trace));
+  flap_arena_close(&arena);
+  return status;
+}
+
+flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out) {
   flap_prepared prepared;
   FLAP_TRY(flap_prepare_open(config, &prepared));
   flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
@@ -210,6 +227,8 @@ flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out)
   }
   if (status == FLAP_OK)
     status = describe_least(&prepared, &prepared.plan);
+  if (status == FLAP_OK && trace_path != NULL)
+    status = write_trace(&prepared, trace_path);
   *plan_out = prepared.plan;
   flap_prepare_close(&prepared);
   return status;

@@ -42,6 +42,12 @@ typedef struct flap_plan_costs {
 FLAP_CHECKED flap_status flap_planner_choose(const flap_planner *planner, const flap_budgets *budgets,
                                              flap_setup *setup_out, flap_plan_costs *costs_out);
 
+/* What a steady step of a setup that was chosen will look like: its operations, transfers and waits go to the trace,
+ * with virtual times. `planner` has times. */
+struct flap_trace;
+FLAP_CHECKED flap_status flap_planner_trace(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                                            struct flap_trace *trace);
+
 /* The least of one budget that is accepted, the others as given; FLAP_BUDGET when there is none. */
 FLAP_CHECKED flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets,
                                                uint64_t *bytes_out);

@@ -103,18 +103,23 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     moved += costs->lane_bytes[lane];
   const int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
-  flap_setup_program sequence[STEPS_MAX];
-  uint64_t ended_ns[steps], busy_ns[STEPS_MAX];
-  flap_pager_stats stats[STEPS_MAX];
-  for (int i = 0; i < steps; i++)
+  const int all = runtime->lists.trace != NULL ? steps + 1 : steps; /* what is traced has one behind it, as usual */
+  flap_setup_program sequence[STEPS_MAX + 1];
+  uint64_t ended_ns[STEPS_MAX + 1], busy_ns[STEPS_MAX + 1];
+  flap_pager_stats stats[STEPS_MAX + 1];
+  for (int i = 0; i < all; i++)
     sequence[i] = setup->steady;
   if (setup->steady == FLAP_SETUP_STEADY)
     sequence[0] = FLAP_SETUP_FIRST;
   FLAP_TRY(flap_executor_begin(x, sequence[0]));
-  for (int i = 0; i < steps; i++) {
-    if (i + 1 < steps)
+  for (int i = 0; i < all; i++) {
+    if (i + 1 < all)
       FLAP_TRY(flap_executor_begin(x, sequence[i + 1]));
+    if (i == all - 2 && all > steps)
+      flap_runtime_start_trace(runtime);
     FLAP_TRY(flap_executor_run(x, &input, &result));
+    if (i == all - 2 && all > steps)
+      flap_runtime_stop_trace(runtime);
     ended_ns[i] = flap_clock_now_ns(runtime->clock);
     busy_ns[i] = flap_device_busy_ns(flap_pager_device(runtime->pager), FLAP_STREAM_COMPUTE);
     flap_pager_get_stats(runtime->pager, &stats[i]);
@@ -126,10 +131,11 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
   return flap_pager_settle(runtime->pager);
 }
 
-flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
-                             flap_plan_costs *costs_out) {
+/* `trace`: of the last step, or NULL. */
+static flap_status simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                            struct flap_trace *trace, flap_plan_costs *costs_out) {
   const flap_runtime_config config = {
-      .vram_bytes = budgets->vram_bytes, .machine = planner->machine, .times = planner->times};
+      .vram_bytes = budgets->vram_bytes, .machine = planner->machine, .times = planner->times, .trace = trace};
   flap_runtime runtime;
   const flap_program *program = &setup->programs[setup->steady];
   *costs_out = (flap_plan_costs){0};
@@ -138,4 +144,15 @@ flap_status planner_simulate(const flap_planner *planner, const flap_budgets *bu
   const flap_status status = run_steps(&runtime, setup, costs_out);
   flap_runtime_close(&runtime);
   return status;
+}
+
+flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                             flap_plan_costs *costs_out) {
+  return simulate(planner, budgets, setup, NULL, costs_out);
+}
+
+flap_status flap_planner_trace(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                               struct flap_trace *trace) {
+  flap_plan_costs costs;
+  return simulate(planner, budgets, setup, trace, &costs);
 }

@@ -47,7 +47,8 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
     pager->disk.disk_count = 0; /* one disk of the machine's rates */
     pager->compression = FLAP_COMPRESSION_OFF;
     pager->workers = 0; /* there are no bytes to work on */
-  } else {
+  }
+  if (!runtime->simulated || config->trace != NULL) {
     pager->trace = trace_transfer;
     pager->trace_compute = trace_compute;
     pager->trace_context = runtime;
@@ -72,6 +73,7 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   x->pager = runtime->pager;
   x->host_optimizer = runtime->host_optimizer;
   x->times = runtime->simulated ? config->times : NULL;
+  x->clock = runtime->clock;
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
   flap_buffers_take_host(x->layout, setup->pager.leases_max, &runtime->ram, &x->host);
@@ -158,6 +160,7 @@ flap_status flap_runtime_open_simulated(flap_setup *setup, const flap_runtime_co
   configure_pager(runtime_out, setup, config, &pager);
   FLAP_TRY_GOTO(status, flap_pager_open(&pager, &homes, &runtime_out->pager));
   flap_setup_take_lists(setup, &homes, &runtime_out->lists);
+  runtime_out->lists.trace = config->trace;
   FLAP_TRY_GOTO(status, open_executor(runtime_out, setup, config));
   for (uint32_t i = 0; i < setup->layout.region_count; i++)
     FLAP_TRY_GOTO(status, flap_pager_fill(runtime_out->pager, i, nothing, NULL));

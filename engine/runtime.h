@@ -21,6 +21,7 @@ typedef struct flap_runtime_config {
   flap_matmul_choice *matmuls;               /* NULL: none; must outlive the run */
   const flap_machine *machine;               /* simulation only, like: */
   const flap_op_times *times;
+  struct flap_trace *trace; /* where flap_runtime_start_trace has events go; NULL: nowhere */
 } flap_runtime_config;
 
 typedef struct flap_runtime {

@@ -74,7 +74,7 @@ static flap_status make_plan(bench_run *run) {
   FLAP_TRY(flap_config_load(run->options->plan, NULL, 0, FLAP_CONFIG_PLAN, &config));
   flap_status status = measure_profile(run);
   if (status == FLAP_OK)
-    status = flap_engine_plan(&config, &run->plan);
+    status = flap_engine_plan(&config, NULL, &run->plan);
   flap_run_config_close(&config);
   run->planned = status == FLAP_OK;
   return status;

@@ -13,11 +13,14 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
   static flap_plan plan;
   bool json = false, list = false, knee = false, help = false;
+  const char *trace = NULL;
   flap_knee found;
   const flap_option options[] = {
       {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."},
       {"--knee", 0, FLAP_OPTION_FLAG, &knee,
        "Also: from how many tokens a step on compute hides all else (a dozen plans)."},
+      {"--trace", 0, FLAP_OPTION_TEXT, &trace,
+       "Also: write the expected timeline of a step to this file, for Perfetto, like trace.json of a run."},
       {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
@@ -31,7 +34,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   if (count == 0)
     return flap_arguments_error(command, "which configuration? name a run.yaml");
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
-  flap_status status = flap_engine_plan(&config, &plan);
+  flap_status status = flap_engine_plan(&config, trace, &plan);
   if (status == FLAP_OK && knee)
     status = flap_engine_knee(&config, &found);
   if (status == FLAP_OK && json)

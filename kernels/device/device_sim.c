@@ -10,7 +10,9 @@
  * 4. machine.h2d_both_bytes and d2h_both_bytes: a copy that starts while the other direction is busy gets what both
  *    together can do, less what the other was promised. `busy_from_ns` is where the lane's last copies without a gap
  *    begin: earlier ones are forgotten.
- * 5. A notify is scheduled on the clock at the time of its event. Close waits for all of them.
+ * 5. Work on the compute stream that bears a label is told to the observer when it is launched, with the end that it
+ * has then.
+ * 6. A notify is scheduled on the clock at the time of its event. Close waits for all of them.
  */
 #include "kernels/device/device_internal.h"
 
@@ -36,6 +38,7 @@ typedef struct sim_device {
   uint64_t *events; /* the time of each event */
   uint64_t free_ns[FLAP_STREAM_COUNT], busy_from_ns[FLAP_STREAM_COUNT];
   double slowdown; /* of copies */
+  uint64_t label;  /* of what is launched on the compute stream; 0: none */
   charges charges[FLAP_STREAM_COUNT];
   uint32_t scheduled; /* functions that the clock still holds for us */
 } sim_device;
@@ -159,11 +162,18 @@ static void share_cores(sim_device *sim, flap_stream stream, uint64_t start_ns, 
 /* Appends work to the compute lane; returns its end, at which the clock stands if the machine is synchronous. */
 static void compute(sim_device *sim, uint64_t ns) {
   uint64_t *free_ns = &sim->free_ns[FLAP_STREAM_COMPUTE];
-  *free_ns = later(*free_ns, now(sim)) + ns;
+  const uint64_t start_ns = later(*free_ns, now(sim));
+  *free_ns = start_ns + ns;
   atomic_fetch_add_explicit(&sim->base.busy_ns[FLAP_STREAM_COMPUTE], ns, memory_order_relaxed);
   if (sim->base.config.machine.synchronous)
     while (*free_ns > now(sim)) /* copies that start meanwhile move the end */
       flap_clock_advance_to(sim->base.config.clock, *free_ns);
+  if (sim->label != 0)
+    flap_device_observe(&sim->base, FLAP_STREAM_COMPUTE, start_ns, *free_ns, sim->label);
+}
+
+static void sim_label_compute(flap_device *device, uint64_t label) {
+  self(device)->label = label;
 }
 
 static void sim_work(flap_device *device, uint64_t ns) {
@@ -306,6 +316,7 @@ const flap_device_table flap_device_sim_table = {
     .synchronize = sim_synchronize,
     .upload = sim_upload,
     .download = sim_download,
+    .label_compute = sim_label_compute,
     .sim_work = sim_work,
     .sim_kernel = sim_kernel,
     .sim_slow_copies = sim_slow_copies,

@@ -221,6 +221,30 @@ START_TEST(copies_are_not_slowed_by_a_lane_that_waits) {
 }
 END_TEST
 
+static uint64_t told_[4][4];
+static uint32_t told_count_;
+static void tell(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t label) {
+  (void)context;
+  ck_assert_uint_lt(told_count_, 4);
+  memcpy(told_[told_count_++], (uint64_t[]){stream, started_ns, ended_ns, label}, sizeof told_[0]);
+}
+
+START_TEST(observer_hears_of_work_that_bears_a_label) {
+  open_sim(false, 0);
+  told_count_ = 0;
+  flap_device_set_trace(device_, tell, NULL);
+  kernel(1000); /* 0 .. 1010 */
+  flap_device_label_compute(device_, 7);
+  kernel(1000);
+  flap_device_label_compute(device_, 0);
+  kernel(1000);
+  ck_assert_uint_eq(told_count_, 1);
+  const uint64_t wanted[] = {FLAP_STREAM_COMPUTE, 1010, 2020, 7};
+  ck_assert_mem_eq(told_[0], wanted, sizeof wanted);
+  close_sim();
+}
+END_TEST
+
 START_TEST(copies_take_longer_from_when_they_are_slowed) {
   open_sim(false, 0);
   h2d(1000); /* 0 .. 1100 */
@@ -492,6 +516,7 @@ int main(void) {
   tcase_add_test(tests, lanes_overlap_and_are_first_come_first_served);
   tcase_add_test(tests, copies_both_ways_slow_each_other);
   tcase_add_test(tests, copies_are_not_slowed_by_a_lane_that_waits);
+  tcase_add_test(tests, observer_hears_of_work_that_bears_a_label);
   tcase_add_test(tests, copies_take_longer_from_when_they_are_slowed);
   tcase_add_test(tests, rates_of_both_that_are_none_are_refused);
   tcase_add_test(tests, stream_wait_starts_no_earlier_than_the_event);

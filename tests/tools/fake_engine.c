@@ -85,7 +85,8 @@ static void fill_plan(const flap_run_config *config, flap_plan *plan) {
   plan->ssd_steps = (double)config->ssd_tbw / 70000003;
 }
 
-flap_status flap_engine_plan(const flap_run_config *config, flap_plan *plan_out) {
+flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out) {
+  (void)trace_path;
   if (config->vram.kind == FLAP_SIZE_BYTES && config->vram.bytes < 5000000)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few: 5000000 is the least that works",
                           (unsigned long long)config->vram.bytes);
@@ -127,7 +128,7 @@ static flap_status take_step(const flap_run_config *config, const flap_observer 
 flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                               const volatile sig_atomic_t *stop, flap_train_result *result_out) {
   flap_plan plan;
-  FLAP_TRY(flap_engine_plan(config, &plan));
+  FLAP_TRY(flap_engine_plan(config, NULL, &plan));
   flap_eval_report eval = {.loss = 5.5, .tokens = 1000, .unigram_entropy = 3.04, .seconds = 0.1};
   observer->planned(observer->context, &plan, "io_uring, O_DIRECT");
   observer->prepared(observer->context, 400000, 10000, 3000, config->resume_from_checkpoint[0] ? 5 : 0);

@@ -198,6 +198,28 @@ machine: rtx4090-64g-1nvme
         worn = json.loads(self.accept(*slow, "ssd_tbw=2TB"))
         self.assertAlmostEqual(worn["ssd_steps"], 2 * plan["ssd_steps"])
 
+    def test_plan_shows_the_step_that_it_expects(self):
+        self.write("slow.json", self.SLOW)
+        slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
+        plan = json.loads(self.accept(*slow, "--trace", "step.json"))
+        self.assertEqual(json.loads(self.accept(*slow))["step_seconds"], plan["step_seconds"])
+        with open(self.path("step.json")) as file:
+            events = json.load(file)["traceEvents"]
+        lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        steps = [event for event in events if event["ph"] == "X"]
+        seconds, moved = {}, {}
+        for event in steps:
+            lane = lanes[event["tid"]].rstrip(" 0123456789").replace(" ", "_")
+            seconds[lane] = seconds.get(lane, 0) + event["dur"] / 1e6
+            moved[lane] = moved.get(lane, 0) + event.get("args", {}).get("bytes", 0)
+        self.assertAlmostEqual(seconds["compute"], plan["compute_seconds"], delta=0.01 * plan["compute_seconds"])
+        for lane in ("h2d", "d2h", "disk_write"):  # from step to step copies may fall into this one or the next
+            self.assertAlmostEqual(moved[lane], plan["lane_bytes"][lane], delta=0.1 * plan["lane_bytes"][lane])
+        self.assertTrue(any(event["name"].startswith("waits for disk") for event in steps))
+        span = max(event["ts"] + event["dur"] for event in steps) - min(event["ts"] for event in steps)
+        self.assertAlmostEqual(span / 1e6, plan["step_seconds"], delta=0.1 * plan["step_seconds"])
+        self.refuse("no/such/folder", *slow, "--trace", "no/such/folder/step.json")
+
     def test_bench_writes_what_plan_reads(self):
         self.write("here.json", self.accept("bench", "machine", "--json", "--path", "disk", "--threads", "1"))
         plan = json.loads(self.accept("plan", "run.yaml", "--json", "machine=here.json", "disk=null"))
