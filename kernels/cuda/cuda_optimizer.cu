@@ -51,9 +51,36 @@ void cuda_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float
 
 /* ---- AdamW ---- */
 
-struct decay_bits {
-  uint8_t bytes[FLAP_OPS_ADAMW_BLOCKS_MAX / 8];
+/* Which blocks of a launch decay: whether the first one does, and where that changes. A slice holds a few tensors, so
+ * these are few numbers, while a bit for each block would make arguments of a kilobyte: CUDA has room for about a dozen
+ * launches of that size, and then blocks whoever launches, and with it all who call CUDA. */
+#define DECAY_CHANGES_MAX 14u
+struct block_range {
+  uint32_t first, count; /* blocks of the slice */
+  uint32_t decays, change_count, changes[DECAY_CHANGES_MAX];
 };
+
+static bool decays_at(const uint8_t *decay_blocks, uint32_t block) {
+  return (decay_blocks[block / 8] >> (block % 8) & 1) != 0;
+}
+
+/* The blocks from `first` on that one launch can take. */
+static block_range take_range(const uint8_t *decay_blocks, uint32_t first, uint32_t end) {
+  block_range range = {};
+  range.first = first;
+  range.decays = decays_at(decay_blocks, first);
+  uint32_t block = first + 1;
+  for (bool decays = range.decays; block < end; ++block) {
+    if (decays_at(decay_blocks, block) == decays)
+      continue;
+    if (range.change_count == DECAY_CHANGES_MAX)
+      break;
+    range.changes[range.change_count++] = block;
+    decays = !decays;
+  }
+  range.count = block - first;
+  return range;
+}
 
 /* The new weight of one element; m and v are updated in place. Kept in step with kernels/cpu/cpu_vector_body.inc. */
 __device__ inline float adamw_element(const flap_adamw &s, float decay, float weight, float *m, float *v, float grad) {
@@ -107,7 +134,7 @@ template <typename W> __device__ inline void store_words(W *p, const W in[GROUP]
 
 struct adamw_arguments {
   flap_adamw scalars;
-  decay_bits decays;
+  block_range blocks;
   void *weight;
   void *master; /* what the master has beside `weight`, as ops.h tells */
   float *m, *v;
@@ -116,14 +143,25 @@ struct adamw_arguments {
   bool vectors;
 };
 
+__device__ inline uint32_t block_of(const adamw_arguments &a) {
+  return a.blocks.first + blockIdx.x;
+}
+
+/* The first element of this thread's group. */
+__device__ inline uint64_t group_of(const adamw_arguments &a) {
+  return (uint64_t)block_of(a) * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+}
+
 __device__ inline float block_decay(const adamw_arguments &a) {
-  const bool decays = (a.decays.bytes[blockIdx.x / 8] >> (blockIdx.x % 8) & 1) != 0;
+  bool decays = a.blocks.decays != 0;
+  for (uint32_t i = 0; i < a.blocks.change_count; ++i)
+    decays ^= block_of(a) >= a.blocks.changes[i];
   return decays ? a.scalars.decay : 1.0f; /* times 1 changes no bit */
 }
 
 template <typename G>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw_split(const __grid_constant__ adamw_arguments a) {
-  const uint64_t at = (uint64_t)blockIdx.x * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+  const uint64_t at = group_of(a);
   uint16_t *weight = (uint16_t *)a.weight + at;
   alignas(16) uint16_t high[GROUP];
   alignas(16) int16_t low[GROUP];
@@ -148,7 +186,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_split(const __grid_consta
 
 template <typename G>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw_whole(const __grid_constant__ adamw_arguments a) {
-  const uint64_t at = (uint64_t)blockIdx.x * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+  const uint64_t at = group_of(a);
   float *weight = (float *)a.weight + at;
   float values[GROUP], grad[GROUP], m[GROUP], v[GROUP];
   load_group(values, weight, GROUP, a.vectors);
@@ -170,7 +208,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_whole(const __grid_consta
 /* The fp16 weight is not read: it is its master, rounded. */
 template <typename G>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw_master(const __grid_constant__ adamw_arguments a) {
-  const uint64_t at = (uint64_t)blockIdx.x * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+  const uint64_t at = group_of(a);
   float *master = (float *)a.master + at;
   float values[GROUP], grad[GROUP], m[GROUP], v[GROUP];
   load_group(values, master, GROUP, a.vectors);
@@ -190,26 +228,9 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_master(const __grid_const
     *a.fault = 1;
 }
 
-void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight,
-                void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
-                uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
-  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
-  const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
-  if (blocks == 0)
-    return;
-  adamw_arguments a = {};
-  a.scalars = *scalars;
-  for (uint32_t i = 0; i < (blocks + 7) / 8; ++i)
-    a.decays.bytes[i] = decay_blocks[i];
-  a.weight = weight;
-  a.master = master;
-  a.m = m;
-  a.v = v;
-  a.grad = grad;
-  a.fault = fault;
-  a.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
+static void launch_adamw(flap_ops *ops, flap_dtype weight_dtype, flap_dtype grad_dtype, const adamw_arguments &a) {
   const cudaStream_t stream = cuda_stream(ops);
+  const uint32_t blocks = a.blocks.count;
   if (weight_dtype == FLAP_BF16 && grad_dtype == FLAP_BF16)
     adamw_split<__nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (weight_dtype == FLAP_BF16)
@@ -222,6 +243,29 @@ void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtyp
     adamw_whole<__nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else
     adamw_whole<float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+}
+
+void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight,
+                void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
+                uint64_t elements) {
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
+  if (blocks == 0)
+    return;
+  adamw_arguments a = {};
+  a.scalars = *scalars;
+  a.weight = weight;
+  a.master = master;
+  a.m = m;
+  a.v = v;
+  a.grad = grad;
+  a.fault = fault;
+  a.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
+  for (uint32_t done = 0; done < blocks; done += a.blocks.count) {
+    a.blocks = take_range(decay_blocks, done, blocks);
+    launch_adamw(ops, weight_dtype, grad_dtype, a);
+  }
   cuda_launched(ops, "adamw");
 }
 
@@ -384,7 +428,7 @@ __device__ inline bool update(W *weight, const adamw_arguments &a, const raw_gro
 template <typename W, typename G>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw_8bit(const __grid_constant__ adamw_8bit_arguments a) {
   __shared__ moment_ratios ratios;
-  const uint64_t at = (uint64_t)blockIdx.x * FLAP_OPS_BLOCK + threadIdx.x * GROUP;
+  const uint64_t at = group_of(a.common);
   const uint64_t moment_block = at / FLAP_OPS_MOMENT_BLOCK;
   W weight;
   alignas(8) int8_t m_codes[GROUP];
@@ -411,28 +455,10 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_8bit(const __grid_constan
     *a.common.fault = 1;
 }
 
-void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
-                     void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
-                     const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
-  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
-  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
-  const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
-  if (blocks == 0)
-    return;
-  adamw_8bit_arguments a = {};
-  a.common.scalars = *scalars;
-  for (uint32_t i = 0; i < (blocks + 7) / 8; ++i)
-    a.common.decays.bytes[i] = decay_blocks[i];
-  a.common.weight = weight;
-  a.common.master = master;
-  a.common.grad = grad;
-  a.common.fault = fault;
-  a.common.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
-  a.m = m;
-  a.v = v;
-  a.m_largest = m_largest;
-  a.v_largest = v_largest;
+static void launch_adamw_8bit(flap_ops *ops, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                              const adamw_8bit_arguments &a) {
   const cudaStream_t stream = cuda_stream(ops);
+  const uint32_t blocks = a.common.blocks.count;
   if (weight_dtype == FLAP_BF16 && grad_dtype == FLAP_BF16)
     adamw_8bit<split_weight, __nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else if (weight_dtype == FLAP_BF16)
@@ -445,5 +471,30 @@ void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight
     adamw_8bit<whole_weight, __nv_bfloat16><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
   else
     adamw_8bit<whole_weight, float><<<blocks, ADAMW_THREADS, 0, stream>>>(a);
+}
+
+void cuda_adamw_8bit(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
+                     void *weight, void *master, int8_t *m, uint8_t *v, float *m_largest, float *v_largest,
+                     const void *grad, const uint8_t *decay_blocks, int32_t *fault, uint64_t elements) {
+  flap_assert(weight_dtype == FLAP_F32 || weight_dtype == FLAP_BF16 || weight_dtype == FLAP_F16);
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
+  if (blocks == 0)
+    return;
+  adamw_8bit_arguments a = {};
+  a.common.scalars = *scalars;
+  a.common.weight = weight;
+  a.common.master = master;
+  a.common.grad = grad;
+  a.common.fault = fault;
+  a.common.vectors = aligned16(weight) && aligned16(master) && aligned16(m) && aligned16(v) && aligned16(grad);
+  a.m = m;
+  a.v = v;
+  a.m_largest = m_largest;
+  a.v_largest = v_largest;
+  for (uint32_t done = 0; done < blocks; done += a.common.blocks.count) {
+    a.common.blocks = take_range(decay_blocks, done, blocks);
+    launch_adamw_8bit(ops, weight_dtype, grad_dtype, a);
+  }
   cuda_launched(ops, "adamw, 8-bit moments");
 }
