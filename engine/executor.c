@@ -403,10 +403,15 @@ static flap_status pin(flap_executor *x, uint32_t lease) {
 }
 
 /* Labels of launches on a device that takes their times itself: the kind, from 1, and the index. Slices of one part
- * share a label, because each label costs the device a pause. */
+ * share a label, because each label costs the device a pause; so do a gradient that is rounded for an update at once
+ * and that update. */
 static uint64_t label_of(const flap_executor *x, const flap_op *op) {
-  const bool slice = op->kind == FLAP_OP_ADAMW || op->kind == FLAP_OP_STORE_GRADIENT;
-  return ((uint64_t)op->kind + 1) << 32 | (slice && !x->timed ? x->layout->slices[op->index].part : op->index);
+  const bool stores = op->kind == FLAP_OP_STORE_GRADIENT;
+  if (x->timed || (!stores && op->kind != FLAP_OP_ADAMW))
+    return ((uint64_t)op->kind + 1) << 32 | op->index;
+  const uint32_t part = x->layout->slices[op->index].part;
+  const bool updates = stores && flap_layout_in_backward(x->layout, part) && !flap_layout_is_host(x->layout, part);
+  return ((uint64_t)(updates ? FLAP_OP_ADAMW : op->kind) + 1) << 32 | part;
 }
 
 void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t started_ns, uint64_t ended_ns) {
@@ -457,6 +462,7 @@ static flap_status run_ops(flap_executor *x, flap_setup_program which, flap_exec
   const flap_program *program = &x->programs[which];
   for (uint32_t i = 0; i < program->op_count; i++) {
     const flap_op *op = &program->ops[i];
+    flap_device_limit_ahead(flap_ops_device(x->ops)); /* before the pager's lock, which its pump needs */
     if (op->kind == FLAP_OP_PIN)
       FLAP_TRY(pin(x, op->operand[0]));
     else if (op->kind == FLAP_OP_UNPIN)

@@ -172,6 +172,11 @@ void flap_device_note_compute(flap_device *device, uint64_t ns) {
     device->table->note_compute(device, ns);
 }
 
+void flap_device_limit_ahead(flap_device *device) {
+  if (device->table->limit_ahead)
+    device->table->limit_ahead(device);
+}
+
 void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *context) {
   pthread_mutex_lock(&device->trace_lock);
   device->trace_fn = fn;

@@ -115,9 +115,16 @@ void flap_device_sim_slow_copies(flap_device *device, double times);
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);
 void flap_device_note_compute(flap_device *device, uint64_t ns);
 
+/* Blocks while so much stands on the compute stream that CUDA might block the next launch or record there, and with it
+ * whoever needs a lock that the caller holds, for as long as what runs now takes. For whoever launches there, before
+ * such a lock is taken. At most FLAP_DEVICE_AHEAD_MAX launches and records stand there then. Nothing to do elsewhere.
+ */
+#define FLAP_DEVICE_AHEAD_MAX 512u
+void flap_device_limit_ahead(flap_device *device);
+
 /* What is launched on the compute stream from here on bears this label for the observer, until the next one; 0: it
- * hears nothing of it. Only where launches are asynchronous (cuda) is anything told: elsewhere the caller can take the
- * times. Costs two events per label with work. */
+ * hears nothing of it. Told on cuda, where each label with work costs two events, and in sim; on cpu the caller can
+ * take the times. */
 void flap_device_label_compute(flap_device *device, uint64_t label);
 
 /* Observes copies for the trace: called with start and end (flap_units_now_ns or virtual) of every copy, on the copying

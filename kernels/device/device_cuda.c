@@ -10,7 +10,10 @@
  * 4. The compute stream's busy time is the sum of intervals. An interval opens with the first launch after the last one
  *    was closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
  *    when the label changes.
- * 5. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
+ * 5. Of events by which threads can sleep (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of
+ *    launches 1,001; the next record or launch blocks its thread until the stream moves on, which is milliseconds. So
+ * only the ends of slots are such events, and flap_device_limit_ahead keeps both far from that.
+ * 6. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
 #include "kernels/device/device_cuda.h"
@@ -26,15 +29,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define RING_SLOTS 2048u /* more than the contract's 1024, for the intervals of the compute stream */
 #define STAGES 8u        /* pinned buffers that uploads pass through */
 #define STAGE_BYTES ((uint64_t)256 << 10)
 #define CAPABILITY_MIN 80u
+#define MARKS_MAX 32u /* slots of the compute stream that are not over, where its thread limits itself */
+#define POLL_NS 20000 /* an event that nobody sleeps by is looked at so often */
 
 typedef struct slot {
   cudaEvent_t start, end; /* start: only where `timed` */
   uint64_t bytes;         /* of a copy; of the compute stream the label */
+  uint64_t things;        /* of the compute stream: how many stood on it in all up to here */
   bool timed, notify;
 } slot;
 
@@ -52,6 +59,7 @@ typedef struct lane {
   bool stop;            /* under lock */
   uint64_t launched;    /* under lock; slot n is at n % RING_SLOTS */
   uint64_t completed;   /* under lock */
+  uint64_t things_over; /* under lock; of the compute stream: those up to the last slot that completed */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
   slot *copying;        /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
@@ -63,8 +71,9 @@ struct cuda_device {
   flap_cuda_properties properties;
   lane lanes[FLAP_STREAM_COUNT];
   cudaEvent_t *events;
-  bool interval_open; /* the compute stream's launching thread's */
-  uint64_t label;     /* of the interval that is open, or that opens next; likewise */
+  bool interval_open;             /* the compute stream's launching thread's */
+  uint64_t label;                 /* of the interval that is open, or that opens next; likewise */
+  uint64_t things, things_marked; /* that were put on the compute stream; of these, up to its last slot; likewise */
   unsigned char *stages;
   cudaEvent_t stage_free[STAGES];
   uint32_t stage_next;
@@ -204,6 +213,7 @@ static void *lane_main(void *context) {
     report(l, number, s);
     pthread_mutex_lock(&l->lock);
     l->completed = number;
+    l->things_over = s->things;
     pthread_cond_broadcast(&l->moved);
   }
   pthread_mutex_unlock(&l->lock);
@@ -216,7 +226,7 @@ static flap_status lane_open(cuda_device *device, flap_stream stream) {
   l->stream = stream;
   FLAP_TRY(status_of("cannot make a stream", cudaStreamCreateWithFlags(&l->cuda, cudaStreamNonBlocking)));
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
-    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventBlockingSync)));
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventDefault)));
     FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].end, cudaEventBlockingSync)));
   }
   int error = pthread_mutex_init(&l->lock, NULL);
@@ -268,6 +278,7 @@ void *flap_device_cuda_compute(flap_device *base) {
   flap_assert(base->config.kind == FLAP_DEVICE_CUDA);
   cuda_device *device = self(base);
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  device->things++;
   if (!device->interval_open) {
     device->interval_open = true;
     check(device, "cannot record an event", cudaEventRecord(lane_take(l)->start, l->cuda));
@@ -276,17 +287,21 @@ void *flap_device_cuda_compute(flap_device *base) {
 }
 
 /* Launches a slot that ends here: it closes the interval if one is open, and may notify. */
-static void compute_mark(cuda_device *device, bool notify) {
-  if (!device->interval_open && !notify)
-    return;
+static void put_mark(cuda_device *device, bool notify) {
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
   slot *s = lane_take(l); /* the same one that the interval's start was recorded in */
   s->timed = device->interval_open;
   s->notify = notify;
   s->bytes = device->label;
+  s->things = device->things_marked = ++device->things;
   device->interval_open = false;
   check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
   lane_put(l);
+}
+
+static void compute_mark(cuda_device *device, bool notify) {
+  if (device->interval_open || notify)
+    put_mark(device, notify);
 }
 
 static void cuda_label_compute(flap_device *base, uint64_t label) {
@@ -295,6 +310,25 @@ static void cuda_label_compute(flap_device *base, uint64_t label) {
     return;
   compute_mark(device, false);
   device->label = label;
+}
+
+/* Whether more than so many quarters of what may stand on the compute stream do. Under the lane's lock. */
+static bool is_ahead(const cuda_device *device, const lane *l, uint64_t quarters) {
+  return device->things - l->things_over > FLAP_DEVICE_AHEAD_MAX / 4 * quarters ||
+         l->launched - l->completed > MARKS_MAX / 4 * quarters;
+}
+
+/* How far the stream has come is known at its marks: some are made for this where there are none. */
+static void cuda_limit_ahead(flap_device *base) {
+  cuda_device *device = self(base);
+  lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  if (device->things - device->things_marked > FLAP_DEVICE_AHEAD_MAX / MARKS_MAX)
+    put_mark(device, false);
+  pthread_mutex_lock(&l->lock);
+  if (is_ahead(device, l, 4))
+    while (is_ahead(device, l, 3))
+      pthread_cond_wait(&l->moved, &l->lock);
+  pthread_mutex_unlock(&l->lock);
 }
 
 const flap_cuda_properties *flap_device_cuda_properties(const flap_device *device) {
@@ -385,8 +419,7 @@ static flap_status cuda_open(flap_device *base) {
   }
   for (uint32_t i = 0; i < events; i++)
     FLAP_TRY_GOTO(status, status_of("cannot make an event",
-                                    cudaEventCreateWithFlags(&device->events[i],
-                                                             cudaEventBlockingSync | cudaEventDisableTiming)));
+                                    cudaEventCreateWithFlags(&device->events[i], cudaEventDisableTiming)));
   void *stages = NULL;
   FLAP_TRY_GOTO(status, status_of("cannot pin memory for uploads",
                                   cudaHostAlloc(&stages, STAGES * STAGE_BYTES, cudaHostAllocDefault)));
@@ -463,6 +496,7 @@ static void cuda_event_record(flap_device *base, flap_event event, flap_stream s
   lane *l = lane_of(device, stream);
   check(device, "cannot record an event", cudaEventRecord(device->events[event], l->cuda));
   if (stream == FLAP_STREAM_COMPUTE) {
+    device->things++;
     compute_mark(device, notify);
     return;
   }
@@ -485,16 +519,19 @@ static bool cuda_event_done(flap_device *base, flap_event event) {
 }
 
 static void cuda_event_wait(flap_device *base, flap_event event) {
-  cuda_device *device = self(base);
-  check(device, "the work before an event", cudaEventSynchronize(device->events[event]));
+  const struct timespec pause = {.tv_nsec = POLL_NS};
+  while (!cuda_event_done(base, event))
+    (void)nanosleep(&pause, NULL);
 }
 
 static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event event) {
   cuda_device *device = self(base);
   if (cudaEventQuery(device->events[event]) == cudaSuccess)
     return; /* nothing to wait for, so no interval ends either */
-  if (stream == FLAP_STREAM_COMPUTE)
+  if (stream == FLAP_STREAM_COMPUTE) {
+    device->things++;
     compute_mark(device, false);
+  }
   check(device, "cannot let a stream wait",
         cudaStreamWaitEvent(lane_of(device, stream)->cuda, device->events[event], 0));
 }
@@ -563,6 +600,7 @@ const flap_device_table flap_device_cuda_table = {
     .outcome = cuda_outcome,
     .upload = cuda_upload,
     .download = cuda_download,
+    .limit_ahead = cuda_limit_ahead,
     .label_compute = cuda_label_compute,
     .memory_peak = cuda_memory_peak,
 };

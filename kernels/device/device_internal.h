@@ -30,7 +30,8 @@ typedef struct flap_device_table {
   flap_status (*outcome)(flap_device *device); /* NULL where nothing can fail */
   flap_status (*upload)(flap_device *device, void *to, const void *from, uint64_t bytes);
   flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
-  void (*label_compute)(flap_device *device, uint64_t label); /* NULL where launches are over when they return */
+  void (*limit_ahead)(flap_device *device);                   /* NULL where launches do not run ahead */
+  void (*label_compute)(flap_device *device, uint64_t label); /* NULL: cpu */
   void (*note_compute)(flap_device *device, uint64_t ns);     /* NULL where the device measures its own kernels */
   void (*sim_work)(flap_device *device, uint64_t ns);         /* NULL but in sim */
   void (*sim_slow_copies)(flap_device *device, double times); /* likewise */

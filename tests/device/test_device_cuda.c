@@ -185,6 +185,28 @@ static void hear(void *context, flap_stream stream, uint64_t started_ns, uint64_
   h->last_ns = ended_ns;
 }
 
+/* With and without marks of the caller's; 50 microseconds each, so the launching thread is far ahead at once. */
+START_TEST(whoever_limits_himself_is_never_far_ahead) {
+  enum { LAUNCHES = 2000 };
+  flap_device *device = open_device(VRAM, LAUNCHES);
+  unsigned char *arena = flap_device_arena(device, NULL);
+  uint32_t open_most = 0;
+  for (uint32_t i = 0, over = 0; i < LAUNCHES; i++) {
+    flap_device_limit_ahead(device);
+    flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 64 * MIB, arena, 64 * MIB);
+    flap_device_event_record(device, i, FLAP_STREAM_COMPUTE, i % 500 > 250);
+    while (over <= i && flap_device_event_done(device, over))
+      over++;
+    open_most = i + 1 - over > open_most ? i + 1 - over : open_most;
+  }
+  synchronize(device);
+  printf("at most %u of %u launches ahead\n", open_most, LAUNCHES);
+  ck_assert_uint_gt(open_most, 8); /* and not one by one either */
+  ck_assert_uint_le(open_most, FLAP_DEVICE_AHEAD_MAX);
+  flap_device_close(device);
+}
+END_TEST
+
 START_TEST(trace_hears_of_every_copy_at_plausible_times) {
   flap_device *device = open_device(VRAM, 2);
   unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 256 * MIB);
@@ -413,6 +435,7 @@ int main(void) {
   tcase_add_test(tests, copies_cross_the_seams_of_pinned_memory);
   tcase_add_test(tests, notify_comes_once_for_each_recording_after_its_event);
   tcase_add_test(tests, ring_end_blocks_and_loses_nothing);
+  tcase_add_test(tests, whoever_limits_himself_is_never_far_ahead);
   tcase_add_test(tests, trace_hears_of_every_copy_at_plausible_times);
   tcase_add_test(tests, compute_busy_time_leaves_out_what_it_waits_for);
   tcase_add_test(tests, error_sticks_and_nobody_waits_for_ever);
