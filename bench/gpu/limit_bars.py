@@ -30,6 +30,7 @@ ROWS = {
     "3b-12": f"{THREE_B} --vram 12GiB",
     "3b-8": f"{THREE_B} --vram 8GiB",
     "3b-24-32k": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB --vram 24GiB",
+    "3b-24-disk": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 5 --ram 16GiB --vram 24GiB --disk DISK --disk-size 56GB",
     "7b-24": f"{SEVEN_B} --vram 24GiB --micro-batches 32",
     "7b-24-8bit": f"{SEVEN_B} --vram 24GiB --micro-batches 32 optim=adamw_8bit",
     "7b-24-65k": f"{SEVEN_B} --vram 24GiB --micro-batches 8",
@@ -48,6 +49,8 @@ ROWS = {
     "3b-8-noclip": f"{THREE_B} --vram 8GiB max_grad_norm=0",
     "8b-24-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 16 max_grad_norm=0",
     "8b-24-16k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2 max_grad_norm=0",
+    "8b-24-8k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 1 max_grad_norm=0",
+    "8b-24-65k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 8 max_grad_norm=0",
     "8b-24-32k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4 max_grad_norm=0",
     "13b-24-8bit": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 24GiB --ram 112GiB optim=adamw_8bit",
     "13b-24-disk": "llama2-13b --batch 4 --sequence 2048 --micro-batches 4 --steps 4 --vram 24GiB --ram 112GiB --disk DISK "

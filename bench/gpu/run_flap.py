@@ -11,8 +11,8 @@ defines it, bound_share), every step's loss and gradient norm with all digits, s
 the peaks: nvidia_smi_mib is the most that nvidia-smi showed while it ran, rss_bytes the most that was resident on the host.
 
 nvidia-smi is asked for the process; where it lists none (in some virtual machines and containers) for the whole GPU instead, and
-nvidia_smi_source says which. Steps count as steady from the third to the last but one, because the first fill the
-pipeline and the last waits for the update. A run that is still going --seconds after its plan was asked for is ended: its
+nvidia_smi_source says which. Steps count as steady from the second to the last but one, because the first fills the pipeline
+and the last waits for the update; but for the third and fourth, which the trace slows on a GPU, where others are left. A run that is still going --seconds after its plan was asked for is ended: its
 record says "cut": true and holds the steps that were logged. Exit status 1 if flap failed or logged no step.
 """
 import argparse
@@ -31,6 +31,7 @@ import shapes  # noqa: E402
 
 TOKENS = 1 << 21  # of a shard, whatever the run: its number of sequences is what their order follows from
 PLAN_SECONDS = 120
+TRACED = (2, 3)  # engine/train_loop.c: of the steps of a process, counted from 0
 LANES = ("h2d", "d2h", "disk_read", "disk_write", "host")
 
 
@@ -139,7 +140,9 @@ def steps_of(folder):
 
 
 def steady(entries):
-    return entries[2:-1] if len(entries) >= 4 else entries[-1:]
+    between = entries[1:-1]
+    untraced = [entry for at, entry in enumerate(between, start=1) if at not in TRACED]
+    return untraced or between or entries[-1:]
 
 
 def measured(options, entries):
