@@ -7,7 +7,6 @@
 #include "io/block/block.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
@@ -107,32 +106,6 @@ uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budg
   return sum;
 }
 
-/* The least of one tier is not found when another tier is too small for it: that other one is named, or what works. */
-static flap_status name_culprit(const flap_planner *planner, const flap_budgets *budgets, const char *key) {
-  flap_budgets trial = *budgets;
-  flap_setup setup;
-  flap_plan_costs costs;
-  if (trial.vram_bytes == FLAP_BUDGET_PLENTY)
-    trial.vram_bytes = FLAP_BUDGET_PLENTY / 64; /* what the simulated device can address */
-  FLAP_TRY(flap_planner_choose(planner, &trial, &setup, &costs));
-  const uint64_t works = strcmp(key, "vram") == 0  ? setup.vram_bytes
-                         : strcmp(key, "ram") == 0 ? setup.ram_bytes
-                                                   : setup.disk_bytes;
-  flap_setup_close(&setup);
-  return flap_error_set(FLAP_BUDGET, "%s: min: no least size was found beside the other budgets: %s: %llu works", key,
-                        key, (unsigned long long)works);
-}
-
-static flap_status resolve_min(const flap_planner *planner, const flap_budgets *budgets, const char *key,
-                               uint64_t *budget,
-                               flap_status (*least)(const flap_planner *, const flap_budgets *, uint64_t *)) {
-  uint64_t bytes = 0;
-  const flap_status status = least(planner, budgets, &bytes);
-  if (status == FLAP_OK)
-    *budget = bytes;
-  return status == FLAP_BUDGET ? name_culprit(planner, budgets, key) : status;
-}
-
 /* What is needed beyond the disks of a given size, shared by those that are `min` as their weights are. */
 static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
   const uint64_t *weights = planner->spec.disk_weights;
@@ -147,7 +120,7 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
   }
   if (shares == 0)
     return FLAP_OK;
-  FLAP_TRY(resolve_min(planner, budgets, "disk", &needed, flap_planner_disk_min));
+  FLAP_TRY(flap_planner_disk_min(planner, budgets, &needed));
   const uint64_t missing = needed > given ? needed - given : 0;
   for (uint32_t i = 0; i < config->disk_count; i++) {
     if (config->disk[i].size.kind != FLAP_SIZE_MIN)
@@ -168,8 +141,8 @@ flap_status flap_budgets_resolve(const flap_run_config *config, const flap_plann
   for (uint32_t i = 0; i < config->disk_count; i++)
     FLAP_TRY(resolve_disk(config, i, &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)
-    FLAP_TRY(resolve_min(planner, budgets_out, "vram", &budgets_out->vram_bytes, flap_planner_vram_min));
+    FLAP_TRY(flap_planner_vram_min(planner, budgets_out, &budgets_out->vram_bytes));
   if (config->ram.kind == FLAP_SIZE_MIN)
-    FLAP_TRY(resolve_min(planner, budgets_out, "ram", &budgets_out->ram_bytes, flap_planner_ram_min));
+    FLAP_TRY(flap_planner_ram_min(planner, budgets_out, &budgets_out->ram_bytes));
   return shrink_disks(config, planner, budgets_out);
 }

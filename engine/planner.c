@@ -24,15 +24,8 @@ static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint6
   return index;
 }
 
-typedef struct skeleton {
-  uint32_t segment, group;
-  planner_saving saved;
-  bool spread;
-  uint32_t host;
-  planner_backward backward;
-  bool keeps;           /* the embedding's states in VRAM */
-  uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
-} skeleton;
+typedef planner_skeleton skeleton;
+typedef planner_contender contender;
 
 static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
                              uint64_t page) {
@@ -126,12 +119,6 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
 }
 
 /* ---- choosing -------------------------------------------------------------------------------------------- */
-
-typedef struct contender {
-  skeleton s;
-  uint32_t depth;
-  double estimate;
-} contender;
 
 static bool same_contender(const contender *a, const contender *b) {
   const skeleton *s = &a->s, *t = &b->s;
@@ -537,40 +524,6 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
   return FLAP_OK;
 }
 
-/* Which budget is too small, and what it must be at least. */
-static flap_status refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach) {
-  char have[FLAP_UNITS_TEXT_MAX];
-  uint64_t least = 0;
-  if (reach == PLANNER_NO_VRAM && flap_planner_vram_min(planner, budgets, &least) == FLAP_OK)
-    return flap_error_set(
-        FLAP_BUDGET, "vram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
-        flap_units_format_bytes(budgets->vram_bytes, have, sizeof have), (unsigned long long)budgets->vram_bytes,
-        (unsigned long long)least);
-  if (reach != PLANNER_NO_DISK && flap_planner_ram_min(planner, budgets, &least) == FLAP_OK)
-    return flap_error_set(
-        FLAP_BUDGET, "ram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
-        flap_units_format_bytes(budgets->ram_bytes, have, sizeof have), (unsigned long long)budgets->ram_bytes,
-        (unsigned long long)least);
-  if (flap_planner_disk_min(planner, budgets, &least) == FLAP_OK) {
-    if (planner->spec.disk_count == 0)
-      return flap_error_set(FLAP_BUDGET,
-                            "ram: the model does not fit vram and ram: raise them, or give a disk of at least %llu "
-                            "bytes (disk: [{path: ..., size: ...}])",
-                            (unsigned long long)least);
-    return flap_error_set(
-        FLAP_BUDGET, "disk: too small for what fits neither vram nor ram: %llu bytes in all is the least that works",
-        (unsigned long long)least);
-  }
-  if (flap_planner_vram_min(planner, budgets, &least) == FLAP_OK)
-    return flap_error_set(
-        FLAP_BUDGET, "vram: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
-        flap_units_format_bytes(budgets->vram_bytes, have, sizeof have), (unsigned long long)budgets->vram_bytes,
-        (unsigned long long)least);
-  return flap_error_set(
-      FLAP_BUDGET,
-      "vram, ram: both are too small for this model and batch: try `vram: min` and `ram: min` with flap plan");
-}
-
 flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *budgets, flap_setup *setup_out,
                                 flap_plan_costs *costs_out) {
   flap_planner timed = *given;
@@ -588,201 +541,26 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   planner_list(planner, &c);
   FLAP_TRY(shortlist(planner, &c, budgets, c.host_parts, list, &count, &reach));
   if (count == 0)
-    return refuse(planner, budgets, reach);
+    return planner_refuse(planner, budgets, reach);
   *costs_out = (flap_plan_costs){0};
   FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
   FLAP_TRY(refine(planner, &c, budgets, list, count, &best, costs_out));
   return settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }
 
-/* ---- the least that works -------------------------------------------------------------------------------- */
+/* ---- for the least budgets (least.c) ---------------------------------------------------------------------- */
 
-typedef enum lever { LEVER_VRAM, LEVER_RAM, LEVER_DISK } lever;
-
-/* More vram may make a small ram do: what is resident needs no home, and where nothing streams there is no staging.
- * True with trial->vram_bytes at the least that does; it is too small on entry. */
-static bool raise_vram_for_ram(const flap_planner *planner, flap_budgets *trial, const flap_choice *choice,
-                               flap_setup *setup) {
-  uint64_t low = trial->vram_bytes;
-  trial->vram_bytes = FLAP_BUDGET_PLENTY;
-  if (planner_fill(planner, trial, choice, 0, setup) != PLANNER_FITS)
-    return false;
-  uint64_t high = flap_units_round_up(setup->vram_bytes, FLAP_BLOCK_ALIGN);
-  while (high > low + FLAP_BLOCK_ALIGN) {
-    trial->vram_bytes = low + (high - low) / (2 * FLAP_BLOCK_ALIGN) * FLAP_BLOCK_ALIGN;
-    if (planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS)
-      high = trial->vram_bytes;
-    else
-      low = trial->vram_bytes;
-  }
-  trial->vram_bytes = high;
-  return planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS;
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                              uint64_t slice, uint64_t page) {
+  return choice_of(planner, c, s, slice, page);
 }
 
-/* Where much is resident, less staging and fewer homes do than what a choice takes at least before anything is spent.
- * Searched for, to a sixteenth; `trial`'s ram fits. */
-static void lower_ram(const flap_planner *planner, flap_budgets *trial, const flap_choice *choice, flap_setup *setup) {
-  uint64_t high = trial->ram_bytes, low = 0;
-  for (uint64_t tried = high - high / 16; high - low > high / 16 + 1; tried = low + (high - low) / 2) {
-    trial->ram_bytes = tried;
-    if (planner_fill(planner, trial, choice, 0, setup) == PLANNER_FITS)
-      high = tried;
-    else
-      low = tried;
-  }
-  trial->ram_bytes = high;
+flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                           const flap_budgets *budgets, flap_setup *setup, planner_reach *reach) {
+  return settle(planner, c, s, budgets, 0, setup, reach);
 }
 
-/* The least of one budget with which a given slice and page size can be placed; UINT64_MAX if the other budgets do not
- * allow it. 0 is a size: of the disk, where everything fits into vram and ram. */
-static flap_status least_for(const flap_planner *planner, const flap_budgets *budgets, lever which,
-                             const flap_choice *choice, flap_setup *setup, uint64_t *least_out) {
-  flap_budgets trial = *budgets;
-  *least_out = UINT64_MAX;
-  if (which == LEVER_VRAM)
-    trial.vram_bytes = planner_least_vram(planner, choice, setup);
-  else if (which == LEVER_RAM)
-    trial.ram_bytes = planner_least_ram(planner, choice, setup);
-  else
-    for (uint32_t i = 0; i < FLAP_BLOCK_DISKS_MAX; i++)
-      trial.disk_bytes[i] = i == 0 ? FLAP_BUDGET_PLENTY : 0;
-  for (int tries = 0; tries < 64; tries++) {
-    const planner_reach got = planner_fill(planner, &trial, choice, 0, setup);
-    if (got == PLANNER_FITS) {
-      if (which == LEVER_RAM)
-        lower_ram(planner, &trial, choice, setup);
-      *least_out = which == LEVER_VRAM ? trial.vram_bytes : which == LEVER_RAM ? trial.ram_bytes : setup->disk_bytes;
-      return FLAP_OK;
-    }
-    if (got == PLANNER_NO_RAM && which == LEVER_VRAM && raise_vram_for_ram(planner, &trial, choice, setup))
-      *least_out = trial.vram_bytes;
-    if (got != PLANNER_NO_DISK || which == LEVER_DISK)
-      return FLAP_OK;
-    /* The disks are too small: more of this tier must hold what they do not. */
-    const uint64_t missing = planner_missing_disk(planner, &trial, setup);
-    if (which == LEVER_VRAM)
-      trial.vram_bytes += flap_units_round_up(missing, FLAP_BLOCK_ALIGN);
-    else
-      trial.ram_bytes += flap_units_round_up(missing, FLAP_BLOCK_ALIGN);
-  }
-  return FLAP_OK;
-}
-
-/* The levers that a search asks for, and the least of each so far. */
-typedef struct search {
-  uint32_t count;
-  lever which[2]; /* vram alone, for it takes other slices */
-  uint64_t least[2];
-} search;
-
-/* All page sizes with a setup of one slice size. */
-static flap_status least_of_pages(const flap_planner *planner, const flap_budgets *budgets, lever which,
-                                  const planner_candidates *c, flap_choice choice, bool fits_vram, flap_setup *setup,
-                                  uint64_t *least_io) {
-  for (uint32_t p = 0; p < c->page_count; p++) {
-    uint64_t here = UINT64_MAX;
-    choice.page_bytes = choice.transfer_bytes = c->pages[p];
-    if (which == LEVER_VRAM ? planner_least_vram(planner, &choice, setup) >= *least_io : !fits_vram)
-      break;
-    if (which == LEVER_RAM && planner_least_ram(planner, &choice, setup) >= *least_io)
-      continue;
-    FLAP_TRY(least_for(planner, budgets, which, &choice, setup, &here));
-    if (here < *least_io)
-      *least_io = here;
-  }
-  return FLAP_OK;
-}
-
-/* `fits_vram` tells whether the given vram is enough for the slice. */
-static flap_status least_of_slice(const flap_planner *planner, const flap_budgets *budgets, const planner_candidates *c,
-                                  skeleton s, uint64_t slice, search *found, bool *fits_vram) {
-  flap_choice choice = choice_of(planner, c, s, slice, c->pages[0]);
-  flap_setup setup;
-  flap_status status = flap_setup_build(&planner->spec, &choice, &setup);
-  *fits_vram = false;
-  if (status == FLAP_BUDGET) /* other groups and segments may have less to keep */
-    return FLAP_OK;
-  FLAP_TRY(status);
-  flap_setup_set_disks(&setup, budgets->disk_bytes);
-  *fits_vram = planner_least_vram(planner, &choice, &setup) <= budgets->vram_bytes;
-  for (uint32_t i = 0; i < found->count && status == FLAP_OK; i++)
-    status = least_of_pages(planner, budgets, found->which[i], c, choice, *fits_vram, &setup, &found->least[i]);
-  flap_setup_close(&setup);
-  return status;
-}
-
-/* The slices of one way to cut the step. */
-static flap_status least_of_skeleton(const flap_planner *planner, const flap_budgets *budgets,
-                                     const planner_candidates *c, skeleton s, search *found) {
-  const bool vram = found->which[0] == LEVER_VRAM;
-  uint32_t fitting = 0;
-  for (uint32_t k = 0; k < c->least_slices && fitting < 2; k++) {
-    const uint64_t before = found->least[0];
-    bool fits = false;
-    FLAP_TRY(least_of_slice(planner, budgets, c, s, c->slices[vram ? k : c->least_slices - 1 - k], found, &fits));
-    fitting += vram ? (found->least[0] < before ? 2 : 0) : (fits ? 1 : 0);
-  }
-  return FLAP_OK;
-}
-
-/* What saves a budget is known, so not every candidate is tried: no saved layers (and all of them where `expert.saved`
- * leaves something out, for a long segment computes that again in less scratch than everything); groups of all
- * micro-batches or of one; for vram the smallest slices and segments, for ram and disk (tables and lists) the two
- * largest slices that vram allows. So ram and disk are looked for in the same setups. */
-static flap_status find_least(const flap_planner *planner, const flap_budgets *budgets, search *found) {
-  const bool vram = found->which[0] == LEVER_VRAM;
-  planner_candidates c;
-  planner_list(planner, &c);
-  const planner_saving last = c.saved.of[c.saved.count - 1];
-  for (uint32_t i = 0; i < found->count; i++)
-    found->least[i] = UINT64_MAX;
-  for (uint32_t i = 0; i < c.segment_count && !(vram && found->least[0] < UINT64_MAX); i++)
-    for (uint32_t g = 0; g < c.group_count; g = g + 1 < c.group_count ? c.group_count - 1 : c.group_count) {
-      FLAP_TRY(least_of_skeleton(
-          planner, budgets, &c,
-          (skeleton){c.segments[i], c.groups[g], c.saved.of[0], false, c.host_parts, c.backward, false, 0, 0}, found));
-      if (last.layers > 0 && flap_model_scratch_bytes(planner->spec.model, &planner->spec.shape, last.mask) > 0 &&
-          c.saved.count > 1)
-        FLAP_TRY(least_of_skeleton(
-            planner, budgets, &c,
-            (skeleton){c.segments[i], c.groups[g], last, false, c.host_parts, c.backward, false, 0, 0}, found));
-    }
-  for (uint32_t i = 0; i < found->count; i++)
-    if (found->least[i] == UINT64_MAX)
-      return flap_error_set(FLAP_BUDGET, "the other budgets are too small");
-  return FLAP_OK;
-}
-
-static flap_status least(const flap_planner *planner, const flap_budgets *budgets, lever which, uint64_t *bytes_out) {
-  search found = {.count = 1, .which = {which}};
-  flap_planner with_disk = *planner;
-  if (which == LEVER_DISK && with_disk.spec.disk_count == 0) {
-    with_disk.spec.disk_count = 1;
-    with_disk.spec.disk_paths[0] = "disk";
-  }
-  const flap_status status = find_least(&with_disk, budgets, &found);
-  *bytes_out = found.least[0];
-  return status;
-}
-
-flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
-  return least(planner, budgets, LEVER_VRAM, bytes_out);
-}
-
-flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
-  return least(planner, budgets, LEVER_RAM, bytes_out);
-}
-
-flap_status flap_planner_disk_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *bytes_out) {
-  return least(planner, budgets, LEVER_DISK, bytes_out);
-}
-
-flap_status flap_planner_ram_and_disk_min(const flap_planner *planner, const flap_budgets *budgets, uint64_t *ram_out,
-                                          uint64_t *disk_out) {
-  search found = {.count = 2, .which = {LEVER_RAM, LEVER_DISK}};
-  flap_assert(planner->spec.disk_count > 0);
-  const flap_status status = find_least(planner, budgets, &found);
-  *ram_out = found.least[0];
-  *disk_out = found.least[1];
-  return status;
+flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                              planner_contender *list, uint32_t *count, planner_reach *reach) {
+  return shortlist(planner, c, budgets, c->host_parts, list, count, reach);
 }

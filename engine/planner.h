@@ -48,7 +48,9 @@ struct flap_trace;
 FLAP_CHECKED flap_status flap_planner_trace(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                             struct flap_trace *trace);
 
-/* The least of one budget that is accepted, the others as given; FLAP_BUDGET when there is none. */
+/* A size of one budget that is accepted, the others as given: of vram the least, where the others have room for what
+ * plans take before anything is spent; else about the least, as few of all plans are tried. FLAP_BUDGET when there is
+ * none: it names another budget that is too small, and a size of that one that works. */
 FLAP_CHECKED flap_status flap_planner_vram_min(const flap_planner *planner, const flap_budgets *budgets,
                                                uint64_t *bytes_out);
 FLAP_CHECKED flap_status flap_planner_ram_min(const flap_planner *planner, const flap_budgets *budgets,

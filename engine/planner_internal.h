@@ -1,5 +1,5 @@
-/* Private to the planner: candidates (candidates.c), choosing (planner.c), placement (placement.c), prices
- * (pricing.c). */
+/* Private to the planner: candidates (candidates.c), choosing (planner.c), the least budgets (least.c), placement
+ * (placement.c), prices (pricing.c). */
 #ifndef FLAP_ENGINE_PLANNER_INTERNAL_H
 #define FLAP_ENGINE_PLANNER_INTERNAL_H
 
@@ -29,6 +29,7 @@
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
+#define PLANNER_RAM_PART 64 /* the least ram is looked for to such a part of it */
 
 /* So many layers, or their share of all layers' micro-batches, save the tensors of a mask. */
 typedef struct planner_saving {
@@ -59,6 +60,24 @@ typedef struct planner_candidates {
   uint32_t least_slices; /* of them, up to PLANNER_SLICE_BYTES: what the least budgets are looked for with */
   bool sweep;
 } planner_candidates;
+
+/* A way to cut the step: what is left is a slice and a page size, and the placement. */
+typedef struct planner_skeleton {
+  uint32_t segment, group;
+  planner_saving saved;
+  bool spread;
+  uint32_t host;
+  planner_backward backward;
+  bool keeps;           /* the embedding's states in VRAM */
+  uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
+} planner_skeleton;
+
+typedef struct planner_contender {
+  planner_skeleton s;
+  uint32_t depth;
+  double estimate;
+} planner_contender;
+
 /* candidates.c. */
 void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
 /* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
@@ -79,6 +98,21 @@ uint64_t planner_least_without_slices(const flap_planner *planner, const flap_ch
 uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
 /* Bytes by which the disks are too small for the setup as it is placed now. */
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
+
+/* planner.c. */
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                              uint64_t slice, uint64_t page);
+/* The first slice and page size that fit, with nothing ahead. FLAP_BUDGET if none does, and how far it got. */
+FLAP_CHECKED flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                                        const flap_budgets *budgets, flap_setup *setup_out, planner_reach *reach_io);
+/* The best of all skeletons that fit, at most PLANNER_CONTENDERS; `list` has room for one more. The planner has its
+ * times. */
+FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c,
+                                           const flap_budgets *budgets, planner_contender *list, uint32_t *count_io,
+                                           planner_reach *reach_io);
+
+/* least.c. FLAP_BUDGET: which budget is too small, and what works. */
+FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach);
 
 /* pricing.c. Planners here have their times. */
 FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_times *times_out);
