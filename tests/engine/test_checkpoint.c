@@ -4,6 +4,7 @@
 
 #include "engine/hf_config.h"
 #include "engine/output_folder_internal.h"
+#include "engine/run_lock.h"
 #include "engine/weights.h"
 #include "io/formats/checksums.h"
 #include "io/formats/durable.h"
@@ -287,6 +288,46 @@ START_TEST(checkpoint_nothing_to_resume_is_explained) {
               FLAP_INVALID, "config.json is not a folder", "");
   must_save(2, false, 0);
   ck_assert_uint_eq(find_step("true"), 2);
+}
+END_TEST
+
+/* The power failed while a checkpoint was replaced on a file system that cannot exchange names: the old one is put
+ * back, whoever's run names it, and not under the eyes of a run that is at work there. */
+START_TEST(checkpoint_that_is_named_is_put_back_after_a_crash) {
+  char folder[FLAP_PATH_MAX], aside[2 * FLAP_PATH_MAX], theirs[FLAP_PATH_MAX];
+  flap_trainer_state state;
+  flap_run_lock lock;
+  must_save(2, false, 0);
+  (void)snprintf(theirs, sizeof theirs, "%s", scratch_path("out/checkpoint-2"));
+  (void)snprintf(aside, sizeof aside, "%s.tmp.old", theirs);
+  ck_assert_int_eq(rename(theirs, aside), 0);
+  ck_assert_uint_eq(find_step(theirs), 2); /* the run's own folder */
+  ck_assert(scratch_exists("out/checkpoint-2") && !scratch_exists("out/checkpoint-2.tmp.old"));
+  ck_assert_int_eq(mkdir(scratch_path("mine"), 0777), 0);
+  ck_assert_int_eq(rename(theirs, aside), 0);
+  RIG_OK(flap_run_lock_take(scratch_path("out"), &lock));
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("mine"), theirs, folder, &state), FLAP_INVALID, "out", "");
+  ck_assert(!scratch_exists("out/checkpoint-2"));
+  flap_run_lock_release(&lock);
+  RIG_OK(flap_checkpoint_find(scratch_path("mine"), theirs, folder, &state));
+  ck_assert_uint_eq(state.step, 2);
+  ck_assert(scratch_exists("out/checkpoint-2") && !scratch_exists("out/checkpoint-2.tmp.old"));
+}
+END_TEST
+
+START_TEST(checkpoint_paths_that_cannot_be_are_refused) {
+  static char longer[FLAP_PATH_MAX + 1];
+  char folder[FLAP_PATH_MAX];
+  flap_trainer_state state;
+  memset(longer, 'a', FLAP_PATH_MAX);
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "", folder, &state), FLAP_INVALID, "resume_from_checkpoint",
+              "empty");
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), longer, folder, &state), FLAP_INVALID, "resume_from_checkpoint",
+              "too long");
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "/checkpoint-7/", folder, &state), FLAP_NOT_FOUND,
+              "/checkpoint-7", "No such file");
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "nowhere/checkpoint-7", folder, &state), FLAP_NOT_FOUND,
+              "nowhere/checkpoint-7", "No such file");
 }
 END_TEST
 
@@ -597,6 +638,8 @@ int main(void) {
   tcase_add_test(tests, checkpoint_carries_the_table_of_products);
   tcase_add_test(tests, checkpoint_limit_deletes_the_oldest_of_ours);
   tcase_add_test(tests, checkpoint_nothing_to_resume_is_explained);
+  tcase_add_test(tests, checkpoint_that_is_named_is_put_back_after_a_crash);
+  tcase_add_test(tests, checkpoint_paths_that_cannot_be_are_refused);
   tcase_add_test(tests, checkpoint_bad_trainer_states_are_refused);
   tcase_add_test(tests, output_folder_occupied_and_cleared);
   tcase_add_test(tests, output_folder_of_others_is_not_cleared);
