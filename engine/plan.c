@@ -182,12 +182,13 @@ static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 
-/* The search tries few skeletons, and where another budget is tight the plan itself may be one that takes less. */
+/* The search tries few skeletons, and the given budgets work too. What a plan takes of them may not: a placement may
+ * leave what it could not have been made without. */
 static flap_status describe_least(const flap_prepared *p, flap_plan *plan) {
   FLAP_TRY(find_least(p, plan));
-  plan->vram_min = smaller(plan->vram_min, plan->vram_bytes);
-  plan->ram_min = smaller(plan->ram_min, plan->ram_bytes);
-  plan->disk_min = smaller(plan->disk_min, plan->disk_bytes);
+  plan->vram_min = smaller(plan->vram_min, p->budgets.vram_bytes);
+  plan->ram_min = smaller(plan->ram_min, p->budgets.ram_bytes);
+  plan->disk_min = smaller(plan->disk_min, flap_budgets_disk(&p->planner, &p->budgets));
   return FLAP_OK;
 }
 

@@ -657,6 +657,17 @@ machine: rtx4090-64g-1nvme
         self.refuse("model_type", "plan", "run.yaml", "model.model_type=gpt9")
         self.refuse("hidden_size", "plan", "run.yaml", "model.hidden_size=big")
 
+    def test_least_budgets_beside_a_small_one_work(self):
+        common = ["run.yaml", "model.model_type=qwen2", "model.hidden_size=96", "model.intermediate_size=256",
+                  "model.num_hidden_layers=4", "model.num_attention_heads=6", "model.num_key_value_heads=2",
+                  "model.max_position_embeddings=128", "cutoff_len=64", "disk={path: disk, size: 64MiB}",
+                  "per_device_train_batch_size=4", "max_grad_norm=0"]
+        for ram in (65000, 87000, 110000):
+            plan = json.loads(self.accept("plan", *common, "--json", "vram=min", f"ram={ram}"))
+            self.assertEqual(plan["vram_min"], plan["vram_budget"])
+            self.accept("plan", *common, f"vram={plan['vram_min']}", f"ram={ram}")
+            self.accept("plan", *common, f"vram={plan['vram_min']}", f"ram={plan['ram_min']}")
+
     def test_broken_inputs_are_refused(self):
         self.write("bad.jsonl", '{"text": "fine"}\n{"text": 5}\n')
         self.refuse("bad.jsonl", "train", "run.yaml", "dataset=bad.jsonl")
