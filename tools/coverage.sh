@@ -16,7 +16,7 @@ for argument in "$@"; do
     *) names="$names $argument" ;;
   esac
 done
-[ -n "$names" ] || names="pager io engine/checkpoint.c engine/output_folder.c engine/export.c engine/hf_config.c
+[ -n "$names" ] || names="pager io engine/checkpoint.c engine/saver.c engine/output_folder.c engine/export.c engine/hf_config.c
   engine/matmul_choice.c engine/weights.c engine/weights_list.c engine/weights_source.c engine/weights_values.c"
 
 # Without inlining every line is counted where it stands (and gcc guesses wrong about initialisation). Counters are shared by threads.
