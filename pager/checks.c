@@ -95,24 +95,23 @@ static void take_further(flap_pager *pager, uint32_t index) {
     pager_loads_verified(pager, index);
 }
 
+/* A buffer waits, is under way or is done with: so both ends of the array have room. */
+static uint32_t *worked_at(const flap_pager *pager, uint32_t number) {
+  return &pager->works.of[pager->buffer_count - 1 - number];
+}
+
 static bool collect(flap_pager *pager) {
   if (atomic_load(&pager->works_done) == pager->works_collected)
     return false;
-  for (uint32_t i = 0; i < pager->buffer_count && pager->error == FLAP_OK; i++) {
-    pager_buffer *buffer = &pager->buffers[i];
-    if (!buffer->handed)
-      continue;
-    pthread_mutex_lock(&pager->work_lock);
-    const bool done = buffer->work == WORK_DONE;
-    if (done)
-      buffer->work = WORK_NONE;
+  pthread_mutex_lock(&pager->work_lock);
+  while (pager->worked_count > 0 && pager->error == FLAP_OK) {
+    const uint32_t index = *worked_at(pager, --pager->worked_count);
     pthread_mutex_unlock(&pager->work_lock);
-    if (!done)
-      continue;
     pager->works_collected++;
-    buffer->handed = false;
-    take_further(pager, i);
+    take_further(pager, index);
+    pthread_mutex_lock(&pager->work_lock);
   }
+  pthread_mutex_unlock(&pager->work_lock);
   return true;
 }
 
@@ -136,30 +135,26 @@ static void work_here(flap_pager *pager, uint32_t index) {
   pthread_mutex_unlock(&pager->work_lock);
 }
 
-static void hand_to_workers(flap_pager *pager, pager_buffer *buffer) {
-  buffer->handed = true;
+void pager_checks_add(flap_pager *pager, uint32_t index) {
+  if (pager->error != FLAP_OK)
+    return;
+  if (!pager->has_bytes || is_for_pump(pager, &pager->buffers[index])) {
+    pager_heap_add(pager, &pager->checks, index);
+    return;
+  }
   pthread_mutex_lock(&pager->work_lock);
-  buffer->work = WORK_WAITING;
+  pager_heap_add(pager, &pager->works, index);
   pthread_cond_signal(&pager->work_wake);
   pthread_mutex_unlock(&pager->work_lock);
 }
 
+/* What is needed first; of a lease that both reads and waits for its slot's last occupant, any. */
 bool pager_checks_advance(flap_pager *pager) {
-  bool progress = collect(pager);
+  const bool progress = collect(pager);
   pager_compression_watch(pager);
-  uint32_t first = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->buffer_count; i++) {
-    pager_buffer *buffer = &pager->buffers[i];
-    if ((buffer->state != BUFFER_READ && buffer->state != BUFFER_FULL) || buffer->handed)
-      continue;
-    if (pager->has_bytes && !is_for_pump(pager, buffer))
-      hand_to_workers(pager, buffer);
-    /* What is needed first; of a lease that both reads and waits for its slot's last occupant, the loads. */
-    else if (first == PAGER_NONE || buffer->order < pager->buffers[first].order)
-      first = i;
-  }
-  if (first == PAGER_NONE || pager->error != FLAP_OK)
+  if (pager->checks.count == 0 || pager->error != FLAP_OK)
     return progress;
+  const uint32_t first = pager_heap_take(pager, &pager->checks);
   if (pager->has_bytes) {
     pthread_mutex_unlock(&pager->lock);
     work_here(pager, first);
@@ -169,35 +164,24 @@ bool pager_checks_advance(flap_pager *pager) {
   return true;
 }
 
-/* With work_lock held. */
-static uint32_t next_work(const flap_pager *pager) {
-  uint32_t first = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->buffer_count; i++)
-    if (pager->buffers[i].work == WORK_WAITING &&
-        (first == PAGER_NONE || pager->buffers[i].order < pager->buffers[first].order))
-      first = i;
-  return first;
-}
-
 static void *worker_thread(void *context) {
   pager_worker *worker = context;
   flap_pager *pager = worker->pager;
   flap_thread_prefer_latency();
   pthread_mutex_lock(&pager->work_lock);
   for (;;) {
-    uint32_t index;
-    while ((index = next_work(pager)) == PAGER_NONE && !pager->work_stop)
+    uint32_t index = PAGER_NONE;
+    while (!pager->work_stop && (index = pager_heap_take(pager, &pager->works)) == PAGER_NONE)
       pthread_cond_wait(&pager->work_wake, &pager->work_lock);
     if (pager->work_stop)
       break;
     pager_packed packed;
     const pager_packing packing = choose(pager, index);
-    pager->buffers[index].work = WORK_UNDER_WAY;
     pthread_mutex_unlock(&pager->work_lock);
     work_on(pager, index, packing, &worker->scratch, &packed);
     pthread_mutex_lock(&pager->work_lock);
     pager_compression_learn(pager, &pager->buffers[index], &packed);
-    pager->buffers[index].work = WORK_DONE;
+    *worked_at(pager, pager->worked_count++) = index;
     atomic_fetch_add(&pager->works_done, 1);
     pthread_mutex_unlock(&pager->work_lock);
     pager_ring_bell(pager);

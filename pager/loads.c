@@ -6,12 +6,16 @@
  * an old byte.
  *
  * What is left of the read buffers reads ahead of the slots, in program order, so that a ring of few slots does not
- * wait for the disk at each lease. Half of the buffers are never used for that: the loads that have slots always move
- * on.
+ * wait for the disk at each lease, and the disk does not rest while there is computing and nothing to load. Half of the
+ * buffers, at most KEPT_MAX, are never used for that: the loads that have slots always move on. And the disk is asked
+ * for no more of it at a time than it works on, for it serves requests as they come: what a slot needs never stands
+ * behind all that was read ahead.
  */
 #include "pager/pager_internal.h"
 
 #include "base/assert.h"
+
+#define KEPT_MAX 16u /* read buffers that never read ahead: enough for a disk to be busy with what is needed first */
 
 /* If not, their stores are told who waits. */
 static bool chunk_is_home(const flap_pager *pager, pager_region *region, uint32_t first_page, uint32_t count,
@@ -24,6 +28,7 @@ static bool chunk_is_home(const flap_pager *pager, pager_region *region, uint32_
       return false;
     }
   region->wanted = UINT64_MAX;
+  region->hurried = false;
   return true;
 }
 
@@ -78,19 +83,28 @@ static bool load_from_ram(flap_pager *pager, uint32_t slot) {
   return progress;
 }
 
+static void read_for(flap_pager *pager, uint32_t lease, uint32_t region, uint32_t first_page, uint32_t count,
+                     uint64_t order, bool ahead) {
+  const uint32_t index = pager_buffer_take(pager, false, region, first_page, count);
+  pager->buffers[index].lease = lease;
+  pager->buffers[index].order = order;
+  pager->buffers[index].ahead = ahead;
+  pager->leases[lease].asked++;
+  pager_buffer_read(pager, index);
+}
+
 static bool load_from_disk(flap_pager *pager, uint32_t slot) {
   pager_slot *s = &pager->slots[slot];
   pager_region *region = &pager->regions[s->region];
   bool progress = false;
   while (s->disk_next < region->page_count && pager->read_free > 0) {
     uint32_t first = s->disk_next, count = pager_chunk_pages(pager, region, first);
-    if (!chunk_is_home(pager, region, first, count, s->order))
+    if (!chunk_is_home(pager, region, first, count, s->order)) {
+      pager_writes_hurry(pager, s->region);
       break;
+    }
     s->disk_next += count;
-    uint32_t index = pager_buffer_take(pager, false, s->region, first, count);
-    pager->buffers[index].slot = slot;
-    pager->buffers[index].order = s->order;
-    pager_buffer_read(pager, index);
+    read_for(pager, s->lease, s->region, first, count, s->order, false);
     progress = true;
   }
   return progress;
@@ -145,17 +159,14 @@ static bool read_chunk_ahead(flap_pager *pager, uint32_t index, const flap_lease
   if (!chunk_is_home(pager, region, first, count, order))
     return false;
   lease->disk_next += count;
-  uint32_t taken = pager_buffer_take(pager, false, what->region, first, count);
-  pager->buffers[taken].lease = index;
-  pager->buffers[taken].order = order;
-  pager_buffer_read(pager, taken);
+  read_for(pager, index, what->region, first, count, order, true);
   return true;
 }
 
 bool pager_loads_read_ahead(flap_pager *pager) {
-  const uint32_t kept = (pager->read_buffers + 1) / 2;
+  const uint32_t half = (pager->read_buffers + 1) / 2, kept = half < KEPT_MAX ? half : KEPT_MAX;
   bool progress = false;
-  while (pager->read_free > kept && pager->ahead < pager->order_next) {
+  while (pager->read_free > kept && pager->reading_ahead < pager->ahead_max && pager->ahead < pager->order_next) {
     const flap_lease *what = NULL;
     uint32_t index = lease_at(pager, pager->ahead, &what);
     if (index != PAGER_NONE && read_chunk_ahead(pager, index, what, pager->ahead))
@@ -171,26 +182,19 @@ void pager_loads_hand_over(flap_pager *pager, uint32_t index, uint32_t slot) {
   pager_slot *s = &pager->slots[slot];
   s->disk_next = lease->disk_next;
   s->ready = lease->ready;
+  s->lease = index;
   lease->ready = PAGER_NONE;
-  for (uint32_t i = 0; i < pager->read_buffers; i++) {
-    pager_buffer *buffer = &pager->buffers[i];
-    if (buffer->state == BUFFER_FREE || buffer->lease != index)
-      continue;
-    buffer->slot = slot;
-    buffer->lease = PAGER_NONE;
-  }
 }
 
 void pager_loads_verified(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   buffer->state = BUFFER_VERIFIED;
-  if (buffer->lease != PAGER_NONE) {
-    buffer->next = pager->leases[buffer->lease].ready;
-    pager->leases[buffer->lease].ready = index;
-    return;
-  }
-  if (buffer->slot == PAGER_NONE)
+  if (buffer->lease == PAGER_NONE)
     return; /* a drain will come for it */
-  buffer->next = pager->slots[buffer->slot].ready;
-  pager->slots[buffer->slot].ready = index;
+  pager_lease *lease = &pager->leases[buffer->lease];
+  uint32_t *ready = lease->slot != PAGER_NONE ? &pager->slots[lease->slot].ready : &lease->ready;
+  buffer->next = *ready;
+  *ready = index;
+  flap_assert(lease->asked > 0);
+  lease->asked--;
 }

@@ -45,6 +45,7 @@ static void check_config(const flap_pager_config *config) {
   flap_assert(config->transfer_bytes > 0 && config->transfer_bytes % config->page_bytes == 0);
   flap_assert(config->transfer_bytes <= FLAP_BLOCK_REQUEST_BYTES_MAX);
   flap_assert(config->copy_bytes % config->page_bytes == 0);
+  flap_assert(config->read_buffers <= FLAP_PAGER_BUFFERS_MAX && config->write_buffers <= FLAP_PAGER_BUFFERS_MAX);
   flap_assert(config->region_count > 0 && config->leases_max > 0 && config->leases_max < PAGER_NONE / 2);
   for (uint32_t i = 0; i < config->ring_count; i++) {
     const flap_pager_ring *ring = &config->rings[i];
@@ -207,6 +208,8 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
   pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, pager->buffer_count);
+  pager->checks.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
+  pager->works.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
   take_workers(pager, config, disk, arena);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
   pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
@@ -221,6 +224,13 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
 }
 
 /* ---- places ------------------------------------------------------------------------------------------- */
+
+static void link_free(flap_pager *pager, bool write, uint32_t first, uint32_t count) {
+  pager->free_heads[write] = count > 0 ? first : PAGER_NONE;
+  for (uint32_t i = first; i + 1 < first + count; i++)
+    pager->buffers[i].next = i + 1;
+  *(write ? &pager->write_free : &pager->read_free) = count;
+}
 
 void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging, unsigned char *vram) {
   for (uint32_t i = 0; i < pager->region_count; i++) {
@@ -241,9 +251,9 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
   for (uint32_t i = 0; i < pager->buffer_count; i++) {
     pager_buffer *buffer = &pager->buffers[i];
     buffer->memory = staging + i * pager->transfer_bytes;
-    buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
+    buffer->lease = buffer->next = PAGER_NONE;
   }
+  link_free(pager, false, 0, pager->read_buffers);
+  link_free(pager, true, pager->read_buffers, pager->write_buffers);
   pager->bounce = staging + (pager->write_buffers > 0 ? pager->read_buffers * pager->transfer_bytes : 0);
-  pager->read_free = pager->read_buffers;
-  pager->write_free = pager->write_buffers;
 }

@@ -13,9 +13,10 @@
  *  3. A slot is loaded when all its copies are enqueued and its load event is recorded behind them.
  *  4. A page that is not idle is carried by exactly one D2H copy or write buffer. Its `stores_left` counts that carrier
  *     and the released slots that have not come to it; a load starts only at 0, so it reads the last bytes, once home.
- *  5. At least half of the read buffers (one at least) are held only for slots that are owned, and move on without
- *     waiting for anything but disk and lane; write buffers likewise. So these always come back. The other read buffers
- *     may read ahead, for leases that get their slots later, in program order.
+ *  5. Of the read buffers half, but no more than 16 (and one at least), are held only for slots that are owned, and
+ *     move on without waiting for anything but disk and lane; write buffers likewise. So these always come back. The
+ *     other read buffers may read ahead, for leases that get their slots later, in program order. Of what nobody waits
+ *     for no more is asked of the disk at a time than it works on.
  *  6. At most PAGER_WINDOW copies are under way on each lane, and none is begun beside PAGER_WINDOW_BYTES of them.
  *  7. A region's load starts only when all leases before it that change the region are released.
  *  8. A job begins when all leases before it that change its regions are released, their bytes are home, and no H2D
@@ -84,6 +85,9 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager_list_init(&pager->loading);
   pager_list_init(&pager->released);
   pager_list_init(&pager->storing);
+  pager_queue_init(&pager->hurried);
+  pager_queue_init(&pager->behind);
+  pager_queue_init(&pager->at_rest);
   flap_event events = pager_events(pager);
   pager->h2d = (pager_lane){.stream = FLAP_STREAM_H2D, .lane = FLAP_LANE_H2D, .first_event = events - 2 * PAGER_WINDOW};
   pager->d2h = (pager_lane){.stream = FLAP_STREAM_D2H, .lane = FLAP_LANE_D2H, .first_event = events - PAGER_WINDOW};
@@ -151,8 +155,8 @@ static flap_status open_disk(flap_pager *pager, const flap_pager_config *config)
   disk.requests_max = pager->buffer_count;
   disk.notify = pager_ring_bell;
   disk.notify_context = pager;
-  pager->read_depth = depth_of(&disk, disk.read_depth, pager->read_buffers);
-  pager->write_depth = depth_of(&disk, disk.write_depth, pager->write_buffers);
+  pager->ahead_max = pager->read_depth = depth_of(&disk, disk.read_depth, pager->read_buffers);
+  pager->behind_max = pager->write_depth = depth_of(&disk, disk.write_depth, pager->write_buffers);
   if (config->clock) {
     simulate_disk(&disk, config, pager->sizes.disk_bytes);
     pager->read_depth = pager->write_depth = 1; /* its lanes serve one request at a time */
@@ -186,10 +190,7 @@ static bool nothing_under_way(const flap_pager *pager) {
   if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired ||
       pager->jobs_done != pager->jobs_started)
     return false;
-  for (uint32_t i = 0; i < pager->buffer_count; i++)
-    if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_WRITING)
-      return false;
-  return true;
+  return pager->reading == 0 && pager->writing == 0;
 }
 
 /* Events on the clock know the pager and its requests, so they happen before it goes. */

@@ -42,6 +42,7 @@ extern "C" {
 #define FLAP_PAGER_HOST (UINT32_MAX - 1) /* likewise: lives in RAM, and only jobs of the host lease it */
 #define FLAP_PAGER_JOB_LEASES_MAX 4
 #define FLAP_PAGER_CLASSES_MAX 16u
+#define FLAP_PAGER_BUFFERS_MAX 32768u /* read buffers, and write buffers */
 
 typedef struct flap_pager_region {
   uint64_t bytes; /* > 0, a multiple of FLAP_BLOCK_ALIGN; at most the slot_bytes of its ring */
@@ -85,8 +86,10 @@ typedef struct flap_pager_config {
   uint32_t region_count;
   const flap_pager_region *regions; /* not kept */
   uint32_t ring_count;
-  const flap_pager_ring *rings;         /* not kept */
-  uint32_t read_buffers, write_buffers; /* staging; at least 1 each when anything lives on disk */
+  const flap_pager_ring *rings; /* not kept */
+  /* Staging; at least 1 each when anything lives on disk. With as many as a burst of leases moves, disks work while
+   * there is only computing. */
+  uint32_t read_buffers, write_buffers;
   uint32_t workers; /* threads that check and compress what is read and written; 0: the transfer thread does it */
   flap_compression compression; /* of pages on disk */
   flap_duplex disk_rates;       /* for FLAP_COMPRESSION_AUTO: reading and writing, of all disks together; 0: never */

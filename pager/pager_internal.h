@@ -54,7 +54,8 @@ typedef struct pager_region {
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
   uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
   uint8_t klass, element_bytes;
-  bool holds : 1; /* after all of the unpinned leases, there are bytes */
+  bool hurried : 1; /* a load that has its slot waits for the disk to have written its pages */
+  bool holds : 1;   /* after all of the unpinned leases, there are bytes */
   bool pinned : 1;
   bool in_snapshots : 1;
   bool kept : 1;       /* of the open snapshot, and not drained yet */
@@ -84,6 +85,7 @@ typedef struct pager_slot {
   uint32_t copies_left;    /* enqueued and not retired */
   uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
   uint32_t previous, next; /* in the one list that it is on */
+  uint32_t lease;          /* in pager->leases, until it is unpinned */
   bool keeps; /* of a ring that keeps, and it was loaded: in this program, its bytes are those after `change` changes */
   uint8_t state; /* pager_slot_state */
   uint8_t mode;  /* flap_lease_mode */
@@ -111,6 +113,7 @@ typedef struct pager_lease {
   uint32_t change;    /* as in the slot */
   uint32_t disk_next; /* read ahead, before there is a slot: as in the slot, which takes it over */
   uint32_t ready;     /* likewise */
+  uint16_t asked;     /* read buffers that are at the disk for it, or not verified yet */
   uint8_t state;      /* pager_lease_state */
 } pager_lease;
 
@@ -131,29 +134,36 @@ typedef enum pager_buffer_state {
   BUFFER_VERIFIED, /* waits for its H2D copy, or for the drain that asked for it */
   BUFFER_LOADING,  /* its H2D copy is under way */
   BUFFER_STORING,  /* write buffers: a D2H copy or a fill puts bytes in */
-  BUFFER_FULL,     /* to be summed up and written */
+  BUFFER_FULL,     /* to be summed up */
+  BUFFER_PACKED,   /* waits for its turn at the disk */
   BUFFER_WRITING   /* at the disk */
 } pager_buffer_state;
-
-/* What becomes of the bytes of a buffer that was handed to the workers. */
-typedef enum pager_work { WORK_NONE, WORK_WAITING, WORK_UNDER_WAY, WORK_DONE } pager_work;
 
 typedef struct pager_buffer {
   flap_block_request request;
   unsigned char *memory;
   uint64_t order;                          /* of the lease; 0 at rest */
   uint32_t region, first_page, page_count; /* the chunk that it carries */
-  uint32_t slot;                           /* or PAGER_NONE: at rest, read ahead, or the slot is done with it */
-  uint32_t lease;                          /* read ahead for it, and it has no slot yet; or PAGER_NONE */
-  uint32_t next;                           /* in slot->ready */
+  uint32_t lease;                          /* that it is read for; or PAGER_NONE: at rest, or a write buffer */
+  uint32_t next;                           /* in the one list of buffers that it is in */
   uint8_t state;                           /* pager_buffer_state */
   bool at_rest;                            /* fill or drain: not counted */
   bool again;                              /* read for the second time: what came first was not what was written */
-  bool handed;                             /* to the workers */
-  /* While it is handed, of whoever works on it; `work` itself is under work_lock. */
-  uint8_t work;          /* pager_work */
+  bool ahead;                              /* its lease had no slot when the disk was asked; until the disk answers */
+  /* Of whoever works on it, while it is read or full: */
   uint32_t corrupt_page; /* of a read buffer, the first page that is not what was written; or page_count */
 } pager_buffer;
+
+/* Buffers in a row, linked by `next`: in the order in which they came. */
+typedef struct pager_queue {
+  uint32_t head, tail;
+} pager_queue;
+
+/* Buffers of which the one that is needed first comes first: a binary heap by `order`. */
+typedef struct pager_heap {
+  uint32_t *of;
+  uint32_t count;
+} pager_heap;
 
 /* A job of the host, from its handing over to its end. */
 typedef struct pager_job {
@@ -262,7 +272,8 @@ struct flap_pager {
   void *trace_context;
   void *owned_table; /* what open took itself, because the arena only measured */
   uint32_t read_depth, write_depth;
-  uint64_t disk_latency_ns; /* of a simulated disk: part of a request's time, but not of its lane's */
+  uint32_t ahead_max, behind_max; /* requests at the disk that nobody waits for: reads, writes */
+  uint64_t disk_latency_ns;       /* of a simulated disk: part of a request's time, but not of its lane's */
   bool has_bytes;
 
   /* under lock */
@@ -279,6 +290,12 @@ struct flap_pager {
   pager_list released; /* by unpin */
   pager_list storing;  /* by unpin */
   uint32_t read_free, write_free;
+  uint32_t free_heads[2];      /* of the lists of free buffers: read, write */
+  uint32_t reading, writing;   /* buffers at the disk, those of snapshots too */
+  uint32_t reading_ahead;      /* of these */
+  pager_queue hurried, behind; /* packed write buffers: those of regions that are hurried, and the others */
+  pager_queue at_rest;         /* read buffers of a drain at rest, in the order of the pages */
+  pager_heap checks;           /* read and full buffers that the pump looks at itself */
   pager_lane h2d, d2h;
   bool submitted; /* requests since the last flush */
   uint64_t jobs_queued, jobs_done;
@@ -299,7 +316,9 @@ struct flap_pager {
 
   /* The workers: a lock of its own, under which nothing is called. */
   pthread_mutex_t work_lock;
-  pthread_cond_t work_wake;    /* a buffer waits, or work_stop */
+  pthread_cond_t work_wake; /* a buffer waits, or work_stop */
+  pager_heap works;         /* buffers that wait for a worker */
+  uint32_t worked_count;    /* buffers that workers are done with: at the other end of works.of, the last one first */
   _Atomic uint64_t works_done; /* by workers; grows under work_lock */
   uint64_t works_collected;    /* the pump's own */
   bool work_stop;
@@ -393,12 +412,24 @@ void pager_stores_written(flap_pager *pager, uint32_t buffer);
 
 /* ---- staging.c: buffers and disk requests --------------------------------------------------------------- */
 
-/* A free buffer for a chunk, or PAGER_NONE. */
+void pager_queue_init(pager_queue *queue);
+void pager_queue_append(flap_pager *pager, pager_queue *queue, uint32_t buffer);
+/* The first one, or PAGER_NONE. */
+uint32_t pager_queue_take(flap_pager *pager, pager_queue *queue);
+void pager_heap_add(const flap_pager *pager, pager_heap *heap, uint32_t buffer);
+/* The one that is needed first, or PAGER_NONE. */
+uint32_t pager_heap_take(const flap_pager *pager, pager_heap *heap);
+
+/* A free buffer for a chunk; there is one. */
 uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count);
 void pager_buffer_free(flap_pager *pager, uint32_t buffer);
 void pager_buffer_read(flap_pager *pager, uint32_t buffer);
-/* Its bytes are what the page table says by now. */
+/* Its bytes are what the page table says by now. It is written at its turn. */
 void pager_buffer_write(flap_pager *pager, uint32_t buffer);
+/* Asks the disk for writes: all that somebody waits for, and of the others as many as it takes at a time. */
+bool pager_writes_issue(flap_pager *pager);
+/* A load waits for pages of this region, which are on their way to the disk. */
+void pager_writes_hurry(flap_pager *pager, uint32_t region);
 bool pager_disk_poll(flap_pager *pager);
 static inline uint64_t pager_disk_offset(const pager_page *page) {
   return (uint64_t)page->extent * FLAP_BLOCK_ALIGN;
@@ -424,8 +455,10 @@ static inline flap_event pager_mark_event(const flap_pager *pager) {
 
 /* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */
 
-/* Takes buffers that workers are done with further, and gives them those that are read or full; small ones are done
- * here, one at a time, and the lock is given up meanwhile. */
+/* A buffer is read or full: to the workers with it, or onto the pump's own heap. */
+void pager_checks_add(flap_pager *pager, uint32_t buffer);
+/* Takes buffers that workers are done with further; small ones are done here, one at a time, and the lock is given up
+ * meanwhile. */
 bool pager_checks_advance(flap_pager *pager);
 /* So many bytes of a buffer the pump looks through itself; tests set it to 0. */
 extern uint64_t pager_small_bytes;

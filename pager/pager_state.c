@@ -60,7 +60,8 @@ static void dump_job(const flap_pager *pager) {
 }
 
 static void dump(const flap_pager *pager) {
-  static const char *const states[] = {"free", "reading", "read", "verified", "loading", "storing", "full", "writing"};
+  static const char *const states[] = {"free",    "reading", "read",   "verified", "loading",
+                                       "storing", "full",    "packed", "writing"};
   for (uint32_t i = 0; i < pager->program_count; i++) {
     const pager_program *program = &pager->programs[(pager->program_first + i) % PAGER_PROGRAMS_MAX];
     flap_log(FLAP_LOG_ERROR, "  program: %u leases, %u pinned, %u of them released", program->count, program->pinned,
@@ -98,13 +99,6 @@ void pager_mistake(flap_pager *pager, const char *format, ...) {
 
 /* ---- what a pin waits for ------------------------------------------------------------------------------- */
 
-static bool any_buffer(const flap_pager *pager, pager_buffer_state state) {
-  for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++)
-    if (pager->buffers[i].state == state)
-      return true;
-  return false;
-}
-
 /* The slot comes from an earlier occupant that is on its way home. While the compute stream still uses it nobody is
  * charged: compute is busy. */
 static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring) {
@@ -115,8 +109,8 @@ static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring)
     if (pager_is_kept_back(&pager->regions[slot->region], slot->change))
       return FLAP_LANE_DISK_WRITE; /* of a checkpoint, say */
     bool needs_buffer = slot->disk_next < pager->regions[slot->region].page_count && pager->write_free == 0;
-    bool at_disk = needs_buffer && (any_buffer(pager, BUFFER_WRITING) || any_buffer(pager, BUFFER_FULL));
-    return at_disk ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
+    const bool copying = pager->writing == 0 && pager->d2h.issued != pager->d2h.retired;
+    return needs_buffer && !copying ? FLAP_LANE_DISK_WRITE : FLAP_LANE_D2H;
   }
   return FLAP_LANE_COUNT;
 }
@@ -156,11 +150,7 @@ flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   if (slot->disk_next < region->page_count &&
       waits_for_pages(pager, region, slot->disk_next, pager_chunk_pages(pager, region, slot->disk_next), &lane))
     return lane;
-  bool reads_of_ours = false;
-  for (uint32_t i = 0; i < pager->read_buffers; i++)
-    reads_of_ours |= pager->buffers[i].slot == index &&
-                     (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_READ);
-  if (reads_of_ours || (slot->disk_next < region->page_count && any_buffer(pager, BUFFER_READING)))
+  if (pager->leases[lease].asked > 0 || (slot->disk_next < region->page_count && pager->reading > 0))
     return FLAP_LANE_DISK_READ;
   return FLAP_LANE_H2D;
 }
@@ -238,7 +228,7 @@ static void assert_pages(const flap_pager *pager) {
       carried += pager->d2h.copies[i % PAGER_WINDOW].page_count;
   for (uint32_t i = pager->read_buffers; i < pager->read_buffers + pager->write_buffers; i++) {
     const pager_buffer *buffer = &pager->buffers[i];
-    if (buffer->state == BUFFER_FULL || buffer->state == BUFFER_WRITING ||
+    if (buffer->state == BUFFER_FULL || buffer->state == BUFFER_PACKED || buffer->state == BUFFER_WRITING ||
         (buffer->state == BUFFER_STORING && buffer->at_rest))
       carried += buffer->page_count;
   }
@@ -254,19 +244,33 @@ static void assert_pages(const flap_pager *pager) {
   flap_assert(left == carried + waiting);
 }
 
-/* 5: free buffers are counted; a buffer that carries for a slot finds the slot loading or storing. */
+/* 5: buffers are counted, and free ones are all in their list; one that carries for a lease with a slot finds it
+ * loading. */
 static void assert_buffers(const flap_pager *pager) {
-  uint32_t read_free = 0, write_free = 0;
+  uint32_t read_free = 0, write_free = 0, reading = 0, writing = 0, ahead = 0;
+  for (uint32_t i = 0; i < pager->buffer_count; i++) {
+    reading += pager->buffers[i].state == BUFFER_READING;
+    writing += pager->buffers[i].state == BUFFER_WRITING;
+    ahead += pager->buffers[i].state == BUFFER_READING && pager->buffers[i].ahead;
+  }
+  flap_assert(reading == pager->reading && writing == pager->writing && ahead == pager->reading_ahead);
+  flap_assert(ahead <= pager->ahead_max && (pager->behind.head == PAGER_NONE || writing >= pager->behind_max));
   for (uint32_t i = 0; i < pager->read_buffers + pager->write_buffers; i++) {
     const pager_buffer *buffer = &pager->buffers[i];
     bool write = i >= pager->read_buffers;
     flap_assert(buffer->state == BUFFER_FREE || write == (buffer->state >= BUFFER_STORING));
     if (buffer->state == BUFFER_FREE)
       *(write ? &write_free : &read_free) += 1;
-    else if (!write && buffer->slot != PAGER_NONE && buffer->state != BUFFER_LOADING)
-      flap_assert(pager->slots[buffer->slot].state == SLOT_LOADING);
+    else if (!write && buffer->lease != PAGER_NONE && buffer->state != BUFFER_LOADING &&
+             pager->leases[buffer->lease].slot != PAGER_NONE)
+      flap_assert(pager->slots[pager->leases[buffer->lease].slot].state == SLOT_LOADING);
   }
   flap_assert(read_free == pager->read_free && write_free == pager->write_free);
+  for (uint32_t i = pager->free_heads[0]; i != PAGER_NONE; i = pager->buffers[i].next)
+    read_free -= pager->buffers[i].state == BUFFER_FREE;
+  for (uint32_t i = pager->free_heads[1]; i != PAGER_NONE; i = pager->buffers[i].next)
+    write_free -= pager->buffers[i].state == BUFFER_FREE;
+  flap_assert(read_free == 0 && write_free == 0);
 }
 
 /* 11: what is unpinned behind the point, and is to be stored, has not begun. */

@@ -135,6 +135,7 @@ static void hand_over(flap_pager *pager, uint32_t index, bool filled) {
   }
   if (filled) {
     buffer->state = BUFFER_FULL;
+    pager_checks_add(pager, index);
     pager_ring_bell(pager);
   } else {
     pager_buffer_free(pager, index);
@@ -162,24 +163,9 @@ static flap_status fill_disk(flap_pager *pager, uint32_t index, flap_pager_fill_
   return status;
 }
 
-static uint32_t find_read(const flap_pager *pager, uint32_t first_page) {
-  for (uint32_t i = 0; i < pager->read_buffers; i++)
-    if (pager->buffers[i].state != BUFFER_FREE && pager->buffers[i].first_page == first_page)
-      return i;
-  return PAGER_NONE;
-}
-
-static bool page_is_verified(flap_pager *pager, uint32_t first_page) {
-  uint32_t index = find_read(pager, first_page);
-  return index != PAGER_NONE && pager->buffers[index].state == BUFFER_VERIFIED;
-}
-
-static bool reads_are_over(flap_pager *pager, uint32_t unused) {
+static bool next_is_verified(flap_pager *pager, uint32_t unused) {
   (void)unused;
-  for (uint32_t i = 0; i < pager->read_buffers; i++)
-    if (pager->buffers[i].state == BUFFER_READING || pager->buffers[i].state == BUFFER_READ)
-      return false;
-  return true;
+  return pager->buffers[pager->at_rest.head].state == BUFFER_VERIFIED;
 }
 
 static void read_ahead(flap_pager *pager, uint32_t index, uint32_t *next) {
@@ -189,6 +175,7 @@ static void read_ahead(flap_pager *pager, uint32_t index, uint32_t *next) {
     uint32_t count = pager_chunk_pages(pager, region, *next);
     uint32_t taken = pager_buffer_take(pager, false, index, *next, count);
     pager->buffers[taken].at_rest = true;
+    pager_queue_append(pager, &pager->at_rest, taken);
     pager_buffer_read(pager, taken);
     *next += count;
     submitted = true;
@@ -203,9 +190,10 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
   uint32_t next = region->ram_pages;
   for (uint32_t page = region->ram_pages; page < region->page_count && status == FLAP_OK;) {
     read_ahead(pager, index, &next);
-    pager_wait_until(pager, page_is_verified, page, false);
+    pager_wait_until(pager, next_is_verified, 0, false);
     FLAP_TRY(pager_error(pager));
-    uint32_t taken = find_read(pager, page), count = pager->buffers[taken].page_count;
+    uint32_t taken = pager_queue_take(pager, &pager->at_rest), count = pager->buffers[taken].page_count;
+    flap_assert(pager->buffers[taken].first_page == page);
     pthread_mutex_unlock(&pager->lock);
     status = drain(context, page * pager->page_bytes, pager_chunk_bytes(pager, region, page, count),
                    pager->buffers[taken].memory);
@@ -214,10 +202,12 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
     page += count;
   }
   /* A callback that stopped early leaves reads behind. */
-  pager_wait_until(pager, reads_are_over, 0, false);
-  for (uint32_t i = 0; i < pager->read_buffers; i++)
-    if (pager->buffers[i].state == BUFFER_VERIFIED)
-      pager_buffer_free(pager, i);
+  while (pager->at_rest.head != PAGER_NONE) {
+    pager_wait_until(pager, next_is_verified, 0, false);
+    if (pager->error != FLAP_OK)
+      break;
+    pager_buffer_free(pager, pager_queue_take(pager, &pager->at_rest));
+  }
   return status;
 }
 

@@ -134,9 +134,9 @@ static uint32_t take_buffer(flap_pager *pager, const piece *p) {
     buffer->first_page = p->first_page;
     buffer->page_count = p->page_count;
     buffer->order = UINT64_MAX; /* everything else is needed before */
-    buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
+    buffer->lease = buffer->next = PAGER_NONE;
     buffer->at_rest = true; /* as far as counting goes */
-    buffer->handed = false;
+    buffer->ahead = false;
     return i;
   }
   return PAGER_NONE;

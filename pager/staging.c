@@ -4,40 +4,98 @@
  *                            → loading (pager_loads_issue) → free (pager_lane_retire)
  *                       and back, once: read → reading (pager_checks_advance)
  * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied)
- *                            → writing (pager_checks_advance) → free (pager_disk_poll)
+ *                            → packed (pager_checks_advance) → writing (pager_writes_issue) → free (pager_disk_poll)
  * Those of snapshots: see snapshot.c.
+ *
+ * There may be thousands of buffers, and each pump takes, frees and looks for a few: nothing here walks over all.
  */
 #include "pager/pager_internal.h"
 
 #include "base/assert.h"
 
-uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count) {
-  uint32_t begin = write ? pager->read_buffers : 0;
-  uint32_t end = write ? begin + pager->write_buffers : pager->read_buffers;
-  for (uint32_t i = begin; i < end; i++) {
-    pager_buffer *buffer = &pager->buffers[i];
-    if (buffer->state != BUFFER_FREE)
-      continue;
-    buffer->state = write ? BUFFER_STORING : BUFFER_READING;
-    buffer->region = region;
-    buffer->first_page = first_page;
-    buffer->page_count = page_count;
-    buffer->order = 0;
-    buffer->slot = buffer->lease = buffer->next = PAGER_NONE;
-    buffer->at_rest = buffer->again = buffer->handed = false;
-    *(write ? &pager->write_free : &pager->read_free) -= 1;
-    return i;
+/* ---- lists of buffers ------------------------------------------------------------------------------------ */
+
+void pager_queue_init(pager_queue *queue) {
+  *queue = (pager_queue){.head = PAGER_NONE, .tail = PAGER_NONE};
+}
+
+void pager_queue_append(flap_pager *pager, pager_queue *queue, uint32_t index) {
+  pager->buffers[index].next = PAGER_NONE;
+  if (queue->tail == PAGER_NONE)
+    queue->head = index;
+  else
+    pager->buffers[queue->tail].next = index;
+  queue->tail = index;
+}
+
+uint32_t pager_queue_take(flap_pager *pager, pager_queue *queue) {
+  const uint32_t index = queue->head;
+  if (index == PAGER_NONE)
+    return PAGER_NONE;
+  queue->head = pager->buffers[index].next;
+  if (queue->head == PAGER_NONE)
+    queue->tail = PAGER_NONE;
+  return index;
+}
+
+static bool is_before(const flap_pager *pager, uint32_t a, uint32_t b) {
+  return pager->buffers[a].order < pager->buffers[b].order;
+}
+
+void pager_heap_add(const flap_pager *pager, pager_heap *heap, uint32_t index) {
+  uint32_t at = heap->count++;
+  flap_assert(heap->count <= pager->buffer_count);
+  for (; at > 0 && is_before(pager, index, heap->of[(at - 1) / 2]); at = (at - 1) / 2)
+    heap->of[at] = heap->of[(at - 1) / 2];
+  heap->of[at] = index;
+}
+
+uint32_t pager_heap_take(const flap_pager *pager, pager_heap *heap) {
+  if (heap->count == 0)
+    return PAGER_NONE;
+  const uint32_t first = heap->of[0], last = heap->of[--heap->count];
+  uint32_t at = 0;
+  for (uint32_t child; (child = 2 * at + 1) < heap->count; at = child) {
+    if (child + 1 < heap->count && is_before(pager, heap->of[child + 1], heap->of[child]))
+      child++;
+    if (!is_before(pager, heap->of[child], last))
+      break;
+    heap->of[at] = heap->of[child];
   }
-  return PAGER_NONE;
+  heap->of[at] = last;
+  return first;
+}
+
+/* ---- free buffers ---------------------------------------------------------------------------------------- */
+
+uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint32_t first_page, uint32_t page_count) {
+  const uint32_t index = pager->free_heads[write];
+  flap_assert(index != PAGER_NONE);
+  pager_buffer *buffer = &pager->buffers[index];
+  flap_assert(buffer->state == BUFFER_FREE);
+  pager->free_heads[write] = buffer->next;
+  *(write ? &pager->write_free : &pager->read_free) -= 1;
+  buffer->state = write ? BUFFER_STORING : BUFFER_READING;
+  buffer->region = region;
+  buffer->first_page = first_page;
+  buffer->page_count = page_count;
+  buffer->order = 0;
+  buffer->lease = buffer->next = PAGER_NONE;
+  buffer->at_rest = buffer->again = buffer->ahead = false;
+  return index;
 }
 
 void pager_buffer_free(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   flap_assert(buffer->state != BUFFER_FREE);
   buffer->state = BUFFER_FREE;
-  buffer->slot = buffer->lease = PAGER_NONE;
-  if (!pager_is_snapshot_buffer(pager, index))
-    *(index < pager->read_buffers ? &pager->read_free : &pager->write_free) += 1;
+  buffer->lease = PAGER_NONE;
+  if (pager_is_snapshot_buffer(pager, index))
+    return;
+  const bool write = index >= pager->read_buffers;
+  *(write ? &pager->write_free : &pager->read_free) += 1;
+  buffer->next = pager->free_heads[write];
+  pager->free_heads[write] = index;
 }
 
 /* ---- disk requests ------------------------------------------------------------------------------------ */
@@ -54,6 +112,8 @@ static void submit(flap_pager *pager, uint32_t index, flap_block_op op) {
   buffer->request = (flap_block_request){
       .op = op, .offset = pager_disk_offset(page), .buffer = buffer->memory, .bytes = (uint32_t)bytes, .user = buffer};
   flap_block_submit(pager->block, &buffer->request);
+  *(op == FLAP_BLOCK_READ ? &pager->reading : &pager->writing) += 1;
+  pager->reading_ahead += buffer->ahead;
   pager->submitted = true;
 }
 
@@ -65,9 +125,35 @@ void pager_buffer_read(flap_pager *pager, uint32_t index) {
 void pager_buffer_write(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   flap_assert(buffer->state == BUFFER_FULL);
-  buffer->slot = PAGER_NONE;
-  buffer->state = BUFFER_WRITING;
+  buffer->state = BUFFER_PACKED;
+  pager_queue_append(pager, pager->regions[buffer->region].hurried ? &pager->hurried : &pager->behind, index);
+}
+
+static void write_next(flap_pager *pager, pager_queue *queue) {
+  const uint32_t index = pager_queue_take(pager, queue);
+  flap_assert(pager->buffers[index].state == BUFFER_PACKED);
+  pager->buffers[index].state = BUFFER_WRITING;
   submit(pager, index, FLAP_BLOCK_WRITE);
+}
+
+bool pager_writes_issue(flap_pager *pager) {
+  bool progress = false;
+  for (; pager->hurried.head != PAGER_NONE; progress = true)
+    write_next(pager, &pager->hurried);
+  for (; pager->behind.head != PAGER_NONE && pager->writing < pager->behind_max; progress = true)
+    write_next(pager, &pager->behind);
+  return progress;
+}
+
+void pager_writes_hurry(flap_pager *pager, uint32_t region) {
+  if (pager->regions[region].hurried)
+    return;
+  pager->regions[region].hurried = true;
+  pager_queue others;
+  pager_queue_init(&others);
+  for (uint32_t index; (index = pager_queue_take(pager, &pager->behind)) != PAGER_NONE;)
+    pager_queue_append(pager, pager->buffers[index].region == region ? &pager->hurried : &others, index);
+  pager->behind = others;
 }
 
 static void account(flap_pager *pager, const pager_buffer *buffer) {
@@ -89,6 +175,9 @@ static void complete(flap_pager *pager, uint32_t index) {
   flap_block_request *request = &buffer->request;
   bool read = request->op == FLAP_BLOCK_READ;
   flap_assert(buffer->state == (read ? BUFFER_READING : BUFFER_WRITING));
+  *(read ? &pager->reading : &pager->writing) -= 1;
+  pager->reading_ahead -= buffer->ahead;
+  buffer->ahead = false;
   if (request->status != FLAP_OK) {
     pager_fail(pager,
                flap_error_prefix(flap_block_explain(pager->block, request), "region %u, pages %u to %u", buffer->region,
@@ -99,6 +188,7 @@ static void complete(flap_pager *pager, uint32_t index) {
   account(pager, buffer);
   if (read) {
     buffer->state = BUFFER_READ;
+    pager_checks_add(pager, index);
   } else {
     pager_stores_written(pager, index);
     pager_buffer_free(pager, index);

@@ -115,6 +115,7 @@ void pager_stores_copied(flap_pager *pager, const pager_copy *copy) {
   } else {
     move_pages(pager, copy->region, copy->first_page, copy->page_count, PAGE_COPYING, PAGE_WRITING);
     pager->buffers[copy->buffer].state = BUFFER_FULL;
+    pager_checks_add(pager, copy->buffer);
   }
   pager_rings_stored(pager, copy->slot);
 }

@@ -60,6 +60,7 @@ void pager_pump(flap_pager *pager) {
       progress |= pager_rings_assign(pager);
       progress |= pager_loads_issue(pager);
       progress |= pager_loads_read_ahead(pager);
+      progress |= pager_writes_issue(pager);
       flush(pager);
       pager_wait_look(pager);
       progress |= pager_checks_advance(pager);

@@ -199,8 +199,10 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   for (uint32_t i = 0; i < c->config.ring_count; i++)
     if (!c->rings[i].keeps)
       c->rings[i].slots += c->rings[i].slots == 0 ? 1 : tight ? 0 : below(&d, 3);
-  c->config.read_buffers = tight ? 1 : 1 + below(&d, 4);
-  c->config.write_buffers = tight ? 1 : 1 + below(&d, 4);
+  c->config.read_buffers = tight ? 1 : 1 + below(&d, chance(&d, 30) ? 64 : 4);
+  c->config.write_buffers = tight ? 1 : 1 + below(&d, chance(&d, 30) ? 64 : 4);
+  c->config.disk.read_depth = chance(&d, 50) ? 1 + below(&d, 4) : 0;
+  c->config.disk.write_depth = chance(&d, 50) ? 1 + below(&d, 4) : 0;
   c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
   c->config.copy_bytes = c->config.page_bytes * below(&d, 7);
   c->config.workers = below(&d, 4);

@@ -147,8 +147,10 @@ static void make_world(world *w, uint64_t seed, flap_clock *clock, sim_oracle *o
   c->transfer_bytes = c->page_bytes * (1 + below(s, 3));
   c->copy_bytes = c->page_bytes * below(s, 4);
   make_regions(w);
-  c->read_buffers = 1 + below(s, 3);
-  c->write_buffers = 1 + below(s, 3);
+  c->read_buffers = 1 + below(s, chance(s, 20) ? 60 : 3);
+  c->write_buffers = 1 + below(s, chance(s, 20) ? 60 : 3);
+  c->disk.read_depth = chance(s, 50) ? 1 + below(s, 3) : 0;
+  c->disk.write_depth = chance(s, 50) ? 1 + below(s, 3) : 0;
   c->device = (flap_device_config){.kind = FLAP_DEVICE_SIM, .machine = make_machine(s)};
 }
 
