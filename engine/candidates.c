@@ -123,8 +123,9 @@ static void add_hosts(const flap_planner *planner, planner_candidates *c) {
  * the next forward helps: with parts that the host updates, whose gradients go home in any case, or with all kinds. */
 static void add_updates(const flap_planner *planner, planner_candidates *c) {
   const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
-  const planner_backward others[] = {
-      {parts, parts * 3 / 4}, {parts, parts / 2}, {parts * 3 / 4, parts * 3 / 4}, {parts / 2, parts / 2}, {0, 0}};
+  const planner_backward others[] = {{parts, parts * 3 / 4},         {parts, parts / 2},
+                                     {parts * 7 / 8, parts * 7 / 8}, {parts * 3 / 4, parts * 3 / 4},
+                                     {parts / 2, parts / 2},         {0, 0}};
   const flap_update_when wanted = flap_run_config_update(&planner->expert);
   c->sweep = wanted == FLAP_UPDATE_SWEEP;
   if (planner->spec.mode != FLAP_MODE_TRAIN || !planner->spec.needs_no_norm || wanted == FLAP_UPDATE_FOLD || c->sweep)

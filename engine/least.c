@@ -147,13 +147,13 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
     for (uint32_t g = 0; g < c->group_count; g = g + 1 < c->group_count ? c->group_count - 1 : c->group_count) {
       FLAP_TRY(least_of_skeleton(planner, budgets, c,
                                  (planner_skeleton){c->segments[i], c->groups[g], c->saved.of[0], false, c->host_parts,
-                                                    c->backward, false, 0, 0},
+                                                    c->backward, false, 0, 0, 0},
                                  found));
       if (last.layers > 0 && flap_model_scratch_bytes(planner->spec.model, &planner->spec.shape, last.mask) > 0 &&
           c->saved.count > 1)
         FLAP_TRY(least_of_skeleton(
             planner, budgets, c,
-            (planner_skeleton){c->segments[i], c->groups[g], last, false, c->host_parts, c->backward, false, 0, 0},
+            (planner_skeleton){c->segments[i], c->groups[g], last, false, c->host_parts, c->backward, false, 0, 0, 0},
             found));
     }
   return FLAP_OK;

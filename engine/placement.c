@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-#define BUFFERS_MAX 16u
+#define BUFFERS_FEW 16u
 #define WORKERS_MAX 8u
 #define WORKERS_SHARE 64u /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
@@ -184,34 +184,46 @@ static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice
   return workers > 0 ? workers : 1;
 }
 
-/* Staging: as large as a quarter of ram allows, but always what works at all. */
+static bool try_staging(const flap_budgets *budgets, uint64_t transfer, uint64_t buffers, flap_choice *choice,
+                        flap_setup *setup) {
+  const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
+  choice->transfer_bytes = transfer;
+  choice->read_buffers = choice->write_buffers = (uint32_t)buffers;
+  choice->workers = count_workers(setup, choice, budgets->ram_bytes);
+  for (int traced = 1; traced >= 0; traced--) {
+    choice->trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
+    place(setup, choice);
+    if (setup->ram_bytes <= budgets->ram_bytes)
+      return true;
+  }
+  return false;
+}
+
+/* Staging: what is wanted, at most half of ram; or a few buffers, as large as a quarter of ram allows, but always what
+ * works at all. */
 static bool add_staging(const flap_budgets *budgets, flap_choice *choice, flap_setup *setup) {
-  uint64_t transfer = power_of_two_below(budgets->ram_bytes / (8 * BUFFERS_MAX)); /* as many buffers as may be */
+  uint64_t transfer = power_of_two_below(budgets->ram_bytes / (8 * BUFFERS_FEW)); /* as many buffers as may be */
   if (transfer > PLANNER_TRANSFER_MAX)
     transfer = PLANNER_TRANSFER_MAX;
   if (transfer < choice->page_bytes)
     transfer = choice->page_bytes;
-  const uint64_t events = budgets->ram_bytes / 32 / TRACE_EVENT_BYTES;
   choice->transfer_bytes = choice->page_bytes;
   choice->read_buffers = choice->write_buffers = choice->workers = 1;
   choice->trace_events = 0;
   place(setup, choice);
   if (setup->ram_bytes > budgets->ram_bytes)
     return false; /* so nothing larger needs to be tried */
+  const uint64_t wanted = choice->staging_bytes / (2 * transfer);
+  if (wanted > 0 && wanted <= FLAP_PAGER_BUFFERS_MAX && choice->staging_bytes <= budgets->ram_bytes / 2 &&
+      try_staging(budgets, transfer, wanted, choice, setup))
+    return true;
   for (; transfer >= choice->page_bytes; transfer /= 2)
-    for (uint32_t buffers = BUFFERS_MAX; buffers > 0; buffers /= 2) {
+    for (uint32_t buffers = BUFFERS_FEW; buffers > 0; buffers /= 2) {
       const bool least = transfer == choice->page_bytes && buffers == 1;
       if (2 * buffers * transfer > budgets->ram_bytes / 4 && !least)
         continue;
-      choice->transfer_bytes = transfer;
-      choice->read_buffers = choice->write_buffers = buffers;
-      choice->workers = count_workers(setup, choice, budgets->ram_bytes);
-      for (int traced = 1; traced >= 0; traced--) {
-        choice->trace_events = !traced ? 0 : events < TRACE_EVENTS_MAX ? (uint32_t)events : TRACE_EVENTS_MAX;
-        place(setup, choice);
-        if (setup->ram_bytes <= budgets->ram_bytes)
-          return true;
-      }
+      if (try_staging(budgets, transfer, buffers, choice, setup))
+        return true;
     }
   return false;
 }
@@ -266,11 +278,19 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
     place(setup, &choice);
     return setup->ram_bytes > budgets->ram_bytes ? PLANNER_NO_RAM : PLANNER_NO_DISK;
   }
-  choice.ram_bytes = 0;
-  if (!add_staging(budgets, &choice, setup))
-    return PLANNER_NO_RAM;
-  choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;
-  place(setup, &choice);
-  flap_assert(setup->ram_bytes <= budgets->ram_bytes);
-  return planner_missing_disk(planner, budgets, setup) > 0 ? PLANNER_NO_DISK : PLANNER_FITS;
+  for (;;) {
+    choice.ram_bytes = 0;
+    if (!add_staging(budgets, &choice, setup))
+      return PLANNER_NO_RAM;
+    choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;
+    place(setup, &choice);
+    flap_assert(setup->ram_bytes <= budgets->ram_bytes);
+    if (planner_missing_disk(planner, budgets, setup) == 0)
+      return PLANNER_FITS;
+    if (choice.staging_bytes == 0)
+      return PLANNER_NO_DISK;
+    choice.staging_bytes = choice.read_buffers > BUFFERS_FEW
+                               ? choice.staging_bytes / 2
+                               : 0; /* what is staged is not at home in ram, and the disks have no room for more */
+  }
 }

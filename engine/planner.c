@@ -24,11 +24,10 @@ static uint32_t preferred_index(const uint64_t *ascending, uint32_t count, uint6
   return index;
 }
 
-typedef planner_skeleton skeleton;
 typedef planner_contender contender;
 
-static flap_choice choice_of(const flap_planner *planner, const planner_candidates *c, skeleton s, uint64_t slice,
-                             uint64_t page) {
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                              uint64_t slice, uint64_t page) {
   flap_choice choice = {.segment_layers = s.segment,
                         .group_micro_batches = s.group,
                         .saved_layers = s.saved.layers,
@@ -41,7 +40,8 @@ static flap_choice choice_of(const flap_planner *planner, const planner_candidat
                         .keeps_embedding = s.keeps,
                         .slice_elements = slice,
                         .page_bytes = page,
-                        .transfer_bytes = page};
+                        .transfer_bytes = page,
+                        .staging_bytes = s.staging};
   if (planner->spec.disk_count > 0)
     choice.read_buffers = choice.write_buffers = choice.workers = 1;
   return choice;
@@ -78,7 +78,7 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
 }
 
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
-static flap_status settle(const flap_planner *planner, const planner_candidates *c, skeleton s,
+static flap_status settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
   const uint64_t share = budgets->vram_bytes / PLANNER_SLICE_SHARE;
   const uint64_t slice_bytes = share < PLANNER_SLICE_BYTES ? share : PLANNER_SLICE_BYTES;
@@ -93,7 +93,7 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
     planner_reach furthest = PLANNER_NO_VRAM;
     if (slice < slice_least)
       continue;
-    flap_choice choice = choice_of(planner, c, s, slice, c->pages[page_first]);
+    flap_choice choice = planner_choice_of(planner, c, s, slice, c->pages[page_first]);
     FLAP_TRY(flap_setup_build(&planner->spec, &choice, setup));
     for (uint32_t j = 0; j < c->page_count; j++) {
       choice.page_bytes = choice.transfer_bytes = c->pages[from_preferred(page_first, c->page_count, j)];
@@ -121,11 +121,11 @@ static flap_status settle(const flap_planner *planner, const planner_candidates 
 /* ---- choosing -------------------------------------------------------------------------------------------- */
 
 static bool same_contender(const contender *a, const contender *b) {
-  const skeleton *s = &a->s, *t = &b->s;
+  const planner_skeleton *s = &a->s, *t = &b->s;
   return a->depth == b->depth && s->segment == t->segment && s->group == t->group && s->spread == t->spread &&
          s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask && s->host == t->host &&
          s->backward.device == t->backward.device && s->backward.host == t->backward.host && s->keeps == t->keeps &&
-         s->slice == t->slice && s->page == t->page;
+         s->slice == t->slice && s->page == t->page && s->staging == t->staging;
 }
 
 /* Keeps the best few, each once, in order; equally good ones in the order in which they came. */
@@ -146,7 +146,7 @@ static void enter(contender *list, uint32_t *count, uint32_t count_max, contende
 
 /* The best that a skeleton can do, over how far transfers may run ahead. */
 static flap_status enter_skeleton(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                  skeleton s, contender *list, uint32_t *count, planner_reach *reach) {
+                                  planner_skeleton s, contender *list, uint32_t *count, planner_reach *reach) {
   static const uint32_t depths[] = {1, 3, 0};
   flap_setup setup;
   FLAP_TRY(settle(planner, c, s, budgets, 0, &setup, reach));
@@ -165,7 +165,7 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
 }
 
 /* Layers of a skeleton that save nothing, over the micro-batches of a group. */
-static double unsaved_layers(const flap_planner *planner, skeleton s) {
+static double unsaved_layers(const flap_planner *planner, planner_skeleton s) {
   const flap_layout_spec spec = {.model = planner->spec.model,
                                  .segment_layers = s.segment,
                                  .group_micro_batches = s.group,
@@ -174,7 +174,7 @@ static double unsaved_layers(const flap_planner *planner, skeleton s) {
 }
 
 /* Of a micro-batch, on average. Where nothing is saved, all layers of a segment but the last run as in the forward. */
-static double recompute_ns(const flap_planner *planner, skeleton s) {
+static double recompute_ns(const flap_planner *planner, planner_skeleton s) {
   const flap_op_times *t = planner->times;
   const double unsaved = unsaved_layers(planner, s), segments = unsaved / s.segment;
   const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * segments;
@@ -184,13 +184,13 @@ static double recompute_ns(const flap_planner *planner, skeleton s) {
 
 /* Whether it comes to the same as another candidate, once only whole segments save: as one with fewer layers of the
  * same set, or as one that saves nothing, which there is unless all layers must. */
-static bool is_double(const flap_planner *planner, const planner_savings *list, skeleton s) {
+static bool is_double(const flap_planner *planner, const planner_savings *list, planner_skeleton s) {
   const uint32_t layers = planner->spec.model->num_hidden_layers;
   const double unsaved = unsaved_layers(planner, s);
   if (s.saved.layers > 0 && s.saved.layers < layers && s.saved.layers < s.segment)
     return true;
   for (uint32_t j = 0; j < list->count; j++) {
-    skeleton other = s;
+    planner_skeleton other = s;
     other.saved = list->of[j];
     if (other.saved.mask == s.saved.mask && other.saved.layers < s.saved.layers &&
         fabs(unsaved_layers(planner, other) - unsaved) < 0.5 / s.group)
@@ -201,7 +201,7 @@ static bool is_double(const flap_planner *planner, const planner_savings *list, 
 
 /* What no placement can beat: computing, and gradient sums that travel in fp32 between groups where VRAM cannot hold
  * them. Saves working out skeletons that cannot win. */
-static double least_seconds(const flap_planner *planner, const flap_budgets *budgets, skeleton s) {
+static double least_seconds(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s) {
   const flap_setup_spec *spec = &planner->spec;
   const flap_op_times *t = planner->times;
   const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
@@ -226,8 +226,16 @@ static flap_status shortlist(const flap_planner *planner, const planner_candidat
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
         for (int spread = c->sweep || planner->spec.mode != FLAP_MODE_TRAIN ? 0 : 1; spread >= 0; spread--) {
-          const skeleton s = {
-              c->segments[i], c->groups[g], c->saved.of[j], spread == 1, host, c->backward, false, 0, 0};
+          const planner_skeleton s = {c->segments[i],
+                                      c->groups[g],
+                                      c->saved.of[j],
+                                      spread == 1,
+                                      host,
+                                      c->backward,
+                                      false,
+                                      0,
+                                      0,
+                                      planner->expert.staging_bytes};
           if (is_double(planner, &c->saved, s))
             continue;
           if (*count > 0 && least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
@@ -255,12 +263,11 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
     flap_log(FLAP_LOG_DEBUG,
              "plan: segments of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the host, %u "
-             "and %u in "
-             "the backward%s, depth %u: estimated %.4f s, simulated %.4f s",
+             "and %u in the backward%s, depth %u, %u buffers: estimated %.4f s, simulated %.4f s",
              list[i].s.segment, list[i].s.group, list[i].s.saved.layers, list[i].s.saved.mask,
              list[i].s.spread ? "spread" : "at once", list[i].s.host, list[i].s.backward.device,
-             list[i].s.backward.host, list[i].s.keeps ? ", embedding kept" : "", list[i].depth, list[i].estimate,
-             costs_here.step_seconds);
+             list[i].s.backward.host, list[i].s.keeps ? ", embedding kept" : "", list[i].depth,
+             setup.choice.read_buffers, list[i].estimate, costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
     const double wanted = list[i].s.host > best->s.host ? PLANNER_HOST_GAIN : 0.9999;
@@ -272,13 +279,13 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
   return FLAP_OK;
 }
 
-static bool same_cut(skeleton a, skeleton b) {
+static bool same_cut(planner_skeleton a, planner_skeleton b) {
   return a.segment == b.segment && a.group == b.group && a.spread == b.spread;
 }
 
 /* The best few ways to cut the step, the best one first, then those of a list in turn. */
 typedef struct cut_list {
-  skeleton of[PLANNER_CUTS];
+  planner_skeleton of[PLANNER_CUTS];
   uint32_t count;
 } cut_list;
 
@@ -304,7 +311,7 @@ typedef struct refinement {
 } refinement;
 
 /* Candidates that compute less than the best step takes. */
-static flap_status look_at(refinement *r, skeleton s, const flap_plan_costs *costs) {
+static flap_status look_at(refinement *r, planner_skeleton s, const flap_plan_costs *costs) {
   planner_reach reach = PLANNER_NO_VRAM;
   if (least_seconds(r->planner, r->budgets, s) >= costs->step_seconds)
     return FLAP_OK;
@@ -328,7 +335,7 @@ static flap_status refine_saved(const flap_planner *planner, const planner_candi
   for (uint32_t k = 0; k < cuts->count; k++)
     for (size_t i = 0; i < (host > 0 ? 2u : 1u); i++) /* with no host's help all or nothing were looked at before */
       for (uint32_t j = 0; j < lists[i]->count; j++) {
-        skeleton s = cuts->of[k];
+        planner_skeleton s = cuts->of[k];
         s.saved = lists[i]->of[j];
         s.host = host;
         s.backward = best->s.backward;
@@ -345,7 +352,7 @@ static flap_status refine_host(const flap_planner *planner, const planner_candid
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   for (uint32_t k = 0; k < cuts->count && c->other_host_count > 0; k++)
     for (uint32_t j = 0; j < c->other_host_count; j++) {
-      skeleton s = cuts->of[k];
+      planner_skeleton s = cuts->of[k];
       s.host = c->other_hosts[j];
       s.backward = best->s.backward;
       s.keeps = best->s.keeps;
@@ -364,15 +371,17 @@ static flap_status refine_backward(const flap_planner *planner, const planner_ca
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   for (uint32_t j = 0; j < c->other_backward_count; j++)
     for (int spread = 0; spread < 2; spread++) {
-      skeleton s = best->s;
+      planner_skeleton s = best->s;
       s.backward = c->other_backwards[j];
       s.spread = spread == 1;
+      if (s.host == 0 && s.backward.device == best->s.backward.device && s.spread == best->s.spread)
+        continue; /* the same, with no part of the host's */
       FLAP_TRY(look_at(&r, s, costs));
     }
   FLAP_TRY(simulate_best(&r, best, costs));
   if (c->backward.device == 0)
     return FLAP_OK;
-  skeleton kept = best->s;
+  planner_skeleton kept = best->s;
   kept.keeps = !kept.keeps;
   r.count = 0;
   FLAP_TRY(look_at(&r, kept, costs));
@@ -387,7 +396,7 @@ static flap_status refine_saved_of_best(const flap_planner *planner, const plann
   const planner_savings *const lists[] = {&c->partial, &c->saved};
   for (size_t i = 0; i < 2 && c->backward.device > 0; i++)
     for (uint32_t j = 0; j < lists[i]->count; j++) {
-      skeleton s = best->s;
+      planner_skeleton s = best->s;
       s.saved = lists[i]->of[j];
       r.count = 0;
       if (!is_double(planner, lists[i], s))
@@ -408,7 +417,7 @@ static flap_status refine_layers(const flap_planner *planner, const planner_cand
     return FLAP_OK;
   const uint32_t reach = all / PLANNER_SAVED_SHARES;
   for (uint32_t layers = middle > reach ? middle - reach + 1 : 1; layers < middle + reach && layers <= all; layers++) {
-    skeleton s = best->s;
+    planner_skeleton s = best->s;
     s.saved.layers = layers;
     if (layers != middle)
       FLAP_TRY(look_at(&r, s, costs));
@@ -423,7 +432,7 @@ static flap_status climb(const flap_planner *planner, const planner_candidates *
   const uint32_t count = pages ? c->page_count : c->slice_count;
   for (double before = 0; before != costs->step_seconds;) {
     refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
-    skeleton s = best->s;
+    planner_skeleton s = best->s;
     uint64_t *const size = pages ? &s.page : &s.slice;
     const uint32_t at = preferred_index(sizes, count, *size);
     if (direction < 0 ? at == 0 : at + 1 == count)
@@ -469,10 +478,69 @@ static flap_status refine_spare(const flap_planner *planner, const planner_candi
   if (planner->expert.saved != FLAP_RUN_SAVED_AUTO || best->s.saved.layers < planner->spec.model->num_hidden_layers ||
       best->s.saved.mask != sets[count - 2].mask)
     return FLAP_OK;
-  skeleton s = best->s;
+  planner_skeleton s = best->s;
   s.saved.mask = sets[count - 1].mask;
   FLAP_TRY(look_at(&r, s, costs));
   return simulate_best(&r, best, costs);
+}
+
+/* Bytes of buffers that a skeleton comes to; 0 where nothing is on disk. */
+static flap_status staging_of(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                              const contender *of, uint64_t *bytes_out) {
+  flap_setup setup;
+  planner_reach reach = PLANNER_NO_VRAM;
+  FLAP_TRY(settle(planner, c, of->s, budgets, of->depth, &setup, &reach));
+  const flap_choice *choice = &setup.choice;
+  *bytes_out = ((uint64_t)choice->read_buffers + choice->write_buffers) * choice->transfer_bytes;
+  flap_setup_close(&setup);
+  return FLAP_OK;
+}
+
+/* `bytes_io`: what is tried, and what budgets made of it; 0 where that is no better. */
+static flap_status look_at_staging(const flap_planner *planner, const planner_candidates *c,
+                                   const flap_budgets *budgets, uint64_t now, uint64_t *bytes_io, contender *best,
+                                   flap_plan_costs *costs) {
+  contender tried = *best;
+  flap_plan_costs costs_here = {0};
+  tried.s.staging = *bytes_io;
+  FLAP_TRY(staging_of(planner, c, budgets, &tried, bytes_io));
+  if (*bytes_io != now && *bytes_io > 0)
+    FLAP_TRY(simulate_list(planner, c, budgets, &tried, 1, &tried, &costs_here));
+  if (costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds * 0.9999) {
+    *best = tried;
+    *costs = costs_here;
+  } else {
+    *bytes_io = 0;
+  }
+  return FLAP_OK;
+}
+
+/* How much is read ahead and written behind, where disks are busy for a part of the step and then rest: four times as
+ * much as long as that gains, then twice or half of it. What is staged has no home in RAM: the simulation sees both. As
+ * many read as write buffers: of other shares none was better. */
+static flap_status refine_staging(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                  contender *best, flap_plan_costs *costs) {
+  uint64_t now = 0;
+  contender found = *best;
+  flap_plan_costs found_costs = *costs;
+  const double read = costs->lane_seconds[FLAP_LANE_DISK_READ], write = costs->lane_seconds[FLAP_LANE_DISK_WRITE];
+  const double busy = (read > write ? read : write) / costs->step_seconds;
+  if (planner->expert.staging_bytes > 0 || busy < 1 - PLANNER_STAGING_GAIN || busy > PLANNER_STAGING_GAIN)
+    return FLAP_OK;
+  FLAP_TRY(staging_of(planner, c, budgets, best, &now));
+  for (uint64_t bytes = 4 * now; bytes > 0; bytes *= 4) {
+    FLAP_TRY(look_at_staging(planner, c, budgets, now, &bytes, &found, &found_costs));
+    now = bytes > 0 ? bytes : now;
+  }
+  for (uint64_t bytes = found.s.staging > 0 ? 2 * now : 0, tries = 0; bytes > 0 && tries < 2; tries++) {
+    FLAP_TRY(look_at_staging(planner, c, budgets, now, &bytes, &found, &found_costs));
+    bytes = bytes > 0 ? 0 : now / 2;
+  }
+  if (found_costs.step_seconds < costs->step_seconds * PLANNER_STAGING_GAIN) {
+    *best = found;
+    *costs = found_costs;
+  }
+  return FLAP_OK;
 }
 
 /* From a start: one kind of choice after the other, as long as that makes the step shorter. */
@@ -484,6 +552,7 @@ static flap_status refine_from(const flap_planner *planner, const planner_candid
     for (uint32_t k = 0; k < cuts.count; k++) {
       cuts.of[k].slice = best->s.slice;
       cuts.of[k].page = best->s.page;
+      cuts.of[k].staging = best->s.staging;
     }
     FLAP_TRY(refine_saved(planner, c, budgets, &cuts, best, costs));
     FLAP_TRY(refine_host(planner, c, budgets, &cuts, best, costs));
@@ -493,7 +562,11 @@ static flap_status refine_from(const flap_planner *planner, const planner_candid
   }
   FLAP_TRY(refine_saved_of_best(planner, c, budgets, best, costs));
   FLAP_TRY(refine_layers(planner, c, budgets, best, costs));
-  return refine_spare(planner, c, budgets, best, costs);
+  FLAP_TRY(refine_spare(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_staging(planner, c, budgets, best, costs));
+  if (best->s.staging == 0 || planner->expert.staging_bytes > 0)
+    return FLAP_OK;
+  return refine_backward(planner, c, budgets, best, costs); /* disks that rest less want another share */
 }
 
 /* From the best while nobody helps and all or nothing is saved; cuts that are good with the host's help are among those
@@ -549,11 +622,6 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
 }
 
 /* ---- for the least budgets (least.c) ---------------------------------------------------------------------- */
-
-flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
-                              uint64_t slice, uint64_t page) {
-  return choice_of(planner, c, s, slice, page);
-}
 
 flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                            const flap_budgets *budgets, flap_setup *setup, planner_reach *reach) {

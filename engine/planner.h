@@ -1,10 +1,10 @@
 /* The planner: chooses how the step is cut and what lives where.
  *
  * Folder-private, but for tests. A candidate is a skeleton (segments, groups, saved layers and which tensors they save,
- * when and by whom it is updated), a slice size and a page size. The set of candidates does not depend on budgets, and
- * each takes what is left of a budget for placement only, so a plan accepted at one budget is a candidate at every
- * larger one. Candidates are priced from their bytes and operations; the best few are run on the sim device by the code
- * that will run the step. Ties go to the earlier candidate.
+ * when and by whom it is updated), a slice size, a page size and how much is staged. The set of candidates does not
+ * depend on budgets, and each takes what is left of a budget for placement only, so a plan accepted at one budget is a
+ * candidate at every larger one. Candidates are priced from their bytes and operations; the best few are run on the sim
+ * device by the code that will run the step. Ties go to the earlier candidate.
  */
 #ifndef FLAP_ENGINE_PLANNER_H
 #define FLAP_ENGINE_PLANNER_H

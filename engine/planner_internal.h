@@ -26,6 +26,7 @@
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
 #define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
+#define PLANNER_STAGING_GAIN 0.99           /* by this factor at least, for what is staged makes disks write more */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
@@ -61,7 +62,7 @@ typedef struct planner_candidates {
   bool sweep;
 } planner_candidates;
 
-/* A way to cut the step: what is left is a slice and a page size, and the placement. */
+/* A way to cut the step, and what is tried first of what is settled with the budgets. */
 typedef struct planner_skeleton {
   uint32_t segment, group;
   planner_saving saved;
@@ -70,6 +71,7 @@ typedef struct planner_skeleton {
   planner_backward backward;
   bool keeps;           /* the embedding's states in VRAM */
   uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
+  uint64_t staging;     /* bytes; 0: a few buffers */
 } planner_skeleton;
 
 typedef struct planner_contender {
@@ -86,6 +88,10 @@ uint64_t planner_state_block_bytes(const flap_planner *planner);
 
 /* How far a placement got; later is further. */
 typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
+
+/* planner.c. With the slice and the page given, and nothing spent. */
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *candidates,
+                              planner_skeleton skeleton, uint64_t slice, uint64_t page);
 
 /* placement.c. Spends the budgets on a setup that was built for `choice` (its page size may differ): buffers, ring
  * slots, residents, homes. `depth`: slots beyond what is needed at once, so that transfers run ahead. */

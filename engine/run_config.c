@@ -217,6 +217,9 @@ static flap_status check_machine(const flap_run_config *config) {
   if (expert->slice_bytes > SLICE_BYTES_MAX || (expert->slice_bytes != 0 && expert->slice_bytes < PAGE_BYTES_MIN))
     return flap_error_set(FLAP_INVALID, "expert.slice_bytes: %llu must be between 4 KiB and 64 MiB",
                           (unsigned long long)expert->slice_bytes);
+  if (expert->staging_bytes != 0 && expert->staging_bytes < 2 * PAGE_BYTES_MIN)
+    return flap_error_set(FLAP_INVALID, "expert.staging_bytes: %llu must be at least 8 KiB",
+                          (unsigned long long)expert->staging_bytes);
   if (expert->group_micro_batches > config->gradient_accumulation_steps)
     return flap_error_set(FLAP_INVALID, "expert.group_micro_batches: %u is more than the %u micro-batches of a step",
                           expert->group_micro_batches, config->gradient_accumulation_steps);

@@ -93,8 +93,9 @@ typedef struct flap_expert {
   flap_clip clip;       /* the same as update: fold or sweep */
   flap_update_when update;
   flap_optimizer_place optimizer;
-  uint64_t page_bytes;  /* a power of two, 4 KiB .. 4 MiB */
-  uint64_t slice_bytes; /* of one state slice; at most 64 MiB */
+  uint64_t page_bytes;    /* a power of two, 4 KiB .. 4 MiB */
+  uint64_t slice_bytes;   /* of one state slice; at most 64 MiB */
+  uint64_t staging_bytes; /* of RAM between disk and VRAM, where that fits into half of ram */
   flap_run_io io;
   uint32_t threads; /* of the worker pool; 0: all cores */
   flap_run_matmul matmul;

@@ -63,6 +63,7 @@ typedef struct flap_choice {
                   backward of the one behind */
   uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
   uint64_t slice_elements, page_bytes, transfer_bytes;
+  uint64_t staging_bytes;               /* of buffers that are wanted, where budgets allow it; 0: a few */
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
   uint32_t workers;                     /* that check what the disk holds; likewise */
   uint32_t trace_events;

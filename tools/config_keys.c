@@ -196,6 +196,8 @@ static const flap_config_key keys[] = {
     PLAIN("expert.page_bytes", BYTES, expert.page_bytes, "Unit of checksums and homes: a power of two, 4KiB to 4MiB."),
     PLAIN("expert.slice_bytes", BYTES, expert.slice_bytes,
           "Optimizer states move in slices of this size, at most 64MiB."),
+    PLAIN("expert.staging_bytes", BYTES, expert.staging_bytes,
+          "RAM for what is read from disks ahead and written to them behind; at most half of ram."),
     WORD("expert.io", expert.io, io_words,
          "How files are read and written; auto is io_uring where the system allows it."),
     PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),

@@ -87,7 +87,7 @@ START_TEST(config_full_file_fills_every_field) {
                              "device: cpu\nvram: 7MiB\nram: \"20 MiB\"\n"
                              "disk:\n  - path: /mnt/a\n    size: 1GB\n  - /mnt/b\n  - {path: /mnt/c, size: min}\n"
                              "expert: {segment_layers: 2, group_micro_batches: 4, clip: fold, page_bytes: 64KiB,\n"
-                             "  slice_bytes: 1MiB, io: threads, threads: 2, matmul: first}\n";
+                             "  slice_bytes: 1MiB, staging_bytes: 3MiB, io: threads, threads: 2, matmul: first}\n";
   ck_assert_msg(load(text) == FLAP_OK, "%s", flap_error_message());
   ck_assert_int_eq(json_integer_value(json_object_get(config.model, "hidden_size")), 192);
   ck_assert(json_is_real(json_object_get(config.model, "rms_norm_eps")));
@@ -140,6 +140,7 @@ START_TEST(config_full_file_fills_every_field) {
   ck_assert_int_eq(config.expert.clip, FLAP_CLIP_FOLD);
   ck_assert_uint_eq(config.expert.page_bytes, 65536);
   ck_assert_uint_eq(config.expert.slice_bytes, 1u << 20);
+  ck_assert_uint_eq(config.expert.staging_bytes, 3u << 20);
   ck_assert_int_eq(config.expert.io, FLAP_RUN_IO_THREADS);
   ck_assert_uint_eq(config.expert.threads, 2);
   ck_assert_int_eq(config.expert.matmul, FLAP_RUN_MATMUL_FIRST);
@@ -375,6 +376,7 @@ START_TEST(config_ranges_and_contradictions_name_line_and_key) {
   refuse_base("expert: {page_bytes: 5000}\n", "run.yaml:4: expert.page_bytes: 5000 must be a power of two");
   refuse_base("expert: {page_bytes: 8MiB}\n", "run.yaml:4: expert.page_bytes:");
   refuse_base("expert: {slice_bytes: 65MiB}\n", "run.yaml:4: expert.slice_bytes:");
+  refuse_base("expert: {staging_bytes: 4KiB}\n", "run.yaml:4: expert.staging_bytes:");
   refuse_base("expert:\n  clip: fold\n  group_micro_batches: 2\n",
               "run.yaml:6: expert.group_micro_batches: 2 is more than the 1 micro-batches");
   refuse_override("adam_beta1=7", "command line: adam_beta1: 7 must be");
