@@ -128,6 +128,7 @@ static void draw_choices(trial *t) {
   t->planner.machine = &t->machine;
   t->place.weighted = one_in(r, 2);
   t->place.compression = (flap_compression)between(r, FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_LZ4);
+  e->staging_bytes = one_in(r, 2) ? (uint64_t)2 * PAGE << between(r, 0, 9) : 0;
 }
 
 static void trial_open(trial *t, uint32_t number) {
@@ -145,8 +146,7 @@ static void trial_open(trial *t, uint32_t number) {
       present[chunk], sizeof present[chunk],
       "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
       "B %u S %u n %u, threads %u, disks %u, segment %u, group %u, clip %d, update %d, page %llu, slice %llu, act %d, "
-      "saved %d, "
-      "compression %d",
+      "saved %d, compression %d, staging %llu",
       (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
       c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
       c->output_bias      ? ", bias"
@@ -156,7 +156,7 @@ static void trial_open(trial *t, uint32_t number) {
       flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
       t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->group_micro_batches, (int)e->clip,
       (int)e->update, (unsigned long long)e->page_bytes, (unsigned long long)e->slice_bytes,
-      (int)t->planner.activations, (int)e->saved, (int)t->place.compression);
+      (int)t->planner.activations, (int)e->saved, (int)t->place.compression, (unsigned long long)e->staging_bytes);
 }
 
 static void trial_close(trial *t) {

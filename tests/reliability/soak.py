@@ -107,7 +107,8 @@ class Soak:
             "expert.clip": chosen.choice(("auto", "auto", "fold", "sweep")),
             "expert.io": chosen.choice(("auto", "auto", "threads")),
             "expert.threads": chosen.choice(("1", "2")),
-            "activations": chosen.choice(("auto", "auto", "offload", "recompute"))}
+            "activations": chosen.choice(("auto", "auto", "offload", "recompute")),
+            "expert.staging_bytes": chosen.choice((None, None, "256KiB", "2MiB"))}
         return [f"{key}={value}" for key, value in choices.items() if value is not None]
 
     def fits(self, overrides):

@@ -86,6 +86,7 @@ CASES = {
     "both largest pages": ["expert.page_bytes=4MiB"],
     "half smallest slices": ["expert.slice_bytes=4KiB"],
     "both largest slices": ["expert.slice_bytes=64MiB"],
+    "half deep staging": ["expert.page_bytes=4KiB", "expert.staging_bytes=512KiB"],
     "both 3 threads": ["expert.threads=3"],
     "roomy 3 threads": ["expert.threads=3"],
     "both compressed, 3 disks, io threads": ["compression=lz4", "expert.page_bytes=64KiB", "DISKS=3", "expert.io=threads"],
@@ -105,6 +106,8 @@ BACKWARD = {  # where nothing is clipped
     "half backward, offload, evaluated between": ["expert.update=backward", "activations=offload", "eval_strategy=steps",
                                                   "eval_steps=2"],
     "both backward, smallest slices, 3 disks": ["expert.update=backward", "expert.slice_bytes=4KiB", "DISKS=3"],
+    "half backward, deep staging, 3 disks": ["expert.update=backward", "expert.page_bytes=4KiB",
+                                             "expert.staging_bytes=512KiB", "DISKS=3"],
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
@@ -221,6 +224,8 @@ class Bits(unittest.TestCase):
                 self.assertEqual(plan["saved_tensors"], SAVED[value], override)
             elif override == "activations=recompute":
                 self.assertEqual(plan["saved_layers"], 0)
+            elif key == "expert.staging_bytes":
+                self.assertGreater(plan["read_buffers"], 16, override)
             elif key == "compression":
                 self.assertEqual(plan["compression"], value)
             elif key == "expert.page_bytes":

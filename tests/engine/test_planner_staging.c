@@ -1,0 +1,133 @@
+/* How deep staging is where states live on disk and are updated in bursts: plans against the same ones with a few
+ * buffers, which `expert.staging_bytes` forces. */
+#include "base/units.h"
+#include "engine/planner.h"
+
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MUST(call) ck_assert_msg((call) == FLAP_OK, "%s: %s", #call, flap_error_message())
+#define FEW_BYTES (2 * 16 * 4 * (uint64_t)FLAP_MIB) /* as many as there are without it */
+
+typedef struct trial {
+  flap_model_config model;
+  flap_machine machine;
+  flap_planner planner;
+  flap_budgets budgets;
+} trial;
+
+/* A billion parameters, and a third of their states on a disk. VRAM has no room for updates that are spread over the
+ * segment before, so those of a segment come at once, five times a step; computing takes as long as the disk, or
+ * longer. */
+static void open_trial(trial *t, uint64_t staging_bytes) {
+  memset(t, 0, sizeof *t);
+  t->model = (flap_model_config){.family = flap_model_find_family("llama"),
+                                 .vocab_size = 8192,
+                                 .hidden_size = 2048,
+                                 .intermediate_size = 5504,
+                                 .num_hidden_layers = 20,
+                                 .num_attention_heads = 16,
+                                 .num_key_value_heads = 16,
+                                 .max_position_embeddings = 2048,
+                                 .rms_norm_eps = 1e-5,
+                                 .initializer_range = 0.1,
+                                 .rope = {.theta = 10000}};
+  MUST(flap_model_finish_config(&t->model));
+  flap_device_default_machine(FLAP_DEVICE_CUDA, &t->machine);
+  t->machine.flops_bf16 = t->machine.flops_f32 = 60e12;
+  t->machine.device_bytes = 2e12;
+  t->machine.h2d_bytes = t->machine.d2h_bytes = 50e9;
+  t->machine.disk_read_bytes = 1.6e9;
+  t->machine.disk_write_bytes = 2.1e9;
+  t->machine.disk_both_bytes = 2.2e9;
+  t->planner = (flap_planner){.spec = {.model = &t->model,
+                                       .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 2048},
+                                       .mode = FLAP_MODE_TRAIN,
+                                       .gradient_dtype = FLAP_BF16,
+                                       .optim = FLAP_OPTIM_ADAMW,
+                                       .micro_batches = 16,
+                                       .needs_no_norm = true,
+                                       .threads = 2,
+                                       .device = FLAP_DEVICE_CUDA,
+                                       .io = FLAP_BLOCK_SIM,
+                                       .disk_count = 1,
+                                       .disk_paths = {"disk"}},
+                              .expert = {.optimizer = FLAP_OPTIMIZER_GPU,
+                                         .segment_layers = 4,
+                                         .group_micro_batches = 16,
+                                         .staging_bytes = staging_bytes},
+                              .activations = FLAP_ACTIVATIONS_RECOMPUTE,
+                              .machine = &t->machine};
+  t->budgets = (flap_budgets){.vram_bytes = (uint64_t)1850 * FLAP_MIB,
+                              .ram_bytes = (uint64_t)9500 * FLAP_MIB,
+                              .disk_bytes = {(uint64_t)20 * FLAP_GIB}};
+}
+
+typedef struct outcome {
+  flap_choice choice;
+  flap_plan_costs costs;
+  double longest; /* of disk and compute: no step is shorter */
+} outcome;
+
+static void plan(const trial *t, outcome *o) {
+  flap_setup setup;
+  MUST(flap_planner_choose(&t->planner, &t->budgets, &setup, &o->costs));
+  o->choice = setup.choice;
+  ck_assert_uint_le(setup.ram_bytes, t->budgets.ram_bytes);
+  flap_setup_close(&setup);
+  o->longest = o->costs.compute_seconds;
+  for (int lane = FLAP_LANE_DISK_READ; lane <= FLAP_LANE_DISK_WRITE; lane++)
+    if (o->costs.lane_seconds[lane] > o->longest)
+      o->longest = o->costs.lane_seconds[lane];
+  printf("%u buffers of %llu KiB each way: %.3f s a step, disk and compute at least %.3f s\n", o->choice.read_buffers,
+         (unsigned long long)(o->choice.transfer_bytes >> 10), o->costs.step_seconds, o->longest);
+}
+
+START_TEST(staging_is_deep_where_updates_come_in_bursts) {
+  trial t;
+  outcome few, deep;
+  open_trial(&t, FEW_BYTES);
+  plan(&t, &few);
+  ck_assert_uint_eq(few.choice.read_buffers, 16);
+  ck_assert_double_gt(few.costs.step_seconds, 1.3 * few.longest);
+  open_trial(&t, 0);
+  plan(&t, &deep);
+  ck_assert_uint_ge(deep.choice.read_buffers, 4 * 16);
+  ck_assert_uint_eq(deep.choice.read_buffers, deep.choice.write_buffers);
+  ck_assert_double_lt(deep.costs.step_seconds, 1.15 * deep.longest);
+  ck_assert_double_lt(deep.costs.step_seconds, 0.8 * few.costs.step_seconds);
+}
+END_TEST
+
+/* What is forced and too much is as if nothing were; what a disk has no room for is staged in part. */
+START_TEST(staging_never_keeps_a_plan_from_fitting) {
+  trial t;
+  outcome few, all, part;
+  open_trial(&t, FEW_BYTES);
+  plan(&t, &few);
+  open_trial(&t, t.budgets.ram_bytes);
+  plan(&t, &all);
+  ck_assert_uint_eq(all.choice.read_buffers, few.choice.read_buffers);
+  open_trial(&t, t.budgets.ram_bytes / 4);
+  t.budgets.disk_bytes[0] = few.costs.lane_bytes[FLAP_LANE_DISK_READ] + FLAP_GIB;
+  plan(&t, &part);
+  ck_assert(part.choice.read_buffers > 16);
+  ck_assert_uint_lt(2 * part.choice.read_buffers * part.choice.transfer_bytes, t.budgets.ram_bytes / 4);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("engine");
+  TCase *tcase = tcase_create("planner staging");
+  tcase_set_timeout(tcase, 120);
+  tcase_add_test(tcase, staging_is_deep_where_updates_come_in_bursts);
+  tcase_add_test(tcase, staging_never_keeps_a_plan_from_fitting);
+  suite_add_tcase(suite, tcase);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_ENV);
+  int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
