@@ -106,8 +106,8 @@ BACKWARD = {  # where nothing is clipped
     "half backward, offload, evaluated between": ["expert.update=backward", "activations=offload", "eval_strategy=steps",
                                                   "eval_steps=2"],
     "both backward, smallest slices, 3 disks": ["expert.update=backward", "expert.slice_bytes=4KiB", "DISKS=3"],
-    "half backward, deep staging, 3 disks": ["expert.update=backward", "expert.page_bytes=4KiB",
-                                             "expert.staging_bytes=512KiB", "DISKS=3"],
+    "half backward, deep staging, 3 disks": ["expert.update=backward", "ram=2500KiB", "expert.page_bytes=4KiB",
+                                             "expert.staging_bytes=1MiB", "DISKS=3"],
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
