@@ -4,7 +4,7 @@
  * that, several buffers at a time, what is needed first before the rest; the pump hands buffers over, goes on, and
  * takes them further when they are done:
  *
- *   handed ──advance──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified, or writing
+ *   read or full ──add──► waiting ──worker_thread──► under way ──worker_thread──► done ──collect──► verified or packed
  *
  * What does not agree with its checksum, or cannot be decoded, is read once more, the whole request; then the pager
  * fails.
