@@ -412,7 +412,7 @@ static void find_mixed(const numbers *n) {
       write_machine(machines[i]);
       mixed.vram = (flap_size)BYTES(vram);
       configure_mixed(n, "out", 1);
-      const flap_status status = flap_engine_plan(&config, &plan);
+      const flap_status status = flap_engine_plan(&config, NULL, &plan);
       flap_run_config_close(&config);
       if (status == FLAP_OK && plan.backward_parts > 0 && plan.backward_parts < 5)
         return;
