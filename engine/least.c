@@ -236,7 +236,8 @@ static flap_status refuse_both(const flap_planner *planner, const flap_budgets *
     return flap_error_set(FLAP_BUDGET, "vram, ram: no size is enough for this model and batch: give a smaller "
                                        "per_device_train_batch_size, cutoff_len or model");
   return flap_error_set(FLAP_BUDGET,
-                        "vram, ram: both are too small for this model and batch: vram=%llu ram=%llu (bytes) works",
+                        "vram, ram: both are too small for this model and batch: %llu bytes of vram with %llu bytes of "
+                        "ram work",
                         (unsigned long long)vram, (unsigned long long)ram);
 }
 

@@ -95,8 +95,8 @@ static void check_advice(const flap_budgets *refused) {
   flap_budgets advised = *refused;
   (void)snprintf(message, sizeof message, "%s", flap_error_message());
   unsigned long long vram = 0, ram = 0;
-  const char *both = strstr(message, "vram=");
-  if (both != NULL && sscanf(both, "vram=%llu ram=%llu", &vram, &ram) == 2) {
+  const char *both = strstr(message, "batch: ");
+  if (both != NULL && sscanf(both, "batch: %llu bytes of vram with %llu bytes of ram work", &vram, &ram) == 2) {
     advised.vram_bytes = vram;
     advised.ram_bytes = ram;
   } else {
