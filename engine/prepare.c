@@ -8,6 +8,7 @@
 #include "engine/hf_config.h"
 #include "engine/host_times.h"
 #include "engine/machine_profile.h"
+#include "engine/op_times_cache.h"
 #include "engine/weights.h"
 
 #include <sched.h>
@@ -272,7 +273,24 @@ static void log_times(const flap_op_times *t) {
            t->copies_beside_host, t->store_ns);
 }
 
-/* A card here times the run's own layer, after it has tuned its products; where that cannot be, rates must do. */
+/* What was timed for such a run before, or else now: after tuning its products. */
+static flap_status measure_times(flap_prepared *p, const flap_op_times_spec *of) {
+  flap_op_times_cache cache;
+  FLAP_TRY(give_matmuls(p));
+  flap_op_times_cache_open(of, &p->machine, &cache);
+  if (!flap_op_times_cache_find(&cache, of, &p->times)) {
+    FLAP_TRY(flap_op_times_measure_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times));
+    flap_matmul_choice_keep(&p->matmuls);
+    flap_op_times_cache_open(of, &p->machine, &cache); /* with the products that were chosen meanwhile */
+    flap_op_times_cache_keep(&cache, &p->times);
+  }
+  if (!(p->times.host.alone > 0)) /* ram is too small to measure it in */
+    flap_host_times_from_rate(of, p->machine.host_bytes, &p->times);
+  log_times(&p->times);
+  return FLAP_OK;
+}
+
+/* A card here times the run's own layer; where that cannot be, rates must do. */
 static flap_status give_times(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
   const flap_op_times_spec of = {.model = spec->model,
@@ -287,16 +305,7 @@ static flap_status give_times(flap_prepared *p) {
                                  .matmuls = &p->matmuls};
   p->planner.times = &p->times;
   if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
-    FLAP_TRY(give_matmuls(p));
-    const flap_status status =
-        flap_op_times_measure_cuda(&of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times);
-    if (status == FLAP_OK) {
-      if (!(p->times.host.alone > 0)) /* ram is too small to measure it in */
-        flap_host_times_from_rate(&of, p->machine.host_bytes, &p->times);
-      flap_matmul_choice_keep(&p->matmuls);
-      log_times(&p->times);
-      return FLAP_OK;
-    }
+    const flap_status status = measure_times(p, &of);
     if (status != FLAP_BUDGET)
       return status;
     flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
