@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,6 +43,23 @@ void flap_machine_cache_folder(char folder_out[FLAP_PATH_MAX]) {
     (void)join(folder_out, cache, "/flap");
   else if (home && home[0] == '/')
     (void)join(folder_out, home, "/.cache/flap");
+}
+
+/* FNV-1a */
+static uint64_t hash_of(const char *text) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (; *text != '\0'; text++)
+    hash = (hash ^ (unsigned char)*text) * 0x100000001b3ull;
+  return hash;
+}
+
+void flap_machine_cache_name(const char *kind, const char *text, char path_out[FLAP_PATH_MAX]) {
+  char folder[FLAP_PATH_MAX], name[64];
+  flap_machine_cache_folder(folder);
+  (void)snprintf(name, sizeof name, "/%.32s-%016" PRIx64 ".json", kind, hash_of(text));
+  path_out[0] = '\0';
+  if (folder[0] != '\0')
+    (void)join(path_out, folder, name);
 }
 
 static void find_default_path(char path_out[FLAP_PATH_MAX]) {
@@ -270,40 +288,35 @@ bool flap_machine_cache_find_disk(const flap_machine_cache *cache, const flap_ma
 
 /* ---- storing --------------------------------------------------------------------------------------------- */
 
-/* jansson takes NULL for a value that could not be made, and tells; one answer for many calls. */
-static bool put(json_t *object, const char *key, json_t *value) {
-  return json_object_set_new(object, key, value) == 0;
-}
-
 static bool put_rates(json_t *entry, const flap_machine_key *key, const flap_machine *machine) {
-  bool done = put(entry, "device", json_string(key->device));
-  done &= put(entry, "threads", json_integer(key->threads));
-  done &= put(entry, "host", json_string(key->host));
-  done &= put(entry, "name", json_string(machine->name));
-  done &= put(entry, "flops_bf16", json_real(machine->flops_bf16));
-  done &= put(entry, "flops_f32", json_real(machine->flops_f32));
-  done &= put(entry, "device_bytes", json_real(machine->device_bytes));
-  done &= put(entry, "h2d_bytes", json_real(machine->h2d_bytes));
-  done &= put(entry, "d2h_bytes", json_real(machine->d2h_bytes));
+  bool done = flap_json_put(entry, "device", json_string(key->device));
+  done &= flap_json_put(entry, "threads", json_integer(key->threads));
+  done &= flap_json_put(entry, "host", json_string(key->host));
+  done &= flap_json_put(entry, "name", json_string(machine->name));
+  done &= flap_json_put(entry, "flops_bf16", json_real(machine->flops_bf16));
+  done &= flap_json_put(entry, "flops_f32", json_real(machine->flops_f32));
+  done &= flap_json_put(entry, "device_bytes", json_real(machine->device_bytes));
+  done &= flap_json_put(entry, "h2d_bytes", json_real(machine->h2d_bytes));
+  done &= flap_json_put(entry, "d2h_bytes", json_real(machine->d2h_bytes));
   if (machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0) {
-    done &= put(entry, "h2d_both_bytes", json_real(machine->h2d_both_bytes));
-    done &= put(entry, "d2h_both_bytes", json_real(machine->d2h_both_bytes));
+    done &= flap_json_put(entry, "h2d_both_bytes", json_real(machine->h2d_both_bytes));
+    done &= flap_json_put(entry, "d2h_both_bytes", json_real(machine->d2h_both_bytes));
   }
-  done &= put(entry, "host_bytes", json_real(machine->host_bytes));
-  done &= put(entry, "launch_ns", json_integer((json_int_t)machine->launch_ns));
-  done &= put(entry, "copy_ns", json_integer((json_int_t)machine->copy_ns));
-  done &= put(entry, "disk_ns", json_integer((json_int_t)machine->disk_ns));
-  done &= put(entry, "synchronous", json_boolean(machine->synchronous));
-  done &= put(entry, "shared_cores", json_integer(machine->shared_cores));
+  done &= flap_json_put(entry, "host_bytes", json_real(machine->host_bytes));
+  done &= flap_json_put(entry, "launch_ns", json_integer((json_int_t)machine->launch_ns));
+  done &= flap_json_put(entry, "copy_ns", json_integer((json_int_t)machine->copy_ns));
+  done &= flap_json_put(entry, "disk_ns", json_integer((json_int_t)machine->disk_ns));
+  done &= flap_json_put(entry, "synchronous", json_boolean(machine->synchronous));
+  done &= flap_json_put(entry, "shared_cores", json_integer(machine->shared_cores));
   if (machine->overhead_bytes > 0)
-    done &= put(entry, "overhead_bytes", json_integer((json_int_t)machine->overhead_bytes));
+    done &= flap_json_put(entry, "overhead_bytes", json_integer((json_int_t)machine->overhead_bytes));
   return done;
 }
 
 /* What was known of the path is replaced, also when it was another disk. */
 static bool put_disk(json_t *entry, const flap_machine *machine, const flap_machine_disk *disk) {
   json_t *disks = json_object_get(entry, "disks");
-  if (!json_is_array(disks) && !put(entry, "disks", disks = json_array()))
+  if (!json_is_array(disks) && !flap_json_put(entry, "disks", disks = json_array()))
     return false;
   for (size_t i = json_array_size(disks); i-- > 0;) {
     const char *path = json_string_value(json_object_get(json_array_get(disks, i), "path"));
@@ -313,12 +326,12 @@ static bool put_disk(json_t *entry, const flap_machine *machine, const flap_mach
   while (json_array_size(disks) >= DISKS_MAX)
     (void)json_array_remove(disks, 0);
   json_t *added = json_object();
-  bool done = put(added, "path", json_string(disk->path));
-  done &= put(added, "number", json_integer((json_int_t)disk->number));
-  done &= put(added, "disk_read_bytes", json_real(machine->disk_read_bytes));
-  done &= put(added, "disk_write_bytes", json_real(machine->disk_write_bytes));
+  bool done = flap_json_put(added, "path", json_string(disk->path));
+  done &= flap_json_put(added, "number", json_integer((json_int_t)disk->number));
+  done &= flap_json_put(added, "disk_read_bytes", json_real(machine->disk_read_bytes));
+  done &= flap_json_put(added, "disk_write_bytes", json_real(machine->disk_write_bytes));
   if (machine->disk_both_bytes > 0)
-    done &= put(added, "disk_both_bytes", json_real(machine->disk_both_bytes));
+    done &= flap_json_put(added, "disk_both_bytes", json_real(machine->disk_both_bytes));
   if (!done) {
     json_decref(added);
     return false;

@@ -49,6 +49,8 @@ typedef struct flap_machine_cache {
 
 /* $XDG_CACHE_HOME/flap, or ~/.cache/flap; "": there is no place for one. It need not be there yet. */
 void flap_machine_cache_folder(char folder_out[FLAP_PATH_MAX]);
+/* "<folder>/<kind>-<hash of the text>.json" of that folder; "": there is no place for one. */
+void flap_machine_cache_name(const char *kind, const char *text, char path_out[FLAP_PATH_MAX]);
 /* Locks a file that is to be replaced, through a file beside it, in a folder that is there. Closing the descriptor ends
  * it. Nobody waits for long: the holder only writes. */
 FLAP_CHECKED flap_status flap_machine_cache_lock(const char *path, int *fd_out);

@@ -25,32 +25,27 @@ static const char *const added_names[] = {"nothing", "c", "residual", NULL};
 
 /* ---- writing --------------------------------------------------------------------------------------------- */
 
-/* jansson takes NULL for a value that could not be made, and tells; one answer for many calls. */
-static bool put(json_t *object, const char *key, json_t *value) {
-  return json_object_set_new(object, key, value) == 0;
-}
-
 static json_t *entry_to_json(const flap_matmul_entry *entry) {
   const flap_matmul_key *key = &entry->key;
   char digits[HEX_DIGITS + 1];
   for (size_t i = 0; i < FLAP_MATMUL_ALGORITHM_BYTES; i++)
     (void)snprintf(digits + 2 * i, 3, "%02x", entry->algorithm[i]);
   json_t *object = json_object();
-  bool done = put(object, "transpose", json_string(transpose_names[key->transpose]));
-  done &= put(object, "m", json_integer(key->m));
-  done &= put(object, "n", json_integer(key->n));
-  done &= put(object, "k", json_integer(key->k));
-  done &= put(object, "lda", json_integer(key->lda));
-  done &= put(object, "ldb", json_integer(key->ldb));
-  done &= put(object, "ldc", json_integer(key->ldc));
-  done &= put(object, "dtype", json_string(dtype_names[key->dtype]));
-  done &= put(object, "c_dtype", json_string(dtype_names[key->c_dtype]));
-  done &= put(object, "added", json_string(added_names[key->added]));
-  done &= put(object, "bias_alignment", json_integer(key->bias));
-  done &= put(object, "a_alignment", json_integer(key->align_a));
-  done &= put(object, "b_alignment", json_integer(key->align_b));
-  done &= put(object, "c_alignment", json_integer(key->align_c));
-  done &= put(object, "algorithm", json_string(digits));
+  bool done = flap_json_put(object, "transpose", json_string(transpose_names[key->transpose]));
+  done &= flap_json_put(object, "m", json_integer(key->m));
+  done &= flap_json_put(object, "n", json_integer(key->n));
+  done &= flap_json_put(object, "k", json_integer(key->k));
+  done &= flap_json_put(object, "lda", json_integer(key->lda));
+  done &= flap_json_put(object, "ldb", json_integer(key->ldb));
+  done &= flap_json_put(object, "ldc", json_integer(key->ldc));
+  done &= flap_json_put(object, "dtype", json_string(dtype_names[key->dtype]));
+  done &= flap_json_put(object, "c_dtype", json_string(dtype_names[key->c_dtype]));
+  done &= flap_json_put(object, "added", json_string(added_names[key->added]));
+  done &= flap_json_put(object, "bias_alignment", json_integer(key->bias));
+  done &= flap_json_put(object, "a_alignment", json_integer(key->align_a));
+  done &= flap_json_put(object, "b_alignment", json_integer(key->align_b));
+  done &= flap_json_put(object, "c_alignment", json_integer(key->align_c));
+  done &= flap_json_put(object, "algorithm", json_string(digits));
   if (done)
     return object;
   json_decref(object);
@@ -61,13 +56,13 @@ static flap_status write_file(const char *path, const flap_matmul_table *table, 
   char digest[32];
   (void)snprintf(digest, sizeof digest, "0x%016" PRIx64, flap_matmul_table_digest(table));
   json_t *root = json_object(), *products = json_array();
-  bool done = put(root, "format", json_string(FORMAT));
-  done &= put(root, "target", json_string(table->target));
-  done &= put(root, "shapes", json_string(shapes));
-  done &= put(root, "digest", json_string(digest));
+  bool done = flap_json_put(root, "format", json_string(FORMAT));
+  done &= flap_json_put(root, "target", json_string(table->target));
+  done &= flap_json_put(root, "shapes", json_string(shapes));
+  done &= flap_json_put(root, "digest", json_string(digest));
   for (uint32_t i = 0; i < table->count; i++)
     done &= json_array_append_new(products, entry_to_json(&table->entries[i])) == 0;
-  done &= put(root, "products", products);
+  done &= flap_json_put(root, "products", products);
   const flap_status status =
       done ? flap_json_write_file(path, root) : flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
   json_decref(root);
@@ -221,23 +216,10 @@ static void describe_shapes(const flap_model_config *model, const flap_model_sha
                  flap_dtype_name(shape->dtype));
 }
 
-/* FNV-1a */
-static uint64_t add_to_hash(uint64_t hash, const char *text) {
-  for (; *text != '\0'; text++)
-    hash = (hash ^ (unsigned char)*text) * 0x100000001b3ull;
-  return hash;
-}
-
 static void find_cache(flap_matmul_choice *choice) {
-  char folder[FLAP_PATH_MAX], name[64];
-  const uint64_t hash =
-      add_to_hash(add_to_hash(add_to_hash(0xcbf29ce484222325ull, choice->table.target), "\n"), choice->shapes);
-  flap_machine_cache_folder(folder);
-  (void)snprintf(name, sizeof name, "matmul-%016" PRIx64 ".json", hash);
-  if (folder[0] == '\0' || flap_durable_join(choice->cache, folder, name) != FLAP_OK) {
-    choice->cache[0] = '\0';
-    flap_error_clear();
-  }
+  char text[FLAP_MATMUL_TARGET_MAX + FLAP_MATMUL_SHAPES_MAX + 1];
+  (void)snprintf(text, sizeof text, "%s\n%s", choice->table.target, choice->shapes);
+  flap_machine_cache_name("matmul", text, choice->cache);
 }
 
 /* True: the checkpoint has a table for this run, and that is the one. */

@@ -52,14 +52,6 @@ static double *fraction_at(flap_op_times *times, const field *f) {
 
 /* ---- whose ----------------------------------------------------------------------------------------------- */
 
-/* FNV-1a */
-static uint64_t hash_of(const char *text) {
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (; *text != '\0'; text++)
-    hash = (hash ^ (unsigned char)*text) * 0x100000001b3ull;
-  return hash;
-}
-
 /* What stays when a machine is measured anew; the rest of the key says whether the file still counts. */
 static int describe_run(const flap_op_times_spec *spec, const flap_machine *machine, char *text, size_t bytes) {
   return snprintf(text, bytes, "%s, %s, %u threads; %s; gradients %s, %s, %s", machine->name,
@@ -69,22 +61,18 @@ static int describe_run(const flap_op_times_spec *spec, const flap_machine *mach
 }
 
 void flap_op_times_cache_open(const flap_op_times_spec *spec, const flap_machine *machine, flap_op_times_cache *cache) {
-  char folder[FLAP_PATH_MAX], name[64];
   *cache = (flap_op_times_cache){.path = ""};
   const int length = spec->matmuls != NULL ? describe_run(spec, machine, cache->key, sizeof cache->key) : -1;
-  flap_machine_cache_folder(folder);
-  if (length < 0 || (size_t)length >= sizeof cache->key || folder[0] == '\0')
+  if (length < 0 || (size_t)length >= sizeof cache->key)
     return;
-  (void)snprintf(name, sizeof name, "times-%016" PRIx64 ".json", hash_of(cache->key));
+  flap_machine_cache_name("times", cache->key, cache->path);
   const size_t left = sizeof cache->key - (size_t)length;
   const int more = snprintf(cache->key + length, left,
                             "; flap " FLAP_VERSION "; products 0x%016" PRIx64 "; rates %.17g %.17g %.17g %.17g %.17g",
                             flap_matmul_table_digest(&spec->matmuls->table), machine->flops_bf16, machine->device_bytes,
                             machine->h2d_bytes, machine->d2h_bytes, machine->host_bytes);
-  if (more < 0 || (size_t)more >= left || flap_durable_join(cache->path, folder, name) != FLAP_OK) {
+  if (more < 0 || (size_t)more >= left)
     cache->path[0] = '\0';
-    flap_error_clear();
-  }
 }
 
 /* ---- reading --------------------------------------------------------------------------------------------- */
@@ -179,19 +167,14 @@ bool flap_op_times_cache_find(const flap_op_times_cache *cache, const flap_op_ti
 
 /* ---- keeping --------------------------------------------------------------------------------------------- */
 
-/* jansson takes NULL for a value that could not be made, and tells; one answer for many calls. */
-static bool put(json_t *object, const char *key, json_t *value) {
-  return json_object_set_new(object, key, value) == 0;
-}
-
 static json_t *sets_to_json(const flap_op_times *times) {
   json_t *list = json_array();
   bool done = true;
   for (uint32_t i = 0; i < times->set_count; i++) {
     json_t *set = json_object();
-    done &= put(set, "mask", json_integer(times->set_mask[i]));
-    done &= put(set, "recompute_ns", json_integer((json_int_t)times->set_recompute_ns[i]));
-    done &= put(set, "gain_ns", json_integer((json_int_t)times->set_gain_ns[i]));
+    done &= flap_json_put(set, "mask", json_integer(times->set_mask[i]));
+    done &= flap_json_put(set, "recompute_ns", json_integer((json_int_t)times->set_recompute_ns[i]));
+    done &= flap_json_put(set, "gain_ns", json_integer((json_int_t)times->set_gain_ns[i]));
     done &= json_array_append_new(list, set) == 0;
   }
   if (done)
@@ -202,14 +185,14 @@ static json_t *sets_to_json(const flap_op_times *times) {
 
 static flap_status write_file(const flap_op_times_cache *cache, flap_op_times times) {
   json_t *root = json_object();
-  bool done = put(root, "format", json_string(FORMAT));
-  done &= put(root, "key", json_string(cache->key));
+  bool done = flap_json_put(root, "format", json_string(FORMAT));
+  done &= flap_json_put(root, "key", json_string(cache->key));
   for (size_t i = 0; i < COUNT(whole); i++)
-    done &= put(root, whole[i].name, json_integer((json_int_t)*whole_at(&times, &whole[i])));
+    done &= flap_json_put(root, whole[i].name, json_integer((json_int_t)*whole_at(&times, &whole[i])));
   for (size_t i = 0; i < COUNT(fractions); i++)
-    done &= put(root, fractions[i].name, json_real(*fraction_at(&times, &fractions[i])));
-  done &= put(root, "copies_beside_host", json_real(times.copies_beside_host));
-  done &= put(root, "sets", sets_to_json(&times));
+    done &= flap_json_put(root, fractions[i].name, json_real(*fraction_at(&times, &fractions[i])));
+  done &= flap_json_put(root, "copies_beside_host", json_real(times.copies_beside_host));
+  done &= flap_json_put(root, "sets", sets_to_json(&times));
   const flap_status status = done ? flap_json_write_file(cache->path, root)
                                   : flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", cache->path);
   json_decref(root);

@@ -40,6 +40,12 @@ char *flap_json_text(const json_t *root);
 /* Writes that text durably. Jansson cannot hold NaN or infinity: use flap_json_real. */
 FLAP_CHECKED flap_status flap_json_write_file(const char *path, const json_t *root);
 
+/* Gives a value away to an object; false for lack of memory, also where that is why either of them is NULL. So what
+ * many calls said can be added up, and looked at once. */
+static inline bool flap_json_put(json_t *object, const char *key, json_t *value) {
+  return json_object_set_new(object, key, value) == 0;
+}
+
 /* A new number, or null for NaN and the infinities, which JSON has no words for. */
 json_t *flap_json_real(double value);
 
