@@ -8,7 +8,7 @@
 #ifndef FLAP_ENGINE_ENGINE_H
 #define FLAP_ENGINE_ENGINE_H
 
-#include "engine/machine_profile.h"
+#include "engine/machine/machine_profile.h"
 #include "engine/run_config.h"
 #include "model/model.h"
 #include "pager/pager.h"

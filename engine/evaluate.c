@@ -2,9 +2,9 @@
 
 #include "base/assert.h"
 #include "base/units.h"
-#include "engine/prepare.h"
-#include "engine/pressure.h"
-#include "engine/weights.h"
+#include "engine/planner/prepare.h"
+#include "engine/planner/pressure.h"
+#include "engine/store/weights.h"
 
 #include <string.h>
 

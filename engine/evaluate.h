@@ -5,7 +5,7 @@
 #ifndef FLAP_ENGINE_EVALUATE_H
 #define FLAP_ENGINE_EVALUATE_H
 
-#include "engine/runtime.h"
+#include "engine/run/runtime.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,7 +1,7 @@
 #include "engine/run_config.h"
 
 #include "base/units.h"
-#include "engine/loss_scale.h"
+#include "engine/step/loss_scale.h"
 
 #include <jansson.h>
 #include <math.h>

@@ -1,11 +1,11 @@
 /* flap_engine_sample: tokens one after the other, with a cache of keys and values; weights stream when they do not fit.
  */
 #include "base/assert.h"
-#include "engine/prepare.h"
-#include "engine/pressure.h"
-#include "engine/runtime.h"
+#include "engine/planner/prepare.h"
+#include "engine/planner/pressure.h"
+#include "engine/run/runtime.h"
 #include "engine/sampler.h"
-#include "engine/weights.h"
+#include "engine/store/weights.h"
 
 #include <string.h>
 

@@ -9,10 +9,10 @@
 #include "base/log.h"
 #include "base/system.h"
 #include "base/units.h"
-#include "engine/budgets.h"
-#include "engine/pressure.h"
-#include "engine/wear.h"
-#include "engine/weights.h"
+#include "engine/planner/budgets.h"
+#include "engine/planner/pressure.h"
+#include "engine/planner/wear.h"
+#include "engine/store/weights.h"
 #include "io/formats/durable.h"
 
 #include <limits.h>

@@ -1,6 +1,6 @@
 #include "tools/config_yaml.h"
 
-#include "engine/machine_profile.h"
+#include "engine/machine/machine_profile.h"
 #include "tools/config_keys.h"
 #include "tools/machine_file.h"
 #include "tools/yaml_tree.h"

@@ -16,8 +16,8 @@ for argument in "$@"; do
     *) names="$names $argument" ;;
   esac
 done
-[ -n "$names" ] || names="pager io engine/checkpoint.c engine/saver.c engine/output_folder.c engine/export.c engine/hf_config.c
-  engine/matmul_choice.c engine/weights.c engine/weights_list.c engine/weights_source.c engine/weights_values.c"
+[ -n "$names" ] || names="pager io engine/store/checkpoint.c engine/store/saver.c engine/store/output_folder.c engine/store/export.c engine/store/hf_config.c
+  engine/machine/matmul_choice.c engine/store/weights.c engine/store/weights_list.c engine/store/weights_source.c engine/store/weights_values.c"
 
 # Without inlining every line is counted where it stands (and gcc guesses wrong about initialisation). Counters are shared by threads.
 cmake -S . -B build-coverage -G Ninja -DCMAKE_C_COMPILER=gcc -DFLAP_CUDA=OFF -DFLAP_BENCH=OFF -DCMAKE_BUILD_TYPE=None \

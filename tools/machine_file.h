@@ -7,7 +7,7 @@
 #ifndef FLAP_TOOLS_MACHINE_FILE_H
 #define FLAP_TOOLS_MACHINE_FILE_H
 
-#include "engine/machine_profile.h"
+#include "engine/machine/machine_profile.h"
 
 #include <stdio.h>
 

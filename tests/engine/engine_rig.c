@@ -2,8 +2,8 @@
 
 #include "base/philox.h"
 #include "base/units.h"
-#include "engine/schedule.h"
-#include "engine/weights.h"
+#include "engine/step/schedule.h"
+#include "engine/store/weights.h"
 #include "io/block/checksum.h"
 
 #include <dirent.h>

@@ -8,8 +8,8 @@
 #ifndef FLAP_TESTS_ENGINE_RIG_H
 #define FLAP_TESTS_ENGINE_RIG_H
 
-#include "engine/planner.h"
-#include "engine/runtime.h"
+#include "engine/planner/planner.h"
+#include "engine/run/runtime.h"
 
 #include <check.h>
 

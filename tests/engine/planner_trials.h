@@ -4,7 +4,7 @@
 #ifndef FLAP_TESTS_ENGINE_PLANNER_TRIALS_H
 #define FLAP_TESTS_ENGINE_PLANNER_TRIALS_H
 
-#include "engine/planner_internal.h"
+#include "engine/planner/planner_internal.h"
 
 typedef struct planner_trial {
   uint64_t seed;

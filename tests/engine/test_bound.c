@@ -1,6 +1,6 @@
 /* The machine bound: cases computed by hand, and never above what a placement of a real step program moves. */
-#include "engine/bound.h"
-#include "engine/program.h"
+#include "engine/planner/bound.h"
+#include "engine/step/program.h"
 
 #include "base/philox.h"
 #include "base/units.h"

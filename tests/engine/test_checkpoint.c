@@ -1,11 +1,11 @@
 /* Checkpoints and output_dir: saved whole, found again, pruned and cleared without touching what is somebody else's,
  * and intact whichever system call a process dies at. */
-#include "engine/checkpoint.h"
+#include "engine/store/checkpoint.h"
 
-#include "engine/hf_config.h"
-#include "engine/output_folder_internal.h"
-#include "engine/run_lock.h"
-#include "engine/weights.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/output_folder_internal.h"
+#include "engine/store/run_lock.h"
+#include "engine/store/weights.h"
 #include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 #include "io/formats/safetensors.h"

@@ -1,5 +1,5 @@
 /* What several disks do together: the one that takes longest decides, and a drive counts once. */
-#include "engine/disk_rates.h"
+#include "engine/machine/disk_rates.h"
 
 #include <check.h>
 #include <stdlib.h>

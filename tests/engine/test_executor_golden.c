@@ -12,7 +12,7 @@
 #include "tests/engine/engine_rig.h"
 
 #include "base/units.h"
-#include "engine/hf_config.h"
+#include "engine/store/hf_config.h"
 #include "io/formats/json_file.h"
 #include "io/formats/safetensors.h"
 

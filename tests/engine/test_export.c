@@ -1,8 +1,8 @@
 /* flap_engine_export: exact masters in fp32, correct rounding in 16 bits, whole folders or none. */
-#include "engine/checkpoint.h"
-#include "engine/hf_config.h"
-#include "engine/weights.h"
-#include "engine/weights_internal.h"
+#include "engine/store/checkpoint.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/weights.h"
+#include "engine/store/weights_internal.h"
 #include "io/formats/safetensors.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"

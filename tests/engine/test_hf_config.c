@@ -1,5 +1,5 @@
 /* config.json: what transformers wrote is read, what FLAP writes is read back, and what is wrong is named. */
-#include "engine/hf_config.h"
+#include "engine/store/hf_config.h"
 
 #include "io/formats/json_file.h"
 #include "tests/engine/weights_rig.h"

@@ -1,9 +1,9 @@
 /* What may be taken of the host's memory, on made-up /proc and /sys: containers of both versions, nested, WSL; and what
  * a plan that does not fit there is told. */
-#include "engine/host_memory.h"
+#include "engine/machine/host_memory.h"
 
-#include "engine/planner.h"
-#include "engine/pressure.h"
+#include "engine/planner/planner.h"
+#include "engine/planner/pressure.h"
 #include "io/formats/durable.h"
 #include "tests/formats/formats_scratch.h"
 

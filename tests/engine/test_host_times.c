@@ -1,5 +1,5 @@
 /* Updates by the host's cores are timed beside copies of a device, here the cpu one, whose copies are real. */
-#include "engine/host_times.h"
+#include "engine/machine/host_times.h"
 
 #include "base/units.h"
 

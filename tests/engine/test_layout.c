@@ -1,5 +1,5 @@
 /* What regions hold: the formats of states, part by part, and how parts are cut into slices. */
-#include "engine/layout.h"
+#include "engine/step/layout.h"
 
 #include <check.h>
 #include <stdlib.h>

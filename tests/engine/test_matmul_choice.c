@@ -1,6 +1,6 @@
 /* Whose table of algorithms a run takes, and what becomes of its files: kept, found again, shared by processes, and
  * refused or made anew where they are bad. */
-#include "engine/matmul_choice.h"
+#include "engine/machine/matmul_choice.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
 

@@ -1,5 +1,5 @@
 /* What differs between two numerics keys, field by field. */
-#include "engine/numerics_key.h"
+#include "engine/store/numerics_key.h"
 
 #include <check.h>
 #include <stdlib.h>

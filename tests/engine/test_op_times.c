@@ -1,6 +1,6 @@
 /* What operations take: by hand from rates, and that a simulated step is charged with exactly them. */
-#include "engine/op_times.h"
-#include "engine/planner.h"
+#include "engine/machine/op_times.h"
+#include "engine/planner/planner.h"
 
 #include "base/units.h"
 

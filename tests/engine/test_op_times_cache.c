@@ -1,7 +1,7 @@
 /* What operations take on a card, kept from one run to the next: found again to the last digit, for the same card,
  * rates, shapes and products alone; and bad files are as if they were not there. */
-#include "engine/host_times.h"
-#include "engine/op_times_cache.h"
+#include "engine/machine/host_times.h"
+#include "engine/machine/op_times_cache.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
 

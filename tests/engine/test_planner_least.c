@@ -1,7 +1,7 @@
 /* The least of a budget is one that the planner accepts, and what is accepted has a least: over a walk of small rams
  * and of disks, some too small. And a refusal names a budget, and a size of it that works.
  */
-#include "engine/planner_internal.h"
+#include "engine/planner/planner_internal.h"
 
 #include "base/units.h"
 

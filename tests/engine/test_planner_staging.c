@@ -1,7 +1,7 @@
 /* How deep staging is where states live on disk and are updated in bursts: plans against the same ones with a few
  * buffers, which `expert.staging_bytes` forces. */
 #include "base/units.h"
-#include "engine/planner.h"
+#include "engine/planner/planner.h"
 
 #include <check.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
 /* The lock of a folder: one holder at a time, also while others come and go; its file goes with its holder. */
-#include "engine/run_lock.h"
+#include "engine/store/run_lock.h"
 
 #include "tests/formats/formats_scratch.h"
 

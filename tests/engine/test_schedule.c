@@ -1,5 +1,5 @@
 /* Schedules against what transformers 4.57.1 and the formulae of PyTorch give. */
-#include "engine/schedule.h"
+#include "engine/step/schedule.h"
 
 #include <check.h>
 #include <math.h>

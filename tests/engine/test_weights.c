@@ -1,9 +1,9 @@
 /* Weights and states between regions and files: the same files whatever the placement, the same bits after a resume,
  * and files that do not fit the model refused. */
-#include "engine/weights.h"
+#include "engine/store/weights.h"
 
 #include "base/philox.h"
-#include "engine/weights_internal.h"
+#include "engine/store/weights_internal.h"
 #include "io/formats/safetensors.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"

@@ -1,10 +1,10 @@
 /* Weights from files of others: every dtype that is accepted gives exactly its values, and what does not fit the model
  * is refused with a name. */
-#include "engine/weights.h"
+#include "engine/store/weights.h"
 
 #include "base/philox.h"
-#include "engine/hf_config.h"
-#include "engine/weights_internal.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/weights_internal.h"
 #include "io/formats/safetensors.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"

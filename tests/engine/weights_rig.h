@@ -3,7 +3,7 @@
 #ifndef FLAP_TESTS_ENGINE_WEIGHTS_RIG_H
 #define FLAP_TESTS_ENGINE_WEIGHTS_RIG_H
 
-#include "engine/layout.h"
+#include "engine/step/layout.h"
 
 typedef enum rig_homes { RIG_VRAM, RIG_RAM, RIG_DISK, RIG_MIXED, RIG_HOMES } rig_homes;
 

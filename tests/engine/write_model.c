@@ -1,8 +1,8 @@
 /* Writes a checkpoint of a small model, for weights_reference.py.
  * Usage: write_model <family> <bf16|fp16|fp32> <adamw|adamw_8bit> <tied: 0|1> <output_dir> */
-#include "engine/checkpoint.h"
-#include "engine/hf_config.h"
-#include "engine/weights.h"
+#include "engine/store/checkpoint.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/weights.h"
 #include "tests/engine/weights_rig.h"
 
 #include <check.h>

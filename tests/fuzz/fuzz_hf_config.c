@@ -1,6 +1,6 @@
 /* config.json of a folder; and the same keys as an inline model, where unknown ones are refused. */
-#include "engine/checkpoint.h"
-#include "engine/hf_config.h"
+#include "engine/store/checkpoint.h"
+#include "engine/store/hf_config.h"
 #include "io/formats/json_file.h"
 #include "tests/fuzz/fuzz_rig.h"
 

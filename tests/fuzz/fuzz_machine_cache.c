@@ -1,6 +1,6 @@
 /* machine.json, the measured rates: as the file that FLAP_MACHINE names (first byte even), which must be good, and as a
  * cache, which may be anything and is stored to. */
-#include "engine/machine_cache.h"
+#include "engine/machine/machine_cache.h"
 #include "tests/fuzz/fuzz_rig.h"
 
 #include <jansson.h>

@@ -1,5 +1,5 @@
 /* matmul.json of a checkpoint, for the run that it is for or for another. */
-#include "engine/matmul_choice.h"
+#include "engine/machine/matmul_choice.h"
 #include "tests/fuzz/fuzz_rig.h"
 
 #include <stdlib.h>

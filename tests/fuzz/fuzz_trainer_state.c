@@ -1,5 +1,5 @@
 /* trainer_state.json of a checkpoint that is to be resumed. */
-#include "engine/checkpoint.h"
+#include "engine/store/checkpoint.h"
 #include "tests/fuzz/fuzz_rig.h"
 
 #include <stdlib.h>

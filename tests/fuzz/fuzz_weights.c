@@ -1,6 +1,6 @@
 /* A model's weights through the loader, and the optimizer's states as they are resumed: the first byte says which file
  * of a checkpoint the rest is (a header and data, see fuzz_rig.h); the other files are good ones. */
-#include "engine/weights.h"
+#include "engine/store/weights.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/fuzz/fuzz_rig.h"
 

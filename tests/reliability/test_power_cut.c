@@ -7,7 +7,7 @@
  * The second half are canaries: with an fsync left out, or made after the rename, these very tests must fail.
  */
 #include "base/philox.h"
-#include "engine/checkpoint.h"
+#include "engine/store/checkpoint.h"
 #include "io/block/checksum.h"
 #include "io/formats/durable.h"
 #include "io/formats/metrics.h"

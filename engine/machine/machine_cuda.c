@@ -1,0 +1,156 @@
+#include "engine/machine/machine_cuda.h"
+
+#include "base/arena.h"
+#include "base/units.h"
+#include "kernels/device/measure_machine.h"
+#include "kernels/measure_ops.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#define PROBE_VRAM (3 * FLAP_GIB)
+#define SIDE 4096u /* of the square matrices */
+#define HEAD_SIZE 128u
+#define ROUNDS 7
+#define ROUND_NS (4u * 1000 * 1000) /* some twenty products in bf16, one or two in fp32 */
+#define COPY_BYTES (64 * FLAP_MIB)
+#define COPIES 8
+#define OVERHEAD_MARGIN (32 * FLAP_MIB) /* the driver's own figure moves a little from run to run */
+
+static flap_status open_probe(flap_device **device_out) {
+  const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = PROBE_VRAM, .events_max = 2};
+  return flap_device_open(&config, device_out);
+}
+
+flap_status flap_machine_cuda_name(char *name_out, size_t bytes) {
+  flap_device *device;
+  FLAP_TRY(open_probe(&device));
+  (void)snprintf(name_out, bytes, "%s", flap_device_describe(device));
+  flap_device_close(device);
+  return FLAP_OK;
+}
+
+flap_status flap_machine_cuda_free(uint64_t *bytes_out) {
+  return flap_device_free_bytes(FLAP_DEVICE_CUDA, bytes_out);
+}
+
+/* ---- kernels --------------------------------------------------------------------------------------------- */
+
+/* The rate of large squares, and of copies within the card; and what is left of a budget. */
+static flap_status measure_with(flap_ops_meter *meter, flap_machine *machine) {
+  flap_rate bf16, f32, copy;
+  (void)snprintf(machine->name, sizeof machine->name, "%.63s", flap_ops_meter_describe(meter));
+  machine->overhead_bytes = flap_ops_meter_overhead(meter) + OVERHEAD_MARGIN;
+  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_BF16, FLAP_NT, SIDE, SIDE, SIDE, false, &bf16));
+  FLAP_TRY(flap_ops_measure_copy(meter, 4 * COPY_BYTES, &copy));
+  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_F32, FLAP_NT, SIDE, SIDE, SIDE, false, &f32));
+  if (bf16.rounds == 0 || copy.rounds == 0 || f32.rounds == 0)
+    return flap_error_set(FLAP_NO_MEMORY, "measuring the card: too little is left of 3 GiB");
+  machine->flops_bf16 = bf16.median;
+  machine->flops_f32 = f32.median;
+  machine->device_bytes = copy.median;
+  return FLAP_OK;
+}
+
+static flap_status measure_kernels(flap_machine *machine) {
+  const flap_ops_meter_config config = {.kind = FLAP_DEVICE_CUDA,
+                                        .vram_bytes = PROBE_VRAM,
+                                        .tokens_max = SIDE,
+                                        .heads = SIDE / HEAD_SIZE,
+                                        .head_size_max = HEAD_SIZE};
+  const flap_rate_effort effort = {.rounds = ROUNDS, .round_ns = ROUND_NS};
+  flap_ops_meter *meter;
+  FLAP_TRY(flap_ops_meter_open(&config, &effort, &meter));
+  const flap_status status = measure_with(meter, machine);
+  flap_ops_meter_close(meter);
+  return status;
+}
+
+/* ---- the bus --------------------------------------------------------------------------------------------- */
+
+static flap_status time_copies(flap_device *device, flap_stream stream, unsigned char *host, double *rate_out) {
+  uint64_t arena_bytes = 0;
+  unsigned char *memory = flap_device_arena(device, &arena_bytes);
+  double rates[ROUNDS];
+  for (int round = 0; round < ROUNDS; round++) {
+    FLAP_TRY(flap_device_synchronize(device));
+    const uint64_t started_ns = flap_units_now_ns();
+    for (int i = 0; i < COPIES; i++)
+      flap_device_copy(device, stream, stream == FLAP_STREAM_H2D ? memory : host,
+                       stream == FLAP_STREAM_H2D ? host : memory, COPY_BYTES);
+    FLAP_TRY(flap_device_synchronize(device));
+    rates[round] = (double)(COPIES * COPY_BYTES) * 1e9 / (double)(flap_units_now_ns() - started_ns);
+  }
+  *rate_out = flap_rate_of(rates, ROUNDS).median;
+  return FLAP_OK;
+}
+
+/* Both ways at once, each to and from memory of its own: the medians of what each stream was busy for. */
+static flap_status time_both(flap_device *device, unsigned char *host, flap_machine *machine) {
+  uint64_t arena_bytes = 0;
+  unsigned char *memory = flap_device_arena(device, &arena_bytes);
+  double rates[2][ROUNDS];
+  for (int round = 0; round < ROUNDS; round++) {
+    const uint64_t before[2] = {flap_device_busy_ns(device, FLAP_STREAM_H2D),
+                                flap_device_busy_ns(device, FLAP_STREAM_D2H)};
+    for (int i = 0; i < COPIES; i++) {
+      flap_device_copy(device, FLAP_STREAM_H2D, memory, host, COPY_BYTES);
+      flap_device_copy(device, FLAP_STREAM_D2H, host + COPY_BYTES, memory + COPY_BYTES, COPY_BYTES);
+    }
+    FLAP_TRY(flap_device_synchronize(device));
+    const uint64_t busy[2] = {flap_device_busy_ns(device, FLAP_STREAM_H2D) - before[0],
+                              flap_device_busy_ns(device, FLAP_STREAM_D2H) - before[1]};
+    for (int way = 0; way < 2; way++)
+      rates[way][round] = (double)(COPIES * COPY_BYTES) * 1e9 / (double)(busy[way] > 0 ? busy[way] : 1);
+  }
+  machine->h2d_both_bytes = fmin(flap_rate_of(rates[0], ROUNDS).median, machine->h2d_bytes);
+  machine->d2h_both_bytes = fmin(flap_rate_of(rates[1], ROUNDS).median, machine->d2h_bytes);
+  return FLAP_OK;
+}
+
+static flap_status measure_bus(flap_machine *machine) {
+  flap_arena host;
+  flap_device *device = NULL;
+  FLAP_TRY(flap_arena_open(&host, "measuring the bus", 2 * COPY_BYTES));
+  unsigned char *memory = flap_arena_take(&host, 2 * COPY_BYTES, 4096);
+  memset(memory, 1, 2 * COPY_BYTES);
+  flap_status status = open_probe(&device);
+  if (status == FLAP_OK)
+    status = flap_device_pin_host(device, memory, 2 * COPY_BYTES);
+  if (status == FLAP_OK)
+    status = time_copies(device, FLAP_STREAM_H2D, memory, &machine->h2d_bytes);
+  if (status == FLAP_OK)
+    status = time_copies(device, FLAP_STREAM_D2H, memory, &machine->d2h_bytes);
+  if (status == FLAP_OK)
+    status = time_both(device, memory, machine);
+  flap_device_close(device); /* unpins */
+  flap_arena_close(&host);
+  return status;
+}
+
+/* ---- all ------------------------------------------------------------------------------------------------- */
+
+static flap_status measure_host(uint32_t threads, flap_machine *machine) {
+  flap_machine host;
+  flap_pool *pool;
+  flap_device_default_machine(FLAP_DEVICE_CPU, &host);
+  FLAP_TRY(flap_pool_open(threads, &pool));
+  const flap_status status = flap_device_measure_host(pool, &host);
+  flap_pool_close(pool);
+  machine->host_bytes = host.host_bytes;
+  return status;
+}
+
+flap_status flap_machine_measure_cuda(uint32_t threads, flap_machine *machine_out) {
+  flap_machine machine;
+  flap_device_default_machine(FLAP_DEVICE_CUDA, &machine);
+  FLAP_TRY(measure_host(threads, &machine));
+  FLAP_TRY(measure_kernels(&machine));
+  FLAP_TRY(measure_bus(&machine));
+  machine.synchronous = false;
+  machine.shared_cores = 0;
+  machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;
+  *machine_out = machine;
+  return FLAP_OK;
+}

@@ -1,0 +1,129 @@
+/* Private to the planner: candidates (candidates.c), choosing (planner.c), the least budgets (least.c), placement
+ * (placement.c), prices (pricing.c). */
+#ifndef FLAP_ENGINE_PLANNER_PLANNER_INTERNAL_H
+#define FLAP_ENGINE_PLANNER_PLANNER_INTERNAL_H
+
+#include "engine/planner/planner.h"
+
+#define PLANNER_SEGMENTS_MAX 12
+#define PLANNER_GROUPS_MAX 16
+#define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */
+#define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
+#define PLANNER_SLICES_MAX 24
+#define PLANNER_PAGES_MAX 12
+#define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
+#define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
+#define PLANNER_TRANSFERS_COARSE 5000 /* of a step: with more, sizes of slices and pages are as budgets suggest */
+#define PLANNER_CONTENDERS 12         /* that are simulated */
+#define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
+#define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
+#define PLANNER_CUTS (1 + 2 * PLANNER_REFINED_CUTS)
+#define PLANNER_ROUNDS 3      /* of refining one choice after the other */
+#define PLANNER_REFINED 6     /* contenders of these that are simulated */
+#define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_BACKWARDS_MAX 8
+#define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
+#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
+#define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
+#define PLANNER_STAGING_GAIN 0.99           /* by this factor at least, for what is staged makes disks write more */
+#define PLANNER_PAGE_MIN (16 * FLAP_KIB)
+#define PLANNER_PAGE_MAX (4 * FLAP_MIB)
+#define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
+#define PLANNER_RAM_PART 64 /* the least ram is looked for to such a part of it */
+
+/* So many layers, or their share of all layers' micro-batches, save the tensors of a mask. */
+typedef struct planner_saving {
+  uint32_t layers, mask;
+} planner_saving;
+
+/* What share, in all parts, is updated in the backward: of those that the device updates, and of those of the host. */
+typedef struct planner_backward {
+  uint32_t device, host;
+} planner_backward;
+
+typedef struct planner_savings {
+  uint32_t count;
+  planner_saving of[PLANNER_SAVED_MAX];
+} planner_savings;
+
+typedef struct planner_candidates {
+  uint32_t segment_count, group_count, slice_count, page_count;
+  uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX];
+  planner_savings saved;   /* all or nothing of so many layers; what saves least first */
+  planner_savings partial; /* some of it */
+  uint32_t host_parts;     /* updated by the host's cores: in all candidates, to begin with */
+  uint32_t other_host_count, other_hosts[PLANNER_HOST_SHARES + 1]; /* what else is tried with the best */
+  planner_backward backward;                                       /* likewise */
+  uint32_t other_backward_count;
+  planner_backward other_backwards[PLANNER_BACKWARDS_MAX];
+  uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
+  uint32_t least_slices; /* of them, up to PLANNER_SLICE_BYTES: what the least budgets are looked for with */
+  bool sweep;
+} planner_candidates;
+
+/* A way to cut the step, and what is tried first of what is settled with the budgets. */
+typedef struct planner_skeleton {
+  uint32_t segment, group;
+  planner_saving saved;
+  bool spread;
+  uint32_t host;
+  planner_backward backward;
+  bool keeps;           /* the embedding's states in VRAM */
+  uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
+  uint64_t staging;     /* bytes; 0: a few buffers */
+} planner_skeleton;
+
+typedef struct planner_contender {
+  planner_skeleton s;
+  uint32_t depth;
+  double estimate;
+} planner_contender;
+
+/* candidates.c. */
+void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
+/* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
+ * larger, but where they are of one block of a wider format. */
+uint64_t planner_state_block_bytes(const flap_planner *planner);
+
+/* How far a placement got; later is further. */
+typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
+
+/* planner.c. With the slice and the page given, and nothing spent. */
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *candidates,
+                              planner_skeleton skeleton, uint64_t slice, uint64_t page);
+
+/* placement.c. Spends the budgets on a setup that was built for `choice` (its page size may differ): buffers, ring
+ * slots, residents, homes. `depth`: slots beyond what is needed at once, so that transfers run ahead. */
+planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *choice,
+                           uint32_t depth, flap_setup *setup);
+/* What the choice takes before anything is spent. */
+uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+/* The same with slices of no size: what no smaller slice can do without. */
+uint64_t planner_least_without_slices(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+/* Bytes by which the disks are too small for the setup as it is placed now. */
+uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
+
+/* planner.c. */
+flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                              uint64_t slice, uint64_t page);
+/* The first slice and page size that fit, with nothing ahead. FLAP_BUDGET if none does, and how far it got. */
+FLAP_CHECKED flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                                        const flap_budgets *budgets, flap_setup *setup_out, planner_reach *reach_io);
+/* The best of all skeletons that fit, at most PLANNER_CONTENDERS; `list` has room for one more. The planner has its
+ * times. */
+FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c,
+                                           const flap_budgets *budgets, planner_contender *list, uint32_t *count_io,
+                                           planner_reach *reach_io);
+
+/* least.c. FLAP_BUDGET: which budget is too small, and what works. */
+FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach);
+
+/* pricing.c. Planners here have their times. */
+FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_times *times_out);
+double planner_estimate(const flap_planner *planner, const flap_setup *setup);
+FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                                          flap_plan_costs *costs_out);
+
+#endif

@@ -1,0 +1,363 @@
+#include "engine/planner/prepare.h"
+
+#include "base/assert.h"
+#include "base/log.h"
+#include "base/system.h"
+#include "base/units.h"
+#include "engine/planner/budgets.h"
+#include "engine/store/hf_config.h"
+#include "engine/machine/host_times.h"
+#include "engine/machine/machine_profile.h"
+#include "engine/machine/op_times_cache.h"
+#include "engine/store/weights.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define RATES_ALIKE 0.98 /* no plan is made again for less */
+
+/* ---- model and tokenizer --------------------------------------------------------------------------------- */
+
+static bool only_shards(const flap_run_config *config) {
+  for (uint32_t i = 0; i < config->dataset_count; i++) {
+    const char *path = config->dataset[i];
+    const size_t length = strlen(path);
+    if (length < 4 || strcmp(path + length - 4, ".bin") != 0)
+      return false;
+  }
+  return config->dataset_count > 0;
+}
+
+static flap_status open_tokenizer(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  if (strcmp(config->tokenizer, "bytes") == 0)
+    return flap_tokenizer_open_bytes(&p->tokenizer);
+  if (config->tokenizer[0])
+    return flap_tokenizer_open(config->tokenizer, &p->tokenizer);
+  if (!config->model_name_or_path[0]) {
+    if (only_shards(config))
+      return FLAP_OK;
+    return flap_error_set(FLAP_INVALID, "tokenizer: missing: name a tokenizer.json, or `bytes`");
+  }
+  const flap_status status = flap_tokenizer_open(config->model_name_or_path, &p->tokenizer);
+  if (status == FLAP_NOT_FOUND && only_shards(config)) {
+    p->tokenizer = NULL;
+    return FLAP_OK;
+  }
+  return status;
+}
+
+static flap_status check_folder(const char *path) {
+  struct stat info;
+  if (flap_system_stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
+    return flap_error_set(FLAP_NOT_FOUND,
+                          "model_name_or_path: %s is not a folder here: name a Hugging Face folder that was downloaded",
+                          path);
+  return FLAP_OK;
+}
+
+static flap_status open_model(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  const uint32_t vocabulary = p->tokenizer != NULL ? flap_tokenizer_vocabulary(p->tokenizer) : 0;
+  if (config->model != NULL) {
+    char source[FLAP_PATH_MAX + 16];
+    (void)snprintf(source, sizeof source, "%s: model", config->source);
+    FLAP_TRY(flap_hf_config_parse(config->model, source, true, vocabulary, &p->model));
+  } else {
+    FLAP_TRY(flap_hf_config_read(config->model_name_or_path, &p->model));
+    FLAP_TRY(flap_weights_check(&p->model, config->model_name_or_path));
+  }
+  if (vocabulary > p->model.vocab_size)
+    return flap_error_set(FLAP_INVALID, "tokenizer: %s has %u tokens, more than the model's vocab_size of %u",
+                          flap_tokenizer_name(p->tokenizer), vocabulary, p->model.vocab_size);
+  return FLAP_OK;
+}
+
+flap_status flap_prepare_open(const flap_run_config *config, flap_prepared *p) {
+  memset(p, 0, sizeof *p);
+  p->config = config;
+  flap_status status = FLAP_OK;
+  if (config->model == NULL)
+    FLAP_TRY(check_folder(config->model_name_or_path));
+  FLAP_TRY_GOTO(status, open_tokenizer(p));
+  FLAP_TRY_GOTO(status, open_model(p));
+  return FLAP_OK;
+fail:
+  flap_prepare_close(p);
+  return status;
+}
+
+void flap_prepare_close(flap_prepared *p) {
+  if (p->has_setup)
+    flap_setup_close(&p->setup);
+  flap_tokenizer_close(p->tokenizer);
+  memset(p, 0, sizeof *p);
+}
+
+/* ---- what is given --------------------------------------------------------------------------------------- */
+
+static uint32_t thread_count(const flap_run_config *config) {
+  cpu_set_t set;
+  if (config->profile != NULL && config->expert.threads == 0)
+    return config->profile->threads;
+  if (config->expert.threads > 0)
+    return config->expert.threads < FLAP_POOL_THREADS_MAX ? config->expert.threads : FLAP_POOL_THREADS_MAX;
+  const int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  return cores < 1 ? 1 : cores > FLAP_POOL_THREADS_MAX ? FLAP_POOL_THREADS_MAX : (uint32_t)cores;
+}
+
+/* A machine that is described is not asked anything, and neither is this one. */
+static flap_status take_profile(flap_prepared *p, const flap_machine_profile *profile) {
+  flap_setup_spec *spec = &p->planner.spec;
+  FLAP_TRY(flap_machine_profile_check(profile, p->config));
+  p->machine = profile->machine;
+  flap_machine_profile_disks(profile, p->config->disk_count, &p->disks);
+  spec->device = profile->device == FLAP_RUN_DEVICE_CUDA ? FLAP_DEVICE_CUDA : FLAP_DEVICE_CPU;
+  spec->vram_overhead_bytes = p->machine.overhead_bytes;
+  return FLAP_OK;
+}
+
+/* auto: a GPU that FLAP can use, else the CPU. */
+static flap_status choose_device(flap_prepared *p) {
+  const flap_run_device wanted = p->config->device;
+  const char *disk = p->config->disk_count > 0 ? p->config->disk[0].path : NULL;
+  flap_setup_spec *spec = &p->planner.spec;
+  if (p->config->profile != NULL)
+    return take_profile(p, p->config->profile);
+  if (wanted != FLAP_RUN_DEVICE_CPU) {
+    const flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, false, &p->machine);
+    if (status == FLAP_OK) {
+      spec->device = FLAP_DEVICE_CUDA;
+      spec->vram_overhead_bytes = p->machine.overhead_bytes;
+      return FLAP_OK;
+    }
+    if (wanted == FLAP_RUN_DEVICE_CUDA || (status != FLAP_UNSUPPORTED && status != FLAP_DEVICE))
+      return status;
+    flap_log(FLAP_LOG_DEBUG, "device: cpu (%s)", flap_error_message());
+  }
+  return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
+}
+
+/* Of each drive once, however many folders lie on it. */
+static flap_status gather_disks(flap_prepared *p) {
+  const flap_run_config *config = p->config;
+  const flap_run_device device =
+      p->planner.spec.device == FLAP_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
+  struct stat about[FLAP_RUN_DISKS_MAX];
+  p->disks.count = config->disk_count;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    flap_machine machine = p->machine;
+    uint32_t drive = 0;
+    if (flap_system_stat(config->disk[i].path, &about[i]) != 0)
+      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", config->disk[i].path);
+    while (about[drive].st_dev != about[i].st_dev)
+      drive++;
+    if (drive == i && i > 0)
+      FLAP_TRY(flap_engine_machine(device, p->planner.spec.threads, config->disk[i].path, false, &machine));
+    p->disks.disks[i] = (flap_disk_rates){.read_bytes = machine.disk_read_bytes,
+                                          .write_bytes = machine.disk_write_bytes,
+                                          .both_bytes = machine.disk_both_bytes,
+                                          .drive = drive};
+    if (drive < i) {
+      p->disks.disks[i] = p->disks.disks[drive];
+      p->disks.disks[i].drive = drive;
+    }
+  }
+  return FLAP_OK;
+}
+
+static void give_disk_rates(flap_prepared *p, const uint64_t *bytes) {
+  flap_disk_set_rates(&p->disks, bytes, &p->machine);
+  p->planner.spec.disk_rates = (flap_duplex){.alone_bytes = p->machine.disk_read_bytes,
+                                             .other_alone_bytes = p->machine.disk_write_bytes,
+                                             .both_bytes = p->machine.disk_both_bytes};
+}
+
+static flap_status check_saved(const flap_prepared *p) {
+  const char *wanted = flap_run_config_saved(p->config->expert.saved);
+  uint32_t count;
+  const flap_saved_set *sets = flap_model_saved_sets(&p->model, &count);
+  for (uint32_t i = 0; wanted != NULL && i < count; i++)
+    if (strcmp(sets[i].name, wanted) == 0)
+      return FLAP_OK;
+  if (wanted == NULL)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID, "expert.saved: %s is nothing that models of the %s family can keep: use all",
+                        wanted, flap_model_family_name(p->model.family));
+}
+
+static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_model_shape *shape,
+                             uint32_t micro_batches, uint32_t cache_positions) {
+  static const flap_block_backend backends[] = {[FLAP_RUN_IO_AUTO] = FLAP_BLOCK_AUTO,
+                                                [FLAP_RUN_IO_URING] = FLAP_BLOCK_URING,
+                                                [FLAP_RUN_IO_THREADS] = FLAP_BLOCK_THREADS};
+  const flap_run_config *config = p->config;
+  flap_setup_spec *spec = &p->planner.spec;
+  *spec = (flap_setup_spec){.model = &p->model,
+                            .shape = *shape,
+                            .mode = mode,
+                            .gradient_dtype = shape->dtype == FLAP_F32 ? FLAP_F32 : config->gradient_dtype,
+                            .optim = config->optim,
+                            .micro_batches = micro_batches,
+                            .cache_positions = cache_positions,
+                            .threads = thread_count(config),
+                            .device = FLAP_DEVICE_CPU,
+                            .saves_weights = mode == FLAP_MODE_TRAIN && config->save_strategy != FLAP_STRATEGY_NO,
+                            .saves_states = mode == FLAP_MODE_TRAIN && config->save_strategy != FLAP_STRATEGY_NO &&
+                                            !config->save_only_model,
+                            .reader_depth = mode == FLAP_MODE_TRAIN ? 2 : 0,
+                            .io = backends[config->expert.io],
+                            .needs_no_norm = !flap_run_config_needs_norm(config),
+                            .compression = config->compression,
+                            .disk_count = config->disk_count};
+  for (uint32_t i = 0; i < config->disk_count; i++)
+    spec->disk_paths[i] = config->disk[i].path;
+  p->planner.expert = config->expert;
+  p->planner.activations = config->activations;
+  p->planner.machine = &p->machine;
+  if (mode == FLAP_MODE_TRAIN && config->expert.segment_layers > p->model.num_hidden_layers)
+    return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
+                          config->expert.segment_layers, p->model.num_hidden_layers);
+  FLAP_TRY(check_saved(p));
+  FLAP_TRY(choose_device(p));
+  if (config->profile == NULL)
+    FLAP_TRY(gather_disks(p));
+  flap_disk_set_weigh(&p->disks, config);
+  for (uint32_t i = 0; i < p->disks.count; i++)
+    spec->disk_weights[i] = p->disks.disks[i].weight;
+  give_disk_rates(p, NULL);
+  spec->shared_cores = p->machine.shared_cores > 0;
+  return FLAP_OK;
+}
+
+static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {
+  if (positions > p->model.max_position_embeddings)
+    return flap_error_set(FLAP_INVALID, "%s: %u tokens are more than the model's max_position_embeddings of %u", key,
+                          positions, p->model.max_position_embeddings);
+  return FLAP_OK;
+}
+
+static flap_status give_matmuls(flap_prepared *p) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  char target[FLAP_MATMUL_TARGET_MAX];
+  FLAP_TRY(flap_ops_matmul_target(FLAP_DEVICE_CUDA, target, sizeof target));
+  return flap_matmul_choice_open(target, spec->model, &spec->shape, p->config->expert.matmul,
+                                 p->resume_folder != NULL ? p->resume_folder : "", &p->matmuls);
+}
+
+/* Budgets must not decide what is tuned: with too little for a layer and the head at once, they take turns. */
+static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
+  if (!p->matmuls.tunes || p->matmuls.table.count > 0)
+    return FLAP_OK;
+  const flap_status status = flap_op_times_tune_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes);
+  if (status == FLAP_OK)
+    flap_matmul_choice_keep(&p->matmuls);
+  if (status != FLAP_BUDGET)
+    return status;
+  p->matmuls.table.count = 0; /* what a layer's were is not all: another budget would find more */
+  flap_log(FLAP_LOG_DEBUG, "products are not tuned: %s", flap_error_message());
+  flap_error_clear();
+  return FLAP_OK;
+}
+
+static void log_times(const flap_op_times *t) {
+  flap_log(FLAP_LOG_DEBUG,
+           "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f), head %.3f (first %.3f), "
+           "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which take "
+           "%.2f times as long), rounding %.4f",
+           (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6, (double)t->backward_ns * 1e-6,
+           (double)t->backward_fresh_ns * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
+           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies,
+           t->copies_beside_host, t->store_ns);
+}
+
+/* What was timed for such a run before, or else now: after tuning its products. */
+static flap_status measure_times(flap_prepared *p, const flap_op_times_spec *of) {
+  flap_op_times_cache cache;
+  FLAP_TRY(give_matmuls(p));
+  flap_op_times_cache_open(of, &p->machine, &cache);
+  if (!flap_op_times_cache_find(&cache, of, &p->times)) {
+    FLAP_TRY(flap_op_times_measure_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times));
+    flap_matmul_choice_keep(&p->matmuls);
+    flap_op_times_cache_open(of, &p->machine, &cache); /* with the products that were chosen meanwhile */
+    flap_op_times_cache_keep(&cache, &p->times);
+  }
+  if (!(p->times.host.alone > 0)) /* ram is too small to measure it in */
+    flap_host_times_from_rate(of, p->machine.host_bytes, &p->times);
+  log_times(&p->times);
+  return FLAP_OK;
+}
+
+/* A card here times the run's own layer; where that cannot be, rates must do. */
+static flap_status give_times(flap_prepared *p) {
+  const flap_setup_spec *spec = &p->planner.spec;
+  const flap_op_times_spec of = {.model = spec->model,
+                                 .shape = spec->shape,
+                                 .gradient_dtype = spec->gradient_dtype,
+                                 .optim = spec->optim,
+                                 .training = spec->mode == FLAP_MODE_TRAIN,
+                                 .threads = spec->threads,
+                                 .launch_ns = p->machine.launch_ns,
+                                 .host_bytes =
+                                     p->planner.expert.optimizer == FLAP_OPTIMIZER_GPU ? 0 : p->budgets.ram_bytes,
+                                 .matmuls = &p->matmuls};
+  p->planner.times = &p->times;
+  if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
+    const flap_status status = measure_times(p, &of);
+    if (status != FLAP_BUDGET)
+      return status;
+    flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
+    flap_error_clear();
+    FLAP_TRY(tune_apart(p, &of));
+  }
+  return flap_op_times_from_rates(&of, &p->machine, &p->times);
+}
+
+/* How many bytes lie on each disk of the configuration. */
+static void share_of_disks(const flap_prepared *p, uint64_t bytes_out[FLAP_RUN_DISKS_MAX]) {
+  flap_block_config config;
+  uint64_t bytes[FLAP_BLOCK_DISKS_MAX];
+  flap_setup_block_config(&p->setup, &config);
+  config.bytes = p->setup.sizes.disk_bytes;
+  flap_block_share(&config, bytes);
+  memset(bytes_out, 0, FLAP_RUN_DISKS_MAX * sizeof *bytes_out);
+  for (uint32_t i = 0, k = 0; i < p->disks.count && k < config.disk_count; i++)
+    if (config.disks[k].path == p->planner.spec.disk_paths[i]) /* those without room for a stripe are left out */
+      bytes_out[i] = bytes[k++];
+}
+
+/* Rates are those of the shares that weights ask for. Where a disk is too small for its own, the others have more to
+ * do, and all together are slower: how much is known once it is known how many bytes lie on them. */
+static flap_status plan_anew(flap_prepared *p) {
+  const flap_machine before = p->machine;
+  uint64_t bytes[FLAP_RUN_DISKS_MAX];
+  if (p->disks.count < 2 || p->setup.sizes.disk_bytes == 0)
+    return FLAP_OK;
+  share_of_disks(p, bytes);
+  give_disk_rates(p, bytes);
+  if (p->machine.disk_read_bytes > RATES_ALIKE * before.disk_read_bytes &&
+      p->machine.disk_write_bytes > RATES_ALIKE * before.disk_write_bytes)
+    return FLAP_OK;
+  flap_setup_close(&p->setup);
+  p->has_setup = false;
+  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
+  p->has_setup = true;
+  return FLAP_OK;
+}
+
+flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t batch, uint32_t sequence,
+                              uint32_t micro_batches, uint32_t cache_positions) {
+  const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
+  flap_assert(!p->has_setup);
+  if (mode != FLAP_MODE_SAMPLE)
+    FLAP_TRY(check_sequence(p, sequence, "cutoff_len"));
+  FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));
+  FLAP_TRY(flap_budgets_resolve(p->config, &p->planner, &p->budgets));
+  FLAP_TRY(give_times(p));
+  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
+  p->has_setup = true;
+  FLAP_TRY(plan_anew(p));
+  return flap_plan_describe(p, &p->plan);
+}

@@ -1,0 +1,158 @@
+/* What a step of a setup costs: an estimate from bytes and operations, and a simulation by the code that runs steps. */
+#include "base/assert.h"
+#include "base/duplex.h"
+#include "engine/planner/planner_internal.h"
+#include "engine/run/runtime.h"
+
+#define STEPS_MAX 3
+#define MANY_TRANSFERS 100000 /* a step of so many is simulated once after the first, not twice */
+
+flap_status planner_times(const flap_planner *planner, flap_op_times *times_out) {
+  const flap_setup_spec *spec = &planner->spec;
+  const flap_op_times_spec of = {.model = spec->model,
+                                 .shape = spec->shape,
+                                 .gradient_dtype = spec->gradient_dtype,
+                                 .optim = spec->optim,
+                                 .training = spec->mode == FLAP_MODE_TRAIN,
+                                 .threads = spec->threads,
+                                 .launch_ns = planner->machine->launch_ns};
+  return flap_op_times_from_rates(&of, planner->machine, times_out);
+}
+
+/* What one window of a program costs: operations and leases [first, end) of the list. */
+typedef struct window {
+  double seconds; /* of computing */
+  double host_seconds;
+  uint32_t first, end;
+} window;
+
+/* The longer of what each pair of lanes takes that slow each other down; 0 where none does. */
+static double pairs_seconds(const flap_machine *machine, const uint64_t bytes[FLAP_LANE_COUNT]) {
+  const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
+  const flap_duplex bus = {machine->h2d_bytes, machine->d2h_bytes,
+                           known ? machine->h2d_both_bytes + machine->d2h_both_bytes : 0};
+  const flap_duplex disk = {machine->disk_read_bytes, machine->disk_write_bytes, machine->disk_both_bytes};
+  const double copies = flap_duplex_least_seconds((double)bytes[FLAP_LANE_H2D], (double)bytes[FLAP_LANE_D2H], &bus);
+  const double disks =
+      flap_duplex_least_seconds((double)bytes[FLAP_LANE_DISK_READ], (double)bytes[FLAP_LANE_DISK_WRITE], &disk);
+  return copies > disks ? copies : disks;
+}
+
+/* Lanes overlap, but not quite: a tenth of what is not the longest shows. */
+static double window_seconds(const flap_planner *planner, const flap_setup *setup, const window *w) {
+  const flap_machine *machine = planner->machine;
+  const flap_program *program = &setup->programs[setup->steady];
+  uint64_t bytes[FLAP_LANE_COUNT], before[FLAP_LANE_COUNT];
+  flap_pager_predict(&setup->pager, program->leases, w->first, before);
+  flap_pager_predict(&setup->pager, program->leases, w->end, bytes);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    bytes[lane] -= before[lane];
+  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
+                                         [FLAP_LANE_D2H] = machine->d2h_bytes,
+                                         [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
+                                         [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes};
+  double longest = w->seconds > w->host_seconds ? w->seconds : w->host_seconds, sum = w->seconds + w->host_seconds;
+  for (int lane = 0; lane < FLAP_LANE_HOST; lane++) {
+    const double seconds = bytes[lane] > 0 ? (double)bytes[lane] / rates[lane] : 0;
+    sum += seconds;
+    longest = seconds > longest ? seconds : longest;
+  }
+  const double pairs = pairs_seconds(machine, bytes);
+  if (pairs > longest) {
+    sum += pairs - longest;
+    longest = pairs;
+  }
+  return longest + (sum - longest) * 0.1;
+}
+
+/* Forward and backward passes are windows of their own: states that stream through the forward do not hide behind the
+ * backward, whose lanes have nothing but gradients and activations to carry. */
+double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
+  const flap_program *program = &setup->programs[setup->steady];
+  double seconds = 0;
+  window w = {0};
+  bool backward = false;
+  for (uint32_t i = 0; i < program->op_count; i++) {
+    const flap_op *op = &program->ops[i];
+    if (op->kind == FLAP_OP_PIN)
+      w.end = op->operand[0] + 1;
+    if (op->kind == FLAP_OP_HOST_ADAMW) {
+      w.end = op->operand[2] + 1;
+      w.host_seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
+      continue;
+    }
+    if (op->kind == FLAP_OP_HEAD || op->kind == FLAP_OP_EMBED) {
+      const bool turns = (op->kind == FLAP_OP_HEAD) != backward;
+      backward = op->kind == FLAP_OP_HEAD;
+      if (turns) {
+        seconds += window_seconds(planner, setup, &w);
+        w = (window){.first = w.end, .end = w.end};
+      }
+    }
+    w.seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
+  }
+  return seconds + window_seconds(planner, setup, &w);
+}
+
+static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, flap_plan_costs *costs) {
+  flap_executor *x = &runtime->executor;
+  flap_executor_result result;
+  const flap_executor_input input = {
+      .tokens = x->host.tokens, .targets = x->host.targets, .counted = 1, .learning_rate = 1e-3, .decode_tokens = 1};
+  uint64_t moved = 0;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    moved += costs->lane_bytes[lane];
+  const int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
+  const int all = runtime->lists.trace != NULL ? steps + 1 : steps; /* what is traced has one behind it, as usual */
+  flap_setup_program sequence[STEPS_MAX + 1];
+  uint64_t ended_ns[STEPS_MAX + 1], busy_ns[STEPS_MAX + 1];
+  flap_pager_stats stats[STEPS_MAX + 1];
+  for (int i = 0; i < all; i++)
+    sequence[i] = setup->steady;
+  if (setup->steady == FLAP_SETUP_STEADY)
+    sequence[0] = FLAP_SETUP_FIRST;
+  FLAP_TRY(flap_executor_begin(x, sequence[0]));
+  for (int i = 0; i < all; i++) {
+    if (i + 1 < all)
+      FLAP_TRY(flap_executor_begin(x, sequence[i + 1]));
+    if (i == all - 2 && all > steps)
+      flap_runtime_start_trace(runtime);
+    FLAP_TRY(flap_executor_run(x, &input, &result));
+    if (i == all - 2 && all > steps)
+      flap_runtime_stop_trace(runtime);
+    ended_ns[i] = flap_clock_now_ns(runtime->clock);
+    busy_ns[i] = flap_device_busy_ns(flap_pager_device(runtime->pager), FLAP_STREAM_COMPUTE);
+    flap_pager_get_stats(runtime->pager, &stats[i]);
+  }
+  costs->step_seconds = (double)(ended_ns[steps - 1] - ended_ns[steps - 2]) * 1e-9;
+  costs->compute_seconds = (double)(busy_ns[steps - 1] - busy_ns[steps - 2]) * 1e-9;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    costs->lane_seconds[lane] = (double)(stats[steps - 1].busy_ns[lane] - stats[steps - 2].busy_ns[lane]) * 1e-9;
+  return flap_pager_settle(runtime->pager);
+}
+
+/* `trace`: of the last step, or NULL. */
+static flap_status simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                            struct flap_trace *trace, flap_plan_costs *costs_out) {
+  const flap_runtime_config config = {
+      .vram_bytes = budgets->vram_bytes, .machine = planner->machine, .times = planner->times, .trace = trace};
+  flap_runtime runtime;
+  const flap_program *program = &setup->programs[setup->steady];
+  *costs_out = (flap_plan_costs){0};
+  flap_pager_predict(&setup->pager, program->leases, program->lease_count, costs_out->lane_bytes);
+  FLAP_TRY(flap_runtime_open_simulated(setup, &config, &runtime));
+  const flap_status status = run_steps(&runtime, setup, costs_out);
+  flap_runtime_close(&runtime);
+  return status;
+}
+
+flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                             flap_plan_costs *costs_out) {
+  return simulate(planner, budgets, setup, NULL, costs_out);
+}
+
+flap_status flap_planner_trace(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
+                               struct flap_trace *trace) {
+  flap_plan_costs costs;
+  return simulate(planner, budgets, setup, trace, &costs);
+}

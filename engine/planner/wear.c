@@ -1,0 +1,81 @@
+#include "engine/planner/wear.h"
+
+#include "base/units.h"
+
+#include <math.h>
+#include <stdio.h>
+
+/* Those by steps or epochs, and one at the end; between them as many as the clock wants at the speed of the plan. */
+static uint64_t count_checkpoints(const flap_run_config *config, uint64_t steps, double epochs, double step_seconds) {
+  uint64_t count = 0;
+  switch (config->save_strategy) {
+  case FLAP_STRATEGY_NO:
+    return 0;
+  case FLAP_STRATEGY_STEPS:
+    count = (steps + config->save_steps - 1) / config->save_steps;
+    break;
+  case FLAP_STRATEGY_EPOCH:
+    count = (uint64_t)ceil(epochs);
+    break;
+  }
+  if (config->save_minutes > 0) {
+    const double by_clock = (double)steps * step_seconds / (60 * config->save_minutes);
+    if (by_clock > (double)count)
+      count = by_clock < (double)steps ? (uint64_t)by_clock : steps;
+  }
+  return count > 0 ? count : 1;
+}
+
+uint64_t flap_wear_start_bytes(const flap_plan *plan) {
+  return plan->classes[FLAP_CLASS_WEIGHTS].disk_bytes + plan->classes[FLAP_CLASS_VOCABULARY].disk_bytes +
+         plan->classes[FLAP_CLASS_STATES].disk_bytes;
+}
+
+static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) {
+  return config->ssd_budget_share > 0 ? (uint64_t)(config->ssd_budget_share * (double)plan->ssd_tbw_bytes)
+                                      : config->ssd_budget;
+}
+
+/* Of steps in the millions no sum passes 64 bits: 2^64 bytes are 18 exabytes. */
+void flap_wear_describe(const flap_run_config *config, uint64_t steps, double epochs, flap_plan *plan) {
+  plan->run_steps = steps;
+  plan->run_checkpoints = count_checkpoints(config, steps, epochs, plan->step_seconds);
+  plan->ssd_run_bytes = flap_wear_start_bytes(plan) + steps * plan->ssd_step_bytes +
+                        plan->run_checkpoints * plan->checkpoint_bytes + plan->export_bytes;
+  plan->ssd_budget_bytes = budget_of(config, plan);
+}
+
+/* The most steps that stay within the budget, with checkpoints as often as now; 0 when not even one does. */
+static uint64_t steps_within(const flap_plan *plan) {
+  const double once = (double)flap_wear_start_bytes(plan) + (double)plan->export_bytes;
+  const double each =
+      (double)plan->ssd_step_bytes + (double)(plan->run_checkpoints * plan->checkpoint_bytes) / (double)plan->run_steps;
+  const double left = (double)plan->ssd_budget_bytes - (double)plan->ssd_before_bytes - once;
+  return left > 0 && each > 0 ? (uint64_t)(left / each) : 0;
+}
+
+flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan) {
+  char run[FLAP_UNITS_TEXT_MAX], budget[FLAP_UNITS_TEXT_MAX], step[FLAP_UNITS_TEXT_MAX], saved[FLAP_UNITS_TEXT_MAX];
+  char before[FLAP_UNITS_TEXT_MAX + 32] = "";
+  const uint64_t all = plan->ssd_before_bytes + plan->ssd_run_bytes;
+  if (config->ssd_budget_share > 0 && plan->ssd_tbw_bytes == 0)
+    return flap_error_set(FLAP_INVALID, "ssd_budget: a share of what? give ssd_tbw, from the drive's data sheet");
+  if (plan->ssd_budget_bytes == 0 || all <= plan->ssd_budget_bytes)
+    return FLAP_OK;
+  (void)flap_units_format_bytes(plan->ssd_run_bytes, run, sizeof run);
+  (void)flap_units_format_bytes(plan->ssd_budget_bytes, budget, sizeof budget);
+  (void)flap_units_format_bytes(plan->ssd_step_bytes, step, sizeof step);
+  (void)flap_units_format_bytes(plan->checkpoint_bytes, saved, sizeof saved);
+  if (plan->ssd_before_bytes > 0) {
+    char bytes[FLAP_UNITS_TEXT_MAX];
+    (void)snprintf(before, sizeof before, " beside the %s until now",
+                   flap_units_format_bytes(plan->ssd_before_bytes, bytes, sizeof bytes));
+  }
+  return flap_error_set(FLAP_BUDGET,
+                        "ssd_budget: this run would write %s%s, more than the %s that it may: %llu steps of %s, %llu "
+                        "checkpoints of %s; %llu %ssteps stay within it, or give ram or vram more, save less often, or "
+                        "allow %llu bytes",
+                        run, before, budget, (unsigned long long)plan->run_steps, step,
+                        (unsigned long long)plan->run_checkpoints, saved, (unsigned long long)steps_within(plan),
+                        before[0] ? "more " : "", (unsigned long long)all);
+}

@@ -1,0 +1,31 @@
+/* What a run writes to drives in all, and whether that is within ssd_budget.
+ *
+ * Folder-private. Counted are the states that are laid down at the start, what each step writes, every checkpoint and
+ * the export; output_dir may be on another drive than `disk`, but both wear. A run that goes on counts from its
+ * checkpoint on, where trainer_state.json says what all its lives had written. Not counted are what the file system
+ * adds, the few evaluations, and what a life that was killed wrote after its last checkpoint.
+ */
+#ifndef FLAP_ENGINE_PLANNER_WEAR_H
+#define FLAP_ENGINE_PLANNER_WEAR_H
+
+#include "engine/engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What a run of so many steps writes: fills the plan's members of a run. `epochs`: those that these steps are, for
+ * save_strategy: epoch. The plan's other members are there. */
+void flap_wear_describe(const flap_run_config *config, uint64_t steps, double epochs, flap_plan *plan);
+
+/* FLAP_BUDGET when a described run, with what it wrote before, writes more than ssd_budget; says how many steps would
+ * not. */
+FLAP_CHECKED flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan);
+
+/* What states take of the disks once, at the start. */
+uint64_t flap_wear_start_bytes(const flap_plan *plan);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

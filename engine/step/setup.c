@@ -1,0 +1,534 @@
+#include "engine/step/setup.h"
+
+#include "base/assert.h"
+#include "base/units.h"
+#include "engine/step/buffers.h"
+#include "io/formats/dataset_reader.h"
+#include "io/formats/trace.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* What the pager can number: four thousand million blocks of 4 KiB, with room for rounding. Very many micro-batches
+ * whose activations are all saved come to more. */
+#define REGION_BYTES_MAX ((uint64_t)8 << 40)
+/* What moves at a time between RAM and the device. A copy takes some 15 microseconds beside its bytes' time, for its
+ * events and its turn: a sixth more for 4 MiB. */
+#define COPY_BYTES (16 * FLAP_MIB)
+
+static uint64_t smaller(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
+
+_Static_assert(FLAP_CLASS_COUNT <= FLAP_PAGER_CLASSES_MAX, "the pager knows as many classes");
+
+const char *flap_engine_class_name(flap_region_class klass) {
+  static const char *const names[] = {"weights",       "vocabulary",      "states",     "gradients",        "rounded",
+                                      "gradient_sums", "vocabulary_sums", "boundaries", "hidden_gradients", "saved",
+                                      "cache"};
+  _Static_assert(sizeof names / sizeof *names == FLAP_CLASS_COUNT, "a name per class");
+  flap_assert((unsigned)klass < FLAP_CLASS_COUNT);
+  return names[klass];
+}
+
+/* ---- layout and programs --------------------------------------------------------------------------------- */
+
+static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choice *choice) {
+  return (flap_layout_spec){.model = spec->model,
+                            .shape = spec->shape,
+                            .mode = spec->mode,
+                            .gradient_dtype = spec->gradient_dtype,
+                            .optim = spec->optim,
+                            .micro_batches = spec->micro_batches,
+                            .group_micro_batches = choice->group_micro_batches,
+                            .segment_layers = choice->segment_layers,
+                            .saved_layers = choice->saved_layers,
+                            .saved_mask = choice->saved_mask,
+                            .host_parts = choice->host_parts,
+                            .backward_parts = choice->backward_parts,
+                            .host_backward_parts = choice->host_backward_parts,
+
+                            .spread = choice->backward_parts > 0 && choice->spread,
+                            .slice_elements = choice->slice_elements,
+                            .cache_positions = spec->cache_positions};
+}
+
+static flap_status build_layout(flap_setup *setup) {
+  const flap_layout_spec spec = layout_spec(&setup->spec, &setup->choice);
+  flap_arena measure;
+  flap_arena_measure(&measure, "layout");
+  flap_layout_build(&spec, &measure, &setup->layout);
+  FLAP_TRY(flap_arena_open(&setup->layout_memory, "layout", measure.bytes_used));
+  flap_layout_build(&spec, &setup->layout_memory, &setup->layout);
+  return FLAP_OK;
+}
+
+static flap_status check_regions(const flap_layout *layout) {
+  uint64_t bytes = 0;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (!flap_units_add(bytes, layout->regions[i].bytes, &bytes) || bytes > REGION_BYTES_MAX)
+      return flap_error_set(FLAP_BUDGET, "%u micro-batches a step: more than %llu TiB to keep",
+                            layout->spec.micro_batches, (unsigned long long)(REGION_BYTES_MAX >> 40));
+  return FLAP_OK;
+}
+
+static flap_program_spec program_spec(flap_setup_program program) {
+  static const flap_program_spec specs[FLAP_SETUP_PROGRAM_COUNT] = {
+      [FLAP_SETUP_FIRST] = {.kind = FLAP_PROGRAM_STEP},
+      [FLAP_SETUP_STEADY] = {.kind = FLAP_PROGRAM_STEP, .pending = true},
+      [FLAP_SETUP_LAST] = {.kind = FLAP_PROGRAM_STEP, .pending = true, .sweep = true},
+      [FLAP_SETUP_SINGLE] = {.kind = FLAP_PROGRAM_STEP, .sweep = true},
+      [FLAP_SETUP_SWEEP] = {.kind = FLAP_PROGRAM_SWEEP},
+      [FLAP_SETUP_FORWARD] = {.kind = FLAP_PROGRAM_FORWARD},
+      [FLAP_SETUP_DECODE] = {.kind = FLAP_PROGRAM_DECODE}};
+  return specs[program];
+}
+
+/* Whether some part is updated neither in the backward nor in a sweep. */
+static bool leaves_updates(const flap_setup *setup) {
+  for (uint32_t part = 0; part < setup->layout.part_count; part++)
+    if (!setup->choice.sweep && !flap_layout_in_backward(&setup->layout, part))
+      return true;
+  return false;
+}
+
+static void choose_programs(flap_setup *setup) {
+  bool *has = setup->has_program;
+  switch (setup->spec.mode) {
+  case FLAP_MODE_TRAIN:
+    has[FLAP_SETUP_SINGLE] = has[FLAP_SETUP_FORWARD] = true;
+    has[FLAP_SETUP_FIRST] = has[FLAP_SETUP_STEADY] = has[FLAP_SETUP_LAST] = has[FLAP_SETUP_SWEEP] =
+        leaves_updates(setup);
+
+    setup->steady = flap_setup_folds(setup) ? FLAP_SETUP_STEADY : FLAP_SETUP_SINGLE;
+    break;
+  case FLAP_MODE_FORWARD:
+    has[FLAP_SETUP_FORWARD] = true;
+    setup->steady = FLAP_SETUP_FORWARD;
+    break;
+  case FLAP_MODE_SAMPLE:
+    has[FLAP_SETUP_DECODE] = true;
+    setup->steady = FLAP_SETUP_DECODE;
+    break;
+  }
+}
+
+static flap_status build_programs(flap_setup *setup) {
+  choose_programs(setup);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    flap_program_spec spec = program_spec((flap_setup_program)i);
+    spec.spread = spec.pending && setup->choice.spread;
+    FLAP_TRY(flap_program_build(&setup->layout, &spec, NULL, &setup->programs[i]));
+  }
+  return FLAP_OK;
+}
+
+static bool moves_in(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_READ || mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CONSUME;
+}
+
+static bool moves_out(flap_lease_mode mode) {
+  return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
+}
+
+static bool may_stay(const flap_layout_region *region) {
+  return region->place == FLAP_PLACE_ANY || region->place == FLAP_PLACE_COPIED;
+}
+
+static void measure_traffic(flap_setup *setup) {
+  const flap_program *program = &setup->programs[setup->steady];
+  const flap_layout *layout = &setup->layout;
+  memset(setup->traffic, 0, sizeof setup->traffic);
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    setup->classes[region->klass].bytes += region->bytes;
+    if (region->place == FLAP_PLACE_HOME)
+      setup->passing_bytes[region->klass] += region->bytes;
+    if (!may_stay(region))
+      continue;
+    setup->region_counts[region->klass]++;
+    setup->staying_bytes[region->klass] += region->bytes;
+    if (region->bytes > setup->largest_bytes[region->klass])
+      setup->largest_bytes[region->klass] = region->bytes;
+  }
+  for (uint32_t i = 0; i < program->lease_count; i++) {
+    if (program->leases[i].host_bytes > 0)
+      continue;
+    const flap_layout_region *region = &layout->regions[program->leases[i].region];
+    const flap_lease_mode mode = program->leases[i].mode;
+    setup->traffic[region->klass] += (double)region->bytes * ((moves_in(mode) ? 1 : 0) + (moves_out(mode) ? 1 : 0));
+  }
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    if (setup->staying_bytes[k] + setup->passing_bytes[k] > 0)
+      setup->traffic[k] /= (double)(setup->staying_bytes[k] + setup->passing_bytes[k]);
+}
+
+/* ---- residents and rings --------------------------------------------------------------------------------- */
+
+/* Of `regions` regions of a class, `wanted` are chosen at even distances. */
+static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
+  if (wanted == 0 || wanted == regions)
+    return wanted > 0; /* most often, and without a division */
+  return (index + 1) * wanted / regions > index * wanted / regions;
+}
+
+/* The embedding's gradient is complete when the backward is over, and the next forward begins with its weights: its
+ * states pass the bus while nothing computes, unless they stay. */
+static uint64_t preferred_states(const flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  return setup->choice.keeps_embedding && !flap_layout_is_host(layout, 0) ? layout->parts[0].slice_count : 0;
+}
+
+/* Of a class whose `first` regions are chosen before the others. */
+static bool stays(uint64_t index, uint64_t wanted, uint64_t regions, uint64_t first) {
+  if (index < first)
+    return index < wanted;
+  return is_chosen(index - first, wanted > first ? wanted - first : 0, regions - first);
+}
+
+static void choose_residents(flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  const uint64_t *regions = setup->region_counts;
+  uint64_t wanted[FLAP_CLASS_COUNT] = {0}, index[FLAP_CLASS_COUNT] = {0};
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    const uint64_t bytes_max = setup->choice.resident_bytes[k];
+    if (regions[k] > 0)
+      wanted[k] = bytes_max >= setup->staying_bytes[k] ? regions[k] : bytes_max / setup->largest_bytes[k];
+  }
+  const uint64_t states = preferred_states(setup); /* the first of their class */
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_region_class k = layout->regions[i].klass;
+    const uint64_t first = states > 0 && k == FLAP_CLASS_STATES ? states : 0;
+    setup->resident[i] = may_stay(&layout->regions[i]) && stays(index[k]++, wanted[k], regions[k], first);
+  }
+}
+
+static void count_live(const flap_setup *setup, uint32_t live_max[FLAP_CLASS_COUNT]) {
+  memset(live_max, 0, FLAP_CLASS_COUNT * sizeof *live_max);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    for (int k = 0; setup->has_program[i] && k < FLAP_CLASS_COUNT; k++)
+      if (setup->programs[i].live_max[k] > live_max[k])
+        live_max[k] = setup->programs[i].live_max[k];
+}
+
+/* A copy that stays in VRAM is a ring of one slot that keeps what it loaded. */
+static uint32_t lay_copy(flap_setup *setup, const flap_layout_region *region) {
+  setup->rings[setup->pager.ring_count] = (flap_pager_ring){
+      .name = flap_engine_class_name(region->klass), .slot_bytes = region->bytes, .slots = 1, .keeps = true};
+  return setup->pager.ring_count++;
+}
+
+static bool is_saved(const flap_setup_spec *spec, flap_region_class klass) {
+  return (spec->saves_weights && (klass == FLAP_CLASS_WEIGHTS || klass == FLAP_CLASS_VOCABULARY)) ||
+         (spec->saves_states && klass == FLAP_CLASS_STATES);
+}
+
+/* A ring per class that streams, as wide as the largest region that streams. */
+static void lay_rings(flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  uint32_t live_max[FLAP_CLASS_COUNT], ring_of[FLAP_CLASS_COUNT];
+  uint64_t slot_bytes[FLAP_CLASS_COUNT] = {0}, streaming[FLAP_CLASS_COUNT] = {0};
+  count_live(setup, live_max);
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    if (setup->resident[i] || region->place == FLAP_PLACE_HOST)
+      continue;
+    streaming[region->klass]++;
+    if (region->bytes > slot_bytes[region->klass])
+      slot_bytes[region->klass] = region->bytes;
+  }
+  setup->pager.ring_count = 0;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    setup->classes[k].ring_slots = 0;
+    setup->classes[k].ring_bytes = 0;
+    if (streaming[k] == 0)
+      continue;
+    ring_of[k] = setup->pager.ring_count++;
+    flap_pager_ring *ring = &setup->rings[ring_of[k]];
+    *ring = (flap_pager_ring){.name = flap_engine_class_name((flap_region_class)k), .slot_bytes = slot_bytes[k]};
+    const uint32_t live = live_max[k] > 0 ? live_max[k] : 1;
+    ring->slots = live + setup->choice.extra_slots[k];
+    setup->classes[k].ring_slots = ring->slots;
+    setup->classes[k].ring_bytes = ring->slots * ring->slot_bytes;
+  }
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    flap_pager_region *paged = &setup->regions[i];
+    paged->bytes = region->bytes;
+    paged->klass = (uint8_t)region->klass;
+    paged->element_bytes = region->element_bytes;
+    paged->in_snapshots = is_saved(&setup->spec, region->klass);
+    paged->ram_pages = 0;
+    if (region->place == FLAP_PLACE_HOST)
+      paged->ring = FLAP_PAGER_HOST;
+    else if (!setup->resident[i])
+      paged->ring = ring_of[region->klass];
+    else
+      paged->ring = region->place == FLAP_PLACE_COPIED ? lay_copy(setup, region) : FLAP_PAGER_RESIDENT;
+  }
+}
+
+/* ---- homes in RAM ---------------------------------------------------------------------------------------- */
+
+/* Classes in the order in which they get RAM: most traffic per byte first; of equals, gradients before the others,
+ * because what is written and read once a step wears disks for nothing. */
+static void order_classes(const flap_setup *setup, flap_region_class order[FLAP_CLASS_COUNT]) {
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    int at = k;
+    const double mine = setup->traffic[k] + (k == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
+    while (at > 0) {
+      const flap_region_class before = order[at - 1];
+      const double other = setup->traffic[before] + (before == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
+      if (other >= mine)
+        break;
+      order[at] = before;
+      at--;
+    }
+    order[at] = (flap_region_class)k;
+  }
+}
+
+static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t page) {
+  return smaller(setup->regions[region].bytes - page * setup->choice.page_bytes, setup->choice.page_bytes);
+}
+
+/* The same share of every region first, so that each load uses RAM and disk side by side; then the rest, a page here
+ * and there. */
+static bool wants_ram(const flap_setup *setup, uint32_t region, flap_region_class klass) {
+  const flap_layout_region *r = &setup->layout.regions[region];
+  return r->klass == klass && r->place == FLAP_PLACE_ANY && !setup->resident[region];
+}
+
+static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t streaming, uint64_t left) {
+  const flap_layout *layout = &setup->layout;
+  const uint64_t page_bytes = setup->choice.page_bytes;
+  const bool all = streaming <= left;
+  const double share = all ? 1.0 : (double)left / (double)streaming;
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    if (!wants_ram(setup, i, klass))
+      continue;
+    const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
+    uint64_t given = all ? pages : (uint64_t)(share * (double)(bytes / page_bytes));
+    while (given > 0 && smaller(given * page_bytes, bytes) > left)
+      given--;
+    setup->regions[i].ram_pages = (uint32_t)given;
+    left -= smaller(given * page_bytes, bytes);
+  }
+  for (uint32_t i = 0; i < layout->region_count && left > 0 && !all; i++) {
+    if (!wants_ram(setup, i, klass))
+      continue;
+    const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
+    if (setup->regions[i].ram_pages >= pages)
+      continue;
+    const uint64_t span = page_span(setup, i, setup->regions[i].ram_pages);
+    if (span <= left) {
+      setup->regions[i].ram_pages++;
+      left -= span;
+    }
+  }
+  return left;
+}
+
+static void lay_homes(flap_setup *setup) {
+  const flap_layout *layout = &setup->layout;
+  flap_region_class order[FLAP_CLASS_COUNT];
+  uint64_t streaming[FLAP_CLASS_COUNT] = {0}, left = setup->choice.ram_bytes;
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    if (layout->regions[i].place != FLAP_PLACE_ANY)
+      setup->regions[i].ram_pages = UINT32_MAX; /* all that it has, whatever the choice says */
+    else if (!setup->resident[i])
+      streaming[layout->regions[i].klass] += layout->regions[i].bytes;
+  order_classes(setup, order);
+  for (int k = 0; k < FLAP_CLASS_COUNT && left > 0; k++)
+    if (streaming[order[k]] > 0)
+      left = give_ram(setup, order[k], streaming[order[k]], left);
+}
+
+static void sum_classes(flap_setup *setup) {
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    setup->classes[k].resident_bytes = setup->classes[k].ram_bytes = setup->classes[k].disk_bytes = 0;
+  for (uint32_t i = 0; i < setup->layout.region_count; i++) {
+    flap_class_plan *row = &setup->classes[setup->layout.regions[i].klass];
+    const uint64_t bytes = setup->layout.regions[i].bytes;
+    if (setup->resident[i])
+      row->resident_bytes += bytes;
+    if (setup->layout.regions[i].place != FLAP_PLACE_ANY) {
+      row->ram_bytes += bytes;
+    } else if (!setup->resident[i]) {
+      const uint64_t ram = smaller(bytes, setup->regions[i].ram_pages * setup->choice.page_bytes);
+      row->ram_bytes += ram;
+      row->disk_bytes += bytes - ram;
+    }
+  }
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------------------- */
+
+/* Disks without room for a stripe are left out. */
+void flap_setup_block_config(const flap_setup *setup, flap_block_config *config_out) {
+  const uint64_t stripe = setup->choice.transfer_bytes;
+  *config_out = (flap_block_config){.backend = setup->spec.io, .stripe_bytes = stripe};
+  for (uint32_t i = 0; i < setup->spec.disk_count; i++) {
+    const uint64_t bytes = setup->disk_sizes[i] / stripe * stripe;
+    if (bytes > 0)
+      config_out->disks[config_out->disk_count++] =
+          (flap_block_disk){.path = setup->spec.disk_paths[i], .bytes = bytes, .weight = setup->spec.disk_weights[i]};
+  }
+}
+
+/* What io/block takes for itself once it is open with these buffers; 0 as long as the disks are too small or not known.
+ */
+static uint64_t block_bytes(const flap_setup *setup) {
+  flap_block_config config;
+  flap_setup_block_config(setup, &config);
+  uint64_t room = 0;
+  for (uint32_t i = 0; i < config.disk_count; i++)
+    room += config.disks[i].bytes;
+  config.bytes = smaller(setup->sizes.disk_bytes, room);
+  if (config.bytes == 0)
+    return 0;
+  config.requests_max = setup->choice.read_buffers + setup->choice.write_buffers + setup->sizes.snapshot_buffers;
+  config.memory = (void *)(uintptr_t)FLAP_BLOCK_ALIGN; /* not touched: only counted */
+  config.memory_bytes = setup->sizes.staging_bytes;
+  const uint64_t bytes = flap_block_measure(&config);
+  flap_assert(bytes > 0);
+  return bytes;
+}
+
+void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out) {
+  memset(lists_out, 0, sizeof *lists_out);
+  flap_layout_build(&setup->layout.spec, ram, &lists_out->layout);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    lists_out->programs[i] = setup->programs[i];
+    flap_program_place(&lists_out->programs[i], ram);
+    if (!flap_arena_is_measuring(ram))
+      setup->programs[i] = (flap_program){.spec = setup->programs[i].spec}; /* its lists were moved */
+  }
+  lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
+  if (flap_arena_is_measuring(ram))
+    lists_out->layout = setup->layout;
+}
+
+static void measure(flap_setup *setup) {
+  flap_pager_config *pager = &setup->pager;
+  const flap_choice *choice = &setup->choice;
+  pager->page_bytes = choice->page_bytes;
+  pager->transfer_bytes = choice->transfer_bytes;
+  pager->copy_bytes = flap_units_round_up(COPY_BYTES, choice->page_bytes);
+  pager->read_buffers = choice->read_buffers;
+  pager->write_buffers = choice->write_buffers;
+  pager->workers = choice->workers;
+  pager->compression = setup->spec.compression;
+  pager->disk_rates = setup->spec.disk_rates;
+  pager->shared_cores = setup->spec.shared_cores;
+  pager->region_count = setup->layout.region_count;
+  pager->regions = setup->regions;
+  pager->rings = setup->rings;
+  pager->leases_max = 1;
+  pager->jobs_max = 0;
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    if (!setup->has_program[i])
+      continue;
+    if (setup->programs[i].lease_count > pager->leases_max)
+      pager->leases_max = setup->programs[i].lease_count;
+    if (setup->programs[i].job_count > pager->jobs_max)
+      pager->jobs_max = setup->programs[i].job_count;
+  }
+  /* With something on disk and no buffers there is nothing to open: the sizes of homes are wanted all the same. */
+  const bool staged = choice->read_buffers > 0 && choice->write_buffers > 0;
+  if (!staged)
+    pager->read_buffers = pager->write_buffers = 1;
+  flap_pager_measure(pager, &setup->sizes);
+  if (!staged)
+    pager->read_buffers = pager->write_buffers = 0;
+
+  flap_arena vram, ram;
+  flap_device_buffers device_buffers;
+  flap_host_buffers host_buffers;
+  flap_setup_lists lists;
+  flap_arena_measure(&vram, "vram");
+  flap_buffers_take_device(&setup->layout, setup->spec.device, setup->spec.threads, &vram, &device_buffers);
+  setup->vram_scratch_bytes = flap_units_round_up(vram.bytes_used, FLAP_BLOCK_ALIGN);
+  setup->vram_bytes = setup->sizes.vram_bytes + setup->vram_scratch_bytes + setup->spec.vram_overhead_bytes;
+
+  flap_arena_measure(&ram, "ram");
+  (void)flap_arena_take(&ram, setup->sizes.ram_bytes, FLAP_BLOCK_ALIGN);
+  flap_setup_take_lists(setup, &ram, &lists);
+  flap_buffers_take_host(&setup->layout, setup->pager.leases_max, &ram, &host_buffers);
+  if (setup->spec.reader_depth > 0) {
+    flap_reader_config reader = {.sequence_length = setup->spec.shape.sequence,
+                                 .sequences = setup->spec.shape.batch * setup->spec.micro_batches,
+                                 .depth = setup->spec.reader_depth};
+    (void)flap_arena_take(&ram, flap_reader_measure(&reader), 64);
+  }
+  setup->ram_arena_bytes = flap_units_round_up(ram.bytes_used, FLAP_BLOCK_ALIGN);
+  setup->ram_bytes = setup->ram_arena_bytes + block_bytes(setup);
+  setup->ram_other_bytes = setup->ram_bytes - setup->sizes.ram_bytes;
+  setup->disk_bytes = flap_units_round_up(setup->sizes.disk_bytes, choice->transfer_bytes);
+}
+
+void flap_setup_set_disks(flap_setup *setup, const uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]) {
+  memcpy(setup->disk_sizes, disk_bytes, sizeof setup->disk_sizes);
+  measure(setup);
+}
+
+/* ---- the other calls ------------------------------------------------------------------------------------- */
+
+flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
+  flap_assert(choice->segment_layers == setup->choice.segment_layers &&
+              choice->group_micro_batches == setup->choice.group_micro_batches &&
+              choice->saved_layers == setup->choice.saved_layers && choice->saved_mask == setup->choice.saved_mask &&
+              choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
+              choice->slice_elements == setup->choice.slice_elements &&
+              choice->host_parts == setup->choice.host_parts &&
+              choice->backward_parts == setup->choice.backward_parts &&
+              choice->host_backward_parts == setup->choice.host_backward_parts);
+
+  setup->choice = *choice;
+  choose_residents(setup);
+  lay_rings(setup);
+  lay_homes(setup);
+  sum_classes(setup);
+  measure(setup);
+  return FLAP_OK;
+}
+
+flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice, flap_setup *setup_out) {
+  memset(setup_out, 0, sizeof *setup_out);
+  setup_out->spec = *spec;
+  setup_out->choice = *choice;
+  flap_assert(choice->backward_parts == 0 || spec->needs_no_norm);
+  flap_status status = FLAP_OK;
+  FLAP_TRY_GOTO(status, build_layout(setup_out));
+  FLAP_TRY_GOTO(status, check_regions(&setup_out->layout));
+  FLAP_TRY_GOTO(status, build_programs(setup_out));
+  const uint32_t regions = setup_out->layout.region_count;
+  setup_out->resident = calloc(regions, sizeof *setup_out->resident);
+  setup_out->regions = calloc(regions, sizeof *setup_out->regions);
+  setup_out->rings = calloc(FLAP_CLASS_COUNT + setup_out->layout.part_count, sizeof *setup_out->rings);
+  if (setup_out->resident == NULL || setup_out->regions == NULL || setup_out->rings == NULL) {
+    status = flap_error_set(FLAP_NO_MEMORY, "no memory to plan %u regions", regions);
+    goto fail;
+  }
+  measure_traffic(setup_out);
+  return flap_setup_place(setup_out, choice);
+fail:
+  flap_setup_close(setup_out);
+  return status;
+}
+
+void flap_setup_close(flap_setup *setup) {
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    flap_program_close(&setup->programs[i]);
+  free(setup->resident);
+  free(setup->regions);
+  free(setup->rings);
+  setup->resident = NULL;
+  setup->regions = NULL;
+  setup->rings = NULL;
+  flap_arena_close(&setup->layout_memory);
+}

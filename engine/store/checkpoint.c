@@ -1,0 +1,466 @@
+/* Checkpoints: saved whole, found again, and pruned. */
+#include "engine/store/checkpoint.h"
+
+#include "base/log.h"
+#include "base/system.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/output_folder_internal.h"
+#include "engine/store/run_lock.h"
+#include "engine/store/weights.h"
+#include "io/formats/checksums.h"
+#include "io/formats/durable.h"
+#include "io/formats/json_file.h"
+#include "io/formats/safetensors.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define STATE_FILE "trainer_state.json"
+#define STATE_FORMAT "flap-trainer-state"
+#define STATE_VERSION 1
+#define MATMUL_BYTES ((uint64_t)96 << 10) /* at most, of matmul.json: some 650 for each of 128 products */
+#define STATE_BYTES_MAX ((uint64_t)1 << 20)
+#define READ_AGAIN_BYTES_MAX ((uint64_t)4 << 30) /* only to explain an error: a few seconds */
+
+_Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
+
+/* ---- trainer_state.json -------------------------------------------------------------------------------------- */
+
+static json_int_t to_json(uint64_t value) {
+  return value > INT64_MAX ? INT64_MAX : (json_int_t)value;
+}
+
+static bool add_loss_scale(json_t *root, const flap_trainer_state *state) {
+  const flap_loss_scale *scale = &state->loss_scale;
+  if (scale->scale == 0)
+    return true;
+  return json_object_set_new(root, "loss_scale", flap_json_real(scale->scale)) == 0 &&
+         json_object_set_new(root, "loss_scale_good_steps", json_integer(to_json(scale->good_steps))) == 0 &&
+         json_object_set_new(root, "updates_applied", json_integer(to_json(state->step - scale->skipped))) == 0;
+}
+
+/* Numbers that use all 64 bits are texts: JSON readers have 63 or 53. */
+static flap_status write_state(const char *folder, const flap_trainer_state *state) {
+  char path[FLAP_PATH_MAX], seed[32], digest[32];
+  FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
+  (void)snprintf(seed, sizeof seed, "%" PRIu64, state->seed);
+  (void)snprintf(digest, sizeof digest, "0x%016" PRIx64, state->dataset_digest);
+  json_t *root =
+      json_pack("{s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:s}", "format", STATE_FORMAT, "version", STATE_VERSION,
+                "global_step", to_json(state->step), "max_steps", to_json(state->max_steps), "sequences_consumed",
+                to_json(state->cursor), "written_bytes", to_json(state->written_bytes), "seed", seed, "dataset_digest",
+                digest, "optim", flap_run_config_optim_name(state->optim), "numerics", state->numerics);
+  if (root == NULL || !add_loss_scale(root, state)) {
+    json_decref(root);
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", path);
+  }
+  const flap_status status = flap_json_write_file(path, root);
+  json_decref(root);
+  return status;
+}
+
+static flap_status read_long(const flap_json_object *root, const char *key, int base, uint64_t *value_out) {
+  const char *text = NULL;
+  FLAP_TRY(flap_json_get_string(root, key, &text));
+  char *end = NULL;
+  errno = 0;
+  const unsigned long long value = strtoull(text, &end, base);
+  if (text[0] < '0' || text[0] > '9' || *end != '\0' || errno != 0)
+    return flap_json_error(root, key, "%.40s is not a whole number of 64 bits", text);
+  *value_out = value;
+  return FLAP_OK;
+}
+
+static flap_status read_count(const flap_json_object *root, const char *key, uint64_t *value_out) {
+  int64_t value = 0;
+  FLAP_TRY(flap_json_get_integer(root, key, 0, INT64_MAX, &value));
+  *value_out = (uint64_t)value;
+  return FLAP_OK;
+}
+
+/* A run without a loss scale has none of these keys. */
+static flap_status parse_loss_scale(const flap_json_object *root, flap_trainer_state *state) {
+  uint64_t applied = 0;
+  FLAP_TRY(flap_json_opt_number(root, "loss_scale", 0, 1e300, 0, &state->loss_scale.scale));
+  if (state->loss_scale.scale == 0)
+    return FLAP_OK;
+  if (!flap_loss_scale_valid(state->loss_scale.scale))
+    return flap_json_error(root, "loss_scale", "%g is not a power of two between 2^-24 and 2^60",
+                           state->loss_scale.scale);
+  FLAP_TRY(read_count(root, "loss_scale_good_steps", &state->loss_scale.good_steps));
+  FLAP_TRY(read_count(root, "updates_applied", &applied));
+  if (applied > state->step)
+    return flap_json_error(root, "updates_applied", "%llu is more than the %llu steps in global_step",
+                           (unsigned long long)applied, (unsigned long long)state->step);
+  state->loss_scale.skipped = state->step - applied;
+  return FLAP_OK;
+}
+
+/* What was saved before there was a choice has no such key: adamw. */
+static flap_status parse_optim(const flap_json_object *root, flap_trainer_state *state) {
+  const char *name = NULL;
+  FLAP_TRY(flap_json_opt_string(root, "optim", flap_run_config_optim_name(FLAP_OPTIM_ADAMW), &name));
+  for (int i = FLAP_OPTIM_ADAMW; i <= FLAP_OPTIM_ADAMW_8BIT; i++)
+    if (strcmp(name, flap_run_config_optim_name((flap_optim)i)) == 0) {
+      state->optim = (flap_optim)i;
+      return FLAP_OK;
+    }
+  return flap_json_error(root, "optim", "%.40s is neither adamw nor adamw_8bit", name);
+}
+
+static flap_status parse_state(const flap_json_object *root, flap_trainer_state *state) {
+  const char *format = NULL, *numerics = NULL;
+  int64_t version = 0, written = 0;
+  FLAP_TRY(flap_json_opt_string(root, "format", "", &format));
+  if (strcmp(format, STATE_FORMAT) != 0)
+    return flap_json_error(root, "format",
+                           "must be " STATE_FORMAT ": only FLAP's own checkpoints can be resumed; to "
+                           "train another program's further, give it as model_name_or_path");
+  FLAP_TRY(flap_json_get_integer(root, "version", 1, INT64_MAX, &version));
+  if (version != STATE_VERSION) {
+    (void)flap_json_error(root, "version", "is %lld, but this program reads version %d", (long long)version,
+                          STATE_VERSION);
+    return FLAP_UNSUPPORTED;
+  }
+  FLAP_TRY(read_count(root, "global_step", &state->step));
+  FLAP_TRY(read_count(root, "max_steps", &state->max_steps));
+  FLAP_TRY(read_count(root, "sequences_consumed", &state->cursor));
+  FLAP_TRY(flap_json_opt_integer(root, "written_bytes", 0, INT64_MAX, 0, &written));
+  state->written_bytes = (uint64_t)written;
+  FLAP_TRY(read_long(root, "seed", 10, &state->seed));
+  FLAP_TRY(read_long(root, "dataset_digest", 16, &state->dataset_digest));
+  FLAP_TRY(parse_optim(root, state));
+  FLAP_TRY(parse_loss_scale(root, state));
+  FLAP_TRY(flap_json_get_string(root, "numerics", &numerics));
+  if (strlen(numerics) >= FLAP_NUMERICS_MAX)
+    return flap_json_error(root, "numerics", "is longer than %d bytes", FLAP_NUMERICS_MAX - 1);
+  strcpy(state->numerics, numerics);
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out) {
+  char path[FLAP_PATH_MAX];
+  json_t *json = NULL;
+  flap_json_object root;
+  memset(state_out, 0, sizeof *state_out);
+  FLAP_TRY(flap_durable_join(path, folder, STATE_FILE));
+  FLAP_TRY(flap_json_load_file(path, STATE_BYTES_MAX, &json));
+  flap_status status = flap_json_root(json, path, &root);
+  if (status == FLAP_OK)
+    status = parse_state(&root, state_out);
+  json_decref(json);
+  return status;
+}
+
+/* ---- saving -------------------------------------------------------------------------------------------------- */
+
+static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
+                                const flap_trainer_state *state, flap_checksums *checksums) {
+  FLAP_TRY(flap_weights_save_states(pager, layout, folder, checksums));
+  if (state->matmuls != NULL && state->matmuls->given)
+    FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
+  return write_state(folder, state);
+}
+
+/* Large files are summed up while they are written; the small ones are read again. */
+static flap_status write_all(const char *folder, flap_pager *pager, const flap_layout *layout,
+                             const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
+  flap_checksums checksums = {0};
+  flap_status status = FLAP_OK;
+  FLAP_TRY_GOTO(status, flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_TRY_GOTO(status, flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, &checksums));
+  if (!only_model)
+    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, &checksums));
+  FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
+  status = flap_checksums_write(&checksums, folder);
+fail:
+  flap_checksums_close(&checksums);
+  return status;
+}
+
+/* The new checkpoint is safe already: what cannot be removed is said and left. */
+static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_limit) {
+  flap_output_steps list = {0};
+  char path[FLAP_PATH_MAX];
+  flap_status status = flap_output_list(output_dir, &list);
+  size_t ours = 0;
+  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    bool known = list.steps[i] == saved_step;
+    if (status == FLAP_OK && !known)
+      status = flap_output_is_ours(path, &known);
+    if (status == FLAP_OK && known)
+      list.steps[ours++] = list.steps[i];
+  }
+  size_t left = ours;
+  for (size_t i = 0; i < ours && left > total_limit && status == FLAP_OK; i++) {
+    if (list.steps[i] == saved_step)
+      continue;
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    if (status == FLAP_OK)
+      status = flap_durable_remove_folder(path);
+    left--;
+  }
+  if (status != FLAP_OK)
+    flap_log(FLAP_LOG_WARNING, "save_total_limit: an old checkpoint stays: %s", flap_error_message());
+  flap_output_steps_close(&list);
+}
+
+static flap_status give_up(const char *folder, flap_status status) {
+  flap_checkpoint_abandon(folder);
+  return flap_error_prefix(status, "saving %s", folder);
+}
+
+flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                  const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
+                                  char folder_out[FLAP_PATH_MAX]) {
+  char temporary[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_make_folder(output_dir));
+  FLAP_TRY(flap_output_checkpoint_path(output_dir, state->step, folder_out));
+  FLAP_TRY(flap_durable_begin_folder(folder_out, temporary));
+  const flap_status status = write_all(temporary, pager, layout, artifacts, state, only_model);
+  return status == FLAP_OK ? FLAP_OK : give_up(folder_out, status);
+}
+
+flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step, uint32_t total_limit) {
+  const flap_status status = flap_durable_commit_folder(folder, true);
+  if (status != FLAP_OK)
+    return give_up(folder, status);
+  if (total_limit > 0)
+    prune(output_dir, step, total_limit);
+  return FLAP_OK;
+}
+
+void flap_checkpoint_abandon(const char *folder) {
+  flap_durable_abort_folder(folder);
+}
+
+flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                 const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
+                                 uint32_t total_limit, char folder_out[FLAP_PATH_MAX]) {
+  FLAP_TRY(flap_checkpoint_write(output_dir, pager, layout, artifacts, state, only_model, folder_out));
+  return flap_checkpoint_commit(output_dir, folder_out, state->step, total_limit);
+}
+
+/* ---- what is not as it was saved ----------------------------------------------------------------------------- */
+
+/* At least as long as it should be, as far as can be told without reading it. */
+static bool seems_whole(const char *folder) {
+  flap_checksums checksums = {0};
+  const bool whole = flap_output_is_there(folder, STATE_FILE) && flap_checksums_read(folder, &checksums) == FLAP_OK &&
+                     flap_checksums_check_sizes(&checksums, folder) == FLAP_OK;
+  flap_checksums_close(&checksums);
+  return whole;
+}
+
+/* The newest checkpoint beside `folder` that is older; false when there is none. */
+static bool find_older(const char *folder, char older_out[FLAP_PATH_MAX]) {
+  char parent[FLAP_PATH_MAX];
+  uint64_t step = 0;
+  flap_output_steps list = {0};
+  bool found = false;
+  const char *slash = strrchr(folder, '/');
+  if (!flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return false;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (flap_output_list(parent[0] ? parent : "/", &list) != FLAP_OK)
+    return false;
+  for (size_t i = list.count; i > 0 && !found; i--)
+    found = list.steps[i - 1] < step &&
+            flap_output_checkpoint_path(parent[0] ? parent : "/", list.steps[i - 1], older_out) == FLAP_OK &&
+            seems_whole(older_out);
+  flap_output_steps_close(&list);
+  return found;
+}
+
+/* Says what to do about a checkpoint that cannot be trusted. */
+static flap_status advise(const char *folder, flap_status status) {
+  char message[2048], older[FLAP_PATH_MAX];
+  if (status != FLAP_CORRUPT)
+    return status;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  if (find_older(folder, older))
+    return flap_error_set(status,
+                          "%s; nothing was trained on it: go back to the checkpoint before with "
+                          "resume_from_checkpoint=%s",
+                          message, older);
+  return flap_error_set(
+      status,
+      "%s; nothing was trained on it, and no earlier checkpoint is beside it: restore it from a copy, "
+      "or start anew",
+      message);
+}
+
+static bool is_large(const char *name) {
+  const size_t length = strlen(name), end = strlen(".safetensors");
+  return length >= end && strcmp(name + length - end, ".safetensors") == 0;
+}
+
+/* All files are there, and the small ones are what they were. */
+static flap_status check_small(const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  FLAP_TRY(status);
+  status = flap_checksums_check_sizes(&checksums, folder);
+  for (size_t i = 0; i < checksums.count && status == FLAP_OK; i++)
+    if (!is_large(checksums.entries[i].name))
+      status = flap_checksums_check_file(&checksums.entries[i], folder);
+  flap_checksums_close(&checksums);
+  return status;
+}
+
+/* A reader may stumble over a changed byte before a whole file is summed up: then that is what is said. */
+static flap_status find_changed(const char *folder, const flap_checksums *checksums, flap_status status) {
+  char message[2048];
+  uint64_t bytes = 0;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  for (size_t i = 0; i < checksums->count; i++)
+    bytes += checksums->entries[i].bytes;
+  if (bytes > READ_AGAIN_BYTES_MAX)
+    return flap_error_set(status, "%s (flap inspect %s tells whether it is what was saved)", message, folder);
+  for (size_t i = 0; i < checksums->count; i++)
+    if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
+      return FLAP_CORRUPT;
+  return flap_error_set(status, "%s", message);
+}
+
+flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder) {
+  flap_checksums checksums = {0};
+  flap_status status = flap_checksums_read(folder, &checksums);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    flap_log(FLAP_LOG_WARNING,
+             "%s has no " FLAP_CHECKSUMS_FILE
+             ": an earlier version saved it, or it was changed; whether it is what was "
+             "saved cannot be told",
+             folder);
+    return flap_weights_resume(pager, layout, folder, NULL);
+  }
+  if (status == FLAP_OK)
+    status = flap_weights_resume(pager, layout, folder, &checksums);
+  if (status == FLAP_INVALID || status == FLAP_UNSUPPORTED || status == FLAP_NOT_FOUND)
+    status = find_changed(folder, &checksums, status);
+  flap_checksums_close(&checksums);
+  return advise(folder, status);
+}
+
+/* ---- finding ------------------------------------------------------------------------------------------------- */
+
+static flap_status open_found(const char *folder, flap_trainer_state *state_out) {
+  FLAP_TRY(advise(folder, check_small(folder)));
+  return flap_checkpoint_read_state(folder, state_out);
+}
+
+static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
+  struct stat about;
+  if (flap_system_stat(output_dir, &about) != 0)
+    return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
+  flap_output_steps list = {0};
+  FLAP_TRY(flap_output_recover(output_dir));
+  FLAP_TRY(flap_output_list(output_dir, &list));
+  flap_status status = FLAP_OK;
+  bool found = false;
+  for (size_t i = list.count; i > 0 && !found && status == FLAP_OK; i--) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i - 1], folder_out);
+    if (status == FLAP_OK)
+      status = flap_output_look(folder_out, STATE_FILE, &found);
+  }
+  const size_t count = list.count;
+  flap_output_steps_close(&list);
+  FLAP_TRY(status);
+  if (found)
+    return open_found(folder_out, state_out);
+  if (count > 0)
+    return flap_error_set(FLAP_NOT_FOUND,
+                          "resume_from_checkpoint: the checkpoints in %s hold weights only (save_only_model), without "
+                          "the optimizer's states; give one as model_name_or_path to start anew from it",
+                          output_dir);
+  return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
+}
+
+/* A crash may have left the folder under its temporary name; but where another run writes, that name is a checkpoint in
+ * the making. The caller has the lock of output_dir. Folders of other names are nobody's to touch. */
+static flap_status recover_named(const char *output_dir, const char *folder) {
+  char parent[FLAP_PATH_MAX];
+  struct stat about, mine;
+  uint64_t step;
+  const char *slash = strrchr(folder, '/');
+  if (flap_system_stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+    return FLAP_OK;
+  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
+                 slash != NULL ? folder : ".");
+  if (parent[0] == '\0')
+    strcpy(parent, "/");
+  if (flap_system_stat(parent, &about) != 0)
+    return FLAP_OK;
+  if (flap_system_stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
+    return flap_durable_recover_folder(folder);
+  flap_run_lock lock;
+  FLAP_TRY(flap_run_lock_take(parent, &lock));
+  const flap_status status = flap_durable_recover_folder(folder);
+  flap_run_lock_release(&lock);
+  return status;
+}
+
+flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
+                                 flap_trainer_state *state_out) {
+  if (strcmp(resume_from, "true") == 0)
+    return find_newest(output_dir, folder_out, state_out);
+  size_t length = strlen(resume_from);
+  while (length > 1 && resume_from[length - 1] == '/')
+    length--;
+  if (length == 0 || length >= FLAP_PATH_MAX)
+    return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: the path is %s", length ? "too long" : "empty");
+  memcpy(folder_out, resume_from, length);
+  folder_out[length] = '\0';
+  struct stat about;
+  flap_status status = recover_named(output_dir, folder_out);
+  if (status != FLAP_OK)
+    return flap_error_prefix(status, "resume_from_checkpoint");
+  if (flap_system_stat(folder_out, &about) != 0)
+    return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
+  if (!S_ISDIR(about.st_mode))
+    return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
+  bool there = false, ours = false;
+  FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
+  if (there)
+    return open_found(folder_out, state_out);
+  FLAP_TRY(flap_output_is_ours(folder_out, &ours));
+  return flap_error_set(FLAP_NOT_FOUND,
+                        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
+                        "anew from its weights",
+                        folder_out, ours ? ": it was saved with save_only_model, weights only" : "");
+}
+
+/* ---- sizes --------------------------------------------------------------------------------------------------- */
+
+/* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer
+ * files have up to some 140 bytes per token (Llama 3: 17 MB for 128,256 tokens). */
+static uint64_t artifact_bytes(const flap_model_config *config) {
+  return ((uint64_t)32 << 10) + (uint64_t)config->vocab_size * 160;
+}
+
+flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype, uint64_t *bytes_out) {
+  FLAP_TRY(flap_weights_file_bytes(config, dtype, FLAP_SAFETENSORS_SHARD_BYTES, bytes_out));
+  *bytes_out += artifact_bytes(config);
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim, bool only_model,
+                                  uint64_t *bytes_out) {
+  uint64_t states = 0;
+  FLAP_TRY(flap_checkpoint_export_bytes(config, dtype, bytes_out));
+  if (!only_model)
+    FLAP_TRY(flap_weights_states_bytes(config, dtype, optim, &states));
+  *bytes_out += states + (only_model ? 0 : MATMUL_BYTES);
+  return FLAP_OK;
+}

@@ -1,0 +1,96 @@
+/* Checkpoints and exported folders: what output_dir holds.
+ *
+ * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
+ * files), the optimizer's states (engine/store/weights.h), trainer_state.json, where the run was on a card matmul.json
+ * (engine/machine/matmul_choice.h), and the checksums of all of these (io/formats/checksums.h). It is written under a
+ * temporary name, synced and renamed. It says nothing about placement, so a run may resume at any budget.
+ */
+#ifndef FLAP_ENGINE_STORE_CHECKPOINT_H
+#define FLAP_ENGINE_STORE_CHECKPOINT_H
+
+#include "engine/step/layout.h"
+#include "engine/step/loss_scale.h"
+#include "engine/machine/matmul_choice.h"
+#include "engine/store/numerics_key.h"
+#include "io/formats/tokenizer.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* trainer_state.json, all that a resumed run must know beside weights and states. */
+typedef struct flap_trainer_state {
+  uint64_t step;          /* done; less those that were skipped, AdamW's t */
+  uint64_t max_steps;     /* of the run that saved; for people */
+  uint64_t cursor;        /* training sequences consumed */
+  uint64_t written_bytes; /* to drives by all lives of the run up to here, this checkpoint included; 0 where a version
+                             saved that did not count */
+  uint64_t seed;
+  uint64_t dataset_digest;
+  flap_optim optim;
+  flap_loss_scale loss_scale;        /* all zero but with fp16 */
+  const flap_matmul_choice *matmuls; /* saved in a file of its own, and read by whom it is for; NULL, or without a
+                                       table: no file */
+  char numerics[FLAP_NUMERICS_MAX];  /* the numerics key */
+} flap_trainer_state;
+
+/* What goes into every folder beside the weights. */
+typedef struct flap_artifacts {
+  const flap_model_config *model;
+  const flap_tokenizer *tokenizer;
+} flap_artifacts;
+
+/* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints
+ * beyond `total_limit` (0: none), never the new one; one that cannot be deleted is said in the log. With only_model no
+ * states and no trainer_state.json are written. The pager must be at rest. On an error everything is as before. */
+FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                              const flap_artifacts *artifacts, const flap_trainer_state *state,
+                                              bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
+/* The same in two steps. Write makes all files under the temporary name; commit gives them the final one, which
+ * `folder` is. The pager is at rest while they are written, or this is the thread that drains its snapshot. A failure
+ * of either leaves everything as before, and so does abandon, instead of commit. */
+FLAP_CHECKED flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                               const flap_artifacts *artifacts, const flap_trainer_state *state,
+                                               bool only_model, char folder_out[FLAP_PATH_MAX]);
+FLAP_CHECKED flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step,
+                                                uint32_t total_limit);
+void flap_checkpoint_abandon(const char *folder);
+
+/* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a
+ * crash left half-renamed); otherwise a folder. The caller holds output_dir's lock (engine/store/run_lock.h), if it is
+ * there. Compares sizes and small files with their checksums, and reads and checks trainer_state.json; the weights are
+ * checked when they are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
+FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
+                                              char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
+/* Fills weights and states from a checkpoint that was found. Every byte is compared with its checksum on the way: what
+ * does not agree is FLAP_CORRUPT, and names the file and the checkpoint to go back to. One without checksums, of an
+ * earlier version, is taken with a warning. */
+FLAP_CHECKED flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder);
+
+/* What a checkpoint's trainer_state.json says, unchecked otherwise; for looking at it. */
+FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out);
+
+/* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
+ * metrics.jsonl); "": there is nothing. */
+FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
+ * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
+ * caller must not have its model, or the checkpoint to resume, in there. */
+FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
+
+/* Makes output_dir itself a Hugging Face folder: config.json, model*.safetensors, tokenizer files. All is written to a
+ * temporary folder in it first, then renamed file by file, so that a crash leaves the old model, the new one, or none
+ * that would load. Weights of an earlier export with other shards are removed. */
+FLAP_CHECKED flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                                const flap_artifacts *artifacts);
+
+/* Disk space that one checkpoint, and the final export, take (files of a few kilobytes estimated upwards). */
+FLAP_CHECKED flap_status flap_checkpoint_bytes(const flap_model_config *config, flap_dtype dtype, flap_optim optim,
+                                               bool only_model, uint64_t *bytes_out);
+FLAP_CHECKED flap_status flap_checkpoint_export_bytes(const flap_model_config *config, flap_dtype dtype,
+                                                      uint64_t *bytes_out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,361 @@
+/* What lies in an output_dir: listing, clearing, and the final model.
+ *
+ * Nothing is deleted that FLAP did not write: folders and weights must carry FLAP's mark in their metadata; metrics,
+ * traces and what is left of interrupted writes are known by their names.
+ */
+#include "engine/store/output_folder_internal.h"
+
+#include "base/system.h"
+#include "engine/store/hf_config.h"
+#include "engine/store/weights.h"
+#include "engine/store/weights_internal.h"
+#include "io/formats/durable.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define CHECKPOINT "checkpoint-"
+#define CONFIG_FILE "config.json"
+#define METRICS_FILE "metrics.jsonl"
+#define TRACE_FILE "trace.json"
+/* The model to be is assembled in `<output_dir>/export.tmp`. */
+#define EXPORT_FOLDER "export"
+
+static const char *const TOKENIZER_FILES[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"};
+#define TOKENIZER_FILE_COUNT (sizeof TOKENIZER_FILES / sizeof *TOKENIZER_FILES)
+
+/* ---- names --------------------------------------------------------------------------------------------------- */
+
+bool flap_output_parse_name(const char *name, const char *suffix, uint64_t *step_out) {
+  const size_t prefix = strlen(CHECKPOINT);
+  if (strncmp(name, CHECKPOINT, prefix) != 0)
+    return false;
+  const char *digits = name + prefix, *at = digits;
+  uint64_t step = 0;
+  for (; *at >= '0' && *at <= '9'; at++) {
+    if (step > (UINT64_MAX - 9) / 10)
+      return false;
+    step = step * 10 + (uint64_t)(*at - '0');
+  }
+  if (at == digits || (digits[0] == '0' && at - digits > 1) || strcmp(at, suffix) != 0)
+    return false;
+  *step_out = step;
+  return true;
+}
+
+flap_status flap_output_checkpoint_path(const char *output_dir, uint64_t step, char path_out[FLAP_PATH_MAX]) {
+  char name[48];
+  (void)snprintf(name, sizeof name, CHECKPOINT "%" PRIu64, step);
+  return flap_durable_join(path_out, output_dir, name);
+}
+
+/* "model-00001-of-00003.safetensors"; stores 3. */
+static bool is_shard(const char *name, unsigned *shards_out) {
+  unsigned shard = 0, shards = 0;
+  int length = 0;
+  if (sscanf(name, "model-%10u-of-%10u.safetensors%n", &shard, &shards, &length) != 2 || length == 0 ||
+      name[length] != '\0')
+    return false;
+  *shards_out = shards;
+  return true;
+}
+
+static bool is_weights(const char *name) {
+  unsigned shards;
+  return strcmp(name, FLAP_SAFETENSORS_FILE) == 0 || strcmp(name, FLAP_SAFETENSORS_INDEX) == 0 ||
+         is_shard(name, &shards);
+}
+
+flap_status flap_output_look(const char *folder, const char *name, bool *there_out) {
+  char path[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  return flap_durable_look(path, there_out);
+}
+
+bool flap_output_is_there(const char *folder, const char *name) {
+  bool there = false;
+  if (flap_output_look(folder, name, &there) != FLAP_OK)
+    flap_error_clear();
+  return there;
+}
+
+flap_status flap_output_is_ours(const char *folder, bool *ours_out) {
+  flap_safetensors *reader = NULL;
+  *ours_out = false;
+  const flap_status status = flap_safetensors_open(folder, &reader);
+  if (status == FLAP_IO || status == FLAP_NO_MEMORY)
+    return status;
+  if (status != FLAP_OK) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  const char *mark = flap_safetensors_metadata(reader, FLAP_WEIGHTS_MARK_KEY);
+  *ours_out = mark != NULL && strcmp(mark, FLAP_WEIGHTS_MARK_VALUE) == 0;
+  flap_safetensors_close(reader);
+  return FLAP_OK;
+}
+
+/* ---- walking ------------------------------------------------------------------------------------------------- */
+
+typedef flap_status (*entry_fn)(void *context, const char *folder, const char *name);
+
+/* Calls `visit` for each name; a folder that is not there has none. `visit` may remove the entry it is given. */
+static flap_status walk(const char *folder, entry_fn visit, void *context) {
+  const int fd = flap_system_open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+  if (fd < 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot list the folder %s", folder);
+  DIR *list = fdopendir(fd);
+  if (list == NULL) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    return flap_error_set_os(os_error, "cannot list the folder %s", folder);
+  }
+  flap_status status = FLAP_OK;
+  while (status == FLAP_OK) {
+    errno = 0;
+    const struct dirent *entry = readdir(list);
+    if (entry == NULL) {
+      if (errno != 0)
+        status = flap_error_set_os(errno, "cannot list the folder %s", folder);
+      break;
+    }
+    if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+      status = visit(context, folder, entry->d_name);
+  }
+  (void)closedir(list);
+  return status;
+}
+
+static flap_status add_step(flap_output_steps *steps, uint64_t step) {
+  if (steps->count == steps->capacity) {
+    const size_t capacity = steps->capacity ? 2 * steps->capacity : 16;
+    uint64_t *larger = realloc(steps->steps, capacity * sizeof *larger);
+    if (larger == NULL)
+      return flap_error_set(FLAP_NO_MEMORY, "no memory for a list of checkpoints");
+    steps->steps = larger;
+    steps->capacity = capacity;
+  }
+  steps->steps[steps->count++] = step;
+  return FLAP_OK;
+}
+
+static flap_status visit_step(void *context, const char *folder, const char *name) {
+  (void)folder;
+  uint64_t step;
+  return flap_output_parse_name(name, "", &step) ? add_step(context, step) : FLAP_OK;
+}
+
+static flap_status visit_interrupted(void *context, const char *folder, const char *name) {
+  (void)folder;
+  uint64_t step;
+  return flap_output_parse_name(name, ".tmp", &step) || flap_output_parse_name(name, ".tmp.old", &step)
+             ? add_step(context, step)
+             : FLAP_OK;
+}
+
+static int by_step(const void *a, const void *b) {
+  const uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
+  return left < right ? -1 : left > right;
+}
+
+static flap_status list_steps(const char *output_dir, entry_fn visit, flap_output_steps *steps_out) {
+  *steps_out = (flap_output_steps){0};
+  const flap_status status = walk(output_dir, visit, steps_out);
+  if (status != FLAP_OK)
+    flap_output_steps_close(steps_out);
+  else if (steps_out->count > 0)
+    qsort(steps_out->steps, steps_out->count, sizeof *steps_out->steps, by_step);
+  return status;
+}
+
+flap_status flap_output_list(const char *output_dir, flap_output_steps *steps_out) {
+  return list_steps(output_dir, visit_step, steps_out);
+}
+
+static flap_status visit_any(void *context, const char *folder, const char *name) {
+  FLAP_TRY(visit_step(context, folder, name));
+  uint64_t step;
+  return flap_output_parse_name(name, ".tmp", &step) ? add_step(context, step) : FLAP_OK;
+}
+
+flap_status flap_output_list_all(const char *output_dir, flap_output_steps *steps_out) {
+  return list_steps(output_dir, visit_any, steps_out);
+}
+
+void flap_output_steps_close(flap_output_steps *steps) {
+  free(steps->steps);
+  *steps = (flap_output_steps){0};
+}
+
+flap_status flap_output_recover(const char *output_dir) {
+  char path[FLAP_PATH_MAX];
+  flap_output_steps list = {0};
+  FLAP_TRY(list_steps(output_dir, visit_interrupted, &list));
+  flap_status status = FLAP_OK;
+  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    if (status == FLAP_OK)
+      status = flap_durable_recover_folder(path);
+  }
+  flap_output_steps_close(&list);
+  FLAP_TRY(status);
+  FLAP_TRY(flap_durable_join(path, output_dir, EXPORT_FOLDER));
+  return flap_durable_recover_folder(path);
+}
+
+/* ---- occupied, clear ----------------------------------------------------------------------------------------- */
+
+/* Keeps the first name in byte order, so that the same folder always gives the same message. */
+static flap_status visit_occupied(void *context, const char *folder, const char *name) {
+  (void)folder;
+  char *first = context;
+  uint64_t step;
+  if (is_weights(name) || strcmp(name, CONFIG_FILE) == 0 || strcmp(name, METRICS_FILE) == 0 ||
+      flap_output_parse_name(name, "", &step))
+    if (first[0] == '\0' || strcmp(name, first) < 0)
+      (void)snprintf(first, 256, "%s", name);
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
+  char first[256] = "";
+  what_out[0] = '\0';
+  FLAP_TRY(walk(output_dir, visit_occupied, first));
+  if (first[0] != '\0')
+    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
+  return FLAP_OK;
+}
+
+static flap_status remove_file(const char *folder, const char *name) {
+  char path[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  if (flap_system_unlink(path) != 0 && errno != ENOENT)
+    return flap_error_set_os(errno, "cannot remove %s", path);
+  return FLAP_OK;
+}
+
+static flap_status visit_remove_weights(void *context, const char *folder, const char *name) {
+  (void)context;
+  return is_weights(name) ? remove_file(folder, name) : FLAP_OK;
+}
+
+static flap_status clear_checkpoints(const char *output_dir) {
+  char path[FLAP_PATH_MAX];
+  bool ours = false;
+  flap_output_steps list = {0};
+  FLAP_TRY(flap_output_list(output_dir, &list));
+  flap_status status = FLAP_OK;
+  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
+    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
+    if (status == FLAP_OK)
+      status = flap_output_is_ours(path, &ours);
+    if (status == FLAP_OK && ours)
+      status = flap_durable_remove_folder(path);
+  }
+  flap_output_steps_close(&list);
+  return status;
+}
+
+flap_status flap_checkpoint_clear(const char *output_dir) {
+  struct stat about;
+  bool ours = false;
+  if (flap_system_stat(output_dir, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
+  FLAP_TRY(flap_output_recover(output_dir));
+  FLAP_TRY(clear_checkpoints(output_dir));
+  FLAP_TRY(flap_output_is_ours(output_dir, &ours));
+  if (ours) {
+    FLAP_TRY(remove_file(output_dir, CONFIG_FILE)); /* without it nobody takes the rest for a model */
+    for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
+      FLAP_TRY(remove_file(output_dir, TOKENIZER_FILES[i]));
+    FLAP_TRY(walk(output_dir, visit_remove_weights, NULL));
+  }
+  FLAP_TRY(remove_file(output_dir, METRICS_FILE));
+  return remove_file(output_dir, TRACE_FILE);
+}
+
+/* ---- the final model ----------------------------------------------------------------------------------------- */
+
+flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts, flap_dtype dtype) {
+  char path[FLAP_PATH_MAX], *text = NULL;
+  FLAP_TRY(flap_durable_join(path, folder, CONFIG_FILE));
+  FLAP_TRY(flap_hf_config_format(artifacts->model, dtype, flap_tokenizer_end(artifacts->tokenizer),
+                                 flap_tokenizer_begin(artifacts->tokenizer), &text));
+  const flap_status status = flap_durable_write_file(path, text, strlen(text));
+  free(text);
+  FLAP_TRY(status);
+  return flap_tokenizer_save(artifacts->tokenizer, folder);
+}
+
+typedef struct install {
+  const char *to;
+  const char *head; /* the file without which nobody finds the weights: moved last */
+  unsigned shards;
+} install;
+
+static flap_status move_file(const char *from_folder, const char *to_folder, const char *name) {
+  char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_join(from, from_folder, name));
+  FLAP_TRY(flap_durable_join(to, to_folder, name));
+  if (flap_system_rename(from, to, 0) != 0)
+    return flap_error_set_os(errno, "cannot rename %s to %s", from, to);
+  return FLAP_OK;
+}
+
+static flap_status visit_move(void *context, const char *folder, const char *name) {
+  install *in = context;
+  unsigned shards;
+  if (is_shard(name, &shards))
+    in->shards = shards;
+  return strcmp(name, in->head) == 0 ? FLAP_OK : move_file(folder, in->to, name);
+}
+
+static flap_status visit_remove_stale(void *context, const char *folder, const char *name) {
+  const install *in = context;
+  unsigned shards;
+  const bool stale = is_shard(name, &shards) ? shards != in->shards : is_weights(name) && strcmp(name, in->head) != 0;
+  return stale ? remove_file(folder, name) : FLAP_OK;
+}
+
+/* Whatever moment this is cut short at, the folder holds the old weights whole, the new ones whole, or none that
+ * anybody would load: an old index goes before any shard is replaced, and the new index, or the new single file, comes
+ * last. Readers prefer the single file, so an old index beside it does no harm. */
+flap_status flap_output_install(const char *from, const char *to) {
+  bool sharded = false;
+  FLAP_TRY(flap_output_look(from, FLAP_SAFETENSORS_INDEX, &sharded));
+  install in = {.to = to, .head = sharded ? FLAP_SAFETENSORS_INDEX : FLAP_SAFETENSORS_FILE};
+  char anything[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_join(anything, to, in.head));
+  if (sharded) {
+    FLAP_TRY(remove_file(to, FLAP_SAFETENSORS_INDEX));
+    FLAP_TRY(flap_durable_sync_parent(anything));
+  }
+  FLAP_TRY(walk(from, visit_move, &in));
+  FLAP_TRY(flap_durable_sync_parent(anything));
+  FLAP_TRY(move_file(from, to, in.head));
+  FLAP_TRY(flap_durable_sync_parent(anything));
+  FLAP_TRY(walk(to, visit_remove_stale, &in));
+  return flap_durable_sync_parent(anything);
+}
+
+flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, const flap_layout *layout,
+                                   const flap_artifacts *artifacts) {
+  char final[FLAP_PATH_MAX], temporary[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_make_folder(output_dir));
+  FLAP_TRY(flap_durable_join(final, output_dir, EXPORT_FOLDER));
+  FLAP_TRY(flap_durable_begin_folder(final, temporary));
+  flap_status status = flap_output_write_artifacts(temporary, artifacts, layout->spec.shape.dtype);
+  if (status == FLAP_OK)
+    status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES, NULL);
+  if (status == FLAP_OK)
+    status = flap_output_install(temporary, output_dir);
+  flap_durable_abort_folder(final);
+  return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "exporting to %s", output_dir);
+}
