@@ -20,9 +20,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import cuda_bars  # noqa: E402
 
-SEVEN_B = "qwen2.5-7b --batch 4 --sequence 2048 --steps 5 --ram 112GiB"
-EIGHT_B = "llama3-8b --sequence 2048 --steps 5 --ram 112GiB"
-THREE_B = "3b --batch 4 --sequence 2048 --micro-batches 16 --steps 4 --ram 112GiB"
+SEVEN_B = "qwen2.5-7b --batch 4 --sequence 2048 --steps 6 --ram 112GiB"
+EIGHT_B = "llama3-8b --sequence 2048 --steps 6 --ram 112GiB"
+THREE_B = "3b --batch 4 --sequence 2048 --micro-batches 16 --steps 6 --ram 112GiB"
 ROWS = {
     "3b-72": f"{THREE_B} --vram 72GiB",
     "3b-72-recompute": f"{THREE_B} --vram 72GiB activations=recompute",
