@@ -77,6 +77,7 @@ typedef struct flap_plan {
   uint64_t process_bytes;                  /* code, stacks, libraries: estimated beside the budget */
   uint64_t disk_sizes[FLAP_RUN_DISKS_MAX]; /* resolved */
   uint64_t export_bytes, checkpoint_bytes; /* files written to output_dir: final export; each checkpoint */
+  uint64_t checkpoints_at_once; /* in output_dir, at most; of a run that keeps all its own, or 2 if not known */
 
   /* what a steady step moves (exact) and is expected to take */
   uint64_t lane_bytes[FLAP_LANE_COUNT];

@@ -84,6 +84,45 @@ static flap_status check_and_lock_output(trainer *t) {
   return check_output(t);
 }
 
+/* For the trained model and so many checkpoints beside those that are there. */
+static flap_status check_space(trainer *t, uint64_t checkpoints) {
+  const flap_plan *plan = &t->prepared.plan;
+  uint64_t free_bytes = 0;
+  if (plan->checkpoint_bytes == 0)
+    checkpoints = 0;
+  FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
+  const uint64_t needed = plan->export_bytes + checkpoints * plan->checkpoint_bytes;
+  if (free_bytes >= needed)
+    return FLAP_OK;
+  return flap_error_set(
+      FLAP_NO_SPACE,
+      "output_dir: %s has %llu bytes free, but %s%llu checkpoint%s at once take %llu: free some, or "
+      "set save_total_limit (one more is there while it is written), save_strategy: no or export: none",
+      t->config->output_dir, (unsigned long long)free_bytes, plan->export_bytes > 0 ? "the trained model and " : "",
+      (unsigned long long)checkpoints, checkpoints == 1 ? "" : "s", (unsigned long long)needed);
+}
+
+/* Once it is known how many checkpoints the run writes. Where all of them are kept, somebody may take them elsewhere
+ * meanwhile: then only two must have room. */
+static flap_status check_space_for_all(trainer *t) {
+  const flap_run_config *config = t->config;
+  const uint64_t written = t->prepared.plan.run_checkpoints;
+  uint64_t there = 0;
+  if (written == 0)
+    return FLAP_OK;
+  if (t->resume_folder[0] || !config->overwrite_output_dir) /* else what is there is deleted first */
+    FLAP_TRY(flap_checkpoint_count(config->output_dir, &there));
+  const uint64_t more = flap_wear_checkpoints_at_once(config, written, there) - there;
+  if (config->save_total_limit > 0 || more <= 2)
+    return check_space(t, more);
+  FLAP_TRY(check_space(t, 2));
+  if (check_space(t, more) != FLAP_OK) {
+    flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
+    flap_error_clear();
+  }
+  return FLAP_OK;
+}
+
 static flap_status make_output(trainer *t) {
   struct stat info;
   t->made_output = flap_system_stat(t->config->output_dir, &info) != 0;
@@ -92,15 +131,7 @@ static flap_status make_output(trainer *t) {
     FLAP_TRY(lock_output(t));
     FLAP_TRY(check_output(t));
   }
-  uint64_t free_bytes = 0;
-  FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
-  const uint64_t needed = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes;
-  if (free_bytes < needed)
-    return flap_error_set(FLAP_NO_SPACE,
-                          "output_dir: %s has %llu bytes free, but the trained model and a checkpoint take %llu: free "
-                          "some, or set save_strategy: no or export: none",
-                          t->config->output_dir, (unsigned long long)free_bytes, (unsigned long long)needed);
-  return FLAP_OK;
+  return check_space(t, 1);
 }
 
 /* ---- data ------------------------------------------------------------------------------------------------ */
@@ -124,7 +155,8 @@ static flap_status open_dataset(trainer *t) {
     t->prepared.plan.ssd_before_bytes = t->state.written_bytes;
     flap_wear_describe(config, steps, (double)(steps * t->step_sequences) / (double)t->sequences, &t->prepared.plan);
   }
-  return flap_wear_check(config, &t->prepared.plan);
+  FLAP_TRY(flap_wear_check(config, &t->prepared.plan));
+  return check_space_for_all(t);
 }
 
 /* ---- the run --------------------------------------------------------------------------------------------- */

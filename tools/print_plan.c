@@ -181,8 +181,10 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
   fprintf(out, "bound     %s a step, set by %s\n", flap_text_seconds(plan->bound_seconds).text,
           flap_print_bound_lane(plan));
   print_wear(out, plan);
-  fprintf(out, "files     %s a checkpoint, %s the trained model, in %s\n", flap_text_bytes(plan->checkpoint_bytes).text,
-          flap_text_bytes(plan->export_bytes).text, config->output_dir);
+  fprintf(out, "files     %s a checkpoint", flap_text_bytes(plan->checkpoint_bytes).text);
+  if (plan->checkpoint_bytes > 0)
+    fprintf(out, ", %s at once", flap_text_grouped(plan->checkpoints_at_once).text);
+  fprintf(out, ", %s the trained model, in %s\n", flap_text_bytes(plan->export_bytes).text, config->output_dir);
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------ */
@@ -341,6 +343,7 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_integer(object, "ssd_tbw_bytes", plan->ssd_tbw_bytes);
   set_number(object, "ssd_steps", plan->ssd_steps);
   set_integer(object, "run_steps", plan->run_steps);
+  set_integer(object, "checkpoints_at_once", plan->checkpoints_at_once);
   set_integer(object, "run_checkpoints", plan->run_checkpoints);
   set_integer(object, "ssd_run_bytes", plan->ssd_run_bytes);
   set_integer(object, "ssd_before_bytes", plan->ssd_before_bytes);

@@ -165,6 +165,7 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
   if (p->config->save_strategy != FLAP_STRATEGY_NO)
     FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, p->config->save_only_model,
                                    &plan->checkpoint_bytes));
+  plan->checkpoints_at_once = flap_wear_checkpoints_at_once(p->config, 0, 0);
   if (p->config->export_final)
     FLAP_TRY(flap_checkpoint_export_bytes(&p->model, plan->dtype, &plan->export_bytes));
   return FLAP_OK;

@@ -26,6 +26,14 @@ static uint64_t count_checkpoints(const flap_run_config *config, uint64_t steps,
   return count > 0 ? count : 1;
 }
 
+uint64_t flap_wear_checkpoints_at_once(const flap_run_config *config, uint64_t written, uint64_t there) {
+  if (config->save_strategy == FLAP_STRATEGY_NO)
+    return there;
+  const uint64_t most = there + (written > 0 ? written : 2), limit = config->save_total_limit;
+  const uint64_t kept = there > limit ? there : limit; /* what is too much is deleted after the next save */
+  return limit > 0 && most > kept + 1 ? kept + 1 : most;
+}
+
 uint64_t flap_wear_start_bytes(const flap_plan *plan) {
   return plan->classes[FLAP_CLASS_WEIGHTS].disk_bytes + plan->classes[FLAP_CLASS_VOCABULARY].disk_bytes +
          plan->classes[FLAP_CLASS_STATES].disk_bytes;
@@ -40,6 +48,7 @@ static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) 
 void flap_wear_describe(const flap_run_config *config, uint64_t steps, double epochs, flap_plan *plan) {
   plan->run_steps = steps;
   plan->run_checkpoints = count_checkpoints(config, steps, epochs, plan->step_seconds);
+  plan->checkpoints_at_once = flap_wear_checkpoints_at_once(config, plan->run_checkpoints, 0);
   plan->ssd_run_bytes = flap_wear_start_bytes(plan) + steps * plan->ssd_step_bytes +
                         plan->run_checkpoints * plan->checkpoint_bytes + plan->export_bytes;
   plan->ssd_budget_bytes = budget_of(config, plan);

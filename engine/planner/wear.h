@@ -22,6 +22,9 @@ void flap_wear_describe(const flap_run_config *config, uint64_t steps, double ep
  * not. */
 FLAP_CHECKED flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan);
 
+/* The most checkpoints that are in output_dir at once, of so many that this run writes (0: not known) beside so many
+ * that are there already. */
+uint64_t flap_wear_checkpoints_at_once(const flap_run_config *config, uint64_t written, uint64_t there);
 /* What states take of the disks once, at the start. */
 uint64_t flap_wear_start_bytes(const flap_plan *plan);
 

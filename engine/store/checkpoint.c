@@ -183,21 +183,42 @@ fail:
 }
 
 /* The new checkpoint is safe already: what cannot be removed is said and left. */
-static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_limit) {
-  flap_output_steps list = {0};
+/* The list is of ours alone; `saved_step` (UINT64_MAX: none) is one whatever is in it. To be closed even after a
+ * failure. */
+static flap_status list_ours(const char *output_dir, uint64_t saved_step, flap_output_steps *list) {
   char path[FLAP_PATH_MAX];
-  flap_status status = flap_output_list(output_dir, &list);
   size_t ours = 0;
-  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
-    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    bool known = list.steps[i] == saved_step;
-    if (status == FLAP_OK && !known)
-      status = flap_output_is_ours(path, &known);
-    if (status == FLAP_OK && known)
-      list.steps[ours++] = list.steps[i];
+  *list = (flap_output_steps){0};
+  FLAP_TRY(flap_output_list(output_dir, list));
+  for (size_t i = 0; i < list->count; i++) {
+    bool known = list->steps[i] == saved_step;
+    FLAP_TRY(flap_output_checkpoint_path(output_dir, list->steps[i], path));
+    if (!known)
+      FLAP_TRY(flap_output_is_ours(path, &known));
+    if (known)
+      list->steps[ours++] = list->steps[i];
   }
-  size_t left = ours;
-  for (size_t i = 0; i < ours && left > total_limit && status == FLAP_OK; i++) {
+  list->count = ours;
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out) {
+  flap_output_steps list;
+  flap_status status = list_ours(output_dir, UINT64_MAX, &list);
+  *count_out = status == FLAP_OK ? list.count : 0;
+  flap_output_steps_close(&list);
+  if (status != FLAP_NOT_FOUND)
+    return status;
+  flap_error_clear();
+  return FLAP_OK;
+}
+
+static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_limit) {
+  flap_output_steps list;
+  char path[FLAP_PATH_MAX];
+  flap_status status = list_ours(output_dir, saved_step, &list);
+  size_t left = list.count;
+  for (size_t i = 0; i < list.count && left > total_limit && status == FLAP_OK; i++) {
     if (list.steps[i] == saved_step)
       continue;
     status = flap_output_checkpoint_path(output_dir, list.steps[i], path);

@@ -73,6 +73,8 @@ FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_tra
 /* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
  * metrics.jsonl); "": there is nothing. */
 FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* How many checkpoints of ours are in output_dir; none where there is no such folder. */
+FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
  * caller must not have its model, or the checkpoint to resume, in there. */

@@ -253,13 +253,23 @@ START_TEST(checkpoint_carries_the_table_of_products) {
 }
 END_TEST
 
+static uint64_t count_checkpoints(void) {
+  uint64_t count = 0;
+  RIG_OK(flap_checkpoint_count(scratch_path("out"), &count));
+  ck_assert_str_eq(flap_error_message(), "");
+  return count;
+}
+
 START_TEST(checkpoint_limit_deletes_the_oldest_of_ours) {
+  ck_assert_uint_eq(count_checkpoints(), 0); /* there is no folder yet */
   must_save(1, false, 0);
   must_save(2, false, 0);
   must_save(100, true, 0);
   ck_assert_int_eq(mkdir(scratch_path("out/checkpoint-0"), 0777), 0); /* somebody else's */
   scratch_text("out/checkpoint-0/notes", "mine");
+  ck_assert_uint_eq(count_checkpoints(), 3);
   must_save(11, false, 3);
+  ck_assert_uint_eq(count_checkpoints(), 3);
   ck_assert(!scratch_exists("out/checkpoint-1") && scratch_exists("out/checkpoint-2"));
   must_save(12, false, 1);
   ck_assert(!scratch_exists("out/checkpoint-2") && !scratch_exists("out/checkpoint-11"));

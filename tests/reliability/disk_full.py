@@ -2,7 +2,8 @@
 """A disk that fills up in the middle of a run. Usage: disk_full.py <flap>
 
 Somebody else takes all the space of the file system of output_dir (a small tmpfs, where this may be mounted), or the limit
-on the size of files is lowered under the running program. The run must end with one line that names the folder and what is
+on the size of files is lowered under the running program. What can be foreseen, from how many checkpoints are there at once, is refused
+before the start. The run must end with one line that names the folder and what is
 wrong, exit status 1, and all that was saved must be whole; with room again, the same command with
 resume_from_checkpoint=true must end with the bits of a run that nothing disturbed."""
 import hashlib
@@ -114,6 +115,27 @@ class DiskFull(unittest.TestCase):
             os.remove(taken.name)
 
         self.story("small/out", squeeze, release, "[Nn]o space|bytes free")
+
+    def test_what_would_not_fit_is_refused_at_the_start(self):
+        if INSIDE not in os.environ:
+            self.skipTest("no right to mount a small file system here")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", self.path("small")], check=True)
+        self.addCleanup(subprocess.run, ["umount", self.path("small")], check=True)
+        plan = json.loads(subprocess.run([FLAP, "plan", "run.yaml", "--json", *LATER], cwd=self.folder, env=self.environment,
+                                         capture_output=True, text=True, check=True).stdout)
+        fit = (TMPFS_BYTES - plan["export_bytes"]) // plan["checkpoint_bytes"]
+        self.assertEqual(plan["checkpoints_at_once"], 3)  # save_total_limit: 2, and one that is written
+        out = ["output_dir=small/out", "save_steps=1"]
+        _, errors = (process := self.start(*out, f"save_total_limit={fit}")).communicate(timeout=120)
+        self.assertEqual(process.returncode, 1, errors)
+        self.assertRegex(errors, f"output_dir: small/out has [0-9]+ bytes free, but the trained model and {fit + 1} checkpoints")
+        self.assertEqual(os.listdir(self.path("small")), [])
+        _, errors = (process := self.start(*out, "save_total_limit=0", "max_steps=1")).communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, errors)
+        # What is there counts, and has its room already.
+        resumed = [*out, "resume_from_checkpoint=true", f"save_total_limit={fit - 2}", "max_steps=4"]
+        _, errors = (process := self.start(*resumed)).communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, errors)
 
     def test_the_limit_on_files_is_lowered(self):
         def squeeze(process):

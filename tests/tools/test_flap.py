@@ -571,6 +571,10 @@ machine: rtx4090-64g-1nvme
         plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
         self.assertGreater(plan["ssd_step_bytes"], 0)
         self.assertEqual((plan["run_steps"], plan["run_checkpoints"]), (8, 3))  # after 3, 6 and 8
+        at_once = {limit: json.loads(self.accept("plan", *common, "--json", f"save_total_limit={limit}"))["checkpoints_at_once"]
+                   for limit in (0, 1, 2, 3)}
+        self.assertEqual(at_once, {0: 3, 1: 2, 2: 3, 3: 3})  # what is kept, and one that is written
+        self.assertEqual(json.loads(self.accept("plan", "run.yaml", "--json", "save_strategy=no"))["checkpoints_at_once"], 0)
         once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * plan["checkpoint_bytes"] - plan["export_bytes"]
         self.assertTrue(0 < once <= plan["disk_bytes"], plan)  # states, laid down at the start
         shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
