@@ -8,8 +8,8 @@
  *
  * Rates are of the best of several runs. "of sgemm" compares with one fp32 cblas_sgemm of the whole product on one
  * thread, times the threads. Thread i of the pool is pinned to CPU i. */
-#include "base/units.h"
 #include "base/philox.h"
+#include "base/units.h"
 #include "kernels/ops.h"
 
 #include <assert.h>

@@ -2,12 +2,12 @@
 #ifndef FLAP_ENGINE_TRAIN_INTERNAL_H
 #define FLAP_ENGINE_TRAIN_INTERNAL_H
 
-#include "engine/store/checkpoint.h"
 #include "engine/evaluate.h"
 #include "engine/planner/prepare.h"
+#include "engine/step/schedule.h"
+#include "engine/store/checkpoint.h"
 #include "engine/store/run_lock.h"
 #include "engine/store/saver.h"
-#include "engine/step/schedule.h"
 #include "io/formats/metrics.h"
 #include "io/formats/trace.h"
 

@@ -1,7 +1,7 @@
 #include "tools/arguments.h"
 
-#include "base/units.h"
 #include "base/nearest.h"
+#include "base/units.h"
 
 #include <errno.h>
 #include <math.h>

@@ -1,7 +1,7 @@
 #include "tools/config_keys.h"
 
-#include "base/units.h"
 #include "base/nearest.h"
+#include "base/units.h"
 
 #include <stdint.h>
 #include <string.h>

@@ -3,9 +3,9 @@
  * Exit status: 0 for success, 1 for an error (one line "flap: error: ..." on stderr), 130 when interrupted: at once, or
  * with nothing to take up again. A training run that stops and saves as asked is a success.
  */
+#include "base/nearest.h"
 #include "base/status.h"
 #include "tools/arguments.h"
-#include "base/nearest.h"
 
 #include <signal.h>
 #include <stdio.h>

@@ -8,8 +8,8 @@
 #ifndef FLAP_ENGINE_MACHINE_OP_TIMES_H
 #define FLAP_ENGINE_MACHINE_OP_TIMES_H
 
-#include "engine/step/layout.h"
 #include "engine/machine/matmul_choice.h"
+#include "engine/step/layout.h"
 #include "engine/step/program.h"
 
 #ifdef __cplusplus

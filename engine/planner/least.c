@@ -166,10 +166,10 @@ static flap_status find_among_all(const flap_planner *planner, const flap_budget
   planner_contender list[PLANNER_CONTENDERS + 1];
   uint32_t count = 0;
   set_lever(which, FLAP_BUDGET_PLENTY, &trial);
-  FLAP_TRY(planner_shortlist(planner, c, &trial, list, &count, reach));
+  FLAP_TRY(planner_shortlist(planner, c, &trial, c->host_parts, list, &count, reach));
   for (uint32_t i = 0; i < count; i++) {
     flap_setup setup;
-    FLAP_TRY(planner_settle(planner, c, list[i].s, &trial, &setup, reach));
+    FLAP_TRY(planner_settle(planner, c, list[i].s, &trial, 0, &setup, reach));
     const flap_choice choice =
         planner_choice_of(planner, c, list[i].s, setup.choice.slice_elements, setup.choice.page_bytes);
     (void)least_for(planner, budgets, which, &choice, &setup, least_out);

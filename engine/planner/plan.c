@@ -3,10 +3,10 @@
 #include "base/units.h"
 #include "engine/planner/bound.h"
 #include "engine/planner/budgets.h"
-#include "engine/store/checkpoint.h"
 #include "engine/planner/prepare.h"
 #include "engine/planner/pressure.h"
 #include "engine/planner/wear.h"
+#include "engine/store/checkpoint.h"
 #include "io/formats/trace.h"
 
 #include <stdio.h>

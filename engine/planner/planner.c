@@ -78,8 +78,8 @@ static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *
 }
 
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
-static flap_status settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
-                          const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
+flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
+                           const flap_budgets *budgets, uint32_t depth, flap_setup *setup, planner_reach *reach) {
   const uint64_t share = budgets->vram_bytes / PLANNER_SLICE_SHARE;
   const uint64_t slice_bytes = share < PLANNER_SLICE_BYTES ? share : PLANNER_SLICE_BYTES;
   const uint64_t slice_wanted = slice_bytes / planner_state_block_bytes(planner) * FLAP_OPS_BLOCK;
@@ -149,7 +149,7 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
                                   planner_skeleton s, contender *list, uint32_t *count, planner_reach *reach) {
   static const uint32_t depths[] = {1, 3, 0};
   flap_setup setup;
-  FLAP_TRY(settle(planner, c, s, budgets, 0, &setup, reach));
+  FLAP_TRY(planner_settle(planner, c, s, budgets, 0, &setup, reach));
   const flap_choice settled = setup.choice;
   for (size_t d = 0; d < sizeof depths / sizeof *depths; d++) {
     flap_choice choice = settled;
@@ -220,8 +220,8 @@ static double least_seconds(const flap_planner *planner, const flap_budgets *bud
 }
 
 /* `host`: parts that the host's cores update, in all of them. */
-static flap_status shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                             uint32_t host, contender *list, uint32_t *count, planner_reach *reach) {
+flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                              uint32_t host, contender *list, uint32_t *count, planner_reach *reach) {
   for (uint32_t j = c->saved.count; j-- > 0;) /* those that compute least first */
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
@@ -257,7 +257,7 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
     flap_setup setup;
     flap_plan_costs costs_here;
     planner_reach reach = PLANNER_NO_VRAM;
-    FLAP_TRY(settle(planner, c, list[i].s, budgets, list[i].depth, &setup, &reach));
+    FLAP_TRY(planner_settle(planner, c, list[i].s, budgets, list[i].depth, &setup, &reach));
     flap_status status = planner_simulate(planner, budgets, &setup, &costs_here);
     for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
       transfers += costs_here.lane_bytes[lane] / setup.choice.transfer_bytes;
@@ -453,7 +453,7 @@ static flap_status refine_sizes(const flap_planner *planner, const planner_candi
   flap_setup setup;
   planner_reach reach = PLANNER_NO_VRAM;
   uint64_t transfers = 0;
-  FLAP_TRY(settle(planner, c, best->s, budgets, best->depth, &setup, &reach));
+  FLAP_TRY(planner_settle(planner, c, best->s, budgets, best->depth, &setup, &reach));
   const flap_choice settled = setup.choice;
   flap_setup_close(&setup);
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
@@ -489,7 +489,7 @@ static flap_status staging_of(const flap_planner *planner, const planner_candida
                               const contender *of, uint64_t *bytes_out) {
   flap_setup setup;
   planner_reach reach = PLANNER_NO_VRAM;
-  FLAP_TRY(settle(planner, c, of->s, budgets, of->depth, &setup, &reach));
+  FLAP_TRY(planner_settle(planner, c, of->s, budgets, of->depth, &setup, &reach));
   const flap_choice *choice = &setup.choice;
   *bytes_out = ((uint64_t)choice->read_buffers + choice->write_buffers) * choice->transfer_bytes;
   flap_setup_close(&setup);
@@ -580,7 +580,8 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
   enter_cuts(list, count, &cuts);
   if (c->other_host_count > 0) {
     planner_reach reach = PLANNER_NO_VRAM;
-    FLAP_TRY(shortlist(planner, c, budgets, c->other_hosts[c->other_host_count / 2], helped, &helped_count, &reach));
+    FLAP_TRY(
+        planner_shortlist(planner, c, budgets, c->other_hosts[c->other_host_count / 2], helped, &helped_count, &reach));
     enter_cuts(helped, helped_count, &cuts);
   }
   FLAP_TRY(refine_from(planner, c, budgets, cuts, best, costs));
@@ -612,23 +613,11 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
     timed.times = &times;
   }
   planner_list(planner, &c);
-  FLAP_TRY(shortlist(planner, &c, budgets, c.host_parts, list, &count, &reach));
+  FLAP_TRY(planner_shortlist(planner, &c, budgets, c.host_parts, list, &count, &reach));
   if (count == 0)
     return planner_refuse(planner, budgets, reach);
   *costs_out = (flap_plan_costs){0};
   FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
   FLAP_TRY(refine(planner, &c, budgets, list, count, &best, costs_out));
-  return settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
-}
-
-/* ---- for the least budgets (least.c) ---------------------------------------------------------------------- */
-
-flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
-                           const flap_budgets *budgets, flap_setup *setup, planner_reach *reach) {
-  return settle(planner, c, s, budgets, 0, setup, reach);
-}
-
-flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                              planner_contender *list, uint32_t *count, planner_reach *reach) {
-  return shortlist(planner, c, budgets, c->host_parts, list, count, reach);
+  return planner_settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }

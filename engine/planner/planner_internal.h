@@ -108,14 +108,16 @@ uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *b
 /* planner.c. */
 flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                               uint64_t slice, uint64_t page);
-/* The first slice and page size that fit, with nothing ahead. FLAP_BUDGET if none does, and how far it got. */
+/* The first slice and page size that fit, with transfers that run ahead by `depth`. FLAP_BUDGET if none does, and how
+ * far it got. */
 FLAP_CHECKED flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
-                                        const flap_budgets *budgets, flap_setup *setup_out, planner_reach *reach_io);
-/* The best of all skeletons that fit, at most PLANNER_CONTENDERS; `list` has room for one more. The planner has its
- * times. */
+                                        const flap_budgets *budgets, uint32_t depth, flap_setup *setup_out,
+                                        planner_reach *reach_io);
+/* The best of all skeletons that fit, with so many parts updated by the host, at most PLANNER_CONTENDERS; `list` has
+ * room for one more. The planner has its times. */
 FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c,
-                                           const flap_budgets *budgets, planner_contender *list, uint32_t *count_io,
-                                           planner_reach *reach_io);
+                                           const flap_budgets *budgets, uint32_t host, planner_contender *list,
+                                           uint32_t *count_io, planner_reach *reach_io);
 
 /* least.c. FLAP_BUDGET: which budget is too small, and what works. */
 FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach);

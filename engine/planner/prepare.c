@@ -4,11 +4,11 @@
 #include "base/log.h"
 #include "base/system.h"
 #include "base/units.h"
-#include "engine/planner/budgets.h"
-#include "engine/store/hf_config.h"
 #include "engine/machine/host_times.h"
 #include "engine/machine/machine_profile.h"
 #include "engine/machine/op_times_cache.h"
+#include "engine/planner/budgets.h"
+#include "engine/store/hf_config.h"
 #include "engine/store/weights.h"
 
 #include <sched.h>

@@ -7,9 +7,9 @@
 #ifndef FLAP_ENGINE_RUN_EXECUTOR_H
 #define FLAP_ENGINE_RUN_EXECUTOR_H
 
+#include "engine/machine/op_times.h"
 #include "engine/step/buffers.h"
 #include "engine/step/loss_scale.h"
-#include "engine/machine/op_times.h"
 #include "engine/step/setup.h"
 #include "kernels/host_optimizer.h"
 

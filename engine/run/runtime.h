@@ -6,8 +6,8 @@
 #ifndef FLAP_ENGINE_RUN_RUNTIME_H
 #define FLAP_ENGINE_RUN_RUNTIME_H
 
-#include "engine/run/executor.h"
 #include "engine/machine/matmul_choice.h"
+#include "engine/run/executor.h"
 #include "io/formats/dataset_reader.h"
 
 #ifdef __cplusplus

@@ -8,9 +8,9 @@
 #ifndef FLAP_ENGINE_STORE_CHECKPOINT_H
 #define FLAP_ENGINE_STORE_CHECKPOINT_H
 
+#include "engine/machine/matmul_choice.h"
 #include "engine/step/layout.h"
 #include "engine/step/loss_scale.h"
-#include "engine/machine/matmul_choice.h"
 #include "engine/store/numerics_key.h"
 #include "io/formats/tokenizer.h"
 
