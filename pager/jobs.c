@@ -103,7 +103,7 @@ static void finish(flap_pager *pager, const pager_job *job) {
     pager_region *region = &pager->regions[what->region];
     region->changes_started--;
     region->changes_released++;
-    region->holds = pager_stores(what->mode);
+    pager_set_holds(pager, region, pager_stores(what->mode));
     pager_snapshot_changed(pager, region);
     bytes += pager_job_bytes(what);
     pager->leases[index].state = LEASE_RELEASED;

@@ -2,7 +2,8 @@
  *
  * One function takes them, on an arena that measures or on a real one, so the size that was planned is the size that is
  * used. A region's disk pages lie adjacent in the linear space, in page order, and regions follow one another; the
- * last page of a region may be shorter than the others. The space is written in place.
+ * last page of a region may be shorter than the others. The space is written in place. In RAM the regions of an
+ * overlay's side lie one behind the other, and both sides begin at the same place.
  */
 #include "pager/pager_internal.h"
 
@@ -57,28 +58,53 @@ static void check_config(const flap_pager_config *config) {
     flap_assert(region->bytes > 0 && region->bytes % FLAP_BLOCK_ALIGN == 0);
     flap_assert(region->klass < FLAP_PAGER_CLASSES_MAX);
     flap_assert(region->element_bytes <= 2 || region->element_bytes == 4);
+    flap_assert(region->overlay <= FLAP_PAGER_OVERLAYS_MAX && region->side <= 1);
+    flap_assert(region->overlay == 0 || !region->in_snapshots);
     flap_assert(region->ring == FLAP_PAGER_RESIDENT || region->ring == FLAP_PAGER_HOST ||
                 (region->ring < config->ring_count && region->bytes <= config->rings[region->ring].slot_bytes));
   }
 }
 
-static void measure_homes(const flap_pager_config *config, flap_pager_sizes *sizes, uint64_t *pages_out) {
+/* How far the sides of overlays reach, and what that adds to what both take. */
+typedef struct overlay_sides {
+  uint64_t bytes[FLAP_PAGER_OVERLAYS_MAX][2];
+  uint32_t count;
+} overlay_sides;
+
+static uint64_t extend_side(overlay_sides *sides, uint32_t overlay, uint32_t side, uint64_t bytes) {
+  for (; sides->count < overlay; sides->count++)
+    sides->bytes[sides->count][0] = sides->bytes[sides->count][1] = 0;
+  uint64_t *of = sides->bytes[overlay - 1];
+  const uint64_t other = of[1 - side], before = of[side] > other ? of[side] : other;
+  of[side] += bytes;
+  return of[side] > before ? of[side] - before : 0;
+}
+
+static void measure_homes(const flap_pager_config *config, flap_pager_sizes *sizes, uint64_t *pages_out,
+                          uint32_t *overlays_out) {
+  overlay_sides sides;
   uint64_t pages = 0;
+  uint32_t overlays = 0; /* whatever lives in RAM: so what a table takes does not depend on that */
+  sides.count = 0;
   for (uint32_t i = 0; i < config->ring_count; i++)
     sizes->vram_bytes += config->rings[i].slot_bytes * config->rings[i].slots;
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
+    overlays = region->overlay > overlays ? region->overlay : overlays;
     if (region->ring == FLAP_PAGER_RESIDENT) {
       sizes->vram_bytes += region->bytes;
       continue;
     }
     uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
     sizes->disk_bytes += disk;
-    sizes->ram_home_bytes += region->bytes - disk;
+    const uint64_t ram = region->bytes - disk;
+    sizes->ram_home_bytes +=
+        region->overlay == 0 || ram == 0 ? ram : extend_side(&sides, region->overlay, region->side, ram);
     pages += (region->bytes + config->page_bytes - 1) / config->page_bytes;
   }
   flap_assert(pages < PAGER_NONE && sizes->disk_bytes / FLAP_BLOCK_ALIGN < PAGER_NONE);
   *pages_out = pages;
+  *overlays_out = overlays;
 }
 
 static bool has_residents(const flap_pager_config *config) {
@@ -139,11 +165,13 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     region->klass = config->regions[i].klass;
     region->element_bytes = config->regions[i].element_bytes;
     region->in_snapshots = config->regions[i].in_snapshots;
+    region->side = config->regions[i].side;
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
     region->wanted = UINT64_MAX;
     region->ram_pages = (uint32_t)smaller(config->regions[i].ram_pages, region->page_count);
+    region->overlay = region->ram_pages > 0 ? config->regions[i].overlay : 0;
     region->first_page = page;
     for (uint32_t j = 0; j < region->page_count; j++, page++) {
       pager_page *entry = &pager->pages[page];
@@ -177,7 +205,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   check_config(config);
   flap_pager_sizes sizes = {0};
   uint64_t pages = 0;
-  measure_homes(config, &sizes, &pages);
+  measure_homes(config, &sizes, &pages, &pager->overlay_count);
   pager->page_bytes = config->page_bytes;
   pager->transfer_bytes = config->transfer_bytes;
   pager->pages_per_transfer = (uint32_t)(config->transfer_bytes / config->page_bytes);
@@ -204,6 +232,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   sizes.staging_bytes = disk ? pager->buffer_count * config->transfer_bytes : pager->bounce_bytes;
 
   pager->regions = FLAP_ARENA_ARRAY(arena, pager_region, pager->region_count);
+  pager->overlays = FLAP_ARENA_ARRAY(arena, pager_overlay, pager->overlay_count);
   pager->pages = FLAP_ARENA_ARRAY(arena, pager_page, pager->page_count);
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
@@ -232,17 +261,44 @@ static void link_free(flap_pager *pager, bool write, uint32_t first, uint32_t co
   *(write ? &pager->write_free : &pager->read_free) = count;
 }
 
+/* Overlays follow one another from `homes` on: first it is found how large each is. */
+static void place_overlays(flap_pager *pager, unsigned char *homes) {
+  overlay_sides sides;
+  sides.count = 0;
+  for (uint32_t i = 0; i < pager->region_count; i++) {
+    const pager_region *region = &pager->regions[i];
+    if (region->overlay > 0)
+      (void)extend_side(&sides, region->overlay, region->side, pager_chunk_bytes(pager, region, 0, region->ram_pages));
+  }
+  uint64_t at = 0;
+  for (uint32_t i = 0; i < sides.count; i++) {
+    uint64_t *of = sides.bytes[i];
+    const uint64_t bytes = of[0] > of[1] ? of[0] : of[1];
+    of[0] = of[1] = at; /* of its next region, from here on */
+    at += bytes;
+  }
+  for (uint32_t i = 0; i < pager->region_count; i++) {
+    pager_region *region = &pager->regions[i];
+    if (region->overlay == 0)
+      continue;
+    uint64_t *next = &sides.bytes[region->overlay - 1][region->side];
+    region->home = homes + *next;
+    *next += pager_chunk_bytes(pager, region, 0, region->ram_pages);
+  }
+}
+
 void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging, unsigned char *vram) {
   for (uint32_t i = 0; i < pager->region_count; i++) {
     pager_region *region = &pager->regions[i];
     if (region->ring == FLAP_PAGER_RESIDENT) {
       region->home = vram;
       vram += region->bytes;
-    } else if (region->ram_pages > 0) {
+    } else if (region->ram_pages > 0 && region->overlay == 0) {
       region->home = homes;
       homes += pager_chunk_bytes(pager, region, 0, region->ram_pages);
     }
   }
+  place_overlays(pager, homes);
   for (uint32_t i = 0; i < pager->slot_count; i++) {
     pager->slots[i].memory = vram;
     vram += pager->rings[pager->slots[i].ring].slot_bytes;
@@ -256,4 +312,34 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
   link_free(pager, false, 0, pager->read_buffers);
   link_free(pager, true, pager->read_buffers, pager->write_buffers);
   pager->bounce = staging + (pager->write_buffers > 0 ? pager->read_buffers * pager->transfer_bytes : 0);
+}
+
+/* ---- overlays ----------------------------------------------------------------------------------------- */
+
+static void check_other_side(flap_pager *pager, const pager_region *region) {
+  const pager_overlay *overlay = &pager->overlays[region->overlay - 1];
+  const uint32_t other = 1u - region->side, index = (uint32_t)(region - pager->regions);
+  if (overlay->held[other] > 0)
+    pager_mistake(pager, "region %u shares its RAM with %u regions of overlay %u that hold something", index,
+                  overlay->held[other], region->overlay);
+  flap_assert(overlay->storing[other] == 0); /* what holds nothing was loaded, so it was home */
+}
+
+void pager_set_holds(flap_pager *pager, pager_region *region, bool holds) {
+  if (region->overlay > 0) {
+    uint32_t *held = &pager->overlays[region->overlay - 1].held[region->side];
+    if (holds)
+      check_other_side(pager, region);
+    *held += holds;
+    *held -= region->holds;
+  }
+  region->holds = holds;
+}
+
+void pager_count_store(flap_pager *pager, const pager_region *region, bool begins) {
+  if (region->overlay == 0)
+    return;
+  uint32_t *storing = &pager->overlays[region->overlay - 1].storing[region->side];
+  flap_assert(begins || *storing > 0);
+  begins ? ++*storing : --*storing;
 }

@@ -26,7 +26,8 @@
  * 10. Stores of one region go in the order of the unpins: page by page, none passes an earlier one.
  * 11. What a snapshot keeps stays as it is at home until it is drained: of its region no store of a lease behind the
  *     point has begun, no such job, and where it is resident no such lease is pinned.
- * 12. After a failure nothing new starts; what is under way is collected.
+ * 12. Of an overlay one side at a time holds something, or has anything on its way home.
+ * 13. After a failure nothing new starts; what is under way is collected.
  */
 #include "pager/pager_internal.h"
 
@@ -317,6 +318,9 @@ static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what,
   const pager_region *region = &pager->regions[what->region];
   if (region->pinned)
     pager_mistake(pager, "lease %u pins region %u while an earlier lease of it is pinned", index, what->region);
+  if (region->overlay > 0 && region->holds && what->mode == FLAP_LEASE_SCRATCH)
+    pager_mistake(pager, "lease %u empties region %u of overlay %u without loading it", index, what->region,
+                  region->overlay);
   if (!is_streaming(region)) {
     if (pager_loads(what->mode) && !region->holds)
       pager_mistake(pager, "lease %u reads region %u, which is resident but holds nothing", index, what->region);
@@ -379,10 +383,11 @@ static void release_region(flap_pager *pager, pager_region *region, flap_lease_m
   if (mode == FLAP_LEASE_READ)
     return;
   region->changes_released++;
-  region->holds = pager_stores(mode);
+  pager_set_holds(pager, region, pager_stores(mode));
   pager_snapshot_changed(pager, region);
   if (!is_streaming(region) || !pager_stores(mode))
     return;
+  pager_count_store(pager, region, true);
   pager_page *page = pager_pages_of(pager, region);
   for (uint32_t i = 0; i < region->page_count; i++)
     page[i].stores_left++;

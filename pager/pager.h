@@ -8,6 +8,12 @@
  * equal slots; slots go to leases in program order, as soon as one is free, so prefetching needs no guessing and no
  * eviction.
  *
+ * Overlays. Regions that never hold anything while certain others do may share their RAM with these: an overlay has two
+ * sides, each as large as its regions' RAM pages together, at the same place. When a lease that changes a region of one
+ * side is unpinned, or such a region is filled, no region of the other holds anything. They are emptied by leases that
+ * load them (CONSUME), not by SCRATCH: then they were home. What a job empties counts as empty when the job is over; so
+ * something between the two waits for it. The planner's duty, checked here.
+ *
  * Jobs of the host. Some leases are for work of the host's cores on what lives in RAM: a job waits until its regions'
  * bytes are home and nobody reads them any more, runs on a thread of the pager's, one after another, and counts as a
  * change like any other. The engine hands a job over and goes on; what a later lease loads waits for it.
@@ -42,6 +48,7 @@ extern "C" {
 #define FLAP_PAGER_HOST (UINT32_MAX - 1) /* likewise: lives in RAM, and only jobs of the host lease it */
 #define FLAP_PAGER_JOB_LEASES_MAX 4
 #define FLAP_PAGER_CLASSES_MAX 16u
+#define FLAP_PAGER_OVERLAYS_MAX 1023u
 #define FLAP_PAGER_BUFFERS_MAX 32768u /* read buffers, and write buffers */
 
 typedef struct flap_pager_region {
@@ -52,7 +59,9 @@ typedef struct flap_pager_region {
   /* For compression: how wide the numbers are that it holds (1, 2 or 4 bytes; 0: its pages stay as they are), and of
    * which class it is (below FLAP_PAGER_CLASSES_MAX): what is learnt of one region goes for its class. */
   uint8_t element_bytes, klass;
-  bool in_snapshots; /* belongs to every snapshot */
+  bool in_snapshots; /* belongs to every snapshot; such a region is of no overlay */
+  uint8_t side;      /* of its overlay: 0 or 1 */
+  uint16_t overlay;  /* from 1 to FLAP_PAGER_OVERLAYS_MAX; 0: its RAM is its own */
 } flap_pager_region;
 
 typedef struct flap_pager_ring {

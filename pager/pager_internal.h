@@ -53,6 +53,8 @@ typedef struct pager_region {
   uint32_t loading;          /* H2D copies out of its home that are under way */
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
   uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
+  uint16_t overlay;          /* of a region with RAM pages that share their place; else 0 */
+  uint8_t side;
   uint8_t klass, element_bytes;
   bool hurried : 1; /* a load that has its slot waits for the disk to have written its pages */
   bool holds : 1;   /* after all of the unpinned leases, there are bytes */
@@ -61,6 +63,12 @@ typedef struct pager_region {
   bool kept : 1;       /* of the open snapshot, and not drained yet */
   bool kept_holds : 1; /* there are bytes at the point; known once it is reached */
 } pager_region;
+
+/* By side. */
+typedef struct pager_overlay {
+  uint32_t held[2];    /* regions that hold something */
+  uint32_t storing[2]; /* leases that were unpinned and whose bytes are not all home */
+} pager_overlay;
 
 /* ---- where it is moved ---------------------------------------------------------------------------------- */
 
@@ -252,6 +260,8 @@ struct flap_pager {
   uint64_t bounce_bytes;
   flap_pager_sizes sizes;
   pager_region *regions;
+  pager_overlay *overlays; /* overlay n at n - 1 */
+  uint32_t overlay_count;
   pager_page *pages;
   pager_ring *rings;
   pager_slot *slots;
@@ -354,6 +364,11 @@ uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, u
 static inline pager_page *pager_pages_of(const flap_pager *pager, const pager_region *region) {
   return pager->pages + region->first_page;
 }
+/* After all of the unpinned leases the region holds something, or nothing. Whoever makes it hold something finds its
+ * overlay's other side empty. */
+void pager_set_holds(flap_pager *pager, pager_region *region, bool holds);
+/* A lease of the region was unpinned and has to be stored; or all its copies home are over. */
+void pager_count_store(flap_pager *pager, const pager_region *region, bool begins);
 /* Bytes of a region on disk. */
 uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_pages);
 

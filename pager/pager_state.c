@@ -285,6 +285,28 @@ static void assert_kept(const flap_pager *pager) {
   }
 }
 
+/* 12: of an overlay one side at a time holds something, or has anything on its way home. */
+static void assert_overlays(const flap_pager *pager) {
+  uint32_t held = 0, storing = 0;
+  for (uint32_t i = 0; i < pager->region_count; i++)
+    held += pager->regions[i].overlay > 0 && pager->regions[i].holds;
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    const pager_slot *slot = &pager->slots[i];
+    const bool stores = slot->state == SLOT_STORING || (slot->state == SLOT_RELEASED && pager_stores(slot->mode));
+    storing += stores && pager->regions[slot->region].overlay > 0;
+  }
+  for (uint32_t i = 0; i < pager->overlay_count; i++) {
+    const pager_overlay *overlay = &pager->overlays[i];
+    for (uint32_t side = 0; side < 2; side++) {
+      flap_assert(overlay->held[side] + overlay->storing[side] == 0 || overlay->held[1 - side] == 0);
+      held -= overlay->held[side];
+      storing -= overlay->storing[side];
+    }
+    flap_assert(overlay->storing[0] == 0 || overlay->storing[1] == 0);
+  }
+  flap_assert(held == 0 && storing == 0);
+}
+
 static void assert_rings(const flap_pager *pager) {
   for (uint32_t i = 0; i < pager->ring_count; i++) {
     const pager_ring *ring = &pager->rings[i];
@@ -305,6 +327,7 @@ void pager_assert_state(flap_pager *pager) {
   assert_slots(pager);
   assert_stores(pager);
   assert_kept(pager);
+  assert_overlays(pager);
   assert_buffers(pager);
   assert_pages(pager);
 }

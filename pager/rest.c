@@ -220,11 +220,11 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
   pager_region *region = &pager->regions[index];
   if (status != FLAP_OK)
     return leave(pager, status);
-  region->holds = false;
+  pager_set_holds(pager, region, false);
   if (region->ring < FLAP_PAGER_HOST && pager->rings[region->ring].keeps)
     pager->slots[pager->rings[region->ring].first_slot].keeps = false;
   if (!pager->has_bytes) {
-    region->holds = true;
+    pager_set_holds(pager, region, true);
     return leave(pager, FLAP_OK);
   }
   if (region->ring == FLAP_PAGER_RESIDENT) {
@@ -234,7 +234,7 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
     if (status == FLAP_OK)
       status = fill_disk(pager, index, fill, context);
   }
-  region->holds = status == FLAP_OK && pager->error == FLAP_OK;
+  pager_set_holds(pager, region, status == FLAP_OK && pager->error == FLAP_OK);
   return leave(pager, status);
 }
 

@@ -146,6 +146,7 @@ void pager_rings_stored(flap_pager *pager, uint32_t slot) {
   if (s->copies_left > 0 || s->ram_next < region->ram_pages || s->disk_next < region->page_count)
     return;
   pager_list_remove(pager, &pager->storing, slot);
+  pager_count_store(pager, region, false);
   s->state = SLOT_FREE;
   pager_list_append(pager, &pager->rings[s->ring].free, slot);
 }

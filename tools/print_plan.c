@@ -106,6 +106,9 @@ static void print_classes(FILE *out, const flap_plan *plan) {
             flap_text_bytes(row->bytes).text, flap_text_bytes(row->resident_bytes).text,
             flap_text_bytes(row->ram_bytes).text, flap_text_bytes(row->disk_bytes).text, ring);
   }
+  if (plan->ram_shared_bytes > 0)
+    fprintf(out, "shared            %s of ram, where gradients and activations are in turn\n",
+            flap_text_bytes(plan->ram_shared_bytes).text);
 }
 
 static void print_lanes(FILE *out, const flap_plan *plan) {
@@ -311,6 +314,7 @@ static void add_sizes(json_t *object, const flap_run_config *config, const flap_
   set_integer(object, "vram_pager_bytes", plan->vram_pager_bytes);
   set_integer(object, "vram_scratch_bytes", plan->vram_scratch_bytes);
   set_integer(object, "ram_home_bytes", plan->ram_home_bytes);
+  set_integer(object, "ram_shared_bytes", plan->ram_shared_bytes);
   set_integer(object, "ram_staging_bytes", plan->ram_staging_bytes);
   set_integer(object, "ram_table_bytes", plan->ram_table_bytes);
   set_integer(object, "ram_other_bytes", plan->ram_other_bytes);

@@ -99,6 +99,10 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
   plan->vram_pager_bytes = setup->sizes.vram_bytes;
   plan->vram_scratch_bytes = setup->vram_scratch_bytes;
   plan->ram_home_bytes = setup->sizes.ram_home_bytes;
+  plan->ram_shared_bytes = 0;
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    plan->ram_shared_bytes += setup->classes[k].ram_bytes;
+  plan->ram_shared_bytes -= setup->sizes.ram_home_bytes;
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;

@@ -163,7 +163,8 @@ flap_status flap_runtime_open_simulated(flap_setup *setup, const flap_runtime_co
   runtime_out->lists.trace = config->trace;
   FLAP_TRY_GOTO(status, open_executor(runtime_out, setup, config));
   for (uint32_t i = 0; i < setup->layout.region_count; i++)
-    FLAP_TRY_GOTO(status, flap_pager_fill(runtime_out->pager, i, nothing, NULL));
+    if (setup->layout.regions[i].overlay == 0) /* the others hold nothing between a run's start and its first step */
+      FLAP_TRY_GOTO(status, flap_pager_fill(runtime_out->pager, i, nothing, NULL));
   return FLAP_OK;
 fail:
   flap_runtime_close(runtime_out);

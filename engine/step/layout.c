@@ -168,6 +168,8 @@ static uint32_t add_placed(flap_layout *layout, flap_region_class klass, uint64_
   if (layout->regions != NULL) {
     layout->regions[layout->region_count].klass = klass;
     layout->regions[layout->region_count].place = place;
+    layout->regions[layout->region_count].overlay = 0;
+    layout->regions[layout->region_count].side = 0;
     layout->regions[layout->region_count].element_bytes = element_bytes(layout, klass);
     layout->regions[layout->region_count].bytes = flap_units_round_up(bytes, FLAP_BLOCK_ALIGN);
   }
@@ -176,6 +178,17 @@ static uint32_t add_placed(flap_layout *layout, flap_region_class klass, uint64_
 
 static uint32_t add_region(flap_layout *layout, flap_region_class klass, uint64_t bytes) {
   return add_placed(layout, klass, bytes, FLAP_PLACE_ANY);
+}
+
+/* The gradients that a segment leaves are there from the end of its backward until its update, before its next forward;
+ * what that forward leaves for its own backward and for the next segment is there from then until before they come
+ * again. So they share RAM; likewise the embedding's gradients and what it leaves for the first segment. `before`: so
+ * many segments go before what leaves them, and the embedding. */
+static void share_place(flap_layout *layout, uint32_t region, uint32_t before, uint8_t side) {
+  if (layout->regions == NULL || before >= FLAP_PAGER_OVERLAYS_MAX)
+    return;
+  layout->regions[region].overlay = (uint16_t)(before + 1);
+  layout->regions[region].side = side;
 }
 
 /* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
@@ -251,6 +264,13 @@ static uint32_t add_gradient(flap_layout *layout, uint64_t elements, bool host, 
                     host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
 }
 
+static void share_gradient(flap_layout *layout, const flap_layout_part *part, uint32_t gradient) {
+  if (part->kind == FLAP_PART_EMBEDDING)
+    share_place(layout, gradient, 0, 0);
+  else if (part->kind == FLAP_PART_LAYER)
+    share_place(layout, gradient, part->layer / layout->spec.segment_layers + 1, 0);
+}
+
 /* A part's weights, and in training its gradient sums and its slices. */
 static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
@@ -277,6 +297,8 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
                      slice.elements == slice_elements ? whole_bytes : flap_layout_state_bytes(format, slice.elements),
                      host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
       slice.gradient = add_gradient(layout, slice.elements, host, at_once);
+      if (!at_once)
+        share_gradient(layout, &part, slice.gradient);
       if (layout->regions != NULL && flap_layout_has_codes(spec->optim, kind))
         layout->regions[slice.states].element_bytes = 1;
       if (layout->slices != NULL)
@@ -295,8 +317,11 @@ static void add_activations(flap_layout *layout) {
   const flap_layout_spec *spec = &layout->spec;
   const uint64_t hidden = flap_model_hidden_bytes(spec->model, &spec->shape);
   layout->first_boundary = layout->region_count;
-  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->group_micro_batches; i++)
-    add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
+  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->group_micro_batches; i++) {
+    const uint32_t region = add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
+    if (spec->mode == FLAP_MODE_TRAIN)
+      share_place(layout, region, i / spec->group_micro_batches, 1);
+  }
   if (spec->mode != FLAP_MODE_TRAIN)
     return;
   layout->first_hidden_gradient = layout->region_count;
@@ -309,7 +334,7 @@ static void add_activations(flap_layout *layout) {
       uint32_t first, end;
       flap_layout_segment(layout, segment, &first, &end);
       for (uint32_t layer = first; layer < end && saves(spec, layer, i); layer++)
-        add_region(layout, FLAP_CLASS_SAVED, kept + (layer > first ? hidden : 0));
+        share_place(layout, add_region(layout, FLAP_CLASS_SAVED, kept + (layer > first ? hidden : 0)), segment + 1, 1);
     }
 }
 

@@ -53,6 +53,8 @@ typedef struct flap_layout_region {
   flap_region_class klass;
   flap_layout_place place;
   uint8_t element_bytes; /* of most of what it holds: how its bytes are shuffled where they are compressed */
+  uint8_t side;          /* of the overlay */
+  uint16_t overlay;      /* 0, or that of regions with which it may share its place in RAM (pager.h) */
   uint64_t bytes;        /* a multiple of FLAP_BLOCK_ALIGN */
 } flap_layout_region;
 

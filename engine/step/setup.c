@@ -261,6 +261,8 @@ static void lay_rings(flap_setup *setup) {
     paged->element_bytes = region->element_bytes;
     paged->in_snapshots = is_saved(&setup->spec, region->klass);
     paged->ram_pages = 0;
+    paged->overlay = region->overlay;
+    paged->side = region->side;
     if (region->place == FLAP_PLACE_HOST)
       paged->ring = FLAP_PAGER_HOST;
     else if (!setup->resident[i])
@@ -270,81 +272,7 @@ static void lay_rings(flap_setup *setup) {
   }
 }
 
-/* ---- homes in RAM ---------------------------------------------------------------------------------------- */
-
-/* Classes in the order in which they get RAM: most traffic per byte first; of equals, gradients before the others,
- * because what is written and read once a step wears disks for nothing. */
-static void order_classes(const flap_setup *setup, flap_region_class order[FLAP_CLASS_COUNT]) {
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
-    int at = k;
-    const double mine = setup->traffic[k] + (k == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
-    while (at > 0) {
-      const flap_region_class before = order[at - 1];
-      const double other = setup->traffic[before] + (before == FLAP_CLASS_GRADIENTS ? 1e-6 : 0);
-      if (other >= mine)
-        break;
-      order[at] = before;
-      at--;
-    }
-    order[at] = (flap_region_class)k;
-  }
-}
-
-static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t page) {
-  return smaller(setup->regions[region].bytes - page * setup->choice.page_bytes, setup->choice.page_bytes);
-}
-
-/* The same share of every region first, so that each load uses RAM and disk side by side; then the rest, a page here
- * and there. */
-static bool wants_ram(const flap_setup *setup, uint32_t region, flap_region_class klass) {
-  const flap_layout_region *r = &setup->layout.regions[region];
-  return r->klass == klass && r->place == FLAP_PLACE_ANY && !setup->resident[region];
-}
-
-static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t streaming, uint64_t left) {
-  const flap_layout *layout = &setup->layout;
-  const uint64_t page_bytes = setup->choice.page_bytes;
-  const bool all = streaming <= left;
-  const double share = all ? 1.0 : (double)left / (double)streaming;
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    if (!wants_ram(setup, i, klass))
-      continue;
-    const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
-    uint64_t given = all ? pages : (uint64_t)(share * (double)(bytes / page_bytes));
-    while (given > 0 && smaller(given * page_bytes, bytes) > left)
-      given--;
-    setup->regions[i].ram_pages = (uint32_t)given;
-    left -= smaller(given * page_bytes, bytes);
-  }
-  for (uint32_t i = 0; i < layout->region_count && left > 0 && !all; i++) {
-    if (!wants_ram(setup, i, klass))
-      continue;
-    const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
-    if (setup->regions[i].ram_pages >= pages)
-      continue;
-    const uint64_t span = page_span(setup, i, setup->regions[i].ram_pages);
-    if (span <= left) {
-      setup->regions[i].ram_pages++;
-      left -= span;
-    }
-  }
-  return left;
-}
-
-static void lay_homes(flap_setup *setup) {
-  const flap_layout *layout = &setup->layout;
-  flap_region_class order[FLAP_CLASS_COUNT];
-  uint64_t streaming[FLAP_CLASS_COUNT] = {0}, left = setup->choice.ram_bytes;
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    if (layout->regions[i].place != FLAP_PLACE_ANY)
-      setup->regions[i].ram_pages = UINT32_MAX; /* all that it has, whatever the choice says */
-    else if (!setup->resident[i])
-      streaming[layout->regions[i].klass] += layout->regions[i].bytes;
-  order_classes(setup, order);
-  for (int k = 0; k < FLAP_CLASS_COUNT && left > 0; k++)
-    if (streaming[order[k]] > 0)
-      left = give_ram(setup, order[k], streaming[order[k]], left);
-}
+/* ---- sums ------------------------------------------------------------------------------------------------ */
 
 static void sum_classes(flap_setup *setup) {
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
@@ -491,7 +419,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   setup->choice = *choice;
   choose_residents(setup);
   lay_rings(setup);
-  lay_homes(setup);
+  flap_setup_lay_homes(setup);
   sum_classes(setup);
   measure(setup);
   return FLAP_OK;
@@ -510,7 +438,9 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   setup_out->resident = calloc(regions, sizeof *setup_out->resident);
   setup_out->regions = calloc(regions, sizeof *setup_out->regions);
   setup_out->rings = calloc(FLAP_CLASS_COUNT + setup_out->layout.part_count, sizeof *setup_out->rings);
-  if (setup_out->resident == NULL || setup_out->regions == NULL || setup_out->rings == NULL) {
+  setup_out->homes = flap_setup_open_homes(&setup_out->layout);
+  if (setup_out->resident == NULL || setup_out->regions == NULL || setup_out->rings == NULL ||
+      setup_out->homes == NULL) {
     status = flap_error_set(FLAP_NO_MEMORY, "no memory to plan %u regions", regions);
     goto fail;
   }
@@ -527,6 +457,8 @@ void flap_setup_close(flap_setup *setup) {
   free(setup->resident);
   free(setup->regions);
   free(setup->rings);
+  flap_setup_close_homes(setup->homes);
+  setup->homes = NULL;
   setup->resident = NULL;
   setup->regions = NULL;
   setup->rings = NULL;

@@ -73,6 +73,22 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
   config->rings = c->rings;
 }
 
+/* Some regions share RAM. Those of jobs do not: what they empty is empty only once the job is over. */
+static void make_overlays(test_case *c) {
+  draw d = {.stream = flap_philox_stream(c->seed, "pager overlays")};
+  const uint32_t overlays = 1 + below(&d, 3);
+  if (chance(&d, 40))
+    return;
+  for (uint32_t i = 0; i < c->config.region_count; i++) {
+    if (c->for_jobs[i] || chance(&d, 30))
+      continue;
+    c->regions[i].overlay = (uint16_t)(1 + below(&d, overlays));
+    c->regions[i].side = (uint8_t)below(&d, 2);
+    if (c->regions[i].side == 1)
+      c->filled[i] = false;
+  }
+}
+
 typedef struct maker {
   draw *d;
   test_case *c;
@@ -85,6 +101,17 @@ typedef struct maker {
 static void push(test_case *c, action_kind kind, uint32_t index) {
   ck_assert_uint_lt(c->action_count, CASE_ACTIONS_MAX);
   c->actions[c->action_count++] = (action){.kind = kind, .index = index};
+}
+
+/* A region of the other side holds something, or may soon. */
+static bool other_side_is_busy(const maker *m, uint32_t region) {
+  const flap_pager_region *r = &m->c->regions[region];
+  for (uint32_t i = 0; r->overlay > 0 && i < m->c->config.region_count; i++) {
+    const flap_pager_region *other = &m->c->regions[i];
+    if (other->overlay == r->overlay && other->side != r->side && (m->holds[i] || m->pinned[i]))
+      return true;
+  }
+  return false;
 }
 
 static bool is_kept(const test_case *c, uint32_t region) {
@@ -126,6 +153,10 @@ static bool make_pin(maker *m, uint32_t program) {
     mode = FLAP_LEASE_CREATE;
   if (is_kept(c, region))
     mode = FLAP_LEASE_READ;
+  if (c->regions[region].overlay > 0 && m->holds[region] && mode == FLAP_LEASE_SCRATCH)
+    mode = FLAP_LEASE_CONSUME;
+  if (mode == FLAP_LEASE_CREATE && other_side_is_busy(m, region))
+    return false;
   uint32_t index = c->lease_counts[program]++;
   c->leases[program][index] = (flap_lease){.region = region, .mode = mode};
   m->pinned[region] = true;
@@ -178,8 +209,10 @@ static void make_program(maker *m, uint32_t program, bool last) {
     if (chance(m->d, 50)) {
       push(c, ACTION_SETTLE, 0);
       uint32_t region = below(m->d, c->config.region_count);
-      push(c, ACTION_REFILL, region);
-      m->holds[region] = true;
+      if (!other_side_is_busy(m, region)) {
+        push(c, ACTION_REFILL, region);
+        m->holds[region] = true;
+      }
     }
     push(c, ACTION_BEGIN, program + 1);
   }
@@ -190,6 +223,7 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->seed = seed;
   draw d = {.stream = flap_philox_stream(seed, "pager case")};
   make_regions(c, &d, homes, scale);
+  make_overlays(c);
   maker m = {.d = &d, .c = c, .jobs = homes != HOMES_DISK};
   memcpy(m.holds, c->filled, sizeof m.holds);
   c->program_count = 1 + below(&d, CASE_PROGRAMS_MAX);
@@ -215,5 +249,5 @@ void case_add_snapshots(test_case *c) {
   draw d = {.stream = flap_philox_stream(c->seed, "pager snapshots")};
   c->snapshots = true;
   for (uint32_t i = 0; i < c->config.region_count; i++)
-    c->regions[i].in_snapshots = chance(&d, 60);
+    c->regions[i].in_snapshots = chance(&d, 60) && c->regions[i].overlay == 0;
 }

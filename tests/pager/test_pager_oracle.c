@@ -104,6 +104,28 @@ static void make_regions(world *w) {
   c->ring_count += kept;
 }
 
+/* Regions of jobs do not: what they empty is empty only once the job is over. */
+static void share_homes(world *w) {
+  source *s = &w->random;
+  if (chance(s, 60))
+    return;
+  for (uint32_t i = 0; i < w->config.region_count; i++) {
+    if (w->for_jobs[i] || chance(s, 20))
+      continue;
+    w->regions[i].overlay = (uint16_t)(1 + (below(s, 8) == 0));
+    w->regions[i].side = (uint8_t)below(s, 2);
+    w->holds[i] &= w->regions[i].side == 0;
+  }
+}
+
+static bool other_side_is_busy(const world *w, uint32_t region) {
+  const flap_pager_region *r = &w->regions[region];
+  for (uint32_t i = 0; r->overlay > 0 && i < w->config.region_count; i++)
+    if (w->regions[i].overlay == r->overlay && w->regions[i].side != r->side && (w->holds[i] || w->pinned[i]))
+      return true;
+  return false;
+}
+
 /* Rates from equal to a hundred times apart, so that each lane is the slowest at times. */
 static double rate(source *s) {
   static const double rates[] = {1e8, 4e8, 1e9, 3e9, 1e10};
@@ -147,6 +169,7 @@ static void make_world(world *w, uint64_t seed, flap_clock *clock, sim_oracle *o
   c->transfer_bytes = c->page_bytes * (1 + below(s, 3));
   c->copy_bytes = c->page_bytes * below(s, 4);
   make_regions(w);
+  share_homes(w);
   c->read_buffers = 1 + below(s, chance(s, 20) ? 60 : 3);
   c->write_buffers = 1 + below(s, chance(s, 20) ? 60 : 3);
   c->disk.read_depth = chance(s, 50) ? 1 + below(s, 3) : 0;
@@ -188,7 +211,10 @@ static flap_lease_mode choose_mode(world *w, uint32_t region) {
     return FLAP_LEASE_READ;
   if (!w->holds[region])
     return chance(s, 80) ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH;
-  return chance(s, 40) ? FLAP_LEASE_READ : chance(s, 60) ? FLAP_LEASE_UPDATE : (flap_lease_mode)below(s, 5);
+  const flap_lease_mode mode = chance(s, 40)   ? FLAP_LEASE_READ
+                               : chance(s, 60) ? FLAP_LEASE_UPDATE
+                                               : (flap_lease_mode)below(s, 5);
+  return mode == FLAP_LEASE_SCRATCH && w->regions[region].overlay > 0 ? FLAP_LEASE_CONSUME : mode;
 }
 
 static void make_pin(world *w, program *p) {
@@ -197,8 +223,11 @@ static void make_pin(world *w, program *p) {
     return;
   if (ring != FLAP_PAGER_RESIDENT && w->live[ring] == w->rings[ring].slots)
     return;
+  const flap_lease_mode mode = choose_mode(w, region);
+  if (mode == FLAP_LEASE_CREATE && other_side_is_busy(w, region))
+    return;
   const uint32_t index = p->lease_count++;
-  p->leases[index] = (flap_lease){.region = region, .mode = choose_mode(w, region)};
+  p->leases[index] = (flap_lease){.region = region, .mode = mode};
   w->pinned[region] = true;
   w->live_leases[w->live_count++] = index;
   if (ring != FLAP_PAGER_RESIDENT)

@@ -1,0 +1,234 @@
+/* Homes in RAM: regions share their places only if no program needs both, and RAM is spent as far as it reaches. */
+#include "engine/step/setup.h"
+
+#include "base/philox.h"
+#include "base/units.h"
+
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TRIALS 60u
+#define LAYERS_MAX 7u
+
+typedef struct trial {
+  flap_model_config model;
+  flap_setup_spec spec;
+  flap_choice choice;
+  flap_setup setup;
+} trial;
+
+typedef struct source {
+  flap_philox stream;
+  uint64_t drawn;
+} source;
+
+static uint32_t below(source *s, uint32_t bound) {
+  return (uint32_t)flap_philox_below(&s->stream, s->drawn++, bound);
+}
+
+static uint64_t first_seed(void) {
+  const char *text = getenv("FLAP_TEST_SEED");
+  return text != NULL ? strtoull(text, NULL, 10) : 7;
+}
+
+static void open_trial(uint64_t seed, trial *t) {
+  source s = {.stream = flap_philox_stream(seed, "homes")};
+  memset(t, 0, sizeof *t);
+  const uint32_t layers = 1 + below(&s, LAYERS_MAX), parts = layers + 2;
+  t->model = (flap_model_config){.family = flap_model_find_family("llama"),
+                                 .vocab_size = 300,
+                                 .hidden_size = 32,
+                                 .intermediate_size = 96,
+                                 .num_hidden_layers = layers,
+                                 .num_attention_heads = 2,
+                                 .num_key_value_heads = 1,
+                                 .max_position_embeddings = 64,
+                                 .rms_norm_eps = 1e-5,
+                                 .initializer_range = 0.02,
+                                 .tie_word_embeddings = below(&s, 2) == 1,
+                                 .rope = {.theta = 10000}};
+  ck_assert_int_eq(flap_model_finish_config(&t->model), FLAP_OK);
+  t->spec = (flap_setup_spec){.model = &t->model,
+                              .shape = {.dtype = FLAP_BF16, .batch = 1 + below(&s, 3), .sequence = 32},
+                              .mode = FLAP_MODE_TRAIN,
+                              .gradient_dtype = FLAP_BF16,
+                              .micro_batches = 1 + below(&s, 4),
+                              .threads = 2,
+                              .device = FLAP_DEVICE_CPU,
+                              .needs_no_norm = below(&s, 2) == 1};
+  t->choice = (flap_choice){.segment_layers = 1 + below(&s, layers),
+                            .group_micro_batches = 1 + below(&s, t->spec.micro_batches),
+                            .saved_mask = FLAP_MODEL_SAVED_ALL,
+                            .sweep = below(&s, 4) == 0,
+                            .spread = below(&s, 2) == 1,
+                            .host_parts = below(&s, 2) * below(&s, parts + 1),
+                            .slice_elements = (1 + below(&s, 3)) * FLAP_OPS_BLOCK,
+                            .page_bytes = FLAP_BLOCK_ALIGN << below(&s, 3),
+                            .read_buffers = 2,
+                            .write_buffers = 2};
+  t->choice.transfer_bytes = t->choice.page_bytes << below(&s, 2);
+  t->choice.saved_layers = below(&s, 2) * below(&s, layers / t->choice.segment_layers + 1) * t->choice.segment_layers;
+  if (t->spec.needs_no_norm && below(&s, 2) == 1) {
+    t->choice.backward_parts = below(&s, parts + 1);
+    t->choice.host_backward_parts = t->choice.backward_parts > 0 ? below(&s, parts + 1) : 0;
+  }
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
+    t->choice.resident_bytes[k] = below(&s, 4) == 0 ? below(&s, 1u << 20) : 0;
+  ck_assert_msg(flap_setup_build(&t->spec, &t->choice, &t->setup) == FLAP_OK, "%s", flap_error_message());
+}
+
+/* ---- who holds something when ---------------------------------------------------------------------------- */
+
+typedef struct follower {
+  const trial *t;
+  uint64_t seed;
+  bool *holds; /* per region */
+  uint32_t held[FLAP_PAGER_OVERLAYS_MAX][2], shared;
+} follower;
+
+static void set_holds(follower *f, uint32_t region, bool holds) {
+  const flap_layout_region *r = &f->t->setup.layout.regions[region];
+  if (r->overlay > 0) {
+    uint32_t *held = f->held[r->overlay - 1];
+    held[r->side] += holds;
+    held[r->side] -= f->holds[region];
+    ck_assert_msg(held[0] == 0 || held[1] == 0,
+                  "seed %llu: region %u of overlay %u comes while the other side is there", (unsigned long long)f->seed,
+                  region, r->overlay);
+    f->shared += holds;
+  }
+  f->holds[region] = holds;
+}
+
+/* Jobs of the host end as late as they may: when the weights that they change are leased. */
+static void end_jobs(follower *f, const flap_program *p, const flap_op **waiting, uint32_t *count, uint32_t weights) {
+  uint32_t ended = 0;
+  for (uint32_t i = 0; i < *count; i++)
+    if (p->leases[waiting[i]->operand[2]].region == weights || weights == FLAP_REGION_NONE)
+      ended = i + 1; /* in their order */
+  for (uint32_t i = 0; i < ended; i++)
+    set_holds(f, p->leases[waiting[i]->operand[1]].region, false);
+  *count -= ended;
+  memmove(waiting, waiting + ended, *count * sizeof *waiting);
+}
+
+static void follow(follower *f, flap_setup_program kind) {
+  const flap_program *p = &f->t->setup.programs[kind];
+  const flap_op **waiting = calloc(p->op_count + 1, sizeof *waiting);
+  uint32_t count = 0;
+  ck_assert_ptr_nonnull(waiting);
+  for (uint32_t i = 0; i < p->op_count; i++) {
+    const flap_op *op = &p->ops[i];
+    if (op->kind == FLAP_OP_HOST_ADAMW) {
+      waiting[count++] = op;
+      continue;
+    }
+    if (op->kind == FLAP_OP_PIN)
+      end_jobs(f, p, waiting, &count, p->leases[op->operand[0]].region);
+    if (op->kind != FLAP_OP_UNPIN)
+      continue;
+    const flap_lease *lease = &p->leases[op->operand[0]];
+    if (lease->mode != FLAP_LEASE_READ)
+      set_holds(f, lease->region, lease->mode == FLAP_LEASE_UPDATE || lease->mode == FLAP_LEASE_CREATE);
+  }
+  end_jobs(f, p, waiting, &count, FLAP_REGION_NONE); /* a program's end waits for them */
+  free(waiting);
+}
+
+/* As runs go: whatever may follow whatever. */
+START_TEST(nothing_is_there_with_what_it_shares_its_place_with) {
+  static const flap_setup_program folded[] = {FLAP_SETUP_FIRST,   FLAP_SETUP_STEADY,  FLAP_SETUP_STEADY,
+                                              FLAP_SETUP_LAST,    FLAP_SETUP_FORWARD, FLAP_SETUP_SINGLE,
+                                              FLAP_SETUP_FIRST,   FLAP_SETUP_SWEEP,   FLAP_SETUP_FORWARD,
+                                              FLAP_SETUP_FORWARD, FLAP_SETUP_FIRST};
+  static const flap_setup_program alone[] = {FLAP_SETUP_SINGLE, FLAP_SETUP_SINGLE, FLAP_SETUP_FORWARD,
+                                             FLAP_SETUP_SINGLE};
+  uint32_t shared = 0;
+  for (uint64_t seed = first_seed(); seed < first_seed() + TRIALS; seed++) {
+    trial t;
+    open_trial(seed, &t);
+    follower f = {.t = &t, .seed = seed, .holds = calloc(t.setup.layout.region_count, sizeof(bool))};
+    ck_assert_ptr_nonnull(f.holds);
+    if (flap_setup_folds(&t.setup))
+      for (size_t i = 0; i < sizeof folded / sizeof *folded; i++)
+        follow(&f, folded[i]);
+    else
+      for (size_t i = 0; i < sizeof alone / sizeof *alone; i++)
+        follow(&f, alone[i]);
+    shared += f.shared;
+    free(f.holds);
+    flap_setup_close(&t.setup);
+  }
+  ck_assert_uint_gt(shared, 1000);
+}
+END_TEST
+
+/* ---- how RAM is spent ------------------------------------------------------------------------------------ */
+
+/* By another way than the setup's: the longer side of each overlay, and what is in none. */
+static uint64_t ram_of(const flap_setup *setup, uint64_t *alone_out) {
+  uint64_t sides[FLAP_PAGER_OVERLAYS_MAX][2] = {{0}}, bytes = 0;
+  *alone_out = 0;
+  for (uint32_t i = 0; i < setup->layout.region_count; i++) {
+    const flap_pager_region *r = &setup->regions[i];
+    if (r->ring == FLAP_PAGER_RESIDENT)
+      continue;
+    const uint64_t all = r->bytes, pages = r->ram_pages * setup->choice.page_bytes, ram = all < pages ? all : pages;
+    *alone_out += ram;
+    if (r->overlay == 0)
+      bytes += ram;
+    else
+      sides[r->overlay - 1][r->side] += ram;
+  }
+  for (uint32_t i = 0; i < FLAP_PAGER_OVERLAYS_MAX; i++)
+    bytes += sides[i][0] > sides[i][1] ? sides[i][0] : sides[i][1];
+  return bytes;
+}
+
+static uint64_t place(trial *t, uint64_t ram_bytes, uint64_t *alone_out) {
+  t->choice.ram_bytes = ram_bytes;
+  ck_assert_int_eq(flap_setup_place(&t->setup, &t->choice), FLAP_OK);
+  const uint64_t bytes = ram_of(&t->setup, alone_out);
+  ck_assert_uint_eq(t->setup.sizes.ram_home_bytes, bytes);
+  return bytes;
+}
+
+START_TEST(ram_is_spent_to_the_last_page_and_never_beyond) {
+  uint64_t saved = 0;
+  for (uint64_t seed = first_seed(); seed < first_seed() + TRIALS; seed++) {
+    trial t;
+    open_trial(seed, &t);
+    uint64_t alone;
+    const uint64_t least = place(&t, 0, &alone), all = place(&t, UINT64_MAX / 2, &alone);
+    ck_assert_uint_eq(t.setup.sizes.disk_bytes, 0);
+    saved += alone - all;
+    for (uint32_t share = 1; share <= 8; share++) {
+      const uint64_t given = (all - least) * share / 8, spent = place(&t, given, &alone);
+      ck_assert_uint_le(spent, least + given);
+      /* What is left is less than what one more page takes, of any region that has some on disk. */
+      if (t.setup.sizes.disk_bytes > 0)
+        ck_assert_msg(spent + t.choice.page_bytes > least + given, "seed %llu: %llu of %llu bytes are spent",
+                      (unsigned long long)seed, (unsigned long long)(spent - least), (unsigned long long)given);
+    }
+    ck_assert_uint_eq(t.setup.sizes.disk_bytes, 0);
+    flap_setup_close(&t.setup);
+  }
+  ck_assert_uint_gt(saved, 0);
+}
+END_TEST
+
+int main(void) {
+  Suite *suite = suite_create("homes");
+  TCase *tcase = tcase_create("homes");
+  tcase_set_timeout(tcase, 120);
+  tcase_add_test(tcase, nothing_is_there_with_what_it_shares_its_place_with);
+  tcase_add_test(tcase, ram_is_spent_to_the_last_page_and_never_beyond);
+  suite_add_tcase(suite, tcase);
+  SRunner *runner = srunner_create(suite);
+  srunner_run_all(runner, CK_NORMAL);
+  const int failed = srunner_ntests_failed(runner);
+  srunner_free(runner);
+  return failed == 0 ? 0 : 1;
+}
