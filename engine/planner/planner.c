@@ -388,24 +388,31 @@ static flap_status refine_backward(const flap_planner *planner, const planner_ca
   return simulate_best(&r, best, costs);
 }
 
-/* What is saved, with all else as in the best: where the bus carries states beside the backward, estimates tell too
- * little of how deep rings must be, and would fill the list with one depth that is not the best one's. */
+/* The same with rings as deep as the best one's: estimates tell too little of how deep they must be, and would fill the
+ * list with one depth that is not the best. */
+static flap_status look_as_deep(refinement *r, planner_skeleton s, const contender *best,
+                                const flap_plan_costs *costs) {
+  refinement all = {.planner = r->planner, .candidates = r->candidates, .budgets = r->budgets};
+  FLAP_TRY(look_at(&all, s, costs));
+  for (uint32_t i = 0; i < all.count; i++)
+    if (all.list[i].depth == best->depth)
+      enter(r->list, &r->count, PLANNER_CONTENDERS, all.list[i]);
+  return FLAP_OK;
+}
+
+/* What is saved, with all else as in the best. */
 static flap_status refine_saved_of_best(const flap_planner *planner, const planner_candidates *c,
                                         const flap_budgets *budgets, contender *best, flap_plan_costs *costs) {
-  refinement r = {.planner = planner, .candidates = c, .budgets = budgets}, kept = r;
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   const planner_savings *const lists[] = {&c->partial, &c->saved};
-  for (size_t i = 0; i < 2 && c->backward.device > 0; i++)
+  for (size_t i = 0; i < 2; i++)
     for (uint32_t j = 0; j < lists[i]->count; j++) {
       planner_skeleton s = best->s;
       s.saved = lists[i]->of[j];
-      r.count = 0;
       if (!is_double(planner, lists[i], s))
-        FLAP_TRY(look_at(&r, s, costs));
-      for (uint32_t k = 0; k < r.count; k++)
-        if (r.list[k].depth == best->depth)
-          enter(kept.list, &kept.count, PLANNER_CONTENDERS, r.list[k]);
+        FLAP_TRY(look_as_deep(&r, s, best, costs));
     }
-  return simulate_best(&kept, best, costs);
+  return simulate_best(&r, best, costs);
 }
 
 /* How many layers save, between the shares that were tried. */
@@ -420,7 +427,7 @@ static flap_status refine_layers(const flap_planner *planner, const planner_cand
     planner_skeleton s = best->s;
     s.saved.layers = layers;
     if (layers != middle)
-      FLAP_TRY(look_at(&r, s, costs));
+      FLAP_TRY(look_as_deep(&r, s, best, costs));
   }
   return simulate_best(&r, best, costs);
 }
