@@ -257,6 +257,11 @@ static flap_status open_run(trainer *t) {
   return FLAP_OK;
 }
 
+static flap_artifacts artifacts_of(const trainer *t) {
+  return (flap_artifacts){
+      .model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = t->runtime.lists.save_piece};
+}
+
 /* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
 static flap_status open_files(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
@@ -269,7 +274,7 @@ static flap_status open_files(trainer *t) {
   const flap_saver_config saver = {.output_dir = t->config->output_dir,
                                    .pager = t->runtime.pager,
                                    .layout = &t->runtime.lists.layout,
-                                   .artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer},
+                                   .artifacts = artifacts_of(t),
                                    .metrics = t->metrics,
                                    .only_model = t->config->save_only_model,
                                    .total_limit = t->config->save_total_limit};
@@ -310,7 +315,7 @@ static void note_saved(trainer *t, uint64_t step, double seconds) {
 }
 
 flap_status trainer_save(trainer *t) {
-  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+  const flap_artifacts artifacts = artifacts_of(t);
   FLAP_TRY(trainer_collect_save(t, true));
   const flap_trainer_state state = state_of(t);
   const uint64_t started_ns = flap_units_now_ns();
@@ -420,7 +425,7 @@ static void report_peaks(trainer *t) {
 
 static flap_status finish(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
-  const flap_artifacts artifacts = {.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer};
+  const flap_artifacts artifacts = artifacts_of(t);
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
   report_bytes(t);
   report_peaks(t);

@@ -15,6 +15,9 @@
 /* What moves at a time between RAM and the device. A copy takes some 15 microseconds beside its bytes' time, for its
  * events and its turn: a sixth more for 4 MiB. */
 #define COPY_BYTES (16 * FLAP_MIB)
+/* What the files of a checkpoint share to be written through: a block for each of 8, or a MiB each and more. */
+#define SAVE_BYTES_MIN (32 * FLAP_KIB)
+#define SAVE_BYTES_MAX (4 * FLAP_MIB)
 
 static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
@@ -325,6 +328,17 @@ static uint64_t block_bytes(const flap_setup *setup) {
   return bytes;
 }
 
+/* A byte for each parameter, and no more than it takes to keep a disk busy: it does not depend on budgets. */
+static uint64_t save_bytes(const flap_setup *setup) {
+  uint64_t elements = 0;
+  if (!setup->spec.saves_weights)
+    return 0;
+  for (uint32_t i = 0; i < setup->layout.part_count; i++)
+    elements += setup->layout.parts[i].elements;
+  const uint64_t bytes = flap_units_round_up(elements, FLAP_BLOCK_ALIGN);
+  return bytes < SAVE_BYTES_MIN ? SAVE_BYTES_MIN : smaller(bytes, SAVE_BYTES_MAX);
+}
+
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out) {
   memset(lists_out, 0, sizeof *lists_out);
   flap_layout_build(&setup->layout.spec, ram, &lists_out->layout);
@@ -337,6 +351,8 @@ void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists 
       setup->programs[i] = (flap_program){.spec = setup->programs[i].spec}; /* its lists were moved */
   }
   lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
+  const uint64_t bytes = save_bytes(setup);
+  lists_out->save_piece = (flap_file_piece){flap_arena_take(ram, bytes, FLAP_BLOCK_ALIGN), bytes};
   if (flap_arena_is_measuring(ram))
     lists_out->layout = setup->layout;
 }

@@ -9,6 +9,7 @@
 #define FLAP_ENGINE_STEP_SETUP_H
 
 #include "engine/step/program.h"
+#include "io/formats/large_file.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -123,6 +124,7 @@ typedef struct flap_setup_lists {
   flap_layout layout;
   flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
   struct flap_trace *trace;
+  flap_file_piece save_piece; /* that checkpoints are written through; none where none are written */
 } flap_setup_lists;
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out);
 

@@ -159,8 +159,8 @@ flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *s
 /* ---- saving -------------------------------------------------------------------------------------------------- */
 
 static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
-                                const flap_trainer_state *state, flap_checksums *checksums) {
-  FLAP_TRY(flap_weights_save_states(pager, layout, folder, checksums));
+                                const flap_trainer_state *state, flap_file_piece piece, flap_checksums *checksums) {
+  FLAP_TRY(flap_weights_save_states(pager, layout, folder, piece, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
     FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
   return write_state(folder, state);
@@ -172,9 +172,10 @@ static flap_status write_all(const char *folder, flap_pager *pager, const flap_l
   flap_checksums checksums = {0};
   flap_status status = FLAP_OK;
   FLAP_TRY_GOTO(status, flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
-  FLAP_TRY_GOTO(status, flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, &checksums));
+  FLAP_TRY_GOTO(status,
+                flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, &checksums));
   if (!only_model)
-    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, &checksums));
+    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, artifacts->piece, &checksums));
   FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
   status = flap_checksums_write(&checksums, folder);
 fail:

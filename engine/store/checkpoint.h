@@ -12,6 +12,7 @@
 #include "engine/step/layout.h"
 #include "engine/step/loss_scale.h"
 #include "engine/store/numerics_key.h"
+#include "io/formats/large_file.h"
 #include "io/formats/tokenizer.h"
 
 #ifdef __cplusplus
@@ -34,10 +35,11 @@ typedef struct flap_trainer_state {
   char numerics[FLAP_NUMERICS_MAX];  /* the numerics key */
 } flap_trainer_state;
 
-/* What goes into every folder beside the weights. */
+/* What goes into every folder beside the weights, and what these are written through. */
 typedef struct flap_artifacts {
   const flap_model_config *model;
   const flap_tokenizer *tokenizer;
+  flap_file_piece piece; /* of one user at a time */
 } flap_artifacts;
 
 /* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints

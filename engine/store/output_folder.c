@@ -353,7 +353,7 @@ flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, co
   FLAP_TRY(flap_durable_begin_folder(final, temporary));
   flap_status status = flap_output_write_artifacts(temporary, artifacts, layout->spec.shape.dtype);
   if (status == FLAP_OK)
-    status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES, NULL);
+    status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, NULL);
   if (status == FLAP_OK)
     status = flap_output_install(temporary, output_dir);
   flap_durable_abort_folder(final);

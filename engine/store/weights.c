@@ -466,13 +466,14 @@ static flap_status save_weights_run(void *context, uint64_t index, const flap_mo
 }
 
 flap_status flap_weights_save(flap_pager *pager, const flap_layout *layout, const char *folder,
-                              uint64_t shard_bytes_max, flap_checksums *checksums) {
+                              uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums) {
   flap_weights_list list = {0};
   flap_weights_target target = {0};
   flap_status status;
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
   FLAP_TRY_GOTO(status, flap_weights_target_begin(&list, folder, layout->spec.shape.dtype, shard_bytes_max, &target));
   target.checksums = checksums;
+  target.piece = piece;
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, false, save_weights_run, &target));
   status = flap_weights_target_end(&target);
 fail:
@@ -495,12 +496,14 @@ static flap_status save_run(void *context, uint64_t index, const flap_model_tens
 }
 
 static flap_status begin_files(const flap_layout *layout, const state_lists *lists, const char *folder,
-                               flap_checksums *checksums, save_context saves[STATE_FILES_MAX], states_visit *v) {
+                               flap_file_piece piece, flap_checksums *checksums, save_context saves[STATE_FILES_MAX],
+                               states_visit *v) {
   state_file files[STATE_FILES_MAX];
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
     const flap_weights_list *list = list_of(lists, &files[i]);
-    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, &saves[i].writer));
+    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, flap_file_piece_part(piece, i, count),
+                                     &saves[i].writer));
     flap_safetensors_write_sum(saves[i].writer, checksums);
     saves[i].value_bytes = flap_safetensors_dtype_bytes(files[i].dtype);
     give_visit(v, &files[i], (section_visit){save_run, &saves[i], list});
@@ -510,14 +513,14 @@ static flap_status begin_files(const flap_layout *layout, const state_lists *lis
 
 /* All writers are open at once, so that each region is read once. */
 flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
-                                     flap_checksums *checksums) {
+                                     flap_file_piece piece, flap_checksums *checksums) {
   state_lists lists;
   save_context saves[STATE_FILES_MAX] = {{0}};
   states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
-  FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, checksums, saves, &v));
+  FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, piece, checksums, saves, &v));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, false, &v));
   for (uint32_t i = 0; i < STATE_FILES_MAX; i++) {
     flap_safetensors_writer *writer = saves[i].writer;

@@ -11,6 +11,7 @@
 
 #include "engine/step/layout.h"
 #include "io/formats/checksums.h"
+#include "io/formats/large_file.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,9 +37,10 @@ FLAP_CHECKED flap_status flap_weights_check(const flap_model_config *config, con
 
 /* Writes the compute weights (bf16 high halves, fp16, or fp32) into `folder` as model.safetensors, or shards of at most
  * `shard_bytes_max` and their index, as transformers reads them. After a failure complete shards may stay: write into a
- * folder that appears whole (io/formats/durable.h). `checksums` takes those of the weights' files; NULL: none. */
+ * folder that appears whole (io/formats/durable.h). `checksums` takes those of the weights' files; NULL: none. `piece`
+ * is memory that files are written through, past the page cache (io/formats/large_file.h); {0}: through the cache. */
 FLAP_CHECKED flap_status flap_weights_save(flap_pager *pager, const flap_layout *layout, const char *folder,
-                                           uint64_t shard_bytes_max, flap_checksums *checksums);
+                                           uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums);
 /* The bytes of these files; exact but for an index, whose size is estimated upwards. */
 FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config, flap_dtype dtype,
                                                  uint64_t shard_bytes_max, uint64_t *bytes_out);
@@ -49,9 +51,10 @@ FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config
  * optimizer-exp_avg-codes.safetensors (I8) and optimizer-exp_avg_sq-codes.safetensors (U8), of the same shapes, and in
  * optimizer-exp_avg-largest.safetensors and optimizer-exp_avg_sq-largest.safetensors (F32): under each tensor's name a
  * row of one value for each 256 elements in order, the last for what is left. kernels/moments.h says what a code stands
- * for. Each states region is read once. The layout must have states. `checksums` as above. */
+ * for. Each states region is read once. The layout must have states. `checksums` and
+ * `piece`, of which each file has a part, as above. */
 FLAP_CHECKED flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
-                                                  flap_checksums *checksums);
+                                                  flap_file_piece piece, flap_checksums *checksums);
 /* Weights of exactly the layout's dtype, and states, bit for bit as they were saved. The layout must have states; its
  * slices, pages and homes need not be those of the run that saved. Files that lack a tensor, or have another than they
  * should, are refused; so is a checkpoint of adamw_8bit whose embedding has 8-bit moments: FLAP_NOT_FOUND says so. With

@@ -112,6 +112,7 @@ typedef struct flap_weights_target {
   uint64_t total_bytes;
   flap_safetensors_writer *writer;
   flap_checksums *checksums; /* of its files, but for the index; NULL after begin: none */
+  flap_file_piece piece;     /* that its files are written through; none after begin */
 } flap_weights_target;
 
 FLAP_CHECKED flap_status flap_weights_target_begin(const flap_weights_list *list, const char *folder, flap_dtype dtype,
@@ -125,7 +126,8 @@ void flap_weights_target_abort(flap_weights_target *target);
 
 /* One file of all tensors: the files of states. */
 FLAP_CHECKED flap_status flap_weights_file_begin(const flap_weights_list *list, const char *folder, const char *name,
-                                                 flap_safetensors_dtype dtype, flap_safetensors_writer **writer_out);
+                                                 flap_safetensors_dtype dtype, flap_file_piece piece,
+                                                 flap_safetensors_writer **writer_out);
 
 /* The bytes of the files of a target (the index estimated upwards), and of such a file. */
 FLAP_CHECKED flap_status flap_weights_measure_target(const flap_weights_list *list, flap_dtype dtype,

@@ -117,7 +117,7 @@ static flap_status next_tensor(flap_weights_target *target) {
     flap_safetensors_shard_name(target->shard_of[tensor], target->shards, name);
     FLAP_TRY(flap_durable_join(path, target->folder, name));
     FLAP_TRY(flap_safetensors_write_begin(path, &target->entries[tensor], shard_end(target, tensor) - tensor, METADATA,
-                                          METADATA_COUNT, &target->writer));
+                                          METADATA_COUNT, target->piece, &target->writer));
     flap_safetensors_write_sum(target->writer, target->checksums);
   }
   target->bytes_left = target->list->tensors[tensor].elements * flap_dtype_bytes(target->dtype);
@@ -167,14 +167,15 @@ void flap_weights_target_abort(flap_weights_target *target) {
 /* ---- one file ---------------------------------------------------------------------------------------------- */
 
 flap_status flap_weights_file_begin(const flap_weights_list *list, const char *folder, const char *name,
-                                    flap_safetensors_dtype dtype, flap_safetensors_writer **writer_out) {
+                                    flap_safetensors_dtype dtype, flap_file_piece piece,
+                                    flap_safetensors_writer **writer_out) {
   char path[FLAP_DURABLE_PATH_MAX];
   FLAP_TRY(flap_durable_join(path, folder, name));
   flap_safetensors_entry *entries = flap_weights_entries(list, dtype);
   if (entries == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for a list of tensors", path);
   const flap_status status =
-      flap_safetensors_write_begin(path, entries, list->count, METADATA, METADATA_COUNT, writer_out);
+      flap_safetensors_write_begin(path, entries, list->count, METADATA, METADATA_COUNT, piece, writer_out);
   free(entries);
   return status;
 }

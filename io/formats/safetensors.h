@@ -17,6 +17,7 @@
 #include "base/dtype.h"
 #include "base/status.h"
 #include "io/formats/checksums.h"
+#include "io/formats/large_file.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -132,10 +133,12 @@ FLAP_CHECKED flap_status flap_safetensors_measure(const flap_safetensors_entry *
                                                   uint64_t *file_bytes_out);
 
 /* Creates (or empties) `path` and writes the header; tensors keep the order given. transformers wants the metadata pair
- * {"format", "pt"}. `path` is copied. A file inside a durable folder (durable.h) needs no temporary name of its own. */
+ * {"format", "pt"}. `path` is copied. A file inside a durable folder (durable.h) needs no temporary name of its own.
+ * With a piece of memory, which outlives the writer, it goes past the page cache (large_file.h); {0}: through it. */
 FLAP_CHECKED flap_status flap_safetensors_write_begin(const char *path, const flap_safetensors_entry *entries,
                                                       uint64_t count, const flap_safetensors_pair *metadata,
-                                                      uint64_t metadata_count, flap_safetensors_writer **writer_out);
+                                                      uint64_t metadata_count, flap_file_piece piece,
+                                                      flap_safetensors_writer **writer_out);
 
 /* Before any data: the sum of the whole file goes into the list when the file is ended. The list outlives the writer.
  */

@@ -3,22 +3,20 @@
 #include "io/formats/safetensors_internal.h"
 
 #include "base/assert.h"
-#include "base/system.h"
 #include "io/formats/durable.h"
-#include "io/formats/durable_internal.h"
 #include "io/formats/json_file.h"
 #include "io/formats/tokenizer_utf8.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
+
+/* Summed up and then copied into the piece, while it is in a core's own cache. */
+#define SUM_BYTES ((uint64_t)64 << 10)
 
 struct flap_safetensors_writer {
   char *path;
-  int fd;
+  flap_large_file file;
   uint64_t bytes_left; /* of data that the header promises */
   bool failed;
   flap_checksums *checksums; /* takes the file's sum at the end; NULL: nobody wants it */
@@ -165,13 +163,13 @@ static flap_status write_header(flap_safetensors_writer *writer, const char *tex
     raw[i] = (unsigned char)(length >> (8 * i));
   flap_checksum_add(writer->sum, raw, sizeof raw);
   flap_checksum_add(writer->sum, text, length);
-  FLAP_TRY(flap_durable_write_all(writer->fd, writer->path, raw, sizeof raw));
-  return flap_durable_write_all(writer->fd, writer->path, text, length);
+  FLAP_TRY(flap_large_file_append(&writer->file, raw, sizeof raw));
+  return flap_large_file_append(&writer->file, text, length);
 }
 
 flap_status flap_safetensors_write_begin(const char *path, const flap_safetensors_entry *entries, uint64_t count,
                                          const flap_safetensors_pair *metadata, uint64_t metadata_count,
-                                         flap_safetensors_writer **writer_out) {
+                                         flap_file_piece piece, flap_safetensors_writer **writer_out) {
   char *text = NULL;
   uint64_t length = 0, data_bytes = 0;
   flap_status status = make_header(entries, count, metadata, metadata_count, &text, &length, &data_bytes);
@@ -184,9 +182,9 @@ flap_status flap_safetensors_write_begin(const char *path, const flap_safetensor
     return no_memory();
   }
   writer->bytes_left = data_bytes;
-  writer->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
-  if (writer->fd < 0) {
-    status = flap_error_set_os(errno, "cannot create %s", path);
+  status =
+      flap_large_file_create(&writer->file, writer->path, FLAP_SAFETENSORS_LENGTH_BYTES + length + data_bytes, piece);
+  if (status != FLAP_OK) {
     free(text);
     release(writer);
     return status;
@@ -205,6 +203,19 @@ void flap_safetensors_write_sum(flap_safetensors_writer *writer, flap_checksums 
   writer->checksums = checksums;
 }
 
+static flap_status append(flap_safetensors_writer *writer, const unsigned char *data, uint64_t bytes) {
+  if (writer->checksums == NULL)
+    return flap_large_file_append(&writer->file, data, bytes);
+  while (bytes > 0) {
+    const uint64_t part = bytes < SUM_BYTES ? bytes : SUM_BYTES;
+    flap_checksum_add(writer->sum, data, part);
+    FLAP_TRY(flap_large_file_append(&writer->file, data, part));
+    data += part;
+    bytes -= part;
+  }
+  return FLAP_OK;
+}
+
 flap_status flap_safetensors_write(flap_safetensors_writer *writer, const void *data, uint64_t bytes) {
   if (writer->failed)
     return flap_error_set(FLAP_CLOSED, "%s: an earlier write failed", writer->path);
@@ -213,13 +224,11 @@ flap_status flap_safetensors_write(flap_safetensors_writer *writer, const void *
     status = flap_error_set(FLAP_INVALID, "%s: given %llu bytes more than its tensors have", writer->path,
                             (unsigned long long)(bytes - writer->bytes_left));
   else
-    status = flap_durable_write_all(writer->fd, writer->path, data, bytes);
+    status = append(writer, data, bytes);
   writer->failed = status != FLAP_OK;
   if (status != FLAP_OK)
     return status;
   writer->bytes_left -= bytes;
-  if (writer->checksums != NULL)
-    flap_checksum_add(writer->sum, data, bytes);
   return FLAP_OK;
 }
 
@@ -229,12 +238,7 @@ static flap_status finish(flap_safetensors_writer *writer) {
   if (writer->bytes_left > 0)
     return flap_error_set(FLAP_INVALID, "%s: %llu bytes of its tensors were never given", writer->path,
                           (unsigned long long)writer->bytes_left);
-  if (flap_system_fsync(writer->fd) != 0)
-    return flap_durable_write_error(errno, writer->path);
-  int fd = writer->fd;
-  writer->fd = -1;
-  if (flap_system_close(fd) != 0)
-    return flap_durable_write_error(errno, writer->path);
+  FLAP_TRY(flap_large_file_commit(&writer->file));
   if (writer->checksums != NULL)
     FLAP_TRY(flap_checksums_add(writer->checksums, writer->path, writer->sum));
   return flap_durable_sync_parent(writer->path);
@@ -253,9 +257,7 @@ flap_status flap_safetensors_write_end(flap_safetensors_writer *writer) {
 void flap_safetensors_write_abort(flap_safetensors_writer *writer) {
   if (!writer)
     return;
-  if (writer->fd >= 0)
-    (void)flap_system_close(writer->fd);
-  (void)flap_system_unlink(writer->path);
+  flap_large_file_abort(&writer->file);
   release(writer);
 }
 

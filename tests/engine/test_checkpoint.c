@@ -158,10 +158,10 @@ static void check_weights(const char *path, uint64_t step) {
   (void)snprintf(copy, sizeof copy, "%s", path);
   (void)mkdir(scratch_path("wanted"), 0777);
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, step));
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, NULL));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, (flap_file_piece){0}, NULL));
   RIG_OK(flap_weights_load(rig.pager, &rig.layout, copy));
   (void)mkdir(scratch_path("found"), 0777);
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, NULL));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, (flap_file_piece){0}, NULL));
   rig_same_files("wanted/model.safetensors", "found/model.safetensors");
 }
 
@@ -426,7 +426,8 @@ START_TEST(output_folder_of_others_is_not_cleared) {
   const uint16_t zero = 0;
   flap_safetensors_writer *writer = NULL;
   const flap_safetensors_entry entry = {.name = "x", .dtype = FLAP_SAFETENSORS_BF16, .rank = 1, .shape = {1}};
-  RIG_OK(flap_safetensors_write_begin(scratch_path("theirs/model.safetensors"), &entry, 1, NULL, 0, &writer));
+  RIG_OK(flap_safetensors_write_begin(scratch_path("theirs/model.safetensors"), &entry, 1, NULL, 0,
+                                      (flap_file_piece){0}, &writer));
   RIG_OK(flap_safetensors_write(writer, &zero, 2));
   RIG_OK(flap_safetensors_write_end(writer));
   ck_assert_int_eq(rename(scratch_path("theirs"), scratch_path("out/checkpoint-5")), 0);
@@ -584,13 +585,13 @@ START_TEST(export_death_at_any_call_leaves_one_model_or_none) {
     RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
     if (_i % 2) { /* the old one in shards */
       ck_assert_int_eq(unlink(scratch_path("out/model.safetensors")), 0);
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("out"), 1000, NULL));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("out"), 1000, (flap_file_piece){0}, NULL));
     }
     RIG_OK(flap_weights_init(rig.pager, &rig.layout, 2));
     bool died;
     if (_i / 2) { /* the new one in shards */
       ck_assert_int_eq(mkdir(scratch_path("new"), 0777), 0);
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("new"), 1000, NULL));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("new"), 1000, (flap_file_piece){0}, NULL));
       const char *from = scratch_path("new"), *to = scratch_path("out");
       arm(call);
       (void)!flap_output_install(from, to);
@@ -605,12 +606,13 @@ START_TEST(export_death_at_any_call_leaves_one_model_or_none) {
     if (flap_weights_load(rig.pager, &rig.layout, scratch_path("out")) == FLAP_OK) {
       (void)mkdir(scratch_path("found"), 0777), (void)mkdir(scratch_path("wanted"), 0777);
       size_t bytes;
-      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, NULL));
+      RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("found"), SHARD_MAX, (flap_file_piece){0}, NULL));
       char *found = scratch_read("found/model.safetensors", &bytes);
       bool same[2];
       for (uint64_t seed = 1; seed <= 2; seed++) {
         RIG_OK(flap_weights_init(rig.pager, &rig.layout, seed));
-        RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, NULL));
+        RIG_OK(
+            flap_weights_save(rig.pager, &rig.layout, scratch_path("wanted"), SHARD_MAX, (flap_file_piece){0}, NULL));
         char *wanted = scratch_read("wanted/model.safetensors", NULL);
         same[seed - 1] = memcmp(found, wanted, bytes) == 0;
         free(wanted);

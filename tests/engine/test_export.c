@@ -33,7 +33,7 @@ static void make_checkpoint(flap_dtype dtype) {
   rig_open(&rig, &config, FLAP_F32, FLAP_MODE_FORWARD, &rig_placements[1], scratch_path(""));
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 9));
   ck_assert_int_eq(mkdir(scratch_path("masters"), 0777), 0);
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("masters"), SHARD_MAX, NULL));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, scratch_path("masters"), SHARD_MAX, (flap_file_piece){0}, NULL));
   rig_close(&rig);
   flap_tokenizer_close(tokenizer);
 }

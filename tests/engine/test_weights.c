@@ -56,9 +56,14 @@ static const char *in(const char *folder, const char *file) {
   return name;
 }
 
+/* Through the page cache the first time, and then past it, through pieces of which a file's part is nothing, a block,
+ * or more. */
 static void save_all(const weights_rig *rig, const char *folder) {
-  RIG_OK(flap_weights_save(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, NULL));
-  RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder), NULL));
+  static _Alignas(FLAP_LARGE_FILE_ALIGN) unsigned char memory[100000];
+  static uint64_t saves;
+  const flap_file_piece piece = {memory, saves++ * 20000 % (sizeof memory + 1)};
+  RIG_OK(flap_weights_save(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, piece, NULL));
+  RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder), piece, NULL));
 }
 
 static void same_folders(const char *a, const char *b, flap_dtype dtype, flap_optim optim) {
@@ -196,13 +201,13 @@ START_TEST(weights_forward_layouts_hold_the_same_weights) {
   rig_open(&forward, &config, FLAP_BF16, FLAP_MODE_FORWARD, &rig_placements[3], scratch_path(""));
   RIG_OK(flap_weights_init(train.pager, &train.layout, 5));
   RIG_OK(flap_weights_init(forward.pager, &forward.layout, 5));
-  RIG_OK(flap_weights_save(train.pager, &train.layout, folder_path("a"), SHARD_MAX, NULL));
-  RIG_OK(flap_weights_save(forward.pager, &forward.layout, folder_path("b"), SHARD_MAX, NULL));
+  RIG_OK(flap_weights_save(train.pager, &train.layout, folder_path("a"), SHARD_MAX, (flap_file_piece){0}, NULL));
+  RIG_OK(flap_weights_save(forward.pager, &forward.layout, folder_path("b"), SHARD_MAX, (flap_file_piece){0}, NULL));
   rig_same_files("a/model.safetensors", "b/model.safetensors");
   /* Another seed gives other weights; loading brings the first ones back. */
   RIG_OK(flap_weights_init(forward.pager, &forward.layout, 6));
   RIG_OK(flap_weights_load(forward.pager, &forward.layout, scratch_path("a")));
-  RIG_OK(flap_weights_save(forward.pager, &forward.layout, folder_path("c"), SHARD_MAX, NULL));
+  RIG_OK(flap_weights_save(forward.pager, &forward.layout, folder_path("c"), SHARD_MAX, (flap_file_piece){0}, NULL));
   rig_same_files("a/model.safetensors", "c/model.safetensors");
   rig_close(&train);
   rig_close(&forward);
@@ -370,7 +375,7 @@ START_TEST(weights_shards_hold_the_same_tensors) {
   rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[3], scratch_path(""));
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 3));
   save_all(&rig, "one");
-  RIG_OK(flap_weights_save(rig.pager, &rig.layout, folder_path("many"), 30000, NULL));
+  RIG_OK(flap_weights_save(rig.pager, &rig.layout, folder_path("many"), 30000, (flap_file_piece){0}, NULL));
   ck_assert(!scratch_exists("many/model.safetensors"));
   flap_safetensors *one = NULL, *many = NULL;
   RIG_OK(flap_safetensors_open(scratch_path("one"), &one));
@@ -417,8 +422,8 @@ START_TEST(weights_failed_saves_leave_no_file_behind) {
   RIG_OK(flap_weights_init(rig.pager, &rig.layout, 3));
   const char *folder = folder_path("a");
   scratch_limit(40000);
-  const flap_status weights = flap_weights_save(rig.pager, &rig.layout, folder, SHARD_MAX, NULL);
-  const flap_status states = flap_weights_save_states(rig.pager, &rig.layout, folder, NULL);
+  const flap_status weights = flap_weights_save(rig.pager, &rig.layout, folder, SHARD_MAX, (flap_file_piece){0}, NULL);
+  const flap_status states = flap_weights_save_states(rig.pager, &rig.layout, folder, (flap_file_piece){0}, NULL);
   scratch_unlimit();
   ck_assert_int_eq(weights, FLAP_NO_SPACE);
   ck_assert_int_eq(states, FLAP_NO_SPACE);

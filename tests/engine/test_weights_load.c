@@ -92,7 +92,8 @@ static void write_tensor(flap_safetensors_writer *writer, const flap_safetensors
 
 static const char *write_plan(plan *p, const char *name) {
   flap_safetensors_writer *writer = NULL;
-  RIG_OK(flap_safetensors_write_begin(scratch_path(name), p->entries, p->count, NULL, 0, &writer));
+  RIG_OK(
+      flap_safetensors_write_begin(scratch_path(name), p->entries, p->count, NULL, 0, (flap_file_piece){0}, &writer));
   for (uint64_t i = 0; i < p->count; i++)
     write_tensor(writer, &p->entries[i], p->values[i]);
   RIG_OK(flap_safetensors_write_end(writer));

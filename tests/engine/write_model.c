@@ -20,7 +20,8 @@ static flap_status write_checkpoint(weights_rig *rig, const flap_model_config *c
   if (status == FLAP_OK)
     status = flap_checkpoint_save(output_dir, rig->pager, &rig->layout, &artifacts, &state, false, 0, folder);
   if (status == FLAP_OK)
-    status = flap_weights_save(rig->pager, &rig->layout, output_dir, 40000, NULL); /* the same in shards */
+    status = flap_weights_save(rig->pager, &rig->layout, output_dir, 40000, (flap_file_piece){0},
+                               NULL); /* the same in shards */
   flap_tokenizer_close(tokenizer);
   return status;
 }

@@ -30,7 +30,8 @@ static flap_status write_tensors(const flap_safetensors *reader, uint64_t first,
   for (unsigned i = 0; i < PAIRS_MAX; i++)
     if (flap_safetensors_metadata(reader, keys[i]))
       pairs[pair_count++] = (flap_safetensors_pair){keys[i], flap_safetensors_metadata(reader, keys[i])};
-  flap_status status = flap_safetensors_write_begin(path, entries, end - first, pairs, pair_count, &writer);
+  flap_status status =
+      flap_safetensors_write_begin(path, entries, end - first, pairs, pair_count, (flap_file_piece){0}, &writer);
   free(entries);
   if (status != FLAP_OK)
     return status;

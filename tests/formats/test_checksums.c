@@ -56,7 +56,8 @@ static void write_folder(void) {
   flap_safetensors_writer *writer = NULL;
   const flap_safetensors_entry entry = {.name = "a", .dtype = FLAP_SAFETENSORS_U8, .rank = 1, .shape = {1000}};
   unsigned char data[1000] = {1, 2, 3};
-  must(flap_safetensors_write_begin(scratch_path("large.safetensors"), &entry, 1, NULL, 0, &writer));
+  must(flap_safetensors_write_begin(scratch_path("large.safetensors"), &entry, 1, NULL, 0, (flap_file_piece){0},
+                                    &writer));
   flap_safetensors_write_sum(writer, &list);
   must(flap_safetensors_write(writer, data, 300));
   must(flap_safetensors_write(writer, data + 300, 700));

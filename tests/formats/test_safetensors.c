@@ -1,9 +1,11 @@
 /* safetensors: what is written reads back, single and sharded; what is not whole is refused. */
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/safetensors.h"
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
+#include <errno.h>
 #include <jansson.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -37,7 +39,8 @@ static void write_example(const char *path) {
   unsigned char data[DATA_BYTES];
   flap_safetensors_writer *writer = NULL;
   fill(data, sizeof data);
-  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, pairs, 2, &writer), FLAP_OK);
+  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, pairs, 2, (flap_file_piece){0}, &writer),
+                   FLAP_OK);
   /* Pieces need not end where tensors do. */
   ck_assert_int_eq(flap_safetensors_write(writer, data, 41), FLAP_OK);
   ck_assert_int_eq(flap_safetensors_write(writer, data + 41, 0), FLAP_OK);
@@ -103,7 +106,8 @@ END_TEST
 START_TEST(safetensors_empty_file_has_no_tensors) {
   flap_safetensors_writer *writer = NULL;
   flap_safetensors *reader = NULL;
-  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), NULL, 0, NULL, 0, &writer), FLAP_OK);
+  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), NULL, 0, NULL, 0, (flap_file_piece){0}, &writer),
+                   FLAP_OK);
   ck_assert_int_eq(flap_safetensors_write_end(writer), FLAP_OK);
   ck_assert_int_eq(flap_safetensors_open(scratch_path(NAME), &reader), FLAP_OK);
   ck_assert_uint_eq(flap_safetensors_count(reader), 0);
@@ -132,7 +136,9 @@ END_TEST
 static void refuse_entries(const flap_safetensors_entry *bad, uint64_t count, const char *what) {
   flap_safetensors_writer *writer = NULL;
   uint64_t bytes;
-  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path("bad"), bad, count, NULL, 0, &writer), FLAP_INVALID);
+  ck_assert_int_eq(
+      flap_safetensors_write_begin(scratch_path("bad"), bad, count, NULL, 0, (flap_file_piece){0}, &writer),
+      FLAP_INVALID);
   ck_assert_msg(scratch_error_has(what), "%s, without: %s", flap_error_message(), what);
   ck_assert_int_eq(flap_safetensors_measure(bad, count, NULL, 0, &bytes), FLAP_INVALID);
   ck_assert(!scratch_exists("bad"));
@@ -158,9 +164,13 @@ START_TEST(safetensors_writer_refuses_bad_metadata_and_index) {
   static const char *const names[] = {"a", "a"};
   static const uint32_t shard_of[] = {0, 1};
   flap_safetensors_writer *writer = NULL;
-  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), entries, 1, twice, 2, &writer), FLAP_INVALID);
+  ck_assert_int_eq(
+      flap_safetensors_write_begin(scratch_path(NAME), entries, 1, twice, 2, (flap_file_piece){0}, &writer),
+      FLAP_INVALID);
   ck_assert(scratch_error_has("\"format\"") && scratch_error_has(NAME));
-  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(NAME), entries, 1, bytes, 1, &writer), FLAP_INVALID);
+  ck_assert_int_eq(
+      flap_safetensors_write_begin(scratch_path(NAME), entries, 1, bytes, 1, (flap_file_piece){0}, &writer),
+      FLAP_INVALID);
   ck_assert_int_eq(flap_safetensors_write_index(scratch_path(""), names, shard_of, 2, 2, 8), FLAP_INVALID);
   ck_assert(scratch_error_has("\"a\"") && scratch_error_has(FLAP_SAFETENSORS_INDEX));
   ck_assert_uint_eq(scratch_count(), 0);
@@ -171,41 +181,60 @@ START_TEST(safetensors_writer_given_too_little_or_too_much_removes_file) {
   unsigned char data[DATA_BYTES + 1] = {0};
   flap_safetensors_writer *writer = NULL;
   const char *path = scratch_path(NAME);
-  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, &writer), FLAP_OK);
+  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, (flap_file_piece){0}, &writer),
+                   FLAP_OK);
   ck_assert_int_eq(flap_safetensors_write(writer, data, DATA_BYTES - 1), FLAP_OK);
   ck_assert_int_eq(flap_safetensors_write_end(writer), FLAP_INVALID);
   ck_assert(scratch_error_has("1 bytes of its tensors were never given"));
   ck_assert(!scratch_exists(NAME));
 
-  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, &writer), FLAP_OK);
+  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, (flap_file_piece){0}, &writer),
+                   FLAP_OK);
   ck_assert_int_eq(flap_safetensors_write(writer, data, DATA_BYTES + 1), FLAP_INVALID);
   ck_assert_int_eq(flap_safetensors_write(writer, data, 1), FLAP_CLOSED);
   ck_assert_int_eq(flap_safetensors_write_end(writer), FLAP_CLOSED);
   ck_assert(!scratch_exists(NAME));
 
-  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, &writer), FLAP_OK);
+  ck_assert_int_eq(flap_safetensors_write_begin(path, entries, ENTRIES, NULL, 0, (flap_file_piece){0}, &writer),
+                   FLAP_OK);
   ck_assert(scratch_exists(NAME));
   flap_safetensors_write_abort(writer);
   ck_assert(!scratch_exists(NAME));
-  ck_assert_int_eq(flap_safetensors_write_begin(scratch_path("no/where"), entries, ENTRIES, NULL, 0, &writer),
-                   FLAP_NOT_FOUND);
+  ck_assert_int_eq(
+      flap_safetensors_write_begin(scratch_path("no/where"), entries, ENTRIES, NULL, 0, (flap_file_piece){0}, &writer),
+      FLAP_NOT_FOUND);
   ck_assert(scratch_error_has("no/where"));
 }
 END_TEST
 
+static int cannot_reserve(int fd, off_t bytes) {
+  (void)fd, (void)bytes;
+  errno = EOPNOTSUPP;
+  return -1;
+}
+
+/* With space reserved nothing is begun; without, the header or the data find that there is none. */
 START_TEST(safetensors_writer_on_full_disk_is_no_space_with_path) {
   static unsigned char data[DATA_BYTES];
+  const flap_file_piece none = {0};
   flap_safetensors_writer *writer = NULL;
   uint64_t whole;
   ck_assert_int_eq(flap_safetensors_measure(entries, ENTRIES, NULL, 0, &whole), FLAP_OK);
+  flap_system without = *flap_system_default();
+  without.allocate = cannot_reserve;
   scratch_limit(whole - 1);
-  flap_status begun = flap_safetensors_write_begin(scratch_path(NAME), entries, ENTRIES, NULL, 0, &writer);
-  flap_status written = begun == FLAP_OK ? flap_safetensors_write(writer, data, DATA_BYTES) : begun;
+  flap_status reserved = flap_safetensors_write_begin(scratch_path(NAME), entries, ENTRIES, NULL, 0, none, &writer);
   bool named = scratch_error_has(scratch_path(NAME));
+  (void)flap_system_replace(&without);
+  flap_status begun = flap_safetensors_write_begin(scratch_path(NAME), entries, ENTRIES, NULL, 0, none, &writer);
+  flap_status written = begun == FLAP_OK ? flap_safetensors_write(writer, data, DATA_BYTES) : begun;
+  named = named && scratch_error_has(scratch_path(NAME));
   flap_status ended = begun == FLAP_OK ? flap_safetensors_write_end(writer) : begun;
   scratch_limit(20); /* not even the header */
-  flap_status refused = flap_safetensors_write_begin(scratch_path("other"), entries, ENTRIES, NULL, 0, &writer);
+  flap_status refused = flap_safetensors_write_begin(scratch_path("other"), entries, ENTRIES, NULL, 0, none, &writer);
   scratch_unlimit();
+  (void)flap_system_replace(NULL);
+  ck_assert_int_eq(reserved, FLAP_NO_SPACE);
   ck_assert_int_eq(begun, FLAP_OK);
   ck_assert_int_eq(written, FLAP_NO_SPACE);
   ck_assert(named);
@@ -280,7 +309,9 @@ static void write_shards(void) {
     flap_safetensors_writer *writer = NULL;
     flap_safetensors_shard_name(shard, 2, name);
     uint32_t count = shard == 0 ? 2 : 1;
-    ck_assert_int_eq(flap_safetensors_write_begin(scratch_path(name), all + next, count, pairs, 1, &writer), FLAP_OK);
+    ck_assert_int_eq(
+        flap_safetensors_write_begin(scratch_path(name), all + next, count, pairs, 1, (flap_file_piece){0}, &writer),
+        FLAP_OK);
     for (uint32_t i = next; i < next + count; i++) {
       char data[4] = {names[i][0], 1, 2, 3};
       ck_assert_int_eq(flap_safetensors_write(writer, data, 4), FLAP_OK);

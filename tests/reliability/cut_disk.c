@@ -299,6 +299,17 @@ static int cut_truncate(int fd, off_t bytes) {
   return result;
 }
 
+/* What it adds reads as zeros or rubbish: nothing of it was written. */
+static int cut_allocate(int fd, off_t bytes) {
+  pthread_mutex_lock(&lock);
+  const int result = real->allocate(fd, bytes), os_error = errno;
+  if (result == 0 && is_recorded(fd) && (uint64_t)bytes > nodes[node_of_fd[fd]].size)
+    record_size(node_of_fd[fd], (uint64_t)bytes);
+  pthread_mutex_unlock(&lock);
+  errno = os_error;
+  return result;
+}
+
 static int cut_rename(const char *from, const char *to, unsigned flags) {
   uint32_t folder, folder_to;
   char name[NAME_BYTES], name_to[NAME_BYTES];
@@ -350,6 +361,7 @@ void cut_disk_start(const char *root, cut_mistake mistake) {
   recording.pwrite = cut_pwrite;
   recording.sync = cut_sync;
   recording.truncate = cut_truncate;
+  recording.allocate = cut_allocate;
   recording.rename = cut_rename;
   recording.remove = cut_remove;
   recording.make_folder = cut_make_folder;

@@ -7,6 +7,7 @@
  *
  * 1. What an fsync of a file follows is there: its bytes and its size. What an fsync of a folder follows is there too:
  * the names in it. An fsync of a file makes no name last, and an fsync of a folder no bytes.
+ * A write past the page cache is no different: drives have caches too, and its size and place are the file system's.
  * 2. Of everything else any part may be there, in any order: of a write any of its sectors of 512 B or 4 KiB, the
  * others being zeros or rubbish; of sizes the old one, the new one, or up to the last sector that is there; of changes
  * of names any of them without the others, but each whole: a rename has happened or has not (as journals of file
