@@ -21,6 +21,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define LINE_BYTES ((uint64_t)1 << 10) /* of metrics.jsonl, upwards */
+#define LINES_MORE 64                  /* evaluations */
+#define LINE_ROOM_BYTES_MAX ((uint64_t)1 << 20)
+
 /* ---- output_dir ------------------------------------------------------------------------------------------ */
 
 /* What is read must not be in the folder that is cleared. */
@@ -113,9 +117,10 @@ static flap_status check_space_for_all(trainer *t) {
   if (t->resume_folder[0] || !config->overwrite_output_dir) /* else what is there is deleted first */
     FLAP_TRY(flap_checkpoint_count(config->output_dir, &there));
   const uint64_t more = flap_wear_checkpoints_at_once(config, written, there) - there;
-  if (config->save_total_limit > 0 || more <= 2)
-    return check_space(t, more);
-  FLAP_TRY(check_space(t, 2));
+  t->room_checkpoints = config->save_total_limit > 0 || more <= 2 ? more : 2;
+  FLAP_TRY(check_space(t, t->room_checkpoints));
+  if (t->room_checkpoints == more)
+    return FLAP_OK;
   if (check_space(t, more) != FLAP_OK) {
     flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
     flap_error_clear();
@@ -257,9 +262,41 @@ static flap_status open_run(trainer *t) {
   return FLAP_OK;
 }
 
-static flap_artifacts artifacts_of(const trainer *t) {
-  return (flap_artifacts){
-      .model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = t->runtime.lists.save_piece};
+static flap_artifacts artifacts_of(trainer *t) {
+  flap_file_piece piece = t->runtime.lists.save_piece;
+  piece.room = &t->room;
+  return (flap_artifacts){.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = piece};
+}
+
+/* Some kilobytes for the lines of all steps that are logged; the first million is enough to see a disk fill up. */
+static uint64_t line_bytes(const trainer *t) {
+  const uint64_t lines = (t->steps - t->step) / t->config->logging_steps + LINES_MORE;
+  return lines < LINE_ROOM_BYTES_MAX / LINE_BYTES ? lines * LINE_BYTES : LINE_ROOM_BYTES_MAX;
+}
+
+/* What check_space asked for is taken, so that nobody else can have it; where there is more, some for lines. */
+static flap_status keep_room(trainer *t) {
+  const flap_plan *plan = &t->prepared.plan;
+  const char *folder = t->config->output_dir;
+  FLAP_TRY(flap_room_open(folder, &t->room));
+  FLAP_TRY(flap_room_open(folder, &t->line_room));
+  const uint64_t bytes = plan->export_bytes + t->room_checkpoints * plan->checkpoint_bytes;
+  flap_status status = flap_room_keep(&t->room, bytes, 0);
+  if (status == FLAP_OK)
+    status = flap_room_keep(&t->line_room, 0, line_bytes(t));
+  if (status == FLAP_OK)
+    status = flap_room_keep(&t->room, bytes, FLAP_SAVER_SPARE_BYTES);
+  flap_metrics_give_room(t->metrics, &t->line_room);
+  if (status == FLAP_OK)
+    return FLAP_OK;
+  if (status != FLAP_UNSUPPORTED)
+    return flap_error_prefix(status, "output_dir: %s: no room for checkpoints and the trained model", folder);
+  flap_log(FLAP_LOG_DEBUG, "output_dir: %s: %s; other programs may take the room that is wanted later", folder,
+           flap_error_message());
+  flap_error_clear();
+  flap_room_close(&t->room);
+  flap_room_close(&t->line_room);
+  return FLAP_OK;
 }
 
 /* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
@@ -271,13 +308,15 @@ static flap_status open_files(trainer *t) {
   FLAP_TRY(flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics));
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;
+  FLAP_TRY(keep_room(t));
   const flap_saver_config saver = {.output_dir = t->config->output_dir,
                                    .pager = t->runtime.pager,
                                    .layout = &t->runtime.lists.layout,
                                    .artifacts = artifacts_of(t),
                                    .metrics = t->metrics,
                                    .only_model = t->config->save_only_model,
-                                   .total_limit = t->config->save_total_limit};
+                                   .total_limit = t->config->save_total_limit,
+                                   .room_bytes = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes};
   return flap_saver_open(&saver, &t->saver);
 }
 
@@ -429,6 +468,8 @@ static flap_status finish(trainer *t) {
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
   report_bytes(t);
   report_peaks(t);
+  flap_room_leave(&t->room, t->prepared.plan.export_bytes); /* no checkpoint follows */
+  flap_room_close(&t->line_room);
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
   FLAP_TRY(flap_trace_write(t->runtime.lists.trace, path));
   FLAP_TRY(flap_metrics_sync(t->metrics));
@@ -445,6 +486,8 @@ static flap_status finish(trainer *t) {
 static void close_all(trainer *t) {
   flap_saver_close(&t->saver);
   flap_metrics_close(t->metrics);
+  flap_room_close(&t->room);
+  flap_room_close(&t->line_room);
   if (t->opened)
     flap_runtime_close(&t->runtime);
   flap_dataset_close(t->dataset);
@@ -461,8 +504,13 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   flap_status status = FLAP_OK;
   memset(t, 0, sizeof *t);
   memset(result_out, 0, sizeof *result_out);
-  *t = (trainer){
-      .config = config, .stop = stop, .result = result_out, .started_ns = flap_units_now_ns(), .lock = {.fd = -1}};
+  *t = (trainer){.config = config,
+                 .stop = stop,
+                 .result = result_out,
+                 .started_ns = flap_units_now_ns(),
+                 .room = FLAP_ROOM_NONE,
+                 .line_room = FLAP_ROOM_NONE,
+                 .lock = {.fd = -1}};
   if (observer != NULL)
     t->observer = *observer;
   t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;

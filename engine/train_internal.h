@@ -26,7 +26,9 @@ typedef struct trainer {
   flap_dataset *dataset;
   flap_metrics *metrics;
   flap_runtime runtime;
-  flap_run_lock lock; /* of output_dir */
+  flap_run_lock lock;        /* of output_dir */
+  flap_room room, line_room; /* in output_dir: for checkpoints and the export, for lines of metrics.jsonl */
+  uint64_t room_checkpoints; /* that must have room */
   bool opened, made_output;
   char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
   flap_trainer_state state;          /* read from it */

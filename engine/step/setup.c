@@ -352,7 +352,7 @@ void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists 
   }
   lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
   const uint64_t bytes = save_bytes(setup);
-  lists_out->save_piece = (flap_file_piece){flap_arena_take(ram, bytes, FLAP_BLOCK_ALIGN), bytes};
+  lists_out->save_piece = (flap_file_piece){.memory = flap_arena_take(ram, bytes, FLAP_BLOCK_ALIGN), .bytes = bytes};
   if (flap_arena_is_measuring(ram))
     lists_out->layout = setup->layout;
 }

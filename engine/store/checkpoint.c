@@ -160,10 +160,13 @@ flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *s
 
 static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
                                 const flap_trainer_state *state, flap_file_piece piece, flap_checksums *checksums) {
+  flap_status status = FLAP_OK;
   FLAP_TRY(flap_weights_save_states(pager, layout, folder, piece, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
-    FLAP_TRY(flap_matmul_choice_save(state->matmuls, folder));
-  return write_state(folder, state);
+    FLAP_WITH_ROOM(status, piece.room, flap_matmul_choice_save(state->matmuls, folder));
+  FLAP_TRY(status);
+  FLAP_WITH_ROOM(status, piece.room, write_state(folder, state));
+  return status;
 }
 
 /* Large files are summed up while they are written; the small ones are read again. */
@@ -171,13 +174,15 @@ static flap_status write_all(const char *folder, flap_pager *pager, const flap_l
                              const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model) {
   flap_checksums checksums = {0};
   flap_status status = FLAP_OK;
-  FLAP_TRY_GOTO(status, flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_WITH_ROOM(status, artifacts->piece.room,
+                 flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
+  FLAP_TRY_GOTO(status, status);
   FLAP_TRY_GOTO(status,
                 flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, &checksums));
   if (!only_model)
     FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, artifacts->piece, &checksums));
   FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
-  status = flap_checksums_write(&checksums, folder);
+  FLAP_WITH_ROOM(status, artifacts->piece.room, flap_checksums_write(&checksums, folder));
 fail:
   flap_checksums_close(&checksums);
   return status;
@@ -243,8 +248,10 @@ flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, con
   char temporary[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_make_folder(output_dir));
   FLAP_TRY(flap_output_checkpoint_path(output_dir, state->step, folder_out));
-  FLAP_TRY(flap_durable_begin_folder(folder_out, temporary));
-  const flap_status status = write_all(temporary, pager, layout, artifacts, state, only_model);
+  flap_status status;
+  FLAP_WITH_ROOM(status, artifacts->piece.room, flap_durable_begin_folder(folder_out, temporary));
+  FLAP_TRY(status);
+  status = write_all(temporary, pager, layout, artifacts, state, only_model);
   return status == FLAP_OK ? FLAP_OK : give_up(folder_out, status);
 }
 

@@ -39,7 +39,7 @@ typedef struct flap_trainer_state {
 typedef struct flap_artifacts {
   const flap_model_config *model;
   const flap_tokenizer *tokenizer;
-  flap_file_piece piece; /* of one user at a time */
+  flap_file_piece piece; /* of one user at a time; its room is that of all files */
 } flap_artifacts;
 
 /* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints

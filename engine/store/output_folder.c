@@ -350,8 +350,11 @@ flap_status flap_checkpoint_export(const char *output_dir, flap_pager *pager, co
   char final[FLAP_PATH_MAX], temporary[FLAP_PATH_MAX];
   FLAP_TRY(flap_durable_make_folder(output_dir));
   FLAP_TRY(flap_durable_join(final, output_dir, EXPORT_FOLDER));
-  FLAP_TRY(flap_durable_begin_folder(final, temporary));
-  flap_status status = flap_output_write_artifacts(temporary, artifacts, layout->spec.shape.dtype);
+  flap_status status;
+  FLAP_WITH_ROOM(status, artifacts->piece.room, flap_durable_begin_folder(final, temporary));
+  FLAP_TRY(status);
+  FLAP_WITH_ROOM(status, artifacts->piece.room,
+                 flap_output_write_artifacts(temporary, artifacts, layout->spec.shape.dtype));
   if (status == FLAP_OK)
     status = flap_weights_save(pager, layout, temporary, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, NULL);
   if (status == FLAP_OK)

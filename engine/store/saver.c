@@ -27,11 +27,24 @@ static flap_status wait_for_judgement(flap_saver *saver) {
   return good ? FLAP_OK : flap_error_set(FLAP_CLOSED, "the run ended with an error in the step that it follows");
 }
 
+/* For the next one, right when an old one was removed. What was saved is safe whether there is any or not. */
+static void keep_room(const flap_saver *saver) {
+  const flap_saver_config *c = &saver->config;
+  if (saver->state.step >= saver->state.max_steps ||
+      flap_room_keep(c->artifacts.piece.room, c->room_bytes, FLAP_SAVER_SPARE_BYTES) == FLAP_OK)
+    return;
+  flap_log(FLAP_LOG_WARNING, "output_dir: %s: the next checkpoint may find no room: %s", c->output_dir,
+           flap_error_message());
+  flap_error_clear();
+}
+
 static flap_status commit(flap_saver *saver) {
   const flap_saver_config *c = &saver->config;
   FLAP_TRY(flap_metrics_sync(c->metrics));
   FLAP_TRY(wait_for_judgement(saver));
-  return flap_checkpoint_commit(c->output_dir, saver->folder, saver->state.step, c->total_limit);
+  FLAP_TRY(flap_checkpoint_commit(c->output_dir, saver->folder, saver->state.step, c->total_limit));
+  keep_room(saver);
+  return FLAP_OK;
 }
 
 /* The snapshot ends before anything is waited for that only the engine thread can bring. */

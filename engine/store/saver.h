@@ -19,6 +19,9 @@
 extern "C" {
 #endif
 
+/* Of room that is kept, beyond that of files: a little that others get before these do is no harm. */
+#define FLAP_SAVER_SPARE_BYTES ((uint64_t)1 << 20)
+
 /* All of it must outlive the saver. */
 typedef struct flap_saver_config {
   const char *output_dir;
@@ -28,6 +31,7 @@ typedef struct flap_saver_config {
   flap_metrics *metrics; /* what it holds when a save begins is durable before the checkpoint is */
   bool only_model;
   uint32_t total_limit;
+  uint64_t room_bytes; /* that are kept for what follows a checkpoint, in the artifacts' room */
 } flap_saver_config;
 
 typedef struct flap_saver {

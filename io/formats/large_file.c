@@ -15,8 +15,8 @@
 flap_file_piece flap_file_piece_part(flap_file_piece piece, uint32_t index, uint32_t count) {
   const uint64_t bytes = piece.bytes / count / FLAP_LARGE_FILE_ALIGN * FLAP_LARGE_FILE_ALIGN;
   if (piece.memory == NULL || bytes == 0)
-    return (flap_file_piece){0};
-  return (flap_file_piece){(unsigned char *)piece.memory + index * bytes, bytes};
+    return (flap_file_piece){.room = piece.room};
+  return (flap_file_piece){(unsigned char *)piece.memory + index * bytes, bytes, piece.room};
 }
 
 static bool set_direct(int fd, bool direct) {
@@ -30,10 +30,19 @@ static flap_status leave_direct(flap_large_file *file) {
   return set_direct(file->fd, false) ? FLAP_OK : flap_durable_write_error(errno, file->path);
 }
 
-static flap_status reserve(int fd, const char *path, uint64_t bytes) {
+static flap_status allocate(int fd, const char *path, uint64_t bytes) {
   if (bytes == 0 || flap_system_fallocate(fd, (off_t)bytes) == 0 || errno == EOPNOTSUPP || errno == ENOSYS)
     return FLAP_OK;
   return flap_durable_write_error(errno, path);
+}
+
+/* Somebody may take of what is given back before it is allocated: then there may be some to spare. */
+static flap_status reserve(int fd, const char *path, uint64_t bytes, flap_room *room) {
+  (void)flap_room_give(room, bytes);
+  flap_status status = allocate(fd, path, bytes);
+  for (uint64_t more = FLAP_LARGE_FILE_ALIGN; flap_room_helps(room, status, more); more *= 2)
+    status = allocate(fd, path, bytes);
+  return status;
 }
 
 flap_status flap_large_file_create(flap_large_file *file, const char *path, uint64_t bytes, flap_file_piece piece) {
@@ -43,7 +52,7 @@ flap_status flap_large_file_create(flap_large_file *file, const char *path, uint
   file->fd = flap_system_open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FLAP_DURABLE_FILE_MODE);
   if (file->fd < 0)
     return flap_error_set_os(errno, "cannot create %s", path);
-  const flap_status status = reserve(file->fd, path, bytes);
+  const flap_status status = reserve(file->fd, path, bytes, piece.room);
   if (status != FLAP_OK) {
     flap_large_file_abort(file);
     return status;

@@ -13,6 +13,7 @@
 #define FLAP_FORMATS_LARGE_FILE_H
 
 #include "base/status.h"
+#include "io/formats/room.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -23,13 +24,15 @@ extern "C" {
 
 #define FLAP_LARGE_FILE_ALIGN 4096u /* of offsets, sizes and memory: what O_DIRECT wants */
 
-/* {0}: none. Memory aligned to FLAP_LARGE_FILE_ALIGN; of its bytes whole blocks are used. */
+/* What large files are made of. {0}: nothing. Memory aligned to FLAP_LARGE_FILE_ALIGN, of whose bytes whole blocks are
+ * used; and room that was kept for them, from which each takes its space. */
 typedef struct flap_file_piece {
   void *memory;
   uint64_t bytes;
+  flap_room *room; /* NULL: what the file system has */
 } flap_file_piece;
 
-/* Part `index` of `count` equal ones; none where a part would have no block. */
+/* Part `index` of `count` equal ones of the memory, none where a part would have no block; and the room. */
 flap_file_piece flap_file_piece_part(flap_file_piece piece, uint32_t index, uint32_t count);
 
 typedef struct flap_large_file {

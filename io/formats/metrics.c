@@ -19,10 +19,14 @@
 #include <unistd.h>
 
 #define NUMBER_BYTES 40
+/* That a line takes where it finds none, from a block to a large one. */
+#define ROOM_BYTES_MIN ((uint64_t)4 << 10)
+#define ROOM_BYTES_MAX ((uint64_t)64 << 10)
 
 struct flap_metrics {
   char *path;
   int fd;
+  flap_room *room;
   uint32_t depth; /* 0: no line begun */
   bool needs_comma;
   bool overflowed;
@@ -129,6 +133,10 @@ flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metri
   return FLAP_OK;
 }
 
+void flap_metrics_give_room(flap_metrics *metrics, flap_room *room) {
+  metrics->room = room;
+}
+
 void flap_metrics_close(flap_metrics *metrics) {
   if (!metrics)
     return;
@@ -228,18 +236,28 @@ void flap_metrics_close_object(flap_metrics *metrics) {
   metrics->depth--;
 }
 
+/* What was written of one that fails is taken back. */
+static flap_status write_line(flap_metrics *metrics) {
+  off_t end = lseek(metrics->fd, 0, SEEK_END);
+  if (end < 0)
+    return flap_error_set_os(errno, "cannot append to %s", metrics->path);
+  flap_status status = flap_durable_write_all(metrics->fd, metrics->path, metrics->line, metrics->used);
+  if (status == FLAP_OK || flap_system_ftruncate(metrics->fd, end) == 0)
+    return status;
+  (void)flap_error_prefix(status, "the last line of %s is torn", metrics->path);
+  return FLAP_IO;
+}
+
 flap_status flap_metrics_end_line(flap_metrics *metrics) {
   flap_assert(metrics->depth == 1);
   append(metrics, "}\n", 2);
   metrics->depth = 0;
   if (metrics->overflowed)
     return flap_error_set(FLAP_INVALID, "%s: a line is over %u bytes", metrics->path, FLAP_METRICS_LINE_BYTES_MAX);
-  off_t end = lseek(metrics->fd, 0, SEEK_END);
-  if (end < 0)
-    return flap_error_set_os(errno, "cannot append to %s", metrics->path);
-  flap_status status = flap_durable_write_all(metrics->fd, metrics->path, metrics->line, metrics->used);
-  if (status != FLAP_OK && flap_system_ftruncate(metrics->fd, end) != 0)
-    status = flap_error_prefix(status, "the last line of %s is torn", metrics->path);
+  flap_status status = write_line(metrics);
+  for (uint64_t bytes = ROOM_BYTES_MIN; bytes <= ROOM_BYTES_MAX && flap_room_helps(metrics->room, status, bytes);
+       bytes *= 2)
+    status = write_line(metrics);
   return status;
 }
 

@@ -17,6 +17,7 @@
 #define FLAP_FORMATS_METRICS_H
 
 #include "base/status.h"
+#include "io/formats/room.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -48,6 +49,9 @@ void flap_metrics_close_object(flap_metrics *metrics);
 /* Appends the line. FLAP_INVALID, and nothing written, when it grew past FLAP_METRICS_LINE_BYTES_MAX. When the write
  * fails (FLAP_NO_SPACE, FLAP_IO) what was written of the line is taken back, so the next line is sound. */
 FLAP_CHECKED flap_status flap_metrics_end_line(flap_metrics *metrics);
+
+/* Where a line finds no room it takes some of this, and is written; NULL: none. It outlives the metrics. */
+void flap_metrics_give_room(flap_metrics *metrics, flap_room *room);
 
 /* fsync, for commits; also from another thread than the one that adds lines, for those that were ended before. */
 FLAP_CHECKED flap_status flap_metrics_sync(flap_metrics *metrics);

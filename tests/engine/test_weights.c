@@ -61,7 +61,7 @@ static const char *in(const char *folder, const char *file) {
 static void save_all(const weights_rig *rig, const char *folder) {
   static _Alignas(FLAP_LARGE_FILE_ALIGN) unsigned char memory[100000];
   static uint64_t saves;
-  const flap_file_piece piece = {memory, saves++ * 20000 % (sizeof memory + 1)};
+  const flap_file_piece piece = {memory, saves++ * 20000 % (sizeof memory + 1), NULL};
   RIG_OK(flap_weights_save(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, piece, NULL));
   RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder), piece, NULL));
 }

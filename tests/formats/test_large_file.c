@@ -119,7 +119,7 @@ static flap_status write_parts(flap_large_file *file, uint64_t bytes, uint64_t p
 
 static flap_status write_file(uint64_t bytes, uint64_t part, uint64_t piece_bytes) {
   flap_large_file file;
-  const flap_file_piece piece = {piece_bytes > 0 ? memory : NULL, piece_bytes};
+  const flap_file_piece piece = {piece_bytes > 0 ? memory : NULL, piece_bytes, NULL};
   FLAP_TRY(flap_large_file_create(&file, scratch_path(NAME), bytes, piece));
   const flap_status status = write_parts(&file, bytes, part);
   if (status != FLAP_OK)
@@ -227,7 +227,7 @@ START_TEST(large_file_names_itself_when_any_call_fails) {
 END_TEST
 
 START_TEST(large_file_parts_of_a_piece_are_whole_blocks_or_none) {
-  const flap_file_piece piece = {memory, PIECE};
+  const flap_file_piece piece = {memory, PIECE, NULL};
   for (uint32_t count = 1; count <= 4; count++)
     for (uint32_t i = 0; i < count; i++) {
       const flap_file_piece part = flap_file_piece_part(piece, i, count);

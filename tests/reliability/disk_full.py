@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """A disk that fills up in the middle of a run. Usage: disk_full.py <flap>
 
-Somebody else takes all the space of the file system of output_dir (a small tmpfs, where this may be mounted), or the limit
-on the size of files is lowered under the running program. What can be foreseen, from how many checkpoints are there at once, is refused
-before the start. The run must end with one line that names the folder and what is
-wrong, exit status 1, and all that was saved must be whole; with room again, the same command with
-resume_from_checkpoint=true must end with the bits of a run that nothing disturbed."""
+Somebody else takes all the space of the file system of output_dir (a small tmpfs, where this may be mounted): a run that has
+begun ends well all the same, because it kept the room that it needs; one that is killed leaves none, and the next is
+refused. Or the limit on the size of files is lowered under the running program: then it ends with one line that names the
+folder and what is wrong, exit status 1. What can be foreseen, from how many checkpoints are there at once, is refused before
+the start. All that was saved is whole; with room again, the same command with resume_from_checkpoint=true ends with the bits
+of a run that nothing disturbed."""
 import hashlib
 import json
 import os
@@ -69,60 +70,104 @@ class DiskFull(unittest.TestCase):
         steps = [int(name.split("-")[1]) for name in os.listdir(self.path(out)) if name.startswith("checkpoint-")]
         return max(steps)
 
-    def story(self, out, squeeze, release, wanted, *overrides):
-        """`squeeze` takes the room of a running process away, `release` gives it back."""
-        self.must_end_well("output_dir=undisturbed", "save_total_limit=0", *overrides)
-        process = self.start(f"output_dir={out}", *overrides)
-        self.wait_for(process, "checkpoint-10 in")
-        held = squeeze(process)
-        _, errors = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 1, errors)
-        lines = [line for line in errors.splitlines() if line.startswith("flap: error: ")]
-        self.assertEqual(len(lines), 1, errors)
-        self.assertIn(out, lines[0])
-        self.assertRegex(lines[0], wanted)
+    def mount(self):
+        if INSIDE not in os.environ:
+            self.skipTest("no right to mount a small file system here")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", self.path("small")], check=True)
+        self.addCleanup(subprocess.run, ["umount", self.path("small")], check=True)
+
+    def take_all(self):
+        """As somebody else: whatever is free on the small file system."""
+        taken = open(self.path("small", "of-somebody-else"), "ab", buffering=0)
+        self.addCleanup(taken.close)
+        try:
+            while True:
+                taken.write(bytes(4096))
+        except OSError:
+            self.assertEqual(os.statvfs(self.path("small")).f_bfree, 0)
+            return taken
+
+    def hidden_bytes(self):
+        """Of the small file system, in files without a name."""
+        about, seen = os.statvfs(self.path("small")), 0
+        for folder, _, names in os.walk(self.path("small")):
+            for name in names:
+                try:
+                    seen += os.stat(os.path.join(folder, name)).st_blocks * 512
+                except FileNotFoundError:
+                    pass  # renamed or pruned meanwhile
+        return (about.f_blocks - about.f_bfree) * about.f_frsize - seen
+
+    def plan(self):
+        return json.loads(subprocess.run([FLAP, "plan", "run.yaml", "--json", *LATER], cwd=self.folder, env=self.environment,
+                                         capture_output=True, text=True, check=True).stdout)
+
+    def check_saved(self, out):
         saved = self.newest(out)
         self.assertGreaterEqual(saved, 10)
         self.assertLess(saved, STEPS)
         self.assertEqual(digests(self.path(out, f"checkpoint-{saved}")),
                          digests(self.path("undisturbed", f"checkpoint-{saved}")))
+        return saved
+
+    def must_be_refused(self, wanted, *overrides):
+        _, errors = (process := self.start(*overrides)).communicate(timeout=120)
+        self.assertEqual(process.returncode, 1, errors)
+        self.assertRegex(errors, wanted)
+
+    def test_another_process_takes_the_space_of_a_run(self):
+        self.mount()
+        self.must_end_well("output_dir=undisturbed", "save_total_limit=0")
+        process = self.start("output_dir=small/out")
+        self.wait_for(process, "checkpoint-10 in")
+        taken = self.take_all()
+        _, errors = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, errors)
+        self.assertNotIn("no room", errors)
+        self.assertEqual(self.result("small/out"), self.result("undisturbed"))
+        # All is given back at the end, and what is free again is taken: the next run is refused at once.
+        self.take_all()
+        self.must_be_refused("other has [0-9]+ bytes free", "output_dir=small/other")
+        taken.close()
+
+    def test_a_killed_run_leaves_no_room_behind(self):
+        self.mount()
+        self.must_end_well("output_dir=undisturbed", "save_total_limit=0")
+        process = self.start("output_dir=small/out")
+        self.wait_for(process, "checkpoint-10 in")
+        process.kill()
+        process.communicate(timeout=120)
+        self.assertEqual(self.hidden_bytes(), 0)
+        names = [name for name in os.listdir(self.path("small/out")) if not name.startswith("checkpoint-")]
+        self.assertLessEqual(set(names), {"metrics.jsonl", "run.lock"})
         # As long as there is no room, it says so again, and loses nothing.
-        if held is not None:
-            _, errors = (again := self.start(f"output_dir={out}", "resume_from_checkpoint=true", *overrides)).communicate(
-                timeout=120)
-            self.assertEqual(again.returncode, 1, errors)
-            self.assertEqual(self.newest(out), saved)
-        release(held)
-        self.must_end_well(f"output_dir={out}", "resume_from_checkpoint=true", *overrides)
-        self.assertEqual(self.result(out), self.result("undisturbed"))
+        saved = self.check_saved("small/out")
+        taken = self.take_all()
+        resumed = ["output_dir=small/out", "resume_from_checkpoint=true"]
+        self.must_be_refused("[Nn]o space|bytes free", *resumed)
+        self.assertEqual(self.newest("small/out"), saved)
+        os.remove(taken.name)
+        taken.close()
+        self.must_end_well(*resumed)
+        self.assertEqual(self.result("small/out"), self.result("undisturbed"))
 
-    def test_another_process_takes_the_space(self):
-        if INSIDE not in os.environ:
-            self.skipTest("no right to mount a small file system here")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", self.path("small")], check=True)
-        self.addCleanup(subprocess.run, ["umount", self.path("small")], check=True)
-
-        def squeeze(process):
-            taken = open(self.path("small", "of-somebody-else"), "wb", buffering=0)
-            try:
-                while True:
-                    taken.write(bytes(4096))
-            except OSError:
-                return taken
-
-        def release(taken):
-            taken.close()
-            os.remove(taken.name)
-
-        self.story("small/out", squeeze, release, "[Nn]o space|bytes free")
+    def test_a_run_keeps_room_only_for_what_it_writes(self):
+        self.mount()
+        plan = self.plan()
+        checkpoint, export = plan["checkpoint_bytes"], plan["export_bytes"]
+        long = ["output_dir=small/out", "max_steps=1000000", "overwrite_output_dir=true"]
+        for strategy, least, most in (("save_strategy=no", 0, checkpoint - 1), ("save_total_limit=1", export + checkpoint, TMPFS_BYTES)):
+            process = self.start(*long, strategy)
+            self.wait_for(process, "step 15/" if strategy == "save_strategy=no" else "checkpoint-10 in")
+            hidden = self.hidden_bytes()
+            process.kill()
+            process.communicate(timeout=120)
+            self.assertGreaterEqual(hidden, least, strategy)
+            self.assertLessEqual(hidden, most, strategy)
 
     def test_what_would_not_fit_is_refused_at_the_start(self):
-        if INSIDE not in os.environ:
-            self.skipTest("no right to mount a small file system here")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", self.path("small")], check=True)
-        self.addCleanup(subprocess.run, ["umount", self.path("small")], check=True)
-        plan = json.loads(subprocess.run([FLAP, "plan", "run.yaml", "--json", *LATER], cwd=self.folder, env=self.environment,
-                                         capture_output=True, text=True, check=True).stdout)
+        self.mount()
+        plan = self.plan()
         fit = (TMPFS_BYTES - plan["export_bytes"]) // plan["checkpoint_bytes"]
         self.assertEqual(plan["checkpoints_at_once"], 3)  # save_total_limit: 2, and one that is written
         out = ["output_dir=small/out", "save_steps=1"]
@@ -138,11 +183,21 @@ class DiskFull(unittest.TestCase):
         self.assertEqual(process.returncode, 0, errors)
 
     def test_the_limit_on_files_is_lowered(self):
-        def squeeze(process):
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30000, resource.RLIM_INFINITY))
-
-        # Without a disk: its extent file was made when there was no limit, and is larger.
-        self.story("out", squeeze, lambda held: None, "ulimit -f", "disk=[]", "ram=16MiB")
+        """Without a disk: its extent file was made when there was no limit, and is larger."""
+        without = ["disk=[]", "ram=16MiB"]
+        self.must_end_well("output_dir=undisturbed", "save_total_limit=0", *without)
+        process = self.start("output_dir=out", *without)
+        self.wait_for(process, "checkpoint-10 in")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30000, resource.RLIM_INFINITY))
+        _, errors = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 1, errors)
+        lines = [line for line in errors.splitlines() if line.startswith("flap: error: ")]
+        self.assertEqual(len(lines), 1, errors)
+        self.assertIn("out", lines[0])
+        self.assertRegex(lines[0], "ulimit -f")
+        self.check_saved("out")
+        self.must_end_well("output_dir=out", "resume_from_checkpoint=true", *without)
+        self.assertEqual(self.result("out"), self.result("undisturbed"))
 
 
 def may_mount():
