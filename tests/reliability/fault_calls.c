@@ -15,8 +15,9 @@
 static const char *const call_names[] = {"open",     "close",       "read",         "write",  "sync",
                                          "truncate", "allocate",    "rename",       "remove", "mkdir",
                                          "stat",     "extent-read", "extent-write", "change"};
-static const char *const kind_names[] = {"EIO", "ENOSPC", "EMFILE", "EINTR", "short", "flip", "lose", "kill", "torn"};
-static const int os_errors[FAULT_KIND_COUNT] = {EIO, ENOSPC, EMFILE, EINTR};
+static const char *const kind_names[] = {"EIO",   "ENOSPC", "EMFILE", "EINTR", "EOPNOTSUPP",
+                                         "short", "flip",   "lose",   "kill",  "torn"};
+static const int os_errors[FAULT_KIND_COUNT] = {EIO, ENOSPC, EMFILE, EINTR, EOPNOTSUPP};
 
 static fault_plan plan;
 static atomic_uint_fast64_t counts[FAULT_CALL_COUNT + 1];

@@ -33,6 +33,7 @@ typedef enum fault_kind {
   FAULT_ENOSPC,
   FAULT_EMFILE,
   FAULT_EINTR,
+  FAULT_EOPNOTSUPP,
   FAULT_SHORT,     /* reads and writes of more than a byte move half */
   FAULT_FLIP,      /* reads: one bit is another, and nothing is said */
   FAULT_LOSE,      /* writes to an extent: nothing is written, and nothing is said */

@@ -20,20 +20,22 @@ typedef struct fault_row {
 } fault_row;
 
 static const fault_row rows[] = {
-    {FAULT_CALL_OPEN, FAULT_EIO, false},      {FAULT_CALL_OPEN, FAULT_EMFILE, false},
-    {FAULT_CALL_OPEN, FAULT_ENOSPC, false},   {FAULT_CALL_OPEN, FAULT_EINTR, true},
-    {FAULT_CALL_CLOSE, FAULT_EIO, false},     {FAULT_CALL_CLOSE, FAULT_EINTR, true},
-    {FAULT_CALL_READ, FAULT_EIO, false},      {FAULT_CALL_READ, FAULT_EINTR, true},
-    {FAULT_CALL_READ, FAULT_SHORT, true},     {FAULT_CALL_WRITE, FAULT_EIO, false},
-    {FAULT_CALL_WRITE, FAULT_ENOSPC, false},  {FAULT_CALL_WRITE, FAULT_EINTR, true},
-    {FAULT_CALL_WRITE, FAULT_SHORT, true},    {FAULT_CALL_SYNC, FAULT_EIO, false},
-    {FAULT_CALL_SYNC, FAULT_ENOSPC, false},   {FAULT_CALL_SYNC, FAULT_EINTR, true},
-    {FAULT_CALL_TRUNCATE, FAULT_EIO, false},  {FAULT_CALL_RENAME, FAULT_EIO, false},
-    {FAULT_CALL_RENAME, FAULT_ENOSPC, false}, {FAULT_CALL_RENAME, FAULT_EINTR, true},
-    {FAULT_CALL_REMOVE, FAULT_EIO, false},    {FAULT_CALL_REMOVE, FAULT_EINTR, true},
-    {FAULT_CALL_MKDIR, FAULT_EIO, false},     {FAULT_CALL_MKDIR, FAULT_ENOSPC, false},
-    {FAULT_CALL_MKDIR, FAULT_EINTR, true},    {FAULT_CALL_STAT, FAULT_EIO, false},
-    {FAULT_CALL_STAT, FAULT_EINTR, true},
+    {FAULT_CALL_OPEN, FAULT_EIO, false},           {FAULT_CALL_OPEN, FAULT_EMFILE, false},
+    {FAULT_CALL_OPEN, FAULT_ENOSPC, false},        {FAULT_CALL_OPEN, FAULT_EINTR, true},
+    {FAULT_CALL_CLOSE, FAULT_EIO, false},          {FAULT_CALL_CLOSE, FAULT_EINTR, true},
+    {FAULT_CALL_READ, FAULT_EIO, false},           {FAULT_CALL_READ, FAULT_EINTR, true},
+    {FAULT_CALL_READ, FAULT_SHORT, true},          {FAULT_CALL_WRITE, FAULT_EIO, false},
+    {FAULT_CALL_WRITE, FAULT_ENOSPC, false},       {FAULT_CALL_WRITE, FAULT_EINTR, true},
+    {FAULT_CALL_WRITE, FAULT_SHORT, true},         {FAULT_CALL_SYNC, FAULT_EIO, false},
+    {FAULT_CALL_SYNC, FAULT_ENOSPC, false},        {FAULT_CALL_SYNC, FAULT_EINTR, true},
+    {FAULT_CALL_TRUNCATE, FAULT_EIO, false},       {FAULT_CALL_RENAME, FAULT_EIO, false},
+    {FAULT_CALL_RENAME, FAULT_ENOSPC, false},      {FAULT_CALL_RENAME, FAULT_EINTR, true},
+    {FAULT_CALL_REMOVE, FAULT_EIO, false},         {FAULT_CALL_REMOVE, FAULT_EINTR, true},
+    {FAULT_CALL_MKDIR, FAULT_EIO, false},          {FAULT_CALL_MKDIR, FAULT_ENOSPC, false},
+    {FAULT_CALL_MKDIR, FAULT_EINTR, true},         {FAULT_CALL_STAT, FAULT_EIO, false},
+    {FAULT_CALL_STAT, FAULT_EINTR, true},          {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
+    {FAULT_CALL_ALLOCATE, FAULT_ENOSPC, false},    {FAULT_CALL_ALLOCATE, FAULT_EINTR, true},
+    {FAULT_CALL_ALLOCATE, FAULT_EOPNOTSUPP, true},
 };
 static const fault_row disk_rows[] = {
     {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},     {FAULT_CALL_EXTENT_READ, FAULT_EINTR, true},
@@ -42,6 +44,7 @@ static const fault_row disk_rows[] = {
     {FAULT_CALL_EXTENT_WRITE, FAULT_SHORT, true},   {FAULT_CALL_EXTENT_READ, FAULT_FLIP, true},
     {FAULT_CALL_EXTENT_WRITE, FAULT_LOSE, false},   {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
     {FAULT_CALL_ALLOCATE, FAULT_ENOSPC, false},     {FAULT_CALL_ALLOCATE, FAULT_EINTR, true},
+    {FAULT_CALL_ALLOCATE, FAULT_EOPNOTSUPP, true},
 };
 static const fault_row uring_rows[] = {
     {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},     {FAULT_CALL_EXTENT_READ, FAULT_SHORT, true},
@@ -70,7 +73,8 @@ static const uint64_t *counts; /* of the calls of a life */
 static bool run_plan(tiny_run *run, const fault_row *row, const fault_plan *plan, case_totals *totals) {
   /* Half a block for ever is no progress where transfers are of whole blocks. */
   const bool of_disk = plan->call == FAULT_CALL_EXTENT_READ || plan->call == FAULT_CALL_EXTENT_WRITE;
-  const bool whole = row->once_passes && (!plan->for_ever || (plan->kind == FAULT_SHORT && !of_disk));
+  const bool another_way = plan->kind == FAULT_EOPNOTSUPP; /* a file system that cannot reserve */
+  const bool whole = row->once_passes && (!plan->for_ever || another_way || (plan->kind == FAULT_SHORT && !of_disk));
   const case_hooks hooks = {.before = before,
                             .after = fault_calls_remove,
                             .fired = fault_calls_fired,
