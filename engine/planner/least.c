@@ -167,7 +167,7 @@ static flap_status find_among_all(const flap_planner *planner, const flap_budget
   uint32_t count = 0;
   set_lever(which, FLAP_BUDGET_PLENTY, &trial);
   FLAP_TRY(planner_shortlist(planner, c, &trial, c->host_parts, list, &count, reach));
-  for (uint32_t i = 0; i < count; i++) {
+  for (uint32_t i = 0; i < count && i < PLANNER_SIMULATED; i++) {
     flap_setup setup;
     FLAP_TRY(planner_settle(planner, c, list[i].s, &trial, 0, &setup, reach));
     const flap_choice choice =

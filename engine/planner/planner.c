@@ -128,20 +128,87 @@ static bool same_contender(const contender *a, const contender *b) {
          s->slice == t->slice && s->page == t->page && s->staging == t->staging;
 }
 
+/* Of those with segments of one length there are enough: the worst of them goes, if it is worse than this one. */
+static bool make_way(contender *list, uint32_t *count, const contender *candidate) {
+  uint32_t alike = 0, worst = 0;
+  for (uint32_t i = 0; i < *count; i++)
+    if (list[i].s.segment == candidate->s.segment) {
+      alike++;
+      worst = i;
+    }
+  if (alike < PLANNER_ALIKE)
+    return true;
+  if (candidate->estimate >= list[worst].estimate)
+    return false;
+  memmove(&list[worst], &list[worst + 1], (*count - worst - 1) * sizeof *list);
+  (*count)--;
+  return true;
+}
+
 /* Keeps the best few, each once, in order; equally good ones in the order in which they came. */
-static void enter(contender *list, uint32_t *count, uint32_t count_max, contender candidate) {
-  uint32_t at = *count;
+static void enter(contender *list, uint32_t *count, contender candidate) {
   for (uint32_t i = 0; i < *count; i++)
     if (same_contender(&list[i], &candidate))
       return;
+  if (!make_way(list, count, &candidate))
+    return;
+  uint32_t at = *count;
   while (at > 0 && candidate.estimate < list[at - 1].estimate)
     at--;
-  if (at >= count_max)
+  if (at >= PLANNER_CONTENDERS)
     return;
-  const uint32_t last = *count < count_max ? *count : count_max - 1;
+  const uint32_t last = *count < PLANNER_CONTENDERS ? *count : PLANNER_CONTENDERS - 1;
   memmove(&list[at + 1], &list[at], (last - at) * sizeof *list);
   list[at] = candidate;
   *count = last + 1;
+}
+
+/* Of a list those that are worth simulating, at most so many, in order: half of them at most with segments of one
+ * length, as long as there are others. */
+static uint32_t pick(const contender *list, uint32_t count, uint32_t most, contender picked_out[PLANNER_SIMULATED]) {
+  bool taken[PLANNER_CONTENDERS + 1] = {false};
+  uint32_t picked = 0;
+  for (int again = 0; again < 2; again++)
+    for (uint32_t i = 0; i < count && picked < most; i++) {
+      uint32_t alike = 0;
+      for (uint32_t j = 0; j < i; j++)
+        alike += taken[j] && list[j].s.segment == list[i].s.segment;
+      if (taken[i] || list[i].estimate > list[0].estimate * PLANNER_WORTH_SIMULATING || (!again && alike >= most / 2))
+        continue;
+      taken[i] = true;
+      picked++;
+    }
+  picked = 0;
+  for (uint32_t i = 0; i < count; i++)
+    if (taken[i])
+      picked_out[picked++] = list[i];
+  return picked;
+}
+
+static double correction(const flap_planner *planner, uint32_t segment) {
+  const planner_corrections *known = planner->corrections;
+  for (uint32_t i = 0; known != NULL && i < known->count; i++)
+    if (known->of[i].segment == segment)
+      return known->of[i].ratio;
+  return 1;
+}
+
+static void learn(const flap_planner *planner, const contender *simulated, double seconds) {
+  planner_corrections *known = planner->corrections;
+  const double ratio = seconds / simulated->uncorrected;
+  uint32_t i = 0;
+  if (known == NULL || !(simulated->uncorrected > 0))
+    return;
+  while (i < known->count && known->of[i].segment != simulated->s.segment)
+    i++;
+  if (i == PLANNER_SEGMENTS_MAX)
+    return;
+  if (i == known->count)
+    known->count++;
+  else if (known->of[i].ratio <= ratio)
+    return;
+  known->of[i].segment = simulated->s.segment;
+  known->of[i].ratio = ratio;
 }
 
 /* The best that a skeleton can do, over how far transfers may run ahead. */
@@ -158,19 +225,25 @@ static flap_status enter_skeleton(const flap_planner *planner, const planner_can
     if (planner_fill(planner, budgets, &choice, depths[d], &setup) != PLANNER_FITS)
       continue;
     const double estimate = planner_estimate(planner, &setup) * (depths[d] == 0 ? PLANNER_NOTHING_AHEAD : 1);
-    enter(list, count, PLANNER_CONTENDERS, (contender){.s = s, .depth = depths[d], .estimate = estimate});
+    enter(list, count,
+          (contender){.s = s,
+                      .depth = depths[d],
+                      .estimate = estimate * correction(planner, s.segment),
+                      .uncorrected = estimate});
   }
   flap_setup_close(&setup);
   return FLAP_OK;
 }
 
-/* Layers of a skeleton that save nothing, over the micro-batches of a group. */
+/* Layers of a skeleton that are computed again, over the micro-batches of a group: those that save nothing, but for the
+ * last segment's. */
 static double unsaved_layers(const flap_planner *planner, planner_skeleton s) {
   const flap_layout_spec spec = {.model = planner->spec.model,
                                  .segment_layers = s.segment,
                                  .group_micro_batches = s.group,
                                  .saved_layers = s.saved.layers};
-  return planner->spec.model->num_hidden_layers - (double)flap_layout_saved_count(&spec) / s.group;
+  return planner->spec.model->num_hidden_layers - flap_layout_last_layers(&spec) -
+         (double)flap_layout_saved_count(&spec) / s.group;
 }
 
 /* Of a micro-batch, on average. Where nothing is saved, all layers of a segment but the last run as in the forward. */
@@ -178,7 +251,8 @@ static double recompute_ns(const flap_planner *planner, planner_skeleton s) {
   const flap_op_times *t = planner->times;
   const double unsaved = unsaved_layers(planner, s), segments = unsaved / s.segment;
   const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * segments;
-  const double saving = planner->spec.model->num_hidden_layers - unsaved;
+  const flap_layout_spec spec = {.model = planner->spec.model, .segment_layers = s.segment};
+  const double saving = planner->spec.model->num_hidden_layers - flap_layout_last_layers(&spec) - unsaved;
   return saving > 0 ? again + (double)flap_op_times_recompute(t, s.saved.mask) * saving : again;
 }
 
@@ -187,7 +261,9 @@ static double recompute_ns(const flap_planner *planner, planner_skeleton s) {
 static bool is_double(const flap_planner *planner, const planner_savings *list, planner_skeleton s) {
   const uint32_t layers = planner->spec.model->num_hidden_layers;
   const double unsaved = unsaved_layers(planner, s);
-  if (s.saved.layers > 0 && s.saved.layers < layers && s.saved.layers < s.segment)
+  if (s.saved.layers == layers) /* the last segment saves as well, and needs no scratch memory */
+    return false;
+  if (s.saved.layers > 0 && s.saved.layers < s.segment)
     return true;
   for (uint32_t j = 0; j < list->count; j++) {
     planner_skeleton other = s;
@@ -247,13 +323,15 @@ flap_status planner_shortlist(const flap_planner *planner, const planner_candida
   return FLAP_OK;
 }
 
-/* The best of a list, if it is better than the one before, with its costs; of no seconds: there is none before. */
+/* The best of a list, of which at most so many are simulated, if it is better than the one before, with its costs; of
+ * no seconds: there is none before. */
 static flap_status simulate_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                 const contender *list, uint32_t count, contender *best, flap_plan_costs *costs) {
+                                 const contender *all, uint32_t all_count, uint32_t most, contender *best,
+                                 flap_plan_costs *costs) {
+  contender list[PLANNER_SIMULATED];
+  const uint32_t count = pick(all, all_count, most, list);
   uint64_t transfers = 0; /* simulated so far: what it costs a person's patience */
-  for (uint32_t i = 0; i < count && list[i].estimate <= list[0].estimate * PLANNER_WORTH_SIMULATING &&
-                       transfers < PLANNER_TRANSFERS_MAX;
-       i++) {
+  for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX; i++) {
     flap_setup setup;
     flap_plan_costs costs_here;
     planner_reach reach = PLANNER_NO_VRAM;
@@ -270,6 +348,7 @@ static flap_status simulate_list(const flap_planner *planner, const planner_cand
              setup.choice.read_buffers, list[i].estimate, costs_here.step_seconds);
     flap_setup_close(&setup);
     FLAP_TRY(status);
+    learn(planner, &list[i], costs_here.step_seconds);
     const double wanted = list[i].s.host > best->s.host ? PLANNER_HOST_GAIN : 0.9999;
     if (costs->step_seconds <= 0 || costs_here.step_seconds < costs->step_seconds * wanted) {
       *best = list[i];
@@ -320,8 +399,7 @@ static flap_status look_at(refinement *r, planner_skeleton s, const flap_plan_co
 }
 
 static flap_status simulate_best(refinement *r, contender *best, flap_plan_costs *costs) {
-  const uint32_t count = r->count < PLANNER_REFINED ? r->count : PLANNER_REFINED;
-  return simulate_list(r->planner, r->candidates, r->budgets, r->list, count, best, costs);
+  return simulate_list(r->planner, r->candidates, r->budgets, r->list, r->count, PLANNER_REFINED, best, costs);
 }
 
 /* Which tensors are saved, by how many layers: for the few best ways to cut the step every set. Among all candidates
@@ -396,7 +474,7 @@ static flap_status look_as_deep(refinement *r, planner_skeleton s, const contend
   FLAP_TRY(look_at(&all, s, costs));
   for (uint32_t i = 0; i < all.count; i++)
     if (all.list[i].depth == best->depth)
-      enter(r->list, &r->count, PLANNER_CONTENDERS, all.list[i]);
+      enter(r->list, &r->count, all.list[i]);
   return FLAP_OK;
 }
 
@@ -512,7 +590,7 @@ static flap_status look_at_staging(const flap_planner *planner, const planner_ca
   tried.s.staging = *bytes_io;
   FLAP_TRY(staging_of(planner, c, budgets, &tried, bytes_io));
   if (*bytes_io != now && *bytes_io > 0)
-    FLAP_TRY(simulate_list(planner, c, budgets, &tried, 1, &tried, &costs_here));
+    FLAP_TRY(simulate_list(planner, c, budgets, &tried, 1, 1, &tried, &costs_here));
   if (costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds * 0.9999) {
     *best = tried;
     *costs = costs_here;
@@ -596,7 +674,7 @@ static flap_status refine(const flap_planner *planner, const planner_candidates 
     return FLAP_OK;
   contender other = helped[0];
   flap_plan_costs other_costs = {0};
-  FLAP_TRY(simulate_list(planner, c, budgets, helped, helped_count, &other, &other_costs));
+  FLAP_TRY(simulate_list(planner, c, budgets, helped, helped_count, PLANNER_SIMULATED, &other, &other_costs));
   FLAP_TRY(refine_from(planner, c, budgets, cuts, &other, &other_costs));
   if (other_costs.step_seconds < costs->step_seconds * 0.9999) {
     *best = other;
@@ -610,11 +688,13 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   flap_planner timed = *given;
   const flap_planner *planner = &timed;
   flap_op_times times;
+  planner_corrections corrections = {.count = 0};
   planner_candidates c;
   contender list[PLANNER_CONTENDERS + 1];
   contender best = {.depth = 0};
   uint32_t count = 0;
   planner_reach reach = PLANNER_NO_VRAM;
+  timed.corrections = &corrections;
   if (timed.times == NULL) {
     FLAP_TRY(planner_times(planner, &times));
     timed.times = &times;
@@ -624,7 +704,7 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   if (count == 0)
     return planner_refuse(planner, budgets, reach);
   *costs_out = (flap_plan_costs){0};
-  FLAP_TRY(simulate_list(planner, &c, budgets, list, count, &best, costs_out));
+  FLAP_TRY(simulate_list(planner, &c, budgets, list, count, PLANNER_SIMULATED, &best, costs_out));
   FLAP_TRY(refine(planner, &c, budgets, list, count, &best, costs_out));
   return planner_settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
 }

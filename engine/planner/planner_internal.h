@@ -14,12 +14,14 @@
 #define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
 #define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
 #define PLANNER_TRANSFERS_COARSE 5000 /* of a step: with more, sizes of slices and pages are as budgets suggest */
-#define PLANNER_CONTENDERS 12         /* that are simulated */
+#define PLANNER_CONTENDERS 36         /* that are remembered */
+#define PLANNER_ALIKE 12          /* of these, with segments of the same length: estimates favour one or the other */
+#define PLANNER_SIMULATED 12      /* that are simulated, and half of them with segments of any one length */
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
 #define PLANNER_CUTS (1 + 2 * PLANNER_REFINED_CUTS)
 #define PLANNER_ROUNDS 3      /* of refining one choice after the other */
-#define PLANNER_REFINED 6     /* contenders of these that are simulated */
+#define PLANNER_REFINED 9     /* contenders of these that are simulated */
 #define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
@@ -77,8 +79,18 @@ typedef struct planner_skeleton {
 typedef struct planner_contender {
   planner_skeleton s;
   uint32_t depth;
-  double estimate;
+  double estimate, uncorrected;
 } planner_contender;
+
+/* By the length of segments: what the best simulation so far came to, over its estimate. Waiting between segments,
+ * which long ones make much of, estimates see little of. */
+typedef struct planner_corrections {
+  uint32_t count;
+  struct {
+    uint32_t segment;
+    double ratio;
+  } of[PLANNER_SEGMENTS_MAX];
+} planner_corrections;
 
 /* candidates.c. */
 void planner_list(const flap_planner *planner, planner_candidates *candidates_out);

@@ -65,31 +65,57 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
   return longest + (sum - longest) * 0.1;
 }
 
+static window closed(window *w) {
+  const window all = *w;
+  *w = (window){.first = all.end, .end = all.end};
+  return all;
+}
+
+static uint32_t last_backward(const flap_program *program) {
+  for (uint32_t i = program->op_count; i-- > 0;)
+    if (program->ops[i].kind == FLAP_OP_LAYER_BACKWARD)
+      return i;
+  return program->op_count;
+}
+
 /* Forward and backward passes are windows of their own: states that stream through the forward do not hide behind the
- * backward, whose lanes have nothing but gradients and activations to carry. */
+ * backward, whose lanes have nothing but gradients and activations to carry. And what is updated before the first
+ * layer, or behind the last, hides behind nothing. */
 double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
   const flap_program *program = &setup->programs[setup->steady];
-  double seconds = 0;
+  const uint32_t last = last_backward(program);
+  double seconds = 0, later_seconds = 0; /* the latter of the host */
   window w = {0};
-  bool backward = false;
+  bool backward = false, begun = false;
   for (uint32_t i = 0; i < program->op_count; i++) {
     const flap_op *op = &program->ops[i];
     if (op->kind == FLAP_OP_PIN)
       w.end = op->operand[0] + 1;
     if (op->kind == FLAP_OP_HOST_ADAMW) {
       w.end = op->operand[2] + 1;
-      w.host_seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
+      /* The first segment waits for its own; the others are updated beside the layers before them. */
+      const bool first = !begun && setup->layout.slices[op->index].part <= setup->layout.spec.segment_layers;
+      *(first || begun ? &w.host_seconds : &later_seconds) +=
+          1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
       continue;
     }
+    bool turns = op->kind == FLAP_OP_LAYER_FORWARD && !begun;
+    begun = begun || turns;
     if (op->kind == FLAP_OP_HEAD || op->kind == FLAP_OP_EMBED) {
-      const bool turns = (op->kind == FLAP_OP_HEAD) != backward;
+      turns = (op->kind == FLAP_OP_HEAD) != backward;
       backward = op->kind == FLAP_OP_HEAD;
-      if (turns) {
-        seconds += window_seconds(planner, setup, &w);
-        w = (window){.first = w.end, .end = w.end};
-      }
+    }
+    if (turns) {
+      const window over = closed(&w);
+      seconds += window_seconds(planner, setup, &over);
+      w.host_seconds = later_seconds;
+      later_seconds = 0;
     }
     w.seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
+    if (i == last) {
+      const window over = closed(&w);
+      seconds += window_seconds(planner, setup, &over);
+    }
   }
   return seconds + window_seconds(planner, setup, &w);
 }

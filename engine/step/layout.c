@@ -41,7 +41,7 @@ void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
   flap_assert(segment <= layout->segment_count && micro_batch < layout->spec.micro_batches);
   const uint32_t group = layout->spec.group_micro_batches;
-  return layout->first_boundary + segment * group + micro_batch % group;
+  return layout->first_boundary + segment * group + (segment < layout->segment_count ? micro_batch % group : 0);
 }
 
 uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch) {
@@ -53,45 +53,54 @@ static uint32_t count_segments(const flap_layout_spec *spec) {
   return (spec->model->num_hidden_layers + spec->segment_layers - 1) / spec->segment_layers;
 }
 
-/* What saves is a unit: a segment for one micro-batch of a group, numbered segment by segment. Of all units some are
- * chosen at even distances, so that what they store passes the bus while those between them compute, the last one
- * always. */
+static uint32_t last_segment_layer(const flap_layout_spec *spec) {
+  return (count_segments(spec) - 1) * spec->segment_layers;
+}
+
+static bool saves_all(const flap_layout_spec *spec) {
+  return spec->saved_layers >= spec->model->num_hidden_layers;
+}
+
+/* What saves is a unit: a segment but the last for one micro-batch of a group, numbered segment by segment. Of all
+ * units some are chosen at even distances, so that what they store passes the bus while those between them compute. The
+ * last segment's backward follows its forward at once, so its layers need a place for one micro-batch only, and that
+ * only where no layer has scratch memory. */
 static uint64_t count_units(const flap_layout_spec *spec) {
-  return (uint64_t)count_segments(spec) * spec->group_micro_batches;
+  return (uint64_t)(count_segments(spec) - 1) * spec->group_micro_batches;
 }
 
 static uint64_t saving_units(const flap_layout_spec *spec) {
-  return spec->saved_layers >= spec->model->num_hidden_layers
-             ? count_units(spec)
-             : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
+  return saves_all(spec) ? count_units(spec)
+                         : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
 }
 
 /* So many of the units before this one save. */
 static uint64_t saving_before(const flap_layout_spec *spec, uint64_t unit) {
-  return unit * saving_units(spec) / count_units(spec);
+  return unit > 0 ? unit * saving_units(spec) / count_units(spec) : 0;
 }
 
-/* The layers of a saving unit before this one: those of the last segment, which may be shorter, come last. */
+static uint64_t unit_of(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
+  return (uint64_t)(layer / spec->segment_layers) * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
+}
+
 static uint64_t saved_index(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
-  const uint32_t k = spec->segment_layers, segment = layer / k, last = count_segments(spec) - 1;
-  const uint64_t unit = (uint64_t)segment * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
-  const uint64_t before = saving_before(spec, unit);
-  const uint64_t in_whole = saving_before(spec, (uint64_t)last * spec->group_micro_batches);
-  if (segment < last)
-    return before * k + layer % k;
-  return in_whole * k + (before - in_whole) * (spec->model->num_hidden_layers - last * k) + layer % k;
+  const uint64_t before =
+      layer < last_segment_layer(spec) ? saving_before(spec, unit_of(spec, layer, micro_batch)) : saving_units(spec);
+  return before * spec->segment_layers + layer % spec->segment_layers;
 }
 
 uint64_t flap_layout_saved_count(const flap_layout_spec *spec) {
-  const uint32_t layers = spec->model->num_hidden_layers, last = (count_segments(spec) - 1) * spec->segment_layers;
-  const uint64_t all = saving_units(spec);
-  const uint64_t in_whole = saving_before(spec, count_units(spec) - spec->group_micro_batches);
-  return in_whole * spec->segment_layers + (all - in_whole) * (layers - last);
+  return saving_units(spec) * spec->segment_layers;
+}
+
+uint32_t flap_layout_last_layers(const flap_layout_spec *spec) {
+  return spec->model->num_hidden_layers - last_segment_layer(spec);
 }
 
 static bool saves(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
-  const uint64_t unit =
-      (uint64_t)(layer / spec->segment_layers) * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
+  if (layer >= last_segment_layer(spec))
+    return saves_all(spec);
+  const uint64_t unit = unit_of(spec, layer, micro_batch);
   return saving_before(spec, unit + 1) > saving_before(spec, unit);
 }
 
@@ -221,7 +230,7 @@ static uint32_t count_slices(const flap_layout *layout, flap_part kind) {
 }
 
 /* Gradients that are consumed at once need one place if each slice is updated when it is rounded; if the update of a
- * segment is spread over the next one, places for all of its slices, or for those of the head. */
+ * segment is spread over the next one, places for all of its slices; the head's come with the last segment's. */
 static uint32_t count_rounded(const flap_layout *layout) {
   const flap_layout_spec *spec = &layout->spec;
   const uint32_t head = spec->model->num_hidden_layers + 1;
@@ -232,10 +241,9 @@ static uint32_t count_rounded(const flap_layout *layout) {
     most |= is_consumed_at_once(layout, part);
   if (most == 0 || !spec->spread)
     return most;
-  if (is_consumed_at_once(layout, head))
-    most = count_slices(layout, FLAP_PART_HEAD);
   for (uint32_t segment = 0; segment < layout->segment_count; segment++) {
-    uint32_t first, end, here = 0;
+    const bool with_head = segment + 1 == layout->segment_count && is_consumed_at_once(layout, head);
+    uint32_t first, end, here = with_head ? count_slices(layout, FLAP_PART_HEAD) : 0;
     flap_layout_segment(layout, segment, &first, &end);
     for (uint32_t layer = first; layer < end; layer++)
       here += is_consumed_at_once(layout, flap_layout_layer_part(layer)) ? count_slices(layout, FLAP_PART_LAYER) : 0;
@@ -317,7 +325,7 @@ static void add_activations(flap_layout *layout) {
   const flap_layout_spec *spec = &layout->spec;
   const uint64_t hidden = flap_model_hidden_bytes(spec->model, &spec->shape);
   layout->first_boundary = layout->region_count;
-  for (uint32_t i = 0; i < (layout->segment_count + 1) * spec->group_micro_batches; i++) {
+  for (uint32_t i = 0; i < layout->segment_count * spec->group_micro_batches + 1; i++) {
     const uint32_t region = add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
     if (spec->mode == FLAP_MODE_TRAIN)
       share_place(layout, region, i / spec->group_micro_batches, 1);
@@ -330,7 +338,7 @@ static void add_activations(flap_layout *layout) {
   layout->first_saved = layout->region_count;
   const uint64_t kept = flap_model_saved_bytes(spec->model, &spec->shape, spec->saved_mask);
   for (uint32_t segment = 0; segment < layout->segment_count; segment++)
-    for (uint32_t i = 0; i < spec->group_micro_batches; i++) {
+    for (uint32_t i = 0; i < (segment + 1 < layout->segment_count ? spec->group_micro_batches : 1); i++) {
       uint32_t first, end;
       flap_layout_segment(layout, segment, &first, &end);
       for (uint32_t layer = first; layer < end && saves(spec, layer, i); layer++)

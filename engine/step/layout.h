@@ -122,15 +122,18 @@ typedef struct flap_layout {
 /* With a measuring arena only counts are valid afterwards. */
 void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_layout *layout_out);
 
-/* Input of segment `segment` (segment_count: what the head reads) for a micro-batch. */
+/* Input of segment `segment` for a micro-batch; segment_count: what the head reads, one place for all of them. */
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch);
 uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch);
-/* FLAP_REGION_NONE when the layer recomputes everything. The layer's input follows the kept tensors when it is not the
- * first of its segment. */
+/* FLAP_REGION_NONE when the layer saves nothing. The layer's input follows the kept tensors when it is not the first of
+ * its segment. Layers of the last segment, whose backward follows their forward at once, save only where all do, and
+ * then in one place for all micro-batches. */
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch);
-/* Layers times micro-batches of a group that save: whole segments do, of each for as many micro-batches as the share of
- * saved_layers in all layers says, spread evenly over both. */
+/* Layers times micro-batches of a group that save, before the last segment: whole segments do, of each for as many
+ * micro-batches as the share of saved_layers in all layers says, spread evenly over both. */
 uint64_t flap_layout_saved_count(const flap_layout_spec *spec);
+/* Layers of the last segment. */
+uint32_t flap_layout_last_layers(const flap_layout_spec *spec);
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
 static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;

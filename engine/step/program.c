@@ -24,7 +24,7 @@ typedef struct builder {
   /* Leases of the segment in work, per layer of it; saved: NONE where nothing is kept. */
   flap_operand *weights, *sums, *saved;
   bool keeps_whole; /* a layer that saves keeps every tensor */
-  /* Leases of the next segment's weights (or the head's), which are being updated meanwhile. */
+  /* Leases of the next segment's weights, and of the head's with the last one's, which are being updated meanwhile. */
   flap_operand *next;
   uint32_t next_part, next_parts, next_slices, next_done;
   bool next_pinned;
@@ -45,9 +45,9 @@ const char *flap_program_op_name(flap_op_kind kind) {
   return names[kind];
 }
 
-/* Every layer has its own place for what it keeps, and for its input. */
+/* Every layer has a place for what it keeps, and for its input. */
 static bool saves_all(const flap_layout *layout) {
-  return layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saved(layout, 0, 0) != FLAP_REGION_NONE;
+  return layout->spec.mode == FLAP_MODE_TRAIN && layout->spec.saved_layers >= layout->spec.model->num_hidden_layers;
 }
 
 /* What a layer that saves does not keep. */
@@ -432,10 +432,11 @@ static void unpin_saved(builder *b, uint32_t segment) {
       unpin(b, b->saved[j]);
 }
 
+/* The head comes with the last segment. */
 static void next_segment(builder *b, uint32_t segment) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
-  next_begin(b, flap_layout_layer_part(first), end - first);
+  next_begin(b, flap_layout_layer_part(first), end - first + (segment + 1 == b->layout->segment_count ? 1 : 0));
 }
 
 /* After micro-batch `done` (from 0) of `count`: an equal share after each but the last, behind which the next segment
@@ -446,18 +447,24 @@ static void next_share(builder *b, uint32_t done, uint32_t count) {
     next_update(b, (uint32_t)((uint64_t)b->next_slices * (done + 1) / shares));
 }
 
-/* Forward of one segment for the micro-batches of a group. Weights stay pinned from a layer's first use to its last;
- * those of the last segment stay for the backward that follows (hold). */
-static void forward_segment(builder *b, uint32_t segment, micro_batch_range range, bool update, bool hold) {
+/* The segment's weights, and with the last one's the head's: all in `weights`, one behind the other. */
+static void pin_segment(builder *b, uint32_t segment, bool update) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
-  const bool updated = b->next_pinned;
-  for (uint32_t layer = first; layer < end; layer++)
-    b->weights[layer - first] =
-        updated ? b->next[layer - first] : pin_weights(b, flap_layout_layer_part(layer), update);
+  const uint32_t count = end - first + (segment + 1 == b->layout->segment_count ? 1 : 0);
+  for (uint32_t j = 0; j < count; j++)
+    b->weights[j] = b->next_pinned ? b->next[j] : pin_weights(b, flap_layout_layer_part(first) + j, update);
   b->next_pinned = false;
+}
+
+/* Forward of a segment but the last for the micro-batches of a group. Weights stay pinned from a layer's first use to
+ * its last. */
+static void forward_segment(builder *b, uint32_t segment, micro_batch_range range, bool update) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  pin_segment(b, segment, update);
   if (update && b->spec->spread)
-    segment + 1 < b->layout->segment_count ? next_segment(b, segment + 1) : next_begin(b, head_part(b), 1);
+    next_segment(b, segment + 1);
   const flap_lease_mode input = b->spec->kind == FLAP_PROGRAM_STEP ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
   for (uint32_t i = range.first; i < range.end; i++) {
     /* Where activations are saved from the segment's first layer on, its backward still starts from this input. */
@@ -471,9 +478,8 @@ static void forward_segment(builder *b, uint32_t segment, micro_batch_range rang
     if (update && b->spec->spread)
       next_share(b, i - range.first, range.end - range.first);
   }
-  if (!hold)
-    for (uint32_t j = 0; j < end - first; j++)
-      unpin(b, b->weights[j]);
+  for (uint32_t j = 0; j < end - first; j++)
+    unpin(b, b->weights[j]);
 }
 
 static void embed(builder *b, micro_batch_range range, bool update) {
@@ -486,76 +492,117 @@ static void embed(builder *b, micro_batch_range range, bool update) {
   unpin(b, embedding);
 }
 
-/* Final norm, logits and loss; in a step also their backward. */
-static void head(builder *b, micro_batch_range range, bool update) {
-  const bool backward = b->spec->kind == FLAP_PROGRAM_STEP;
-  const bool tied = b->layout->tied;
-  const flap_operand weights = b->next_pinned ? b->next[0] : pin_weights(b, head_part(b), update);
-  b->next_pinned = false;
-  const flap_operand projection = tied ? pin(b, part_of(b, 0)->weights, FLAP_LEASE_READ) : weights;
-  flap_operand sums = NONE, projection_sums = NONE;
-  if (backward) {
-    sums = pin_sums(b, head_part(b), range.first_group, range.last_group, false);
-    projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : sums;
-  }
-  for (uint32_t i = range.first; i < range.end; i++) {
-    const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, b->layout->segment_count, i), FLAP_LEASE_CONSUME);
-    const flap_operand dx = backward ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
-    OP(b, FLAP_OP_HEAD, 0, i, weights, projection, x_in, dx, sums, projection_sums);
-    mark_fresh(b, range.first_group && i == range.first);
-    if (backward)
-      unpin(b, dx);
-    unpin(b, x_in);
-  }
-  if (backward && tied)
-    unpin(b, projection_sums);
-  if (tied)
-    unpin(b, projection);
-  if (backward && range.last_group) {
-    if (b->layout->spec.backward_parts > 0)
-      OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
-    rounded_begin(b);
-    finish_part(b, head_part(b), sums, weights);
-    return;
-  }
-  if (backward)
-    unpin(b, sums);
-  unpin(b, weights);
-}
-
+/* `fresh`: the scratch memory holds what the segment's last layer left there in the forward. */
 static void backward_layers(builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in, flap_operand dx,
-                            bool fresh) {
+                            bool first_sums, bool fresh) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
-  if (b->saved[0] == NONE) /* segments save as a whole */
-    forward_layers(b, segment, micro_batch, x_in, NONE, true);
   for (uint32_t layer = end; layer-- > first;) {
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, true);
-    if (b->saved[j] != NONE && !b->keeps_whole)
+    if (b->saved[j] != NONE && !b->keeps_whole && !(fresh && layer + 1 == end))
       recompute(b, layer, j, micro_batch, in);
     OP(b, FLAP_OP_LAYER_BACKWARD, layer, micro_batch, b->weights[j], in, b->saved[j], dx, scratch(b, j, true),
        b->sums[j]);
-    mark_fresh(b, fresh);
+    mark_fresh(b, first_sums);
   }
 }
 
-/* Backward of one segment, micro-batch by micro-batch; `held`: its weights are pinned already. */
-static void backward_segment(builder *b, uint32_t segment, micro_batch_range range, bool held) {
+/* What the tail leases beside its segment: the head's sums and the projection, with its sums where it is the embedding.
+ */
+typedef struct tail_leases {
+  flap_operand head, projection, sums, projection_sums;
+} tail_leases;
+
+static void pin_tail(builder *b, micro_batch_range range, uint32_t first, uint32_t end, tail_leases *t) {
+  const bool tied = b->layout->tied;
+  t->head = b->weights[end - first];
+  t->projection = tied ? pin(b, part_of(b, 0)->weights, FLAP_LEASE_READ) : t->head;
+  t->sums = t->projection_sums = NONE;
+  if (b->spec->kind != FLAP_PROGRAM_STEP)
+    return;
+  for (uint32_t layer = first; layer < end; layer++)
+    b->sums[layer - first] = pin_sums(b, flap_layout_layer_part(layer), range.first_group, range.last_group, false);
+  t->sums = pin_sums(b, head_part(b), range.first_group, range.last_group, false);
+  t->projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : t->sums;
+}
+
+/* The tail's parts have been of use; with the last group their gradients are complete. */
+static void finish_tail(builder *b, micro_batch_range range, uint32_t first, uint32_t end, const tail_leases *t) {
+  const bool step = b->spec->kind == FLAP_PROGRAM_STEP, finishes = step && range.last_group;
+  if (b->layout->tied && step)
+    unpin(b, t->projection_sums);
+  if (b->layout->tied)
+    unpin(b, t->projection);
+  if (finishes) {
+    if (b->layout->spec.backward_parts > 0)
+      OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+    rounded_begin(b);
+    finish_part(b, head_part(b), t->sums, t->head);
+  } else {
+    if (step)
+      unpin(b, t->sums);
+    unpin(b, t->head);
+  }
+  for (uint32_t layer = end; layer-- > first;) {
+    const uint32_t j = layer - first;
+    if (finishes) {
+      finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
+    } else {
+      if (step)
+        unpin(b, b->sums[j]);
+      unpin(b, b->weights[j]);
+    }
+  }
+}
+
+/* The last segment, final norm, logits and loss; in a step also their backward. Each micro-batch goes there and back at
+ * once: nothing of it is stored, and nothing computed again. */
+static void tail(builder *b, micro_batch_range range, bool update) {
+  const uint32_t segment = b->layout->segment_count - 1;
+  const bool step = b->spec->kind == FLAP_PROGRAM_STEP;
+  uint32_t first, end;
+  tail_leases t;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  pin_segment(b, segment, update);
+  pin_tail(b, range, first, end, &t);
+  for (uint32_t i = range.first; i < range.end; i++) {
+    const bool fresh = range.first_group && i == range.first;
+    const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
+    const flap_operand x_out = pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_SCRATCH);
+    pin_saved(b, segment, i, FLAP_LEASE_SCRATCH);
+    forward_layers(b, segment, i, x_in, x_out, step);
+    const flap_operand dx = step ? pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_CREATE) : NONE;
+    OP(b, FLAP_OP_HEAD, 0, i, t.head, t.projection, x_out, dx, t.sums, t.projection_sums);
+    mark_fresh(b, fresh);
+    unpin(b, x_out);
+    if (step)
+      backward_layers(b, segment, i, x_in, dx, fresh, true);
+    unpin_saved(b, segment);
+    if (step)
+      unpin(b, dx);
+    unpin(b, x_in);
+  }
+  finish_tail(b, range, first, end, &t);
+}
+
+/* Backward of a segment but the last, micro-batch by micro-batch. */
+static void backward_segment(builder *b, uint32_t segment, micro_batch_range range) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
     const bool updates = range.last_group && in_backward(b, part) && !flap_layout_is_host(b->layout, part);
-    if (!held)
-      b->weights[layer - first] = pin(b, part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
+    b->weights[layer - first] = pin(b, part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
     b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
     const flap_operand x_in = pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
     pin_saved(b, segment, i, FLAP_LEASE_CONSUME);
-    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first);
+    if (b->saved[0] == NONE) /* segments save as a whole */
+      forward_layers(b, segment, i, x_in, NONE, true);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, false);
     unpin_saved(b, segment);
     unpin(b, x_in);
     unpin(b, dx);
@@ -609,11 +656,11 @@ static void build_step(builder *b) {
     range.last_group = b->last_group = range.end == n;
     const bool update = b->spec->pending && range.first_group;
     embed(b, range, update);
-    for (uint32_t segment = 0; segment <= last; segment++)
-      forward_segment(b, segment, range, update, segment == last);
-    head(b, range, update);
-    for (uint32_t segment = last + 1; segment-- > 0;)
-      backward_segment(b, segment, range, segment == last);
+    for (uint32_t segment = 0; segment < last; segment++)
+      forward_segment(b, segment, range, update);
+    tail(b, range, update);
+    for (uint32_t segment = last; segment-- > 0;)
+      backward_segment(b, segment, range);
   }
   embed_backward(b);
   OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
@@ -627,9 +674,9 @@ static void build_forward(builder *b) {
   for (uint32_t first = 0; first < n; first += group) {
     const micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     embed(b, range, false);
-    for (uint32_t segment = 0; segment < b->layout->segment_count; segment++)
-      forward_segment(b, segment, range, false, false);
-    head(b, range, false);
+    for (uint32_t segment = 0; segment + 1 < b->layout->segment_count; segment++)
+      forward_segment(b, segment, range, false);
+    tail(b, range, false);
   }
 }
 
@@ -665,7 +712,8 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
                .program = program_out,
                .hidden_buffers = flap_program_hidden_buffers(layout),
                .keeps_whole = missing_bytes(layout) == 0};
-  flap_operand *lists = calloc(k, 4 * sizeof *lists);
+  const size_t wide = (size_t)k + 1; /* a segment and the head */
+  flap_operand *lists = calloc(wide, 4 * sizeof *lists);
   b.rounded = calloc((size_t)layout->rounded_count + 1, sizeof *b.rounded);
   if (lists == NULL || b.rounded == NULL) {
     free(lists);
@@ -673,9 +721,9 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
     return flap_error_set(FLAP_NO_MEMORY, "no memory to plan a segment of %u layers", k);
   }
   b.weights = lists;
-  b.sums = lists + k;
-  b.saved = lists + 2 * (size_t)k;
-  b.next = lists + 3 * (size_t)k;
+  b.sums = lists + wide;
+  b.saved = lists + 2 * wide;
+  b.next = lists + 3 * wide;
   switch (spec->kind) {
   case FLAP_PROGRAM_STEP:
     build_step(&b);

@@ -70,8 +70,8 @@ START_TEST(gradients_do_not_pass_the_bus) {
 }
 END_TEST
 
-/* One place where each slice is updated at once; else as many as the slices of a segment or of the head, and those of
- * a segment have places of their own. */
+/* One place where each slice is updated at once; else as many as the slices of a segment, of the last one with the
+ * head's, and those of a segment have places of their own. */
 START_TEST(slices_that_wait_have_places_of_their_own) {
   rig_model model;
   flap_setup setup;
@@ -84,7 +84,8 @@ START_TEST(slices_that_wait_have_places_of_their_own) {
       const flap_layout *layout = &setup.layout;
       const uint32_t of_layer = layout->parts[1].slice_count, of_head = layout->parts[PARTS - 1].slice_count;
       ck_assert_uint_gt(of_layer, 1);
-      const uint32_t waiting = of_layer * segment > of_head ? of_layer * segment : of_head;
+      const uint32_t at_last = of_layer * (LAYERS - (layout->segment_count - 1) * segment) + of_head;
+      const uint32_t waiting = layout->segment_count > 1 && of_layer * segment > at_last ? of_layer * segment : at_last;
       ck_assert_uint_eq(layout->rounded_count, spread == 1 ? waiting : 1);
       for (uint32_t s = 0; spread == 1 && s < layout->segment_count; s++) {
         uint32_t first, end;
