@@ -18,10 +18,18 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-/* One arrival for the warp, once what all its lanes did before is done. */
+/* Arrivals of a warp. Racecheck follows barriers from thread to thread, and cannot see that one lane arrives for all behind
+ * __syncwarp, which is no instruction where a warp is converged: for it each lane arrives (FLAP_LANES_ARRIVE). */
+#ifdef FLAP_LANES_ARRIVE
+constexpr uint32_t WARP_ARRIVALS = 32;
+#else
+constexpr uint32_t WARP_ARRIVALS = 1;
+#endif
+
+/* Once what all lanes of the warp did before is done. */
 __device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0)
+  if (WARP_ARRIVALS == 32 || (threadIdx.x & 31) == 0)
     barrier_arrive(barrier);
 }
 

@@ -77,13 +77,13 @@ template <int HD> __device__ __forceinline__ void open_barriers(uint32_t shared)
     barrier_open(shared + at::WORK_READY + i * BARRIER_BYTES, 1);
   for (uint32_t i = 0; i < 2; ++i) {
     barrier_open(shared + at::TURN_READY + i * BARRIER_BYTES, 1);
-    barrier_open(shared + at::TURN_DONE + i * BARRIER_BYTES, MULTIPLIERS / 64); /* the warps of one warpgroup */
+    barrier_open(shared + at::TURN_DONE + i * BARRIER_BYTES, MULTIPLIERS / 64 * WARP_ARRIVALS); /* of one warpgroup */
   }
-  barrier_open(shared + at::KEYS_READY, COPIERS);
-  barrier_open(shared + at::KEYS_FREE, MULTIPLIERS / 32);
+  barrier_open(shared + at::KEYS_READY, COPIERS * WARP_ARRIVALS);
+  barrier_open(shared + at::KEYS_FREE, MULTIPLIERS / 32 * WARP_ARRIVALS);
   for (uint32_t i = 0; i < STAGES; ++i) {
-    barrier_open(shared + at::STAGE_READY + i * BARRIER_BYTES, 1);
-    barrier_open(shared + at::STAGE_FREE + i * BARRIER_BYTES, MULTIPLIERS / 32);
+    barrier_open(shared + at::STAGE_READY + i * BARRIER_BYTES, WARP_ARRIVALS);
+    barrier_open(shared + at::STAGE_FREE + i * BARRIER_BYTES, MULTIPLIERS / 32 * WARP_ARRIVALS);
   }
 }
 

@@ -39,12 +39,12 @@ template <int HD> struct stream_layout {
 template <int HD> __device__ __forceinline__ void open_barriers(uint32_t shared) {
   using at = stream_layout<HD>;
   barrier_open(shared + at::Q_READY, COPIERS * 32);
-  barrier_open(shared + at::Q_FREE, MULTIPLIER_WARPS);
+  barrier_open(shared + at::Q_FREE, MULTIPLIER_WARPS * WARP_ARRIVALS);
   for (uint32_t i = 0; i < STAGES<HD>; ++i) {
     barrier_open(shared + at::K_READY + i * BARRIER_BYTES, COPIERS * 32);
     barrier_open(shared + at::V_READY + i * BARRIER_BYTES, COPIERS * 32);
-    barrier_open(shared + at::K_FREE + i * BARRIER_BYTES, MULTIPLIER_WARPS);
-    barrier_open(shared + at::V_FREE + i * BARRIER_BYTES, MULTIPLIER_WARPS);
+    barrier_open(shared + at::K_FREE + i * BARRIER_BYTES, MULTIPLIER_WARPS * WARP_ARRIVALS);
+    barrier_open(shared + at::V_FREE + i * BARRIER_BYTES, MULTIPLIER_WARPS * WARP_ARRIVALS);
   }
 }
 
