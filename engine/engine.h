@@ -76,7 +76,7 @@ typedef struct flap_plan {
   uint64_t ram_home_bytes, ram_staging_bytes, ram_table_bytes, ram_other_bytes;
   uint64_t ram_shared_bytes; /* by how much the classes' ram_bytes are more than ram_home_bytes: of two that share their
                                 place each counts, and only one of them is there at a time */
-  uint64_t process_bytes;                  /* code, stacks, libraries: estimated beside the budget */
+  uint64_t process_bytes;    /* code, stacks, libraries: estimated beside the budget */
   uint64_t disk_sizes[FLAP_RUN_DISKS_MAX]; /* resolved */
   uint64_t export_bytes, checkpoint_bytes; /* files written to output_dir: final export; each checkpoint */
   uint64_t checkpoints_at_once; /* in output_dir, at most; of a run that keeps all its own, or 2 if not known */

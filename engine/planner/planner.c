@@ -179,9 +179,14 @@ static uint32_t pick(const contender *list, uint32_t count, uint32_t most, conte
       picked++;
     }
   picked = 0;
-  for (uint32_t i = 0; i < count; i++)
-    if (taken[i])
-      picked_out[picked++] = list[i];
+  for (int others = 0; others < 2; others++) /* the best of each length come first: of long steps few are simulated */
+    for (uint32_t i = 0; i < count; i++) {
+      bool is_first = true;
+      for (uint32_t j = 0; j < i && is_first; j++)
+        is_first = !taken[j] || list[j].s.segment != list[i].s.segment;
+      if (taken[i] && is_first == (others == 0))
+        picked_out[picked++] = list[i];
+    }
   return picked;
 }
 
@@ -553,6 +558,26 @@ static flap_status refine_sizes(const flap_planner *planner, const planner_candi
   return FLAP_OK;
 }
 
+/* What is saved together with how large slices are, where a step has few transfers: one of the two alone may not gain.
+ */
+static flap_status refine_saved_and_slices(const flap_planner *planner, const planner_candidates *c,
+                                           const flap_budgets *budgets, contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  const planner_savings *const lists[] = {&c->partial, &c->saved};
+  if (best->s.slice == 0) /* refine_sizes found too many transfers */
+    return FLAP_OK;
+  for (uint32_t k = 0; k < c->slice_count; k++)
+    for (size_t i = 0; i < 2; i++)
+      for (uint32_t j = 0; j < lists[i]->count; j++) {
+        planner_skeleton s = best->s;
+        s.slice = c->slices[k];
+        s.saved = lists[i]->of[j];
+        if (!is_double(planner, lists[i], s))
+          FLAP_TRY(look_as_deep(&r, s, best, costs));
+      }
+  return simulate_best(&r, best, costs);
+}
+
 /* Spare tensors are worth their place where everything else is kept. Among the candidates they would crowd out others.
  */
 static flap_status refine_spare(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
@@ -647,6 +672,7 @@ static flap_status refine_from(const flap_planner *planner, const planner_candid
   }
   FLAP_TRY(refine_saved_of_best(planner, c, budgets, best, costs));
   FLAP_TRY(refine_layers(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_saved_and_slices(planner, c, budgets, best, costs));
   FLAP_TRY(refine_spare(planner, c, budgets, best, costs));
   FLAP_TRY(refine_staging(planner, c, budgets, best, costs));
   if (best->s.staging == 0 || planner->expert.staging_bytes > 0)

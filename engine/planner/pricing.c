@@ -80,13 +80,13 @@ static uint32_t last_backward(const flap_program *program) {
 
 /* Forward and backward passes are windows of their own: states that stream through the forward do not hide behind the
  * backward, whose lanes have nothing but gradients and activations to carry. And what is updated before the first
- * layer, or behind the last, hides behind nothing. */
+ * layer, or behind the last, hides behind nothing, unless it waits for disks, which work ahead. */
 double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
   const flap_program *program = &setup->programs[setup->steady];
   const uint32_t last = last_backward(program);
   double seconds = 0, later_seconds = 0; /* the latter of the host */
   window w = {0};
-  bool backward = false, begun = false;
+  bool backward = false, begun = setup->disk_bytes > 0;
   for (uint32_t i = 0; i < program->op_count; i++) {
     const flap_op *op = &program->ops[i];
     if (op->kind == FLAP_OP_PIN)
@@ -112,7 +112,7 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
       later_seconds = 0;
     }
     w.seconds += 1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
-    if (i == last) {
+    if (i == last && setup->disk_bytes == 0) {
       const window over = closed(&w);
       seconds += window_seconds(planner, setup, &over);
     }
