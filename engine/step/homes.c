@@ -16,6 +16,8 @@ typedef struct overlay_room {
   double free;
 } overlay_room;
 
+#define PLENTY ((uint64_t)1 << 60) /* more than all regions together */
+
 struct flap_homes {
   uint32_t first[FLAP_CLASS_COUNT + 1]; /* of each class's regions in `regions` */
   uint32_t *regions;                    /* class by class */
@@ -99,13 +101,17 @@ static uint64_t count_class(const flap_setup *setup, flap_region_class klass) {
   uint64_t cost = 0;
   for (uint32_t i = 0; i < homes->room_count; i++)
     homes->rooms[i].klass = 0;
-  for (uint32_t at = first, i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
-    overlay_room *room = room_of(setup, i);
+  const bool shares = homes->shares[klass];
+  for (uint32_t at = first; at < homes->first[klass + 1]; at++) {
+    const uint32_t i = homes->regions[at];
+    if (setup->resident[i] || setup->layout.regions[i].place != FLAP_PLACE_ANY)
+      continue;
     cost += setup->layout.regions[i].bytes;
+    overlay_room *room = shares ? room_of(setup, i) : NULL;
     if (room != NULL)
       room->klass += setup->layout.regions[i].bytes;
   }
-  if (!homes->shares[klass])
+  if (!shares)
     return cost;
   for (uint32_t i = 0; i < homes->room_count; i++) {
     overlay_room *room = &homes->rooms[i];
@@ -122,13 +128,19 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
   const flap_layout *layout = &setup->layout;
   if (left == 0 && !setup->homes->shares[klass])
     return 0;
-  const uint64_t page_bytes = setup->choice.page_bytes, cost_of_all = count_class(setup, klass);
+  const uint64_t page_bytes = setup->choice.page_bytes;
+  const uint64_t cost_of_all = left < PLENTY ? count_class(setup, klass) : 0;
   const bool all = cost_of_all <= left;
   const double share = all ? 1.0 : (double)left / (double)cost_of_all;
   const uint32_t first = setup->homes->first[klass];
   for (uint32_t at = first, i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
     const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
-    const overlay_room *room = room_of(setup, i);
+    const overlay_room *room = setup->homes->shares[klass] ? room_of(setup, i) : NULL;
+    if (room == NULL && all) { /* most often */
+      setup->regions[i].ram_pages = (uint32_t)pages;
+      left -= smaller(left, bytes);
+      continue;
+    }
     const double free = room != NULL ? room->free : 0;
     uint64_t given = all ? pages : (uint64_t)((free + (1 - free) * share) * (double)(bytes / page_bytes));
     while (given > 0 && cost_of(setup, i, smaller(given * page_bytes, bytes)) > left)
@@ -191,16 +203,19 @@ struct flap_homes *flap_setup_open_homes(const flap_layout *layout) {
     flap_setup_close_homes(homes);
     return NULL;
   }
-  uint32_t count = 0;
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
-    for (uint32_t i = 0; i < layout->region_count; i++)
-      if (layout->regions[i].klass == (flap_region_class)k) {
-        homes->regions[count++] = i;
-        homes->shares[k] |= layout->regions[i].overlay > 0;
-        homes->side[k] |= layout->regions[i].side;
-      }
-    homes->first[k + 1] = count;
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    homes->first[region->klass + 1]++;
+    homes->shares[region->klass] |= region->overlay > 0;
+    homes->side[region->klass] |= region->side;
   }
+  uint32_t next[FLAP_CLASS_COUNT];
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    next[k] = homes->first[k];
+    homes->first[k + 1] += homes->first[k];
+  }
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    homes->regions[next[layout->regions[i].klass]++] = i;
   return homes;
 }
 
