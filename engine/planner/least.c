@@ -159,18 +159,6 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
   return FLAP_OK;
 }
 
-/* Contenders that differ only in how far transfers run ahead have the same least. */
-static bool is_known(const planner_contender *list, uint32_t index) {
-  const planner_skeleton *s = &list[index].s;
-  for (uint32_t i = 0; i < index; i++) {
-    const planner_skeleton *t = &list[i].s;
-    if (s->segment == t->segment && s->group == t->group && s->spread == t->spread &&
-        s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask)
-      return true;
-  }
-  return false;
-}
-
 /* Among all candidates, those that would be chosen with plenty of it: what none of the few above can do. */
 static flap_status find_among_all(const flap_planner *planner, const flap_budgets *budgets, const planner_candidates *c,
                                   lever which, uint64_t *least_out, planner_reach *reach) {
@@ -181,8 +169,6 @@ static flap_status find_among_all(const flap_planner *planner, const flap_budget
   FLAP_TRY(planner_shortlist(planner, c, &trial, c->host_parts, list, &count, reach));
   for (uint32_t i = 0; i < count && i < PLANNER_SIMULATED; i++) {
     flap_setup setup;
-    if (is_known(list, i))
-      continue;
     FLAP_TRY(planner_settle(planner, c, list[i].s, &trial, 0, &setup, reach));
     const flap_choice choice =
         planner_choice_of(planner, c, list[i].s, setup.choice.slice_elements, setup.choice.page_bytes);

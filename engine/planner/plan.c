@@ -66,8 +66,8 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->group_micro_batches = choice->group_micro_batches;
   if (setup->spec.mode == FLAP_MODE_TRAIN) { /* on average over micro-batches */
     const uint64_t group = choice->group_micro_batches, count = flap_layout_saved_count(&setup->layout.spec);
-    const bool all = choice->saved_layers >= setup->spec.model->num_hidden_layers;
-    plan->saved_layers = all ? choice->saved_layers : (uint32_t)((count + group - 1) / group);
+    plan->saved_layers =
+        flap_layout_saves_all(&setup->layout.spec) ? choice->saved_layers : (uint32_t)((count + group - 1) / group);
   }
   if (plan->saved_layers > 0)
     describe_saved(setup, plan);

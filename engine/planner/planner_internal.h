@@ -101,10 +101,6 @@ uint64_t planner_state_block_bytes(const flap_planner *planner);
 /* How far a placement got; later is further. */
 typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
 
-/* planner.c. With the slice and the page given, and nothing spent. */
-flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *candidates,
-                              planner_skeleton skeleton, uint64_t slice, uint64_t page);
-
 /* placement.c. Spends the budgets on a setup that was built for `choice` (its page size may differ): buffers, ring
  * slots, residents, homes. `depth`: slots beyond what is needed at once, so that transfers run ahead. */
 planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *choice,
@@ -117,7 +113,7 @@ uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choic
 /* Bytes by which the disks are too small for the setup as it is placed now. */
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
 
-/* planner.c. */
+/* planner.c. With the slice and the page given, and nothing spent. */
 flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                               uint64_t slice, uint64_t page);
 /* The first slice and page size that fit, with transfers that run ahead by `depth`. FLAP_BUDGET if none does, and how

@@ -57,10 +57,6 @@ static uint32_t last_segment_layer(const flap_layout_spec *spec) {
   return (count_segments(spec) - 1) * spec->segment_layers;
 }
 
-static bool saves_all(const flap_layout_spec *spec) {
-  return spec->saved_layers >= spec->model->num_hidden_layers;
-}
-
 /* What saves is a unit: a segment but the last for one micro-batch of a group, numbered segment by segment. Of all
  * units some are chosen at even distances, so that what they store passes the bus while those between them compute. The
  * last segment's backward follows its forward at once, so its layers need a place for one micro-batch only, and that
@@ -70,8 +66,9 @@ static uint64_t count_units(const flap_layout_spec *spec) {
 }
 
 static uint64_t saving_units(const flap_layout_spec *spec) {
-  return saves_all(spec) ? count_units(spec)
-                         : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
+  return flap_layout_saves_all(spec)
+             ? count_units(spec)
+             : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
 }
 
 /* So many of the units before this one save. */
@@ -99,7 +96,7 @@ uint32_t flap_layout_last_layers(const flap_layout_spec *spec) {
 
 static bool saves(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
   if (layer >= last_segment_layer(spec))
-    return saves_all(spec);
+    return flap_layout_saves_all(spec);
   const uint64_t unit = unit_of(spec, layer, micro_batch);
   return saving_before(spec, unit + 1) > saving_before(spec, unit);
 }

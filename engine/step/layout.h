@@ -129,6 +129,9 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
  * its segment. Layers of the last segment, whose backward follows their forward at once, save only where all do, and
  * then in one place for all micro-batches. */
 uint32_t flap_layout_saved(const flap_layout *layout, uint32_t layer, uint32_t micro_batch);
+static inline bool flap_layout_saves_all(const flap_layout_spec *spec) {
+  return spec->saved_layers >= spec->model->num_hidden_layers;
+}
 /* Layers times micro-batches of a group that save, before the last segment: whole segments do, of each for as many
  * micro-batches as the share of saved_layers in all layers says, spread evenly over both. */
 uint64_t flap_layout_saved_count(const flap_layout_spec *spec);

@@ -47,7 +47,7 @@ const char *flap_program_op_name(flap_op_kind kind) {
 
 /* Every layer has a place for what it keeps, and for its input. */
 static bool saves_all(const flap_layout *layout) {
-  return layout->spec.mode == FLAP_MODE_TRAIN && layout->spec.saved_layers >= layout->spec.model->num_hidden_layers;
+  return layout->spec.mode == FLAP_MODE_TRAIN && flap_layout_saves_all(&layout->spec);
 }
 
 /* What a layer that saves does not keep. */
@@ -432,11 +432,18 @@ static void unpin_saved(builder *b, uint32_t segment) {
       unpin(b, b->saved[j]);
 }
 
-/* The head comes with the last segment. */
-static void next_segment(builder *b, uint32_t segment) {
+/* A segment's parts, one behind the other: its layers, and with the last segment the head. */
+static uint32_t segment_parts(const builder *b, uint32_t segment, uint32_t *first_part_out) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
-  next_begin(b, flap_layout_layer_part(first), end - first + (segment + 1 == b->layout->segment_count ? 1 : 0));
+  *first_part_out = flap_layout_layer_part(first);
+  return end - first + (segment + 1 == b->layout->segment_count ? 1 : 0);
+}
+
+static void next_segment(builder *b, uint32_t segment) {
+  uint32_t first_part;
+  const uint32_t count = segment_parts(b, segment, &first_part);
+  next_begin(b, first_part, count);
 }
 
 /* After micro-batch `done` (from 0) of `count`: an equal share after each but the last, behind which the next segment
@@ -447,13 +454,11 @@ static void next_share(builder *b, uint32_t done, uint32_t count) {
     next_update(b, (uint32_t)((uint64_t)b->next_slices * (done + 1) / shares));
 }
 
-/* The segment's weights, and with the last one's the head's: all in `weights`, one behind the other. */
 static void pin_segment(builder *b, uint32_t segment, bool update) {
-  uint32_t first, end;
-  flap_layout_segment(b->layout, segment, &first, &end);
-  const uint32_t count = end - first + (segment + 1 == b->layout->segment_count ? 1 : 0);
+  uint32_t first_part;
+  const uint32_t count = segment_parts(b, segment, &first_part);
   for (uint32_t j = 0; j < count; j++)
-    b->weights[j] = b->next_pinned ? b->next[j] : pin_weights(b, flap_layout_layer_part(first) + j, update);
+    b->weights[j] = b->next_pinned ? b->next[j] : pin_weights(b, first_part + j, update);
   b->next_pinned = false;
 }
 
@@ -508,6 +513,20 @@ static void backward_layers(builder *b, uint32_t segment, uint32_t micro_batch, 
   }
 }
 
+/* The layers of a segment have been of use; `finishes`: and their gradients are complete. */
+static void leave_layers(builder *b, uint32_t first, uint32_t end, bool finishes) {
+  for (uint32_t layer = end; layer-- > first;) {
+    const uint32_t j = layer - first;
+    if (finishes) {
+      finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
+      continue;
+    }
+    if (b->spec->kind == FLAP_PROGRAM_STEP)
+      unpin(b, b->sums[j]);
+    unpin(b, b->weights[j]);
+  }
+}
+
 /* What the tail leases beside its segment: the head's sums and the projection, with its sums where it is the embedding.
  */
 typedef struct tail_leases {
@@ -544,16 +563,7 @@ static void finish_tail(builder *b, micro_batch_range range, uint32_t first, uin
       unpin(b, t->sums);
     unpin(b, t->head);
   }
-  for (uint32_t layer = end; layer-- > first;) {
-    const uint32_t j = layer - first;
-    if (finishes) {
-      finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
-    } else {
-      if (step)
-        unpin(b, b->sums[j]);
-      unpin(b, b->weights[j]);
-    }
-  }
+  leave_layers(b, first, end, finishes);
 }
 
 /* The last segment, final norm, logits and loss; in a step also their backward. Each micro-batch goes there and back at
@@ -609,15 +619,7 @@ static void backward_segment(builder *b, uint32_t segment, micro_batch_range ran
     rounded_share(b, i - range.first, range.end - range.first);
   }
   rounded_begin(b);
-  for (uint32_t layer = end; layer-- > first;) {
-    const uint32_t j = layer - first;
-    if (range.last_group) {
-      finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
-    } else {
-      unpin(b, b->sums[j]);
-      unpin(b, b->weights[j]);
-    }
-  }
+  leave_layers(b, first, end, range.last_group);
 }
 
 /* The embedding's gradient: what the head left of it if tied, then the rows of every micro-batch, in their order. */
