@@ -10,12 +10,13 @@
 #include <string.h>
 
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
-/* A round takes a batch of each operation; the first rounds warm a card up: as it gets hot it draws more power, and its
- * clocks follow, by 2 or 3% within some seconds. */
+/* A round takes a batch of each operation. */
 #define LONG_NS ((uint64_t)1000000)
 #define LONG_BATCH_NS ((uint64_t)24000000)
 #define SHORT_BATCH_NS ((uint64_t)3000000)
 #define BATCH_MAX 1024u
+/* The first rounds warm a card up: as it gets hot it draws more power, and its clocks follow, by 2 or 3% within some
+ * seconds. */
 #define WARM_ROUNDS 3u
 #define WARM_CARD_NS ((uint64_t)6000000000)
 #define ROUNDS 5u
@@ -303,14 +304,14 @@ static flap_status choose_batch(bench *b, timing *t) {
   return FLAP_OK;
 }
 
-/* In rounds over all operations, because a card's clocks follow what it has been doing for the last seconds: an
- * operation that is timed by itself, after a pause, is some percent faster than in a step. */
 static flap_status time_round(bench *b, timings *all, uint32_t round) {
   for (uint32_t i = 0; i < all->count; i++)
     FLAP_TRY(time_batch(b, &all->list[i], all->list[i].batch, &all->list[i].batch_ns[round]));
   return FLAP_OK;
 }
 
+/* In rounds over all operations, because a card's clocks follow what it has been doing for the last seconds: an
+ * operation that is timed by itself, after a pause, is some percent faster than in a step. */
 static flap_status time_rounds(bench *b, timings *all, uint64_t warm_ns) {
   for (uint32_t i = 0; i < all->count; i++)
     FLAP_TRY(choose_batch(b, &all->list[i]));
