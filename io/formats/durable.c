@@ -13,8 +13,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Linux moves at most 2 GiB less a page in one call; this stays well below. */
-#define TRANSFER_BYTES_MAX ((uint64_t)1 << 30)
 #define COPY_BYTES ((size_t)256 << 10)
 
 flap_status flap_durable_write_error(int os_error, const char *path) {
@@ -65,7 +63,8 @@ flap_status flap_durable_sync_parent(const char *path) {
 flap_status flap_durable_write_all(int fd, const char *path, const void *data, uint64_t bytes) {
   const unsigned char *from = data;
   while (bytes > 0) {
-    ssize_t written = flap_system_write(fd, from, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX));
+    ssize_t written = flap_system_write(
+        fd, from, (size_t)(bytes < FLAP_DURABLE_TRANSFER_BYTES_MAX ? bytes : FLAP_DURABLE_TRANSFER_BYTES_MAX));
     if (written <= 0)
       return flap_durable_write_error(written < 0 ? errno : EIO, path);
     from += written;
@@ -77,8 +76,9 @@ flap_status flap_durable_write_all(int fd, const char *path, const void *data, u
 flap_status flap_durable_read_all(int fd, const char *path, uint64_t offset, void *data, uint64_t bytes) {
   unsigned char *to = data;
   while (bytes > 0) {
-    ssize_t got =
-        flap_system_pread(fd, to, (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX), (off_t)offset);
+    ssize_t got = flap_system_pread(
+        fd, to, (size_t)(bytes < FLAP_DURABLE_TRANSFER_BYTES_MAX ? bytes : FLAP_DURABLE_TRANSFER_BYTES_MAX),
+        (off_t)offset);
     if (got < 0)
       return flap_error_set_os(errno, "cannot read %s", path);
     if (got == 0)

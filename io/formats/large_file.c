@@ -9,9 +9,6 @@
 #include <fcntl.h>
 #include <string.h>
 
-/* Linux moves at most 2 GiB less a page in one call; a multiple of a block, so that it goes on aligned. */
-#define TRANSFER_BYTES_MAX ((uint64_t)1 << 30)
-
 flap_file_piece flap_file_piece_part(flap_file_piece piece, uint32_t index, uint32_t count) {
   const uint64_t bytes = piece.bytes / count / FLAP_LARGE_FILE_ALIGN * FLAP_LARGE_FILE_ALIGN;
   if (piece.memory == NULL || bytes == 0)
@@ -64,7 +61,7 @@ flap_status flap_large_file_create(flap_large_file *file, const char *path, uint
 /* Some file systems take the flag and then refuse every transfer; some disks have larger blocks. */
 static flap_status write_out(flap_large_file *file, const unsigned char *data, uint64_t bytes) {
   while (bytes > 0) {
-    const size_t most = (size_t)(bytes < TRANSFER_BYTES_MAX ? bytes : TRANSFER_BYTES_MAX);
+    const size_t most = (size_t)(bytes < FLAP_DURABLE_TRANSFER_BYTES_MAX ? bytes : FLAP_DURABLE_TRANSFER_BYTES_MAX);
     const ssize_t written = flap_system_pwrite(file->fd, data, most, (off_t)file->written);
     if (written < 0 && errno == EINVAL && file->direct) {
       FLAP_TRY(leave_direct(file));

@@ -2,6 +2,7 @@
 
 #include "base/log.h"
 #include "base/system.h"
+#include "base/units.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
 
@@ -10,10 +11,6 @@
 #include <sys/statvfs.h>
 
 #define BLOCK_BYTES ((uint64_t)4096)
-
-static uint64_t round_up(uint64_t bytes) {
-  return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
-}
 
 /* The folder has one user, so the name can be the same each time, and an earlier life's is removed with this one's. */
 static int open_and_unlink(const char *path) {
@@ -74,8 +71,8 @@ static flap_status keep(flap_room *room, uint64_t wanted) {
 flap_status flap_room_keep(flap_room *room, uint64_t bytes, uint64_t spare) {
   if (room == NULL || room->fd < 0)
     return FLAP_OK;
-  FLAP_TRY(keep(room, round_up(bytes)));
-  const flap_status status = keep(room, round_up(bytes + spare));
+  FLAP_TRY(keep(room, flap_units_round_up(bytes, BLOCK_BYTES)));
+  const flap_status status = keep(room, flap_units_round_up(bytes + spare, BLOCK_BYTES));
   if (status != FLAP_NO_SPACE && status != FLAP_UNSUPPORTED)
     return status;
   flap_error_clear(); /* nothing to spare */
@@ -92,7 +89,7 @@ bool flap_room_helps(flap_room *room, flap_status status, uint64_t bytes) {
 bool flap_room_give(flap_room *room, uint64_t bytes) {
   if (room == NULL || room->fd < 0 || room->bytes == 0)
     return false;
-  const uint64_t given = round_up(bytes);
+  const uint64_t given = flap_units_round_up(bytes, BLOCK_BYTES);
   flap_room_leave(room, given < room->bytes ? room->bytes - given : 0);
   return true;
 }
