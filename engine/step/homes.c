@@ -19,10 +19,11 @@ typedef struct overlay_room {
 #define PLENTY ((uint64_t)1 << 60) /* more than all regions together */
 
 struct flap_homes {
-  uint32_t first[FLAP_CLASS_COUNT + 1]; /* of each class's regions in `regions` */
-  uint32_t *regions;                    /* class by class */
-  bool shares[FLAP_CLASS_COUNT];        /* whether some of a class are of an overlay, */
-  uint8_t side[FLAP_CLASS_COUNT];       /* and then on which side */
+  /* Regions that live in RAM as far as there is some, class by class, then those that do in any case. */
+  uint32_t *regions;
+  uint32_t first[FLAP_CLASS_COUNT + 1], count; /* of each class, and of the latter; all */
+  bool shares[FLAP_CLASS_COUNT];               /* whether some of a class are of an overlay, */
+  uint8_t side[FLAP_CLASS_COUNT];              /* and then on which side */
   uint32_t room_count;
   overlay_room *rooms; /* overlay n at n - 1 */
 };
@@ -78,13 +79,13 @@ static uint64_t take(flap_setup *setup, uint32_t region, uint64_t bytes) {
 
 /* ---- a class --------------------------------------------------------------------------------------------- */
 
-/* The next region of a class that lives in RAM as far as there is some, from *at on in homes->regions, which is moved
- * behind it; FLAP_REGION_NONE at the end. */
+/* The next region of a class that is not in VRAM, from *at on in homes->regions, which is moved behind it;
+ * FLAP_REGION_NONE at the end. */
 static uint32_t next_region(const flap_setup *setup, flap_region_class klass, uint32_t *at) {
   const struct flap_homes *homes = setup->homes;
   while (*at < homes->first[klass + 1]) {
     const uint32_t region = homes->regions[(*at)++];
-    if (!setup->resident[region] && setup->layout.regions[region].place == FLAP_PLACE_ANY)
+    if (!setup->resident[region])
       return region;
   }
   return FLAP_REGION_NONE;
@@ -97,23 +98,16 @@ static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t pag
 /* What all of a class would cost. All its regions are of the same side. */
 static uint64_t count_class(const flap_setup *setup, flap_region_class klass) {
   struct flap_homes *homes = setup->homes;
-  const uint32_t first = homes->first[klass];
   uint64_t cost = 0;
   for (uint32_t i = 0; i < homes->room_count; i++)
     homes->rooms[i].klass = 0;
-  const bool shares = homes->shares[klass];
-  for (uint32_t at = first; at < homes->first[klass + 1]; at++) {
-    const uint32_t i = homes->regions[at];
-    if (setup->resident[i] || setup->layout.regions[i].place != FLAP_PLACE_ANY)
-      continue;
+  for (uint32_t at = homes->first[klass], i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
+    overlay_room *room = room_of(setup, i);
     cost += setup->layout.regions[i].bytes;
-    overlay_room *room = shares ? room_of(setup, i) : NULL;
     if (room != NULL)
       room->klass += setup->layout.regions[i].bytes;
   }
-  if (!shares)
-    return cost;
-  for (uint32_t i = 0; i < homes->room_count; i++) {
+  for (uint32_t i = 0; i < homes->room_count && homes->shares[klass]; i++) {
     overlay_room *room = &homes->rooms[i];
     const uint64_t here = free_of(room, homes->side[klass]);
     room->free = here >= room->klass ? 1 : (double)here / (double)room->klass;
@@ -135,12 +129,7 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
   const uint32_t first = setup->homes->first[klass];
   for (uint32_t at = first, i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
     const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
-    const overlay_room *room = setup->homes->shares[klass] ? room_of(setup, i) : NULL;
-    if (room == NULL && all) { /* most often */
-      setup->regions[i].ram_pages = (uint32_t)pages;
-      left -= smaller(left, bytes);
-      continue;
-    }
+    const overlay_room *room = room_of(setup, i);
     const double free = room != NULL ? room->free : 0;
     uint64_t given = all ? pages : (uint64_t)((free + (1 - free) * share) * (double)(bytes / page_bytes));
     while (given > 0 && cost_of(setup, i, smaller(given * page_bytes, bytes)) > left)
@@ -168,12 +157,10 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
 /* ---- all ------------------------------------------------------------------------------------------------- */
 
 /* All pages, whatever the choice says. */
-static void give_all(flap_setup *setup, flap_region_class klass) {
+static void give_all(flap_setup *setup) {
   const struct flap_homes *homes = setup->homes;
-  for (uint32_t at = homes->first[klass]; at < homes->first[klass + 1]; at++) {
+  for (uint32_t at = homes->first[FLAP_CLASS_COUNT]; at < homes->count; at++) {
     const uint32_t region = homes->regions[at];
-    if (setup->layout.regions[region].place == FLAP_PLACE_ANY)
-      continue;
     setup->regions[region].ram_pages = UINT32_MAX;
     (void)take(setup, region, setup->layout.regions[region].bytes);
   }
@@ -183,39 +170,47 @@ void flap_setup_lay_homes(flap_setup *setup) {
   flap_region_class order[FLAP_CLASS_COUNT];
   uint64_t left = setup->choice.ram_bytes;
   memset(setup->homes->rooms, 0, setup->homes->room_count * sizeof *setup->homes->rooms);
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    give_all(setup, (flap_region_class)k);
+  give_all(setup);
   order_classes(setup, order);
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
     left = give_ram(setup, order[k], left);
+}
+
+/* The place of a region among the classes, behind which come those that live in RAM in any case. */
+static int list_of(const flap_layout_region *region) {
+  return region->place == FLAP_PLACE_ANY ? (int)region->klass : FLAP_CLASS_COUNT;
+}
+
+static void list_regions(const flap_layout *layout, struct flap_homes *homes) {
+  uint32_t next[FLAP_CLASS_COUNT + 1] = {0};
+  for (uint32_t i = 0; i < layout->region_count; i++) {
+    const flap_layout_region *region = &layout->regions[i];
+    next[list_of(region)]++;
+    homes->shares[region->klass] |= region->overlay > 0;
+    homes->side[region->klass] |= region->side;
+    homes->room_count = region->overlay > homes->room_count ? region->overlay : homes->room_count;
+  }
+  for (int k = 0; k <= FLAP_CLASS_COUNT; k++) {
+    homes->first[k] = homes->count;
+    homes->count += next[k];
+    next[k] = homes->first[k];
+  }
+  for (uint32_t i = 0; i < layout->region_count; i++)
+    homes->regions[next[list_of(&layout->regions[i])]++] = i;
 }
 
 struct flap_homes *flap_setup_open_homes(const flap_layout *layout) {
   struct flap_homes *homes = calloc(1, sizeof *homes);
   if (homes == NULL)
     return NULL;
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    if (layout->regions[i].overlay > homes->room_count)
-      homes->room_count = layout->regions[i].overlay;
   homes->regions = calloc(layout->region_count, sizeof *homes->regions);
+  if (homes->regions != NULL)
+    list_regions(layout, homes);
   homes->rooms = calloc(homes->room_count + 1, sizeof *homes->rooms);
   if (homes->regions == NULL || homes->rooms == NULL) {
     flap_setup_close_homes(homes);
     return NULL;
   }
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_layout_region *region = &layout->regions[i];
-    homes->first[region->klass + 1]++;
-    homes->shares[region->klass] |= region->overlay > 0;
-    homes->side[region->klass] |= region->side;
-  }
-  uint32_t next[FLAP_CLASS_COUNT];
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
-    next[k] = homes->first[k];
-    homes->first[k + 1] += homes->first[k];
-  }
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    homes->regions[next[layout->regions[i].klass]++] = i;
   return homes;
 }
 
