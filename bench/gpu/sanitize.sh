@@ -9,7 +9,9 @@
 #   --seed N         FLAP_TEST_SEED of the random cases, 1 by default
 #   --logs FOLDER    what everything printed; <build>/sanitize-logs by default
 # A run that reaches its limit is "cut": what it did until then was checked, the rest was not.
-# Races that racecheck reports within kernels of cuBLASLt (they synchronise by other means than it knows) are counted apart.
+# racecheck follows the barriers of attention on Hopper only in a build with -DFLAP_RACECHECK=ON; in others it names races
+# of them (kernels/cuda/ATTENTION.md). Races that it reports within kernels of cuBLASLt (which synchronise by means that it does
+# not know) are counted apart.
 # Exit status 0: all runs ended and found nothing; 1: something was found, or a test failed; 2: nothing was found, but
 # some were cut; 77: there is no compute-sanitizer, or no GPU.
 set -u
