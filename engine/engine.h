@@ -57,7 +57,7 @@ typedef struct flap_plan {
   flap_machine machine;
 
   /* choices */
-  uint32_t segment_layers, group_micro_batches, saved_layers;
+  uint32_t segment_layers, tail_layers, group_micro_batches, saved_layers;
   uint32_t host_parts, part_count; /* of embedding, layers and head so many are updated by the host's cores */
   char saved_tensors[128];         /* what of a layer these save: "attention, lse"; "" for no layer */
   bool saved_whole;                /* which is all there is */

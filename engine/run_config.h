@@ -88,6 +88,7 @@ typedef enum flap_optimizer_place {
  * `matmul`, which is in the numerics key. */
 typedef struct flap_expert {
   uint32_t segment_layers;
+  uint32_t tail_layers; /* of the last segment */
   uint32_t group_micro_batches;
   flap_run_saved saved; /* which tensors a layer saves that saves any */
   flap_clip clip;       /* the same as update: fold or sweep */

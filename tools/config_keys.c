@@ -184,6 +184,8 @@ static const flap_config_key keys[] = {
 
     SECTION("Expert choices, which FLAP makes otherwise. None of them changes the numbers, but for expert.matmul"),
     PLAIN("expert.segment_layers", U32, expert.segment_layers, "Layers per segment: only inputs of segments are kept."),
+    PLAIN("expert.tail_layers", U32, expert.tail_layers,
+          "Layers of the last segment, which goes there and back at once: none of it is recomputed or stored."),
     PLAIN("expert.group_micro_batches", U32, expert.group_micro_batches,
           "Micro-batches that pass the layers together."),
     WORD("expert.saved", expert.saved, saved_words,

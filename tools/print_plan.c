@@ -68,8 +68,8 @@ const char *flap_print_compression(flap_compression compression) {
 }
 
 static void print_choices(FILE *out, const flap_plan *plan) {
-  fprintf(out, "\nsegments of %u layers, groups of %u of %u micro-batches, ", plan->segment_layers,
-          plan->group_micro_batches, plan->micro_batches);
+  fprintf(out, "\nsegments of %u layers, a tail of %u, groups of %u of %u micro-batches, ", plan->segment_layers,
+          plan->tail_layers, plan->group_micro_batches, plan->micro_batches);
   if (plan->saved_layers == 0)
     fputs("activations recomputed", out);
   else
@@ -285,6 +285,7 @@ static json_t *classes_json(const flap_plan *plan) {
 
 static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "segment_layers", plan->segment_layers);
+  set_integer(object, "tail_layers", plan->tail_layers);
   set_integer(object, "host_parts", plan->host_parts);
   set_integer(object, "part_count", plan->part_count);
   set_integer(object, "group_micro_batches", plan->group_micro_batches);

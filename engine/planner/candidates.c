@@ -21,6 +21,26 @@ static void add_segments(const flap_planner *planner, planner_candidates *c) {
   c->segments[c->segment_count++] = layers;
 }
 
+uint32_t planner_tail(const flap_planner *planner, uint32_t segment, uint32_t wanted) {
+  const uint32_t layers = planner->spec.model->num_hidden_layers;
+  const uint32_t least = flap_layout_least_tail(layers, segment);
+  const uint32_t more = wanted > least ? (wanted - least + segment - 1) / segment * segment : 0;
+  return least + more < layers ? least + more : layers;
+}
+
+/* Longer tails, of as many layers as the model allows. */
+static void add_tails(const flap_planner *planner, planner_candidates *c) {
+  static const uint32_t usual[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16};
+  const uint32_t forced = planner->expert.tail_layers;
+  if (planner->spec.mode != FLAP_MODE_TRAIN || forced > 0) {
+    c->tails[c->tail_count++] = forced > 0 ? forced : 1;
+    return;
+  }
+  _Static_assert(sizeof usual / sizeof *usual <= PLANNER_TAILS_MAX, "room for them");
+  for (size_t i = 0; i < sizeof usual / sizeof *usual && usual[i] <= planner->spec.model->num_hidden_layers; i++)
+    c->tails[c->tail_count++] = usual[i];
+}
+
 static void add_groups(const flap_planner *planner, planner_candidates *c) {
   const uint32_t n = planner->spec.micro_batches;
   if (planner->expert.group_micro_batches > 0 && planner->spec.mode == FLAP_MODE_TRAIN) {
@@ -150,6 +170,7 @@ void planner_list(const flap_planner *planner, planner_candidates *c) {
   memset(c, 0, sizeof *c);
   add_segments(planner, c);
   add_groups(planner, c);
+  add_tails(planner, c);
   add_saved(planner, c);
   add_slices(planner, c);
   add_pages(planner, c);

@@ -145,16 +145,17 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
     found->least[i] = UINT64_MAX;
   for (uint32_t i = 0; i < c->segment_count && !(vram && found->exact); i++)
     for (uint32_t g = 0; g < c->group_count; g = g + 1 < c->group_count ? c->group_count - 1 : c->group_count) {
-      FLAP_TRY(least_of_skeleton(planner, budgets, c,
-                                 (planner_skeleton){c->segments[i], c->groups[g], c->saved.of[0], false, c->host_parts,
-                                                    c->backward, false, 0, 0, 0},
-                                 found));
+      planner_skeleton s = {.segment = c->segments[i],
+                            .tail = planner_tail(planner, c->segments[i], c->tails[0]),
+                            .group = c->groups[g],
+                            .saved = c->saved.of[0],
+                            .host = c->host_parts,
+                            .backward = c->backward};
+      FLAP_TRY(least_of_skeleton(planner, budgets, c, s, found));
+      s.saved = last;
       if (last.layers > 0 && flap_model_scratch_bytes(planner->spec.model, &planner->spec.shape, last.mask) > 0 &&
           c->saved.count > 1)
-        FLAP_TRY(least_of_skeleton(
-            planner, budgets, c,
-            (planner_skeleton){c->segments[i], c->groups[g], last, false, c->host_parts, c->backward, false, 0, 0, 0},
-            found));
+        FLAP_TRY(least_of_skeleton(planner, budgets, c, s, found));
     }
   return FLAP_OK;
 }

@@ -248,6 +248,13 @@ static bool fit_without_disk(const flap_budgets *budgets, flap_choice *choice, f
   return false;
 }
 
+uint64_t planner_missing_ram(const flap_budgets *budgets, flap_setup *setup) {
+  flap_choice all = setup->choice;
+  all.ram_bytes = UINT64_MAX / 2;
+  place(setup, &all);
+  return setup->ram_bytes > budgets->ram_bytes ? setup->ram_bytes - budgets->ram_bytes : 0;
+}
+
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
   uint64_t capacity = 0;
   for (uint32_t i = 0; i < planner->spec.disk_count; i++)

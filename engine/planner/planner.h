@@ -29,8 +29,8 @@ typedef struct flap_planner {
   flap_expert expert;
   flap_activations activations;
   const flap_machine *machine;
-  const flap_op_times *times;              /* NULL: from the machine's rates */
-  struct planner_corrections *corrections; /* of flap_planner_choose; NULL: none */
+  const flap_op_times *times;    /* NULL: from the machine's rates */
+  struct planner_memory *memory; /* of flap_planner_choose; NULL: none */
 } flap_planner;
 
 typedef struct flap_plan_costs {

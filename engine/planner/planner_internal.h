@@ -7,6 +7,7 @@
 
 #define PLANNER_SEGMENTS_MAX 12
 #define PLANNER_GROUPS_MAX 16
+#define PLANNER_TAILS_MAX 12
 #define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */
 #define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
 #define PLANNER_SLICES_MAX 24
@@ -20,9 +21,15 @@
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
 #define PLANNER_REFINED_CUTS 4    /* ways to cut the step that are tried with other sets of saved tensors */
 #define PLANNER_CUTS (1 + 2 * PLANNER_REFINED_CUTS)
+#define PLANNER_TAILS_WORSE 2 /* in a row, and longer ones are not tried */
 #define PLANNER_ROUNDS 3      /* of refining one choice after the other */
 #define PLANNER_REFINED 9     /* contenders of these that are simulated */
-#define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_MEMORY 512    /* simulations that are remembered, */
+#define PLANNER_OUTLOOKS 2048 /* and skeletons */
+#define PLANNER_DEPTHS 3
+#define PLANNER_STARTS 3         /* that are refined in the end, */
+#define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
+#define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
@@ -50,11 +57,12 @@ typedef struct planner_savings {
 } planner_savings;
 
 typedef struct planner_candidates {
-  uint32_t segment_count, group_count, slice_count, page_count;
+  uint32_t segment_count, group_count, slice_count, page_count, tail_count;
   uint32_t segments[PLANNER_SEGMENTS_MAX], groups[PLANNER_GROUPS_MAX];
-  planner_savings saved;   /* all or nothing of so many layers; what saves least first */
-  planner_savings partial; /* some of it */
-  uint32_t host_parts;     /* updated by the host's cores: in all candidates, to begin with */
+  uint32_t tails[PLANNER_TAILS_MAX]; /* layers that are wanted; the first is that of all candidates to begin with */
+  planner_savings saved;             /* all or nothing of so many layers; what saves least first */
+  planner_savings partial;           /* some of it */
+  uint32_t host_parts;               /* updated by the host's cores: in all candidates, to begin with */
   uint32_t other_host_count, other_hosts[PLANNER_HOST_SHARES + 1]; /* what else is tried with the best */
   planner_backward backward;                                       /* likewise */
   uint32_t other_backward_count;
@@ -66,7 +74,7 @@ typedef struct planner_candidates {
 
 /* A way to cut the step, and what is tried first of what is settled with the budgets. */
 typedef struct planner_skeleton {
-  uint32_t segment, group;
+  uint32_t segment, tail, group; /* layers, layers, micro-batches */
   planner_saving saved;
   bool spread;
   uint32_t host;
@@ -82,18 +90,35 @@ typedef struct planner_contender {
   double estimate, uncorrected;
 } planner_contender;
 
-/* By the length of segments: what the best simulation so far came to, over its estimate. Waiting between segments,
- * which long ones make much of, estimates see little of. */
-typedef struct planner_corrections {
+/* What is known of a skeleton: whether it fits, and an estimate for each depth, 0 where that does not fit. */
+typedef struct planner_outlook {
+  planner_skeleton s;
+  bool fits;
+  double estimates[PLANNER_DEPTHS];
+} planner_outlook;
+
+/* What was looked at, what was simulated, and what that teaches about estimates. */
+typedef struct planner_memory {
   uint32_t count;
+  struct {
+    planner_contender contender;
+    flap_plan_costs costs;
+  } of[PLANNER_MEMORY];
+  uint32_t outlook_count;
+  planner_outlook outlooks[PLANNER_OUTLOOKS];
+  /* By the length of segments: what the best simulation so far came to, over its estimate. Waiting between segments,
+   * which long ones make much of, estimates see little of. */
+  uint32_t correction_count;
   struct {
     uint32_t segment;
     double ratio;
-  } of[PLANNER_SEGMENTS_MAX];
-} planner_corrections;
+  } corrections[PLANNER_SEGMENTS_MAX];
+} planner_memory;
 
 /* candidates.c. */
 void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
+/* Layers of the tail: as many as are wanted, or the next number that leaves whole segments. */
+uint32_t planner_tail(const flap_planner *planner, uint32_t segment, uint32_t wanted);
 /* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
  * larger, but where they are of one block of a wider format. */
 uint64_t planner_state_block_bytes(const flap_planner *planner);
@@ -110,12 +135,32 @@ uint64_t planner_least_vram(const flap_planner *planner, const flap_choice *choi
 /* The same with slices of no size: what no smaller slice can do without. */
 uint64_t planner_least_without_slices(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
 uint64_t planner_least_ram(const flap_planner *planner, const flap_choice *choice, flap_setup *setup);
+/* Bytes by which ram is too small for all that is not in VRAM. Places the setup anew, with all of it in RAM. */
+uint64_t planner_missing_ram(const flap_budgets *budgets, flap_setup *setup);
 /* Bytes by which the disks are too small for the setup as it is placed now. */
 uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup);
+
+/* contenders.c. Keeps the best few, each once, in order; equally good ones in the order in which they came. `list` has
+ * room for one more than PLANNER_CONTENDERS. */
+void planner_enter(planner_contender *list, uint32_t *count_io, planner_contender candidate);
+/* Of a list those that are worth simulating, at most so many, in order: half of them at most with segments of one
+ * length, as long as there are others. */
+uint32_t planner_pick(const planner_contender *list, uint32_t count, uint32_t most,
+                      planner_contender picked_out[PLANNER_SIMULATED]);
+/* What an estimate for segments of a length is to be multiplied by. */
+double planner_correction(const flap_planner *planner, uint32_t segment);
+/* Of outlook_io->s; false: it was not looked at. */
+bool planner_recall_outlook(const flap_planner *planner, planner_outlook *outlook_io);
+void planner_remember_outlook(const flap_planner *planner, const planner_outlook *outlook);
+/* What a simulation of it came to; NULL: there was none. */
+const flap_plan_costs *planner_recall(const flap_planner *planner, const planner_contender *contender);
+void planner_remember(const flap_planner *planner, const planner_contender *simulated, const flap_plan_costs *costs);
 
 /* planner.c. With the slice and the page given, and nothing spent. */
 flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                               uint64_t slice, uint64_t page);
+/* Of a list of sizes the last that is at most what is wanted; the first, if none is. */
+uint32_t planner_preferred_index(const uint64_t *ascending, uint32_t count, uint64_t wanted);
 /* The first slice and page size that fit, with transfers that run ahead by `depth`. FLAP_BUDGET if none does, and how
  * far it got. */
 FLAP_CHECKED flap_status planner_settle(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
@@ -126,6 +171,33 @@ FLAP_CHECKED flap_status planner_settle(const flap_planner *planner, const plann
 FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c,
                                            const flap_budgets *budgets, uint32_t host, planner_contender *list,
                                            uint32_t *count_io, planner_reach *reach_io);
+
+/* The best that a skeleton can do, over how far transfers may run ahead. FLAP_BUDGET: nothing fits. */
+FLAP_CHECKED flap_status planner_enter_skeleton(const flap_planner *planner, const planner_candidates *c,
+                                                const flap_budgets *budgets, planner_skeleton s,
+                                                planner_contender *list, uint32_t *count_io, planner_reach *reach_io);
+/* Whether it comes to the same as another candidate, once only whole segments save: as one with fewer layers of the
+ * same set, or as one that saves nothing, which there is unless all layers must. */
+bool planner_is_double(const flap_planner *planner, const planner_savings *list, planner_skeleton s);
+/* What no placement can beat: computing, and gradient sums that travel in fp32 between groups where VRAM cannot hold
+ * them. Saves working out skeletons that cannot win. */
+double planner_least_seconds(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s);
+/* The best of a list, of which at most `most` are simulated, if it is better than the one before, with its costs; of no
+ * seconds: there is none before. */
+FLAP_CHECKED flap_status planner_simulate_list(const flap_planner *planner, const planner_candidates *c,
+                                               const flap_budgets *budgets, const planner_contender *list,
+                                               uint32_t count, uint32_t most, planner_contender *best_io,
+                                               flap_plan_costs *costs_io);
+
+/* Shorter by enough: what the host's cores help with more by 2%, for its memory is the least steady of all lanes. Of no
+ * seconds: there is none yet. */
+bool planner_is_better(const planner_contender *one, const flap_plan_costs *costs, const planner_contender *best,
+                       const flap_plan_costs *best_costs);
+
+/* refine.c. From the best of a short list on. */
+FLAP_CHECKED flap_status planner_refine(const flap_planner *planner, const planner_candidates *c,
+                                        const flap_budgets *budgets, const planner_contender *list, uint32_t count,
+                                        planner_contender *best_io, flap_plan_costs *costs_io);
 
 /* least.c. FLAP_BUDGET: which budget is too small, and what works. */
 FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach);

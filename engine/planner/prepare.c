@@ -217,9 +217,14 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   p->planner.expert = config->expert;
   p->planner.activations = config->activations;
   p->planner.machine = &p->machine;
-  if (mode == FLAP_MODE_TRAIN && config->expert.segment_layers > p->model.num_hidden_layers)
-    return flap_error_set(FLAP_INVALID, "expert.segment_layers: %u is more than the %u layers of the model",
-                          config->expert.segment_layers, p->model.num_hidden_layers);
+  const struct {
+    const char *key;
+    uint32_t layers;
+  } wanted[] = {{"segment_layers", config->expert.segment_layers}, {"tail_layers", config->expert.tail_layers}};
+  for (size_t i = 0; i < sizeof wanted / sizeof *wanted && mode == FLAP_MODE_TRAIN; i++)
+    if (wanted[i].layers > p->model.num_hidden_layers)
+      return flap_error_set(FLAP_INVALID, "expert.%s: %u is more than the %u layers of the model", wanted[i].key,
+                            wanted[i].layers, p->model.num_hidden_layers);
   FLAP_TRY(check_saved(p));
   FLAP_TRY(choose_device(p));
   if (config->profile == NULL)

@@ -87,6 +87,8 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
   double seconds = 0, later_seconds = 0; /* the latter of the host */
   window w = {0};
   bool backward = false, begun = setup->disk_bytes > 0;
+  uint32_t first_layer, first_segment;
+  flap_layout_segment(&setup->layout, 0, &first_layer, &first_segment); /* the last layer's part */
   for (uint32_t i = 0; i < program->op_count; i++) {
     const flap_op *op = &program->ops[i];
     if (op->kind == FLAP_OP_PIN)
@@ -94,7 +96,7 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
     if (op->kind == FLAP_OP_HOST_ADAMW) {
       w.end = op->operand[2] + 1;
       /* The first segment waits for its own; the others are updated beside the layers before them. */
-      const bool first = !begun && setup->layout.slices[op->index].part <= setup->layout.spec.segment_layers;
+      const bool first = !begun && setup->layout.slices[op->index].part <= first_segment;
       *(first || begun ? &w.host_seconds : &later_seconds) +=
           1e-9 * (double)flap_op_times_of(planner->times, &setup->layout, op);
       continue;

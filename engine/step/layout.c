@@ -35,7 +35,25 @@ void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *
   const uint32_t k = layout->spec.segment_layers;
   flap_assert(segment < layout->segment_count);
   *first_out = segment * k;
-  *end_out = (segment + 1) * k < layers ? (segment + 1) * k : layers;
+  *end_out = segment + 1 < layout->segment_count ? (segment + 1) * k : layers;
+}
+
+uint32_t flap_layout_least_tail(uint32_t layers, uint32_t segment_layers) {
+  return (layers - 1) % segment_layers + 1;
+}
+
+uint32_t flap_layout_tail_layer(const flap_layout_spec *spec) {
+  return spec->model->num_hidden_layers - spec->tail_layers;
+}
+
+uint32_t flap_layout_longest_segment(const flap_layout_spec *spec) {
+  const bool others = flap_layout_tail_layer(spec) > 0;
+  return others && spec->segment_layers > spec->tail_layers ? spec->segment_layers : spec->tail_layers;
+}
+
+uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer) {
+  const uint32_t segment = layer / layout->spec.segment_layers;
+  return segment < layout->segment_count ? segment : layout->segment_count - 1;
 }
 
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch) {
@@ -50,11 +68,7 @@ uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_b
 }
 
 static uint32_t count_segments(const flap_layout_spec *spec) {
-  return (spec->model->num_hidden_layers + spec->segment_layers - 1) / spec->segment_layers;
-}
-
-static uint32_t last_segment_layer(const flap_layout_spec *spec) {
-  return (count_segments(spec) - 1) * spec->segment_layers;
+  return flap_layout_tail_layer(spec) / spec->segment_layers + 1;
 }
 
 /* What saves is a unit: a segment but the last for one micro-batch of a group, numbered segment by segment. Of all
@@ -66,9 +80,9 @@ static uint64_t count_units(const flap_layout_spec *spec) {
 }
 
 static uint64_t saving_units(const flap_layout_spec *spec) {
-  return flap_layout_saves_all(spec)
-             ? count_units(spec)
-             : (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
+  const uint64_t all = count_units(spec),
+                 some = (uint64_t)(spec->saved_layers / spec->segment_layers) * spec->group_micro_batches;
+  return flap_layout_saves_all(spec) || some > all ? all : some;
 }
 
 /* So many of the units before this one save. */
@@ -80,22 +94,19 @@ static uint64_t unit_of(const flap_layout_spec *spec, uint32_t layer, uint32_t m
   return (uint64_t)(layer / spec->segment_layers) * spec->group_micro_batches + micro_batch % spec->group_micro_batches;
 }
 
-static uint64_t saved_index(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
-  const uint64_t before =
-      layer < last_segment_layer(spec) ? saving_before(spec, unit_of(spec, layer, micro_batch)) : saving_units(spec);
-  return before * spec->segment_layers + layer % spec->segment_layers;
-}
-
 uint64_t flap_layout_saved_count(const flap_layout_spec *spec) {
   return saving_units(spec) * spec->segment_layers;
 }
 
-uint32_t flap_layout_last_layers(const flap_layout_spec *spec) {
-  return spec->model->num_hidden_layers - last_segment_layer(spec);
+static uint64_t saved_index(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
+  const uint32_t tail = flap_layout_tail_layer(spec);
+  if (layer >= tail)
+    return flap_layout_saved_count(spec) + (layer - tail);
+  return saving_before(spec, unit_of(spec, layer, micro_batch)) * spec->segment_layers + layer % spec->segment_layers;
 }
 
 static bool saves(const flap_layout_spec *spec, uint32_t layer, uint32_t micro_batch) {
-  if (layer >= last_segment_layer(spec))
+  if (layer >= flap_layout_tail_layer(spec))
     return flap_layout_saves_all(spec);
   const uint64_t unit = unit_of(spec, layer, micro_batch);
   return saving_before(spec, unit + 1) > saving_before(spec, unit);
@@ -197,17 +208,25 @@ static void share_place(flap_layout *layout, uint32_t region, uint32_t before, u
   layout->regions[region].side = side;
 }
 
+/* The first layer with the place in its segment that this one has in its own. */
+static uint32_t first_alike(const flap_layout_spec *spec, uint32_t layer) {
+  const uint32_t tail = flap_layout_tail_layer(spec);
+  const uint32_t place = layer < tail ? layer % spec->segment_layers : layer - tail;
+  return place < spec->segment_layers && place < tail ? place : layer;
+}
+
 /* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
- * the first; embedding and head share too, unless the embedding's begin in the head (tied). */
+ * the first, and a longer tail has the rest to itself; embedding and head share too, unless the embedding's begin in
+ * the head (tied). */
 static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   const flap_layout_spec *spec = &layout->spec;
   const bool shared = spec->group_micro_batches == spec->micro_batches;
   const bool layer = part->kind == FLAP_PART_LAYER;
   uint64_t elements = part->elements;
   if (shared && layer) {
-    if (part->layer >= spec->segment_layers) /* where regions are only counted there are no parts to ask */
-      return layout->parts == NULL ? FLAP_REGION_NONE
-                                   : layout->parts[flap_layout_layer_part(part->layer % spec->segment_layers)].sums;
+    const uint32_t first = first_alike(spec, part->layer);
+    if (first != part->layer) /* where regions are only counted there are no parts to ask */
+      return layout->parts == NULL ? FLAP_REGION_NONE : layout->parts[flap_layout_layer_part(first)].sums;
   } else if (shared && !layout->tied) {
     if (part->kind == FLAP_PART_HEAD)
       return layout->vocabulary_sums;
@@ -273,7 +292,7 @@ static void share_gradient(flap_layout *layout, const flap_layout_part *part, ui
   if (part->kind == FLAP_PART_EMBEDDING)
     share_place(layout, gradient, 0, 0);
   else if (part->kind == FLAP_PART_LAYER)
-    share_place(layout, gradient, part->layer / layout->spec.segment_layers + 1, 0);
+    share_place(layout, gradient, flap_layout_segment_of(layout, part->layer) + 1, 0);
 }
 
 /* A part's weights, and in training its gradient sums and its slices. */
@@ -381,6 +400,8 @@ static void give_states(flap_layout *layout) {
 void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_layout *layout_out) {
   const uint32_t layers = spec->model->num_hidden_layers;
   flap_assert(spec->segment_layers >= 1 && spec->segment_layers <= layers);
+  flap_assert(spec->tail_layers >= 1 && spec->tail_layers <= layers);
+  flap_assert(flap_layout_tail_layer(spec) % spec->segment_layers == 0);
   flap_assert(spec->saved_layers <= layers && spec->micro_batches >= 1);
   flap_assert(spec->saved_layers == 0 || spec->saved_mask != 0);
   flap_assert(spec->host_parts <= layers + 2 && spec->backward_parts <= layers + 2);

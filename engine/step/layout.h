@@ -27,6 +27,7 @@ typedef struct flap_layout_spec {
   uint32_t micro_batches;       /* per step */
   uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
+  uint32_t tail_layers;         /* of the last segment, which goes there and back at once; the others have k each */
   uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
   uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */
@@ -135,8 +136,14 @@ static inline bool flap_layout_saves_all(const flap_layout_spec *spec) {
 /* Layers times micro-batches of a group that save, before the last segment: whole segments do, of each for as many
  * micro-batches as the share of saved_layers in all layers says, spread evenly over both. */
 uint64_t flap_layout_saved_count(const flap_layout_spec *spec);
-/* Layers of the last segment. */
-uint32_t flap_layout_last_layers(const flap_layout_spec *spec);
+/* The shortest tail that leaves whole segments of k layers. */
+uint32_t flap_layout_least_tail(uint32_t layers, uint32_t segment_layers);
+/* The first layer of the tail, the last segment. */
+uint32_t flap_layout_tail_layer(const flap_layout_spec *spec);
+/* Layers of the longest segment. */
+uint32_t flap_layout_longest_segment(const flap_layout_spec *spec);
+/* The segment that a layer is of. */
+uint32_t flap_layout_segment_of(const flap_layout *layout, uint32_t layer);
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer);
 static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;

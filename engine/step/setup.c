@@ -37,6 +37,7 @@ const char *flap_engine_class_name(flap_region_class klass) {
 /* ---- layout and programs --------------------------------------------------------------------------------- */
 
 static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choice *choice) {
+  const uint32_t least_tail = flap_layout_least_tail(spec->model->num_hidden_layers, choice->segment_layers);
   return (flap_layout_spec){.model = spec->model,
                             .shape = spec->shape,
                             .mode = spec->mode,
@@ -45,6 +46,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .micro_batches = spec->micro_batches,
                             .group_micro_batches = choice->group_micro_batches,
                             .segment_layers = choice->segment_layers,
+                            .tail_layers = choice->tail_layers > 0 ? choice->tail_layers : least_tail,
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
                             .host_parts = choice->host_parts,

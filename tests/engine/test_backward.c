@@ -77,29 +77,32 @@ START_TEST(slices_that_wait_have_places_of_their_own) {
   flap_setup setup;
   make_model(&model);
   for (uint32_t segment = 1; segment <= LAYERS; segment++)
-    for (int spread = 0; spread < 2; spread++) {
-      flap_choice choice = in_backward(rig_choice_streaming(&model, false), spread == 1);
-      choice.segment_layers = segment;
-      build(&model, &choice, &setup);
-      const flap_layout *layout = &setup.layout;
-      const uint32_t of_layer = layout->parts[1].slice_count, of_head = layout->parts[PARTS - 1].slice_count;
-      ck_assert_uint_gt(of_layer, 1);
-      const uint32_t at_last = of_layer * (LAYERS - (layout->segment_count - 1) * segment) + of_head;
-      const uint32_t waiting = layout->segment_count > 1 && of_layer * segment > at_last ? of_layer * segment : at_last;
-      ck_assert_uint_eq(layout->rounded_count, spread == 1 ? waiting : 1);
-      for (uint32_t s = 0; spread == 1 && s < layout->segment_count; s++) {
-        uint32_t first, end;
-        bool taken[64] = {false};
-        flap_layout_segment(layout, s, &first, &end);
-        for (uint32_t layer = first; layer < end; layer++)
-          for (uint32_t i = 0; i < of_layer; i++) {
-            const uint32_t place = layout->slices[layout->parts[layer + 1].first_slice + i].gradient;
-            ck_assert(place < layout->rounded_count && place < 64 && !taken[place]);
-            taken[place] = true;
-          }
+    for (uint32_t tail = flap_layout_least_tail(LAYERS, segment); tail <= LAYERS; tail += segment)
+      for (int spread = 0; spread < 2; spread++) {
+        flap_choice choice = in_backward(rig_choice_streaming(&model, false), spread == 1);
+        choice.segment_layers = segment;
+        choice.tail_layers = tail;
+        build(&model, &choice, &setup);
+        const flap_layout *layout = &setup.layout;
+        const uint32_t of_layer = layout->parts[1].slice_count, of_head = layout->parts[PARTS - 1].slice_count;
+        ck_assert_uint_gt(of_layer, 1);
+        const uint32_t at_last = of_layer * tail + of_head;
+        const uint32_t waiting =
+            layout->segment_count > 1 && of_layer * segment > at_last ? of_layer * segment : at_last;
+        ck_assert_uint_eq(layout->rounded_count, spread == 1 ? waiting : 1);
+        for (uint32_t s = 0; spread == 1 && s < layout->segment_count; s++) {
+          uint32_t first, end;
+          bool taken[64] = {false};
+          flap_layout_segment(layout, s, &first, &end);
+          for (uint32_t layer = first; layer < end; layer++)
+            for (uint32_t i = 0; i < of_layer; i++) {
+              const uint32_t place = layout->slices[layout->parts[layer + 1].first_slice + i].gradient;
+              ck_assert(place < layout->rounded_count && place < 64 && !taken[place]);
+              taken[place] = true;
+            }
+        }
+        flap_setup_close(&setup);
       }
-      flap_setup_close(&setup);
-    }
   rig_model_close(&model);
 }
 END_TEST

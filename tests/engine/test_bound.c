@@ -228,6 +228,10 @@ static void build_layout(placement *p, const flap_model_config *config, flap_dty
                            .group_micro_batches = 1u << below(3),
                            .host_parts = below(2) ? 0 : (uint32_t)below(config->num_hidden_layers + 3),
                            .slice_elements = FLAP_OPS_BLOCK * (1 + below(4))};
+  const uint32_t layers = config->num_hidden_layers, segment = spec.segment_layers;
+  spec.tail_layers = flap_layout_least_tail(layers, segment); /* mostly: long ones have so much in VRAM */
+  if (below(4) == 0)
+    spec.tail_layers += (uint32_t)below((layers - spec.tail_layers) / segment + 1) * segment;
   if (backward) {
     spec.backward_parts = 1 + (uint32_t)below(config->num_hidden_layers + 2);
     spec.host_backward_parts = (uint32_t)below(config->num_hidden_layers + 3);

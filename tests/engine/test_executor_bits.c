@@ -58,6 +58,7 @@ typedef struct placement {
   const char *name;
   home home;
   uint32_t segment, group; /* 0: as long as there are layers, as many as there are micro-batches */
+  uint32_t tail;           /* 0: as short as it can be */
   uint32_t saved;          /* layers */
   uint32_t mask;           /* of the tensors that they save; 0: all */
   bool saved_resident;
@@ -214,6 +215,38 @@ static const placement PLACEMENTS[] = {
      .keeps = true,
      .place = {.disks = 1}},
     {.name = "half by the host", .home = IN_RAM, .segment = 1, .spread = true, .host = 3},
+    {.name = "a tail of 2", .home = IN_RAM, .segment = 1, .tail = 2},
+    {.name = "a tail of 2, spread", .home = IN_RAM, .segment = 1, .tail = 2, .spread = true, .slice_blocks = 1},
+    {.name = "a tail of 2, spread, some by the host",
+     .home = MIXED,
+     .segment = 1,
+     .tail = 2,
+     .spread = true,
+     .host = 2,
+     .place = {.disks = 1}},
+    {.name = "a tail of 2, swept, groups of 1, disk",
+     .home = ON_DISK,
+     .segment = 1,
+     .tail = 2,
+     .group = 1,
+     .sweep = true,
+     .place = {.disks = 1}},
+    {.name = "a tail of 2 behind a layer that saves",
+     .home = IN_RAM,
+     .segment = 1,
+     .tail = 2,
+     .saved = 1,
+     .mask = 0x06},
+    {.name = "a tail of 2, all save", .home = IN_RAM, .segment = 1, .tail = 2, .saved = 3},
+    {.name = "a tail of 2, backward, spread",
+     .home = IN_RAM,
+     .segment = 1,
+     .tail = 2,
+     .backward = 5,
+     .spread = true,
+     .slice_blocks = 1},
+    {.name = "a tail of 2, interrupted", .home = IN_RAM, .segment = 1, .tail = 2, .spread = true, .ending = RIG_SWEPT},
+    {.name = "all of it the tail, segments of 1", .home = IN_RAM, .segment = 1, .tail = 3, .spread = true},
     {.name = "slices of 1 block", .home = ON_DISK, .slice_blocks = 1, .place = {.disks = 1}},
     {.name = "slices of 3 blocks", .home = IN_RAM, .slice_blocks = 3},
     {.name = "slices of 8192 blocks", .home = IN_RAM, .slice_blocks = FLAP_OPS_ADAMW_BLOCKS_MAX},
@@ -242,6 +275,7 @@ static flap_choice choice_of(const rig_model *model, const placement *p) {
     mix(&choice);
   if (p->segment > 0)
     choice.segment_layers = p->segment;
+  choice.tail_layers = p->tail;
   if (p->group > 0)
     choice.group_micro_batches = p->group;
   choice.saved_layers = p->saved;

@@ -1,8 +1,10 @@
-/* What regions hold: the formats of states, part by part, and how parts are cut into slices. */
+/* What regions hold: the formats of states, part by part, how parts are cut into slices, and layers into segments. */
 #include "engine/step/layout.h"
 
 #include <check.h>
 #include <stdlib.h>
+
+#define LAYERS 7u
 
 /* 7,000 x 96: the embedding has more blocks than a layer, and does not fill its last one. */
 static void make_model(bool tied, flap_model_config *config_out) {
@@ -31,6 +33,7 @@ static void build(const flap_model_config *config, flap_dtype dtype, flap_optim 
                                  .micro_batches = 2,
                                  .group_micro_batches = 1,
                                  .segment_layers = 2,
+                                 .tail_layers = flap_layout_least_tail(config->num_hidden_layers, 2),
                                  .slice_elements = slice_blocks * FLAP_OPS_BLOCK};
   flap_arena measuring;
   flap_arena_measure(&measuring, "layout");
@@ -105,11 +108,104 @@ START_TEST(all_parts_of_adamw_have_the_same_format_and_slices) {
 }
 END_TEST
 
+/* A region is of one layer and micro-batch of a group; `taken` has room for all. */
+static void take(const flap_layout *layout, bool *taken, uint32_t region, flap_region_class klass) {
+  ck_assert_uint_lt(region, layout->region_count);
+  ck_assert(layout->regions[region].klass == klass && !taken[region]);
+  taken[region] = true;
+}
+
+static void check_saved(const flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  bool *taken = calloc(layout->region_count, 1);
+  uint64_t before_tail = 0;
+  uint32_t of_class = 0;
+  ck_assert_ptr_nonnull(taken);
+  for (uint32_t layer = 0; layer < LAYERS; layer++)
+    for (uint32_t i = 0; i < spec->group_micro_batches; i++) {
+      const bool tail = layer >= flap_layout_tail_layer(spec);
+      const uint32_t region = flap_layout_saved(layout, layer, i);
+      if (tail && i > 0)
+        ck_assert_uint_eq(region, flap_layout_saved(layout, layer, 0)); /* one place for all of them */
+      else if (region != FLAP_REGION_NONE)
+        take(layout, taken, region, FLAP_CLASS_SAVED);
+      if (tail)
+        ck_assert_int_eq(region != FLAP_REGION_NONE, flap_layout_saves_all(spec));
+      before_tail += !tail && region != FLAP_REGION_NONE;
+    }
+  ck_assert_uint_eq(before_tail, flap_layout_saved_count(spec));
+  for (uint32_t region = 0; region < layout->region_count; region++) {
+    ck_assert(layout->regions[region].klass != FLAP_CLASS_SAVED || taken[region]); /* none is left over */
+    of_class += layout->regions[region].klass == FLAP_CLASS_SAVED;
+  }
+  ck_assert_uint_eq(of_class, before_tail + (flap_layout_saves_all(spec) ? spec->tail_layers : 0));
+  free(taken);
+}
+
+/* Segments of k layers, one behind the other, and the tail; sums of a segment's layers are different ones, and no more
+ * than those of the longest. */
+static void check_segments(const flap_layout *layout) {
+  const flap_layout_spec *spec = &layout->spec;
+  uint32_t next = 0, sums = 0;
+  for (uint32_t s = 0; s < layout->segment_count; s++) {
+    uint32_t first, end;
+    flap_layout_segment(layout, s, &first, &end);
+    ck_assert_uint_eq(first, next);
+    ck_assert_uint_eq(end - first, s + 1 < layout->segment_count ? spec->segment_layers : spec->tail_layers);
+    for (uint32_t layer = first; layer < end; layer++) {
+      ck_assert_uint_eq(flap_layout_segment_of(layout, layer), s);
+      for (uint32_t other = first; other < layer; other++)
+        ck_assert_uint_ne(layout->parts[layer + 1].sums, layout->parts[other + 1].sums);
+    }
+    next = end;
+  }
+  ck_assert_uint_eq(next, LAYERS);
+  for (uint32_t region = 0; region < layout->region_count; region++)
+    sums += layout->regions[region].klass == FLAP_CLASS_GRADIENT_SUMS;
+  ck_assert_uint_eq(sums,
+                    spec->group_micro_batches == spec->micro_batches ? flap_layout_longest_segment(spec) : LAYERS);
+}
+
+START_TEST(tails_of_any_length_leave_whole_segments) {
+  flap_model_config config;
+  make_model(_i, &config);
+  config.num_hidden_layers = LAYERS;
+  for (uint32_t k = 1; k <= LAYERS; k++)
+    for (uint32_t tail = flap_layout_least_tail(LAYERS, k); tail <= LAYERS; tail += k)
+      for (uint32_t group = 1; group <= 3; group++)
+        for (uint32_t saved = 0; saved <= LAYERS; saved++) {
+          flap_layout layout;
+          flap_arena arena, measuring;
+          const flap_layout_spec spec = {.model = &config,
+                                         .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 8},
+                                         .mode = FLAP_MODE_TRAIN,
+                                         .gradient_dtype = FLAP_BF16,
+                                         .micro_batches = 3,
+                                         .group_micro_batches = group,
+                                         .segment_layers = k,
+                                         .tail_layers = tail,
+                                         .saved_layers = saved,
+                                         .saved_mask = saved > 0 ? FLAP_MODEL_SAVED_ALL : 0,
+                                         .slice_elements = FLAP_OPS_BLOCK};
+          flap_arena_measure(&measuring, "layout");
+          flap_layout_build(&spec, &measuring, &layout);
+          const uint32_t counted = layout.region_count;
+          ck_assert_int_eq(flap_arena_open(&arena, "layout", measuring.bytes_used), FLAP_OK);
+          flap_layout_build(&spec, &arena, &layout);
+          ck_assert_uint_eq(layout.region_count, counted);
+          check_segments(&layout);
+          check_saved(&layout);
+          flap_arena_close(&arena);
+        }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("layout");
   TCase *tests = tcase_create("all");
   tcase_add_loop_test(tests, the_embedding_of_adamw_8bit_has_fp32_moments_in_slices_of_no_more_bytes, 0, 3);
   tcase_add_loop_test(tests, all_parts_of_adamw_have_the_same_format_and_slices, 0, 2);
+  tcase_add_loop_test(tests, tails_of_any_length_leave_whole_segments, 0, 2);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);

@@ -156,22 +156,26 @@ static void try_all(brute *b) {
   planner_list(&b->trial->planner, &b->candidates);
   for (uint32_t segment = 1; segment <= layers; segment++)
     for (uint32_t group = 1; group <= n; group++) {
-      flap_choice choice = {.segment_layers = segment, .group_micro_batches = group};
-      try_saved(b, choice);
-      for (uint32_t saved = 1; saved <= layers; saved++)
-        for (uint32_t k = 0; k < set_count; k++) {
-          choice.saved_layers = saved;
-          choice.saved_mask = sets[k].mask;
-          try_saved(b, choice);
-        }
+      const uint32_t least = flap_layout_least_tail(layers, segment);
+      for (uint32_t tail = least; tail == least || tail < layers; tail += segment) { /* all: one segment */
+        flap_choice choice = {.segment_layers = segment, .tail_layers = tail, .group_micro_batches = group};
+        try_saved(b, choice);
+        for (uint32_t saved = 1; saved <= layers; saved++)
+          for (uint32_t k = 0; k < set_count; k++) {
+            choice.saved_layers = saved;
+            choice.saved_mask = sets[k].mask;
+            try_saved(b, choice);
+          }
+      }
     }
 }
 
 static void describe(const char *what, const flap_choice *c, double seconds) {
-  printf("  %s: %.4f ms, segments of %u, groups of %u, %u saved (%#x), %s, host %u, backward %u and %u%s, slices of "
+  printf("  %s: %.4f ms, segments of %u, tail of %u, groups of %u, %u saved (%#x), %s, host %u, backward %u and %u%s, "
+         "slices of "
          "%llu, pages of %llu, "
          "transfers of %llu; extra slots",
-         what, seconds * 1e3, c->segment_layers, c->group_micro_batches, c->saved_layers, c->saved_mask,
+         what, seconds * 1e3, c->segment_layers, c->tail_layers, c->group_micro_batches, c->saved_layers, c->saved_mask,
          c->spread ? "spread" : "at once", c->host_parts, c->backward_parts, c->host_backward_parts,
          c->keeps_embedding ? ", embedding kept" : "", (unsigned long long)c->slice_elements,
          (unsigned long long)c->page_bytes, (unsigned long long)c->transfer_bytes);

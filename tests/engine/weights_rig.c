@@ -50,6 +50,7 @@ static void build_layout(weights_rig *rig, flap_dtype dtype, flap_optim optim, f
                                  .micro_batches = 1,
                                  .group_micro_batches = 1,
                                  .segment_layers = 1,
+                                 .tail_layers = 1,
                                  .slice_elements = placement->slice_blocks * FLAP_OPS_BLOCK};
   flap_arena measuring;
   flap_arena_measure(&measuring, "tables");

@@ -50,6 +50,7 @@ static void fill_plan(const flap_run_config *config, flap_plan *plan) {
   strcpy(plan->device_name, "a made-up device");
   fill_machine(&plan->machine);
   plan->segment_layers = 2;
+  plan->tail_layers = 2;
   plan->saved_layers = 6;
   strcpy(plan->saved_tensors, "attention, lse");
   plan->group_micro_batches = plan->micro_batches;

@@ -68,6 +68,8 @@ CASES = {
     "both 3 disks, io threads": ["DISKS=3", "expert.io=threads"],
     **{f"both segments of {n}": [f"expert.segment_layers={n}"] for n in (1, 2, 3, 4)},
     **{f"both groups of {n}": [f"expert.group_micro_batches={n}"] for n in (1, 2, 4)},
+    "both tail of 3, segments of 1": ["expert.segment_layers=1", "expert.tail_layers=3"],
+    "half tail of 2": ["expert.segment_layers=1", "expert.tail_layers=2"],
     "half segments of 3, groups of 2": ["expert.segment_layers=3", "expert.group_micro_batches=2"],
     "both keep": ["activations=keep"],
     "half offload": ["activations=offload"],
@@ -120,7 +122,8 @@ if SANITIZED:  # what differs in code, once for each type; test_executor_bits ha
 # Where a plan must show what a case asked for.
 SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual",
          "everything": "qkv, attention, lse, rstd, residual, gate_up, normalized_input, normalized_residual, inner"}
-CHOICES = {"expert.segment_layers": "segment_layers", "expert.group_micro_batches": "group_micro_batches"}
+CHOICES = {"expert.segment_layers": "segment_layers", "expert.tail_layers": "tail_layers",
+           "expert.group_micro_batches": "group_micro_batches"}
 
 
 def text():

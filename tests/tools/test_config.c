@@ -64,30 +64,31 @@ START_TEST(config_minimal_has_defaults) {
 END_TEST
 
 START_TEST(config_full_file_fills_every_field) {
-  static const char text[] = "# a comment\n"
-                             "model:\n"
-                             "  model_type: llama\n"
-                             "  hidden_size: 192\n"
-                             "  rms_norm_eps: 1e-5\n"
-                             "  tie_word_embeddings: true\n"
-                             "  rope_scaling: null\n"
-                             "  rope_parameters: {factor: 8.0, rope_type: llama3}\n"
-                             "tokenizer: bytes\n"
-                             "dataset: [a.txt, 'b*.jsonl']\n"
-                             "val_size: 0.05\ncutoff_len: 128\npacking: true\nneat_packing: false\ntemplate: none\n"
-                             "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8\n"
-                             "max_steps: 1e2\nnum_train_epochs: 1.5\nlearning_rate: 1e-3\nlr_scheduler_type: cosine\n"
-                             "warmup_steps: 10\nwarmup_ratio: 0.1\noptim: adamw_bnb_8bit\nweight_decay: 0.1\n"
-                             "adam_beta1: 0.8\nadam_beta2: .95\nadam_epsilon: 1.0e-6\nmax_grad_norm: 0\n"
-                             "bf16: true\nfp16: no\ngradient_dtype: fp32\nactivations: recompute\n"
-                             "gradient_checkpointing: true\nseed: 7\nlogging_steps: 5\neval_strategy: steps\n"
-                             "eval_steps: 50\nsave_strategy: no\nsave_steps: 25\nsave_total_limit: 2\n"
-                             "save_only_model: false\noutput_dir: runs/a b\noverwrite_output_dir: true\n"
-                             "resume_from_checkpoint: runs/a b/checkpoint-5\nexport: none\nreport_to: none\n"
-                             "device: cpu\nvram: 7MiB\nram: \"20 MiB\"\n"
-                             "disk:\n  - path: /mnt/a\n    size: 1GB\n  - /mnt/b\n  - {path: /mnt/c, size: min}\n"
-                             "expert: {segment_layers: 2, group_micro_batches: 4, clip: fold, page_bytes: 64KiB,\n"
-                             "  slice_bytes: 1MiB, staging_bytes: 3MiB, io: threads, threads: 2, matmul: first}\n";
+  static const char text[] =
+      "# a comment\n"
+      "model:\n"
+      "  model_type: llama\n"
+      "  hidden_size: 192\n"
+      "  rms_norm_eps: 1e-5\n"
+      "  tie_word_embeddings: true\n"
+      "  rope_scaling: null\n"
+      "  rope_parameters: {factor: 8.0, rope_type: llama3}\n"
+      "tokenizer: bytes\n"
+      "dataset: [a.txt, 'b*.jsonl']\n"
+      "val_size: 0.05\ncutoff_len: 128\npacking: true\nneat_packing: false\ntemplate: none\n"
+      "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8\n"
+      "max_steps: 1e2\nnum_train_epochs: 1.5\nlearning_rate: 1e-3\nlr_scheduler_type: cosine\n"
+      "warmup_steps: 10\nwarmup_ratio: 0.1\noptim: adamw_bnb_8bit\nweight_decay: 0.1\n"
+      "adam_beta1: 0.8\nadam_beta2: .95\nadam_epsilon: 1.0e-6\nmax_grad_norm: 0\n"
+      "bf16: true\nfp16: no\ngradient_dtype: fp32\nactivations: recompute\n"
+      "gradient_checkpointing: true\nseed: 7\nlogging_steps: 5\neval_strategy: steps\n"
+      "eval_steps: 50\nsave_strategy: no\nsave_steps: 25\nsave_total_limit: 2\n"
+      "save_only_model: false\noutput_dir: runs/a b\noverwrite_output_dir: true\n"
+      "resume_from_checkpoint: runs/a b/checkpoint-5\nexport: none\nreport_to: none\n"
+      "device: cpu\nvram: 7MiB\nram: \"20 MiB\"\n"
+      "disk:\n  - path: /mnt/a\n    size: 1GB\n  - /mnt/b\n  - {path: /mnt/c, size: min}\n"
+      "expert: {segment_layers: 2, tail_layers: 3, group_micro_batches: 4, clip: fold, page_bytes: 64KiB,\n"
+      "  slice_bytes: 1MiB, staging_bytes: 3MiB, io: threads, threads: 2, matmul: first}\n";
   ck_assert_msg(load(text) == FLAP_OK, "%s", flap_error_message());
   ck_assert_int_eq(json_integer_value(json_object_get(config.model, "hidden_size")), 192);
   ck_assert(json_is_real(json_object_get(config.model, "rms_norm_eps")));
@@ -136,6 +137,7 @@ START_TEST(config_full_file_fills_every_field) {
   ck_assert_int_eq(config.disk[1].size.kind, FLAP_SIZE_MAX);
   ck_assert_int_eq(config.disk[2].size.kind, FLAP_SIZE_MIN);
   ck_assert_uint_eq(config.expert.segment_layers, 2);
+  ck_assert_uint_eq(config.expert.tail_layers, 3);
   ck_assert_uint_eq(config.expert.group_micro_batches, 4);
   ck_assert_int_eq(config.expert.clip, FLAP_CLIP_FOLD);
   ck_assert_uint_eq(config.expert.page_bytes, 65536);
