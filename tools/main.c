@@ -7,10 +7,12 @@
 #include "base/status.h"
 #include "tools/arguments.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const flap_command *const commands[] = {
     &flap_command_train,  &flap_command_plan,    &flap_command_sample,   &flap_command_eval,
@@ -60,7 +62,16 @@ static flap_status run(int argc, char **argv) {
   return unknown_command(argv[1]);
 }
 
+/* Where the caller closed one of the first three descriptors, the next file that is opened would get its number, and
+ * what is printed would be written into it. Opened the wrong way round, so that using it is an error as before. */
+static void occupy_standard_descriptors(void) {
+  for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+      _exit(FLAP_EXIT_ERROR);
+}
+
 int main(int argc, char **argv) {
+  occupy_standard_descriptors();
   if (argc > 0)
     program_name = argv[0];
   /* A file that reaches `ulimit -f` is then an error of write, which is cleaned up after and told, and not the end. */

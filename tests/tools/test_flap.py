@@ -413,6 +413,16 @@ machine: rtx4090-64g-1nvme
         self.assertIn("continue with", out)
         self.assertFalse(os.path.exists(self.path("out/run.lock")))
 
+    def test_nothing_is_printed_into_files_where_the_standard_descriptors_are_closed(self):
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
+                                   preexec_fn=lambda: [os.close(descriptor) for descriptor in (0, 1, 2)])
+        metrics = self.path("out/metrics.jsonl")
+        while process.poll() is None and not (os.path.exists(metrics) and os.path.getsize(metrics) > 0):
+            pass
+        process.send_signal(signal.SIGTERM)  # with a notice on what would be stderr
+        self.assertEqual(process.wait(60), 0)
+        self.assertTrue(self.metrics())  # each line is JSON
+
     def test_lock_of_a_run_that_was_killed_is_no_obstacle(self):
         process = self.start("save_strategy=steps", "save_steps=1")
         process.kill()
