@@ -219,9 +219,10 @@ FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const
 
 /* A checkpoint or model folder to a plain Hugging Face folder (weights, config, tokenizer; no optimizer states),
  * sharded by max_shard_bytes, in `dtype`: weights of another type are rounded from their masters where the folder is a
- * checkpoint. The target must not exist. */
+ * checkpoint. The target must not exist. FLAP_INTERRUPTED, with nothing left, when `stop` (may be NULL) turns
+ * non-zero. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
-                                            uint64_t max_shard_bytes);
+                                            uint64_t max_shard_bytes, const volatile sig_atomic_t *stop);
 
 /* ---- checkpoints of a run ---------------------------------------------------------------------------------- */
 

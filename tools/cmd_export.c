@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 #include "io/formats/safetensors.h"
 #include "tools/arguments.h"
+#include "tools/interrupt.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -43,7 +44,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   if (shard_bytes == 0)
     return flap_arguments_error(command, "--max-shard-size must be more than 0");
   FLAP_TRY(parse_dtype(command, dtype_text, &dtype));
-  FLAP_TRY(flap_engine_export(rest[0], rest[1], dtype, shard_bytes));
+  flap_interrupt_install(NULL);
+  FLAP_TRY(flap_engine_export(rest[0], rest[1], dtype, shard_bytes, &flap_interrupt_flag));
   printf("exported %s to %s (%s)\n", rest[0], rest[1], flap_dtype_name(dtype));
   return FLAP_OK;
 }

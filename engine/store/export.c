@@ -29,6 +29,7 @@ typedef struct export_job {
   flap_weights_source weights, master;
   flap_safetensors_dtype master_of; /* weights of this type */
   flap_dtype dtype;
+  const volatile sig_atomic_t *stop;
   uint16_t *halves; /* FLAP_WEIGHTS_CHUNK: converted values, or low halves before that */
   flap_weights_target target;
 } export_job;
@@ -83,6 +84,8 @@ static flap_status write_weights(export_job *job, const char *folder, uint64_t m
     const uint64_t elements = job->list.tensors[tensor].elements;
     for (uint64_t first = 0; first < elements; first += FLAP_WEIGHTS_CHUNK) {
       const uint64_t left = elements - first;
+      if (job->stop != NULL && *job->stop != 0)
+        return FLAP_INTERRUPTED;
       FLAP_TRY(write_chunk(job, tensor, first, left < FLAP_WEIGHTS_CHUNK ? left : FLAP_WEIGHTS_CHUNK));
     }
   }
@@ -194,8 +197,8 @@ static flap_status write_folder(export_job *job, const char *from_folder, const 
 }
 
 flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
-                               uint64_t max_shard_bytes) {
-  export_job job = {.dtype = dtype};
+                               uint64_t max_shard_bytes, const volatile sig_atomic_t *stop) {
+  export_job job = {.dtype = dtype, .stop = stop};
   if (dtype != FLAP_F32 && dtype != FLAP_BF16 && dtype != FLAP_F16)
     return flap_error_set(FLAP_INVALID, "models are exported as bfloat16, float16 or float32");
   if (to_folder[0] == '\0')

@@ -88,9 +88,9 @@ static float high_half(float value) {
 START_TEST(export_of_a_bf16_checkpoint) {
   make_checkpoint(FLAP_BF16);
   const char *from = "out/checkpoint-1";
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f32"), FLAP_F32, SHARD_MAX));
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("new/f16/"), FLAP_F16, SHARD_MAX));
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("bf16"), FLAP_BF16, 40000));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f32"), FLAP_F32, SHARD_MAX, NULL));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("new/f16/"), FLAP_F16, SHARD_MAX, NULL));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("bf16"), FLAP_BF16, 40000, NULL));
   compare("f32", FLAP_SAFETENSORS_F32, NULL); /* both halves: exact */
   compare("new/f16", FLAP_SAFETENSORS_F16, nearest_f16);
   compare("bf16", FLAP_SAFETENSORS_BF16, high_half);
@@ -98,18 +98,18 @@ START_TEST(export_of_a_bf16_checkpoint) {
   rig_same_files("masters/model.safetensors", "f32/model.safetensors");
   /* Without the low halves only the bf16 weights are left. */
   ck_assert_int_eq(remove(scratch_path("out/checkpoint-1/optimizer-low.safetensors")), 0);
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("rough"), FLAP_F32, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("rough"), FLAP_F32, SHARD_MAX, NULL));
   compare("rough", FLAP_SAFETENSORS_F32, high_half);
 }
 END_TEST
 
 START_TEST(export_of_an_fp32_checkpoint_rounds_to_nearest_even) {
   make_checkpoint(FLAP_F32);
-  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("bf16"), FLAP_BF16, SHARD_MAX));
-  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("f16"), FLAP_F16, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("bf16"), FLAP_BF16, SHARD_MAX, NULL));
+  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("f16"), FLAP_F16, SHARD_MAX, NULL));
   compare("bf16", FLAP_SAFETENSORS_BF16, nearest_bf16);
   compare("f16", FLAP_SAFETENSORS_F16, nearest_f16);
-  RIG_OK(flap_engine_export(scratch_path("f16"), scratch_path("again"), FLAP_F32, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path("f16"), scratch_path("again"), FLAP_F32, SHARD_MAX, NULL));
   compare("again", FLAP_SAFETENSORS_F32, nearest_f16);
 }
 END_TEST
@@ -117,9 +117,9 @@ END_TEST
 START_TEST(export_of_an_fp16_checkpoint_rounds_from_its_masters) {
   make_checkpoint(FLAP_F16);
   const char *from = "out/checkpoint-1";
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f32"), FLAP_F32, SHARD_MAX));
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("bf16"), FLAP_BF16, SHARD_MAX));
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f16"), FLAP_F16, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f32"), FLAP_F32, SHARD_MAX, NULL));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("bf16"), FLAP_BF16, SHARD_MAX, NULL));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("f16"), FLAP_F16, SHARD_MAX, NULL));
   compare("f32", FLAP_SAFETENSORS_F32, NULL);
   compare("bf16", FLAP_SAFETENSORS_BF16, nearest_bf16); /* once, not by way of fp16 */
   compare("f16", FLAP_SAFETENSORS_F16, nearest_f16);
@@ -127,7 +127,7 @@ START_TEST(export_of_an_fp16_checkpoint_rounds_from_its_masters) {
   rig_same_files("masters/model.safetensors", "f32/model.safetensors");
   ck_assert(!scratch_exists("f32/optimizer-master.safetensors"));
   ck_assert_int_eq(remove(scratch_path("out/checkpoint-1/optimizer-master.safetensors")), 0);
-  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("rough"), FLAP_F32, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path(from), scratch_path("rough"), FLAP_F32, SHARD_MAX, NULL));
   compare("rough", FLAP_SAFETENSORS_F32, nearest_f16);
 }
 END_TEST
@@ -137,7 +137,7 @@ START_TEST(export_folders_hold_config_and_tokenizer_and_no_states) {
   flap_tokenizer *tokenizer = NULL;
   make_checkpoint(FLAP_BF16);
   scratch_text("out/checkpoint-1/generation_config.json", "{}\n");
-  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("to"), FLAP_F32, SHARD_MAX));
+  RIG_OK(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("to"), FLAP_F32, SHARD_MAX, NULL));
   static const char *const there[] = {"to/config.json", "to/model.safetensors", "to/tokenizer.json",
                                       "to/tokenizer_config.json", "to/generation_config.json"};
   for (size_t i = 0; i < sizeof there / sizeof *there; i++)
@@ -160,7 +160,7 @@ START_TEST(export_folders_hold_config_and_tokenizer_and_no_states) {
 END_TEST
 
 START_TEST(export_keeps_what_others_wrote) {
-  RIG_OK(flap_engine_export("tests/golden/llama_rope3", scratch_path("to"), FLAP_BF16, SHARD_MAX));
+  RIG_OK(flap_engine_export("tests/golden/llama_rope3", scratch_path("to"), FLAP_BF16, SHARD_MAX, NULL));
   char *text = scratch_read("to/config.json", NULL);
   ck_assert(strstr(text, "\"rope_parameters\"") && strstr(text, "\"transformers_version\""));
   ck_assert(strstr(text, "\"dtype\": \"bfloat16\"") && !strstr(text, "torch_dtype"));
@@ -173,7 +173,7 @@ END_TEST
 
 START_TEST(export_of_a_qwen2_model_says_so) {
   flap_model_config config, wanted;
-  RIG_OK(flap_engine_export("tests/golden/qwen2_gqa", scratch_path("to"), FLAP_F16, SHARD_MAX));
+  RIG_OK(flap_engine_export("tests/golden/qwen2_gqa", scratch_path("to"), FLAP_F16, SHARD_MAX, NULL));
   char *text = scratch_read("to/config.json", NULL);
   ck_assert(strstr(text, "\"Qwen2ForCausalLM\"") && strstr(text, "\"model_type\": \"qwen2\""));
   free(text);
@@ -188,16 +188,17 @@ END_TEST
 START_TEST(export_refusals_leave_nothing) {
   make_checkpoint(FLAP_BF16);
   const char *from = "out/checkpoint-1";
-  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("masters"), FLAP_F32, SHARD_MAX), FLAP_INVALID,
+  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("masters"), FLAP_F32, SHARD_MAX, NULL), FLAP_INVALID,
               "masters: already there", "");
-  RIG_REFUSED(flap_engine_export(scratch_path("none"), scratch_path("to"), FLAP_F32, SHARD_MAX), FLAP_NOT_FOUND, "none",
-              "not a model folder");
-  RIG_REFUSED(flap_engine_export(scratch_path(from), "", FLAP_F32, SHARD_MAX), FLAP_INVALID, "name the folder", "");
-  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("to"), FLAP_I32, SHARD_MAX), FLAP_INVALID, "bfloat16",
+  RIG_REFUSED(flap_engine_export(scratch_path("none"), scratch_path("to"), FLAP_F32, SHARD_MAX, NULL), FLAP_NOT_FOUND,
+              "none", "not a model folder");
+  RIG_REFUSED(flap_engine_export(scratch_path(from), "", FLAP_F32, SHARD_MAX, NULL), FLAP_INVALID, "name the folder",
               "");
+  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("to"), FLAP_I32, SHARD_MAX, NULL), FLAP_INVALID,
+              "bfloat16", "");
   const char *to = scratch_path("to"), *source = scratch_path(from);
   scratch_limit(60000);
-  const flap_status full = flap_engine_export(source, to, FLAP_F32, SHARD_MAX);
+  const flap_status full = flap_engine_export(source, to, FLAP_F32, SHARD_MAX, NULL);
   scratch_unlimit();
   ck_assert_int_eq(full, FLAP_NO_SPACE);
   ck_assert(!scratch_exists("to") && !scratch_exists("to.tmp"));
@@ -206,8 +207,17 @@ START_TEST(export_refusals_leave_nothing) {
   char *low = scratch_read("out/checkpoint-1/optimizer-low.safetensors", &bytes);
   scratch_write("out/checkpoint-1/optimizer-low.safetensors", low, bytes - 1);
   free(low);
-  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("to"), FLAP_F32, SHARD_MAX), FLAP_CORRUPT,
+  RIG_REFUSED(flap_engine_export(scratch_path(from), scratch_path("to"), FLAP_F32, SHARD_MAX, NULL), FLAP_CORRUPT,
               "optimizer-low.safetensors", "");
+  ck_assert(!scratch_exists("to") && !scratch_exists("to.tmp"));
+}
+END_TEST
+
+START_TEST(export_that_is_stopped_leaves_nothing) {
+  static const volatile sig_atomic_t stop = 1;
+  make_checkpoint(FLAP_BF16);
+  ck_assert_int_eq(flap_engine_export(scratch_path("out/checkpoint-1"), scratch_path("to"), FLAP_F32, SHARD_MAX, &stop),
+                   FLAP_INTERRUPTED);
   ck_assert(!scratch_exists("to") && !scratch_exists("to.tmp"));
 }
 END_TEST
@@ -227,10 +237,10 @@ START_TEST(export_values_too_large_for_half_precision_are_named) {
   free(file);
   const char *from = scratch_path("out/checkpoint-1"), *to = scratch_path("to");
   if (_i == 0)
-    RIG_OK(flap_engine_export(from, to, FLAP_F16, SHARD_MAX)); /* rounds to the largest */
+    RIG_OK(flap_engine_export(from, to, FLAP_F16, SHARD_MAX, NULL)); /* rounds to the largest */
   else
-    RIG_REFUSED(flap_engine_export(from, to, FLAP_F16, SHARD_MAX), FLAP_NUMERIC, "model.layers.0.mlp.up_proj.weight",
-                "element 77 is NaN, infinite, or too large for float");
+    RIG_REFUSED(flap_engine_export(from, to, FLAP_F16, SHARD_MAX, NULL), FLAP_NUMERIC,
+                "model.layers.0.mlp.up_proj.weight", "element 77 is NaN, infinite, or too large for float");
   ck_assert(scratch_exists("to") == (_i == 0) && !scratch_exists("to.tmp"));
 }
 END_TEST
@@ -247,6 +257,7 @@ int main(void) {
   tcase_add_test(tests, export_keeps_what_others_wrote);
   tcase_add_test(tests, export_of_a_qwen2_model_says_so);
   tcase_add_test(tests, export_refusals_leave_nothing);
+  tcase_add_test(tests, export_that_is_stopped_leaves_nothing);
   tcase_add_loop_test(tests, export_values_too_large_for_half_precision_are_named, 0, 4);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);

@@ -185,7 +185,7 @@ static flap_status export_last(tiny_run *run) {
   (void)snprintf(name, sizeof name, "out/checkpoint-%u", TINY_STEPS);
   path_of(run, name, from);
   path_of(run, "exported", to);
-  return flap_engine_export(from, to, FLAP_F32, UINT64_MAX);
+  return flap_engine_export(from, to, FLAP_F32, UINT64_MAX, NULL);
 }
 
 static flap_status tokenize(tiny_run *run) {

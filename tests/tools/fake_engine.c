@@ -177,10 +177,11 @@ flap_status flap_engine_sample(const flap_run_config *config, const flap_sample_
 }
 
 flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
-                               uint64_t max_shard_bytes) {
+                               uint64_t max_shard_bytes, const volatile sig_atomic_t *stop) {
   (void)from_folder;
   (void)dtype;
   (void)max_shard_bytes;
+  (void)stop;
   return flap_error_set(FLAP_INVALID, "%s: is there already", to_folder);
 }
 
