@@ -2,6 +2,7 @@
 #include "io/formats/dataset.h"
 #include "io/formats/tokenizer.h"
 #include "tools/arguments.h"
+#include "tools/interrupt.h"
 #include "tools/text.h"
 
 #include <stdio.h>
@@ -21,8 +22,10 @@ static flap_status print_ids(flap_tokenizer *tokenizer, const char *text) {
 }
 
 static flap_status write_shard(flap_tokenizer *tokenizer, const char *const *files, size_t count, const char *out) {
-  flap_dataset_config config = {.paths = files, .path_count = (uint32_t)count, .tokenizer = tokenizer};
+  const flap_dataset_config config = {
+      .paths = files, .path_count = (uint32_t)count, .tokenizer = tokenizer, .stop = &flap_interrupt_flag};
   uint64_t tokens = 0;
+  flap_interrupt_install(NULL);
   FLAP_TRY(flap_dataset_write_shard(&config, out, &tokens));
   printf("%s: %s tokens, vocabulary %u\n", out, flap_text_grouped(tokens).text, flap_tokenizer_vocabulary(tokenizer));
   return FLAP_OK;
@@ -47,6 +50,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "which tokenizer? name bytes, a tokenizer.json, or a folder with one");
   if (text ? count != 1 || out : count < 2 || !out)
     return flap_arguments_error(command, "wanted either files and -o out.bin, or --text TEXT");
+  if (out && (strlen(out) < 4 || strcmp(out + strlen(out) - 4, ".bin") != 0))
+    return flap_arguments_error(command, "--output: %.200s does not end in .bin, by which a shard is known", out);
   flap_tokenizer *tokenizer = NULL;
   FLAP_TRY(strcmp(rest[0], "bytes") == 0 ? flap_tokenizer_open_bytes(&tokenizer)
                                          : flap_tokenizer_open(rest[0], &tokenizer));
@@ -59,6 +64,7 @@ const flap_command flap_command_tokenize = {
     .name = "tokenize",
     .usage = "<tokenizer> (<file or glob> ... -o out.bin | --text TEXT)",
     .summary = "Turn text into token ids: a shard to train on, or ids to read.",
-    .details = "The tokenizer is `bytes`, a tokenizer.json, or a folder with one. Files are .txt or .jsonl.",
+    .details = "The tokenizer is `bytes`, a tokenizer.json, or a folder with one. Files are .txt or .jsonl; of\n"
+               "shards (.bin) the tokens are taken as they are.",
     .run = run,
 };

@@ -192,7 +192,7 @@ static flap_status tokenize_all(flap_dataset *dataset, const flap_dataset_config
       continue;
     flap_shard *segment = &dataset->segments[i];
     uint64_t before = sink.tokens;
-    flap_status status = flap_dataset_tokenize(&files->files[i], config->tokenizer, config->begin_tokens, &sink);
+    flap_status status = flap_dataset_tokenize(&files->files[i], config, &sink);
     if (status == FLAP_BUDGET)
       return flap_error_set(
           FLAP_BUDGET,
@@ -286,7 +286,7 @@ static void measure_entropy(flap_dataset *dataset, const uint64_t *train, const 
 }
 
 /* Reads the whole stream once: ids, counts, digest. */
-static flap_status inspect(flap_dataset *dataset) {
+static flap_status inspect(flap_dataset *dataset, const flap_dataset_config *config) {
   uint64_t *train = calloc(2 * (uint64_t)dataset->vocabulary, sizeof *train);
   int32_t *chunk = malloc(CHUNK_TOKENS * sizeof *chunk);
   flap_status status = FLAP_OK;
@@ -300,6 +300,7 @@ static flap_status inspect(flap_dataset *dataset) {
   dataset->digest = flap_text_hash((const char *)shape, sizeof shape);
   for (uint64_t first = 0; first < tokens; first += CHUNK_TOKENS) {
     uint64_t count = tokens - first < CHUNK_TOKENS ? tokens - first : CHUNK_TOKENS;
+    FLAP_TRY_GOTO(status, flap_dataset_go_on(config));
     FLAP_TRY_GOTO(status, read_stream(dataset, first, count, chunk));
     const uint64_t link[2] = {dataset->digest, flap_text_hash((const char *)chunk, count * sizeof *chunk)};
     dataset->digest = flap_text_hash((const char *)link, sizeof link);
@@ -336,7 +337,7 @@ flap_status flap_dataset_open(const flap_dataset_config *config, flap_dataset **
   FLAP_TRY_GOTO(status, flap_dataset_check_config(config, &files, &dataset->vocabulary));
   FLAP_TRY_GOTO(status, open_segments(dataset, config, &files));
   FLAP_TRY_GOTO(status, split(dataset, config->val_size, config->heldout_all));
-  FLAP_TRY_GOTO(status, inspect(dataset));
+  FLAP_TRY_GOTO(status, inspect(dataset, config));
   flap_file_list_free(&files);
   *dataset_out = dataset;
   return FLAP_OK;

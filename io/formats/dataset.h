@@ -23,6 +23,7 @@
 #include "base/status.h"
 #include "io/formats/tokenizer.h"
 
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -43,6 +44,7 @@ typedef struct flap_dataset_config {
   bool heldout_all;  /* every whole sequence is held out, val_size says nothing, and there may be none for training */
   uint64_t seed;     /* of the order */
   bool begin_tokens; /* documents of text start with the tokenizer's begin tokens */
+  const volatile sig_atomic_t *stop; /* non-zero ends reading the files, with FLAP_INTERRUPTED; NULL: nothing does */
 } flap_dataset_config;
 
 typedef struct flap_dataset flap_dataset;
@@ -84,7 +86,8 @@ uint64_t flap_dataset_window(const flap_dataset *dataset, uint64_t index);
 
 /* What `flap tokenize` does: the stream of these files as one llm.c shard at out_path (version 1 when the
  * vocabulary is at most 65536, version 7 otherwise), written under a temporary name, synced and renamed. Uses paths,
- * tokenizer, vocabulary and begin_tokens of the config. At most 2^31 - 1 tokens: the header has no room for more. */
+ * tokenizer, vocabulary, begin_tokens and stop of the config. At most 2^31 - 1 tokens: the header has no room for
+ * more. FLAP_INVALID when out_path is one of the files. */
 FLAP_CHECKED flap_status flap_dataset_write_shard(const flap_dataset_config *config, const char *out_path,
                                                   uint64_t *tokens_out);
 

@@ -117,6 +117,10 @@ flap_status flap_dataset_expand(const char *const *paths, uint32_t path_count, f
   return FLAP_OK;
 }
 
+flap_status flap_dataset_go_on(const flap_dataset_config *config) {
+  return config->stop != NULL && *config->stop != 0 ? FLAP_INTERRUPTED : FLAP_OK;
+}
+
 flap_status flap_dataset_check_config(const flap_dataset_config *config, const flap_file_list *files,
                                       uint32_t *vocabulary_out) {
   bool has_text = false;

@@ -20,13 +20,16 @@ typedef struct flap_file_list {
   uint64_t count, capacity;
 } flap_file_list;
 
+/* FLAP_INTERRUPTED, with no record, when somebody asked for it. */
+FLAP_CHECKED flap_status flap_dataset_go_on(const flap_dataset_config *config);
+
 /* Files and globs, expanded, in byte order of their paths. */
 FLAP_CHECKED flap_status flap_dataset_expand(const char *const *paths, uint32_t path_count, flap_file_list *files);
 void flap_file_list_free(flap_file_list *files);
 
 /* Appends the documents of a .txt or .jsonl to the sink, each followed by the end token. */
-FLAP_CHECKED flap_status flap_dataset_tokenize(const flap_dataset_file *file, flap_tokenizer *tokenizer,
-                                               bool begin_tokens, flap_shard_sink *sink);
+FLAP_CHECKED flap_status flap_dataset_tokenize(const flap_dataset_file *file, const flap_dataset_config *config,
+                                               flap_shard_sink *sink);
 
 /* The vocabulary that the config asks for; FLAP_INVALID when text has no tokenizer, or the tokenizer no end token. */
 FLAP_CHECKED flap_status flap_dataset_check_config(const flap_dataset_config *config, const flap_file_list *files,

@@ -1,6 +1,5 @@
 /* Documents to tokens, with bounded memory: a window of the file, and the longest line of a .jsonl. */
 #include "io/formats/dataset_internal.h"
-#include "io/formats/json_file.h"
 
 #include "base/system.h"
 #include "io/formats/json_file.h"
@@ -17,6 +16,7 @@
 
 typedef struct context {
   const flap_dataset_file *file;
+  const flap_dataset_config *config;
   flap_tokenizer *tokenizer;
   flap_shard_sink *sink;
   unsigned first_flags; /* of a document's first piece */
@@ -58,6 +58,7 @@ static void drop(context *c, uint64_t bytes) {
 }
 
 static flap_status put_piece(context *c, const char *text, uint64_t bytes, bool is_first) {
+  FLAP_TRY(flap_dataset_go_on(c->config));
   c->ids.count = 0;
   flap_status status = flap_tokenizer_encode(c->tokenizer, text, bytes,
                                              is_first ? c->first_flags : (unsigned)FLAP_TOKENIZER_CONTINUE, &c->ids);
@@ -167,10 +168,13 @@ static flap_status tokenize_jsonl(context *c) {
   }
 }
 
-flap_status flap_dataset_tokenize(const flap_dataset_file *file, flap_tokenizer *tokenizer, bool begin_tokens,
+flap_status flap_dataset_tokenize(const flap_dataset_file *file, const flap_dataset_config *config,
                                   flap_shard_sink *sink) {
-  context c = {
-      .file = file, .tokenizer = tokenizer, .sink = sink, .first_flags = begin_tokens ? FLAP_TOKENIZER_BEGIN : 0};
+  context c = {.file = file,
+               .config = config,
+               .tokenizer = config->tokenizer,
+               .sink = sink,
+               .first_flags = config->begin_tokens ? FLAP_TOKENIZER_BEGIN : 0};
   c.fd = flap_system_open(file->path, O_RDONLY | O_CLOEXEC, 0);
   if (c.fd < 0)
     return flap_error_set_os(errno, "dataset: %s", file->path);

@@ -1,22 +1,27 @@
 /* The stream of some files as one llm.c shard. */
 #include "io/formats/dataset_internal.h"
 
+#include "base/system.h"
 #include "io/formats/durable.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define CHUNK_TOKENS 4096u
 
-static flap_status copy_shard(const char *path, uint32_t vocabulary, flap_shard_sink *sink) {
+static flap_status copy_shard(const flap_dataset_config *config, const char *path, uint32_t vocabulary,
+                              flap_shard_sink *sink) {
   flap_shard shard;
   FLAP_TRY(flap_shard_open(path, &shard));
   int32_t chunk[CHUNK_TOKENS];
   flap_status status = FLAP_OK;
   for (uint64_t first = 0; first < shard.tokens && status == FLAP_OK; first += CHUNK_TOKENS) {
     uint64_t count = shard.tokens - first < CHUNK_TOKENS ? shard.tokens - first : CHUNK_TOKENS;
-    status = flap_shard_read(&shard, first, count, vocabulary, chunk);
+    status = flap_dataset_go_on(config);
+    if (status == FLAP_OK)
+      status = flap_shard_read(&shard, first, count, vocabulary, chunk);
     if (status == FLAP_OK)
       status = flap_shard_put(sink, chunk, count);
   }
@@ -28,9 +33,8 @@ static flap_status write_tokens(const flap_dataset_config *config, const flap_fi
                                 flap_shard_sink *sink) {
   for (uint64_t i = 0; i < files->count; i++) {
     const flap_dataset_file *file = &files->files[i];
-    flap_status status = file->kind == FLAP_DATA_SHARD
-                             ? copy_shard(file->path, vocabulary, sink)
-                             : flap_dataset_tokenize(file, config->tokenizer, config->begin_tokens, sink);
+    flap_status status = file->kind == FLAP_DATA_SHARD ? copy_shard(config, file->path, vocabulary, sink)
+                                                       : flap_dataset_tokenize(file, config, sink);
     if (status == FLAP_BUDGET)
       return flap_error_set(FLAP_UNSUPPORTED,
                             "%s: a token shard holds at most %llu tokens; write several, of fewer files each",
@@ -40,6 +44,18 @@ static flap_status write_tokens(const flap_dataset_config *config, const flap_fi
   if (sink->tokens == 0)
     return flap_error_set(FLAP_INVALID, "%s: there is no text in the files for it", sink->path);
   return flap_shard_flush(sink);
+}
+
+/* By whatever name: what is written replaces the file that has the name. */
+static flap_status check_not_read(const flap_file_list *files, const char *out_path) {
+  struct stat out;
+  if (flap_system_stat(out_path, &out) != 0)
+    return FLAP_OK;
+  for (uint64_t i = 0; i < files->count; i++)
+    if (files->files[i].device == out.st_dev && files->files[i].inode == out.st_ino)
+      return flap_error_set(FLAP_INVALID, "%s: one of the files to read, and would be replaced: give another name",
+                            out_path);
+  return FLAP_OK;
 }
 
 static flap_status write_header(const flap_shard_sink *sink) {
@@ -59,6 +75,7 @@ flap_status flap_dataset_write_shard(const flap_dataset_config *config, const ch
   uint32_t vocabulary;
   flap_status status;
   FLAP_TRY_GOTO(status, flap_dataset_check_config(config, &files, &vocabulary));
+  FLAP_TRY_GOTO(status, check_not_read(&files, out_path));
   /* The tokenizer may know more ids than a smaller model; what the file can hold is decided by what may come. */
   if (config->tokenizer != NULL && flap_tokenizer_vocabulary(config->tokenizer) > vocabulary)
     vocabulary = flap_tokenizer_vocabulary(config->tokenizer);

@@ -253,6 +253,44 @@ START_TEST(dataset_shards_are_copied_into_a_shard) {
 }
 END_TEST
 
+START_TEST(dataset_shard_never_replaces_what_it_is_made_of) {
+  uint64_t tokens;
+  scratch_text("a.txt", "some text\n");
+  paths[0] = scratch_path("a.txt");
+  config.path_count = 1;
+  ck_assert_int_eq(symlink(paths[0], scratch_path("b.bin")), 0);
+  const char *const outs[] = {paths[0], scratch_path("b.bin")};
+  for (int i = 0; i < 2; i++) {
+    ck_assert_int_eq(flap_dataset_write_shard(&config, outs[i], &tokens), FLAP_INVALID);
+    ck_assert_ptr_nonnull(strstr(flap_error_message(), "one of the files to read"));
+  }
+  size_t bytes;
+  char *text = scratch_read("a.txt", &bytes);
+  ck_assert(bytes == 10 && memcmp(text, "some text\n", bytes) == 0);
+  free(text);
+}
+END_TEST
+
+START_TEST(dataset_that_is_stopped_while_it_is_read_leaves_nothing) {
+  static const volatile sig_atomic_t stop = 1;
+  const uint32_t ids[] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  const char *const names[] = {"a.txt", "b.jsonl", "c.bin"};
+  uint64_t tokens;
+  scratch_text("a.txt", "some text\n");
+  scratch_text("b.jsonl", "{\"text\": \"more text\"}\n");
+  write_shard_file("c.bin", 20240520, 1, 9, 2, ids, 9);
+  config.path_count = 1;
+  config.stop = &stop;
+  for (int i = 0; i < 3; i++) {
+    flap_dataset *dataset = NULL;
+    paths[0] = scratch_path(names[i]);
+    ck_assert_int_eq(flap_dataset_write_shard(&config, scratch_path("out.bin"), &tokens), FLAP_INTERRUPTED);
+    ck_assert(!scratch_exists("out.bin") && !scratch_exists("out.bin.tmp"));
+    ck_assert_int_eq(flap_dataset_open(&config, &dataset), FLAP_INTERRUPTED);
+  }
+}
+END_TEST
+
 START_TEST(dataset_shard_that_cannot_be_written_leaves_nothing) {
   const uint32_t ids[] = {1, 2, 3, 257, 5, 0};
   uint64_t tokens;
@@ -658,6 +696,8 @@ int main(void) {
   tcase_add_test(cases, dataset_both_versions_of_shards_are_read);
   tcase_add_test(cases, dataset_written_shard_reads_back_equal);
   tcase_add_test(cases, dataset_shards_are_copied_into_a_shard);
+  tcase_add_test(cases, dataset_shard_never_replaces_what_it_is_made_of);
+  tcase_add_test(cases, dataset_that_is_stopped_while_it_is_read_leaves_nothing);
   tcase_add_test(cases, dataset_shard_that_cannot_be_written_leaves_nothing);
   tcase_add_test(cases, dataset_without_what_it_needs_is_refused);
   tcase_add_test(cases, dataset_permutation_is_a_bijection_for_every_size);
