@@ -150,7 +150,8 @@ static flap_status open_dataset(trainer *t) {
                                        .scratch_folder = config->output_dir,
                                        .sequence_length = config->cutoff_len,
                                        .val_size = config->val_size,
-                                       .seed = config->seed};
+                                       .seed = config->seed,
+                                       .stop = t->stop};
   FLAP_TRY(flap_dataset_open(&dataset, &t->dataset));
   t->sequences = flap_dataset_sequences(t->dataset);
   t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
@@ -470,10 +471,12 @@ static flap_status finish(trainer *t) {
   report_peaks(t);
   flap_room_leave(&t->room, t->prepared.plan.export_bytes); /* no checkpoint follows */
   flap_room_close(&t->line_room);
+  t->result->steps = t->step;
+  if (t->step == 0 && t->result->interrupted) /* nothing to go on from: the same run may start here again */
+    return flap_checkpoint_clear(t->config->output_dir);
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
   FLAP_TRY(flap_trace_write(t->runtime.lists.trace, path));
   FLAP_TRY(flap_metrics_sync(t->metrics));
-  t->result->steps = t->step;
   t->result->skipped_steps = t->runtime.executor.loss_scale.skipped;
   if (t->result->interrupted || !t->config->export_final)
     return FLAP_OK;
@@ -526,8 +529,13 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   FLAP_TRY_GOTO(status, open_files(t));
   FLAP_TRY_GOTO(status, trainer_loop(t));
   FLAP_TRY_GOTO(status, finish(t));
-  result_out->total_seconds = (double)(flap_units_now_ns() - t->started_ns) * 1e-9;
 fail:
+  result_out->total_seconds = (double)(flap_units_now_ns() - t->started_ns) * 1e-9;
+  if (status == FLAP_INTERRUPTED) { /* while data were read: nothing was begun */
+    result_out->interrupted = true;
+    result_out->steps = t->state.step;
+    status = FLAP_OK;
+  }
   if (status != FLAP_OK)
     end_save(t, status);
   close_all(t);

@@ -32,12 +32,12 @@ static void print_resume(FILE *out, const flap_run_config *config, const char *f
 static void say_interrupted(FILE *out, const flap_run_config *config, const flap_train_result *result, const char *file,
                             const char *const *overrides, size_t count) {
   fprintf(out, "\nstopped after step %llu, as asked\n", (unsigned long long)result->steps);
-  if (config->save_strategy == FLAP_STRATEGY_NO)
+  if (result->trained_tokens == 0)
+    fputs("nothing was saved, for no step was done: the same command starts again\n", out);
+  else if (config->save_strategy == FLAP_STRATEGY_NO)
     fputs("NOTHING WAS SAVED: save_strategy is no, so these steps are lost; with save_strategy=steps a stop saves "
           "them\n",
           out);
-  else if (!result->checkpoint[0])
-    fputs("nothing was saved, for no step was done: the same command starts again\n", out);
   else if (config->save_only_model)
     fprintf(out, "%s holds the weights only (save_only_model), so training cannot continue from it\n",
             result->checkpoint);

@@ -151,6 +151,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   memcpy(result_out->steady_lane_bytes, plan.lane_bytes, sizeof plan.lane_bytes);
   result_out->median_step_seconds = fake("fast") ? 0.3 : 0.6;
   result_out->total_seconds = 12;
+  result_out->trained_tokens = result_out->steps * 1000;
   if (!fake("nosave") && !(result_out->interrupted && config->save_strategy == FLAP_STRATEGY_NO)) {
     (void)snprintf(result_out->checkpoint, sizeof result_out->checkpoint, "%.200s/checkpoint-%llu", config->output_dir,
                    (unsigned long long)result_out->steps);

@@ -310,6 +310,30 @@ machine: rtx4090-64g-1nvme
         self.assertIn("NOTHING IS SAVED", error)
         self.assertEqual(sorted(os.listdir(self.path("out"))), ["metrics.jsonl", "trace.json"])
 
+    def test_stop_before_the_first_step_leaves_nothing_and_the_same_command_starts_again(self):
+        self.write("long.txt", TEXT * 8000)  # a second or so
+        for save in "no", "steps":
+            arguments = ["train", "run.yaml", "dataset=long.txt", f"save_strategy={save}", f"output_dir={save}"]
+            process = subprocess.Popen([FLAP, *arguments], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True)
+            while process.poll() is None and not os.path.exists(self.path(save)):
+                pass
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0, (out, error))
+            self.assertIn("nothing was saved, for no step was done: the same command starts again", out)
+            self.assertFalse(os.path.exists(self.path(save)))
+            self.accept(*arguments, "dataset=text.txt", "max_steps=1")
+
+    def test_tokenize_that_is_stopped_leaves_no_half(self):
+        self.write("long.txt", TEXT * 8000)
+        process = subprocess.Popen([FLAP, "tokenize", "bytes", "long.txt", "-o", "out.bin"], cwd=self.folder)
+        while process.poll() is None and not os.path.exists(self.path("out.bin.tmp")):
+            pass
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(60), 130)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "long.txt", "run.yaml", "text.txt"])
+
     # A checkpoint of some 20 MB, so that there is time while it is written.
     LARGER = ["model.hidden_size=128", "model.intermediate_size=512", "model.num_hidden_layers=4", "vram=64MiB",
               "ram=64MiB", "disk=null", "max_steps=100000", "save_strategy=steps", "export=none"]
