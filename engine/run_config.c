@@ -13,6 +13,12 @@
 #define PAGE_BYTES_MAX (4 * FLAP_MIB)
 #define WEIGHT_MAX 1e6 /* of a disk */
 #define TOKENS_MAX ((uint64_t)1 << 40)
+#define EPOCHS_MAX 1e9
+#define RATE_MAX 1e6 /* a learning rate, or a decay */
+#define EPSILON_MIN 1e-30
+#define EPSILON_MAX 1e6
+#define NORM_MAX 1e30
+#define MINUTES_MAX 1e9
 
 const char *flap_run_config_saved(flap_run_saved saved) {
   static const char *const names[] = {[FLAP_RUN_SAVED_AUTO] = NULL,
@@ -92,9 +98,10 @@ static flap_status check_steps(const flap_run_config *config) {
                           "gradient_accumulation_steps: %u micro-batches of %u sequences of %u tokens are more than "
                           "2^40 tokens a step",
                           config->gradient_accumulation_steps, config->per_device_train_batch_size, config->cutoff_len);
-  if (config->max_steps == 0 && !(config->num_train_epochs > 0 && config->num_train_epochs <= 1e9))
-    return flap_error_set(FLAP_INVALID, "num_train_epochs: %g must be above 0 when max_steps is not given",
-                          config->num_train_epochs);
+  if (config->max_steps == 0 && !(config->num_train_epochs > 0 && config->num_train_epochs <= EPOCHS_MAX))
+    return flap_error_set(FLAP_INVALID,
+                          "num_train_epochs: %g must be above 0 and at most %g when max_steps is not given",
+                          config->num_train_epochs, EPOCHS_MAX);
   return FLAP_OK;
 }
 
@@ -113,20 +120,22 @@ static flap_status check_loss_scale(const flap_run_config *config) {
 }
 
 static flap_status check_optimizer(const flap_run_config *config) {
-  if (!between(config->learning_rate, 0, 1e6))
-    return flap_error_set(FLAP_INVALID, "learning_rate: %g must be 0 or more", config->learning_rate);
+  if (!between(config->learning_rate, 0, RATE_MAX))
+    return flap_error_set(FLAP_INVALID, "learning_rate: %g must be between 0 and %g", config->learning_rate, RATE_MAX);
   if (!between(config->warmup_ratio, 0, 1))
     return flap_error_set(FLAP_INVALID, "warmup_ratio: %g must be between 0 and 1", config->warmup_ratio);
-  if (!between(config->weight_decay, 0, 1e6))
-    return flap_error_set(FLAP_INVALID, "weight_decay: %g must be 0 or more", config->weight_decay);
+  if (!between(config->weight_decay, 0, RATE_MAX))
+    return flap_error_set(FLAP_INVALID, "weight_decay: %g must be between 0 and %g", config->weight_decay, RATE_MAX);
   if (!(config->adam_beta1 >= 0 && config->adam_beta1 < 1))
     return flap_error_set(FLAP_INVALID, "adam_beta1: %g must be at least 0 and below 1", config->adam_beta1);
   if (!(config->adam_beta2 >= 0 && config->adam_beta2 < 1))
     return flap_error_set(FLAP_INVALID, "adam_beta2: %g must be at least 0 and below 1", config->adam_beta2);
-  if (!between(config->adam_epsilon, 1e-30, 1e6))
-    return flap_error_set(FLAP_INVALID, "adam_epsilon: %g must be above 0 (1e-30 or more)", config->adam_epsilon);
-  if (!between(config->max_grad_norm, 0, 1e30))
-    return flap_error_set(FLAP_INVALID, "max_grad_norm: %g must be 0 (no clipping) or more", config->max_grad_norm);
+  if (!between(config->adam_epsilon, EPSILON_MIN, EPSILON_MAX))
+    return flap_error_set(FLAP_INVALID, "adam_epsilon: %g must be between %g and %g", config->adam_epsilon, EPSILON_MIN,
+                          EPSILON_MAX);
+  if (!between(config->max_grad_norm, 0, NORM_MAX))
+    return flap_error_set(FLAP_INVALID, "max_grad_norm: %g must be between 0 (no clipping) and %g",
+                          config->max_grad_norm, NORM_MAX);
   if (config->bf16 && config->fp16)
     return flap_error_set(FLAP_INVALID, "fp16: contradicts bf16: at most one of them can be true");
   FLAP_TRY(check_loss_scale(config));
@@ -142,8 +151,9 @@ static flap_status check_saving(const flap_run_config *config) {
     return flap_error_set(FLAP_INVALID, "eval_steps: nothing is held out to evaluate on: set val_size");
   if (config->save_strategy == FLAP_STRATEGY_STEPS && config->save_steps < 1)
     return flap_error_set(FLAP_INVALID, "save_steps: must be at least 1 (save_strategy: no turns saving off)");
-  if (!between(config->save_minutes, 0, 1e9))
-    return flap_error_set(FLAP_INVALID, "save_minutes: %g must be 0 (never) or more", config->save_minutes);
+  if (!between(config->save_minutes, 0, MINUTES_MAX))
+    return flap_error_set(FLAP_INVALID, "save_minutes: %g must be between 0 (never) and %g", config->save_minutes,
+                          MINUTES_MAX);
   if (config->save_minutes > 0 && config->save_strategy == FLAP_STRATEGY_NO)
     return flap_error_set(FLAP_INVALID, "save_minutes: contradicts save_strategy: no, which saves nothing");
   if (!config->output_dir[0])

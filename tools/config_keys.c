@@ -73,7 +73,8 @@ static const flap_config_key keys[] = {
     PLAIN("tokenizer", PATH, tokenizer,
           "`bytes` (one token per byte), a tokenizer.json, or a folder with one. By default that of the model folder."),
     CUSTOM("dataset", flap_config_set_dataset, "a path, a glob, or a list of them", "none",
-           "Text (.txt), JSON lines with a `text` key (.jsonl), or llm.c token shards (.bin)."),
+           "Text (.txt), JSON lines with a `text` key (.jsonl), or llm.c token shards (.bin). A file that is "
+           "named twice is read once."),
     PLAIN("val_size", NUMBER, val_size,
           "Held out for evaluation: below 1 a share of the sequences, otherwise a number of them; 0 for none."),
     PLAIN("cutoff_len", U32, cutoff_len, "Tokens per sequence."),
@@ -339,10 +340,10 @@ static void print_wrapped(FILE *out, const char *text, int indent) {
 void flap_config_print_reference(FILE *out) {
   static flap_run_config defaults; /* 60 KiB of paths; the command line has one thread */
   flap_run_config_defaults(&defaults);
-  fputs(
-      "Keys of run.yaml. `flap train run.yaml key=value` overrides one; `null` stands for the default.\n"
-      "Sizes: 7MiB, 1.5 GB, 4096 (bytes). Lists and mappings on a command line: disk='[{path: /mnt/a, size: 1TB}]'.\n",
-      out);
+  fputs("Keys of run.yaml. `flap train run.yaml key=value` overrides one; `null` stands for the default.\n"
+        "Sizes: 7MiB, 1.5 GB, 4096 (bytes). Paths start in the current folder, or at ~/ in the home folder.\n"
+        "Lists and mappings on a command line: disk='[{path: /mnt/a, size: 1TB}]'.\n",
+        out);
   for (size_t i = 0; i < KEYS; i++) {
     const flap_config_key *key = &keys[i];
     if (is_section(key)) {

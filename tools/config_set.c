@@ -69,6 +69,15 @@ static bool whole_number(const flap_yaml_node *value, uint64_t *value_out) {
   return true;
 }
 
+/* What whole_number does not take: a number that is too large, or none. */
+static flap_status wrong_whole_number(const flap_config_reader *reader, const flap_yaml_node *value,
+                                      const flap_config_key *key) {
+  if (value->kind == FLAP_YAML_SCALAR && value->plain && value->text[strspn(value->text, "0123456789")] == '\0')
+    return flap_config_error(reader, FLAP_INVALID, value, key->name, "%.40s is more than %lld", value->text,
+                             (long long)INT64_MAX);
+  return flap_config_error_type(reader, value, key);
+}
+
 static bool is_text(const flap_yaml_node *value, const char *text) {
   return value->kind == FLAP_YAML_SCALAR && strcmp(value->text, text) == 0;
 }
@@ -99,10 +108,22 @@ static flap_status set_word(flap_config_reader *reader, const flap_config_key *k
   return flap_config_error_type(reader, value, key);
 }
 
-static flap_status store_path(flap_config_reader *reader, const char *key, const flap_yaml_node *value, char *path) {
-  if (strlen(value->text) >= FLAP_PATH_MAX)
+/* A leading ~ or ~/ is the home folder, as in a shell, which does not see a file. */
+static flap_status store_path(flap_config_reader *reader, const char *key, const flap_yaml_node *value,
+                              char path[FLAP_PATH_MAX]) {
+  const char *text = value->text, *home = "";
+  if (text[0] == '~' && (text[1] == '/' || text[1] == '\0')) {
+    home = getenv("HOME");
+    if (home == NULL || home[0] == '\0')
+      return flap_config_error(reader, FLAP_INVALID, value, key,
+                               "~ stands for the home folder, but HOME is not set: write the path out");
+    text++;
+  }
+  const size_t home_bytes = strlen(home), text_bytes = strlen(text);
+  if (home_bytes >= FLAP_PATH_MAX || text_bytes >= FLAP_PATH_MAX - home_bytes)
     return flap_config_error(reader, FLAP_INVALID, value, key, "longer than %d bytes", FLAP_PATH_MAX - 1);
-  strcpy(path, value->text);
+  memcpy(path, home, home_bytes);
+  memcpy(path + home_bytes, text, text_bytes + 1);
   return FLAP_OK;
 }
 
@@ -137,7 +158,7 @@ flap_status flap_config_set_plain(flap_config_reader *reader, const flap_config_
   case FLAP_CONFIG_U32:
   case FLAP_CONFIG_U64:
     if (!automatic && !whole_number(value, &whole))
-      return flap_config_error_type(reader, value, key);
+      return wrong_whole_number(reader, value, key);
     if (key->kind == FLAP_CONFIG_U32 && whole > UINT32_MAX)
       return flap_config_error(reader, FLAP_INVALID, value, key->name, "%s is more than %u", value->text, UINT32_MAX);
     if (key->kind == FLAP_CONFIG_U32)
@@ -179,9 +200,9 @@ static flap_status add_dataset(flap_config_reader *reader, const flap_config_key
   if (config->dataset_count == FLAP_RUN_DATASETS_MAX)
     return flap_config_error(reader, FLAP_INVALID, value, key->name, "more than %d entries: use a glob",
                              FLAP_RUN_DATASETS_MAX);
-  if (strlen(value->text) >= FLAP_PATH_MAX)
-    return flap_config_error(reader, FLAP_INVALID, value, key->name, "longer than %d bytes", FLAP_PATH_MAX - 1);
-  char *copy = strdup(value->text);
+  char path[FLAP_PATH_MAX];
+  FLAP_TRY(store_path(reader, key->name, value, path));
+  char *copy = strdup(path);
   if (!copy)
     return flap_error_set(FLAP_NO_MEMORY, "not enough memory for the list of data");
   config->dataset[config->dataset_count++] = copy;
@@ -406,7 +427,7 @@ flap_status flap_config_set_max_steps(flap_config_reader *reader, const flap_con
   uint64_t steps = 0;
   int64_t integer = 0;
   if (value && !(flap_yaml_is_integer(value, &integer) && integer == -1) && !whole_number(value, &steps))
-    return flap_config_error_type(reader, value, key);
+    return wrong_whole_number(reader, value, key);
   reader->config->max_steps = steps;
   return FLAP_OK;
 }
@@ -414,7 +435,7 @@ flap_status flap_config_set_max_steps(flap_config_reader *reader, const flap_con
 flap_status flap_config_set_eval(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value) {
   if (strcmp(key->name, "eval_steps") == 0) {
     reader->eval_steps = 0;
-    return !value || whole_number(value, &reader->eval_steps) ? FLAP_OK : flap_config_error_type(reader, value, key);
+    return !value || whole_number(value, &reader->eval_steps) ? FLAP_OK : wrong_whole_number(reader, value, key);
   }
   reader->eval_no = value && is_text(value, "no");
   reader->eval_by_steps = value && is_text(value, "steps");

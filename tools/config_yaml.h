@@ -2,7 +2,7 @@
  *
  * Role: reads the file, then the overrides (a later one wins), and checks the whole. What is wrong is named with file,
  * line and key ("command line" for overrides), and an unknown key with the nearest real one. Relative paths stay
- * relative to the current folder.
+ * relative to the current folder; ~ and ~/ become the home folder.
  */
 #ifndef FLAP_TOOLS_CONFIG_YAML_H
 #define FLAP_TOOLS_CONFIG_YAML_H

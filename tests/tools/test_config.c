@@ -257,6 +257,23 @@ START_TEST(config_eval_strategy_follows_hugging_face) {
 }
 END_TEST
 
+START_TEST(config_paths_begin_at_home) {
+  const char *const overrides[] = {"output_dir=~/runs/first", "dataset=[~/a.txt, ~b.txt, a/~/c.txt]",
+                                   "disk={path: '~', size: 1GiB}", "tokenizer=~/t"};
+  ck_assert_int_eq(setenv("HOME", "/home/me", 1), 0);
+  ck_assert_int_eq(load_base("", overrides, 4), FLAP_OK);
+  ck_assert_str_eq(config.output_dir, "/home/me/runs/first");
+  ck_assert_str_eq(config.dataset[0], "/home/me/a.txt");
+  ck_assert_str_eq(config.dataset[1], "~b.txt");
+  ck_assert_str_eq(config.dataset[2], "a/~/c.txt");
+  ck_assert_str_eq(config.disk[0].path, "/home/me");
+  ck_assert_str_eq(config.tokenizer, "/home/me/t");
+  flap_run_config_close(&config);
+  ck_assert_int_eq(unsetenv("HOME"), 0);
+  refuse_base("tokenizer: ~/t\n", "run.yaml:4: tokenizer: ~ stands for the home folder, but HOME is not set");
+}
+END_TEST
+
 START_TEST(config_unknown_key_names_the_nearest) {
   refuse_base("learning_rat: 1\n", "run.yaml:4: learning_rat: unknown key; did you mean learning_rate?");
   refuse_base("gradient_accumulation: 1\n", "did you mean gradient_accumulation_steps?");
@@ -281,7 +298,9 @@ START_TEST(config_wrong_type_says_what_is_wanted) {
   refuse_base("max_steps: -2\n", "max_steps: wanted a whole number, or -1, found -2");
   refuse_base("logging_steps: -1\n", "logging_steps: wanted a whole number, found -1");
   refuse_base("cutoff_len: 4294967296\n", "cutoff_len: 4294967296 is more than 4294967295");
-  refuse_base("seed: 99999999999999999999\n", "seed: wanted a whole number");
+  refuse_base("seed: 18446744073709551615\n", "seed: 18446744073709551615 is more than 9223372036854775807");
+  refuse_base("max_steps: 9223372036854775808\n", "max_steps: 9223372036854775808 is more than 9223372036854775807");
+  refuse_base("seed: 99999999999999999999\n", "seed: 99999999999999999999 is more than 9223372036854775807");
   refuse_base("bf16: maybe\n", "bf16: wanted true or false, found maybe");
   refuse_base("bf16: [true]\n", "bf16: wanted true or false, found a list");
   refuse_base("lr_scheduler_type: polynomial\n",
@@ -355,7 +374,8 @@ START_TEST(config_ranges_and_contradictions_name_line_and_key) {
   refuse(BASE "model_name_or_path: m\n", "run.yaml:4: model_name_or_path: contradicts model");
   refuse("model: {}\ndataset: d\n", "run.yaml: output_dir: missing");
   refuse("model: {}\noutput_dir: d\n", "run.yaml: dataset: missing");
-  refuse_base("learning_rate: -1\n", "run.yaml:4: learning_rate: -1 must be 0 or more");
+  refuse_base("learning_rate: -1\n", "run.yaml:4: learning_rate: -1 must be between 0 and 1e+06");
+  refuse_base("learning_rate: 1e30\n", "run.yaml:4: learning_rate: 1e+30 must be between 0 and 1e+06");
   refuse_base("warmup_ratio: 2\n", "run.yaml:4: warmup_ratio: 2 must be between 0 and 1");
   refuse_base("adam_beta1: 1\n", "run.yaml:4: adam_beta1: 1 must be at least 0 and below 1");
   refuse_base("adam_beta2: -0.5\n", "run.yaml:4: adam_beta2:");
@@ -363,6 +383,7 @@ START_TEST(config_ranges_and_contradictions_name_line_and_key) {
   refuse_base("weight_decay: -1\n", "run.yaml:4: weight_decay:");
   refuse_base("max_grad_norm: -1\n", "run.yaml:4: max_grad_norm:");
   refuse_base("num_train_epochs: 0\n", "run.yaml:4: num_train_epochs: 0 must be above 0");
+  refuse_base("num_train_epochs: 1e300\n", "run.yaml:4: num_train_epochs: 1e+300 must be above 0 and at most 1e+09");
   refuse_base("val_size: -1\n", "run.yaml:4: val_size:");
   refuse_base("val_size: 1.5\n", "run.yaml:4: val_size: 1.5 must be a whole number of sequences");
   refuse_base("cutoff_len: 0\n", "run.yaml:4: cutoff_len:");
@@ -539,6 +560,7 @@ int main(void) {
   tcase_add_test(cases, config_updates_in_the_backward_need_no_norm);
   tcase_add_test(cases, config_fp32_run_has_fp32_gradients);
   tcase_add_test(cases, config_eval_strategy_follows_hugging_face);
+  tcase_add_test(cases, config_paths_begin_at_home);
   tcase_add_test(cases, config_unknown_key_names_the_nearest);
   tcase_add_test(cases, config_wrong_type_says_what_is_wanted);
   tcase_add_test(cases, config_disk_errors_name_the_entry);
