@@ -207,6 +207,7 @@ FLAP_CHECKED flap_status flap_engine_eval(const flap_run_config *config, const f
 typedef struct flap_sample_options {
   const char *prompt;
   uint32_t max_new_tokens;
+  bool fewer_if_full; /* no more than the model has positions for; otherwise too many are FLAP_INVALID */
   double temperature; /* 0: greedy */
   uint32_t top_k;     /* 0: all */
   double top_p;       /* 1: all */

@@ -4,6 +4,7 @@
 #include "base/units.h"
 #include "engine/planner/prepare.h"
 #include "engine/planner/pressure.h"
+#include "engine/store/checkpoint.h"
 #include "engine/store/weights.h"
 
 #include <string.h>
@@ -89,6 +90,8 @@ flap_status flap_engine_eval(const flap_run_config *config, const flap_observer 
   flap_prepared prepared;
   flap_dataset *dataset = NULL;
   flap_status status = FLAP_OK;
+  if (strcmp(config->model_name_or_path, config->output_dir) == 0)
+    FLAP_TRY(flap_checkpoint_check_model(config->output_dir));
   FLAP_TRY(flap_prepare_open(config, &prepared));
   FLAP_TRY_GOTO(status, open_dataset(&prepared, &dataset));
   FLAP_TRY_GOTO(status, flap_prepare_plan(&prepared, FLAP_MODE_FORWARD, config->per_device_train_batch_size,

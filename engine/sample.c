@@ -5,6 +5,7 @@
 #include "engine/planner/pressure.h"
 #include "engine/run/runtime.h"
 #include "engine/sampler.h"
+#include "engine/store/checkpoint.h"
 #include "engine/store/weights.h"
 
 #include <string.h>
@@ -19,6 +20,7 @@ typedef struct generation {
   flap_arena memory; /* of the sampler */
   flap_sampler sampler;
   flap_ids prompt;
+  uint32_t new_tokens; /* at most */
   flap_sample_fn emit;
   void *context;
 } generation;
@@ -43,13 +45,16 @@ static flap_status encode_prompt(generation *g) {
 }
 
 static flap_status plan(generation *g) {
-  const uint64_t positions = g->prompt.count + g->options->max_new_tokens;
   const uint32_t most = g->prepared.model.max_position_embeddings;
+  g->new_tokens = g->options->max_new_tokens;
+  if (g->options->fewer_if_full && g->prompt.count < most && g->new_tokens > most - g->prompt.count)
+    g->new_tokens = (uint32_t)(most - g->prompt.count);
+  const uint64_t positions = g->prompt.count + g->new_tokens;
   if (positions > most)
     return flap_error_set(FLAP_INVALID,
                           "--max-new-tokens: %u after a prompt of %llu tokens are more than the model's "
                           "max_position_embeddings of %u",
-                          g->options->max_new_tokens, (unsigned long long)g->prompt.count, most);
+                          g->new_tokens, (unsigned long long)g->prompt.count, most);
   const uint32_t piece = g->prompt.count < PIECE_TOKENS_MAX ? (uint32_t)g->prompt.count : PIECE_TOKENS_MAX;
   FLAP_TRY(flap_prepare_plan(&g->prepared, FLAP_MODE_SAMPLE, 1, piece, 1, (uint32_t)positions));
   return flap_pressure_check_here(&g->prepared);
@@ -100,7 +105,7 @@ static flap_status read_prompt(generation *g, const float **logits_out) {
 static flap_status generate(generation *g) {
   const float *logits = NULL;
   FLAP_TRY(read_prompt(g, &logits));
-  for (uint32_t i = 0; i < g->options->max_new_tokens; i++) {
+  for (uint32_t i = 0; i < g->new_tokens; i++) {
     int32_t token = 0;
     uint64_t bytes = 0;
     FLAP_TRY(flap_sampler_next(&g->sampler, logits, i, &token));
@@ -109,7 +114,7 @@ static flap_status generate(generation *g) {
     const char *text = flap_tokenizer_decode(g->prepared.tokenizer, token, &bytes);
     if (!flap_tokenizer_is_special(g->prepared.tokenizer, token))
       FLAP_TRY(g->emit(g->context, text, bytes));
-    if (i + 1 < g->options->max_new_tokens)
+    if (i + 1 < g->new_tokens)
       FLAP_TRY(decode(g, &token, 1, (uint32_t)g->prompt.count + i, &logits));
   }
   return flap_pager_settle(g->runtime.pager);
@@ -119,6 +124,8 @@ flap_status flap_engine_sample(const flap_run_config *config, const flap_sample_
                                void *context) {
   generation g = {.options = options, .emit = emit, .context = context};
   flap_status status = FLAP_OK;
+  if (strcmp(config->model_name_or_path, config->output_dir) == 0)
+    FLAP_TRY(flap_checkpoint_check_model(config->output_dir));
   FLAP_TRY(flap_prepare_open(config, &g.prepared));
   FLAP_TRY_GOTO(status, encode_prompt(&g));
   FLAP_TRY_GOTO(status, plan(&g));

@@ -8,6 +8,8 @@
 #include <string.h>
 
 #define ARGUMENTS_MAX 256
+#define NEW_TOKENS 128u
+#define NOT_GIVEN UINT32_MAX
 
 static flap_status print_token(void *context, const char *bytes, uint64_t byte_count) {
   FILE *out = context;
@@ -30,11 +32,12 @@ static flap_status check_options(const flap_command *command, const flap_sample_
 
 static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
-  flap_sample_options sample = {.prompt = "", .max_new_tokens = 128, .temperature = 1.0, .top_p = 1.0};
+  flap_sample_options sample = {.prompt = "", .max_new_tokens = NOT_GIVEN, .temperature = 1.0, .top_p = 1.0};
   bool help = false;
   const flap_option options[] = {
       {"--prompt", 'p', FLAP_OPTION_TEXT, &sample.prompt, "The text to continue; none by default."},
-      {"--max-new-tokens", 'n', FLAP_OPTION_U32, &sample.max_new_tokens, "How many tokens at most (default: 128)."},
+      {"--max-new-tokens", 'n', FLAP_OPTION_U32, &sample.max_new_tokens,
+       "How many tokens at most (default: 128, or as many as fit)."},
       {"--temperature", 't', FLAP_OPTION_NUMBER, &sample.temperature, "0 takes the likeliest token (default: 1)."},
       {"--top-k", 0, FLAP_OPTION_U32, &sample.top_k, "Only among the k likeliest tokens; 0 for all (default: 0)."},
       {"--top-p", 0, FLAP_OPTION_NUMBER, &sample.top_p,
@@ -51,6 +54,9 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   if (count == 0)
     return flap_arguments_error(command, "which model? name its folder, or the run.yaml that trained it");
   FLAP_TRY(check_options(command, &sample));
+  sample.fewer_if_full = sample.max_new_tokens == NOT_GIVEN;
+  if (sample.fewer_if_full)
+    sample.max_new_tokens = NEW_TOKENS;
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_USE, &config));
   flap_interrupt_install(NULL);
   flap_status status = flap_engine_sample(&config, &sample, print_token, stdout);

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#define CONFIG_FILE "config.json"
 #define STATE_FILE "trainer_state.json"
 #define STATE_FORMAT "flap-trainer-state"
 #define STATE_VERSION 1
@@ -416,6 +417,49 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
   return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
 }
 
+/* Of the folder of a run; "" where it has none. For advice: what cannot be looked at is not there. */
+static void newest_in(const char *output_dir, char path_out[FLAP_PATH_MAX]) {
+  flap_output_steps list;
+  path_out[0] = '\0';
+  if (flap_output_list(output_dir, &list) != FLAP_OK) {
+    flap_error_clear();
+    return;
+  }
+  if (list.count > 0 && flap_output_checkpoint_path(output_dir, list.steps[list.count - 1], path_out) != FLAP_OK)
+    path_out[0] = '\0';
+  flap_output_steps_close(&list);
+}
+
+flap_status flap_checkpoint_check_model(const char *output_dir) {
+  char newest[FLAP_PATH_MAX];
+  bool there = false;
+  FLAP_TRY(flap_output_look(output_dir, CONFIG_FILE, &there));
+  if (there)
+    return FLAP_OK;
+  newest_in(output_dir, newest);
+  if (newest[0] != '\0')
+    return flap_error_set(FLAP_NOT_FOUND, "%s holds no trained model, but checkpoints: add model_name_or_path=%s",
+                          output_dir, newest);
+  return flap_error_set(FLAP_NOT_FOUND, "%s holds no model (" CONFIG_FILE "): train it first, or name another folder",
+                        output_dir);
+}
+
+/* What is there has no trainer_state.json. */
+static flap_status refuse_weights_only(const char *folder) {
+  char newest[FLAP_PATH_MAX];
+  bool ours = false;
+  newest_in(folder, newest);
+  if (newest[0] != '\0')
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: %s is the folder of a run: name a checkpoint in it, such as %s",
+                          folder, newest);
+  FLAP_TRY(flap_output_is_ours(folder, &ours));
+  return flap_error_set(FLAP_NOT_FOUND,
+                        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
+                        "anew from its weights",
+                        folder, ours ? ": it was saved with save_only_model, weights only" : "");
+}
+
 /* A crash may have left the folder under its temporary name; but where another run writes, that name is a checkpoint in
  * the making. The caller has the lock of output_dir. Folders of other names are nobody's to touch. */
 static flap_status recover_named(const char *output_dir, const char *folder) {
@@ -459,15 +503,9 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set_os(errno, "resume_from_checkpoint: %s", folder_out);
   if (!S_ISDIR(about.st_mode))
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
-  bool there = false, ours = false;
+  bool there = false;
   FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
-  if (there)
-    return open_found(folder_out, state_out);
-  FLAP_TRY(flap_output_is_ours(folder_out, &ours));
-  return flap_error_set(FLAP_NOT_FOUND,
-                        "resume_from_checkpoint: %s holds no " STATE_FILE "%s; give it as model_name_or_path to start "
-                        "anew from its weights",
-                        folder_out, ours ? ": it was saved with save_only_model, weights only" : "");
+  return there ? open_found(folder_out, state_out) : refuse_weights_only(folder_out);
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */

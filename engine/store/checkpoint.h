@@ -69,6 +69,9 @@ FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char
  * earlier version, is taken with a warning. */
 FLAP_CHECKED flap_status flap_checkpoint_load(flap_pager *pager, const flap_layout *layout, const char *folder);
 
+/* FLAP_NOT_FOUND where output_dir holds no trained model; it names a checkpoint to take instead, if there is one. */
+FLAP_CHECKED flap_status flap_checkpoint_check_model(const char *output_dir);
+
 /* What a checkpoint's trainer_state.json says, unchecked otherwise; for looking at it. */
 FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out);
 

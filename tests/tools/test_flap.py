@@ -258,6 +258,8 @@ machine: rtx4090-64g-1nvme
         self.assertAlmostEqual(evaluated["loss"], after, places=2)
         sample = [self.accept("sample", "run.yaml", "--prompt", "The", "-n", "12", "--seed", seed) for seed in "112"]
         self.assertEqual(sample[0], sample[1])
+        self.accept("sample", "run.yaml")  # 64 positions are fewer than the 128 tokens of the default
+        self.refuse("more than the model's max_position_embeddings of 64", "sample", "run.yaml", "-n", "128")
         self.accept("export", "out", "exported", "--dtype", "float32")
         self.refuse("exported", "export", "out", "exported")
         shown = self.accept("inspect", "exported")
@@ -309,6 +311,17 @@ machine: rtx4090-64g-1nvme
         self.assertIn("NOTHING WAS SAVED", out)
         self.assertIn("NOTHING IS SAVED", error)
         self.assertEqual(sorted(os.listdir(self.path("out"))), ["metrics.jsonl", "trace.json"])
+
+    def test_what_has_no_trained_model_names_what_to_take(self):
+        for command in "sample", "eval":
+            self.refuse("out holds no model (config.json): train it first", command, "run.yaml")
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
+        for command in "sample", "eval":
+            self.refuse("out holds no trained model, but checkpoints: add model_name_or_path=out/checkpoint-8", command,
+                        "run.yaml")
+            self.accept(command, "run.yaml", "model_name_or_path=out/checkpoint-8")
+        self.refuse("out is the folder of a run: name a checkpoint in it, such as out/checkpoint-8", "train", "run.yaml",
+                    "resume_from_checkpoint=out")
 
     def test_stop_before_the_first_step_leaves_nothing_and_the_same_command_starts_again(self):
         self.write("long.txt", TEXT * 8000)  # a second or so
