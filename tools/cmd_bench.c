@@ -43,6 +43,16 @@ static flap_status parse_device(const flap_command *command, const char *text, f
 
 /* ---- one measurement of a disk --------------------------------------------------------------------------- */
 
+static flap_status print_disk_json(const char *path, uint64_t bytes, uint64_t request_bytes, uint32_t depth,
+                                   const flap_block_rates *rates) {
+  char text[FLAP_PATH_MAX]; /* JSON holds UTF-8 alone, and a path is any bytes */
+  flap_limits_text(text, sizeof text, "%s", path);
+  return flap_bench_print_json(
+      json_pack("{s:s, s:I, s:I, s:i, s:f, s:f, s:f}", "path", text, "bytes", (json_int_t)bytes, "request_bytes",
+                (json_int_t)request_bytes, "depth", (int)depth, "read_bytes_per_second", rates->read_bytes,
+                "write_bytes_per_second", rates->write_bytes, "both_bytes_per_second", rates->both_bytes));
+}
+
 static flap_status measure_disk_once(const flap_command *command, const flap_bench_options *options) {
   const uint64_t request_bytes =
       options->request_bytes != FLAP_BENCH_NOT_GIVEN ? options->request_bytes : FLAP_BLOCK_REQUEST_BYTES_MAX;
@@ -60,18 +70,8 @@ static flap_status measure_disk_once(const flap_command *command, const flap_ben
   const char *path = options->path_count > 0 ? options->paths[0] : ".";
   flap_block_rates rates;
   FLAP_TRY(flap_block_measure_rates(path, bytes, (uint32_t)request_bytes, depth, options->backend, &rates));
-  if (options->json) {
-    json_t *object =
-        json_pack("{s:s, s:I, s:I, s:i, s:f, s:f, s:f}", "path", path, "bytes", (json_int_t)bytes, "request_bytes",
-                  (json_int_t)request_bytes, "depth", (int)depth, "read_bytes_per_second", rates.read_bytes,
-                  "write_bytes_per_second", rates.write_bytes, "both_bytes_per_second", rates.both_bytes);
-    if (!object)
-      return flap_error_set(FLAP_INVALID, "%s: not UTF-8, which JSON needs", path);
-    (void)json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-    json_decref(object);
-    putchar('\n');
-    return FLAP_OK;
-  }
+  if (options->json)
+    return print_disk_json(path, bytes, request_bytes, depth, &rates);
   printf("%s: %s in requests of %s\n", path, flap_text_bytes(bytes).text, flap_text_bytes(request_bytes).text);
   printf("read   %8.3f GB/s\nwrite  %8.3f GB/s\n", rates.read_bytes / 1e9, rates.write_bytes / 1e9);
   printf("both   %8.3f GB/s together, half of it each\n", rates.both_bytes / 1e9);

@@ -324,6 +324,10 @@ class Program(unittest.TestCase):
         self.assertEqual(figures["bytes"], 4 << 20)
         self.assertGreater(figures["read_bytes_per_second"], 0)
         self.assertEqual(os.listdir(self.folder.name), ["run.yaml"])
+        name = b"no \xff text"
+        os.mkdir(os.path.join(os.fsencode(self.folder.name), name))
+        figures = json.loads(self.accept("bench", "disk", os.fsdecode(name), "--bytes", "4MiB", "--json"))
+        self.assertEqual(figures["path"], "no ? text")
         self.refuse("/nonexistent", "bench", "disk", "--path", "/nonexistent")
 
     def test_tokenize_prints_ids_and_writes_shards(self):
