@@ -1,5 +1,6 @@
 #include "engine/run_config.h"
 
+#include "base/pool.h"
 #include "base/units.h"
 #include "engine/step/loss_scale.h"
 
@@ -238,8 +239,8 @@ static flap_status check_machine(const flap_run_config *config) {
                           "expert.saved: %s contradicts recomputing all activations (activations, "
                           "gradient_checkpointing): leave one of them out",
                           flap_run_config_saved(expert->saved));
-  if (expert->threads > 4096)
-    return flap_error_set(FLAP_INVALID, "expert.threads: %u is more than 4096", expert->threads);
+  if (expert->threads > FLAP_POOL_THREADS_MAX)
+    return flap_error_set(FLAP_INVALID, "expert.threads: %u is more than %d", expert->threads, FLAP_POOL_THREADS_MAX);
   return FLAP_OK;
 }
 

@@ -120,8 +120,9 @@ static flap_status choose(flap_ops_meter *meter, flap_dtype dtype) {
   const uint64_t workspace = flap_units_round_up(flap_ops_workspace_bytes(meter->config.kind, &limits), ALIGN);
   if (arena_bytes < workspace + PATTERN_BYTES) {
     char wanted[FLAP_UNITS_TEXT_MAX], there[FLAP_UNITS_TEXT_MAX];
-    return flap_error_set(FLAP_NO_MEMORY, "vram: the kernels' workspace takes %s, and %s are there; raise vram",
-                          flap_units_format_bytes(workspace, wanted, sizeof wanted),
+    return flap_error_set(FLAP_NO_MEMORY,
+                          "vram: the kernels' workspace and operands take %s, and %s are there; raise vram",
+                          flap_units_format_bytes(workspace + PATTERN_BYTES, wanted, sizeof wanted),
                           flap_units_format_bytes(arena_bytes, there, sizeof there));
   }
   meter->memory = arena + workspace;

@@ -150,7 +150,7 @@ class Bench(unittest.TestCase):
                          ["copy", "AdamW, fp32 moments", "AdamW, 8-bit moments"])
 
     def test_kernels_keep_to_vram(self):
-        self.refuse("gpu: vram: the kernels' workspace takes", "bench", "gpu", "--quick", "device=cpu", "vram=1MiB")
+        self.refuse("gpu: vram: the kernels' workspace and operands take", "bench", "gpu", "--quick", "device=cpu", "vram=1MiB")
         result = json.loads(self.accept("bench", "gpu", "--quick", "--json", "device=cpu", "vram=32MiB"))
         memory = next(section for section in result["sections"] if section["key"] == "gpu_memory")
         self.assertEqual([row["values"] for row in memory["rows"]], [[None]] * 3)  # 64 MiB and more do not fit

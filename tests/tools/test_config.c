@@ -399,6 +399,7 @@ START_TEST(config_ranges_and_contradictions_name_line_and_key) {
   refuse_base("expert: {page_bytes: 5000}\n", "run.yaml:4: expert.page_bytes: 5000 must be a power of two");
   refuse_base("expert: {page_bytes: 8MiB}\n", "run.yaml:4: expert.page_bytes:");
   refuse_base("expert: {slice_bytes: 65MiB}\n", "run.yaml:4: expert.slice_bytes:");
+  refuse_base("expert: {threads: 257}\n", "run.yaml:4: expert.threads: 257 is more than 256");
   refuse_base("expert: {staging_bytes: 4KiB}\n", "run.yaml:4: expert.staging_bytes:");
   refuse_base("expert:\n  clip: fold\n  group_micro_batches: 2\n",
               "run.yaml:6: expert.group_micro_batches: 2 is more than the 1 micro-batches");
