@@ -576,6 +576,15 @@ static bool folder_of(const char *path, char folder[FLAP_DURABLE_PATH_MAX]) {
   return true;
 }
 
+static flap_status file_in(const char *folder, char file_out[FLAP_DURABLE_PATH_MAX]) {
+  bool there = false;
+  FLAP_TRY(flap_durable_join(file_out, folder, flap_tokenizer_file_names[FLAP_FILE_TOKENIZER]));
+  FLAP_TRY(flap_durable_look(file_out, &there));
+  if (there)
+    return FLAP_OK;
+  return flap_error_set(FLAP_NOT_FOUND, "tokenizer: %s holds no tokenizer.json: name one, or `bytes`", folder);
+}
+
 flap_status flap_tokenizer_open(const char *path, flap_tokenizer **tokenizer_out) {
   *tokenizer_out = NULL;
   char file[FLAP_DURABLE_PATH_MAX], folder[FLAP_DURABLE_PATH_MAX];
@@ -585,7 +594,7 @@ flap_status flap_tokenizer_open(const char *path, flap_tokenizer **tokenizer_out
   if (flap_system_stat(path, &info) != 0)
     return flap_error_set_os(errno, "%s: cannot open the tokenizer", path);
   if (S_ISDIR(info.st_mode))
-    FLAP_TRY(flap_durable_join(file, path, flap_tokenizer_file_names[FLAP_FILE_TOKENIZER]));
+    FLAP_TRY(file_in(path, file));
   else
     memcpy(file, path, strlen(path) + 1);
   json_t *json = NULL;

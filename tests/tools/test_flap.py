@@ -699,6 +699,7 @@ machine: rtx4090-64g-1nvme
         self.refuse("nowhere", "train", "run.yaml", "disk=nowhere", "ram=min")
         self.refuse("nothing", "train", "run.yaml", "model=null", "model_name_or_path=nothing")
         self.refuse("nothing.json", "train", "run.yaml", "tokenizer=nothing.json")
+        self.refuse("tokenizer: disk holds no tokenizer.json: name one, or `bytes`", "train", "run.yaml", "tokenizer=disk")
         self.refuse("nothing", "sample", "nothing")
         self.refuse("nothing", "inspect", "nothing")
         self.refuse("nothing", "export", "nothing", "x")
