@@ -15,6 +15,7 @@
 #include "engine/store/weights.h"
 #include "io/formats/durable.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,12 +55,22 @@ static flap_status find_checkpoint(trainer *t) {
                         t->resume_folder, saved, flap_run_config_optim_name(config->optim), saved);
 }
 
+/* A folder, or nothing yet. */
+static flap_status check_folder(const char *path) {
+  struct stat info;
+  if (flap_system_stat(path, &info) == 0)
+    return S_ISDIR(info.st_mode) ? FLAP_OK : flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", path);
+  if (errno != ENOENT)
+    return flap_error_set_os(errno, "output_dir: %s cannot be made or looked at", path);
+  if (flap_system_lstat(path, &info) == 0)
+    return flap_error_set(FLAP_INVALID, "output_dir: %s is a link to what is not there: make that folder", path);
+  return FLAP_OK;
+}
+
 static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
-  struct stat info;
-  if (flap_system_stat(config->output_dir, &info) == 0 && !S_ISDIR(info.st_mode))
-    return flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", config->output_dir);
+  FLAP_TRY(check_folder(config->output_dir));
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])

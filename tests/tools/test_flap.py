@@ -747,6 +747,13 @@ machine: rtx4090-64g-1nvme
         self.write("file", "")
         self.refuse("file", "train", "run.yaml", "output_dir=file")
 
+    def test_output_dir_that_leads_nowhere_is_named(self):
+        self.write("file", "something")
+        os.symlink("nowhere", self.path("link"))
+        self.refuse("output_dir: file/out cannot be made or looked at: Not a directory", "train", "run.yaml",
+                    "output_dir=file/out")
+        self.refuse("output_dir: link is a link to what is not there", "train", "run.yaml", "output_dir=link")
+
     def test_loss_that_is_not_finite_stops_and_says_where(self):
         # Decay then multiplies the weights by -1e12 a step, which no model survives.
         done = self.flap("train", "run.yaml", "learning_rate=1e6", "weight_decay=1e6", "max_grad_norm=0", "max_steps=200")
