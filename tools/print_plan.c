@@ -125,7 +125,6 @@ static void print_lanes(FILE *out, const flap_plan *plan) {
           flap_text_seconds(plan->bound_compute_seconds).text);
 }
 
-/* In TB of 10^12 bytes, as data sheets of drives are. */
 /* What the whole run writes, where its steps are known. */
 static void print_run_wear(FILE *out, const flap_plan *plan) {
   if (plan->ssd_run_bytes == 0)
@@ -150,6 +149,7 @@ static void print_run_wear(FILE *out, const flap_plan *plan) {
         plan->ssd_before_bytes > 0 ? ", with what was written before" : "");
 }
 
+/* In TB of 10^12 bytes, as data sheets of drives are. */
 static void print_wear(FILE *out, const flap_plan *plan) {
   print_run_wear(out, plan);
   if (plan->ssd_step_bytes == 0)
