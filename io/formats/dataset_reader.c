@@ -1,7 +1,7 @@
 /* Invariants, under the lock:
  *  1. slots are a ring: `ready` filled ones start at `head`; the consumer holds the one before it;
  *  2. the thread fills one slot at a time, outside the lock, and only a free one: ready + held + filling <= depth;
- *  3. `generation` changes with seek and with a retry: a fill that began under an older one is thrown away;
+ *  3. `generation` changes with seek: a fill that began under an older one is thrown away;
  *  4. after a failed fill the thread waits until next() has handed the failure out.
  */
 #include "io/formats/dataset_reader.h"
@@ -150,9 +150,10 @@ flap_status flap_reader_next(flap_reader *reader, const int32_t **tokens_out, co
   return status;
 }
 
+/* The cursor is the consumer's own: no lock. */
 uint64_t flap_reader_cursor(const flap_reader *reader) {
   return reader->cursor;
-} /* the consumer's own */
+}
 
 void flap_reader_seek(flap_reader *reader, uint64_t cursor) {
   (void)pthread_mutex_lock(&reader->lock);
