@@ -4,7 +4,7 @@
  *
  * Invariants:
  *   1. Every value that passes between two calls of kernels/ops.h is stored in the run's dtype (softmax and norm
- * statistics and losses in fp32), so a value is the same whether it was kept or computed again.
+ *      statistics and losses in fp32), so a value is the same whether it was kept or computed again.
  *   2. A layer's saved tensors are what backward cannot cheaply compute from the layer's input: rotated q, k and v,
  *      attention's result and statistics, those of the norms, the residual stream between the two halves, and gate and
  *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation,
