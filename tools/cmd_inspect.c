@@ -138,6 +138,8 @@ static flap_status inspect_metrics(const char *path) {
     if (line[length - 1] != '\n')
       break; /* torn by a kill; the run that continues drops it too */
     status = flap_json_load_text(path, line, (size_t)length, &object);
+    if (status == FLAP_INVALID)
+      status = flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON", path, (unsigned long long)summary.lines + 1);
     if (status == FLAP_OK)
       add_metrics_line(&summary, object);
     json_decref(object);
@@ -251,6 +253,8 @@ static flap_status inspect(const char *path, bool verify) {
     return flap_error_set_os(errno, "%s", path);
   if (S_ISDIR(info.st_mode))
     return inspect_folder(path, verify);
+  if (!S_ISREG(info.st_mode))
+    return flap_error_set(FLAP_INVALID, "%s: neither a folder nor a regular file", path);
   const char *slash = strrchr(path, '/');
   const char *name = slash ? slash + 1 : path;
   if (ends_with(name, ".safetensors") || ends_with(name, ".index.json"))

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define NUMBER_BYTES 40
@@ -89,9 +90,14 @@ static flap_status rewrite(FILE *from, const char *path, int64_t keep_to_step) {
 }
 
 static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
+  struct stat about;
+  if (flap_system_stat(path, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", path);
+  if (!S_ISREG(about.st_mode)) /* a pipe may have no other end, and some devices none at all */
+    return flap_error_set(FLAP_IO, "%s is not a regular file: take it away", path);
   const int fd = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
   if (fd < 0)
-    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot open %s", path);
+    return flap_error_set_os(errno, "cannot open %s", path);
   FILE *from = fdopen(fd, "r");
   if (!from) {
     const int os_error = errno;
