@@ -474,9 +474,16 @@ static void report_peaks(trainer *t) {
   peaks->process_bytes = peak > mine ? peak - mine : 0;
 }
 
+static flap_status export_model(trainer *t) {
+  const flap_artifacts artifacts = artifacts_of(t);
+  FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
+  t->result->exported = true;
+  t->result->saved_bytes += t->prepared.plan.export_bytes;
+  return FLAP_OK;
+}
+
 static flap_status finish(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
-  const flap_artifacts artifacts = artifacts_of(t);
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
   report_bytes(t);
   report_peaks(t);
@@ -485,16 +492,12 @@ static flap_status finish(trainer *t) {
   t->result->steps = t->step;
   if (t->step == 0 && t->result->interrupted) /* nothing to go on from: the same run may start here again */
     return flap_checkpoint_clear(t->config->output_dir);
-  FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
-  FLAP_TRY(flap_trace_write(t->runtime.lists.trace, path));
-  FLAP_TRY(flap_metrics_sync(t->metrics));
   t->result->skipped_steps = t->runtime.executor.loss_scale.skipped;
-  if (t->result->interrupted || !t->config->export_final)
-    return FLAP_OK;
-  FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
-  t->result->exported = true;
-  t->result->saved_bytes += t->prepared.plan.export_bytes;
-  return FLAP_OK;
+  FLAP_TRY(flap_metrics_sync(t->metrics));
+  if (!t->result->interrupted && t->config->export_final)
+    FLAP_TRY(export_model(t));
+  FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
+  return flap_trace_write(t->runtime.lists.trace, path); /* the least of all that is written, so the last */
 }
 
 static void close_all(trainer *t) {

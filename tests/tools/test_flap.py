@@ -747,6 +747,27 @@ machine: rtx4090-64g-1nvme
         self.write("file", "")
         self.refuse("file", "train", "run.yaml", "output_dir=file")
 
+    def test_trace_that_cannot_be_written_costs_no_model(self):
+        os.makedirs(self.path("out/trace.json"))
+        done = self.flap("train", "run.yaml")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("flap: error: cannot rename out/trace.json.tmp to out/trace.json: Is a directory", done.stderr)
+        self.assertEqual(sorted(os.listdir(self.path("out"))), ["config.json", "metrics.jsonl", "model.safetensors",
+                                                                "tokenizer.json", "tokenizer_config.json", "trace.json"])
+        self.accept("eval", "run.yaml")
+
+    def test_metrics_that_are_no_file_are_named_and_broken_lines_numbered(self):
+        save = ["train", "run.yaml", "save_strategy=steps", "save_steps=4"]
+        self.accept(*save)
+        with open(self.path("out/metrics.jsonl"), "a") as file:
+            file.write("{}\nbroken\n")
+        self.refuse("out/metrics.jsonl:12: not a line of JSON", "inspect", "out/metrics.jsonl")
+        for make in os.mkfifo, lambda path: os.symlink("/dev/zero", path):
+            os.remove(self.path("out/metrics.jsonl"))
+            make(self.path("out/metrics.jsonl"))
+            self.refuse("out/metrics.jsonl is not a regular file", *save, "max_steps=10", "resume_from_checkpoint=true")
+            self.refuse("out/metrics.jsonl: neither a folder nor a regular file", "inspect", "out/metrics.jsonl")
+
     def test_output_dir_that_leads_nowhere_is_named(self):
         self.write("file", "something")
         os.symlink("nowhere", self.path("link"))
