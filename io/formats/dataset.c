@@ -178,6 +178,16 @@ static flap_status open_scratch(const char *folder, int *fd_out) {
   return FLAP_OK;
 }
 
+/* The record names the folder and the reason; what was to be written there, and what else can be done, is known here.
+ */
+static flap_status explain_no_room(flap_status status) {
+  if (status != FLAP_NO_SPACE)
+    return status;
+  return flap_error_prefix(status,
+                           "dataset: no room for the tokens of the text (2 to 4 bytes each), which flap tokenize "
+                           "can write elsewhere");
+}
+
 static flap_status tokenize_all(flap_dataset *dataset, const flap_dataset_config *config, const flap_file_list *files,
                                 unsigned char *buffer) {
   FLAP_TRY(open_scratch(config->scratch_folder, &dataset->scratch_fd));
@@ -198,7 +208,7 @@ static flap_status tokenize_all(flap_dataset *dataset, const flap_dataset_config
           FLAP_BUDGET,
           "dataset: the tokens of the text need more than the %llu bytes of disk that are left for them; at %s",
           (unsigned long long)config->scratch_bytes_max, files->files[i].path);
-    FLAP_TRY(status);
+    FLAP_TRY(explain_no_room(status));
     *segment = (flap_shard){.path = strdup(files->files[i].path),
                             .fd = dataset->scratch_fd,
                             .offset = before * sink.width,
@@ -208,7 +218,7 @@ static flap_status tokenize_all(flap_dataset *dataset, const flap_dataset_config
       return flap_error_set(FLAP_NO_MEMORY, "dataset: no memory for the name %s", files->files[i].path);
   }
   dataset->scratch_bytes = sink.tokens * sink.width;
-  return flap_shard_flush(&sink);
+  return explain_no_room(flap_shard_flush(&sink));
 }
 
 static flap_status open_segments(flap_dataset *dataset, const flap_dataset_config *config,

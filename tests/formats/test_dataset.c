@@ -660,6 +660,13 @@ START_TEST(dataset_scratch_is_unlinked_and_limited) {
   flap_dataset_close(open_dataset());
   config.scratch_bytes_max = 25;
   assert_refused(FLAP_BUDGET, "25 bytes", "a.txt");
+  config.scratch_bytes_max = 0;
+  flap_dataset *none = NULL;
+  scratch_limit(20);
+  const flap_status full = flap_dataset_open(&config, &none);
+  scratch_unlimit();
+  ck_assert_int_eq(full, FLAP_NO_SPACE);
+  ck_assert(scratch_error_has("no room for the tokens of the text"));
   config.scratch_folder = scratch_path("missing");
   assert_refused(FLAP_NOT_FOUND, "missing", "");
   config.scratch_folder = NULL;
