@@ -16,14 +16,17 @@
 static void print_resume(FILE *out, const flap_run_config *config, const char *file, const char *const *overrides,
                          size_t count) {
   static const char resume_key[] = "resume_from_checkpoint=", overwrite_key[] = "overwrite_output_dir=";
-  char word[FLAP_PATH_MAX];
-  fprintf(out, "continue with: %s train", flap_text_shell(flap_program_name(), word, sizeof word));
-  fprintf(out, " %s", flap_text_shell(file, word, sizeof word));
+  fputs("continue with: ", out);
+  flap_text_print_word(out, flap_program_name());
+  fputs(" train ", out);
+  flap_text_print_word(out, file);
   for (size_t i = 0; i < count; i++) {
     bool replaced = strncmp(overrides[i], resume_key, sizeof resume_key - 1) == 0 ||
                     strncmp(overrides[i], overwrite_key, sizeof overwrite_key - 1) == 0;
-    if (!replaced)
-      fprintf(out, " %s", flap_text_shell(overrides[i], word, sizeof word));
+    if (replaced)
+      continue;
+    fputc(' ', out);
+    flap_text_print_word(out, overrides[i]);
   }
   fprintf(out, "%s %strue\n", config->overwrite_output_dir ? " overwrite_output_dir=false" : "", resume_key);
 }

@@ -76,23 +76,18 @@ flap_text flap_text_rate(double per_second) {
   return t;
 }
 
-const char *flap_text_shell(const char *text, char *buffer, size_t buffer_bytes) {
+void flap_text_print_word(FILE *out, const char *text) {
   static const char safe[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=,:+@%";
   if (text[0] && text[strspn(text, safe)] == '\0') {
-    (void)snprintf(buffer, buffer_bytes, "%s", text);
-    return buffer;
+    fputs(text, out);
+    return;
   }
-  size_t used = 0;
-  buffer[used++] = '\'';
-  for (; *text && used + 6 < buffer_bytes; text++) {
-    if (*text == '\'') {
-      memcpy(buffer + used, "'\\''", 4); /* close, an escaped quote, open again */
-      used += 4;
-    } else {
-      buffer[used++] = *text;
-    }
+  fputc('\'', out);
+  for (; *text; text++) {
+    if (*text == '\'')
+      fputs("'\\''", out); /* close, an escaped quote, open again */
+    else
+      fputc(*text, out);
   }
-  buffer[used++] = '\'';
-  buffer[used] = '\0';
-  return buffer;
+  fputc('\'', out);
 }

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -22,8 +23,8 @@ flap_text flap_text_percent(double numerator, double denominator);             /
 flap_text flap_text_share(double numerator, double denominator);               /* "0.0042%": two digits */
 flap_text flap_text_rate(double per_second);                                   /* "12.3k": tokens per second */
 
-/* `text` as a word for a shell, quoted if it needs to be; cut to the buffer. Returned. */
-const char *flap_text_shell(const char *text, char *buffer, size_t buffer_bytes);
+/* `text` as a word for a shell, quoted if it needs to be. */
+void flap_text_print_word(FILE *out, const char *text);
 
 #ifdef __cplusplus
 }
