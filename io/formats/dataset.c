@@ -59,9 +59,6 @@ uint64_t flap_dataset_heldout(const flap_dataset *dataset) {
 uint64_t flap_dataset_tokens(const flap_dataset *dataset) {
   return dataset->starts[dataset->segment_count];
 }
-uint64_t flap_dataset_files(const flap_dataset *dataset) {
-  return dataset->segment_count;
-}
 uint32_t flap_dataset_sequence_length(const flap_dataset *dataset) {
   return dataset->sequence_length;
 }

@@ -59,7 +59,6 @@ uint64_t
 flap_dataset_sequences(const flap_dataset *dataset); /* training sequences in one epoch; > 0 unless all is held out */
 uint64_t flap_dataset_heldout(const flap_dataset *dataset); /* held-out sequences */
 uint64_t flap_dataset_tokens(const flap_dataset *dataset);  /* of the whole stream */
-uint64_t flap_dataset_files(const flap_dataset *dataset);
 uint32_t flap_dataset_sequence_length(const flap_dataset *dataset);
 uint64_t flap_dataset_scratch_bytes(const flap_dataset *dataset); /* on disk */
 

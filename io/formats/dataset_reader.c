@@ -1,8 +1,7 @@
 /* Invariants, under the lock:
  *  1. slots are a ring: `ready` filled ones start at `head`; the consumer holds the one before it;
  *  2. the thread fills one slot at a time, outside the lock, and only a free one: ready + held + filling <= depth;
- *  3. `generation` changes with seek: a fill that began under an older one is thrown away;
- *  4. after a failed fill the thread waits until next() has handed the failure out.
+ *  3. after a failed fill the thread waits until next() has handed the failure out.
  */
 #include "io/formats/dataset_reader.h"
 
@@ -25,7 +24,6 @@ struct flap_reader {
   pthread_cond_t wake_thread, wake_consumer;
   uint64_t cursor;      /* of the next next() */
   uint64_t fill_cursor; /* of the next fill */
-  uint64_t generation;
   uint32_t head, ready;
   bool held; /* slot head-1 is with the consumer */
   bool stop;
@@ -50,14 +48,12 @@ static void *fill_ring(void *argument) {
     if (reader->stop)
       break;
     uint32_t slot = (reader->head + reader->ready) % reader->depth;
-    uint64_t cursor = reader->fill_cursor, generation = reader->generation;
+    uint64_t cursor = reader->fill_cursor;
     (void)pthread_mutex_unlock(&reader->lock);
     flap_status status =
         flap_dataset_fetch(reader->dataset, cursor, reader->sequences, slot_of(reader->tokens, reader, slot),
                            slot_of(reader->targets, reader, slot));
     (void)pthread_mutex_lock(&reader->lock);
-    if (generation != reader->generation)
-      continue;
     if (status == FLAP_OK) {
       reader->ready++;
       reader->fill_cursor += reader->sequences;
@@ -153,19 +149,6 @@ flap_status flap_reader_next(flap_reader *reader, const int32_t **tokens_out, co
 /* The cursor is the consumer's own: no lock. */
 uint64_t flap_reader_cursor(const flap_reader *reader) {
   return reader->cursor;
-}
-
-void flap_reader_seek(flap_reader *reader, uint64_t cursor) {
-  (void)pthread_mutex_lock(&reader->lock);
-  reader->held = false;
-  /* A fill in progress keeps writing to its slot; it is the next one to be filled, so nobody reads it meanwhile. */
-  reader->head = (reader->head + reader->ready) % reader->depth;
-  reader->ready = 0;
-  reader->cursor = reader->fill_cursor = cursor;
-  reader->failure = FLAP_OK;
-  reader->generation++;
-  (void)pthread_cond_signal(&reader->wake_thread);
-  (void)pthread_mutex_unlock(&reader->lock);
 }
 
 void flap_reader_close(flap_reader *reader) {

@@ -36,15 +36,12 @@ FLAP_CHECKED flap_status flap_reader_open(const flap_reader_config *config, flap
 /* The bytes that open takes from an arena that is aligned to 64 bytes; a multiple of 64. */
 uint64_t flap_reader_measure(const flap_reader_config *config);
 
-/* Blocks until the next batch is ready: (sequences, S) each, valid until the next call of next, seek or close. After a
+/* Blocks until the next batch is ready: (sequences, S) each, valid until the next call of next or close. After a
  * failure the cursor has not moved, and every further next() tries that batch again. */
 FLAP_CHECKED flap_status flap_reader_next(flap_reader *reader, const int32_t **tokens_out, const int32_t **targets_out);
 
-/* Number of the first sequence that the next next() returns: what a checkpoint saves. */
+/* Number of the first sequence that the next next() returns. */
 uint64_t flap_reader_cursor(const flap_reader *reader);
-
-/* Continues at `cursor`; batches that were ready for elsewhere are dropped. */
-void flap_reader_seek(flap_reader *reader, uint64_t cursor);
 
 /* Stops the thread and waits for it. The memory stays with the arena. NULL is fine. */
 void flap_reader_close(flap_reader *reader);
