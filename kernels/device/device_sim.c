@@ -88,9 +88,11 @@ static flap_status sim_open(flap_device *base) {
   flap_assert(config->clock);
   FLAP_TRY(check_machine(&config->machine));
   if (config->vram_bytes > SIM_ARENA)
-    return flap_error_set(FLAP_INVALID,
-                          "vram: %llu bytes are more than the simulated device can address (%llu): lower it",
-                          (unsigned long long)config->vram_bytes, (unsigned long long)SIM_ARENA);
+    return flap_error_set(
+        FLAP_INVALID,
+        "vram: %llu bytes are more than can be planned with (%llu): lower vram, or the batch or sequences "
+        "that need so much",
+        (unsigned long long)config->vram_bytes, (unsigned long long)SIM_ARENA);
   sim->events = calloc(config->events_max ? config->events_max : 1, sizeof *sim->events);
   if (!sim->events)
     return flap_error_set(FLAP_NO_MEMORY, "device sim: no memory for %u events", config->events_max);

@@ -460,7 +460,8 @@ class Budgets(Case):
         self.accept("plan", *self.BASE, *memory)
 
     def test_vram_beyond_every_machine_is_refused(self):
-        self.refuse(["train", "run.yaml", "vram=100TB"], [r"\bvram\b", "lower"])
+        for huge in "vram=100TB", "per_device_train_batch_size=4294967295":
+            self.refuse(["train", "run.yaml", huge], [r"\bvram\b", "more than can be planned with", "lower vram, or the batch"])
 
 
 class Runs(Case):
