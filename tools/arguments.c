@@ -21,6 +21,14 @@ flap_status flap_arguments_error(const flap_command *command, const char *format
   return flap_error_set(FLAP_INVALID, "%s; see flap %s --help", text, command->name);
 }
 
+flap_status flap_arguments_check_ending(const flap_command *command, const char *option, const char *path,
+                                        const char *ending) {
+  const size_t length = strlen(path), ending_length = strlen(ending);
+  if (length > ending_length && strcmp(path + length - ending_length, ending) == 0)
+    return FLAP_OK;
+  return flap_arguments_error(command, "%s: %.200s must end in %s", option, path, ending);
+}
+
 static void print_help(const flap_command *command, const flap_option *options, size_t count) {
   static const char *const placeholders[] = {"", " TEXT", " N", " N", " X", " SIZE"};
   printf("usage: flap %s %s\n\n%s\n", command->name, command->usage, command->summary);

@@ -51,6 +51,11 @@ FLAP_CHECKED flap_status flap_arguments_parse(const flap_command *command, const
 /* "<text>; see flap <name> --help" as FLAP_INVALID. */
 flap_status flap_arguments_error(const flap_command *command, const char *format, ...) FLAP_PRINTF(2, 3);
 
+/* FLAP_INVALID unless `path`, which `option` gives, ends in `ending` (".bin"): what is written there replaces what is
+ * there, and a slip must not cost somebody's text. */
+FLAP_CHECKED flap_status flap_arguments_check_ending(const flap_command *command, const char *option, const char *path,
+                                                     const char *ending);
+
 /* argv[0] of the program, for commands that are printed to be typed again. */
 const char *flap_program_name(void);
 

@@ -20,7 +20,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
       {"--knee", 0, FLAP_OPTION_FLAG, &knee,
        "Also: from how many tokens a step on compute hides all else (a dozen plans)."},
       {"--trace", 0, FLAP_OPTION_TEXT, &trace,
-       "Also: write the expected timeline of a step to this file, for Perfetto, like trace.json of a run."},
+       "Also: write the expected timeline of a step to this .json, for Perfetto, like trace.json of a run."},
       {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
@@ -33,6 +33,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_machine_file_list(stdout);
   if (count == 0)
     return flap_arguments_error(command, "which configuration? name a run.yaml");
+  if (trace)
+    FLAP_TRY(flap_arguments_check_ending(command, "--trace", trace, ".json"));
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
   flap_status status = flap_engine_plan(&config, trace, &plan);
   if (status == FLAP_OK && knee)

@@ -50,8 +50,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "which tokenizer? name bytes, a tokenizer.json, or a folder with one");
   if (text ? count != 1 || out : count < 2 || !out)
     return flap_arguments_error(command, "wanted either files and -o out.bin, or --text TEXT");
-  if (out && (strlen(out) < 4 || strcmp(out + strlen(out) - 4, ".bin") != 0))
-    return flap_arguments_error(command, "--output: %.200s does not end in .bin, by which a shard is known", out);
+  if (out)
+    FLAP_TRY(flap_arguments_check_ending(command, "--output", out, ".bin"));
   flap_tokenizer *tokenizer = NULL;
   FLAP_TRY(strcmp(rest[0], "bytes") == 0 ? flap_tokenizer_open_bytes(&tokenizer)
                                          : flap_tokenizer_open(rest[0], &tokenizer));

@@ -221,6 +221,8 @@ machine: rtx4090-64g-1nvme
         span = max(event["ts"] + event["dur"] for event in steps) - min(event["ts"] for event in steps)
         self.assertAlmostEqual(span / 1e6, plan["step_seconds"], delta=0.1 * plan["step_seconds"])
         self.refuse("no/such/folder", *slow, "--trace", "no/such/folder/step.json")
+        self.refuse("--trace: text.txt must end in .json", *slow, "--trace", "text.txt")
+        self.refuse("--output: text.txt must end in .bin", "tokenize", "bytes", "text.txt", "-o", "text.txt")
 
     def test_bench_writes_what_plan_reads(self):
         self.write("here.json", self.accept("bench", "machine", "--json", "--path", "disk", "--threads", "1"))
