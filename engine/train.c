@@ -275,9 +275,8 @@ static flap_status open_run(trainer *t) {
 }
 
 static flap_artifacts artifacts_of(trainer *t) {
-  flap_file_piece piece = t->runtime.lists.save_piece;
-  piece.room = &t->room;
-  return (flap_artifacts){.model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = piece};
+  return (flap_artifacts){
+      .model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = {&t->behind, &t->room}};
 }
 
 /* Some kilobytes for the lines of all steps that are logged; the first million is enough to see a disk fill up. */
@@ -318,6 +317,7 @@ static flap_status open_files(trainer *t) {
     FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
   FLAP_TRY(flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics));
+  FLAP_TRY(flap_write_behind_open(t->runtime.lists.save_memory, t->runtime.lists.save_bytes, &t->behind));
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;
   FLAP_TRY(keep_room(t));
@@ -502,6 +502,7 @@ static flap_status finish(trainer *t) {
 
 static void close_all(trainer *t) {
   flap_saver_close(&t->saver);
+  flap_write_behind_close(&t->behind);
   flap_metrics_close(t->metrics);
   flap_room_close(&t->room);
   flap_room_close(&t->line_room);

@@ -17,7 +17,7 @@
 #define COPY_BYTES (16 * FLAP_MIB)
 /* What the files of a checkpoint share to be written through: a block for each of 8, or a MiB each and more. */
 #define SAVE_BYTES_MIN (32 * FLAP_KIB)
-#define SAVE_BYTES_MAX (4 * FLAP_MIB)
+#define SAVE_BYTES_MAX (8 * FLAP_MIB)
 
 static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
@@ -353,8 +353,8 @@ void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists 
       setup->programs[i] = (flap_program){.spec = setup->programs[i].spec}; /* its lists were moved */
   }
   lists_out->trace = flap_trace_open(ram, setup->choice.trace_events);
-  const uint64_t bytes = save_bytes(setup);
-  lists_out->save_piece = (flap_file_piece){.memory = flap_arena_take(ram, bytes, FLAP_BLOCK_ALIGN), .bytes = bytes};
+  lists_out->save_bytes = save_bytes(setup);
+  lists_out->save_memory = flap_arena_take(ram, lists_out->save_bytes, FLAP_BLOCK_ALIGN);
   if (flap_arena_is_measuring(ram))
     lists_out->layout = setup->layout;
 }

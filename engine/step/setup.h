@@ -9,7 +9,6 @@
 #define FLAP_ENGINE_STEP_SETUP_H
 
 #include "engine/step/program.h"
-#include "io/formats/large_file.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -125,7 +124,8 @@ typedef struct flap_setup_lists {
   flap_layout layout;
   flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
   struct flap_trace *trace;
-  flap_file_piece save_piece; /* that checkpoints are written through; none where none are written */
+  void *save_memory; /* for blocks through which checkpoints are written; NULL where none are */
+  uint64_t save_bytes;
 } flap_setup_lists;
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out);
 

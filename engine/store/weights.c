@@ -502,8 +502,7 @@ static flap_status begin_files(const flap_layout *layout, const state_lists *lis
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
     const flap_weights_list *list = list_of(lists, &files[i]);
-    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, flap_file_piece_part(piece, i, count),
-                                     &saves[i].writer));
+    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, piece, &saves[i].writer));
     flap_safetensors_write_sum(saves[i].writer, checksums);
     saves[i].value_bytes = flap_safetensors_dtype_bytes(files[i].dtype);
     give_visit(v, &files[i], (section_visit){save_run, &saves[i], list});

@@ -38,7 +38,7 @@ FLAP_CHECKED flap_status flap_weights_check(const flap_model_config *config, con
 /* Writes the compute weights (bf16 high halves, fp16, or fp32) into `folder` as model.safetensors, or shards of at most
  * `shard_bytes_max` and their index, as transformers reads them. After a failure complete shards may stay: write into a
  * folder that appears whole (io/formats/durable.h). `checksums` takes those of the weights' files; NULL: none. `piece`
- * is memory that files are written through, past the page cache (io/formats/large_file.h); {0}: through the cache. */
+ * has the blocks that files are written in, past the page cache (io/formats/large_file.h); {0}: through the cache. */
 FLAP_CHECKED flap_status flap_weights_save(flap_pager *pager, const flap_layout *layout, const char *folder,
                                            uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums);
 /* The bytes of these files; exact but for an index, whose size is estimated upwards. */
@@ -52,7 +52,7 @@ FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config
  * optimizer-exp_avg-largest.safetensors and optimizer-exp_avg_sq-largest.safetensors (F32): under each tensor's name a
  * row of one value for each 256 elements in order, the last for what is left. kernels/moments.h says what a code stands
  * for. Each states region is read once. The layout must have states. `checksums` and
- * `piece`, of which each file has a part, as above. */
+ * `piece` as above. */
 FLAP_CHECKED flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
                                                   flap_file_piece piece, flap_checksums *checksums);
 /* Weights of exactly the layout's dtype, and states, bit for bit as they were saved. The layout must have states; its

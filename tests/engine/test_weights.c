@@ -56,14 +56,16 @@ static const char *in(const char *folder, const char *file) {
   return name;
 }
 
-/* Through the page cache the first time, and then past it, through pieces of which a file's part is nothing, a block,
- * or more. */
+/* Through the page cache the first times, and then past it, in blocks of one or more of the disk's. */
 static void save_all(const weights_rig *rig, const char *folder) {
-  static _Alignas(FLAP_LARGE_FILE_ALIGN) unsigned char memory[100000];
+  static _Alignas(FLAP_WRITE_BEHIND_ALIGN) unsigned char memory[100000];
   static uint64_t saves;
-  const flap_file_piece piece = {memory, saves++ * 20000 % (sizeof memory + 1), NULL};
+  flap_write_behind behind;
+  const flap_file_piece piece = {.behind = &behind};
+  RIG_OK(flap_write_behind_open(memory, saves++ * 20000 % (sizeof memory + 1), &behind));
   RIG_OK(flap_weights_save(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, piece, NULL));
   RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder), piece, NULL));
+  flap_write_behind_close(&behind);
 }
 
 static void same_folders(const char *a, const char *b, flap_dtype dtype, flap_optim optim) {
