@@ -159,10 +159,11 @@ flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *s
 
 /* ---- saving -------------------------------------------------------------------------------------------------- */
 
-static flap_status write_states(const char *folder, flap_pager *pager, const flap_layout *layout,
-                                const flap_trainer_state *state, flap_file_piece piece, flap_checksums *checksums) {
+/* Weights and states, and what belongs to states. */
+static flap_status write_trained(const char *folder, flap_pager *pager, const flap_layout *layout,
+                                 const flap_trainer_state *state, flap_file_piece piece, flap_checksums *checksums) {
   flap_status status = FLAP_OK;
-  FLAP_TRY(flap_weights_save_states(pager, layout, folder, piece, checksums));
+  FLAP_TRY(flap_weights_save_all(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, piece, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
     FLAP_WITH_ROOM(status, piece.room, flap_matmul_choice_save(state->matmuls, folder));
   FLAP_TRY(status);
@@ -178,10 +179,10 @@ static flap_status write_all(const char *folder, flap_pager *pager, const flap_l
   FLAP_WITH_ROOM(status, artifacts->piece.room,
                  flap_output_write_artifacts(folder, artifacts, layout->spec.shape.dtype));
   FLAP_TRY_GOTO(status, status);
-  FLAP_TRY_GOTO(status,
-                flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, &checksums));
-  if (!only_model)
-    FLAP_TRY_GOTO(status, write_states(folder, pager, layout, state, artifacts->piece, &checksums));
+  status = only_model
+               ? flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, artifacts->piece, &checksums)
+               : write_trained(folder, pager, layout, state, artifacts->piece, &checksums);
+  FLAP_TRY_GOTO(status, status);
   FLAP_TRY_GOTO(status, flap_checksums_add_rest(&checksums, folder));
   FLAP_WITH_ROOM(status, artifacts->piece.room, flap_checksums_write(&checksums, folder));
 fail:

@@ -208,19 +208,22 @@ static void give_tensors(const flap_layout *layout, const flap_weights_list *lis
   s->tensors = &list->tensors[s->first_tensor];
 }
 
+static flap_status visit_part(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list,
+                              const flap_layout_part *part, bool fill, run_fn run, void *context) {
+  const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
+  visit_region region = {
+      .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = part->elements}},
+      .pool = flap_device_pool(flap_pager_device(pager))};
+  give_tensors(layout, list, part, &region.sections[0]);
+  return fill ? flap_pager_fill(pager, part->weights, fill_piece, &region)
+              : flap_pager_drain(pager, part->weights, drain_piece, &region);
+}
+
 /* The weights regions of all parts, through one function. */
 static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, bool fill,
                                  run_fn run, void *context) {
-  const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
-  for (uint32_t i = 0; i < layout->part_count; i++) {
-    visit_region region = {
-        .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = layout->parts[i].elements}},
-        .pool = flap_device_pool(flap_pager_device(pager))};
-    give_tensors(layout, list, &layout->parts[i], &region.sections[0]);
-    const uint32_t index = layout->parts[i].weights;
-    FLAP_TRY(fill ? flap_pager_fill(pager, index, fill_piece, &region)
-                  : flap_pager_drain(pager, index, drain_piece, &region));
-  }
+  for (uint32_t i = 0; i < layout->part_count; i++)
+    FLAP_TRY(visit_part(pager, layout, list, &layout->parts[i], fill, run, context));
   return FLAP_OK;
 }
 
@@ -465,15 +468,22 @@ static flap_status save_weights_run(void *context, uint64_t index, const flap_mo
   return flap_weights_target_write(target, values, count * flap_dtype_bytes(target->dtype));
 }
 
+static flap_status begin_weights(const flap_layout *layout, const flap_weights_list *list, const char *folder,
+                                 uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums,
+                                 flap_weights_target *target_out) {
+  FLAP_TRY(flap_weights_target_begin(list, folder, layout->spec.shape.dtype, shard_bytes_max, target_out));
+  target_out->checksums = checksums;
+  target_out->piece = piece;
+  return FLAP_OK;
+}
+
 flap_status flap_weights_save(flap_pager *pager, const flap_layout *layout, const char *folder,
                               uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums) {
   flap_weights_list list = {0};
   flap_weights_target target = {0};
   flap_status status;
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
-  FLAP_TRY_GOTO(status, flap_weights_target_begin(&list, folder, layout->spec.shape.dtype, shard_bytes_max, &target));
-  target.checksums = checksums;
-  target.piece = piece;
+  FLAP_TRY_GOTO(status, begin_weights(layout, &list, folder, shard_bytes_max, piece, checksums, &target));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, false, save_weights_run, &target));
   status = flap_weights_target_end(&target);
 fail:
@@ -495,14 +505,18 @@ static flap_status save_run(void *context, uint64_t index, const flap_model_tens
   return flap_safetensors_write(save->writer, values, count * save->value_bytes);
 }
 
+/* What has a value for a block of elements alone is small: it goes through the cache, and leaves the others' blocks
+ * alone. */
 static flap_status begin_files(const flap_layout *layout, const state_lists *lists, const char *folder,
                                flap_file_piece piece, flap_checksums *checksums, save_context saves[STATE_FILES_MAX],
                                states_visit *v) {
   state_file files[STATE_FILES_MAX];
+  const flap_file_piece cached = {.room = piece.room};
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
     const flap_weights_list *list = list_of(lists, &files[i]);
-    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, piece, &saves[i].writer));
+    FLAP_TRY(flap_weights_file_begin(list, folder, files[i].name, files[i].dtype, files[i].blocks ? cached : piece,
+                                     &saves[i].writer));
     flap_safetensors_write_sum(saves[i].writer, checksums);
     saves[i].value_bytes = flap_safetensors_dtype_bytes(files[i].dtype);
     give_visit(v, &files[i], (section_visit){save_run, &saves[i], list});
@@ -510,24 +524,46 @@ static flap_status begin_files(const flap_layout *layout, const state_lists *lis
   return FLAP_OK;
 }
 
+static flap_status end_files(save_context saves[STATE_FILES_MAX]) {
+  for (uint32_t i = 0; i < STATE_FILES_MAX; i++) {
+    flap_safetensors_writer *writer = saves[i].writer;
+    saves[i].writer = NULL;
+    if (writer != NULL)
+      FLAP_TRY(flap_safetensors_write_end(writer));
+  }
+  return FLAP_OK;
+}
+
+/* Beside training the first part's update is there first, and is followed first by another one: so each part's states
+ * come right behind its weights. */
+static flap_status save_parts(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list,
+                              flap_weights_target *target, const states_visit *v) {
+  for (uint32_t i = 0; i < layout->part_count; i++) {
+    const flap_layout_part *part = &layout->parts[i];
+    FLAP_TRY(visit_part(pager, layout, list, part, false, save_weights_run, target));
+    for (uint32_t j = 0; j < part->slice_count; j++)
+      FLAP_TRY(visit_slice(pager, layout, &layout->slices[part->first_slice + j], false, v));
+  }
+  return FLAP_OK;
+}
+
 /* All writers are open at once, so that each region is read once. */
-flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
-                                     flap_file_piece piece, flap_checksums *checksums) {
+flap_status flap_weights_save_all(flap_pager *pager, const flap_layout *layout, const char *folder,
+                                  uint64_t shard_bytes_max, flap_file_piece piece, flap_checksums *checksums) {
   state_lists lists;
+  flap_weights_target target = {0};
   save_context saves[STATE_FILES_MAX] = {{0}};
   states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
+  FLAP_TRY_GOTO(status, begin_weights(layout, &lists.all, folder, shard_bytes_max, piece, checksums, &target));
   FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, piece, checksums, saves, &v));
-  FLAP_TRY_GOTO(status, visit_states(pager, layout, false, &v));
-  for (uint32_t i = 0; i < STATE_FILES_MAX; i++) {
-    flap_safetensors_writer *writer = saves[i].writer;
-    saves[i].writer = NULL;
-    if (writer != NULL)
-      FLAP_TRY_GOTO(status, flap_safetensors_write_end(writer));
-  }
+  FLAP_TRY_GOTO(status, save_parts(pager, layout, &lists.all, &target, &v));
+  FLAP_TRY_GOTO(status, flap_weights_target_end(&target));
+  status = end_files(saves);
 fail:
+  flap_weights_target_abort(&target);
   for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
     flap_safetensors_write_abort(saves[i].writer);
   close_lists(&lists);

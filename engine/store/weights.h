@@ -45,16 +45,16 @@ FLAP_CHECKED flap_status flap_weights_save(flap_pager *pager, const flap_layout 
 FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config, flap_dtype dtype,
                                                  uint64_t shard_bytes_max, uint64_t *bytes_out);
 
-/* The states: optimizer-low.safetensors (I16, with bf16 weights) or optimizer-master.safetensors (F32, with fp16
- * weights), optimizer-exp_avg.safetensors and optimizer-exp_avg_sq.safetensors (F32), under the tensors' own names and
- * shapes. With adamw_8bit these two have the embedding alone, and all other tensors are in
+/* The same, and the states: optimizer-low.safetensors (I16, with bf16 weights) or optimizer-master.safetensors (F32,
+ * with fp16 weights), optimizer-exp_avg.safetensors and optimizer-exp_avg_sq.safetensors (F32), under the tensors' own
+ * names and shapes. With adamw_8bit these two have the embedding alone, and all other tensors are in
  * optimizer-exp_avg-codes.safetensors (I8) and optimizer-exp_avg_sq-codes.safetensors (U8), of the same shapes, and in
  * optimizer-exp_avg-largest.safetensors and optimizer-exp_avg_sq-largest.safetensors (F32): under each tensor's name a
  * row of one value for each 256 elements in order, the last for what is left. kernels/moments.h says what a code stands
- * for. Each states region is read once. The layout must have states. `checksums` and
- * `piece` as above. */
-FLAP_CHECKED flap_status flap_weights_save_states(flap_pager *pager, const flap_layout *layout, const char *folder,
-                                                  flap_file_piece piece, flap_checksums *checksums);
+ * for. Each region is read once, each part's states behind its weights. The layout must have states. */
+FLAP_CHECKED flap_status flap_weights_save_all(flap_pager *pager, const flap_layout *layout, const char *folder,
+                                               uint64_t shard_bytes_max, flap_file_piece piece,
+                                               flap_checksums *checksums);
 /* Weights of exactly the layout's dtype, and states, bit for bit as they were saved. The layout must have states; its
  * slices, pages and homes need not be those of the run that saved. Files that lack a tensor, or have another than they
  * should, are refused; so is a checkpoint of adamw_8bit whose embedding has 8-bit moments: FLAP_NOT_FOUND says so. With

@@ -63,8 +63,7 @@ static void save_all(const weights_rig *rig, const char *folder) {
   flap_write_behind behind;
   const flap_file_piece piece = {.behind = &behind};
   RIG_OK(flap_write_behind_open(memory, saves++ * 20000 % (sizeof memory + 1), &behind));
-  RIG_OK(flap_weights_save(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, piece, NULL));
-  RIG_OK(flap_weights_save_states(rig->pager, &rig->layout, folder_path(folder), piece, NULL));
+  RIG_OK(flap_weights_save_all(rig->pager, &rig->layout, folder_path(folder), SHARD_MAX, piece, NULL));
   flap_write_behind_close(&behind);
 }
 
@@ -425,10 +424,10 @@ START_TEST(weights_failed_saves_leave_no_file_behind) {
   const char *folder = folder_path("a");
   scratch_limit(40000);
   const flap_status weights = flap_weights_save(rig.pager, &rig.layout, folder, SHARD_MAX, (flap_file_piece){0}, NULL);
-  const flap_status states = flap_weights_save_states(rig.pager, &rig.layout, folder, (flap_file_piece){0}, NULL);
+  const flap_status all = flap_weights_save_all(rig.pager, &rig.layout, folder, SHARD_MAX, (flap_file_piece){0}, NULL);
   scratch_unlimit();
   ck_assert_int_eq(weights, FLAP_NO_SPACE);
-  ck_assert_int_eq(states, FLAP_NO_SPACE);
+  ck_assert_int_eq(all, FLAP_NO_SPACE);
   const char *files[FILES_MAX];
   const uint32_t count = files_of(FLAP_BF16, FLAP_OPTIM_ADAMW, files);
   for (uint32_t i = 0; i < count; i++)

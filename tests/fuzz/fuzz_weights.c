@@ -43,12 +43,9 @@ static void start(weights_rig *rig) {
   fuzz_folder("in");
   rig_open_optim(rig, &config, FLAP_BF16, FLAP_OPTIM_ADAMW_8BIT, FLAP_MODE_TRAIN, &rig_placements[0], fuzz_path(""));
   fuzz_must(flap_weights_init(rig->pager, &rig->layout, 1) == FLAP_OK, "weights can be made");
-  fuzz_must(flap_weights_save(rig->pager, &rig->layout, fuzz_path("good"), UINT64_MAX, (flap_file_piece){0}, NULL) ==
-                FLAP_OK,
+  fuzz_must(flap_weights_save_all(rig->pager, &rig->layout, fuzz_path("good"), UINT64_MAX, (flap_file_piece){0},
+                                  NULL) == FLAP_OK,
             "they are saved");
-  fuzz_must(flap_weights_save_states(rig->pager, &rig->layout, fuzz_path("good"), (flap_file_piece){0}, NULL) ==
-                FLAP_OK,
-            "states are saved");
   for (size_t i = 1; i < NAMES; i++)
     fuzz_must(link(file_in("good", names[i]), file_in("in", names[i])) == 0, "a file can have two names");
   fuzz_must(flap_weights_resume(rig->pager, &rig->layout, fuzz_path("in"), NULL) == FLAP_OK, "the good files are good");
