@@ -36,7 +36,7 @@ uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, u
 }
 
 uint32_t pager_events(const flap_pager *pager) {
-  return 2 * pager->slot_count + 1 + 2 * PAGER_WINDOW;
+  return 2 * pager->slot_count + PAGER_MARKS + 1 + 2 * PAGER_WINDOW;
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------- */
@@ -115,13 +115,13 @@ static bool has_residents(const flap_pager_config *config) {
 }
 
 /* Of snapshots: what is in RAM is taken where it is; for the rest one piece is on its way in while another is on its
- * way out. Without a disk residents pass through the buffer that is there for fill and drain. */
-static uint32_t snapshot_buffers(const flap_pager_config *config, uint64_t disk_bytes) {
+ * way out. Without a disk these are the halves of the buffer that is there for fill and drain. */
+static uint32_t snapshot_buffers(const flap_pager_config *config) {
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
     if (region->in_snapshots && (region->ring == FLAP_PAGER_RESIDENT ||
                                  pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages) > 0))
-      return disk_bytes > 0 ? 2 : 1;
+      return 2;
   }
   return 0;
 }
@@ -223,12 +223,13 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     pager->write_buffers = config->write_buffers;
     pager->worker_count = config->workers;
   }
-  pager->snapshot_buffers = sizes.snapshot_buffers = snapshot_buffers(config, sizes.disk_bytes);
+  pager->snapshot_buffers = sizes.snapshot_buffers = snapshot_buffers(config);
   pager->buffer_count = pager->read_buffers + pager->write_buffers + pager->snapshot_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
    * that. */
   const bool disk = sizes.disk_bytes > 0;
   pager->bounce_bytes = disk ? config->transfer_bytes : has_residents(config) ? config->page_bytes : 0;
+  pager->snapshot_bytes = disk ? config->transfer_bytes : pager->bounce_bytes / 2;
   sizes.staging_bytes = disk ? pager->buffer_count * config->transfer_bytes : pager->bounce_bytes;
 
   pager->regions = FLAP_ARENA_ARRAY(arena, pager_region, pager->region_count);
@@ -306,7 +307,7 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
   pager->staging = staging;
   for (uint32_t i = 0; i < pager->buffer_count; i++) {
     pager_buffer *buffer = &pager->buffers[i];
-    buffer->memory = staging + i * pager->transfer_bytes;
+    buffer->memory = staging + i * (pager->read_buffers > 0 ? pager->transfer_bytes : pager->snapshot_bytes);
     buffer->lease = buffer->next = PAGER_NONE;
   }
   link_free(pager, false, 0, pager->read_buffers);

@@ -21,6 +21,7 @@
 #define PAGER_WINDOW 16u
 #define PAGER_WINDOW_BYTES (64 * FLAP_MIB)
 #define PAGER_LABELS 64u /* regions of the last copies on a lane, for the trace */
+#define PAGER_MARKS 32u  /* events of a snapshot, spread over the changes of resident regions before its point */
 #define PAGER_MESSAGE_BYTES 768u
 
 /* ---- what is moved -------------------------------------------------------------------------------------- */
@@ -53,6 +54,7 @@ typedef struct pager_region {
   uint32_t loading;          /* H2D copies out of its home that are under way */
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
   uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
+  uint8_t mark;              /* of the snapshot, behind its last change; known once it is reached; residents only */
   uint16_t overlay;          /* of a region with RAM pages that share their place; else 0 */
   uint8_t side;
   uint8_t klass, element_bytes;
@@ -244,8 +246,9 @@ typedef struct pager_wait {
 /* The snapshot, and the drain in progress of one of its regions. */
 typedef struct pager_snapshot {
   bool open, cut_off;
-  bool marked;          /* mark_event is recorded: on the compute stream, behind the last change of a resident region */
-  uint32_t to_mark;     /* such changes that are still to be unpinned before */
+  uint32_t changes;     /* of resident regions, that were still to come when it was opened */
+  uint32_t changed;     /* of these, unpinned */
+  uint32_t marked;      /* the last mark whose event is recorded; of mark 0, before all changes, it is at once */
   uint32_t region;      /* that is drained and read ahead; PAGER_NONE */
   uint32_t next, count; /* pieces of it that pass through buffers: the next one to ask for; all */
 } pager_snapshot;
@@ -257,7 +260,7 @@ struct flap_pager {
   uint32_t region_count, ring_count, slot_count, page_count, leases_max;
   uint32_t read_buffers, write_buffers, worker_count; /* 0 when nothing is on disk */
   uint32_t snapshot_buffers, buffer_count;            /* all of them */
-  uint64_t bounce_bytes;
+  uint64_t bounce_bytes, snapshot_bytes;              /* of a buffer for fill and drain, and of one of snapshots */
   flap_pager_sizes sizes;
   pager_region *regions;
   pager_overlay *overlays; /* overlay n at n - 1 */
@@ -464,8 +467,8 @@ flap_status pager_snapshot_drain(flap_pager *pager, uint32_t region, flap_pager_
 static inline bool pager_is_snapshot_buffer(const flap_pager *pager, uint32_t buffer) {
   return buffer >= pager->read_buffers + pager->write_buffers;
 }
-static inline flap_event pager_mark_event(const flap_pager *pager) {
-  return 2 * pager->slot_count;
+static inline flap_event pager_mark_event(const flap_pager *pager, uint32_t mark) {
+  return 2 * pager->slot_count + mark;
 }
 
 /* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */

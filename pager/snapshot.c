@@ -21,14 +21,25 @@ static bool is_reached(const pager_region *region) {
   return (int32_t)(region->changes_released - region->kept_change) >= 0;
 }
 
-/* Resident bytes are read once the compute stream is past all of their changes: one event for all regions, because the
- * updates follow one another, and there is a step's time for what comes after them. */
-static void mark_if_due(flap_pager *pager) {
+/* Resident bytes are read once the compute stream is past their last change. An event for each of them would be too
+ * many: changes that follow one another share one, a mark. */
+static uint8_t mark_of(const pager_snapshot *s, uint32_t change) {
+  return (uint8_t)(1 + (uint64_t)change * PAGER_MARKS / s->changes);
+}
+
+static void record_mark(flap_pager *pager, uint32_t mark) {
+  flap_device_event_record(pager->device, pager_mark_event(pager, mark), FLAP_STREAM_COMPUTE, true);
+  pager->snapshot.marked = mark;
+}
+
+static void mark_change(flap_pager *pager, pager_region *region, bool is_last) {
   pager_snapshot *s = &pager->snapshot;
-  if (s->marked || s->to_mark > 0)
-    return;
-  flap_device_event_record(pager->device, pager_mark_event(pager), FLAP_STREAM_COMPUTE, true);
-  s->marked = true;
+  flap_assert(s->changed < s->changes);
+  const uint8_t mark = mark_of(s, s->changed++);
+  if (is_last)
+    region->mark = mark;
+  if (s->changed == s->changes || mark_of(s, s->changed) != mark)
+    record_mark(pager, mark);
 }
 
 void pager_snapshot_changed(flap_pager *pager, pager_region *region) {
@@ -37,11 +48,8 @@ void pager_snapshot_changed(flap_pager *pager, pager_region *region) {
   const int32_t behind = (int32_t)(region->changes_released - region->kept_change);
   if (behind == 0)
     region->kept_holds = region->holds;
-  if (behind <= 0 && region->ring == FLAP_PAGER_RESIDENT) {
-    flap_assert(pager->snapshot.to_mark > 0);
-    pager->snapshot.to_mark--;
-    mark_if_due(pager);
-  }
+  if (behind <= 0 && region->ring == FLAP_PAGER_RESIDENT)
+    mark_change(pager, region, behind == 0);
 }
 
 /* Changes by leases behind the point are queued, but none of the snapshot's. */
@@ -74,10 +82,11 @@ void flap_pager_snapshot_begin(flap_pager *pager, uint32_t until) {
       continue;
     const uint32_t left = region->kept_change - region->changes_released;
     flap_assert((int32_t)left >= 0);
+    region->mark = 0;
     if (region->ring == FLAP_PAGER_RESIDENT)
-      pager->snapshot.to_mark += left;
+      pager->snapshot.changes += left;
   }
-  mark_if_due(pager);
+  record_mark(pager, 0);
   pthread_mutex_unlock(&pager->lock);
 }
 
@@ -111,14 +120,14 @@ static uint64_t smaller(uint64_t a, uint64_t b) {
 
 static uint32_t count_pieces(const flap_pager *pager, const pager_region *region) {
   if (region->ring == FLAP_PAGER_RESIDENT)
-    return (uint32_t)((region->bytes + pager->bounce_bytes - 1) / pager->bounce_bytes);
+    return (uint32_t)((region->bytes + pager->snapshot_bytes - 1) / pager->snapshot_bytes);
   return (region->page_count - region->ram_pages + pager->pages_per_transfer - 1) / pager->pages_per_transfer;
 }
 
 static piece piece_at(const flap_pager *pager, const pager_region *region, uint32_t number) {
   if (region->ring == FLAP_PAGER_RESIDENT) {
-    const uint64_t offset = number * pager->bounce_bytes;
-    return (piece){number, 1, offset, smaller(pager->bounce_bytes, region->bytes - offset)};
+    const uint64_t offset = number * pager->snapshot_bytes;
+    return (piece){number, 1, offset, smaller(pager->snapshot_bytes, region->bytes - offset)};
   }
   const uint32_t first = region->ram_pages + number * pager->pages_per_transfer;
   const uint32_t count = pager_chunk_pages(pager, region, first);
@@ -202,7 +211,7 @@ static bool is_home(const flap_pager *pager, const pager_region *region) {
 static bool never_comes(const flap_pager *pager, const pager_region *region) {
   if (!pager->snapshot.cut_off || pager->jobs_done != pager->jobs_queued)
     return false;
-  return !is_reached(region) || (region->ring == FLAP_PAGER_RESIDENT && !pager->snapshot.marked);
+  return !is_reached(region) || (region->ring == FLAP_PAGER_RESIDENT && region->mark > pager->snapshot.marked);
 }
 
 static bool is_there_or_never(flap_pager *pager, uint32_t index) {
@@ -212,7 +221,8 @@ static bool is_there_or_never(flap_pager *pager, uint32_t index) {
   if (!is_reached(region))
     return false;
   if (region->ring == FLAP_PAGER_RESIDENT)
-    return pager->snapshot.marked && flap_device_event_done(pager->device, pager_mark_event(pager));
+    return region->mark <= pager->snapshot.marked &&
+           flap_device_event_done(pager->device, pager_mark_event(pager, region->mark));
   return is_home(pager, region);
 }
 

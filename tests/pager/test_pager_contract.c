@@ -5,6 +5,7 @@
 #include "pager/pager_internal.h"
 
 #include <check.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -392,6 +393,84 @@ START_TEST(trace_names_region_and_lane_of_every_transfer) {
 }
 END_TEST
 
+/* ---- a snapshot along a program -------------------------------------------------------------------------- */
+
+#define ALONG 40u /* more resident regions than there are marks */
+
+static flap_status drain_sevens(void *context, uint64_t offset, uint64_t bytes, const void *memory) {
+  (void)offset;
+  const unsigned char *at = memory;
+  uint64_t *drained = context;
+  for (uint64_t i = 0; i < bytes; i++)
+    if (at[i] != 7)
+      return flap_error_set(FLAP_CORRUPT, "byte %llu differs", (unsigned long long)i);
+  *drained += bytes;
+  return FLAP_OK;
+}
+
+typedef struct along {
+  flap_pager *pager;
+  uint32_t region;
+  uint64_t drained;
+} along;
+
+static void *drain_thread(void *context) {
+  along *a = context;
+  must(flap_pager_drain(a->pager, a->region, drain_sevens, &a->drained));
+  return NULL;
+}
+
+/* Never ends where the region is not there yet. */
+static void drain_along(along *a, uint32_t region) {
+  pthread_t thread;
+  a->region = region;
+  ck_assert_int_eq(pthread_create(&thread, NULL, drain_thread, a), 0);
+  ck_assert_int_eq(pthread_join(thread, NULL), 0);
+}
+
+/* Each resident region is drained as soon as some changes behind its own are over, not behind the last one of all; and
+ * in pieces that take turns in two halves of one page. */
+START_TEST(snapshot_of_residents_is_drained_along_their_changes) {
+  flap_pager_region regions[ALONG];
+  flap_lease leases[ALONG];
+  flap_pager_sizes sizes;
+  flap_arena arena;
+  flap_pager *pager;
+  for (uint32_t i = 0; i < ALONG; i++) {
+    regions[i] = (flap_pager_region){.bytes = 3 * FLAP_BLOCK_ALIGN, .ring = FLAP_PAGER_RESIDENT, .in_snapshots = true};
+    leases[i] = (flap_lease){.region = i, .mode = FLAP_LEASE_UPDATE};
+  }
+  flap_pager_config config = {.page_bytes = FLAP_BLOCK_ALIGN,
+                              .transfer_bytes = FLAP_BLOCK_ALIGN,
+                              .region_count = ALONG,
+                              .regions = regions,
+                              .leases_max = ALONG};
+  flap_pager_measure(&config, &sizes);
+  ck_assert_uint_eq(sizes.staging_bytes, FLAP_BLOCK_ALIGN);
+  config.device = (flap_device_config){.kind = FLAP_DEVICE_CPU, .vram_bytes = sizes.vram_bytes};
+  must(flap_arena_open(&arena, "ram", sizes.ram_bytes));
+  must(flap_pager_open(&config, &arena, &pager));
+  for (uint32_t i = 0; i < ALONG; i++)
+    must(flap_pager_fill(pager, i, fill_nothing, NULL));
+  must(flap_pager_begin(pager, leases, ALONG));
+  flap_pager_snapshot_begin(pager, ALONG);
+  along a = {.pager = pager};
+  for (uint32_t i = 0; i < ALONG; i++) {
+    void *memory = NULL;
+    must(flap_pager_pin(pager, i, &memory));
+    flap_pager_unpin(pager, i);
+    if (i > 0)
+      drain_along(&a, i - 1);
+  }
+  drain_along(&a, ALONG - 1);
+  ck_assert_uint_eq(a.drained, ALONG * regions[0].bytes);
+  flap_pager_snapshot_end(pager);
+  must(flap_pager_end(pager));
+  flap_pager_close(pager);
+  flap_arena_close(&arena);
+}
+END_TEST
+
 START_TEST(lanes_have_their_names) {
   ck_assert_str_eq(flap_pager_lane_name(FLAP_LANE_H2D), "h2d");
   ck_assert_str_eq(flap_pager_lane_name(FLAP_LANE_D2H), "d2h");
@@ -411,6 +490,7 @@ int main(void) {
   tcase_add_test(tcase, epoch_counts_writings_of_disk_pages);
   tcase_add_loop_test(tcase, memory_nothing_is_allocated_after_open, 0, 3);
   tcase_add_test(tcase, trace_names_region_and_lane_of_every_transfer);
+  tcase_add_test(tcase, snapshot_of_residents_is_drained_along_their_changes);
   tcase_add_test(tcase, lanes_have_their_names);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
