@@ -10,10 +10,12 @@
 #include <string.h>
 #include <time.h>
 
-static double thread_seconds(void) {
+/* On this thread, and on those that write for it. */
+static double computed_seconds(const flap_saver *saver) {
+  const flap_write_behind *behind = saver->config.artifacts.piece.behind;
   struct timespec t;
   (void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9 + (behind != NULL ? flap_write_behind_seconds(behind) : 0);
 }
 
 /* ---- its thread ------------------------------------------------------------------------------------------ */
@@ -61,14 +63,14 @@ static flap_status save(flap_saver *saver) {
 }
 
 static void work(flap_saver *saver) {
-  const double before = thread_seconds();
+  const double before = computed_seconds(saver);
   saver->status = save(saver);
   saver->seconds = (double)(flap_units_now_ns() - saver->started_ns) * 1e-9;
   if (saver->status != FLAP_OK)
     (void)snprintf(saver->message, sizeof saver->message, "%s", flap_error_message());
   else
     flap_log(FLAP_LOG_DEBUG, "step %llu was saved in %.3f s, of which the saver computed %.3f s",
-             (unsigned long long)saver->state.step, saver->seconds, thread_seconds() - before);
+             (unsigned long long)saver->state.step, saver->seconds, computed_seconds(saver) - before);
 }
 
 static void *saver_thread(void *context) {

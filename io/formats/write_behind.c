@@ -9,7 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <string.h>
+#include <time.h>
 
 /* ---- a write --------------------------------------------------------------------------------------------- */
 
@@ -130,6 +130,17 @@ void flap_write_behind_close(flap_write_behind *behind) {
   pthread_cond_destroy(&behind->done);
   pthread_mutex_destroy(&behind->lock);
   *behind = (flap_write_behind){0};
+}
+
+double flap_write_behind_seconds(const flap_write_behind *behind) {
+  double seconds = 0;
+  for (uint32_t i = 0; i < behind->started; i++) {
+    clockid_t clock;
+    struct timespec t = {0};
+    if (pthread_getcpuclockid(behind->threads[i], &clock) == 0 && clock_gettime(clock, &t) == 0)
+      seconds += (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+  }
+  return seconds;
 }
 
 /* ---- the owner's side -------------------------------------------------------------------------------------- */

@@ -65,6 +65,9 @@ FLAP_CHECKED flap_status flap_write_behind_open(void *memory, uint64_t bytes, fl
 /* When all files have left. */
 void flap_write_behind_close(flap_write_behind *behind);
 
+/* Of its threads, since open: what they computed. */
+double flap_write_behind_seconds(const flap_write_behind *behind);
+
 /* False: there are no blocks for it. */
 bool flap_write_behind_join(flap_write_behind *behind);
 /* With nothing under way, and no block taken. */
