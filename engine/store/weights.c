@@ -208,22 +208,19 @@ static void give_tensors(const flap_layout *layout, const flap_weights_list *lis
   s->tensors = &list->tensors[s->first_tensor];
 }
 
-static flap_status visit_part(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list,
-                              const flap_layout_part *part, bool fill, run_fn run, void *context) {
-  const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
-  visit_region region = {
-      .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = part->elements}},
-      .pool = flap_device_pool(flap_pager_device(pager))};
-  give_tensors(layout, list, part, &region.sections[0]);
-  return fill ? flap_pager_fill(pager, part->weights, fill_piece, &region)
-              : flap_pager_drain(pager, part->weights, drain_piece, &region);
-}
-
 /* The weights regions of all parts, through one function. */
 static flap_status visit_weights(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list, bool fill,
                                  run_fn run, void *context) {
-  for (uint32_t i = 0; i < layout->part_count; i++)
-    FLAP_TRY(visit_part(pager, layout, list, &layout->parts[i], fill, run, context));
+  const uint64_t value_bytes = flap_dtype_bytes(layout->spec.shape.dtype);
+  for (uint32_t i = 0; i < layout->part_count; i++) {
+    visit_region region = {
+        .sections = {{.run = run, .context = context, .value_bytes = value_bytes, .count = layout->parts[i].elements}},
+        .pool = flap_device_pool(flap_pager_device(pager))};
+    give_tensors(layout, list, &layout->parts[i], &region.sections[0]);
+    const uint32_t index = layout->parts[i].weights;
+    FLAP_TRY(fill ? flap_pager_fill(pager, index, fill_piece, &region)
+                  : flap_pager_drain(pager, index, drain_piece, &region));
+  }
   return FLAP_OK;
 }
 
@@ -534,17 +531,12 @@ static flap_status end_files(save_context saves[STATE_FILES_MAX]) {
   return FLAP_OK;
 }
 
-/* Beside training the first part's update is there first, and is followed first by another one: so each part's states
- * come right behind its weights. */
-static flap_status save_parts(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list,
-                              flap_weights_target *target, const states_visit *v) {
-  for (uint32_t i = 0; i < layout->part_count; i++) {
-    const flap_layout_part *part = &layout->parts[i];
-    FLAP_TRY(visit_part(pager, layout, list, part, false, save_weights_run, target));
-    for (uint32_t j = 0; j < part->slice_count; j++)
-      FLAP_TRY(visit_slice(pager, layout, &layout->slices[part->first_slice + j], false, v));
-  }
-  return FLAP_OK;
+/* Beside training the states of a part are there once it was updated, and are what the next update waits for. Its
+ * weights may be in use until the program ends, and have the least bytes: they come last, and their files end first. */
+static flap_status save_values(flap_pager *pager, const flap_layout *layout, const flap_weights_list *list,
+                               flap_weights_target *target, const states_visit *v) {
+  FLAP_TRY(visit_states(pager, layout, false, v));
+  return visit_weights(pager, layout, list, false, save_weights_run, target);
 }
 
 /* All writers are open at once, so that each region is read once. */
@@ -559,7 +551,7 @@ flap_status flap_weights_save_all(flap_pager *pager, const flap_layout *layout, 
   FLAP_TRY_GOTO(status, open_lists(layout->spec.model, &lists));
   FLAP_TRY_GOTO(status, begin_weights(layout, &lists.all, folder, shard_bytes_max, piece, checksums, &target));
   FLAP_TRY_GOTO(status, begin_files(layout, &lists, folder, piece, checksums, saves, &v));
-  FLAP_TRY_GOTO(status, save_parts(pager, layout, &lists.all, &target, &v));
+  FLAP_TRY_GOTO(status, save_values(pager, layout, &lists.all, &target, &v));
   FLAP_TRY_GOTO(status, flap_weights_target_end(&target));
   status = end_files(saves);
 fail:

@@ -51,7 +51,7 @@ FLAP_CHECKED flap_status flap_weights_file_bytes(const flap_model_config *config
  * optimizer-exp_avg-codes.safetensors (I8) and optimizer-exp_avg_sq-codes.safetensors (U8), of the same shapes, and in
  * optimizer-exp_avg-largest.safetensors and optimizer-exp_avg_sq-largest.safetensors (F32): under each tensor's name a
  * row of one value for each 256 elements in order, the last for what is left. kernels/moments.h says what a code stands
- * for. Each region is read once, each part's states behind its weights. The layout must have states. */
+ * for. Each region is read once, the states before the weights. The layout must have states. */
 FLAP_CHECKED flap_status flap_weights_save_all(flap_pager *pager, const flap_layout *layout, const char *folder,
                                                uint64_t shard_bytes_max, flap_file_piece piece,
                                                flap_checksums *checksums);
