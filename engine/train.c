@@ -77,7 +77,7 @@ static flap_status check_output(trainer *t) {
     return find_checkpoint(t);
   if (config->overwrite_output_dir)
     return FLAP_OK;
-  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, what));
+  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
   if (what[0] != '\0')
     return flap_error_set(FLAP_INVALID,
                           "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "

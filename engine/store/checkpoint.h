@@ -75,9 +75,9 @@ FLAP_CHECKED flap_status flap_checkpoint_check_model(const char *output_dir);
 /* What a checkpoint's trainer_state.json says, unchecked otherwise; for looking at it. */
 FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *state_out);
 
-/* Names something in output_dir that a new run would overwrite or mix with (config.json, weights, checkpoints,
- * metrics.jsonl); "": there is nothing. */
-FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]);
+/* Names something in output_dir that a new run would overwrite or mix with: config.json, weights, checkpoints; with
+ * `lines` also a metrics.jsonl with steps, and without them one that is no file; "": there is nothing. */
+FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, bool lines, char what_out[FLAP_PATH_MAX]);
 /* How many checkpoints of ours are in output_dir; none where there is no such folder. */
 FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and

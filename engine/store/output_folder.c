@@ -10,6 +10,7 @@
 #include "engine/store/weights.h"
 #include "engine/store/weights_internal.h"
 #include "io/formats/durable.h"
+#include "io/formats/metrics.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -212,24 +213,42 @@ flap_status flap_output_recover(const char *output_dir) {
 
 /* ---- occupied, clear ----------------------------------------------------------------------------------------- */
 
-/* Keeps the first name in byte order, so that the same folder always gives the same message. */
-static flap_status visit_occupied(void *context, const char *folder, const char *name) {
-  (void)folder;
-  char *first = context;
-  uint64_t step;
-  if (is_weights(name) || strcmp(name, CONFIG_FILE) == 0 || strcmp(name, METRICS_FILE) == 0 ||
-      flap_output_parse_name(name, "", &step))
-    if (first[0] == '\0' || strcmp(name, first) < 0)
-      (void)snprintf(first, 256, "%s", name);
+typedef struct occupied {
+  bool lines; /* those of steps count */
+  char first[256];
+} occupied;
+
+/* metrics.jsonl of a life that did no step is worth nothing. One that is not even a file is not FLAP's. */
+static flap_status lines_count(const char *folder, bool lines, bool *count_out) {
+  char path[FLAP_PATH_MAX];
+  struct stat about;
+  FLAP_TRY(flap_durable_join(path, folder, METRICS_FILE));
+  if (lines)
+    return flap_metrics_has_steps(path, count_out);
+  if (flap_system_lstat(path, &about) != 0)
+    return flap_error_set_os(errno, "cannot look at %s", path);
+  *count_out = !S_ISREG(about.st_mode);
   return FLAP_OK;
 }
 
-flap_status flap_checkpoint_occupied(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
-  char first[256] = "";
+/* Keeps the first name in byte order, so that the same folder always gives the same message. */
+static flap_status visit_occupied(void *context, const char *folder, const char *name) {
+  occupied *found = context;
+  uint64_t step;
+  bool counts = is_weights(name) || strcmp(name, CONFIG_FILE) == 0 || flap_output_parse_name(name, "", &step);
+  if (strcmp(name, METRICS_FILE) == 0)
+    FLAP_TRY(lines_count(folder, found->lines, &counts));
+  if (counts && (found->first[0] == '\0' || strcmp(name, found->first) < 0))
+    (void)snprintf(found->first, sizeof found->first, "%s", name);
+  return FLAP_OK;
+}
+
+flap_status flap_checkpoint_occupied(const char *output_dir, bool lines, char what_out[FLAP_PATH_MAX]) {
+  occupied found = {.lines = lines};
   what_out[0] = '\0';
-  FLAP_TRY(walk(output_dir, visit_occupied, first));
-  if (first[0] != '\0')
-    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, first);
+  FLAP_TRY(walk(output_dir, visit_occupied, &found));
+  if (found.first[0] != '\0')
+    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, found.first);
   return FLAP_OK;
 }
 

@@ -114,6 +114,52 @@ static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
   return status;
 }
 
+static flap_status is_of_step_0(const char *path, const char *text, size_t length, bool *is_out) {
+  json_error_t error;
+  json_t *root = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
+  *is_out = false;
+  if (!root && flap_json_no_memory())
+    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
+  const json_t *step = json_object_get(root, "step");
+  *is_out = json_is_integer(step) && json_integer_value(step) == 0;
+  json_decref(root);
+  return FLAP_OK;
+}
+
+static flap_status look_for_steps(int fd, const char *path, uint64_t bytes, bool *has_out) {
+  char text[FLAP_METRICS_LINE_BYTES_MAX];
+  *has_out = bytes >= sizeof text; /* a line of step 0 is much shorter, and there is one */
+  if (*has_out)
+    return FLAP_OK;
+  FLAP_TRY(flap_durable_read_all(fd, path, 0, text, bytes));
+  for (uint64_t at = 0; at < bytes && !*has_out;) {
+    const char *end = memchr(text + at, '\n', bytes - at);
+    const size_t length = end ? (size_t)(end - text) - at : bytes - at;
+    bool first = false;
+    FLAP_TRY(is_of_step_0(path, text + at, length, &first));
+    *has_out = !first;
+    at += length + 1;
+  }
+  return FLAP_OK;
+}
+
+flap_status flap_metrics_has_steps(const char *path, bool *has_out) {
+  struct stat about;
+  *has_out = false;
+  if (flap_system_lstat(path, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", path);
+  if (!S_ISREG(about.st_mode)) {
+    *has_out = true;
+    return FLAP_OK;
+  }
+  const int fd = flap_system_open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC, 0);
+  if (fd < 0)
+    return flap_error_set_os(errno, "cannot open %s", path);
+  const flap_status status = look_for_steps(fd, path, (uint64_t)about.st_size, has_out);
+  (void)flap_system_close(fd);
+  return status;
+}
+
 flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metrics **metrics_out) {
   if (keep_to_step >= 0)
     FLAP_TRY(drop_later_lines(path, keep_to_step));

@@ -36,6 +36,10 @@ typedef struct flap_metrics flap_metrics;
  * a temporary name and renamed, only if something is dropped). So a resumed run repeats no step. */
 FLAP_CHECKED flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metrics **metrics_out);
 
+/* Whether the file has anything but lines of step 0, which are written before the first step is done. So it is false
+ * where nothing would be lost: for no file and an empty one; and true for what is no file, or no metrics. */
+FLAP_CHECKED flap_status flap_metrics_has_steps(const char *path, bool *has_out);
+
 /* Begin and end come in pairs, as do open and close of objects; keys are escaped if they need it. */
 void flap_metrics_begin_line(flap_metrics *metrics);
 void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t value);

@@ -391,26 +391,26 @@ END_TEST
 
 START_TEST(output_folder_occupied_and_cleared) {
   char what[FLAP_PATH_MAX];
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_eq(what, "");
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
   ck_assert_int_eq(mkdir(scratch_path("out"), 0777), 0);
   scratch_text("out/notes.txt", "mine");
   scratch_text("out/trace.json", "[]");
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_eq(what, "");
   scratch_text("out/metrics.jsonl", "{}\n");
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_ne(what, "");
   ck_assert_str_eq(what, scratch_path("out/metrics.jsonl"));
   must_save(5, false, 0);
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_ne(what, "");
   ck_assert_str_eq(what, scratch_path("out/checkpoint-5"));
   RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
   ck_assert_int_eq(mkdir(scratch_path("out/checkpoint-6.tmp"), 0777), 0);
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_eq(what, "");
   ck_assert(scratch_exists("out/notes.txt"));
   ck_assert_int_eq(unlink(scratch_path("out/notes.txt")), 0);
@@ -433,7 +433,7 @@ START_TEST(output_folder_of_others_is_not_cleared) {
   ck_assert_int_eq(rename(scratch_path("theirs"), scratch_path("out/checkpoint-5")), 0);
   scratch_text("out/config.json", "{}");
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
-  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), what));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_ne(what, "");
   ck_assert(scratch_exists("out/checkpoint-5/model.safetensors") && scratch_exists("out/config.json"));
   must_save(6, true, 1);

@@ -164,6 +164,44 @@ START_TEST(metrics_new_run_starts_an_empty_file) {
 }
 END_TEST
 
+START_TEST(metrics_of_a_life_without_a_step_are_told_from_others) {
+#define EVAL "{\"step\": 0, \"eval_loss\": 5.5}\n"
+  static const struct {
+    const char *text;
+    bool has;
+  } cases[] = {{"", false},
+               {EVAL, false},
+               {EVAL EVAL, false},
+               {EVAL "{\"step\": 1, \"loss\": 5}\n", true},
+               {"{\"step\": 1}\n", true},
+               {EVAL "{\"step\": 1, \"lo", true},
+               {"{\"step\": 0.0}\n", true},
+               {"{}\n", true},
+               {"mine", true},
+               {"\n", true}};
+  bool has = true;
+  OK(flap_metrics_has_steps(scratch_path(NAME), &has));
+  ck_assert(!has);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    scratch_text(NAME, cases[i].text);
+    OK(flap_metrics_has_steps(scratch_path(NAME), &has));
+    ck_assert_msg(has == cases[i].has, "%s", cases[i].text);
+    assert_content(cases[i].text);
+  }
+  FILE *file = fopen(scratch_path(NAME), "w"); /* as long as no life without a step gets */
+  ck_assert_ptr_nonnull(file);
+  for (size_t bytes = 0; bytes < FLAP_METRICS_LINE_BYTES_MAX; bytes += strlen(EVAL))
+    ck_assert_int_ge(fputs(EVAL, file), 0);
+  ck_assert_int_eq(fclose(file), 0);
+  OK(flap_metrics_has_steps(scratch_path(NAME), &has));
+  ck_assert(has);
+  ck_assert_int_eq(remove(scratch_path(NAME)), 0);
+  ck_assert_int_eq(mkfifo(scratch_path(NAME), 0600), 0); /* and nobody waits for the other end */
+  OK(flap_metrics_has_steps(scratch_path(NAME), &has));
+  ck_assert(has);
+}
+END_TEST
+
 START_TEST(metrics_open_in_no_folder_names_the_path) {
   flap_metrics *metrics = NULL;
   ck_assert_int_eq(flap_metrics_open(scratch_path("no/m.jsonl"), -1, &metrics), FLAP_NOT_FOUND);
@@ -257,6 +295,7 @@ int main(void) {
   tcase_add_test(tests, metrics_resume_with_nothing_to_drop_keeps_the_file_itself);
   tcase_add_test(tests, metrics_resume_without_a_file_starts_one);
   tcase_add_test(tests, metrics_new_run_starts_an_empty_file);
+  tcase_add_test(tests, metrics_of_a_life_without_a_step_are_told_from_others);
   tcase_add_test(tests, metrics_open_in_no_folder_names_the_path);
   tcase_add_test(tests, metrics_line_too_long_is_refused_and_the_next_is_sound);
   tcase_add_test(tests, metrics_on_full_disk_takes_the_torn_line_back);
