@@ -192,8 +192,8 @@ typedef struct flap_observer {
 /* Trains as configured. `stop` turns non-zero (a signal handler sets it) to finish the step, save (unless
  * save_strategy is no) and return with result.interrupted. Resumed from the last step's checkpoint it has only the
  * export left to do. Writes output_dir: a Hugging Face folder at the end (export_final), checkpoint-<step>/,
- * metrics.jsonl, trace.json; nothing if it is stopped before the first step. On an error output_dir holds what was
- * saved before and nothing half-written. */
+ * metrics.jsonl, trace.json, finished.json; nothing if it is stopped before the first step. On an error output_dir
+ * holds what was saved before and nothing half-written. */
 FLAP_CHECKED flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                                            const volatile sig_atomic_t *stop, flap_train_result *result_out);
 

@@ -496,6 +496,8 @@ static flap_status finish(trainer *t) {
   FLAP_TRY(flap_metrics_sync(t->metrics));
   if (!t->result->interrupted && t->config->export_final)
     FLAP_TRY(export_model(t));
+  if (!t->result->interrupted)
+    FLAP_TRY(flap_finished_write(t->config->output_dir, t->steps, t->result->exported, &t->room));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "trace.json"));
   return flap_trace_write(t->runtime.lists.trace, path); /* the least of all that is written, so the last */
 }
@@ -542,6 +544,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   FLAP_TRY_GOTO(status, open_dataset(t));
   FLAP_TRY_GOTO(status, open_run(t));
   FLAP_TRY_GOTO(status, open_files(t));
+  FLAP_TRY_GOTO(status, flap_finished_remove(config->output_dir));
   FLAP_TRY_GOTO(status, trainer_loop(t));
   FLAP_TRY_GOTO(status, finish(t));
 fail:

@@ -6,6 +6,7 @@
 #include "engine/planner/prepare.h"
 #include "engine/step/schedule.h"
 #include "engine/store/checkpoint.h"
+#include "engine/store/finished.h"
 #include "engine/store/run_lock.h"
 #include "engine/store/saver.h"
 #include "io/formats/metrics.h"

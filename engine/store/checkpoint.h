@@ -84,6 +84,9 @@ FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t 
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
  * caller must not have its model, or the checkpoint to resume, in there. */
 FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
+/* Only what a life that ended before its first checkpoint leaves: metrics.jsonl, trace.json, finished.json, and
+ * checkpoints and exports that were not finished. Checkpoints and models stay. */
+FLAP_CHECKED flap_status flap_checkpoint_clear_leftovers(const char *output_dir);
 
 /* Makes output_dir itself a Hugging Face folder: config.json, model*.safetensors, tokenizer files. All is written to a
  * temporary folder in it first, then renamed file by file, so that a crash leaves the old model, the new one, or none

@@ -6,6 +6,7 @@
 #include "engine/store/output_folder_internal.h"
 
 #include "base/system.h"
+#include "engine/store/finished.h"
 #include "engine/store/hf_config.h"
 #include "engine/store/weights.h"
 #include "engine/store/weights_internal.h"
@@ -282,12 +283,19 @@ static flap_status clear_checkpoints(const char *output_dir) {
   return status;
 }
 
+flap_status flap_checkpoint_clear_leftovers(const char *output_dir) {
+  FLAP_TRY(flap_output_recover(output_dir));
+  FLAP_TRY(flap_finished_remove(output_dir));
+  FLAP_TRY(remove_file(output_dir, METRICS_FILE));
+  return remove_file(output_dir, TRACE_FILE);
+}
+
 flap_status flap_checkpoint_clear(const char *output_dir) {
   struct stat about;
   bool ours = false;
   if (flap_system_stat(output_dir, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
-  FLAP_TRY(flap_output_recover(output_dir));
+  FLAP_TRY(flap_checkpoint_clear_leftovers(output_dir));
   FLAP_TRY(clear_checkpoints(output_dir));
   FLAP_TRY(flap_output_is_ours(output_dir, &ours));
   if (ours) {
@@ -296,8 +304,7 @@ flap_status flap_checkpoint_clear(const char *output_dir) {
       FLAP_TRY(remove_file(output_dir, TOKENIZER_FILES[i]));
     FLAP_TRY(walk(output_dir, visit_remove_weights, NULL));
   }
-  FLAP_TRY(remove_file(output_dir, METRICS_FILE));
-  return remove_file(output_dir, TRACE_FILE);
+  return FLAP_OK;
 }
 
 /* ---- the final model ----------------------------------------------------------------------------------------- */

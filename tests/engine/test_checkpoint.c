@@ -1,6 +1,7 @@
 /* Checkpoints and output_dir: saved whole, found again, pruned and cleared without touching what is somebody else's,
  * and intact whichever system call a process dies at. */
 #include "engine/store/checkpoint.h"
+#include "engine/store/finished.h"
 
 #include "engine/store/hf_config.h"
 #include "engine/store/output_folder_internal.h"
@@ -418,6 +419,43 @@ START_TEST(output_folder_occupied_and_cleared) {
 }
 END_TEST
 
+static flap_finished finished_in_out(void) {
+  flap_finished finished = {.steps = 77, .has_model = true};
+  RIG_OK(flap_finished_read(scratch_path("out"), &finished));
+  ck_assert_str_eq(flap_error_message(), "");
+  return finished;
+}
+
+START_TEST(finished_run_is_known_by_its_mark_and_its_model) {
+  static const char *const others[] = {"",
+                                       "{}",
+                                       "not json",
+                                       "[]",
+                                       "{\"format\": \"flap-finished\", \"version\": 1}",
+                                       "{\"format\": \"theirs\", \"version\": 1, \"steps\": 8, \"exported\": true}",
+                                       "{\"format\": \"flap-finished\", \"version\": 1, \"steps\": 0}"};
+  ck_assert_uint_eq(finished_in_out().steps, 0);
+  RIG_OK(flap_finished_remove(scratch_path("out"))); /* there is no folder yet */
+  ck_assert_int_eq(mkdir(scratch_path("out"), 0777), 0);
+  for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+    scratch_text("out/finished.json", others[i]);
+    ck_assert_uint_eq(finished_in_out().steps, 0);
+    RIG_OK(flap_finished_remove(scratch_path("out")));
+    ck_assert(scratch_exists("out/finished.json"));
+  }
+  RIG_OK(flap_finished_write(scratch_path("out"), 8, true, NULL));
+  ck_assert(finished_in_out().steps == 8 && !finished_in_out().has_model);
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
+  ck_assert(finished_in_out().steps == 8 && finished_in_out().has_model);
+  RIG_OK(
+      flap_finished_write(scratch_path("out"), 9, false, NULL)); /* which exported none: the model is an earlier one */
+  ck_assert(finished_in_out().steps == 9 && !finished_in_out().has_model);
+  RIG_OK(flap_finished_remove(scratch_path("out")));
+  ck_assert(!scratch_exists("out/finished.json"));
+}
+END_TEST
+
 START_TEST(output_folder_of_others_is_not_cleared) {
   char what[FLAP_PATH_MAX];
   must_save(5, true, 0);
@@ -654,6 +692,7 @@ int main(void) {
   tcase_add_test(tests, checkpoint_paths_that_cannot_be_are_refused);
   tcase_add_test(tests, checkpoint_bad_trainer_states_are_refused);
   tcase_add_test(tests, output_folder_occupied_and_cleared);
+  tcase_add_test(tests, finished_run_is_known_by_its_mark_and_its_model);
   tcase_add_test(tests, output_folder_of_others_is_not_cleared);
   tcase_add_test(tests, output_folder_sizes_are_enough);
   tcase_add_test(tests, checkpoint_full_disk_leaves_the_old_one);

@@ -754,8 +754,9 @@ machine: rtx4090-64g-1nvme
         done = self.flap("train", "run.yaml")
         self.assertEqual(done.returncode, 1)
         self.assertIn("flap: error: cannot rename out/trace.json.tmp to out/trace.json: Is a directory", done.stderr)
-        self.assertEqual(sorted(os.listdir(self.path("out"))), ["config.json", "metrics.jsonl", "model.safetensors",
-                                                                "tokenizer.json", "tokenizer_config.json", "trace.json"])
+        self.assertEqual(sorted(os.listdir(self.path("out"))),
+                         ["config.json", "finished.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
+                          "tokenizer_config.json", "trace.json"])
         self.accept("eval", "run.yaml")
 
     def test_metrics_that_are_no_file_are_named_and_broken_lines_numbered(self):
