@@ -175,6 +175,7 @@ typedef struct flap_train_result {
   uint64_t trained_tokens;        /* by this process */
   char checkpoint[FLAP_PATH_MAX]; /* the newest one, "" if none */
   bool exported;
+  bool complete; /* with resume_from_checkpoint: auto, the run had come to its end before: nothing was done */
 } flap_train_result;
 
 /* Called on the engine thread; each may be NULL. */

@@ -148,6 +148,9 @@ static flap_status check_optimizer(const flap_run_config *config) {
 static flap_status check_saving(const flap_run_config *config) {
   if (config->logging_steps < 1)
     return flap_error_set(FLAP_INVALID, "logging_steps: must be at least 1");
+  if (config->overwrite_output_dir && strcmp(config->resume_from_checkpoint, "auto") == 0)
+    return flap_error_set(FLAP_INVALID, "overwrite_output_dir: contradicts resume_from_checkpoint: auto, which deletes "
+                                        "no checkpoint and no model: give one of them");
   if (config->eval_steps > 0 && config->val_size == 0)
     return flap_error_set(FLAP_INVALID, "eval_steps: nothing is held out to evaluate on: set val_size");
   if (config->save_strategy == FLAP_STRATEGY_STEPS && config->save_steps < 1)

@@ -144,7 +144,8 @@ typedef struct flap_run_config {
   bool save_only_model;
   char output_dir[FLAP_PATH_MAX];
   bool overwrite_output_dir;
-  char resume_from_checkpoint[FLAP_PATH_MAX]; /* "": no; "true": the newest in output_dir; else a folder */
+  char resume_from_checkpoint[FLAP_PATH_MAX]; /* "": no; "true": the newest in output_dir; "auto": that, or none; else a
+                                                 folder */
   bool allow_numerics_change;                 /* resume although the numerics key is another */
   bool export_final;                          /* export: final|none */
 

@@ -46,7 +46,7 @@ static flap_status check_not_inside(const char *folder, const char *key, const c
 static flap_status find_checkpoint(trainer *t) {
   const flap_run_config *config = t->config;
   FLAP_TRY(flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state));
-  if (t->state.optim == config->optim)
+  if (!t->resume_folder[0] || t->state.optim == config->optim)
     return FLAP_OK;
   const char *saved = flap_run_config_optim_name(t->state.optim);
   return flap_error_set(FLAP_INVALID,
@@ -67,6 +67,51 @@ static flap_status check_folder(const char *path) {
   return FLAP_OK;
 }
 
+static bool is_auto(const flap_run_config *config) {
+  return strcmp(config->resume_from_checkpoint, "auto") == 0;
+}
+
+/* A run of so many steps has nothing left to do. */
+static bool is_complete(const trainer *t, uint64_t steps) {
+  return t->finished.steps > 0 && t->finished.steps == steps && (t->finished.has_model || !t->config->export_final);
+}
+
+/* A run that came to its end is left as it is, or goes on from its last checkpoint; it never begins anew. */
+static flap_status check_finished(trainer *t, uint64_t steps) {
+  t->result->complete = is_complete(t, steps);
+  if (t->result->complete)
+    t->result->steps = steps;
+  if (t->finished.steps == 0 || t->result->complete || t->resume_folder[0])
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "output_dir: %s holds a run that ended after %llu steps, without a checkpoint from which this "
+                        "one of %llu could go on: name another folder, or set overwrite_output_dir: true and no "
+                        "resume_from_checkpoint to start anew",
+                        t->config->output_dir, (unsigned long long)t->finished.steps, (unsigned long long)steps);
+}
+
+/* The same command for every life of a run: on from the last checkpoint, or anew if there is nothing but what a life
+ * leaves that ended before its first one. */
+static flap_status choose_start(trainer *t) {
+  const flap_run_config *config = t->config;
+  char what[FLAP_PATH_MAX];
+  FLAP_TRY(flap_finished_read(config->output_dir, &t->finished));
+  if (is_complete(t, config->max_steps))
+    return check_finished(t, config->max_steps);
+  FLAP_TRY(find_checkpoint(t));
+  if (t->resume_folder[0])
+    return FLAP_OK;
+  if (t->finished.steps > 0) /* epochs are steps when the data are known */
+    return config->max_steps > 0 ? check_finished(t, config->max_steps) : FLAP_OK;
+  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, false, what));
+  if (what[0] != '\0')
+    return flap_error_set(FLAP_INVALID,
+                          "output_dir: %s holds %s, but no checkpoint to go on from: name another folder, or set "
+                          "overwrite_output_dir: true and no resume_from_checkpoint to start anew",
+                          config->output_dir, what);
+  return FLAP_OK;
+}
+
 static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
@@ -74,14 +119,15 @@ static flap_status check_output(trainer *t) {
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   if (config->resume_from_checkpoint[0])
-    return find_checkpoint(t);
+    return is_auto(config) ? choose_start(t) : find_checkpoint(t);
   if (config->overwrite_output_dir)
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
   if (what[0] != '\0')
     return flap_error_set(FLAP_INVALID,
-                          "output_dir: %s already holds %s: name another folder, or set overwrite_output_dir: true to "
-                          "start anew or resume_from_checkpoint: true to continue",
+                          "output_dir: %s already holds %s: name another folder, or set resume_from_checkpoint: auto "
+                          "to go on from the last checkpoint, or from the start if there is none, or "
+                          "overwrite_output_dir: true to start anew",
                           config->output_dir, what);
   return FLAP_OK;
 }
@@ -147,7 +193,7 @@ static flap_status make_output(trainer *t) {
     FLAP_TRY(lock_output(t));
     FLAP_TRY(check_output(t));
   }
-  return check_space(t, 1);
+  return t->finished.steps > 0 ? FLAP_OK : check_space(t, 1); /* it may have nothing to do */
 }
 
 /* ---- data ------------------------------------------------------------------------------------------------ */
@@ -167,6 +213,9 @@ static flap_status open_dataset(trainer *t) {
   t->sequences = flap_dataset_sequences(t->dataset);
   t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
   t->warmup = flap_schedule_warmup(config, t->steps);
+  FLAP_TRY(check_finished(t, t->steps));
+  if (t->result->complete)
+    return FLAP_OK;
   if (t->steps > t->state.step) {
     const uint64_t steps = t->steps - t->state.step;
     t->prepared.plan.ssd_before_bytes = t->state.written_bytes;
@@ -243,7 +292,8 @@ static flap_status fill_regions(trainer *t) {
                           t->resume_folder, t->state.loss_scale.scale > 0 ? "has a" : "has no",
                           flap_dtype_name(layout->spec.shape.dtype));
   t->runtime.executor.loss_scale = t->state.loss_scale;
-  if (strcmp(t->config->resume_from_checkpoint, "true") == 0) { /* until a step is done there is nothing newer */
+  /* Until a step is done there is nothing newer. */
+  if (is_auto(t->config) || strcmp(t->config->resume_from_checkpoint, "true") == 0) {
     t->saved_step = t->step;
     memcpy(t->result->checkpoint, t->resume_folder, sizeof t->result->checkpoint);
   }
@@ -310,11 +360,25 @@ static flap_status keep_room(trainer *t) {
   return FLAP_OK;
 }
 
+/* What a life left that ended before its first checkpoint. */
+static flap_status clear_leftovers(trainer *t) {
+  char path[FLAP_DURABLE_PATH_MAX];
+  bool steps = false;
+  FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
+  FLAP_TRY(flap_metrics_has_steps(path, &steps));
+  if (steps)
+    flap_log(FLAP_LOG_INFO, "%s holds no checkpoint: training starts anew, and so does metrics.jsonl",
+             t->config->output_dir);
+  return flap_checkpoint_clear_leftovers(t->config->output_dir);
+}
+
 /* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
 static flap_status open_files(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
   if (!t->resume_folder[0] && t->config->overwrite_output_dir)
     FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
+  if (!t->resume_folder[0] && is_auto(t->config))
+    FLAP_TRY(clear_leftovers(t));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
   FLAP_TRY(flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics));
   FLAP_TRY(flap_write_behind_open(t->runtime.lists.save_memory, t->runtime.lists.save_bytes, &t->behind));
@@ -517,11 +581,31 @@ static void close_all(trainer *t) {
     (void)flap_system_rmdir(t->config->output_dir); /* only if nothing is in it */
 }
 
+static flap_status run_to_end(trainer *t) {
+  const flap_run_config *config = t->config;
+  FLAP_TRY(check_and_lock_output(t));
+  if (t->result->complete)
+    return FLAP_OK;
+  FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  t->prepared.resume_folder = t->resume_folder;
+  FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
+                             config->gradient_accumulation_steps, 0));
+  FLAP_TRY(flap_pressure_check_here(&t->prepared));
+  FLAP_TRY(make_output(t));
+  FLAP_TRY(open_dataset(t));
+  if (t->result->complete)
+    return FLAP_OK;
+  FLAP_TRY(open_run(t));
+  FLAP_TRY(open_files(t));
+  FLAP_TRY(flap_finished_remove(config->output_dir));
+  FLAP_TRY(trainer_loop(t));
+  return finish(t);
+}
+
 flap_status flap_engine_train(const flap_run_config *config, const flap_observer *observer,
                               const volatile sig_atomic_t *stop, flap_train_result *result_out) {
   static trainer storage; /* one run at a time per process; it holds long paths */
   trainer *t = &storage;
-  flap_status status = FLAP_OK;
   memset(t, 0, sizeof *t);
   memset(result_out, 0, sizeof *result_out);
   *t = (trainer){.config = config,
@@ -534,20 +618,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
   if (observer != NULL)
     t->observer = *observer;
   t->step_sequences = (uint64_t)config->per_device_train_batch_size * config->gradient_accumulation_steps;
-  FLAP_TRY_GOTO(status, check_and_lock_output(t));
-  FLAP_TRY_GOTO(status, flap_prepare_open(config, &t->prepared));
-  t->prepared.resume_folder = t->resume_folder;
-  FLAP_TRY_GOTO(status, flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
-                                          config->cutoff_len, config->gradient_accumulation_steps, 0));
-  FLAP_TRY_GOTO(status, flap_pressure_check_here(&t->prepared));
-  FLAP_TRY_GOTO(status, make_output(t));
-  FLAP_TRY_GOTO(status, open_dataset(t));
-  FLAP_TRY_GOTO(status, open_run(t));
-  FLAP_TRY_GOTO(status, open_files(t));
-  FLAP_TRY_GOTO(status, flap_finished_remove(config->output_dir));
-  FLAP_TRY_GOTO(status, trainer_loop(t));
-  FLAP_TRY_GOTO(status, finish(t));
-fail:
+  flap_status status = run_to_end(t);
   result_out->total_seconds = (double)(flap_units_now_ns() - t->started_ns) * 1e-9;
   if (status == FLAP_INTERRUPTED) { /* while data were read: nothing was begun */
     result_out->interrupted = true;

@@ -34,6 +34,7 @@ typedef struct trainer {
   bool opened, made_output;
   char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
   flap_trainer_state state;          /* read from it */
+  flap_finished finished;            /* an earlier life that came to its end here; with resume_from_checkpoint: auto */
 
   uint64_t sequences, step_sequences; /* of an epoch; of a step */
   uint64_t steps, warmup;

@@ -12,7 +12,8 @@
 
 #define ARGUMENTS_MAX 256
 
-/* The command that continues this run: what was typed, with the key that resumes in place of an older one. */
+/* The command that continues this run: what was typed, with the key that resumes in place of an older one; or just
+ * that, if it is a command for every life. */
 static void print_resume(FILE *out, const flap_run_config *config, const char *file, const char *const *overrides,
                          size_t count) {
   static const char resume_key[] = "resume_from_checkpoint=", overwrite_key[] = "overwrite_output_dir=";
@@ -20,15 +21,19 @@ static void print_resume(FILE *out, const flap_run_config *config, const char *f
   flap_text_print_word(out, flap_program_name());
   fputs(" train ", out);
   flap_text_print_word(out, file);
+  const bool again = strcmp(config->resume_from_checkpoint, "auto") == 0;
   for (size_t i = 0; i < count; i++) {
-    bool replaced = strncmp(overrides[i], resume_key, sizeof resume_key - 1) == 0 ||
-                    strncmp(overrides[i], overwrite_key, sizeof overwrite_key - 1) == 0;
+    bool replaced = !again && (strncmp(overrides[i], resume_key, sizeof resume_key - 1) == 0 ||
+                               strncmp(overrides[i], overwrite_key, sizeof overwrite_key - 1) == 0);
     if (replaced)
       continue;
     fputc(' ', out);
     flap_text_print_word(out, overrides[i]);
   }
-  fprintf(out, "%s %strue\n", config->overwrite_output_dir ? " overwrite_output_dir=false" : "", resume_key);
+  if (again)
+    fputc('\n', out);
+  else
+    fprintf(out, "%s %strue\n", config->overwrite_output_dir ? " overwrite_output_dir=false" : "", resume_key);
 }
 
 /* A graceful end, which is what was asked for. What is not saved is said. */
@@ -46,6 +51,11 @@ static void say_interrupted(FILE *out, const flap_run_config *config, const flap
             result->checkpoint);
   else
     print_resume(out, config, file, overrides, count);
+}
+
+static void say_complete(FILE *out, const flap_run_config *config, const flap_train_result *result) {
+  fprintf(out, "this run is complete: %llu steps%s %s; nothing was done\n", (unsigned long long)result->steps,
+          config->export_final ? ", and the trained model, are in" : " are done in", config->output_dir);
 }
 
 /* Output that nobody can read any more (a closed terminal, a reader who left, a full disk) is no failure of the run. */
@@ -75,7 +85,9 @@ static flap_status train(const char *file, const char *const *overrides, size_t 
   flap_observer observer = flap_progress_observer(&progress);
   flap_status status = flap_engine_train(&config, &observer, &flap_interrupt_flag, &result);
   flap_progress_end_line(&progress);
-  if (status == FLAP_OK)
+  if (status == FLAP_OK && result.complete)
+    say_complete(stdout, &config, &result);
+  else if (status == FLAP_OK)
     flap_progress_summary(&progress, &config, &result);
   if (status == FLAP_OK && result.interrupted)
     say_interrupted(stdout, &config, &result, file, overrides, count);

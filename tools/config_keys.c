@@ -145,8 +145,11 @@ static const flap_config_key keys[] = {
           "Checkpoints hold the weights only: smaller, but no resuming from them."),
     PLAIN("output_dir", PATH, output_dir, "Ends as a Hugging Face folder, with checkpoints and metrics beside."),
     PLAIN("overwrite_output_dir", BOOL, overwrite_output_dir, "Start anew in an output_dir that holds an earlier run."),
-    CUSTOM("resume_from_checkpoint", flap_config_set_resume, "true, latest, false or a checkpoint folder", "false",
-           "Continue from a checkpoint, bit for bit; true (or latest) takes the newest in output_dir."),
+    CUSTOM(
+        "resume_from_checkpoint", flap_config_set_resume, "true, auto, latest, false or a checkpoint folder", "false",
+        "Continue from a checkpoint, bit for bit; true (or latest) takes the newest in output_dir. auto does that too, "
+        "starts anew where there is none (and no model), and does nothing where the run is complete: one command for "
+        "scripts that start a run again and again."),
     PLAIN("allow_numerics_change", BOOL, allow_numerics_change,
           "Continue although something differs that decides bits (the device, its libraries, the micro-batch, dtypes): "
           "without it such a run is refused."),

@@ -391,10 +391,20 @@ static flap_status open_found(const char *folder, flap_trainer_state *state_out)
   return flap_checkpoint_read_state(folder, state_out);
 }
 
-static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out) {
+/* `or_none`: then the folder is "". */
+static flap_status find_newest(const char *output_dir, bool or_none, char folder_out[FLAP_PATH_MAX],
+                               flap_trainer_state *state_out) {
   struct stat about;
-  if (flap_system_stat(output_dir, &about) != 0)
-    return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
+  folder_out[0] = '\0';
+  if (flap_system_stat(output_dir, &about) != 0) {
+    if (errno != ENOENT)
+      return flap_error_set_os(errno, "resume_from_checkpoint: no checkpoints in %s", output_dir);
+    return or_none ? FLAP_OK
+                   : flap_error_set(FLAP_NOT_FOUND,
+                                    "resume_from_checkpoint: there is no %s yet: with resume_from_checkpoint: auto a "
+                                    "run starts anew where no checkpoint is",
+                                    output_dir);
+  }
   flap_output_steps list = {0};
   FLAP_TRY(flap_output_recover(output_dir));
   FLAP_TRY(flap_output_list(output_dir, &list));
@@ -415,7 +425,12 @@ static flap_status find_newest(const char *output_dir, char folder_out[FLAP_PATH
                           "resume_from_checkpoint: the checkpoints in %s hold weights only (save_only_model), without "
                           "the optimizer's states; give one as model_name_or_path to start anew from it",
                           output_dir);
-  return flap_error_set(FLAP_NOT_FOUND, "resume_from_checkpoint: %s holds no checkpoint-<step>", output_dir);
+  folder_out[0] = '\0';
+  return or_none ? FLAP_OK
+                 : flap_error_set(FLAP_NOT_FOUND,
+                                  "resume_from_checkpoint: %s holds no checkpoint-<step>: with "
+                                  "resume_from_checkpoint: auto a run starts anew where no checkpoint is",
+                                  output_dir);
 }
 
 /* Of the folder of a run; "" where it has none. For advice: what cannot be looked at is not there. */
@@ -488,7 +503,9 @@ static flap_status recover_named(const char *output_dir, const char *folder) {
 flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
                                  flap_trainer_state *state_out) {
   if (strcmp(resume_from, "true") == 0)
-    return find_newest(output_dir, folder_out, state_out);
+    return find_newest(output_dir, false, folder_out, state_out);
+  if (strcmp(resume_from, "auto") == 0)
+    return find_newest(output_dir, true, folder_out, state_out);
   size_t length = strlen(resume_from);
   while (length > 1 && resume_from[length - 1] == '/')
     length--;

@@ -59,9 +59,10 @@ FLAP_CHECKED flap_status flap_checkpoint_commit(const char *output_dir, const ch
 void flap_checkpoint_abandon(const char *folder);
 
 /* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a
- * crash left half-renamed); otherwise a folder. The caller holds output_dir's lock (engine/store/run_lock.h), if it is
- * there. Compares sizes and small files with their checksums, and reads and checks trainer_state.json; the weights are
- * checked when they are read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
+ * crash left half-renamed); "auto" too, but where there is no checkpoint the folder is "" and nothing is wrong;
+ * otherwise a folder. The caller holds output_dir's lock (engine/store/run_lock.h), if it is there. Compares sizes and
+ * small files with their checksums, and reads and checks trainer_state.json; the weights are checked when they are
+ * read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
 /* Fills weights and states from a checkpoint that was found. Every byte is compared with its checksum on the way: what

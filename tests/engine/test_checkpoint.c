@@ -286,10 +286,12 @@ START_TEST(checkpoint_nothing_to_resume_is_explained) {
               "resume_from_checkpoint");
   ck_assert_int_eq(mkdir(scratch_path("out"), 0777), 0);
   RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "true", folder, &state), FLAP_NOT_FOUND, "/out",
-              "holds no checkpoint-<step>");
+              "resume_from_checkpoint: auto");
   must_save(4, true, 0);
   ck_assert(!scratch_exists("out/checkpoint-4/optimizer-low.safetensors"));
   RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "true", folder, &state), FLAP_NOT_FOUND, "weights only",
+              "model_name_or_path");
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), "auto", folder, &state), FLAP_NOT_FOUND, "weights only",
               "model_name_or_path");
   RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), scratch_path("out/checkpoint-4"), folder, &state),
               FLAP_NOT_FOUND, "checkpoint-4", "weights only");
@@ -416,6 +418,45 @@ START_TEST(output_folder_occupied_and_cleared) {
   ck_assert(scratch_exists("out/notes.txt"));
   ck_assert_int_eq(unlink(scratch_path("out/notes.txt")), 0);
   ck_assert_msg(rmdir(scratch_path("out")) == 0, "clear left something");
+}
+END_TEST
+
+START_TEST(output_folder_with_only_leftovers_is_told_from_one_with_results) {
+  char what[FLAP_PATH_MAX], folder[FLAP_PATH_MAX] = "x";
+  flap_trainer_state state;
+  RIG_OK(flap_checkpoint_find(scratch_path("out"), "auto", folder, &state));
+  ck_assert_str_eq(folder, "");
+  ck_assert_int_eq(mkdir(scratch_path("out"), 0777), 0);
+  ck_assert_int_eq(mkdir(scratch_path("out/checkpoint-6.tmp"), 0777), 0);
+  ck_assert_int_eq(mkdir(scratch_path("out/export.tmp"), 0777), 0);
+  scratch_text("out/export.tmp/config.json", "{}");
+  scratch_text("out/trace.json", "[]");
+  scratch_text("out/notes.txt", "mine");
+  scratch_text("out/metrics.jsonl", "{\"step\": 0}\n");
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
+  ck_assert_str_eq(what, "");
+  scratch_text("out/metrics.jsonl", "{\"step\": 0}\n{\"step\": 1}\n");
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
+  ck_assert_str_eq(what, scratch_path("out/metrics.jsonl"));
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), false, what));
+  ck_assert_str_eq(what, "");
+  RIG_OK(flap_checkpoint_clear_leftovers(scratch_path("out")));
+  ck_assert(!scratch_exists("out/metrics.jsonl") && !scratch_exists("out/trace.json"));
+  ck_assert(!scratch_exists("out/checkpoint-6.tmp") && !scratch_exists("out/export.tmp"));
+  ck_assert(scratch_exists("out/notes.txt"));
+  ck_assert_int_eq(symlink("notes.txt", scratch_path("out/metrics.jsonl")), 0); /* somebody else's way */
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), false, what));
+  ck_assert_str_eq(what, scratch_path("out/metrics.jsonl"));
+  ck_assert_int_eq(unlink(scratch_path("out/metrics.jsonl")), 0);
+  /* With results, all of them stay. */
+  must_save(4, false, 0);
+  ck_assert_uint_eq(find_step("auto"), 4);
+  RIG_OK(flap_checkpoint_occupied(scratch_path("out"), false, what));
+  ck_assert_str_eq(what, scratch_path("out/checkpoint-4"));
+  RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
+  RIG_OK(flap_checkpoint_clear_leftovers(scratch_path("out")));
+  ck_assert_uint_eq(find_step("auto"), 4);
+  ck_assert(scratch_exists("out/config.json") && scratch_exists("out/model.safetensors"));
 }
 END_TEST
 
@@ -692,6 +733,7 @@ int main(void) {
   tcase_add_test(tests, checkpoint_paths_that_cannot_be_are_refused);
   tcase_add_test(tests, checkpoint_bad_trainer_states_are_refused);
   tcase_add_test(tests, output_folder_occupied_and_cleared);
+  tcase_add_test(tests, output_folder_with_only_leftovers_is_told_from_one_with_results);
   tcase_add_test(tests, finished_run_is_known_by_its_mark_and_its_model);
   tcase_add_test(tests, output_folder_of_others_is_not_cleared);
   tcase_add_test(tests, output_folder_sizes_are_enough);

@@ -164,6 +164,23 @@ START_TEST(config_null_and_later_overrides_take_defaults_back) {
 }
 END_TEST
 
+START_TEST(config_resume_has_words_beside_folders) {
+  static const struct {
+    const char *given, *stored;
+  } cases[] = {{"true", "true"}, {"latest", "true"}, {"false", ""}, {"auto", "auto"}, {"./auto", "./auto"}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    char override[64];
+    (void)snprintf(override, sizeof override, "resume_from_checkpoint=%s", cases[i].given);
+    const char *const overrides[] = {override};
+    ck_assert_int_eq(load_base("", overrides, 1), FLAP_OK);
+    ck_assert_str_eq(config.resume_from_checkpoint, cases[i].stored);
+    flap_run_config_close(&config);
+  }
+  refuse_base("resume_from_checkpoint: auto\noverwrite_output_dir: true\n",
+              "run.yaml:5: overwrite_output_dir: contradicts resume_from_checkpoint: auto");
+}
+END_TEST
+
 START_TEST(config_overrides_reach_into_mappings) {
   const char *const overrides[] = {"expert.clip=sweep",
                                    "model.hidden_size=64",
@@ -556,6 +573,7 @@ int main(void) {
   tcase_add_test(cases, config_minimal_has_defaults);
   tcase_add_test(cases, config_full_file_fills_every_field);
   tcase_add_test(cases, config_null_and_later_overrides_take_defaults_back);
+  tcase_add_test(cases, config_resume_has_words_beside_folders);
   tcase_add_test(cases, config_overrides_reach_into_mappings);
   tcase_add_test(cases, config_saved_tensors_are_words_and_recompute_saves_none);
   tcase_add_test(cases, config_updates_in_the_backward_need_no_norm);

@@ -420,6 +420,108 @@ machine: rtx4090-64g-1nvme
             return [entry for entry in json.loads(text)["files"] if entry["name"] != "trainer_state.json"]
         return text
 
+    # ---- one command for every life ----
+
+    AUTO = ["run.yaml", "save_strategy=steps", "save_steps=4", "resume_from_checkpoint=auto"]
+
+    def train(self, *arguments, until=None, files=None):
+        """Its lines and its status; killed when a line begins with `until`; with so many descriptors."""
+        limit = None if files is None else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        process = subprocess.Popen([FLAP, "train", *arguments], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, preexec_fn=limit)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if until is not None and line.startswith(until):
+                process.kill()
+                break
+        lines.append(process.communicate(timeout=60)[0])
+        return "".join(lines), process.returncode
+
+    def contents(self, folder="out"):
+        """Of every file, with the time when it was written."""
+        found = {}
+        for above, _, names in os.walk(self.path(folder)):
+            for name in names:
+                with open(os.path.join(above, name), "rb") as file:
+                    found[os.path.join(above, name)] = (os.stat(file.fileno()).st_mtime_ns, file.read())
+        return found
+
+    def test_one_command_for_every_life_ends_with_the_bits_of_a_run_that_nothing_disturbed(self):
+        steps = "max_steps=60"  # so that none ends before it is killed
+        self.accept("train", *self.AUTO, "output_dir=whole", steps)
+        self.assertNotEqual(self.train(*self.AUTO, steps, files=6)[1], 0)
+        self.assertEqual(self.train(*self.AUTO, "save_steps=50", steps, until="step 2/")[1], -9)
+        self.assertFalse(self.checkpoints())
+        os.mkdir(self.path("out/checkpoint-4.tmp"))  # as if it had been saving
+        self.write("out/notes.txt", "mine")
+        out, status = self.train(*self.AUTO, steps, until="saved ")
+        self.assertEqual(status, -9)
+        self.assertIn("out holds no checkpoint: training starts anew, and so does metrics.jsonl", out)
+        self.assertIn("step 1/60", out)
+        last = max(int(name.split("-")[1]) for name in self.checkpoints())
+        out = self.accept("train", *self.AUTO, steps)
+        self.assertIn(f"continuing after step {last}\n", out)
+        self.assertEqual(self.losses(), self.losses("whole"))
+        self.assertEqual([line["step"] for line in self.metrics() if "loss" in line], list(range(1, 61)))
+        self.assertEqual(self.weights(), self.weights("whole"))
+        self.assertEqual(sorted(set(os.listdir(self.path("out"))) ^ set(os.listdir(self.path("whole")))), ["notes.txt"])
+
+    def test_run_that_is_complete_is_left_as_it_is(self):
+        self.write("short.txt", TEXT[:2000])
+        for name, more in {"steps": [], "epochs": ["max_steps=-1", "num_train_epochs=1", "dataset=short.txt"],
+                           "model": ["save_strategy=no"], "lines": ["save_strategy=no", "export=none"],
+                           "weights": ["save_only_model=true"]}.items():
+            with self.subTest(name):
+                command = ["train", *self.AUTO, *more, f"output_dir={name}"]
+                self.accept(*command)
+                before = self.contents(name)
+                out = self.accept(*command)
+                self.assertRegex(out, rf"^this run is complete: \d+ steps.* in {name}; nothing was done\n$")
+                self.assertEqual(self.contents(name), before)
+
+    def test_run_that_is_complete_goes_on_to_more_steps_from_its_checkpoint_alone(self):
+        self.accept("train", *self.AUTO, "output_dir=whole", "max_steps=10", "lr_scheduler_type=constant")
+        self.accept("train", *self.AUTO, "lr_scheduler_type=constant")
+        out = self.accept("train", *self.AUTO, "max_steps=10", "lr_scheduler_type=constant")
+        self.assertIn("continuing after step 8\n", out)
+        self.assertEqual(self.weights(), self.weights("whole"))
+        self.refuse("is at step 10 already", "train", *self.AUTO)
+        self.assertIn("complete: 10 steps", self.accept("train", *self.AUTO, "max_steps=10"))
+        # What is exported only now is all that is left to do; and so it is when the model was taken away.
+        os.remove(self.path("out/model.safetensors"))
+        self.assertIn("continuing after step 10\n", self.accept("train", *self.AUTO, "max_steps=10"))
+        self.assertEqual(self.weights(), self.weights("whole"))
+        for name in self.checkpoints():
+            os.rename(self.path(f"out/{name}"), self.path(f"kept-{name}"))
+        for more in ["max_steps=12"], ["max_steps=-1", "num_train_epochs=1"]:
+            error = self.refuse("out holds a run that ended after 10 steps, without a checkpoint", "train", *self.AUTO, *more)
+            self.assertIn("overwrite_output_dir: true", error)
+
+    def test_one_command_touches_no_results_of_others(self):
+        os.mkdir(self.path("out"))
+        for name, content in {"config.json": "{}", "model.safetensors": "theirs", "checkpoint-5/notes": "theirs"}.items():
+            os.makedirs(os.path.dirname(self.path(f"out/{name}")), exist_ok=True)
+            self.write(f"out/{name}", content)
+            before = self.contents()
+            self.refuse("checkpoints in out hold weights only" if "/" in name else "but no checkpoint to go on from",
+                        "train", *self.AUTO)
+            self.assertEqual(self.contents(), before)
+
+    def test_what_a_life_without_a_step_left_is_no_obstacle_and_steps_are(self):
+        plain = self.AUTO[:3]
+        out, status = self.train(*plain, files=6)
+        self.assertEqual(status, 1, out)
+        self.assertEqual(self.tree_of_out(), ["metrics.jsonl"])
+        self.accept("train", *plain, "max_steps=2", "save_strategy=no", "export=none")  # the same again, if shorter
+        error = self.refuse("out already holds out/metrics.jsonl", "train", *plain)
+        self.assertIn("resume_from_checkpoint: auto", error)
+        self.assertIn("resume_from_checkpoint: auto", self.refuse("out holds no checkpoint-<step>", "train", *plain,
+                                                                  "resume_from_checkpoint=true"))
+
+    def tree_of_out(self):
+        return sorted(os.listdir(self.path("out")))
+
     # ---- one run per output_dir ----
 
     def start(self, *arguments):

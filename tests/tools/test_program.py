@@ -223,6 +223,12 @@ class Program(unittest.TestCase):
             self.assertIn(f"continue with: {PROGRAM} train run.yaml max_steps=100000 logging_steps=1 'output_dir=a b' "
                           "overwrite_output_dir=false resume_from_checkpoint=true\n", out)
 
+    def test_interrupt_of_a_command_for_every_life_says_that_command(self):
+        status, out, _ = self.interrupt(signal.SIGTERM, "slow", "resume_from_checkpoint=auto")
+        self.assertEqual(status, 0)
+        self.assertIn(f"continue with: {PROGRAM} train run.yaml max_steps=100000 logging_steps=1 "
+                      "resume_from_checkpoint=auto\n", out)
+
     def test_interrupt_without_a_checkpoint_says_so(self):
         status, out, _ = self.interrupt(signal.SIGINT, "slow", "save_only_model=true")
         self.assertEqual(status, 0)
