@@ -159,22 +159,27 @@ static void note_prepared(void *context, uint64_t train_tokens, uint64_t heldout
   run->resumed_step = resumed_step;
 }
 
-static flap_status train(tiny_run *run, bool resume, bool interrupt) {
+typedef enum tiny_start { ANEW, FROM_CHECKPOINT, AS_IT_COMES } tiny_start;
+
+static flap_status train(tiny_run *run, tiny_start start, bool interrupt) {
   static flap_run_config config; /* it holds long paths */
   flap_train_result result;
   const flap_observer observer = {
       .context = run, .prepared = note_prepared, .stepped = interrupt ? note_step : NULL, .saved = note_saved};
-  run->phase = resume ? "resuming" : "training";
+  run->phase = start == ANEW ? "training" : "resuming";
   fill_config(run, &config);
   if (config.model == NULL || config.dataset_count == 0) {
     flap_run_config_close(&config);
     return flap_error_set(FLAP_NO_MEMORY, "the test's configuration: no memory");
   }
-  config.overwrite_output_dir = !resume;
-  if (resume)
-    (void)snprintf(config.resume_from_checkpoint, sizeof config.resume_from_checkpoint, "true");
+  config.overwrite_output_dir = start == ANEW;
+  if (start != ANEW)
+    (void)snprintf(config.resume_from_checkpoint, sizeof config.resume_from_checkpoint, "%s",
+                   start == AS_IT_COMES ? "auto" : "true");
   stop = 0;
   const flap_status status = flap_engine_train(&config, &observer, &stop, &result);
+  if (status == FLAP_OK && result.complete)
+    run->resumed_step = result.steps;
   flap_run_config_close(&config);
   return status;
 }
@@ -205,8 +210,8 @@ static flap_status tokenize(tiny_run *run) {
 
 flap_status tiny_run_live(tiny_run *run) {
   FLAP_TRY(tokenize(run));
-  FLAP_TRY(train(run, false, true));
-  FLAP_TRY(train(run, true, false));
+  FLAP_TRY(train(run, ANEW, true));
+  FLAP_TRY(train(run, FROM_CHECKPOINT, false));
   return export_last(run);
 }
 
@@ -227,7 +232,8 @@ flap_status tiny_run_repair(tiny_run *run) {
   char path[FLAP_PATH_MAX];
   struct stat about;
   FLAP_TRY(tokenize(run));
-  FLAP_TRY(train(run, has_checkpoint(run), false));
+  const tiny_start start = has_checkpoint(run) ? FROM_CHECKPOINT : ANEW;
+  FLAP_TRY(train(run, run->kind == TINY_IN_RAM ? AS_IT_COMES : start, false));
   path_of(run, "exported", path);
   return stat(path, &about) == 0 ? FLAP_OK : export_last(run);
 }

@@ -40,8 +40,9 @@ void tiny_run_close(tiny_run *run);
 
 /* The life, from its start. */
 FLAP_CHECKED flap_status tiny_run_live(tiny_run *run);
-/* What a person does after a failure: the same commands again, with resume_from_checkpoint where there is a checkpoint.
- * Ends where tiny_run_live ends. */
+/* What a person does after a failure: the same commands again. TINY_IN_RAM trains with resume_from_checkpoint: auto,
+ * whatever is there; the others with `true` where there is a checkpoint, and else with overwrite_output_dir. Ends where
+ * tiny_run_live ends. */
 FLAP_CHECKED flap_status tiny_run_repair(tiny_run *run);
 /* All that must be the same to the bit at the end: the shard, every file of the last checkpoint, the trained model, the
  * exported model, and loss and norm of each step. A text that names what is missing, or "" and the digest. Static
