@@ -68,7 +68,7 @@ const char *flap_print_compression(flap_compression compression) {
 }
 
 static void print_choices(FILE *out, const flap_plan *plan) {
-  fprintf(out, "\nsegments of %u layers, a tail of %u, groups of %u of %u micro-batches, ", plan->segment_layers,
+  fprintf(out, "\nsegments of %u layers, a tail of %u, groups of %u of %u micro-batches\n", plan->segment_layers,
           plan->tail_layers, plan->group_micro_batches, plan->micro_batches);
   if (plan->saved_layers == 0)
     fputs("activations recomputed", out);

@@ -31,7 +31,7 @@
 #define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
 #define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
-#define PLANNER_HOST_GAIN 0.98     /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_HOST_GAIN 0.995    /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
 #define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
@@ -189,8 +189,8 @@ FLAP_CHECKED flap_status planner_simulate_list(const flap_planner *planner, cons
                                                uint32_t count, uint32_t most, planner_contender *best_io,
                                                flap_plan_costs *costs_io);
 
-/* Shorter by enough: what the host's cores help with more by 2%, for its memory is the least steady of all lanes. Of no
- * seconds: there is none yet. */
+/* Shorter by enough: what the host's cores help with more by 0.5%, for its memory is the least steady of all lanes. Of
+ * no seconds: there is none yet. */
 bool planner_is_better(const planner_contender *one, const flap_plan_costs *costs, const planner_contender *best,
                        const flap_plan_costs *best_costs);
 
