@@ -3,6 +3,7 @@
 
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,13 +14,25 @@
 
 static atomic_int level_now = LEVEL_UNSET;
 
-static int level_from_environment(void) {
+static bool read_environment(const char *wanted, int *level_out) {
   static const char *const names[] = {"debug", "info", "warning", "error"};
-  const char *wanted = getenv("FLAP_LOG");
+  *level_out = FLAP_LOG_INFO;
   for (int i = 0; wanted != NULL && i < 4; i++)
     if (strcmp(wanted, names[i]) == 0)
-      return i;
-  return FLAP_LOG_INFO;
+      *level_out = i;
+  return wanted == NULL || wanted[0] == '\0' || strcmp(wanted, names[*level_out]) == 0;
+}
+
+static int level_from_environment(void) {
+  int level;
+  (void)read_environment(getenv("FLAP_LOG"), &level);
+  return level;
+}
+
+void flap_log_check_environment(void) {
+  int level;
+  if (!read_environment(getenv("FLAP_LOG"), &level))
+    flap_log(FLAP_LOG_WARNING, "FLAP_LOG is none of debug, info, warning and error: taken as info");
 }
 
 static int level_get(void) {

@@ -3,6 +3,7 @@
  * Exit status: 0 for success, 1 for an error (one line "flap: error: ..." on stderr), 130 when interrupted: at once, or
  * with nothing to take up again. A training run that stops and saves as asked is a success.
  */
+#include "base/log.h"
 #include "base/nearest.h"
 #include "base/status.h"
 #include "tools/arguments.h"
@@ -76,6 +77,7 @@ int main(int argc, char **argv) {
     program_name = argv[0];
   /* A file that reaches `ulimit -f` is then an error of write, which is cleaned up after and told, and not the end. */
   (void)signal(SIGXFSZ, SIG_IGN);
+  flap_log_check_environment();
   flap_status status = run(argc, argv);
   if ((fflush(stdout) != 0 || ferror(stdout)) && status == FLAP_OK)
     status = flap_error_set(FLAP_IO, "standard output cannot be written");

@@ -47,6 +47,13 @@ class Program(unittest.TestCase):
 
     # ---- finding the way ----
 
+    def test_a_log_level_that_is_none_is_said_once(self):
+        for level, said in [("debgu", "flap: warning: FLAP_LOG is none of debug, info, warning and error: taken as info\n"),
+                            ("debug", ""), ("error", ""), ("", "")]:
+            done = subprocess.run([PROGRAM, "plan", "run.yaml"], cwd=self.folder.name, capture_output=True, timeout=60,
+                                  text=True, env={**os.environ, "FLAP_LOG": level})
+            self.assertEqual((done.returncode, done.stderr), (0, said), level)
+
     def test_help_lists_subcommands_and_each_has_its_own(self):
         text = self.accept("--help")
         for name in ["train", "plan", "sample", "eval", "export", "inspect", "tokenize", "bench"]:
