@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 typedef struct bench_run {
@@ -38,12 +39,30 @@ static flap_status check_output(const char *option, const char *path, bool force
   return FLAP_OK;
 }
 
+/* The folder that a file is or will be in, and its name there. */
+static bool look_at_place(const char *path, struct stat *folder_out, const char **name_out) {
+  char folder[FLAP_DURABLE_PATH_MAX];
+  const char *slash = strrchr(path, '/');
+  *name_out = slash != NULL ? slash + 1 : path;
+  const int length =
+      snprintf(folder, sizeof folder, "%.*s", slash != NULL ? (int)(slash - path + 1) : 1, slash != NULL ? path : ".");
+  return length < (int)sizeof folder && stat(folder, folder_out) == 0;
+}
+
+/* However they are written. A link that is written to is replaced, so what it leads to makes no difference. */
+static bool is_same_file(const char *a, const char *b) {
+  struct stat in_a, in_b;
+  const char *name_a, *name_b;
+  return look_at_place(a, &in_a, &name_a) && look_at_place(b, &in_b, &name_b) && in_a.st_dev == in_b.st_dev &&
+         in_a.st_ino == in_b.st_ino && strcmp(name_a, name_b) == 0;
+}
+
 static flap_status check_outputs(bench_run *run) {
   const flap_bench_options *options = run->options;
   FLAP_TRY(check_output("--profile", run->profile_path, options->force));
   if (options->html == NULL)
     return FLAP_OK;
-  if (strcmp(options->html, run->profile_path) == 0)
+  if (is_same_file(options->html, run->profile_path))
     return flap_error_set(FLAP_INVALID, "--html: %s is where the profile goes: name another file", options->html);
   return check_output("--html", options->html, options->force);
 }

@@ -233,6 +233,8 @@ class Bench(unittest.TestCase):
         self.refuse("--profile: profile.json is there already: remove it", *arguments)
         self.refuse("--html: page.html is there already", *arguments, "--profile", "other.json")
         self.refuse("is where the profile goes", *arguments, "--profile", "page.html", "--force")
+        for same in ["./page.html", "disk/../page.html", self.path("page.html")]:
+            self.refuse("is where the profile goes", *arguments, "--profile", same, "--force")
         self.refuse("--html", *arguments[:-1], "nowhere/page.html", "--profile", "other.json")
         for name in ["profile.json", "page.html"]:
             with open(self.path(name)) as file:
