@@ -41,7 +41,6 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
     budgets->ram_bytes = available_memory(config, true);
-  budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   return FLAP_OK;
 }
 
@@ -64,7 +63,6 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
                             vram_max ? "vram" : "ram", (unsigned long long)taken, (unsigned long long)available);
     *(vram_max ? &budgets->vram_bytes : &budgets->ram_bytes) = left;
   }
-  budgets->vram_bytes = budgets->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   return FLAP_OK;
 }
 
@@ -132,6 +130,8 @@ flap_status flap_budgets_resolve(const flap_run_config *config, const flap_plann
                                  flap_budgets *budgets_out) {
   memset(budgets_out, 0, sizeof *budgets_out);
   FLAP_TRY(resolve_memory(config, planner->spec.device, budgets_out));
+  budgets_out->vram_given_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : 0;
+  budgets_out->vram_bytes = budgets_out->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   for (uint32_t i = 0; i < config->disk_count; i++)
     FLAP_TRY(resolve_disk(config, i, &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)

@@ -218,8 +218,10 @@ static bool knows_least(const flap_planner *planner, const flap_budgets *budgets
   return knows;
 }
 
-static flap_status refuse_tier(lever which, uint64_t have_bytes, uint64_t least) {
+static flap_status refuse_tier(lever which, const flap_budgets *budgets, uint64_t least) {
   char have[FLAP_UNITS_TEXT_MAX];
+  const uint64_t vram_bytes = budgets->vram_given_bytes > 0 ? budgets->vram_given_bytes : budgets->vram_bytes;
+  const uint64_t have_bytes = which == LEVER_VRAM ? vram_bytes : budgets->ram_bytes;
   return flap_error_set(FLAP_BUDGET,
                         "%s: %s (%llu bytes) is too small for this model and batch: %llu bytes is the least that works",
                         NAMES[which], flap_units_format_bytes(have_bytes, have, sizeof have),
@@ -245,9 +247,9 @@ static flap_status refuse_both(const flap_planner *planner, const flap_budgets *
 flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budgets, planner_reach reach) {
   uint64_t least = 0;
   if (reach == PLANNER_NO_VRAM && knows_least(planner, budgets, LEVER_VRAM, &least))
-    return refuse_tier(LEVER_VRAM, budgets->vram_bytes, least);
+    return refuse_tier(LEVER_VRAM, budgets, least);
   if (reach != PLANNER_NO_DISK && knows_least(planner, budgets, LEVER_RAM, &least))
-    return refuse_tier(LEVER_RAM, budgets->ram_bytes, least);
+    return refuse_tier(LEVER_RAM, budgets, least);
   if (knows_least(planner, budgets, LEVER_DISK, &least)) {
     if (planner->spec.disk_count == 0)
       return flap_error_set(FLAP_BUDGET,
@@ -259,7 +261,7 @@ flap_status planner_refuse(const flap_planner *planner, const flap_budgets *budg
         (unsigned long long)least);
   }
   if (reach != PLANNER_NO_VRAM && knows_least(planner, budgets, LEVER_VRAM, &least))
-    return refuse_tier(LEVER_VRAM, budgets->vram_bytes, least);
+    return refuse_tier(LEVER_VRAM, budgets, least);
   return refuse_both(planner, budgets);
 }
 

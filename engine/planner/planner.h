@@ -22,6 +22,7 @@ extern "C" {
 typedef struct flap_budgets {
   uint64_t vram_bytes, ram_bytes;
   uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk */
+  uint64_t vram_given_bytes;                 /* what a person gave, before it was cut to whole blocks; 0: nothing */
 } flap_budgets;
 
 typedef struct flap_planner {

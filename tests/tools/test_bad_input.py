@@ -443,6 +443,10 @@ class Budgets(Case):
         self.accept("train", *self.BASE, f"vram={text}", "output_dir=smallest", "max_steps=2")
         shutil.rmtree(self.path("smallest"))
 
+    def test_vram_too_small_is_quoted_as_it_was_given(self):
+        for given, quoted in [("1KiB", "1.00 KiB (1024 bytes)"), ("4", "4 B (4 bytes)"), ("5000", "4.88 KiB (5000 bytes)")]:
+            self.refuse(["plan", "run.yaml", f"vram={given}"], ["vram: " + re.escape(quoted) + " is too small"])
+
     def test_ram_too_small_names_the_smallest_that_works(self):
         self.check_memory("ram", "vram=min")
 
