@@ -37,7 +37,8 @@ void flap_disk_set_rates(const flap_disk_set *set, const uint64_t *bytes, flap_m
   double on_drive[FLAP_RUN_DISKS_MAX] = {0}, total = 0;
   machine->disk_read_bytes = machine->disk_write_bytes = machine->disk_both_bytes = 0;
   for (uint32_t i = 0; i < set->count; i++) {
-    const double here = bytes ? (double)bytes[i] : (double)set->disks[i].weight;
+    const double share = set->disks[i].full ? 0 : (double)set->disks[i].weight;
+    const double here = bytes ? (double)bytes[i] : share;
     on_drive[set->disks[i].drive] += here;
     total += here;
   }

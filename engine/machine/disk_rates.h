@@ -17,6 +17,7 @@ typedef struct flap_disk_rates {
   double both_bytes;              /* read and written together; 0: not known, and taken for both at full rate */
   uint32_t drive;                 /* the first entry that lies on the same one; its own number if there is none */
   uint64_t weight;                /* for striping */
+  bool full;                      /* no room to measure or to use it: nothing will lie there */
 } flap_disk_rates;
 
 typedef struct flap_disk_set {

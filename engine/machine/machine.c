@@ -1,4 +1,5 @@
 /* Rates of this machine: from the file that keeps them, or measured. */
+#include "base/log.h"
 #include "base/system.h"
 #include "base/units.h"
 #include "engine/engine.h"
@@ -162,7 +163,15 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   if (disk_rates) {
     if (!disk)
       return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", wish->disk_path);
-    FLAP_TRY(measure_disk(wish->disk_path, &machine));
+    const flap_status status = measure_disk(wish->disk_path, &machine);
+    if (status == FLAP_NO_SPACE && !wish->fresh) {
+      flap_log(FLAP_LOG_DEBUG, "disk %s is not measured: %s", wish->disk_path, flap_error_message());
+      flap_error_clear();
+      machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;
+      disk_rates = false;
+    } else if (status != FLAP_OK) {
+      return status;
+    }
   }
   if (rates || disk_rates)
     flap_machine_cache_store(cache, &wish->key, &machine, rates, disk_rates ? disk : NULL);

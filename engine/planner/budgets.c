@@ -7,6 +7,7 @@
 #include "io/block/block.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
@@ -66,29 +67,61 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   return FLAP_OK;
 }
 
-static flap_status resolve_disk(const flap_run_config *config, uint32_t index, uint64_t *bytes_out) {
-  const flap_run_disk *disk = &config->disk[index];
-  uint64_t free_bytes = config->profile != NULL ? config->profile->disks[index].bytes : 0;
+/* ---- disks ----------------------------------------------------------------------------------------------- */
+
+static flap_status look_at_free(const flap_run_config *config, uint32_t index, uint64_t *bytes_out) {
   if (config->profile == NULL)
-    FLAP_TRY(flap_block_space(disk->path, &free_bytes));
-  if (disk->size.kind == FLAP_SIZE_BYTES) {
-    *bytes_out = disk->size.bytes;
-    return FLAP_OK;
-  }
-  if (disk->size.kind == FLAP_SIZE_MIN) {
-    *bytes_out = FLAP_BUDGET_PLENTY;
-    return FLAP_OK;
-  }
-  uint64_t reserve = free_bytes / 20;
-  if (reserve < FLAP_GIB)
-    reserve = FLAP_GIB;
-  if (free_bytes <= reserve)
-    return flap_error_set(
-        FLAP_NO_SPACE,
-        "disk: %s: max: %llu bytes are free, no more than the reserve of %llu: free some, or give a size", disk->path,
-        (unsigned long long)free_bytes, (unsigned long long)reserve);
-  *bytes_out = free_bytes - reserve;
+    return flap_block_space(config->disk[index].path, bytes_out);
+  *bytes_out = config->profile->disks[index].bytes;
   return FLAP_OK;
+}
+
+/* Of what is free on its drive, less a reserve and the sizes that are given there, an equal part for each `max`. */
+static uint64_t share_of_max(const flap_run_config *config, const flap_disk_set *disks, uint32_t index,
+                             uint64_t free_bytes) {
+  uint64_t taken = free_bytes / 20 > FLAP_GIB ? free_bytes / 20 : FLAP_GIB;
+  uint32_t shares = 0;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    const flap_size *size = &config->disk[i].size;
+    if (disks->disks[i].drive != disks->disks[index].drive)
+      continue;
+    shares += size->kind == FLAP_SIZE_MAX ? 1 : 0;
+    if (size->kind == FLAP_SIZE_BYTES && !flap_units_add(taken, size->bytes, &taken))
+      taken = UINT64_MAX;
+  }
+  return free_bytes > taken ? (free_bytes - taken) / shares : 0;
+}
+
+static flap_status resolve_disk(const flap_run_config *config, flap_disk_set *disks, uint32_t index,
+                                uint64_t *bytes_out) {
+  const flap_size *size = &config->disk[index].size;
+  uint64_t free_bytes = 0;
+  FLAP_TRY(look_at_free(config, index, &free_bytes));
+  *bytes_out = size->kind == FLAP_SIZE_BYTES ? size->bytes : FLAP_BUDGET_PLENTY;
+  if (size->kind == FLAP_SIZE_MAX)
+    *bytes_out = share_of_max(config, disks, index, free_bytes);
+  if (*bytes_out == 0)
+    disks->disks[index].full = true;
+  if (disks->disks[index].full)
+    *bytes_out = 0;
+  return FLAP_OK;
+}
+
+bool flap_budgets_full_disk(const flap_run_config *config, const flap_disk_set *disks,
+                            char text_out[FLAP_BUDGETS_TEXT_MAX]) {
+  for (uint32_t i = 0; i < disks->count; i++) {
+    char free_text[FLAP_UNITS_TEXT_MAX];
+    uint64_t free_bytes = 0;
+    if (!disks->disks[i].full)
+      continue;
+    if (look_at_free(config, i, &free_bytes) != FLAP_OK)
+      flap_error_clear();
+    (void)snprintf(text_out, FLAP_BUDGETS_TEXT_MAX, "disk %s is not used, for only %s are free there%s",
+                   config->disk[i].path, flap_units_format_bytes(free_bytes, free_text, sizeof free_text),
+                   config->disk[i].size.kind == FLAP_SIZE_MAX ? ", of which max leaves 1 GiB or more" : "");
+    return true;
+  }
+  return false;
 }
 
 uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budgets) {
@@ -98,14 +131,19 @@ uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budg
   return sum;
 }
 
+static bool is_min_of(const flap_run_config *config, const flap_disk_set *disks, uint32_t index) {
+  return config->disk[index].size.kind == FLAP_SIZE_MIN && !disks->disks[index].full;
+}
+
 /* What is needed beyond the disks of a given size, shared by those that are `min` as their weights are. */
-static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
+static flap_status shrink_disks(const flap_run_config *config, const flap_planner *planner, const flap_disk_set *disks,
+                                flap_budgets *budgets) {
   const uint64_t *weights = planner->spec.disk_weights;
   uint64_t needed = 0, given = 0;
   double weight_sum = 0;
   uint32_t shares = 0;
   for (uint32_t i = 0; i < config->disk_count; i++) {
-    const bool is_min = config->disk[i].size.kind == FLAP_SIZE_MIN;
+    const bool is_min = is_min_of(config, disks, i);
     shares += is_min ? 1 : 0;
     weight_sum += is_min ? (double)weights[i] : 0;
     given += is_min ? 0 : budgets->disk_bytes[i];
@@ -115,7 +153,7 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
   FLAP_TRY(flap_planner_disk_min(planner, budgets, &needed));
   const uint64_t missing = needed > given ? needed - given : 0;
   for (uint32_t i = 0; i < config->disk_count; i++) {
-    if (config->disk[i].size.kind != FLAP_SIZE_MIN)
+    if (!is_min_of(config, disks, i))
       continue;
     const double part = weight_sum > 0 ? (double)weights[i] / weight_sum : 1.0 / shares;
     uint64_t share = shares == 1 ? missing : (uint64_t)ceil((double)missing * part);
@@ -126,17 +164,17 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
   return FLAP_OK;
 }
 
-flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner,
+flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner, flap_disk_set *disks,
                                  flap_budgets *budgets_out) {
   memset(budgets_out, 0, sizeof *budgets_out);
   FLAP_TRY(resolve_memory(config, planner->spec.device, budgets_out));
   budgets_out->vram_given_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : 0;
   budgets_out->vram_bytes = budgets_out->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   for (uint32_t i = 0; i < config->disk_count; i++)
-    FLAP_TRY(resolve_disk(config, i, &budgets_out->disk_bytes[i]));
+    FLAP_TRY(resolve_disk(config, disks, i, &budgets_out->disk_bytes[i]));
   if (config->vram.kind == FLAP_SIZE_MIN)
     FLAP_TRY(flap_planner_vram_min(planner, budgets_out, &budgets_out->vram_bytes));
   if (config->ram.kind == FLAP_SIZE_MIN)
     FLAP_TRY(flap_planner_ram_min(planner, budgets_out, &budgets_out->ram_bytes));
-  return shrink_disks(config, planner, budgets_out);
+  return shrink_disks(config, planner, disks, budgets_out);
 }

@@ -18,6 +18,7 @@ static flap_status plan_with(search *s, uint32_t micro_batches) {
   flap_prepared prepared;
   s->tries++;
   FLAP_TRY(flap_prepare_open(s->config, &prepared));
+  prepared.quiet = true; /* flap_engine_plan has told what there is to tell */
   const flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, s->config->per_device_train_batch_size,
                                                s->config->cutoff_len, micro_batches, 0);
   s->plan = prepared.plan;

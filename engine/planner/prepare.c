@@ -140,6 +140,19 @@ static flap_status choose_device(flap_prepared *p) {
   return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
 }
 
+/* One folder has as many names as there are links to it. */
+static flap_status look_at_disks(const flap_run_config *config, struct stat about[FLAP_RUN_DISKS_MAX]) {
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    if (flap_system_stat(config->disk[i].path, &about[i]) != 0)
+      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", config->disk[i].path);
+    for (uint32_t j = 0; j < i; j++)
+      if (about[i].st_dev == about[j].st_dev && about[i].st_ino == about[j].st_ino)
+        return flap_error_set(FLAP_INVALID, "disk: %s and %s are the same folder: leave one of them out",
+                              config->disk[j].path, config->disk[i].path);
+  }
+  return FLAP_OK;
+}
+
 /* Of each drive once, however many folders lie on it. */
 static flap_status gather_disks(flap_prepared *p) {
   const flap_run_config *config = p->config;
@@ -147,11 +160,10 @@ static flap_status gather_disks(flap_prepared *p) {
       p->planner.spec.device == FLAP_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   struct stat about[FLAP_RUN_DISKS_MAX];
   p->disks.count = config->disk_count;
+  FLAP_TRY(look_at_disks(config, about));
   for (uint32_t i = 0; i < config->disk_count; i++) {
     flap_machine machine = p->machine;
     uint32_t drive = 0;
-    if (flap_system_stat(config->disk[i].path, &about[i]) != 0)
-      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", config->disk[i].path);
     while (about[drive].st_dev != about[i].st_dev)
       drive++;
     if (drive == i && i > 0)
@@ -159,7 +171,8 @@ static flap_status gather_disks(flap_prepared *p) {
     p->disks.disks[i] = (flap_disk_rates){.read_bytes = machine.disk_read_bytes,
                                           .write_bytes = machine.disk_write_bytes,
                                           .both_bytes = machine.disk_both_bytes,
-                                          .drive = drive};
+                                          .drive = drive,
+                                          .full = !(machine.disk_read_bytes > 0)};
     if (drive < i) {
       p->disks.disks[i] = p->disks.disks[drive];
       p->disks.disks[i].drive = drive;
@@ -352,6 +365,30 @@ static flap_status plan_anew(flap_prepared *p) {
   return FLAP_OK;
 }
 
+static flap_status choose(flap_prepared *p) {
+  FLAP_TRY(flap_budgets_resolve(p->config, &p->planner, &p->disks, &p->budgets));
+  give_disk_rates(p, NULL); /* without disks that turned out to be full */
+  FLAP_TRY(give_times(p));
+  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
+  p->has_setup = true;
+  return plan_anew(p);
+}
+
+/* A disk that is full is no obstacle, unless it would be needed. */
+static flap_status choose_without_full_disks(flap_prepared *p) {
+  char full[FLAP_BUDGETS_TEXT_MAX];
+  const flap_status status = choose(p);
+  if (status != FLAP_OK && status != FLAP_BUDGET)
+    return status;
+  if (!flap_budgets_full_disk(p->config, &p->disks, full))
+    return status;
+  if (status == FLAP_BUDGET)
+    return flap_error_prefix(status, "%s", full);
+  if (!p->quiet)
+    flap_log(FLAP_LOG_WARNING, "%s", full);
+  return FLAP_OK;
+}
+
 flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t batch, uint32_t sequence,
                               uint32_t micro_batches, uint32_t cache_positions) {
   const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
@@ -359,10 +396,6 @@ flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t bat
   if (mode != FLAP_MODE_SAMPLE)
     FLAP_TRY(check_sequence(p, sequence, "cutoff_len"));
   FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));
-  FLAP_TRY(flap_budgets_resolve(p->config, &p->planner, &p->budgets));
-  FLAP_TRY(give_times(p));
-  FLAP_TRY(flap_planner_choose(&p->planner, &p->budgets, &p->setup, &p->costs));
-  p->has_setup = true;
-  FLAP_TRY(plan_anew(p));
+  FLAP_TRY(choose_without_full_disks(p));
   return flap_plan_describe(p, &p->plan);
 }

@@ -28,6 +28,7 @@ typedef struct flap_prepared {
   flap_budgets budgets;
   flap_setup setup; /* moves into the run */
   bool has_setup;
+  bool quiet; /* planned by the dozen: what is not refused is not told either */
   flap_plan_costs costs;
   flap_plan plan;
 } flap_prepared;

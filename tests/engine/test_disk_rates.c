@@ -49,6 +49,17 @@ START_TEST(folders_on_one_drive_share_it) {
 }
 END_TEST
 
+START_TEST(disk_that_is_full_slows_nothing_down) {
+  flap_disk_set set = two(0, 1e9, 1);
+  flap_machine machine;
+  set.disks[0].full = true;
+  flap_disk_set_weigh(&set, NULL);
+  flap_disk_set_rates(&set, NULL, &machine);
+  ck_assert_double_eq(machine.disk_read_bytes, 2e9);
+  ck_assert_double_eq(machine.disk_write_bytes, 1e9);
+}
+END_TEST
+
 START_TEST(weights_that_are_given_win) {
   flap_disk_set set = two(3e9, 1e9, 1);
   static flap_run_config config;
@@ -83,6 +94,7 @@ int main(void) {
   tcase_add_test(tcase, disks_weighted_as_measured_add_up);
   tcase_add_test(tcase, disk_with_more_than_its_share_decides);
   tcase_add_test(tcase, folders_on_one_drive_share_it);
+  tcase_add_test(tcase, disk_that_is_full_slows_nothing_down);
   tcase_add_test(tcase, weights_that_are_given_win);
   tcase_add_test(tcase, unknown_rates_of_both_ways_stay_unknown);
   suite_add_tcase(suite, tcase);

@@ -463,6 +463,25 @@ class Budgets(Case):
         self.refuse(["train", *self.BASE, *memory, "disk=null"], [r"\b(disk|ram)\b", SIZE])
         self.accept("plan", *self.BASE, *memory)
 
+    def test_disks_on_one_file_system_share_what_is_free(self):
+        for name in "one", "other":
+            os.mkdir(self.path(name))
+            self.addCleanup(os.rmdir, self.path(name))
+        alone = self.plan("disk=one")["disk_budget"]
+        if alone == 0:
+            self.skipTest("less than a GiB is free here")
+        both = self.plan("disk=[one, other]")
+        self.assertEqual(both["disk_sizes"][0], both["disk_sizes"][1])
+        self.assertLess(both["disk_budget"], 1.5 * alone)  # others may fill or free some meanwhile
+        beside = self.plan(f"disk=[{{path: one, size: {alone // 2}}}, other]")
+        self.assertLess(beside["disk_budget"], 1.5 * alone)
+
+    def test_one_folder_of_two_names_is_refused(self):
+        os.symlink("disk", self.path("link-to-disk"))
+        self.addCleanup(os.remove, self.path("link-to-disk"))
+        for other in "link-to-disk", "disk/", "./disk":
+            self.refuse(["plan", "run.yaml", f"disk=[disk, {other}]"], [f"disk: disk and {other} are the same folder"])
+
     def test_vram_beyond_every_machine_is_refused(self):
         for huge in "vram=100TB", "per_device_train_batch_size=4294967295":
             self.refuse(["train", "run.yaml", huge], [r"\bvram\b", "more than can be planned with", "lower vram, or the batch"])
@@ -582,6 +601,23 @@ class FullDisks(Case):
         self.assertRegex(line, "small/out|output_dir")
         self.assertRegex(line, "(?i)space|room|free|full")
         self.assertEqual(temporaries(self.folder), [])
+
+    @unittest.skipIf(os.geteuid() != 0, "only root mounts file systems")
+    def test_full_disk_is_no_obstacle_unless_it_is_needed(self):
+        self.mount("16k")
+        with open(self.path("small/filler"), "wb") as file:
+            file.write(bytes(16 << 10))
+        for size in "max", "min", "1MiB":
+            disk = f"disk={{path: small, size: {size}}}"
+            self.assertEqual(json.loads(self.accept("plan", "run.yaml", "--json", disk))["disk_bytes"], 0)
+            least = json.loads(self.accept("plan", "run.yaml", "--json", "vram=min", "ram=min"))
+            self.refuse(["plan", "run.yaml", disk, f"vram={least['vram_bytes']}", f"ram={least['ram_bytes']}"],
+                        ["disk small is not used, for only 0 B are free there", SIZE])
+        self.accept("train", "run.yaml", "disk=small", "output_dir=beside", "max_steps=1")
+        shutil.rmtree(self.path("beside"))
+        plan = self.accept("plan", "run.yaml", "disk=[small, disk]", "--json", f"vram={least['vram_bytes']}",
+                           f"ram={least['ram_bytes'] + 1024}")
+        self.assertGreater(json.loads(plan)["disk_bytes"], 0)
 
     @unittest.skipIf(os.geteuid() != 0, "only root mounts file systems")
     def test_disk_that_fills_up_costs_no_checkpoint(self):
