@@ -56,6 +56,11 @@ flap_status flap_evaluate(flap_runtime *runtime, const flap_dataset *dataset, ui
 
 /* ---- flap eval ------------------------------------------------------------------------------------------- */
 
+static uint32_t sequence_length(const flap_prepared *p) {
+  const uint32_t wanted = p->config->cutoff_len, most = p->model.max_position_embeddings;
+  return !p->config->cutoff_len_given && wanted > most ? most : wanted;
+}
+
 /* Held out: what val_size says; all of the text if it says nothing. A stream always leaves a sequence for training, so
  * all of it is what is left of that. */
 static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_out) {
@@ -65,7 +70,7 @@ static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_o
                                        .tokenizer = p->tokenizer,
                                        .vocabulary = p->model.vocab_size,
                                        .scratch_folder = config->disk_count > 0 ? config->disk[0].path : "/tmp",
-                                       .sequence_length = config->cutoff_len,
+                                       .sequence_length = sequence_length(p),
                                        .val_size = config->val_size,
                                        .seed = config->seed,
                                        .heldout_all = config->val_size == 0};
@@ -95,7 +100,7 @@ flap_status flap_engine_eval(const flap_run_config *config, const flap_observer 
   FLAP_TRY(flap_prepare_open(config, &prepared));
   FLAP_TRY_GOTO(status, open_dataset(&prepared, &dataset));
   FLAP_TRY_GOTO(status, flap_prepare_plan(&prepared, FLAP_MODE_FORWARD, config->per_device_train_batch_size,
-                                          config->cutoff_len, EVAL_MICRO_BATCHES, 0));
+                                          sequence_length(&prepared), EVAL_MICRO_BATCHES, 0));
   FLAP_TRY_GOTO(status, flap_pressure_check_here(&prepared));
   if (observer != NULL && observer->planned != NULL)
     observer->planned(observer->context, &prepared.plan, NULL);

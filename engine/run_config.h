@@ -111,8 +111,9 @@ typedef struct flap_run_config {
   char tokenizer[FLAP_PATH_MAX];          /* "bytes", a tokenizer.json, or a folder; "": the one of the model folder */
   uint32_t dataset_count;
   char *dataset[FLAP_RUN_DATASETS_MAX]; /* paths and globs; owned */
-  double val_size;     /* below 1 a share of the sequences, otherwise a number of them; 0: no held-out part */
-  uint32_t cutoff_len; /* tokens per sequence */
+  double val_size;       /* below 1 a share of the sequences, otherwise a number of them; 0: no held-out part */
+  uint32_t cutoff_len;   /* tokens per sequence */
+  bool cutoff_len_given; /* else it is a default, and an evaluation takes no more than the model has positions */
 
   /* training */
   uint32_t per_device_train_batch_size; /* sequences per micro-batch */

@@ -77,7 +77,8 @@ static const flap_config_key keys[] = {
            "named twice is read once."),
     PLAIN("val_size", NUMBER, val_size,
           "Held out for evaluation: below 1 a share of the sequences, otherwise a number of them; 0 for none."),
-    PLAIN("cutoff_len", U32, cutoff_len, "Tokens per sequence."),
+    PLAIN("cutoff_len", U32, cutoff_len,
+          "Tokens per sequence. flap eval: by default no more than the model has positions."),
     CUSTOM(
         "packing", flap_config_set_packing, "true", "true",
         "Documents are joined by the end token and cut into full sequences; attention crosses them. The only way yet."),

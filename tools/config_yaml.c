@@ -97,6 +97,7 @@ static flap_status place_error(const flap_config_reader *reader, const char *fil
 
 static flap_status finish_keys(flap_config_reader *reader) {
   flap_run_config *config = reader->config;
+  config->cutoff_len_given = line_of(reader, "cutoff_len") != FLAP_CONFIG_UNSET;
   config->eval_steps = reader->eval_steps;
   if (reader->eval_no)
     config->eval_steps = 0;

@@ -250,11 +250,16 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   return FLAP_OK;
 }
 
-static flap_status check_sequence(const flap_prepared *p, uint32_t positions, const char *key) {
-  if (positions > p->model.max_position_embeddings)
-    return flap_error_set(FLAP_INVALID, "%s: %u tokens are more than the model's max_position_embeddings of %u", key,
+static flap_status check_sequence(const flap_prepared *p, uint32_t positions) {
+  if (positions <= p->model.max_position_embeddings)
+    return FLAP_OK;
+  if (!p->config->cutoff_len_given)
+    return flap_error_set(FLAP_INVALID,
+                          "cutoff_len: missing, and the default of %u tokens is more than the model's "
+                          "max_position_embeddings of %u: give one",
                           positions, p->model.max_position_embeddings);
-  return FLAP_OK;
+  return flap_error_set(FLAP_INVALID, "cutoff_len: %u tokens are more than the model's max_position_embeddings of %u",
+                        positions, p->model.max_position_embeddings);
 }
 
 static flap_status give_matmuls(flap_prepared *p) {
@@ -394,7 +399,7 @@ flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t bat
   const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
   flap_assert(!p->has_setup);
   if (mode != FLAP_MODE_SAMPLE)
-    FLAP_TRY(check_sequence(p, sequence, "cutoff_len"));
+    FLAP_TRY(check_sequence(p, sequence));
   FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));
   FLAP_TRY(choose_without_full_disks(p));
   return flap_plan_describe(p, &p->plan);

@@ -237,6 +237,8 @@ ROWS = [
     ("vocabulary below the tokenizer's", ["train", "run.yaml", "model.vocab_size=100"], ["vocab_size|vocabulary", "100", "257"]),
     ("sequences beyond the model's positions", ["train", "run.yaml", "cutoff_len=65"],
      ["cutoff_len", "65", "64", "max_position_embeddings"]),
+    ("sequences of a default length beyond the model's positions", ["train", "run.yaml", "cutoff_len=null"],
+     ["cutoff_len: missing", "default of 2048", "64", "max_position_embeddings"]),
     ("unknown device", ["train", "run.yaml", "device=gpu"], ["device: wanted one of auto, cpu, cuda, found gpu"]),
     ("fp16 beside bf16", ["train", "run.yaml", "fp16=true", "bf16=true"], ["fp16: contradicts bf16"]),
     ("loss scale that is no power of two", ["train", "run.yaml", "fp16=true", "fp16_init_scale=1000"],

@@ -262,6 +262,10 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(sample[0], sample[1])
         self.accept("sample", "run.yaml")  # 64 positions are fewer than the 128 tokens of the default
         self.refuse("more than the model's max_position_embeddings of 64", "sample", "run.yaml", "-n", "128")
+        on_text = ["eval", "out", "dataset=text.txt", "--json"]  # all 64 positions, fewer than the default cutoff_len
+        by_default, given = (json.loads(self.accept(*on_text, *more)) for more in ([], ["cutoff_len=64"]))
+        self.assertEqual((by_default["loss"], by_default["tokens"]), (given["loss"], given["tokens"]))
+        self.refuse("cutoff_len: 65 tokens are more", *on_text, "cutoff_len=65")
         self.accept("export", "out", "exported", "--dtype", "float32")
         self.refuse("exported", "export", "out", "exported")
         shown = self.accept("inspect", "exported")
