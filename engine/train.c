@@ -145,22 +145,38 @@ static flap_status check_and_lock_output(trainer *t) {
   return check_output(t);
 }
 
+/* Files of an earlier run that this one overwrites go before it writes any. */
+static flap_status look_at_space(const trainer *t, uint64_t *free_out, uint64_t *overwritten_out) {
+  *overwritten_out = 0;
+  FLAP_TRY(flap_block_space(t->config->output_dir, free_out));
+  if (!t->resume_folder[0] && t->config->overwrite_output_dir)
+    FLAP_TRY(flap_checkpoint_clear_bytes(t->config->output_dir, overwritten_out));
+  return FLAP_OK;
+}
+
 /* For the trained model and so many checkpoints beside those that are there. */
 static flap_status check_space(trainer *t, uint64_t checkpoints) {
   const flap_plan *plan = &t->prepared.plan;
-  uint64_t free_bytes = 0;
+  const bool exports = plan->export_bytes > 0;
+  uint64_t free_bytes = 0, overwritten = 0;
+  char saved[96] = "", overwritable[64] = "";
   if (plan->checkpoint_bytes == 0)
     checkpoints = 0;
-  FLAP_TRY(flap_block_space(t->config->output_dir, &free_bytes));
+  FLAP_TRY(look_at_space(t, &free_bytes, &overwritten));
   const uint64_t needed = plan->export_bytes + checkpoints * plan->checkpoint_bytes;
-  if (free_bytes >= needed)
+  if (free_bytes + overwritten >= needed)
     return FLAP_OK;
+  if (checkpoints > 0)
+    (void)snprintf(saved, sizeof saved, "%s%llu checkpoint%s at once", exports ? " and " : "",
+                   (unsigned long long)checkpoints, checkpoints == 1 ? "" : "s");
+  if (overwritten > 0)
+    (void)snprintf(overwritable, sizeof overwritable, " and %llu to overwrite", (unsigned long long)overwritten);
   return flap_error_set(
-      FLAP_NO_SPACE,
-      "output_dir: %s has %llu bytes free, but %s%llu checkpoint%s at once take %llu: free some, or "
-      "set save_total_limit (one more is there while it is written), save_strategy: no or export: none",
-      t->config->output_dir, (unsigned long long)free_bytes, plan->export_bytes > 0 ? "the trained model and " : "",
-      (unsigned long long)checkpoints, checkpoints == 1 ? "" : "s", (unsigned long long)needed);
+      FLAP_NO_SPACE, "output_dir: %s has %llu bytes free%s, but %s%s take%s %llu: free some, or set %s%s%s",
+      t->config->output_dir, (unsigned long long)free_bytes, overwritable, exports ? "the trained model" : "", saved,
+      exports + checkpoints == 1 ? "s" : "", (unsigned long long)needed,
+      checkpoints > 0 ? "save_total_limit (one more is there while it is written), save_strategy: no" : "",
+      checkpoints > 0 && exports ? " or " : "", exports ? "export: none" : "");
 }
 
 /* Once it is known how many checkpoints the run writes. Where all of them are kept, somebody may take them elsewhere

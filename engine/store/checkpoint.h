@@ -85,6 +85,8 @@ FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t 
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
  * caller must not have its model, or the checkpoint to resume, in there. */
 FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
+/* What that would free of the file system of output_dir: about, and no more. */
+FLAP_CHECKED flap_status flap_checkpoint_clear_bytes(const char *output_dir, uint64_t *bytes_out);
 /* Only what a life that ended before its first checkpoint leaves: metrics.jsonl, trace.json, finished.json, and
  * checkpoints and exports that were not finished. Checkpoints and models stay. */
 FLAP_CHECKED flap_status flap_checkpoint_clear_leftovers(const char *output_dir);

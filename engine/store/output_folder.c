@@ -307,6 +307,59 @@ flap_status flap_checkpoint_clear(const char *output_dir) {
   return FLAP_OK;
 }
 
+/* ---- what clearing frees --------------------------------------------------------------------------------------- */
+
+typedef struct freed {
+  dev_t device;
+  uint64_t bytes;
+} freed;
+
+/* A file with another name frees nothing, and one that lies elsewhere nothing here. */
+static flap_status visit_count(void *context, const char *folder, const char *name) {
+  freed *sum = context;
+  struct stat about;
+  char path[FLAP_PATH_MAX];
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  if (flap_system_lstat(path, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", path);
+  if (S_ISREG(about.st_mode) && about.st_nlink == 1 && about.st_dev == sum->device)
+    sum->bytes += (uint64_t)about.st_blocks * 512;
+  return FLAP_OK;
+}
+
+static flap_status visit_count_weights(void *context, const char *folder, const char *name) {
+  return is_weights(name) ? visit_count(context, folder, name) : FLAP_OK;
+}
+
+static flap_status visit_count_folder(void *context, const char *folder, const char *name) {
+  char path[FLAP_PATH_MAX];
+  uint64_t step;
+  bool gone = flap_output_parse_name(name, ".tmp", &step) || strcmp(name, EXPORT_FOLDER ".tmp") == 0;
+  if (!gone && !flap_output_parse_name(name, "", &step))
+    return FLAP_OK;
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  if (!gone)
+    FLAP_TRY(flap_output_is_ours(path, &gone));
+  return gone ? walk(path, visit_count, context) : FLAP_OK;
+}
+
+flap_status flap_checkpoint_clear_bytes(const char *output_dir, uint64_t *bytes_out) {
+  struct stat about;
+  bool ours = false;
+  *bytes_out = 0;
+  if (flap_system_stat(output_dir, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", output_dir);
+  freed sum = {.device = about.st_dev};
+  FLAP_TRY(walk(output_dir, visit_count_folder, &sum));
+  FLAP_TRY(flap_output_is_ours(output_dir, &ours));
+  if (ours)
+    FLAP_TRY(walk(output_dir, visit_count_weights, &sum));
+  FLAP_TRY(visit_count(&sum, output_dir, METRICS_FILE));
+  FLAP_TRY(visit_count(&sum, output_dir, TRACE_FILE));
+  *bytes_out = sum.bytes;
+  return FLAP_OK;
+}
+
 /* ---- the final model ----------------------------------------------------------------------------------------- */
 
 flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts, flap_dtype dtype) {

@@ -15,6 +15,7 @@
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
+#include <ftw.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -392,8 +393,25 @@ START_TEST(checkpoint_bad_trainer_states_are_refused) {
 }
 END_TEST
 
+static uint64_t bytes_seen;
+
+static int add_bytes(const char *path, const struct stat *about, int kind, struct FTW *where) {
+  (void)path, (void)kind, (void)where;
+  bytes_seen += S_ISREG(about->st_mode) ? (uint64_t)about->st_blocks * 512 : 0;
+  return 0;
+}
+
+static uint64_t scratch_bytes(const char *name) {
+  bytes_seen = 0;
+  ck_assert_int_eq(nftw(scratch_path(name), add_bytes, 8, FTW_PHYS), 0);
+  return bytes_seen;
+}
+
 START_TEST(output_folder_occupied_and_cleared) {
   char what[FLAP_PATH_MAX];
+  uint64_t freed = 0;
+  RIG_OK(flap_checkpoint_clear_bytes(scratch_path("out"), &freed));
+  ck_assert_uint_eq(freed, 0);
   RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_eq(what, "");
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
@@ -412,7 +430,13 @@ START_TEST(output_folder_occupied_and_cleared) {
   ck_assert_str_eq(what, scratch_path("out/checkpoint-5"));
   RIG_OK(flap_checkpoint_export(scratch_path("out"), rig.pager, &rig.layout, &artifacts));
   ck_assert_int_eq(mkdir(scratch_path("out/checkpoint-6.tmp"), 0777), 0);
+  scratch_text("out/checkpoint-6.tmp/model.safetensors", "half");
+  const uint64_t before = scratch_bytes("out");
+  RIG_OK(flap_checkpoint_clear_bytes(scratch_path("out"), &freed));
   RIG_OK(flap_checkpoint_clear(scratch_path("out")));
+  const uint64_t left = scratch_bytes("out");
+  ck_assert_uint_le(freed, before - left);
+  ck_assert_uint_ge(freed + (64 << 10), before - left); /* small files are not all counted */
   RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_eq(what, "");
   ck_assert(scratch_exists("out/notes.txt"));
@@ -499,6 +523,7 @@ END_TEST
 
 START_TEST(output_folder_of_others_is_not_cleared) {
   char what[FLAP_PATH_MAX];
+  uint64_t freed = 1;
   must_save(5, true, 0);
   ck_assert_int_eq(rename(scratch_path("out/checkpoint-5"), scratch_path("theirs")), 0);
   /* The same model without the mark, as another program writes it. */
@@ -515,6 +540,8 @@ START_TEST(output_folder_of_others_is_not_cleared) {
   RIG_OK(flap_checkpoint_occupied(scratch_path("out"), true, what));
   ck_assert_str_ne(what, "");
   ck_assert(scratch_exists("out/checkpoint-5/model.safetensors") && scratch_exists("out/config.json"));
+  RIG_OK(flap_checkpoint_clear_bytes(scratch_path("out"), &freed));
+  ck_assert_uint_eq(freed, 0);
   must_save(6, true, 1);
   ck_assert(scratch_exists("out/checkpoint-5/model.safetensors"));
 }

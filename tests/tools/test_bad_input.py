@@ -602,7 +602,22 @@ class FullDisks(Case):
         line = self.error_line(done)
         self.assertRegex(line, "small/out|output_dir")
         self.assertRegex(line, "(?i)space|room|free|full")
+        self.assertIn("export: none", line)
+        self.assertNotIn("save_strategy", line)  # it is `no` already
         self.assertEqual(temporaries(self.folder), [])
+
+    @unittest.skipIf(os.geteuid() != 0, "only root mounts file systems")
+    def test_what_is_overwritten_counts_as_room(self):
+        self.mount("2m")
+        out = [*Budgets.BASE, "output_dir=small/out", "overwrite_output_dir=true", "max_steps=1"]
+        self.accept("train", *out)
+        with open(self.path("small/filler"), "wb", buffering=0) as file, self.assertRaises(OSError):
+            while file.write(bytes(4096)):
+                pass
+        os.truncate(self.path("small/filler"), os.path.getsize(self.path("small/filler")) - (128 << 10))  # for small files
+        self.assertGreater(os.path.getsize(self.path("small/out/model.safetensors")), 128 << 10)
+        self.accept("train", *out)
+        self.refuse(["train", *out, "model.num_hidden_layers=10"], ["small/out has [0-9]+ bytes free and [0-9]+ to overwrite"])
 
     @unittest.skipIf(os.geteuid() != 0, "only root mounts file systems")
     def test_full_disk_is_no_obstacle_unless_it_is_needed(self):
