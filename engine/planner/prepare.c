@@ -262,6 +262,27 @@ static flap_status check_sequence(const flap_prepared *p, uint32_t positions) {
                         positions, p->model.max_position_embeddings);
 }
 
+uint32_t flap_prepare_micro_batches_max(const flap_model_config *model) {
+  const uint32_t layers = model->num_hidden_layers;
+  return FLAP_PREPARE_LAYER_PASSES_MAX / (layers < FLAP_PREPARE_LAYERS_MAX ? layers : FLAP_PREPARE_LAYERS_MAX);
+}
+
+/* Before anything is measured or made: what is too long to plan would not end. */
+static flap_status check_length(const flap_prepared *p, uint32_t batch, uint32_t micro_batches) {
+  const uint32_t layers = p->model.num_hidden_layers, most = flap_prepare_micro_batches_max(&p->model);
+  if (layers > FLAP_PREPARE_LAYERS_MAX)
+    return flap_error_set(FLAP_INVALID,
+                          "model: num_hidden_layers: %u layers are more than the %u that can be planned with: make "
+                          "them fewer and wider",
+                          layers, FLAP_PREPARE_LAYERS_MAX);
+  if (micro_batches <= most)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "gradient_accumulation_steps: %u micro-batches are more than the %u that can be planned with "
+                        "%u layers: give fewer, and a larger per_device_train_batch_size (now %u)",
+                        micro_batches, most, layers, batch);
+}
+
 static flap_status give_matmuls(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
   char target[FLAP_MATMUL_TARGET_MAX];
@@ -398,6 +419,7 @@ flap_status flap_prepare_plan(flap_prepared *p, flap_run_mode mode, uint32_t bat
                               uint32_t micro_batches, uint32_t cache_positions) {
   const flap_model_shape shape = {.dtype = flap_run_config_dtype(p->config), .batch = batch, .sequence = sequence};
   flap_assert(!p->has_setup);
+  FLAP_TRY(check_length(p, batch, micro_batches));
   if (mode != FLAP_MODE_SAMPLE)
     FLAP_TRY(check_sequence(p, sequence));
   FLAP_TRY(give_spec(p, mode, &shape, micro_batches, cache_positions));

@@ -36,6 +36,13 @@ typedef struct flap_prepared {
 /* Model and tokenizer. For training from scratch `model` holds the model; otherwise model_name_or_path, whose weights
  * are checked too. */
 FLAP_CHECKED flap_status flap_prepare_open(const flap_run_config *config, flap_prepared *prepared_out);
+/* Lists of a step grow with layers times micro-batches, and the time to plan with them. 2^16 take about a minute on one
+ * core: 2,048 micro-batches of 32 layers, or 520 of the 126 that the largest open models have. Beyond that a larger
+ * micro-batch does the same and is faster. More layers than 1,024 are a slip: no model has a fifth of them. */
+#define FLAP_PREPARE_LAYERS_MAX 1024u
+#define FLAP_PREPARE_LAYER_PASSES_MAX 65536u
+/* Micro-batches of this model that can be planned with, at least 64. */
+uint32_t flap_prepare_micro_batches_max(const flap_model_config *model);
 /* Budgets, then the best setup and its plan. `cache_positions`: sample mode. */
 FLAP_CHECKED flap_status flap_prepare_plan(flap_prepared *prepared, flap_run_mode mode, uint32_t batch,
                                            uint32_t sequence, uint32_t micro_batches, uint32_t cache_positions);

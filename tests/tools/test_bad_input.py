@@ -484,6 +484,17 @@ class Budgets(Case):
         for other in "link-to-disk", "disk/", "./disk":
             self.refuse(["plan", "run.yaml", f"disk=[disk, {other}]"], [f"disk: disk and {other} are the same folder"])
 
+    def test_steps_too_long_to_plan_are_refused_at_once(self):
+        layers = 3
+        most = 65536 // layers
+        for steps in (most + 1, 1000000, 4294967295):
+            self.refuse(["plan", "run.yaml", f"model.num_hidden_layers={layers}", "per_device_train_batch_size=1",
+                         "cutoff_len=8", f"gradient_accumulation_steps={steps}"],
+                        [f"gradient_accumulation_steps: {steps} micro-batches", f"the {most} that", "larger per_device_train_batch_size"])
+        for many in 1025, 65536:
+            self.refuse(["plan", "run.yaml", f"model.num_hidden_layers={many}"], [f"num_hidden_layers: {many}", "1024"])
+        self.accept("plan", "run.yaml", "model.num_hidden_layers=1", "gradient_accumulation_steps=1000", "ram=64MiB")
+
     def test_vram_beyond_every_machine_is_refused(self):
         for huge in "vram=100TB", "per_device_train_batch_size=4294967295":
             self.refuse(["train", "run.yaml", huge], [r"\bvram\b", "more than can be planned with", "lower vram, or the batch"])
