@@ -122,9 +122,12 @@ typedef struct flap_knee {
   uint64_t tokens_per_step; /* of micro_batches, or of tried_max */
   double step_seconds, compute_seconds, tokens_per_second; /* with them */
 } flap_knee;
-/* Plans with other numbers of micro-batches, at most a dozen times. What `expert` says of groups must fit one
- * micro-batch. FLAP_BUDGET if not even one micro-batch has a plan. */
-FLAP_CHECKED flap_status flap_engine_knee(const flap_run_config *config, flap_knee *knee_out);
+/* Plans with other numbers of micro-batches, at most a dozen times, each of which takes as long as flap_engine_plan;
+ * with how many, `trying` (or NULL) is told before. What `expert` says of groups must fit one micro-batch. FLAP_BUDGET
+ * if not even one micro-batch has a plan. */
+FLAP_CHECKED flap_status flap_engine_knee(const flap_run_config *config,
+                                          void (*trying)(void *context, uint32_t micro_batches), void *context,
+                                          flap_knee *knee_out);
 
 /* ---- train ----------------------------------------------------------------------------------------------- */
 

@@ -6,8 +6,24 @@
 #include "tools/print_plan.h"
 
 #include <stdio.h>
+#include <unistd.h>
 
 #define ARGUMENTS_MAX 256
+
+static void on_trying(void *context, uint32_t micro_batches) {
+  (void)context;
+  fprintf(stderr, "\rlooking for the knee: a step of %u micro-batch%s\033[K", micro_batches,
+          micro_batches == 1 ? "" : "es");
+}
+
+/* A dozen plans may take minutes: who waits at a terminal sees that it goes on. */
+static flap_status find_knee(const flap_run_config *config, flap_knee *knee) {
+  const bool terminal = isatty(STDERR_FILENO) == 1;
+  const flap_status status = flap_engine_knee(config, terminal ? on_trying : NULL, NULL, knee);
+  if (terminal)
+    fputs("\r\033[K", stderr);
+  return status;
+}
 
 static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
@@ -18,7 +34,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   const flap_option options[] = {
       {"--json", 0, FLAP_OPTION_FLAG, &json, "Every figure of the plan as JSON, for programs."},
       {"--knee", 0, FLAP_OPTION_FLAG, &knee,
-       "Also: from how many tokens a step on compute hides all else (a dozen plans)."},
+       "Also: from how many tokens a step on compute hides all else (a few plans more, of longer steps)."},
       {"--trace", 0, FLAP_OPTION_TEXT, &trace,
        "Also: write the expected timeline of a step to this .json, for Perfetto, like trace.json of a run."},
       {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
@@ -38,7 +54,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
   flap_status status = flap_engine_plan(&config, trace, &plan);
   if (status == FLAP_OK && knee)
-    status = flap_engine_knee(&config, &found);
+    status = find_knee(&config, &found);
   if (status == FLAP_OK && json)
     status = flap_print_plan_json(stdout, &config, &plan, knee ? &found : NULL);
   else if (status == FLAP_OK)

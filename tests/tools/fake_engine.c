@@ -95,7 +95,10 @@ flap_status flap_engine_plan(const flap_run_config *config, const char *trace_pa
   return FLAP_OK;
 }
 
-flap_status flap_engine_knee(const flap_run_config *config, flap_knee *knee_out) {
+flap_status flap_engine_knee(const flap_run_config *config, void (*trying)(void *context, uint32_t micro_batches),
+                             void *context, flap_knee *knee_out) {
+  for (uint32_t tried = 1; trying != NULL && tried <= 32; tried *= 32)
+    trying(context, tried);
   *knee_out = (flap_knee){.micro_batches = fake("noknee") ? 0 : 24,
                           .tried_max = 32,
                           .tokens_per_step = (uint64_t)config->cutoff_len * (fake("noknee") ? 32 : 24),

@@ -4,6 +4,7 @@ What a person does: plan, train, evaluate, sample, export, inspect, interrupt, r
 mistake is one line on stderr, exit status 1, within seconds, and leaves nothing behind."""
 import json
 import os
+import pty
 import re
 import resource
 import signal
@@ -185,8 +186,22 @@ machine: rtx4090-64g-1nvme
     def test_plan_finds_the_knee(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
-        plan = json.loads(self.accept(*slow, "--knee"))
+        terminal, end = pty.openpty()
+        shown = subprocess.run([FLAP, *slow, "--knee"], cwd=self.folder, stdout=subprocess.PIPE, stderr=end, timeout=120)
+        os.close(end)
+        lines = os.read(terminal, 65536).decode().split("\r")
+        os.close(terminal)
+        plan = json.loads(shown.stdout)
         knee = plan["knee"]
+        tried = [int(line.split("a step of ")[1].split()[0]) for line in lines if "looking for the knee" in line]
+        self.assertEqual(tried[0], 1)
+        self.assertIn(knee["micro_batches"], tried)
+        self.assertLessEqual(len(tried), 5)  # by halves it takes seven
+        below = max(n for n in tried if n < knee["micro_batches"])
+        self.assertLessEqual(knee["micro_batches"] - below, 1 + knee["micro_batches"] // 8)
+        less = json.loads(self.accept(*slow, f"gradient_accumulation_steps={below}"))
+        self.assertLess(less["compute_seconds"], 0.9 * less["step_seconds"])
+        self.assertEqual(self.flap(*slow, "--knee").stderr, "")  # no terminal
         self.assertGreater(knee["micro_batches"], plan["micro_batches"])
         self.assertLess(plan["compute_seconds"], 0.9 * plan["step_seconds"])
         self.assertEqual(plan["ssd_step_bytes"], plan["lane_bytes"]["disk_write"])
