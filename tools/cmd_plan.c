@@ -16,7 +16,7 @@ static void on_trying(void *context, uint32_t micro_batches) {
           micro_batches == 1 ? "" : "es");
 }
 
-/* A dozen plans may take minutes: who waits at a terminal sees that it goes on. */
+/* Plans of long steps take minutes: who waits at a terminal sees that it goes on. */
 static flap_status find_knee(const flap_run_config *config, flap_knee *knee) {
   const bool terminal = isatty(STDERR_FILENO) == 1;
   const flap_status status = flap_engine_knee(config, terminal ? on_trying : NULL, NULL, knee);
