@@ -239,6 +239,9 @@ void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 /* The bytes that one run of a program moves on each lane: a pure function of the configuration, for the plan. */
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
                         uint64_t bytes_out[FLAP_LANE_COUNT]);
+/* Of its leases [first, end) alone. */
+void flap_pager_predict_part(const flap_pager_config *config, const flap_lease *leases, uint32_t first, uint32_t end,
+                             uint64_t bytes_out[FLAP_LANE_COUNT]);
 
 void flap_pager_close(flap_pager *pager);
 

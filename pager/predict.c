@@ -19,9 +19,14 @@ static bool is_kept(const flap_lease *leases, uint32_t index) {
 
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
                         uint64_t bytes_out[FLAP_LANE_COUNT]) {
+  flap_pager_predict_part(config, leases, 0, count, bytes_out);
+}
+
+void flap_pager_predict_part(const flap_pager_config *config, const flap_lease *leases, uint32_t first, uint32_t end,
+                             uint64_t bytes_out[FLAP_LANE_COUNT]) {
   for (int i = 0; i < FLAP_LANE_COUNT; i++)
     bytes_out[i] = 0;
-  for (uint32_t i = 0; i < count; i++) {
+  for (uint32_t i = first; i < end; i++) {
     flap_assert(leases[i].region < config->region_count);
     const flap_pager_region *region = &config->regions[leases[i].region];
     if (region->ring == FLAP_PAGER_RESIDENT)

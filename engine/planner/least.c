@@ -99,7 +99,7 @@ static flap_status least_of_slice(const flap_planner *planner, const flap_budget
   const bool vram = found->which[0] == LEVER_VRAM;
   flap_choice choice = planner_choice_of(planner, c, s, slice, c->pages[0]);
   flap_setup setup;
-  const flap_status status = flap_setup_build(&planner->spec, &choice, &setup);
+  const flap_status status = flap_setup_sketch(&planner->spec, &choice, &setup);
   *is_last_out = false;
   if (status == FLAP_BUDGET) /* other groups and segments may have less to keep */
     return FLAP_OK;

@@ -95,7 +95,7 @@ flap_status planner_settle(const flap_planner *planner, const planner_candidates
     if (slice < slice_least)
       continue;
     flap_choice choice = planner_choice_of(planner, c, s, slice, c->pages[page_first]);
-    FLAP_TRY(flap_setup_build(&planner->spec, &choice, setup));
+    FLAP_TRY(flap_setup_sketch(&planner->spec, &choice, setup));
     uint64_t missing = 0;
     for (uint32_t j = 0; j < c->page_count; j++) {
       choice.page_bytes = choice.transfer_bytes = c->pages[from_preferred(page_first, c->page_count, j)];
@@ -315,7 +315,11 @@ static flap_status choose(const flap_planner *planner, const flap_budgets *budge
   *costs_out = (flap_plan_costs){0};
   FLAP_TRY(planner_simulate_list(planner, &c, budgets, list, count, PLANNER_SIMULATED, &best, costs_out));
   FLAP_TRY(planner_refine(planner, &c, budgets, list, count, &best, costs_out));
-  return planner_settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach);
+  FLAP_TRY(planner_settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach));
+  const flap_status status = flap_setup_list_programs(setup_out);
+  if (status != FLAP_OK)
+    flap_setup_close(setup_out);
+  return status;
 }
 
 flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *budgets, flap_setup *setup_out,

@@ -42,11 +42,8 @@ static double pairs_seconds(const flap_machine *machine, const uint64_t bytes[FL
 static double window_seconds(const flap_planner *planner, const flap_setup *setup, const window *w) {
   const flap_machine *machine = planner->machine;
   const flap_program *program = &setup->programs[setup->steady];
-  uint64_t bytes[FLAP_LANE_COUNT], before[FLAP_LANE_COUNT];
-  flap_pager_predict(&setup->pager, program->leases, w->first, before);
-  flap_pager_predict(&setup->pager, program->leases, w->end, bytes);
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
-    bytes[lane] -= before[lane];
+  uint64_t bytes[FLAP_LANE_COUNT];
+  flap_pager_predict_part(&setup->pager, program->leases, w->first, w->end, bytes);
   const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
@@ -167,6 +164,8 @@ static flap_status simulate(const flap_planner *planner, const flap_budgets *bud
   flap_runtime runtime;
   const flap_program *program = &setup->programs[setup->steady];
   *costs_out = (flap_plan_costs){0};
+  if (setup->steady == FLAP_SETUP_STEADY)
+    FLAP_TRY(flap_setup_list_program(setup, FLAP_SETUP_FIRST)); /* which goes before it */
   flap_pager_predict(&setup->pager, program->leases, program->lease_count, costs_out->lane_bytes);
   FLAP_TRY(flap_runtime_open_simulated(setup, &config, &runtime));
   const flap_status status = run_steps(&runtime, setup, costs_out);

@@ -53,7 +53,7 @@ static flap_operand pin_sums(program_builder *b, uint32_t part, bool first_group
 
 /* The operation appended last begins the sums if this is their first micro-batch. */
 static void mark_fresh(program_builder *b, bool fresh) {
-  if (!b->failed)
+  if (!b->failed && !b->counts_only)
     b->program->ops[b->program->op_count - 1].fresh = fresh;
 }
 
@@ -377,14 +377,15 @@ static void build_decode(program_builder *b) {
   program_unpin(b, weights);
 }
 
-flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
-                               flap_program *program_out) {
+static flap_status build(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
+                         bool counts_only, flap_program *program_out) {
   const uint32_t k = flap_layout_longest_segment(&layout->spec);
   *program_out = (flap_program){.spec = *spec};
   program_builder b = {.layout = layout,
                        .spec = spec,
                        .resident = resident,
                        .program = program_out,
+                       .counts_only = counts_only,
                        .hidden_buffers = flap_program_hidden_buffers(layout),
                        .keeps_whole = missing_bytes(layout) == 0};
   const size_t wide = (size_t)k + 1; /* a segment and the head */
@@ -422,4 +423,26 @@ flap_status flap_program_build(const flap_layout *layout, const flap_program_spe
   for (uint32_t klass = 0; klass < FLAP_CLASS_COUNT; klass++)
     flap_assert(b.live[klass] == 0);
   return FLAP_OK;
+}
+
+flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
+                               flap_program *program_out) {
+  return build(layout, spec, resident, false, program_out);
+}
+
+flap_status flap_program_count(const flap_layout *layout, const flap_program_spec *spec, const bool *resident,
+                               flap_program *program_out) {
+  return build(layout, spec, resident, true, program_out);
+}
+
+void flap_program_join(const flap_program *step, const flap_program *sweep, flap_program *program_out) {
+  flap_assert(step->spec.kind == FLAP_PROGRAM_STEP && !step->spec.sweep && sweep->spec.kind == FLAP_PROGRAM_SWEEP);
+  *program_out = (flap_program){.spec = step->spec,
+                                .op_count = step->op_count + sweep->op_count,
+                                .lease_count = step->lease_count + sweep->lease_count,
+                                .job_count = step->job_count + sweep->job_count,
+                                .before_sweep = step->lease_count};
+  program_out->spec.sweep = true;
+  for (uint32_t k = 0; k < FLAP_CLASS_COUNT; k++)
+    program_out->live_max[k] = step->live_max[k] > sweep->live_max[k] ? step->live_max[k] : sweep->live_max[k];
 }

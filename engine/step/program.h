@@ -64,7 +64,7 @@ typedef struct flap_program {
   uint32_t ops_max, leases_max; /* of the heap; 0 once placed */
   uint32_t job_count;
   uint32_t before_sweep; /* leases before those of this step's own update; all, where it has none */
-  flap_op *ops;
+  flap_op *ops;          /* NULL, as leases: it was only counted */
   flap_lease *leases;
   uint32_t live_max[FLAP_CLASS_COUNT]; /* streaming leases of a class that are live at the same time, at most */
 } flap_program;
@@ -78,6 +78,11 @@ uint64_t flap_program_scratch_bytes(const flap_layout *layout);
 /* Builds on the heap, for planning. `resident` (per region; NULL: nothing is) decides what counts for live_max. */
 FLAP_CHECKED flap_status flap_program_build(const flap_layout *layout, const flap_program_spec *spec,
                                             const bool *resident, flap_program *program_out);
+/* The same without the lists, in a fraction of the time and with no memory: its counts and live_max. */
+FLAP_CHECKED flap_status flap_program_count(const flap_layout *layout, const flap_program_spec *spec,
+                                            const bool *resident, flap_program *program_out);
+/* What counting a step that sweeps at its end would come to, from the same step without and the sweep alone. */
+void flap_program_join(const flap_program *step, const flap_program *sweep, flap_program *program_out);
 /* Moves the lists from the heap to an arena, for running. */
 void flap_program_place(flap_program *program, flap_arena *arena);
 /* Frees what is on the heap. */

@@ -42,6 +42,10 @@ static bool streams(const program_builder *b, uint32_t region) {
 flap_operand program_add_lease(program_builder *b, flap_lease lease) {
   flap_program *p = b->program;
   flap_assert(lease.region < b->layout->region_count);
+  if (b->counts_only) {
+    p->lease_count++;
+    return lease.region;
+  }
   if (b->failed || !grow((void **)&p->leases, &p->leases_max, p->lease_count, sizeof *p->leases)) {
     b->failed = true;
     return FLAP_OPERAND_NONE;
@@ -55,7 +59,7 @@ flap_operand program_pin(program_builder *b, uint32_t region, flap_lease_mode mo
   const flap_operand lease = program_add_lease(b, (flap_lease){.region = region, .mode = mode});
   if (b->failed)
     return FLAP_OPERAND_NONE;
-  append(b, (flap_op){.kind = FLAP_OP_PIN, .operand = {lease}});
+  OP(b, FLAP_OP_PIN, 0, 0, lease);
   if (streams(b, region)) {
     const flap_region_class klass = b->layout->regions[region].klass;
     if (++b->live[klass] > p->live_max[klass])
@@ -67,9 +71,9 @@ flap_operand program_pin(program_builder *b, uint32_t region, flap_lease_mode mo
 void program_unpin(program_builder *b, flap_operand lease) {
   if (b->failed)
     return;
-  flap_assert(lease < b->program->lease_count);
-  append(b, (flap_op){.kind = FLAP_OP_UNPIN, .operand = {lease}});
-  const uint32_t region = b->program->leases[lease].region;
+  flap_assert(b->counts_only || lease < b->program->lease_count);
+  OP(b, FLAP_OP_UNPIN, 0, 0, lease);
+  const uint32_t region = b->counts_only ? lease : b->program->leases[lease].region;
   if (streams(b, region))
     b->live[b->layout->regions[region].klass]--;
 }
@@ -82,7 +86,7 @@ void program_op(program_builder *b, flap_op_kind kind, uint32_t index, uint32_t 
 }
 
 void flap_program_place(flap_program *program, flap_arena *arena) {
-  flap_assert(program->ops_max > 0);
+  flap_assert(program->ops_max > 0 || flap_arena_is_measuring(arena));
   const uint64_t op_bytes = (uint64_t)program->op_count * sizeof(flap_op);
   const uint64_t lease_bytes = (uint64_t)program->lease_count * sizeof(flap_lease);
   flap_op *ops = flap_arena_take(arena, flap_units_round_up(op_bytes, 64), 64);

@@ -20,6 +20,7 @@ typedef struct program_builder {
   flap_program *program;
   uint32_t live[FLAP_CLASS_COUNT];
   bool failed;
+  bool counts_only; /* nothing is listed, and in a lease's place there is its region */
   /* Leases of the segment in work, per layer of it; saved: NONE where nothing is kept. */
   flap_operand *weights, *sums, *saved;
   bool keeps_whole; /* a layer that saves keeps every tensor */
@@ -42,7 +43,13 @@ typedef struct program_builder {
 
 #define NONE FLAP_OPERAND_NONE
 #define OP(b, kind, index, micro_batch, ...) \
-  program_op((b), (kind), (index), (micro_batch), (const flap_operand[FLAP_OP_OPERANDS]){__VA_ARGS__})
+  ((b)->counts_only                          \
+       ? program_count_op(b)                 \
+       : program_op((b), (kind), (index), (micro_batch), (const flap_operand[FLAP_OP_OPERANDS]){__VA_ARGS__}))
+
+static inline void program_count_op(program_builder *b) {
+  b->program->op_count++;
+}
 
 void program_op(program_builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_batch,
                 const flap_operand operand[FLAP_OP_OPERANDS]);

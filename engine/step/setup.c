@@ -118,14 +118,35 @@ static void choose_programs(flap_setup *setup) {
   }
 }
 
-static flap_status build_programs(flap_setup *setup) {
-  choose_programs(setup);
+flap_status flap_setup_list_program(flap_setup *setup, flap_setup_program program) {
+  flap_program_spec spec = program_spec(program);
+  flap_assert(setup->has_program[program]);
+  spec.spread = spec.pending && setup->choice.spread;
+  return setup->programs[program].ops_max > 0
+             ? FLAP_OK
+             : flap_program_build(&setup->layout, &spec, NULL, &setup->programs[program]);
+}
+
+flap_status flap_setup_list_programs(flap_setup *setup) {
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
+    if (setup->has_program[i])
+      FLAP_TRY(flap_setup_list_program(setup, (flap_setup_program)i));
+  return FLAP_OK;
+}
+
+/* The steady one is listed, the others are counted. */
+static flap_status count_programs(flap_setup *setup) {
+  flap_program *programs = setup->programs;
+  FLAP_TRY(flap_setup_list_program(setup, setup->steady));
   for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
-    if (!setup->has_program[i])
-      continue;
-    flap_program_spec spec = program_spec((flap_setup_program)i);
-    spec.spread = spec.pending && setup->choice.spread;
-    FLAP_TRY(flap_program_build(&setup->layout, &spec, NULL, &setup->programs[i]));
+    const flap_program_spec spec = program_spec((flap_setup_program)i);
+    const bool joined = flap_setup_folds(setup) && (i == FLAP_SETUP_LAST || i == FLAP_SETUP_SINGLE);
+    if (setup->has_program[i] && i != (int)setup->steady && !joined)
+      FLAP_TRY(flap_program_count(&setup->layout, &spec, NULL, &programs[i]));
+  }
+  if (flap_setup_folds(setup)) {
+    flap_program_join(&programs[FLAP_SETUP_STEADY], &programs[FLAP_SETUP_SWEEP], &programs[FLAP_SETUP_LAST]);
+    flap_program_join(&programs[FLAP_SETUP_FIRST], &programs[FLAP_SETUP_SWEEP], &programs[FLAP_SETUP_SINGLE]);
   }
   return FLAP_OK;
 }
@@ -443,7 +464,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   return FLAP_OK;
 }
 
-flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice, flap_setup *setup_out) {
+flap_status flap_setup_sketch(const flap_setup_spec *spec, const flap_choice *choice, flap_setup *setup_out) {
   memset(setup_out, 0, sizeof *setup_out);
   setup_out->spec = *spec;
   setup_out->choice = *choice;
@@ -451,7 +472,8 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   flap_status status = FLAP_OK;
   FLAP_TRY_GOTO(status, build_layout(setup_out));
   FLAP_TRY_GOTO(status, check_regions(&setup_out->layout));
-  FLAP_TRY_GOTO(status, build_programs(setup_out));
+  choose_programs(setup_out);
+  FLAP_TRY_GOTO(status, count_programs(setup_out));
   const uint32_t regions = setup_out->layout.region_count;
   setup_out->resident = calloc(regions, sizeof *setup_out->resident);
   setup_out->regions = calloc(regions, sizeof *setup_out->regions);
@@ -466,6 +488,14 @@ flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *cho
   return flap_setup_place(setup_out, choice);
 fail:
   flap_setup_close(setup_out);
+  return status;
+}
+
+flap_status flap_setup_build(const flap_setup_spec *spec, const flap_choice *choice, flap_setup *setup_out) {
+  FLAP_TRY(flap_setup_sketch(spec, choice, setup_out));
+  const flap_status status = flap_setup_list_programs(setup_out);
+  if (status != FLAP_OK)
+    flap_setup_close(setup_out);
   return status;
 }
 
