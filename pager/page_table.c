@@ -80,59 +80,26 @@ static uint64_t extend_side(overlay_sides *sides, uint32_t overlay, uint32_t sid
   return of[side] > before ? of[side] - before : 0;
 }
 
-static void measure_homes(const flap_pager_config *config, flap_pager_sizes *sizes, uint64_t *pages_out,
-                          uint32_t *overlays_out) {
+void flap_pager_total(const flap_pager_config *config, flap_pager_totals *totals_out) {
+  flap_pager_totals t = {0};
   overlay_sides sides;
-  uint64_t pages = 0;
-  uint32_t overlays = 0; /* whatever lives in RAM: so what a table takes does not depend on that */
   sides.count = 0;
-  for (uint32_t i = 0; i < config->ring_count; i++)
-    sizes->vram_bytes += config->rings[i].slot_bytes * config->rings[i].slots;
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
-    overlays = region->overlay > overlays ? region->overlay : overlays;
+    t.overlays = region->overlay > t.overlays ? region->overlay : t.overlays;
     if (region->ring == FLAP_PAGER_RESIDENT) {
-      sizes->vram_bytes += region->bytes;
+      t.resident_bytes += region->bytes;
+      t.snapshots_move = t.snapshots_move || region->in_snapshots;
       continue;
     }
     uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
-    sizes->disk_bytes += disk;
+    t.disk_bytes += disk;
+    t.snapshots_move = t.snapshots_move || (region->in_snapshots && disk > 0);
     const uint64_t ram = region->bytes - disk;
-    sizes->ram_home_bytes +=
-        region->overlay == 0 || ram == 0 ? ram : extend_side(&sides, region->overlay, region->side, ram);
-    pages += (region->bytes + config->page_bytes - 1) / config->page_bytes;
+    t.home_bytes += region->overlay == 0 || ram == 0 ? ram : extend_side(&sides, region->overlay, region->side, ram);
+    t.pages += (region->bytes + config->page_bytes - 1) / config->page_bytes;
   }
-  flap_assert(pages < PAGER_NONE && sizes->disk_bytes / FLAP_BLOCK_ALIGN < PAGER_NONE);
-  *pages_out = pages;
-  *overlays_out = overlays;
-}
-
-static bool has_residents(const flap_pager_config *config) {
-  for (uint32_t i = 0; i < config->region_count; i++)
-    if (config->regions[i].ring == FLAP_PAGER_RESIDENT)
-      return true;
-  return false;
-}
-
-/* Of snapshots: what is in RAM is taken where it is; for the rest one piece is on its way in while another is on its
- * way out. Without a disk these are the halves of the buffer that is there for fill and drain. */
-static uint32_t snapshot_buffers(const flap_pager_config *config) {
-  for (uint32_t i = 0; i < config->region_count; i++) {
-    const flap_pager_region *region = &config->regions[i];
-    if (region->in_snapshots && (region->ring == FLAP_PAGER_RESIDENT ||
-                                 pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages) > 0))
-      return 2;
-  }
-  return 0;
-}
-
-void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {
-  flap_pager pager = {0};
-  flap_arena arena;
-  flap_arena_measure(&arena, "pager table");
-  (void)FLAP_ARENA_ARRAY(&arena, flap_pager, 1);
-  pager_lay_out(&pager, config, &arena);
-  *sizes_out = pager.sizes;
+  *totals_out = t;
 }
 
 /* ---- tables ------------------------------------------------------------------------------------------- */
@@ -201,11 +168,12 @@ static void take_workers(flap_pager *pager, const flap_pager_config *config, boo
   }
 }
 
-void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_arena *arena) {
-  check_config(config);
-  flap_pager_sizes sizes = {0};
-  uint64_t pages = 0;
-  measure_homes(config, &sizes, &pages, &pager->overlay_count);
+static void lay_out(flap_pager *pager, const flap_pager_config *config, const flap_pager_totals *totals,
+                    flap_arena *arena) {
+  flap_pager_sizes sizes = {
+      .vram_bytes = totals->resident_bytes, .ram_home_bytes = totals->home_bytes, .disk_bytes = totals->disk_bytes};
+  flap_assert(totals->pages < PAGER_NONE && sizes.disk_bytes / FLAP_BLOCK_ALIGN < PAGER_NONE);
+  pager->overlay_count = totals->overlays; /* whatever lives in RAM: so what a table takes does not depend on that */
   pager->page_bytes = config->page_bytes;
   pager->transfer_bytes = config->transfer_bytes;
   pager->pages_per_transfer = (uint32_t)(config->transfer_bytes / config->page_bytes);
@@ -213,22 +181,26 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
       config->copy_bytes ? (uint32_t)(config->copy_bytes / config->page_bytes) : pager->pages_per_transfer;
   pager->region_count = config->region_count;
   pager->ring_count = config->ring_count;
-  pager->page_count = (uint32_t)pages;
+  pager->page_count = (uint32_t)totals->pages;
   pager->leases_max = config->leases_max;
-  for (uint32_t i = 0; i < config->ring_count; i++)
+  for (uint32_t i = 0; i < config->ring_count; i++) {
     pager->slot_count += config->rings[i].slots;
+    sizes.vram_bytes += config->rings[i].slot_bytes * config->rings[i].slots;
+  }
   if (sizes.disk_bytes > 0) {
     flap_assert(config->read_buffers > 0 && config->write_buffers > 0);
     pager->read_buffers = config->read_buffers;
     pager->write_buffers = config->write_buffers;
     pager->worker_count = config->workers;
   }
-  pager->snapshot_buffers = sizes.snapshot_buffers = snapshot_buffers(config);
+  /* Of snapshots: what is in RAM is taken where it is; for the rest one piece is on its way in while another is on its
+   * way out. Without a disk these are the halves of the buffer that is there for fill and drain. */
+  pager->snapshot_buffers = sizes.snapshot_buffers = totals->snapshots_move ? 2 : 0;
   pager->buffer_count = pager->read_buffers + pager->write_buffers + pager->snapshot_buffers;
   /* A resident region passes through a buffer when it is filled or drained: a write buffer, or one that is there for
    * that. */
   const bool disk = sizes.disk_bytes > 0;
-  pager->bounce_bytes = disk ? config->transfer_bytes : has_residents(config) ? config->page_bytes : 0;
+  pager->bounce_bytes = disk ? config->transfer_bytes : totals->resident_bytes > 0 ? config->page_bytes : 0;
   pager->snapshot_bytes = disk ? config->transfer_bytes : pager->bounce_bytes / 2;
   sizes.staging_bytes = disk ? pager->buffer_count * config->transfer_bytes : pager->bounce_bytes;
 
@@ -247,10 +219,34 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
   sizes.table_bytes = flap_units_round_up(arena->bytes_used, FLAP_BLOCK_ALIGN);
   sizes.ram_bytes = sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes;
   pager->sizes = sizes;
+}
+
+void flap_pager_measure_totals(const flap_pager_config *config, const flap_pager_totals *totals,
+                               flap_pager_sizes *sizes_out) {
+  flap_pager pager = {0};
+  flap_arena arena;
+  flap_arena_measure(&arena, "pager table");
+  (void)FLAP_ARENA_ARRAY(&arena, flap_pager, 1);
+  lay_out(&pager, config, totals, &arena);
+  *sizes_out = pager.sizes;
+}
+
+void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_arena *arena) {
+  flap_pager_totals totals;
+  check_config(config);
+  flap_pager_total(config, &totals);
+  lay_out(pager, config, &totals, arena);
   if (flap_arena_is_measuring(arena))
     return;
   fill_rings(pager, config);
   fill_regions(pager, config);
+}
+
+void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {
+  flap_pager_totals totals;
+  check_config(config);
+  flap_pager_total(config, &totals);
+  flap_pager_measure_totals(config, &totals, sizes_out);
 }
 
 /* ---- places ------------------------------------------------------------------------------------------- */

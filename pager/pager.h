@@ -126,6 +126,19 @@ typedef struct flap_pager_sizes {
 
 /* Of table_bytes, what one more worker takes; 0 where nothing is compressed. */
 uint64_t flap_pager_worker_bytes(const flap_pager_config *config);
+/* What sizes depend on of all regions. */
+typedef struct flap_pager_totals {
+  uint64_t resident_bytes; /* for good in VRAM */
+  uint64_t home_bytes;     /* that live in RAM; of an overlay the longer side */
+  uint64_t disk_bytes, pages;
+  uint32_t overlays;   /* the highest number of one */
+  bool snapshots_move; /* some region of theirs is in VRAM for good, or some of it on disk */
+} flap_pager_totals;
+void flap_pager_total(const flap_pager_config *config, flap_pager_totals *totals_out);
+/* What a configuration of these totals will take, whatever its regions are: for a planner that keeps account of them.
+ */
+void flap_pager_measure_totals(const flap_pager_config *config, const flap_pager_totals *totals,
+                               flap_pager_sizes *sizes_out);
 /* What a configuration will take; a pure function of the first group of fields. */
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out);
 

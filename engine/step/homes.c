@@ -4,29 +4,7 @@
  * another region (an overlay, pager.h) costs only by how much the longer side grows: what fits beside the other side is
  * free.
  */
-#include "engine/step/setup.h"
-
-#include <stdlib.h>
-#include <string.h>
-
-/* Of an overlay: how far its sides reach; of the class that is being given RAM, its bytes, and what share of them costs
- * nothing. */
-typedef struct overlay_room {
-  uint64_t sides[2], klass;
-  double free;
-} overlay_room;
-
-#define PLENTY ((uint64_t)1 << 60) /* more than all regions together */
-
-struct flap_homes {
-  /* Regions that live in RAM as far as there is some, class by class, then those that do in any case. */
-  uint32_t *regions;
-  uint32_t first[FLAP_CLASS_COUNT + 1], count; /* of each class, and of the latter; all */
-  bool shares[FLAP_CLASS_COUNT];               /* whether some of a class are of an overlay, */
-  uint8_t side[FLAP_CLASS_COUNT];              /* and then on which side */
-  uint32_t room_count;
-  overlay_room *rooms; /* overlay n at n - 1 */
-};
+#include "engine/step/setup_internal.h"
 
 static uint64_t smaller(uint64_t a, uint64_t b) {
   return a < b ? a : b;
@@ -52,26 +30,26 @@ static void order_classes(const flap_setup *setup, flap_region_class order[FLAP_
 
 /* ---- overlays -------------------------------------------------------------------------------------------- */
 
-static overlay_room *room_of(const flap_setup *setup, uint32_t region) {
+static setup_room *room_of(const flap_setup *setup, uint32_t region) {
   const uint32_t overlay = setup->regions[region].overlay;
-  return overlay > 0 ? &setup->homes->rooms[overlay - 1] : NULL;
+  return overlay > 0 ? &setup->places->rooms[overlay - 1] : NULL;
 }
 
 /* By how much a side may grow without making its overlay longer. */
-static uint64_t free_of(const overlay_room *room, uint32_t side) {
+static uint64_t free_of(const setup_room *room, uint32_t side) {
   return room->sides[1 - side] > room->sides[side] ? room->sides[1 - side] - room->sides[side] : 0;
 }
 
 /* What so many bytes more of a region cost. */
 static uint64_t cost_of(const flap_setup *setup, uint32_t region, uint64_t bytes) {
-  const overlay_room *room = room_of(setup, region);
+  const setup_room *room = room_of(setup, region);
   const uint64_t here = room != NULL ? free_of(room, setup->regions[region].side) : 0;
   return bytes > here ? bytes - here : 0;
 }
 
 static uint64_t take(flap_setup *setup, uint32_t region, uint64_t bytes) {
   const uint64_t cost = cost_of(setup, region, bytes);
-  overlay_room *room = room_of(setup, region);
+  setup_room *room = room_of(setup, region);
   if (room != NULL)
     room->sides[setup->regions[region].side] += bytes;
   return cost;
@@ -79,13 +57,12 @@ static uint64_t take(flap_setup *setup, uint32_t region, uint64_t bytes) {
 
 /* ---- a class --------------------------------------------------------------------------------------------- */
 
-/* The next region of a class that is not in VRAM, from *at on in homes->regions, which is moved behind it;
+/* The next region of a class for RAM and disk to share, from *at on in places->regions, which is moved behind it;
  * FLAP_REGION_NONE at the end. */
-static uint32_t next_region(const flap_setup *setup, flap_region_class klass, uint32_t *at) {
-  const struct flap_homes *homes = setup->homes;
-  while (*at < homes->first[klass + 1]) {
-    const uint32_t region = homes->regions[(*at)++];
-    if (!setup->resident[region])
+static uint32_t next_region(const flap_setup *setup, const setup_class *c, uint32_t *at) {
+  while (*at < c->end) {
+    const uint32_t region = setup->places->regions[(*at)++];
+    if (!setup->resident[region] && setup->layout.regions[region].place == FLAP_PLACE_ANY)
       return region;
   }
   return FLAP_REGION_NONE;
@@ -96,50 +73,67 @@ static uint64_t page_span(const flap_setup *setup, uint32_t region, uint64_t pag
 }
 
 /* What all of a class would cost. All its regions are of the same side. */
-static uint64_t count_class(const flap_setup *setup, flap_region_class klass) {
-  struct flap_homes *homes = setup->homes;
-  uint64_t cost = 0;
-  for (uint32_t i = 0; i < homes->room_count; i++)
-    homes->rooms[i].klass = 0;
-  for (uint32_t at = homes->first[klass], i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
-    overlay_room *room = room_of(setup, i);
-    cost += setup->layout.regions[i].bytes;
-    if (room != NULL)
-      room->klass += setup->layout.regions[i].bytes;
-  }
-  for (uint32_t i = 0; i < homes->room_count && homes->shares[klass]; i++) {
-    overlay_room *room = &homes->rooms[i];
-    const uint64_t here = free_of(room, homes->side[klass]);
-    room->free = here >= room->klass ? 1 : (double)here / (double)room->klass;
-    cost -= smaller(here, room->klass);
+static uint64_t count_class(flap_setup *setup, const setup_class *c) {
+  setup_places *places = setup->places;
+  uint64_t cost = c->home_bytes;
+  for (uint32_t i = 0; i < places->room_count && c->shares; i++) {
+    setup_room *room = &places->rooms[i];
+    const uint64_t here = free_of(room, c->side);
+    room->free = here >= c->rooms[i] ? 1 : (double)here / (double)c->rooms[i];
+    cost -= smaller(here, c->rooms[i]);
   }
   return cost;
 }
 
+/* Whether some of a class may live in RAM beside the other side of an overlay, and cost nothing. */
+static bool has_free(const flap_setup *setup, const setup_class *c) {
+  for (uint32_t i = 0; i < setup->places->room_count && c->shares; i++)
+    if (c->rooms[i] > 0 && free_of(&setup->places->rooms[i], c->side) > 0)
+      return true;
+  return false;
+}
+
+static void give_nothing(flap_setup *setup, setup_class *c) {
+  if (c->home != SETUP_HOME_NOTHING)
+    for (uint32_t at = c->first, i; (i = next_region(setup, c, &at)) != FLAP_REGION_NONE;)
+      setup->regions[i].ram_pages = 0;
+  c->home = SETUP_HOME_NOTHING;
+  c->ram_bytes = 0;
+}
+
+/* As many pages as it has, whatever their size is. */
+static void give_all(flap_setup *setup, setup_class *c) {
+  if (c->home != SETUP_HOME_ALL)
+    for (uint32_t at = c->first, i; (i = next_region(setup, c, &at)) != FLAP_REGION_NONE;)
+      setup->regions[i].ram_pages = UINT32_MAX;
+  c->home = SETUP_HOME_ALL;
+  c->ram_bytes = c->home_bytes;
+  for (uint32_t i = 0; i < setup->places->room_count && c->shares; i++)
+    setup->places->rooms[i].sides[c->side] += c->rooms[i];
+}
+
 /* The same share of every region first, of what costs and of what does not, so that each load uses RAM and disk side by
- * side; then the rest, a page here and there. */
-static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t left) {
+ * side; then the rest, a page here and there. Returns what is left. */
+static uint64_t give_some(flap_setup *setup, setup_class *c, uint64_t cost_of_all, uint64_t left) {
   const flap_layout *layout = &setup->layout;
-  if (left == 0 && !setup->homes->shares[klass])
-    return 0;
   const uint64_t page_bytes = setup->choice.page_bytes;
-  const uint64_t cost_of_all = left < PLENTY ? count_class(setup, klass) : 0;
-  const bool all = cost_of_all <= left;
-  const double share = all ? 1.0 : (double)left / (double)cost_of_all;
-  const uint32_t first = setup->homes->first[klass];
-  for (uint32_t at = first, i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
-    const uint64_t bytes = layout->regions[i].bytes, pages = (bytes + page_bytes - 1) / page_bytes;
-    const overlay_room *room = room_of(setup, i);
+  const double share = (double)left / (double)cost_of_all;
+  c->home = SETUP_HOME_SOME;
+  c->ram_bytes = 0;
+  for (uint32_t at = c->first, i; (i = next_region(setup, c, &at)) != FLAP_REGION_NONE;) {
+    const uint64_t bytes = layout->regions[i].bytes;
+    const setup_room *room = room_of(setup, i);
     const double free = room != NULL ? room->free : 0;
-    uint64_t given = all ? pages : (uint64_t)((free + (1 - free) * share) * (double)(bytes / page_bytes));
+    uint64_t given = (uint64_t)((free + (1 - free) * share) * (double)(bytes / page_bytes));
     while (given > 0 && cost_of(setup, i, smaller(given * page_bytes, bytes)) > left)
       given--;
     setup->regions[i].ram_pages = (uint32_t)given;
+    c->ram_bytes += smaller(given * page_bytes, bytes);
     left -= take(setup, i, smaller(given * page_bytes, bytes));
   }
-  for (bool more = !all; more;) {
+  for (bool more = true; more;) {
     more = false;
-    for (uint32_t at = first, i; (i = next_region(setup, klass, &at)) != FLAP_REGION_NONE;) {
+    for (uint32_t at = c->first, i; (i = next_region(setup, c, &at)) != FLAP_REGION_NONE;) {
       const uint64_t pages = (layout->regions[i].bytes + page_bytes - 1) / page_bytes;
       if (setup->regions[i].ram_pages >= pages)
         continue;
@@ -147,6 +141,7 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
       if (cost_of(setup, i, span) > left)
         continue;
       setup->regions[i].ram_pages++;
+      c->ram_bytes += span;
       left -= take(setup, i, span);
       more = true;
     }
@@ -154,70 +149,35 @@ static uint64_t give_ram(flap_setup *setup, flap_region_class klass, uint64_t le
   return left;
 }
 
+static uint64_t give_ram(flap_setup *setup, setup_class *c, uint64_t left) {
+  if (left == 0 && !has_free(setup, c)) {
+    give_nothing(setup, c);
+    return 0;
+  }
+  const uint64_t cost_of_all = count_class(setup, c);
+  if (cost_of_all <= left) {
+    give_all(setup, c);
+    return left - cost_of_all;
+  }
+  return give_some(setup, c, cost_of_all, left);
+}
+
 /* ---- all ------------------------------------------------------------------------------------------------- */
 
-/* All pages, whatever the choice says. */
-static void give_all(flap_setup *setup) {
-  const struct flap_homes *homes = setup->homes;
-  for (uint32_t at = homes->first[FLAP_CLASS_COUNT]; at < homes->count; at++) {
-    const uint32_t region = homes->regions[at];
-    setup->regions[region].ram_pages = UINT32_MAX;
-    (void)take(setup, region, setup->layout.regions[region].bytes);
-  }
-}
-
-void flap_setup_lay_homes(flap_setup *setup) {
+void setup_lay_homes(flap_setup *setup) {
+  setup_places *places = setup->places;
+  const flap_choice *choice = &setup->choice;
   flap_region_class order[FLAP_CLASS_COUNT];
-  uint64_t left = setup->choice.ram_bytes;
-  memset(setup->homes->rooms, 0, setup->homes->room_count * sizeof *setup->homes->rooms);
-  give_all(setup);
+  if (places->has_homes && places->ram_bytes == choice->ram_bytes && places->page_bytes == choice->page_bytes)
+    return;
+  uint64_t left = choice->ram_bytes;
+  for (uint32_t i = 0; i < places->room_count; i++)
+    places->rooms[i] = (setup_room){.sides = {places->forced[i], places->forced[places->room_count + i]}};
   order_classes(setup, order);
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    left = give_ram(setup, order[k], left);
-}
-
-/* The place of a region among the classes, behind which come those that live in RAM in any case. */
-static int list_of(const flap_layout_region *region) {
-  return region->place == FLAP_PLACE_ANY ? (int)region->klass : FLAP_CLASS_COUNT;
-}
-
-static void list_regions(const flap_layout *layout, struct flap_homes *homes) {
-  uint32_t next[FLAP_CLASS_COUNT + 1] = {0};
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_layout_region *region = &layout->regions[i];
-    next[list_of(region)]++;
-    homes->shares[region->klass] |= region->overlay > 0;
-    homes->side[region->klass] |= region->side;
-    homes->room_count = region->overlay > homes->room_count ? region->overlay : homes->room_count;
-  }
-  for (int k = 0; k <= FLAP_CLASS_COUNT; k++) {
-    homes->first[k] = homes->count;
-    homes->count += next[k];
-    next[k] = homes->first[k];
-  }
-  for (uint32_t i = 0; i < layout->region_count; i++)
-    homes->regions[next[list_of(&layout->regions[i])]++] = i;
-}
-
-struct flap_homes *flap_setup_open_homes(const flap_layout *layout) {
-  struct flap_homes *homes = calloc(1, sizeof *homes);
-  if (homes == NULL)
-    return NULL;
-  homes->regions = calloc(layout->region_count, sizeof *homes->regions);
-  if (homes->regions != NULL)
-    list_regions(layout, homes);
-  homes->rooms = calloc(homes->room_count + 1, sizeof *homes->rooms);
-  if (homes->regions == NULL || homes->rooms == NULL) {
-    flap_setup_close_homes(homes);
-    return NULL;
-  }
-  return homes;
-}
-
-void flap_setup_close_homes(struct flap_homes *homes) {
-  if (homes == NULL)
-    return;
-  free(homes->regions);
-  free(homes->rooms);
-  free(homes);
+    left = give_ram(setup, &places->classes[order[k]], left);
+  places->has_homes = true;
+  places->ram_bytes = choice->ram_bytes;
+  places->page_bytes = choice->page_bytes;
+  places->home_bytes = places->forced_home_bytes + choice->ram_bytes - left;
 }

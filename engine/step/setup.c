@@ -1,4 +1,4 @@
-#include "engine/step/setup.h"
+#include "engine/step/setup_internal.h"
 
 #include "base/assert.h"
 #include "base/units.h"
@@ -159,10 +159,6 @@ static bool moves_out(flap_lease_mode mode) {
   return mode == FLAP_LEASE_UPDATE || mode == FLAP_LEASE_CREATE;
 }
 
-static bool may_stay(const flap_layout_region *region) {
-  return region->place == FLAP_PLACE_ANY || region->place == FLAP_PLACE_COPIED;
-}
-
 static void measure_traffic(flap_setup *setup) {
   const flap_program *program = &setup->programs[setup->steady];
   const flap_layout *layout = &setup->layout;
@@ -172,7 +168,7 @@ static void measure_traffic(flap_setup *setup) {
     setup->classes[region->klass].bytes += region->bytes;
     if (region->place == FLAP_PLACE_HOME)
       setup->passing_bytes[region->klass] += region->bytes;
-    if (!may_stay(region))
+    if (!setup_may_stay(region))
       continue;
     setup->region_counts[region->klass]++;
     setup->staying_bytes[region->klass] += region->bytes;
@@ -189,133 +185,6 @@ static void measure_traffic(flap_setup *setup) {
   for (int k = 0; k < FLAP_CLASS_COUNT; k++)
     if (setup->staying_bytes[k] + setup->passing_bytes[k] > 0)
       setup->traffic[k] /= (double)(setup->staying_bytes[k] + setup->passing_bytes[k]);
-}
-
-/* ---- residents and rings --------------------------------------------------------------------------------- */
-
-/* Of `regions` regions of a class, `wanted` are chosen at even distances. */
-static bool is_chosen(uint64_t index, uint64_t wanted, uint64_t regions) {
-  if (wanted == 0 || wanted == regions)
-    return wanted > 0; /* most often, and without a division */
-  return (index + 1) * wanted / regions > index * wanted / regions;
-}
-
-/* The embedding's gradient is complete when the backward is over, and the next forward begins with its weights: its
- * states pass the bus while nothing computes, unless they stay. */
-static uint64_t preferred_states(const flap_setup *setup) {
-  const flap_layout *layout = &setup->layout;
-  return setup->choice.keeps_embedding && !flap_layout_is_host(layout, 0) ? layout->parts[0].slice_count : 0;
-}
-
-/* Of a class whose `first` regions are chosen before the others. */
-static bool stays(uint64_t index, uint64_t wanted, uint64_t regions, uint64_t first) {
-  if (index < first)
-    return index < wanted;
-  return is_chosen(index - first, wanted > first ? wanted - first : 0, regions - first);
-}
-
-static void choose_residents(flap_setup *setup) {
-  const flap_layout *layout = &setup->layout;
-  const uint64_t *regions = setup->region_counts;
-  uint64_t wanted[FLAP_CLASS_COUNT] = {0}, index[FLAP_CLASS_COUNT] = {0};
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
-    const uint64_t bytes_max = setup->choice.resident_bytes[k];
-    if (regions[k] > 0)
-      wanted[k] = bytes_max >= setup->staying_bytes[k] ? regions[k] : bytes_max / setup->largest_bytes[k];
-  }
-  const uint64_t states = preferred_states(setup); /* the first of their class */
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_region_class k = layout->regions[i].klass;
-    const uint64_t first = states > 0 && k == FLAP_CLASS_STATES ? states : 0;
-    setup->resident[i] = may_stay(&layout->regions[i]) && stays(index[k]++, wanted[k], regions[k], first);
-  }
-}
-
-static void count_live(const flap_setup *setup, uint32_t live_max[FLAP_CLASS_COUNT]) {
-  memset(live_max, 0, FLAP_CLASS_COUNT * sizeof *live_max);
-  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
-    for (int k = 0; setup->has_program[i] && k < FLAP_CLASS_COUNT; k++)
-      if (setup->programs[i].live_max[k] > live_max[k])
-        live_max[k] = setup->programs[i].live_max[k];
-}
-
-/* A copy that stays in VRAM is a ring of one slot that keeps what it loaded. */
-static uint32_t lay_copy(flap_setup *setup, const flap_layout_region *region) {
-  setup->rings[setup->pager.ring_count] = (flap_pager_ring){
-      .name = flap_engine_class_name(region->klass), .slot_bytes = region->bytes, .slots = 1, .keeps = true};
-  return setup->pager.ring_count++;
-}
-
-static bool is_saved(const flap_setup_spec *spec, flap_region_class klass) {
-  return (spec->saves_weights && (klass == FLAP_CLASS_WEIGHTS || klass == FLAP_CLASS_VOCABULARY)) ||
-         (spec->saves_states && klass == FLAP_CLASS_STATES);
-}
-
-/* A ring per class that streams, as wide as the largest region that streams. */
-static void lay_rings(flap_setup *setup) {
-  const flap_layout *layout = &setup->layout;
-  uint32_t live_max[FLAP_CLASS_COUNT], ring_of[FLAP_CLASS_COUNT];
-  uint64_t slot_bytes[FLAP_CLASS_COUNT] = {0}, streaming[FLAP_CLASS_COUNT] = {0};
-  count_live(setup, live_max);
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_layout_region *region = &layout->regions[i];
-    if (setup->resident[i] || region->place == FLAP_PLACE_HOST)
-      continue;
-    streaming[region->klass]++;
-    if (region->bytes > slot_bytes[region->klass])
-      slot_bytes[region->klass] = region->bytes;
-  }
-  setup->pager.ring_count = 0;
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
-    setup->classes[k].ring_slots = 0;
-    setup->classes[k].ring_bytes = 0;
-    if (streaming[k] == 0)
-      continue;
-    ring_of[k] = setup->pager.ring_count++;
-    flap_pager_ring *ring = &setup->rings[ring_of[k]];
-    *ring = (flap_pager_ring){.name = flap_engine_class_name((flap_region_class)k), .slot_bytes = slot_bytes[k]};
-    const uint32_t live = live_max[k] > 0 ? live_max[k] : 1;
-    ring->slots = live + setup->choice.extra_slots[k];
-    setup->classes[k].ring_slots = ring->slots;
-    setup->classes[k].ring_bytes = ring->slots * ring->slot_bytes;
-  }
-  for (uint32_t i = 0; i < layout->region_count; i++) {
-    const flap_layout_region *region = &layout->regions[i];
-    flap_pager_region *paged = &setup->regions[i];
-    paged->bytes = region->bytes;
-    paged->klass = (uint8_t)region->klass;
-    paged->element_bytes = region->element_bytes;
-    paged->in_snapshots = is_saved(&setup->spec, region->klass);
-    paged->ram_pages = 0;
-    paged->overlay = region->overlay;
-    paged->side = region->side;
-    if (region->place == FLAP_PLACE_HOST)
-      paged->ring = FLAP_PAGER_HOST;
-    else if (!setup->resident[i])
-      paged->ring = ring_of[region->klass];
-    else
-      paged->ring = region->place == FLAP_PLACE_COPIED ? lay_copy(setup, region) : FLAP_PAGER_RESIDENT;
-  }
-}
-
-/* ---- sums ------------------------------------------------------------------------------------------------ */
-
-static void sum_classes(flap_setup *setup) {
-  for (int k = 0; k < FLAP_CLASS_COUNT; k++)
-    setup->classes[k].resident_bytes = setup->classes[k].ram_bytes = setup->classes[k].disk_bytes = 0;
-  for (uint32_t i = 0; i < setup->layout.region_count; i++) {
-    flap_class_plan *row = &setup->classes[setup->layout.regions[i].klass];
-    const uint64_t bytes = setup->layout.regions[i].bytes;
-    if (setup->resident[i])
-      row->resident_bytes += bytes;
-    if (setup->layout.regions[i].place != FLAP_PLACE_ANY) {
-      row->ram_bytes += bytes;
-    } else if (!setup->resident[i]) {
-      const uint64_t ram = smaller(bytes, setup->regions[i].ram_pages * setup->choice.page_bytes);
-      row->ram_bytes += ram;
-      row->disk_bytes += bytes - ram;
-    }
-  }
 }
 
 /* ---- sizes ----------------------------------------------------------------------------------------------- */
@@ -380,7 +249,42 @@ void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists 
     lists_out->layout = setup->layout;
 }
 
+/* What the run keeps in RAM behind the pager's memory, whose end is aligned for all of it. Only the trace is a matter
+ * of placement. */
+static uint64_t list_bytes(flap_setup *setup) {
+  setup_places *places = setup->places;
+  const uint32_t events = setup->choice.trace_events;
+  const int which = events > 0;
+  if (places->has_list_bytes[which] && places->list_events[which] == events)
+    return places->list_bytes[which];
+  flap_arena ram;
+  flap_host_buffers host_buffers;
+  flap_setup_lists lists;
+  flap_arena_measure(&ram, "ram");
+  flap_setup_take_lists(setup, &ram, &lists);
+  flap_buffers_take_host(&setup->layout, setup->pager.leases_max, &ram, &host_buffers);
+  if (setup->spec.reader_depth > 0) {
+    flap_reader_config reader = {.sequence_length = setup->spec.shape.sequence,
+                                 .sequences = setup->spec.shape.batch * setup->spec.micro_batches,
+                                 .depth = setup->spec.reader_depth};
+    (void)flap_arena_take(&ram, flap_reader_measure(&reader), 64);
+  }
+  places->has_list_bytes[which] = true;
+  places->list_events[which] = events;
+  places->list_bytes[which] = ram.bytes_used;
+  return ram.bytes_used;
+}
+
+static void measure_scratch(flap_setup *setup) {
+  flap_arena vram;
+  flap_device_buffers buffers;
+  flap_arena_measure(&vram, "vram");
+  flap_buffers_take_device(&setup->layout, setup->spec.device, setup->spec.threads, &vram, &buffers);
+  setup->vram_scratch_bytes = flap_units_round_up(vram.bytes_used, FLAP_BLOCK_ALIGN);
+}
+
 static void measure(flap_setup *setup) {
+  flap_pager_totals totals;
   flap_pager_config *pager = &setup->pager;
   const flap_choice *choice = &setup->choice;
   pager->page_bytes = choice->page_bytes;
@@ -409,30 +313,12 @@ static void measure(flap_setup *setup) {
   const bool staged = choice->read_buffers > 0 && choice->write_buffers > 0;
   if (!staged)
     pager->read_buffers = pager->write_buffers = 1;
-  flap_pager_measure(pager, &setup->sizes);
+  setup_total(setup, &totals);
+  flap_pager_measure_totals(pager, &totals, &setup->sizes);
   if (!staged)
     pager->read_buffers = pager->write_buffers = 0;
-
-  flap_arena vram, ram;
-  flap_device_buffers device_buffers;
-  flap_host_buffers host_buffers;
-  flap_setup_lists lists;
-  flap_arena_measure(&vram, "vram");
-  flap_buffers_take_device(&setup->layout, setup->spec.device, setup->spec.threads, &vram, &device_buffers);
-  setup->vram_scratch_bytes = flap_units_round_up(vram.bytes_used, FLAP_BLOCK_ALIGN);
   setup->vram_bytes = setup->sizes.vram_bytes + setup->vram_scratch_bytes + setup->spec.vram_overhead_bytes;
-
-  flap_arena_measure(&ram, "ram");
-  (void)flap_arena_take(&ram, setup->sizes.ram_bytes, FLAP_BLOCK_ALIGN);
-  flap_setup_take_lists(setup, &ram, &lists);
-  flap_buffers_take_host(&setup->layout, setup->pager.leases_max, &ram, &host_buffers);
-  if (setup->spec.reader_depth > 0) {
-    flap_reader_config reader = {.sequence_length = setup->spec.shape.sequence,
-                                 .sequences = setup->spec.shape.batch * setup->spec.micro_batches,
-                                 .depth = setup->spec.reader_depth};
-    (void)flap_arena_take(&ram, flap_reader_measure(&reader), 64);
-  }
-  setup->ram_arena_bytes = flap_units_round_up(ram.bytes_used, FLAP_BLOCK_ALIGN);
+  setup->ram_arena_bytes = flap_units_round_up(setup->sizes.ram_bytes + list_bytes(setup), FLAP_BLOCK_ALIGN);
   setup->ram_bytes = setup->ram_arena_bytes + block_bytes(setup);
   setup->ram_other_bytes = setup->ram_bytes - setup->sizes.ram_bytes;
   setup->disk_bytes = flap_units_round_up(setup->sizes.disk_bytes, choice->transfer_bytes);
@@ -456,10 +342,9 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
               choice->host_backward_parts == setup->choice.host_backward_parts);
 
   setup->choice = *choice;
-  choose_residents(setup);
-  lay_rings(setup);
-  flap_setup_lay_homes(setup);
-  sum_classes(setup);
+  setup_lay_rings(setup);
+  setup_lay_homes(setup);
+  setup_sum_classes(setup);
   measure(setup);
   return FLAP_OK;
 }
@@ -478,13 +363,13 @@ flap_status flap_setup_sketch(const flap_setup_spec *spec, const flap_choice *ch
   setup_out->resident = calloc(regions, sizeof *setup_out->resident);
   setup_out->regions = calloc(regions, sizeof *setup_out->regions);
   setup_out->rings = calloc(FLAP_CLASS_COUNT + setup_out->layout.part_count, sizeof *setup_out->rings);
-  setup_out->homes = flap_setup_open_homes(&setup_out->layout);
   if (setup_out->resident == NULL || setup_out->regions == NULL || setup_out->rings == NULL ||
-      setup_out->homes == NULL) {
+      setup_places_open(setup_out) == NULL) {
     status = flap_error_set(FLAP_NO_MEMORY, "no memory to plan %u regions", regions);
     goto fail;
   }
   measure_traffic(setup_out);
+  measure_scratch(setup_out);
   return flap_setup_place(setup_out, choice);
 fail:
   flap_setup_close(setup_out);
@@ -505,8 +390,8 @@ void flap_setup_close(flap_setup *setup) {
   free(setup->resident);
   free(setup->regions);
   free(setup->rings);
-  flap_setup_close_homes(setup->homes);
-  setup->homes = NULL;
+  setup_places_close(setup->places);
+  setup->places = NULL;
   setup->resident = NULL;
   setup->regions = NULL;
   setup->rings = NULL;

@@ -83,9 +83,9 @@ typedef struct flap_setup {
   flap_arena layout_memory;
   bool *resident; /* per region: in VRAM for good, or a copy is */
   flap_pager_region *regions;
-  struct flap_homes *homes; /* what homes.c works on */
-  flap_pager_ring *rings;   /* one per class that streams, and one per copy that stays */
-  flap_pager_config pager;  /* without device, disk and trace */
+  struct setup_places *places; /* what placing keeps account of */
+  flap_pager_ring *rings;      /* one per class that streams, and one per copy that stays */
+  flap_pager_config pager;     /* without device, disk and trace */
   flap_program programs[FLAP_SETUP_PROGRAM_COUNT];
   bool has_program[FLAP_SETUP_PROGRAM_COUNT];
   flap_setup_program steady; /* the program whose costs are those of the run */
@@ -135,12 +135,6 @@ typedef struct flap_setup_lists {
   uint64_t save_bytes;
 } flap_setup_lists;
 void flap_setup_take_lists(flap_setup *setup, flap_arena *ram, flap_setup_lists *lists_out);
-
-/* Gives regions their RAM, as the choice says; residents and rings are decided. Part of flap_setup_place. */
-void flap_setup_lay_homes(flap_setup *setup);
-/* What it works on, on the heap; NULL if there is no memory. */
-struct flap_homes *flap_setup_open_homes(const flap_layout *layout);
-void flap_setup_close_homes(struct flap_homes *homes);
 
 /* Tells what each disk may hold, and measures anew. */
 void flap_setup_set_disks(flap_setup *setup, const uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]);

@@ -175,7 +175,7 @@ void rig_open_setup(engine_rig *rig, flap_setup *setup, const flap_budgets *budg
   flap_setup_close(setup);
   rig->setup.resident = NULL;
   rig->setup.regions = NULL;
-  rig->setup.homes = NULL;
+  rig->setup.places = NULL;
   rig->setup.layout = (flap_layout){0};
   rig->is_open = true;
   rig->pending = false;
