@@ -221,12 +221,113 @@ START_TEST(ram_is_spent_to_the_last_page_and_never_beyond) {
 }
 END_TEST
 
+/* ---- placing anew ---------------------------------------------------------------------------------------- */
+
+/* Another choice that differs in placement: from one to the next few things change. */
+static void draw_placement(source *s, flap_setup *setup, flap_choice *choice) {
+  const uint32_t k = below(s, FLAP_CLASS_COUNT);
+  const uint64_t rams[] = {0, UINT64_MAX / 2, below(s, 1u << 21), choice->ram_bytes};
+  switch (below(s, 5)) {
+  case 0:
+    choice->resident_bytes[k] = below(s, 3) * (setup->staying_bytes[k] / 2 + 1);
+    break;
+  case 1:
+    choice->resident_bytes[k] = below(s, 1u << 20);
+    break;
+  case 2:
+    choice->extra_slots[k] = below(s, 4);
+    choice->keeps_embedding = below(s, 2) == 1;
+    break;
+  case 3:
+    choice->page_bytes = FLAP_BLOCK_ALIGN << below(s, 3);
+    choice->transfer_bytes = choice->page_bytes << below(s, 2);
+    break;
+  default:
+    choice->trace_events = below(s, 2) * below(s, 1000);
+    choice->workers = below(s, 3);
+  }
+  choice->ram_bytes = rams[below(s, 4)];
+}
+
+static uint64_t pages_of(const flap_setup *setup, uint32_t region) {
+  const uint64_t page = setup->choice.page_bytes, all = (setup->regions[region].bytes + page - 1) / page;
+  return setup->regions[region].ram_pages < all ? setup->regions[region].ram_pages : all;
+}
+
+static void compare_setups(const flap_setup *a, const flap_setup *b) {
+  flap_pager_sizes sizes;
+  flap_pager_measure(&a->pager, &sizes); /* of all regions, and not of what placing keeps account of */
+  ck_assert_mem_eq(&a->sizes, &sizes, sizeof sizes);
+  ck_assert_mem_eq(&a->sizes, &b->sizes, sizeof sizes);
+  ck_assert_mem_eq(a->classes, b->classes, sizeof a->classes);
+  ck_assert_mem_eq(a->resident, b->resident, a->layout.region_count * sizeof *a->resident);
+  ck_assert_uint_eq(a->vram_bytes, b->vram_bytes);
+  ck_assert_uint_eq(a->ram_bytes, b->ram_bytes);
+  ck_assert_uint_eq(a->ram_arena_bytes, b->ram_arena_bytes);
+  ck_assert_uint_eq(a->disk_bytes, b->disk_bytes);
+  ck_assert_uint_eq(a->pager.ring_count, b->pager.ring_count);
+  for (uint32_t i = 0; i < a->pager.ring_count; i++) {
+    ck_assert_str_eq(a->rings[i].name, b->rings[i].name);
+    ck_assert_uint_eq(a->rings[i].slot_bytes, b->rings[i].slot_bytes);
+    ck_assert_uint_eq(a->rings[i].slots, b->rings[i].slots);
+  }
+  for (uint32_t i = 0; i < a->layout.region_count; i++) {
+    ck_assert_uint_eq(a->regions[i].ring, b->regions[i].ring);
+    ck_assert_uint_eq(pages_of(a, i), pages_of(b, i));
+  }
+}
+
+START_TEST(placing_anew_comes_to_what_placing_afresh_does) {
+  for (uint64_t seed = first_seed(); seed < first_seed() + TRIALS; seed++) {
+    source s = {.stream = flap_philox_stream(seed, "placements")};
+    trial t;
+    open_trial(seed, &t);
+    flap_choice choice = t.choice;
+    for (int i = 0; i < 24; i++) {
+      flap_setup afresh;
+      draw_placement(&s, &t.setup, &choice);
+      ck_assert_int_eq(flap_setup_place(&t.setup, &choice), FLAP_OK);
+      ck_assert_int_eq(flap_setup_build(&t.spec, &choice, &afresh), FLAP_OK);
+      compare_setups(&t.setup, &afresh);
+      flap_setup_close(&afresh);
+    }
+    flap_setup_close(&t.setup);
+  }
+}
+END_TEST
+
+START_TEST(a_sketch_counts_what_lists_hold) {
+  for (uint64_t seed = first_seed(); seed < first_seed() + 4 * TRIALS; seed++) {
+    flap_setup sketch;
+    trial t;
+    open_trial(seed, &t);
+    ck_assert_int_eq(flap_setup_sketch(&t.spec, &t.choice, &sketch), FLAP_OK);
+    for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+      const flap_program *counted = &sketch.programs[i], *listed = &t.setup.programs[i];
+      ck_assert_int_eq(sketch.has_program[i], t.setup.has_program[i]);
+      ck_assert_int_eq(counted->ops == NULL, i != (int)sketch.steady);
+      ck_assert_uint_eq(counted->op_count, listed->op_count);
+      ck_assert_uint_eq(counted->lease_count, listed->lease_count);
+      ck_assert_uint_eq(counted->job_count, listed->job_count);
+      ck_assert_uint_eq(counted->before_sweep, listed->before_sweep);
+      ck_assert_mem_eq(counted->live_max, listed->live_max, sizeof listed->live_max);
+    }
+    ck_assert_int_eq(flap_setup_list_programs(&sketch), FLAP_OK);
+    compare_setups(&sketch, &t.setup);
+    flap_setup_close(&sketch);
+    flap_setup_close(&t.setup);
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("homes");
   TCase *tcase = tcase_create("homes");
   tcase_set_timeout(tcase, 120);
   tcase_add_test(tcase, nothing_is_there_with_what_it_shares_its_place_with);
   tcase_add_test(tcase, ram_is_spent_to_the_last_page_and_never_beyond);
+  tcase_add_test(tcase, placing_anew_comes_to_what_placing_afresh_does);
+  tcase_add_test(tcase, a_sketch_counts_what_lists_hold);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);
