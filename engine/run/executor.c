@@ -582,10 +582,11 @@ flap_status flap_executor_open(flap_executor *x) {
   x->timed = flap_device_get_kind(device) == FLAP_DEVICE_CPU;
   const uint32_t positions = spec->mode == FLAP_MODE_SAMPLE ? spec->cache_positions : spec->shape.sequence;
   const uint64_t bytes = (uint64_t)positions * spec->model->head_dim * 4;
-  float *table = malloc(bytes);
+  float *table = calloc(1, bytes);
   if (table == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory for the rotary table of %u positions", positions);
-  flap_ops_rope_table(&spec->model->rope, positions, spec->model->head_dim, table);
+  if (x->times == NULL) /* a simulation computes nothing */
+    flap_ops_rope_table(&spec->model->rope, positions, spec->model->head_dim, table);
   flap_status status = flap_device_upload(device, x->device.rope_table, table, bytes);
   free(table);
   if (status == FLAP_OK && spec->mode == FLAP_MODE_TRAIN)

@@ -77,6 +77,8 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
   flap_buffers_take_host(x->layout, setup->pager.leases_max, &runtime->ram, &x->host);
+  if (!runtime->simulated)
+    flap_buffers_fill_decay(x->layout, &x->host);
   flap_ops_limits limits;
   flap_buffers_limits(x->layout, setup->spec.threads, &limits);
   FLAP_TRY(flap_ops_open(device, &limits, x->device.ops_workspace, &runtime->ops));

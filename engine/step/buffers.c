@@ -51,9 +51,8 @@ void flap_buffers_take_device(const flap_layout *layout, flap_device_kind kind, 
   *buffers_out = b;
 }
 
-/* A bit per block of FLAP_OPS_BLOCK elements: blocks never straddle tensors. */
-static void fill_decay(const flap_layout *layout, flap_host_buffers *b) {
-  for (uint32_t p = 0; p < layout->part_count; p++) {
+void flap_buffers_fill_decay(const flap_layout *layout, flap_host_buffers *b) {
+  for (uint32_t p = 0; b->decay != NULL && p < layout->part_count; p++) {
     const flap_layout_part *part = &layout->parts[p];
     const uint64_t slice_elements = layout->slice_elements[part->kind];
     flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
@@ -86,8 +85,6 @@ void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap
     b.decay = FLAP_ARENA_ARRAY(ram, uint8_t, b.decay_stride * layout->slice_count);
     if (spec->host_parts > 0)
       b.jobs = FLAP_ARENA_ARRAY(ram, flap_host_job, layout->slice_count);
-    if (!flap_arena_is_measuring(ram))
-      fill_decay(layout, &b);
   }
   if (spec->mode == FLAP_MODE_SAMPLE)
     b.logits = FLAP_ARENA_ARRAY(ram, float, spec->model->vocab_size);

@@ -54,6 +54,9 @@ void flap_buffers_take_device(const flap_layout *layout, flap_device_kind kind, 
 void flap_buffers_take_host(const flap_layout *layout, uint32_t leases_max, flap_arena *ram,
                             flap_host_buffers *buffers_out);
 
+/* Says which blocks of FLAP_OPS_BLOCK elements decay: those never straddle tensors. Nothing outside training. */
+void flap_buffers_fill_decay(const flap_layout *layout, flap_host_buffers *buffers);
+
 #ifdef __cplusplus
 }
 #endif
