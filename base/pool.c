@@ -116,7 +116,7 @@ static void *worker_main(void *argument) {
   }
 }
 
-static uint32_t threads_available(void) {
+uint32_t flap_pool_threads_available(void) {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0)
@@ -151,7 +151,7 @@ static flap_status start_workers(flap_pool *pool) {
 flap_status flap_pool_open(uint32_t threads, flap_pool **pool_out) {
   *pool_out = NULL;
   if (threads == 0)
-    threads = threads_available();
+    threads = flap_pool_threads_available();
   if (threads > FLAP_POOL_THREADS_MAX)
     return flap_error_set(FLAP_INVALID, "worker pool: %u threads asked for, at most %d are possible", threads,
                           FLAP_POOL_THREADS_MAX);

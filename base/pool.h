@@ -23,7 +23,8 @@ typedef struct flap_pool flap_pool;
 typedef void (*flap_pool_fn)(void *context, uint64_t item, uint32_t worker);
 
 /* `threads` counts the caller: a pool of 1 starts nobody. 0 means all cores this process may run on
- * (sched_getaffinity). */
+ * (flap_pool_threads_available). */
+uint32_t flap_pool_threads_available(void);
 FLAP_CHECKED flap_status flap_pool_open(uint32_t threads, flap_pool **pool_out);
 uint32_t flap_pool_threads(const flap_pool *pool);
 

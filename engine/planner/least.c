@@ -183,6 +183,8 @@ static flap_status find_among_all(const flap_planner *planner, const flap_budget
 static flap_status look_for_least(const flap_planner *given, const flap_budgets *budgets, search *found,
                                   planner_reach *reach) {
   flap_planner planner = *given;
+  planner.memory = NULL; /* which is of other budgets */
+  planner.pool = NULL;
   flap_op_times times;
   planner_candidates c;
   if (found->which[0] == LEVER_DISK && planner.spec.disk_count == 0) {

@@ -1,7 +1,7 @@
 #include "engine/planner/planner.h"
 
 #include "base/assert.h"
-#include "base/log.h"
+#include "base/pool.h"
 #include "base/units.h"
 #include "engine/planner/planner_internal.h"
 
@@ -127,9 +127,10 @@ flap_status planner_settle(const flap_planner *planner, const planner_candidates
 static const uint32_t depths[PLANNER_DEPTHS] = {1, 3, 0};
 
 static flap_status look_at_depths(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                  planner_outlook *outlook, planner_reach *reach) {
+                                  planner_outlook *outlook) {
   flap_setup setup;
-  FLAP_TRY(planner_settle(planner, c, outlook->s, budgets, 0, &setup, reach));
+  outlook->reach = PLANNER_NO_VRAM;
+  FLAP_TRY(planner_settle(planner, c, outlook->s, budgets, 0, &setup, &outlook->reach));
   const flap_choice settled = setup.choice;
   for (int d = PLANNER_DEPTHS - 1; d >= 0; d--) { /* from depth 0, at which it is settled */
     flap_choice choice = settled;
@@ -144,16 +145,51 @@ static flap_status look_at_depths(const flap_planner *planner, const planner_can
   return FLAP_OK;
 }
 
+/* What several threads look at: each takes the next. */
+typedef struct ahead {
+  const flap_planner *planner;
+  const planner_candidates *candidates;
+  const flap_budgets *budgets;
+  planner_outlook outlooks[PLANNER_AHEAD];
+  flap_status statuses[PLANNER_AHEAD];
+} ahead;
+
+static void look_at_one(void *context, uint64_t item, uint32_t worker) {
+  ahead *a = context;
+  (void)worker;
+  a->statuses[item] = look_at_depths(a->planner, a->candidates, a->budgets, &a->outlooks[item]);
+}
+
+void planner_look_ahead(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                        const planner_skeleton *skeletons, uint32_t count) {
+  ahead a = {.planner = planner, .candidates = c, .budgets = budgets};
+  uint32_t unknown = 0;
+  flap_assert(count <= PLANNER_AHEAD);
+  if (planner->pool == NULL || planner->memory->outlook_count + count > PLANNER_OUTLOOKS)
+    return;
+  for (uint32_t i = 0; i < count; i++) {
+    planner_outlook *outlook = &a.outlooks[unknown];
+    *outlook = (planner_outlook){.s = skeletons[i]};
+    unknown += !planner_recall_outlook(planner, outlook);
+  }
+  flap_pool_run(planner->pool, unknown, look_at_one, &a);
+  for (uint32_t i = 0; i < unknown; i++) /* what failed is looked at once more, and fails where it is entered */
+    if (a.statuses[i] == FLAP_OK || a.statuses[i] == FLAP_BUDGET)
+      planner_remember_outlook(planner, &a.outlooks[i]);
+}
+
 flap_status planner_enter_skeleton(const flap_planner *planner, const planner_candidates *c,
                                    const flap_budgets *budgets, planner_skeleton s, planner_contender *list,
                                    uint32_t *count, planner_reach *reach) {
   planner_outlook outlook = {.s = s};
   if (!planner_recall_outlook(planner, &outlook)) {
-    const flap_status status = look_at_depths(planner, c, budgets, &outlook, reach);
+    const flap_status status = look_at_depths(planner, c, budgets, &outlook);
     if (status == FLAP_OK || status == FLAP_BUDGET)
       planner_remember_outlook(planner, &outlook);
-    FLAP_TRY(status);
+    if (status != FLAP_BUDGET)
+      FLAP_TRY(status);
   }
+  *reach = outlook.reach > *reach ? outlook.reach : *reach;
   if (!outlook.fits)
     return flap_error_set(FLAP_BUDGET, "no plan fits");
   for (int d = 0; d < PLANNER_DEPTHS; d++)
@@ -221,9 +257,42 @@ double planner_least_seconds(const flap_planner *planner, const flap_budgets *bu
   return computing > moving ? computing : moving;
 }
 
+/* Skeletons that wait to be entered, in their order. */
+typedef struct waiting {
+  uint32_t count;
+  planner_skeleton of[PLANNER_AHEAD];
+} waiting;
+
+static bool cannot_win(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s,
+                       const planner_contender *list, uint32_t count) {
+  return count > 0 && planner_least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING;
+}
+
+static flap_status enter_waiting(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                 waiting *w, planner_contender *list, uint32_t *count, planner_reach *reach) {
+  planner_look_ahead(planner, c, budgets, w->of, w->count);
+  for (uint32_t i = 0; i < w->count; i++) {
+    if (cannot_win(planner, budgets, w->of[i], list, *count))
+      continue;
+    const flap_status status = planner_enter_skeleton(planner, c, budgets, w->of[i], list, count, reach);
+    if (status != FLAP_OK && status != FLAP_BUDGET)
+      return status;
+  }
+  w->count = 0;
+  return FLAP_OK;
+}
+
+/* As many at a time as keep all threads busy and few of them from knowing what the ones before them came to. */
+static uint32_t waiting_max(const flap_planner *planner) {
+  const uint32_t threads = planner->pool != NULL ? flap_pool_threads(planner->pool) : 1;
+  return threads == 1 ? 1 : 2 * threads < PLANNER_AHEAD ? 2 * threads : PLANNER_AHEAD;
+}
+
 /* `host`: parts that the host's cores update, in all of them. */
 flap_status planner_shortlist(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                               uint32_t host, planner_contender *list, uint32_t *count, planner_reach *reach) {
+  const uint32_t most = waiting_max(planner);
+  waiting w = {.count = 0};
   for (uint32_t j = c->saved.count; j-- > 0;) /* those that compute least first */
     for (uint32_t i = 0; i < c->segment_count; i++)
       for (uint32_t g = 0; g < c->group_count; g++)
@@ -236,69 +305,19 @@ flap_status planner_shortlist(const flap_planner *planner, const planner_candida
                                       .host = host,
                                       .backward = c->backward,
                                       .staging = planner->expert.staging_bytes};
-          if (planner_is_double(planner, &c->saved, s))
+          if (planner_is_double(planner, &c->saved, s) || cannot_win(planner, budgets, s, list, *count))
             continue;
-          if (*count > 0 && planner_least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING)
-            continue;
-          const flap_status status = planner_enter_skeleton(planner, c, budgets, s, list, count, reach);
-          if (status != FLAP_OK && status != FLAP_BUDGET)
-            return status;
+          w.of[w.count++] = s;
+          if (w.count == most)
+            FLAP_TRY(enter_waiting(planner, c, budgets, &w, list, count, reach));
         }
-  return FLAP_OK;
-}
-
-static void tell(const planner_contender *of, const flap_setup *setup, double seconds) {
-  const planner_skeleton *s = &of->s;
-  flap_log(FLAP_LOG_DEBUG,
-           "plan: segments of %u, tail of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the "
-           "host, %u and %u in the backward%s, depth %u, %u buffers: estimated %.4f s, simulated %.4f s",
-           s->segment, s->tail, s->group, s->saved.layers, s->saved.mask, s->spread ? "spread" : "at once", s->host,
-           s->backward.device, s->backward.host, s->keeps ? ", embedding kept" : "", of->depth,
-           setup->choice.read_buffers, of->estimate, seconds);
-}
-
-static flap_status simulate_contender(const flap_planner *planner, const planner_candidates *c,
-                                      const flap_budgets *budgets, const planner_contender *of,
-                                      flap_plan_costs *costs_out, uint64_t *transfers_io) {
-  const flap_plan_costs *known = planner_recall(planner, of);
-  flap_setup setup;
-  planner_reach reach = PLANNER_NO_VRAM;
-  if (known != NULL) {
-    *costs_out = *known;
-    return FLAP_OK;
-  }
-  FLAP_TRY(planner_settle(planner, c, of->s, budgets, of->depth, &setup, &reach));
-  const flap_status status = planner_simulate(planner, budgets, &setup, costs_out);
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
-    *transfers_io += costs_out->lane_bytes[lane] / setup.choice.transfer_bytes;
-  tell(of, &setup, costs_out->step_seconds);
-  flap_setup_close(&setup);
-  if (status == FLAP_OK)
-    planner_remember(planner, of, costs_out);
-  return status;
+  return enter_waiting(planner, c, budgets, &w, list, count, reach);
 }
 
 bool planner_is_better(const planner_contender *one, const flap_plan_costs *costs, const planner_contender *best,
                        const flap_plan_costs *best_costs) {
   const double wanted = one->s.host > best->s.host ? PLANNER_HOST_GAIN : 0.9999;
   return best_costs->step_seconds <= 0 || costs->step_seconds < best_costs->step_seconds * wanted;
-}
-
-flap_status planner_simulate_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                  const planner_contender *all, uint32_t all_count, uint32_t most,
-                                  planner_contender *best, flap_plan_costs *costs) {
-  planner_contender list[PLANNER_SIMULATED];
-  const uint32_t count = planner_pick(all, all_count, most, list);
-  uint64_t transfers = 0; /* simulated so far: what it costs a person's patience */
-  for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX; i++) {
-    flap_plan_costs costs_here;
-    FLAP_TRY(simulate_contender(planner, c, budgets, &list[i], &costs_here, &transfers));
-    if (planner_is_better(&list[i], &costs_here, best, costs)) {
-      *best = list[i];
-      *costs = costs_here;
-    }
-  }
-  return FLAP_OK;
 }
 
 static flap_status choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
@@ -322,6 +341,16 @@ static flap_status choose(const flap_planner *planner, const flap_budgets *budge
   return status;
 }
 
+/* As many threads as the run may have, those of this machine if nothing else is said. Where they cannot be started one
+ * does it all. */
+static void open_pool(flap_planner *planner) {
+  const uint32_t wanted = planner->expert.threads > 0 ? planner->expert.threads : flap_pool_threads_available();
+  const uint32_t threads = wanted < PLANNER_THREADS_MAX ? wanted : PLANNER_THREADS_MAX;
+  planner->pool = NULL;
+  if (threads > 1 && flap_pool_open(threads, &planner->pool) != FLAP_OK)
+    planner->pool = NULL;
+}
+
 flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *budgets, flap_setup *setup_out,
                                 flap_plan_costs *costs_out) {
   flap_planner planner = *given;
@@ -333,7 +362,9 @@ flap_status flap_planner_choose(const flap_planner *given, const flap_budgets *b
   planner.memory = calloc(1, sizeof *planner.memory);
   if (planner.memory == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to plan");
+  open_pool(&planner);
   const flap_status status = choose(&planner, budgets, setup_out, costs_out);
+  flap_pool_close(planner.pool);
   free(planner.memory);
   return status;
 }

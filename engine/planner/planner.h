@@ -32,6 +32,7 @@ typedef struct flap_planner {
   const flap_machine *machine;
   const flap_op_times *times;    /* NULL: from the machine's rates */
   struct planner_memory *memory; /* of flap_planner_choose; NULL: none */
+  struct flap_pool *pool;        /* likewise; NULL: one thread */
 } flap_planner;
 
 typedef struct flap_plan_costs {

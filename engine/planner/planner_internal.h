@@ -27,6 +27,8 @@
 #define PLANNER_MEMORY 512    /* simulations that are remembered, */
 #define PLANNER_OUTLOOKS 2048 /* and skeletons */
 #define PLANNER_DEPTHS 3
+#define PLANNER_THREADS_MAX 8u   /* each with a setup of its own */
+#define PLANNER_AHEAD 64         /* skeletons that are looked at side by side, before they are entered in order */
 #define PLANNER_STARTS 3         /* that are refined in the end, */
 #define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
 #define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
@@ -90,10 +92,14 @@ typedef struct planner_contender {
   double estimate, uncorrected;
 } planner_contender;
 
+/* How far a placement got; later is further. */
+typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
+
 /* What is known of a skeleton: whether it fits, and an estimate for each depth, 0 where that does not fit. */
 typedef struct planner_outlook {
   planner_skeleton s;
   bool fits;
+  planner_reach reach; /* where it does not */
   double estimates[PLANNER_DEPTHS];
 } planner_outlook;
 
@@ -122,9 +128,6 @@ uint32_t planner_tail(const flap_planner *planner, uint32_t segment, uint32_t wa
 /* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no
  * larger, but where they are of one block of a wider format. */
 uint64_t planner_state_block_bytes(const flap_planner *planner);
-
-/* How far a placement got; later is further. */
-typedef enum planner_reach { PLANNER_NO_VRAM, PLANNER_NO_RAM, PLANNER_NO_DISK, PLANNER_FITS } planner_reach;
 
 /* placement.c. Spends the budgets on a setup that was built for `choice` (its page size may differ): buffers, ring
  * slots, residents, homes. `depth`: slots beyond what is needed at once, so that transfers run ahead. */
@@ -172,6 +175,10 @@ FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const pl
                                            const flap_budgets *budgets, uint32_t host, planner_contender *list,
                                            uint32_t *count_io, planner_reach *reach_io);
 
+/* Looks at skeletons, as many at a time as there are threads, and remembers what it saw; with one thread, not at all.
+ * It is nothing but time that this saves: what is entered, and in what order, is entering's. */
+void planner_look_ahead(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                        const planner_skeleton *skeletons, uint32_t count);
 /* The best that a skeleton can do, over how far transfers may run ahead. FLAP_BUDGET: nothing fits. */
 FLAP_CHECKED flap_status planner_enter_skeleton(const flap_planner *planner, const planner_candidates *c,
                                                 const flap_budgets *budgets, planner_skeleton s,
@@ -182,17 +189,17 @@ bool planner_is_double(const flap_planner *planner, const planner_savings *list,
 /* What no placement can beat: computing, and gradient sums that travel in fp32 between groups where VRAM cannot hold
  * them. Saves working out skeletons that cannot win. */
 double planner_least_seconds(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s);
-/* The best of a list, of which at most `most` are simulated, if it is better than the one before, with its costs; of no
- * seconds: there is none before. */
-FLAP_CHECKED flap_status planner_simulate_list(const flap_planner *planner, const planner_candidates *c,
-                                               const flap_budgets *budgets, const planner_contender *list,
-                                               uint32_t count, uint32_t most, planner_contender *best_io,
-                                               flap_plan_costs *costs_io);
-
 /* Shorter by enough: what the host's cores help with more by 0.5%, for its memory is the least steady of all lanes. Of
  * no seconds: there is none yet. */
 bool planner_is_better(const planner_contender *one, const flap_plan_costs *costs, const planner_contender *best,
                        const flap_plan_costs *best_costs);
+
+/* simulations.c. The best of a list, of which at most `most` are simulated, if it is better than the one before, with
+ * its costs; of no seconds: there is none before. */
+FLAP_CHECKED flap_status planner_simulate_list(const flap_planner *planner, const planner_candidates *c,
+                                               const flap_budgets *budgets, const planner_contender *list,
+                                               uint32_t count, uint32_t most, planner_contender *best_io,
+                                               flap_plan_costs *costs_io);
 
 /* refine.c. From the best of a short list on. */
 FLAP_CHECKED flap_status planner_refine(const flap_planner *planner, const planner_candidates *c,

@@ -23,27 +23,60 @@ static void enter_cuts(const planner_contender *list, uint32_t count, cut_list *
   }
 }
 
-/* What a refinement is about, and the best of what it looked at. */
+/* What a refinement is about, the best of what it looked at, and what it is going to look at. */
 typedef struct refinement {
   const flap_planner *planner;
   const planner_candidates *candidates;
   const flap_budgets *budgets;
   planner_contender list[PLANNER_CONTENDERS + 1];
   uint32_t count;
+  planner_skeleton waiting[PLANNER_AHEAD]; /* in order */
+  uint32_t waiting_count;
+  bool only_depth; /* contenders with rings of this depth alone are entered */
+  uint32_t depth;
 } refinement;
 
-/* Candidates that compute less than the best step takes. */
-static flap_status look_at(refinement *r, planner_skeleton s, const flap_plan_costs *costs) {
+static flap_status enter(refinement *r, planner_skeleton s) {
   planner_reach reach = PLANNER_NO_VRAM;
-  if (planner_least_seconds(r->planner, r->budgets, s) >= costs->step_seconds)
-    return FLAP_OK;
+  planner_contender list[PLANNER_CONTENDERS + 1];
+  uint32_t count = 0;
   const flap_status status =
-      planner_enter_skeleton(r->planner, r->candidates, r->budgets, s, r->list, &r->count, &reach);
+      planner_enter_skeleton(r->planner, r->candidates, r->budgets, s, r->only_depth ? list : r->list,
+                             r->only_depth ? &count : &r->count, &reach);
+  for (uint32_t i = 0; i < count; i++)
+    if (list[i].depth == r->depth)
+      planner_enter(r->list, &r->count, list[i]);
   return status == FLAP_BUDGET ? FLAP_OK : status;
 }
 
+/* All that wait. */
+static flap_status look_at_waiting(refinement *r) {
+  planner_look_ahead(r->planner, r->candidates, r->budgets, r->waiting, r->waiting_count);
+  for (uint32_t i = 0; i < r->waiting_count; i++)
+    FLAP_TRY(enter(r, r->waiting[i]));
+  r->waiting_count = 0;
+  return FLAP_OK;
+}
+
+/* Candidates that compute less than the best step takes. */
+static flap_status look_at(refinement *r, planner_skeleton s, const flap_plan_costs *costs) {
+  if (planner_least_seconds(r->planner, r->budgets, s) >= costs->step_seconds)
+    return FLAP_OK;
+  r->waiting[r->waiting_count++] = s;
+  return r->waiting_count == PLANNER_AHEAD ? look_at_waiting(r) : FLAP_OK;
+}
+
 static flap_status simulate_best(refinement *r, planner_contender *best, flap_plan_costs *costs) {
+  FLAP_TRY(look_at_waiting(r));
   return planner_simulate_list(r->planner, r->candidates, r->budgets, r->list, r->count, PLANNER_REFINED, best, costs);
+}
+
+/* With rings as deep as the best one's: estimates tell too little of how deep they must be, and would fill the list
+ * with one depth that is not the best. */
+static refinement as_deep(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                          const planner_contender *best) {
+  return (refinement){
+      .planner = planner, .candidates = c, .budgets = budgets, .only_depth = true, .depth = best->depth};
 }
 
 /* Which tensors are saved, by how many layers: for the few best ways to cut the step every set. Among all candidates
@@ -110,29 +143,17 @@ static flap_status refine_backward(const flap_planner *planner, const planner_ca
   return simulate_best(&r, best, costs);
 }
 
-/* The same with rings as deep as the best one's: estimates tell too little of how deep they must be, and would fill the
- * list with one depth that is not the best. */
-static flap_status look_as_deep(refinement *r, planner_skeleton s, const planner_contender *best,
-                                const flap_plan_costs *costs) {
-  refinement all = {.planner = r->planner, .candidates = r->candidates, .budgets = r->budgets};
-  FLAP_TRY(look_at(&all, s, costs));
-  for (uint32_t i = 0; i < all.count; i++)
-    if (all.list[i].depth == best->depth)
-      planner_enter(r->list, &r->count, all.list[i]);
-  return FLAP_OK;
-}
-
 /* What is saved, with all else as in the best. */
 static flap_status refine_saved_of_best(const flap_planner *planner, const planner_candidates *c,
                                         const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
-  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  refinement r = as_deep(planner, c, budgets, best);
   const planner_savings *const lists[] = {&c->partial, &c->saved};
   for (size_t i = 0; i < 2; i++)
     for (uint32_t j = 0; j < lists[i]->count; j++) {
       planner_skeleton s = best->s;
       s.saved = lists[i]->of[j];
       if (!planner_is_double(planner, lists[i], s))
-        FLAP_TRY(look_as_deep(&r, s, best, costs));
+        FLAP_TRY(look_at(&r, s, costs));
     }
   return simulate_best(&r, best, costs);
 }
@@ -156,7 +177,7 @@ static flap_status refine_group(const flap_planner *planner, const planner_candi
 /* How many layers save, between the shares that were tried. */
 static flap_status refine_layers(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                  planner_contender *best, flap_plan_costs *costs) {
-  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  refinement r = as_deep(planner, c, budgets, best);
   const uint32_t all = planner->spec.model->num_hidden_layers, middle = best->s.saved.layers;
   if (middle == 0 || planner->activations != FLAP_ACTIVATIONS_AUTO)
     return FLAP_OK;
@@ -165,7 +186,7 @@ static flap_status refine_layers(const flap_planner *planner, const planner_cand
     planner_skeleton s = best->s;
     s.saved.layers = layers;
     if (layers != middle && (layers == all || layers <= all - s.tail))
-      FLAP_TRY(look_as_deep(&r, s, best, costs));
+      FLAP_TRY(look_at(&r, s, costs));
   }
   return simulate_best(&r, best, costs);
 }
@@ -175,7 +196,8 @@ static flap_status refine_layers(const flap_planner *planner, const planner_cand
 static flap_status best_of_tail(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                 const planner_contender *best, uint32_t tail, planner_contender *found,
                                 flap_plan_costs *costs) {
-  refinement deep = {.planner = planner, .candidates = c, .budgets = budgets}, all = deep, other = deep;
+  refinement deep = as_deep(planner, c, budgets, best), all = {.planner = planner, .candidates = c, .budgets = budgets};
+  refinement other = all;
   const uint32_t least = planner->activations == FLAP_ACTIVATIONS_AUTO ? 0 : PLANNER_SAVED_SHARES;
   const uint32_t layers = planner->spec.model->num_hidden_layers;
   const flap_plan_costs any = {.step_seconds = costs->step_seconds * PLANNER_WORTH_SIMULATING};
@@ -185,9 +207,11 @@ static flap_status best_of_tail(const flap_planner *planner, const planner_candi
     s.saved.layers = s.saved.layers * share / PLANNER_SAVED_SHARES;
     s.saved.layers = s.saved.layers < layers && s.saved.layers > layers - tail ? layers - tail : s.saved.layers;
     s.saved.mask = s.saved.layers > 0 ? s.saved.mask : 0;
-    FLAP_TRY(look_as_deep(&deep, s, best, &any));
+    FLAP_TRY(look_at(&deep, s, &any));
     FLAP_TRY(look_at(&all, s, &any));
   }
+  FLAP_TRY(look_at_waiting(&deep));
+  FLAP_TRY(look_at_waiting(&all));
   for (uint32_t i = 0; i < all.count; i++)
     if (all.list[i].depth != best->depth)
       planner_enter(other.list, &other.count, all.list[i]);
@@ -270,7 +294,7 @@ static flap_status refine_sizes(const flap_planner *planner, const planner_candi
 static flap_status refine_saved_and_slices(const flap_planner *planner, const planner_candidates *c,
                                            const flap_budgets *budgets, planner_contender *best,
                                            flap_plan_costs *costs) {
-  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  refinement r = as_deep(planner, c, budgets, best);
   const planner_savings *const lists[] = {&c->partial, &c->saved};
   if (best->s.slice == 0) /* refine_sizes found too many transfers */
     return FLAP_OK;
@@ -281,7 +305,7 @@ static flap_status refine_saved_and_slices(const flap_planner *planner, const pl
         s.slice = c->slices[k];
         s.saved = lists[i]->of[j];
         if (!planner_is_double(planner, lists[i], s))
-          FLAP_TRY(look_as_deep(&r, s, best, costs));
+          FLAP_TRY(look_at(&r, s, costs));
       }
   return simulate_best(&r, best, costs);
 }
