@@ -48,18 +48,24 @@ flap_choice planner_choice_of(const flap_planner *planner, const planner_candida
 
 /* Whether the regions alone are more than all tiers together, but for what workspaces take of vram; or those of the
  * host more than ram. With any slice or page size they are as many bytes, but for what rounding each region up has
- * added. */
+ * added. Of an overlay the longer side counts: the other may have all of its bytes in the same place. */
 static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup) {
   double bytes = 0, host = 0, room = (double)budgets->vram_bytes + (double)budgets->ram_bytes;
+  double sides[FLAP_PAGER_OVERLAYS_MAX + 1][2] = {{0}};
   room -= (double)setup->vram_scratch_bytes + (double)setup->spec.vram_overhead_bytes;
   for (uint32_t i = 0; i < planner->spec.disk_count; i++)
     room += (double)budgets->disk_bytes[i];
   for (uint32_t i = 0; i < setup->layout.region_count; i++) {
     const flap_layout_region *region = &setup->layout.regions[i];
     const double least = (double)(region->bytes - FLAP_BLOCK_ALIGN);
-    bytes += least;
+    if (region->overlay > 0)
+      sides[region->overlay][region->side] += least;
+    else
+      bytes += least;
     host += region->place != FLAP_PLACE_ANY ? least : 0;
   }
+  for (uint32_t i = 1; i <= FLAP_PAGER_OVERLAYS_MAX; i++)
+    bytes += sides[i][0] > sides[i][1] ? sides[i][0] : sides[i][1];
   return bytes > room || host > (double)budgets->ram_bytes;
 }
 

@@ -1,7 +1,7 @@
 /* The least of a budget is one that the planner accepts, and what is accepted has a least: over a walk of small rams
  * and of disks, some too small. And a refusal names a budget, and a size of it that works.
  */
-#include "engine/planner/planner_internal.h"
+#include "tests/engine/planner_trials.h"
 
 #include "base/units.h"
 
@@ -212,6 +212,30 @@ START_TEST(budgets_that_are_all_too_small_are_told_which_work) {
 }
 END_TEST
 
+/* Without a disk, in a ram that has room for all regions only as some of them share their places: by vram beside which
+ * the first slices that are tried have no room. */
+START_TEST(ram_that_regions_share_is_enough) {
+  static const uint64_t seeds[] = {30, 46, 48}, vram_shares[] = {1, 2, 3}; /* 50ths beyond the least */
+  for (size_t i = 0; i < sizeof seeds / sizeof *seeds; i++) {
+    planner_trial t;
+    flap_setup setup;
+    flap_plan_costs costs;
+    uint64_t vram = 0, ram = 0;
+    planner_trial_open(&t, seeds[i], 6, 6, false);
+    t.planner.spec.disk_count = 0;
+    t.planner.activations = seeds[i] % 3 == 0 ? FLAP_ACTIVATIONS_OFFLOAD : FLAP_ACTIVATIONS_AUTO;
+    t.budgets.ram_bytes = FLAP_BUDGET_PLENTY;
+    MUST(flap_planner_vram_min(&t.planner, &t.budgets, &vram));
+    t.budgets.vram_bytes = vram + vram_shares[i] * vram / 50;
+    MUST(flap_planner_ram_min(&t.planner, &t.budgets, &ram));
+    t.budgets.ram_bytes = ram;
+    MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &costs));
+    ck_assert_uint_le(setup.ram_bytes, ram);
+    flap_setup_close(&setup);
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tcase = tcase_create("planner least");
@@ -219,6 +243,7 @@ int main(void) {
   tcase_add_loop_test(tcase, least_budgets_beside_a_small_ram_are_accepted, 0, KINDS);
   tcase_add_loop_test(tcase, least_budgets_beside_a_small_disk_are_accepted, 0, KINDS);
   tcase_add_test(tcase, budgets_that_are_all_too_small_are_told_which_work);
+  tcase_add_test(tcase, ram_that_regions_share_is_enough);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
