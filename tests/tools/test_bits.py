@@ -69,7 +69,6 @@ CASES = {
     **{f"both segments of {n}": [f"expert.segment_layers={n}"] for n in (1, 2, 3, 4)},
     **{f"both groups of {n}": [f"expert.group_micro_batches={n}"] for n in (1, 2, 4)},
     "both tail of 3, segments of 1": ["expert.segment_layers=1", "expert.tail_layers=3"],
-    "half tail of 2": ["expert.segment_layers=1", "expert.tail_layers=2"],
     "half segments of 3, groups of 2": ["expert.segment_layers=3", "expert.group_micro_batches=2"],
     "both keep": ["activations=keep"],
     "half offload": ["activations=offload"],
