@@ -69,19 +69,18 @@ static bool has_no_room(const flap_planner *planner, const flap_budgets *budgets
   return bytes > room || host > (double)budgets->ram_bytes;
 }
 
-/* Where there is no disk: whether ram lacks more than another page size could save, which is tables alone. */
-static bool pages_cannot_help(const flap_planner *planner, const flap_setup *setup, uint64_t missing) {
-  return planner->spec.disk_count == 0 && missing > setup->sizes.table_bytes;
+/* Whether ram lacks more than another page size could save, which is tables alone. */
+static bool pages_cannot_help(const flap_setup *setup, uint64_t missing) {
+  return missing > setup->sizes.table_bytes;
 }
 
 /* Or than smaller slices could save: their rings, and as much as rounding and tables may differ by, which small models
  * are made of. */
-static bool slices_cannot_help(const flap_planner *planner, const flap_budgets *budgets, const flap_setup *setup,
-                               uint64_t missing) {
+static bool slices_cannot_help(const flap_budgets *budgets, const flap_setup *setup, uint64_t missing) {
   const uint64_t rings = setup->classes[FLAP_CLASS_STATES].ring_bytes +
                          setup->classes[FLAP_CLASS_GRADIENTS].ring_bytes +
                          setup->classes[FLAP_CLASS_ROUNDED].resident_bytes;
-  return planner->spec.disk_count == 0 && missing > rings + budgets->ram_bytes / 64 + 64 * FLAP_MIB;
+  return missing > rings + budgets->ram_bytes / 64 + 64 * FLAP_MIB;
 }
 
 /* The first slice and page size that fit, with everything placed. FLAP_BUDGET if none does, and how far it got. */
@@ -102,22 +101,23 @@ flap_status planner_settle(const flap_planner *planner, const planner_candidates
       continue;
     flap_choice choice = planner_choice_of(planner, c, s, slice, c->pages[page_first]);
     FLAP_TRY(flap_setup_sketch(&planner->spec, &choice, setup));
-    uint64_t missing = 0;
+    uint64_t missing = 0; /* of ram, where there is no disk */
     for (uint32_t j = 0; j < c->page_count; j++) {
       choice.page_bytes = choice.transfer_bytes = c->pages[from_preferred(page_first, c->page_count, j)];
       const planner_reach got = planner_fill(planner, budgets, &choice, depth, setup);
       if (got == PLANNER_FITS)
         return FLAP_OK;
       furthest = got > furthest ? got : furthest;
-      missing = got == PLANNER_NO_DISK ? planner_missing_ram(budgets, setup) : 0;
-      if (got == PLANNER_NO_VRAM || pages_cannot_help(planner, setup, missing))
+      const bool lacks = got == PLANNER_NO_DISK && planner->spec.disk_count == 0;
+      missing = lacks ? planner_missing_ram(budgets, setup) : 0;
+      if (got == PLANNER_NO_VRAM || pages_cannot_help(setup, missing))
         break; /* pages make no difference */
     }
     *reach = furthest > *reach ? furthest : *reach;
     const uint64_t lists = setup->ram_arena_bytes - setup->sizes.ram_bytes;
     if (furthest == PLANNER_NO_RAM && setup->choice.trace_events == 0 && lists > budgets->ram_bytes)
       slice_least = slice;
-    const bool hopeless = slices_cannot_help(planner, budgets, setup, missing) ||
+    const bool hopeless = slices_cannot_help(budgets, setup, missing) ||
                           planner_least_without_slices(planner, &choice, setup) > budgets->vram_bytes ||
                           has_no_room(planner, budgets, setup);
     flap_setup_close(setup);

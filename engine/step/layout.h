@@ -34,7 +34,6 @@ typedef struct flap_layout_spec {
   uint32_t backward_parts; /* of the parts that the device updates this share in all parts is updated in the backward,
                             see flap_layout_in_backward; */
   uint32_t host_backward_parts; /* of those that the host updates */
-
   bool spread; /* and those of a segment while the next one is passed: then all of them are rounded at once */
   uint64_t slice_elements;  /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
                                of them. The embedding's slices have about as many bytes. */

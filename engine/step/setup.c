@@ -52,7 +52,6 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .host_parts = choice->host_parts,
                             .backward_parts = choice->backward_parts,
                             .host_backward_parts = choice->host_backward_parts,
-
                             .spread = choice->backward_parts > 0 && choice->spread,
                             .slice_elements = choice->slice_elements,
                             .cache_positions = spec->cache_positions};

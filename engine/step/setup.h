@@ -58,7 +58,6 @@ typedef struct flap_choice {
   /* Only where no norm is needed, and host_backward_parts only with backward_parts: what share in all parts is updated
    * in the backward, of the parts that the device updates and of those that the host does; the others: */
   uint32_t backward_parts, host_backward_parts;
-
   bool sweep;  /* at the step's end, or else in the next forward */
   bool spread; /* the update of a segment is spread over what comes before it, the forward of the segment before or the
                   backward of the one behind */

@@ -37,12 +37,19 @@ struct flap_metrics {
 
 /* ---- resuming ------------------------------------------------------------------------------------------ */
 
-static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
+/* NULL: it is no JSON. */
+static flap_status parse_line(const char *path, const char *text, size_t length, json_t **root_out) {
   json_error_t error;
-  json_t *root = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
-  *kept_out = false;
-  if (!root && flap_json_no_memory())
+  *root_out = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
+  if (!*root_out && flap_json_no_memory())
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
+  return FLAP_OK;
+}
+
+static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
+  json_t *root;
+  *kept_out = false;
+  FLAP_TRY(parse_line(path, text, length, &root));
   const json_t *step = json_object_get(root, "step");
   *kept_out = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
   json_decref(root);
@@ -115,11 +122,9 @@ static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
 }
 
 static flap_status is_of_step_0(const char *path, const char *text, size_t length, bool *is_out) {
-  json_error_t error;
-  json_t *root = flap_json_parse(text, length, JSON_REJECT_DUPLICATES, &error);
+  json_t *root;
   *is_out = false;
-  if (!root && flap_json_no_memory())
-    return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read a line", path);
+  FLAP_TRY(parse_line(path, text, length, &root));
   const json_t *step = json_object_get(root, "step");
   *is_out = json_is_integer(step) && json_integer_value(step) == 0;
   json_decref(root);
