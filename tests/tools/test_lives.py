@@ -1,0 +1,457 @@
+"""The lives of a run, with the real engine: interrupted, killed, resumed, saved, inspected, in a folder that others use.
+Usage: test_lives.py <flap>"""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+import unittest
+
+from flap_rig import FLAP, Rig, TEXT
+
+
+class Lives(Rig):
+    def test_interrupt_saves_and_the_printed_command_continues_bit_for_bit(self):
+        common = ["max_steps=60", "save_strategy=steps", "save_steps=1000"]
+        self.accept("train", "run.yaml", "output_dir=whole", *common)
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *common], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGINT)
+                break
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, (out, error))
+        if "stopped after step" not in out:
+            self.skipTest("the run ended before the signal came")
+        command = [line for line in out.splitlines() if line.startswith("continue with: ")]
+        self.assertEqual(len(command), 1, out)
+        done = subprocess.run(command[0][len("continue with: "):], shell=True, cwd=self.folder, capture_output=True,
+                              timeout=120, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("continuing after step", done.stdout)
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+
+    def test_stop_without_saving_says_so_and_leaves_nothing_to_continue_from(self):
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, (out, error))
+        self.assertIn("NOTHING WAS SAVED", out)
+        self.assertIn("NOTHING IS SAVED", error)
+        self.assertEqual(sorted(os.listdir(self.path("out"))), ["metrics.jsonl", "trace.json"])
+
+    def test_stop_before_the_first_step_leaves_nothing_and_the_same_command_starts_again(self):
+        self.write("long.txt", TEXT * 8000)  # a second or so
+        for save in "no", "steps":
+            arguments = ["train", "run.yaml", "dataset=long.txt", f"save_strategy={save}", f"output_dir={save}"]
+            process = subprocess.Popen([FLAP, *arguments], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True)
+            while process.poll() is None and not os.path.exists(self.path(save)):
+                pass
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0, (out, error))
+            self.assertIn("nothing was saved, for no step was done: the same command starts again", out)
+            self.assertFalse(os.path.exists(self.path(save)))
+            self.accept(*arguments, "dataset=text.txt", "max_steps=1")
+
+    def test_tokenize_that_is_stopped_leaves_no_half(self):
+        self.write("long.txt", TEXT * 8000)
+        process = subprocess.Popen([FLAP, "tokenize", "bytes", "long.txt", "-o", "out.bin"], cwd=self.folder)
+        while process.poll() is None and not os.path.exists(self.path("out.bin.tmp")):
+            pass
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(60), 130)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "long.txt", "run.yaml", "text.txt"])
+
+    # A checkpoint of some 20 MB, so that there is time while it is written.
+    LARGER = ["model.hidden_size=128", "model.intermediate_size=512", "model.num_hidden_layers=4", "vram=64MiB",
+              "ram=64MiB", "disk=null", "max_steps=100000", "save_strategy=steps", "export=none"]
+
+    def test_second_signal_while_saving_leaves_the_older_checkpoint_and_no_half(self):
+        for attempt in range(8):
+            folder = f"out{attempt}"
+            process = subprocess.Popen([FLAP, "train", "run.yaml", *self.LARGER, "save_steps=2", f"output_dir={folder}"],
+                                       cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("saved "):
+                    break
+            process.send_signal(signal.SIGINT)
+            unfinished = []
+            while process.poll() is None and not unfinished:
+                unfinished = [name for name in os.listdir(self.path(folder)) if name.endswith(".tmp")]
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGCONT)
+            process.communicate(timeout=60)
+            if process.returncode == 130 and unfinished and os.path.exists(self.path(f"{folder}/{unfinished[0]}")):
+                break
+        else:
+            self.skipTest("no save was caught half way")
+        whole = [name for name in os.listdir(self.path(folder)) if name.startswith("checkpoint-") and "." not in name]
+        newest = max(int(name.split("-")[1]) for name in whole)
+        out = self.accept("train", "run.yaml", *self.LARGER, f"output_dir={folder}", "save_strategy=no",
+                          f"max_steps={newest + 1}", "resume_from_checkpoint=true")
+        self.assertIn(f"continuing after step {newest}\n", out)
+        self.assertEqual([name for name in os.listdir(self.path(folder)) if ".tmp" in name], [])
+
+    def list(self, name):
+        return os.listdir(self.path(name)) if os.path.isdir(self.path(name)) else []
+
+    def test_signal_while_a_checkpoint_is_written_beside_steps_finishes_it_and_saves_once_more(self):
+        common = [*self.LARGER, "save_total_limit=0", "lr_scheduler_type=constant"]
+        with open(self.path("printed"), "w") as printed:
+            process = subprocess.Popen([FLAP, "train", "run.yaml", *common, "save_steps=3"], cwd=self.folder, stdout=printed,
+                                       stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not any(re.fullmatch(r"checkpoint-\d+.tmp", name) for name in self.list("out")):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, error)
+        with open(self.path("printed")) as printed:
+            out = printed.read()
+        saved = [int(step) for step in re.findall(r"saved out/checkpoint-(\d+) in", out)]
+        last = max(map(int, re.findall(r"(?m)^step (\d+)/", out)))
+        self.assertEqual(saved, sorted(set(saved)))
+        self.assertEqual((saved[0], saved[-1]), (3, last), out)
+        self.assertEqual(sorted(os.listdir(self.path("out"))),
+                         sorted([f"checkpoint-{step}" for step in saved] + ["metrics.jsonl", "trace.json"]))
+        self.assertNotIn("broken", self.accept("inspect", "out"))
+        for step in (3, last):  # both are resumed, and end alike
+            self.accept("train", "run.yaml", *common, f"output_dir=from-{step}", "save_steps=1000000",
+                        f"max_steps={last + 2}", f"resume_from_checkpoint=out/checkpoint-{step}")
+        for name in os.listdir(self.path(f"from-3/checkpoint-{last + 2}")):
+            self.assertEqual(self.lasting(f"from-3/checkpoint-{last + 2}/{name}"),
+                             self.lasting(f"from-{last}/checkpoint-{last + 2}/{name}"), name)
+
+    def lasting(self, name):
+        """A file of a checkpoint without what depends on how often its run had saved: what was written to drives."""
+        with open(self.path(name), "rb") as file:
+            text = file.read()
+        if name.endswith("/trainer_state.json"):
+            return {key: value for key, value in json.loads(text).items() if key != "written_bytes"}
+        if name.endswith("/checksums.json"):
+            return [entry for entry in json.loads(text)["files"] if entry["name"] != "trainer_state.json"]
+        return text
+
+    AUTO = ["run.yaml", "save_strategy=steps", "save_steps=4", "resume_from_checkpoint=auto"]
+
+    def train(self, *arguments, until=None, files=None):
+        """Its lines and its status; killed when a line begins with `until`; with so many descriptors."""
+        limit = None if files is None else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        process = subprocess.Popen([FLAP, "train", *arguments], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, preexec_fn=limit)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if until is not None and line.startswith(until):
+                process.kill()
+                break
+        lines.append(process.communicate(timeout=60)[0])
+        return "".join(lines), process.returncode
+
+    def contents(self, folder="out"):
+        """Of every file, with the time when it was written."""
+        found = {}
+        for above, _, names in os.walk(self.path(folder)):
+            for name in names:
+                with open(os.path.join(above, name), "rb") as file:
+                    found[os.path.join(above, name)] = (os.stat(file.fileno()).st_mtime_ns, file.read())
+        return found
+
+    def test_one_command_for_every_life_ends_with_the_bits_of_a_run_that_nothing_disturbed(self):
+        steps = "max_steps=60"  # so that none ends before it is killed
+        self.accept("train", *self.AUTO, "output_dir=whole", steps)
+        self.assertNotEqual(self.train(*self.AUTO, steps, files=6)[1], 0)
+        self.assertEqual(self.train(*self.AUTO, "save_steps=50", steps, until="step 2/")[1], -9)
+        self.assertFalse(self.checkpoints())
+        os.mkdir(self.path("out/checkpoint-4.tmp"))  # as if it had been saving
+        self.write("out/notes.txt", "mine")
+        out, status = self.train(*self.AUTO, steps, until="saved ")
+        self.assertEqual(status, -9)
+        self.assertIn("out holds no checkpoint: training starts anew, and so does metrics.jsonl", out)
+        self.assertIn("step 1/60", out)
+        last = max(int(name.split("-")[1]) for name in self.checkpoints())
+        out = self.accept("train", *self.AUTO, steps)
+        self.assertIn(f"continuing after step {last}\n", out)
+        self.assertEqual(self.losses(), self.losses("whole"))
+        self.assertEqual([line["step"] for line in self.metrics() if "loss" in line], list(range(1, 61)))
+        self.assertEqual(self.weights(), self.weights("whole"))
+        self.assertEqual(sorted(set(os.listdir(self.path("out"))) ^ set(os.listdir(self.path("whole")))), ["notes.txt"])
+
+    def test_run_that_is_complete_is_left_as_it_is(self):
+        self.write("short.txt", TEXT[:2000])
+        for name, more in {"steps": [], "epochs": ["max_steps=-1", "num_train_epochs=1", "dataset=short.txt"],
+                           "model": ["save_strategy=no"], "lines": ["save_strategy=no", "export=none"],
+                           "weights": ["save_only_model=true"]}.items():
+            with self.subTest(name):
+                command = ["train", *self.AUTO, *more, f"output_dir={name}"]
+                self.accept(*command)
+                before = self.contents(name)
+                out = self.accept(*command)
+                self.assertRegex(out, rf"^this run is complete: \d+ steps.* in {name}; nothing was done\n$")
+                self.assertEqual(self.contents(name), before)
+
+    def test_run_that_is_complete_goes_on_to_more_steps_from_its_checkpoint_alone(self):
+        self.accept("train", *self.AUTO, "output_dir=whole", "max_steps=10", "lr_scheduler_type=constant")
+        self.accept("train", *self.AUTO, "lr_scheduler_type=constant")
+        out = self.accept("train", *self.AUTO, "max_steps=10", "lr_scheduler_type=constant")
+        self.assertIn("continuing after step 8\n", out)
+        self.assertEqual(self.weights(), self.weights("whole"))
+        self.refuse("is at step 10 already", "train", *self.AUTO)
+        self.assertIn("complete: 10 steps", self.accept("train", *self.AUTO, "max_steps=10"))
+        # What is exported only now is all that is left to do; and so it is when the model was taken away.
+        os.remove(self.path("out/model.safetensors"))
+        self.assertIn("continuing after step 10\n", self.accept("train", *self.AUTO, "max_steps=10"))
+        self.assertEqual(self.weights(), self.weights("whole"))
+        for name in self.checkpoints():
+            os.rename(self.path(f"out/{name}"), self.path(f"kept-{name}"))
+        for more in ["max_steps=12"], ["max_steps=-1", "num_train_epochs=1"]:
+            error = self.refuse("out holds a run that ended after 10 steps, without a checkpoint", "train", *self.AUTO, *more)
+            self.assertIn("overwrite_output_dir: true", error)
+
+    def test_one_command_touches_no_results_of_others(self):
+        os.mkdir(self.path("out"))
+        for name, content in {"config.json": "{}", "model.safetensors": "theirs", "checkpoint-5/notes": "theirs"}.items():
+            os.makedirs(os.path.dirname(self.path(f"out/{name}")), exist_ok=True)
+            self.write(f"out/{name}", content)
+            before = self.contents()
+            self.refuse("checkpoints in out hold weights only" if "/" in name else "but no checkpoint to go on from",
+                        "train", *self.AUTO)
+            self.assertEqual(self.contents(), before)
+
+    def test_what_a_life_without_a_step_left_is_no_obstacle_and_steps_are(self):
+        plain = self.AUTO[:3]
+        out, status = self.train(*plain, files=6)
+        self.assertEqual(status, 1, out)
+        self.assertEqual(self.tree_of_out(), ["metrics.jsonl"])
+        self.accept("train", *plain, "max_steps=2", "save_strategy=no", "export=none")  # the same again, if shorter
+        error = self.refuse("out already holds out/metrics.jsonl", "train", *plain)
+        self.assertIn("resume_from_checkpoint: auto", error)
+        self.assertIn("resume_from_checkpoint: auto", self.refuse("out holds no checkpoint-<step>", "train", *plain,
+                                                                  "resume_from_checkpoint=true"))
+
+    def tree_of_out(self):
+        return sorted(os.listdir(self.path("out")))
+
+    def start(self, *arguments):
+        """A run that goes on until it is stopped, and has done a step."""
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000", *arguments], cwd=self.folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        return process
+
+    def test_second_run_in_the_same_folder_is_refused_and_harms_nothing(self):
+        process = self.start("save_strategy=steps", "save_steps=100000")
+        os.mkdir(self.path("out/checkpoint-7.tmp"))  # as if it were saving
+        os.symlink("out", self.path("other"))
+        for folder in ("out", "other"):
+            for more in ([], ["resume_from_checkpoint=true"], ["overwrite_output_dir=true"],
+                         [f"resume_from_checkpoint={folder}/checkpoint-7"]):
+                done = self.flap("train", "run.yaml", f"output_dir={folder}", *more)
+                self.assertEqual(done.returncode, 1, done.stdout)
+                self.assertRegex(done.stderr, f"^flap: error: output_dir: {folder} is in use: process {process.pid} on "
+                                              r"\S+ since [-0-9: ]+ UTC writes there")
+        done = self.flap("train", "run.yaml", "output_dir=third", "resume_from_checkpoint=out/checkpoint-7")
+        self.assertRegex(done.stderr, f"resume_from_checkpoint: out is in use: process {process.pid} ")
+        self.assertTrue(os.path.exists(self.path("out/checkpoint-7.tmp")))
+        self.assertFalse(os.path.exists(self.path("third")))
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, error)
+        self.assertIn("continue with", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_nothing_is_printed_into_files_where_the_standard_descriptors_are_closed(self):
+        process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
+                                   preexec_fn=lambda: [os.close(descriptor) for descriptor in (0, 1, 2)])
+        metrics = self.path("out/metrics.jsonl")
+        while process.poll() is None and not (os.path.exists(metrics) and os.path.getsize(metrics) > 0):
+            pass
+        process.send_signal(signal.SIGTERM)  # with a notice on what would be stderr
+        self.assertEqual(process.wait(60), 0)
+        self.assertTrue(self.metrics())  # each line is JSON
+
+    def test_lock_of_a_run_that_was_killed_is_no_obstacle(self):
+        process = self.start("save_strategy=steps", "save_steps=1")
+        process.kill()
+        process.communicate(timeout=60)
+        self.assertTrue(os.path.exists(self.path("out/run.lock")))
+        out = self.accept("train", "run.yaml", "overwrite_output_dir=true")
+        self.assertIn("8 steps", out)
+        self.assertFalse(os.path.exists(self.path("out/run.lock")))
+
+    def test_what_is_made_is_its_owners_alone(self):
+        old = os.umask(0)
+        try:
+            environment = {name: value for name, value in os.environ.items() if name != "FLAP_MACHINE"}
+            environment["XDG_CACHE_HOME"] = self.path("cache")
+            done = subprocess.run([FLAP, "train", "run.yaml", "output_dir=runs/a", "save_strategy=steps", "save_steps=4"],
+                                  cwd=self.folder, capture_output=True, timeout=120, text=True, env=environment)
+        finally:
+            os.umask(old)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        seen = 0
+        for top in ("runs", "cache"):
+            self.assertEqual(os.stat(self.path(top)).st_mode & 0o777, 0o700)
+            for folder, folders, files in os.walk(self.path(top)):
+                for name in folders + files:
+                    mode = os.stat(os.path.join(folder, name)).st_mode & 0o777
+                    self.assertEqual(mode, 0o700 if name in folders else 0o600, name)
+                    seen += 1
+        self.assertGreater(seen, 20)
+
+    def test_checkpoints_are_kept_to_the_limit(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=2", "max_steps=7")
+        kept = sorted(name for name in os.listdir(self.path("out")) if name.startswith("checkpoint-"))
+        self.assertEqual(len(kept), 2, kept)
+        self.assertIn("step", self.accept("inspect", "out"))
+
+    def checkpoints(self, folder="out"):
+        """Names of the finished ones, in order."""
+        return sorted((name for name in os.listdir(self.path(folder)) if re.fullmatch(r"checkpoint-\d+", name)),
+                      key=lambda name: int(name.split("-")[1]))
+
+    def flip(self, name, at=None):
+        """Turns one bit, in the middle of the file if no place is given; the same again turns it back."""
+        with open(self.path(name), "r+b") as file:
+            at = os.path.getsize(self.path(name)) // 2 if at is None else at
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 0x04]))
+
+    def test_inspect_tells_whole_checkpoints_from_broken_ones(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=2", "export=none")
+        shown = self.accept("inspect", "out")
+        self.assertEqual(re.findall(r"^out/checkpoint-(\d+): step (\d+), saved 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
+                                    r"[\d.]+ \wi?B, whole, read in", shown, re.M), [(n, n) for n in "2468"])
+        self.assertEqual(shown.count("numerics: cpu "), 1)
+        self.assertEqual(self.accept("inspect", "--quick", "out").count("complete, not verified"), 4)
+        self.assertIn("out/checkpoint-4: step 4", self.accept("inspect", "out/checkpoint-4"))
+        os.mkdir(self.path("out/checkpoint-10.tmp"))
+        os.remove(self.path("out/checkpoint-2/checksums.json"))
+        self.flip("out/checkpoint-6/optimizer-exp_avg.safetensors")
+        done = self.flap("inspect", "out")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("1 of 5 checkpoints cannot be resumed", done.stderr)
+        for wanted in (r"checkpoint-2: .* no checksums", r"checkpoint-4: .* whole", r"checkpoint-6: .* BROKEN",
+                       r"  out/checkpoint-6/optimizer-exp_avg.safetensors: is not what was saved", r"checkpoint-8: .* whole",
+                       r"checkpoint-10.tmp: step 10, .* unfinished"):
+            self.assertRegex(done.stdout, wanted)
+        self.assertNotIn("BROKEN", self.accept("inspect", "--quick", "out"))  # of which nothing was read
+
+    def test_a_flipped_bit_in_any_file_is_named_and_never_trained_on(self):
+        tried = set()  # by another optimizer: there are more files of adamw_8bit, but most are of the same kind
+        for optim in ("adamw", "adamw_8bit"):
+            common = ["run.yaml", f"output_dir={optim}", f"optim={optim}", "save_strategy=steps", "save_steps=4",
+                      "export=none"]
+            self.accept("train", *common)
+            files = sorted(set(os.listdir(self.path(f"{optim}/checkpoint-8"))) - tried)
+            self.assertGreaterEqual(len(files), 4)
+            tried.update(files)
+            before = self.metrics(optim)
+            for name in files:
+                path = f"{optim}/checkpoint-8/{name}"
+                places = [None, 9, os.path.getsize(self.path(path)) - 1] if name.startswith("optimizer-exp_avg.") else [None]
+                for at in places:
+                    self.flip(path, at)
+                    error = self.refuse(f"{optim}/checkpoint-8/", "train", *common, "max_steps=9",
+                                        "resume_from_checkpoint=latest")
+                    self.flip(path, at)
+                    with self.subTest(file=path, at=at):
+                        if name != "checksums.json":  # a sum that was changed accuses its file
+                            self.assertIn(path, error)
+                        self.assertIn(f"nothing was trained on it: go back to the checkpoint before with "
+                                      f"resume_from_checkpoint={optim}/checkpoint-4", error)
+            self.assertEqual(self.metrics(optim), before)
+            self.flip(f"{optim}/checkpoint-4/model.safetensors")
+            self.assertIn("no earlier checkpoint", self.refuse("checkpoint-4/model.safetensors", "train", *common,
+                          "max_steps=9", f"resume_from_checkpoint={optim}/checkpoint-4"))
+            self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
+
+    def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
+        os.remove(self.path("out/checkpoint-8/checksums.json"))
+        done = self.flap("train", "run.yaml", "max_steps=9", "resume_from_checkpoint=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("cannot be told", done.stderr)
+
+    def test_resume_with_other_numerics_is_refused_field_by_field(self):
+        saving = ["save_strategy=steps", "save_steps=4", "export=none"]
+        self.accept("train", "run.yaml", *saving)
+        changed = ["per_device_train_batch_size=1", "gradient_dtype=fp32", "max_steps=9", "resume_from_checkpoint=true"]
+        error = self.refuse("out/checkpoint-8 was saved by a run that computed differently", "train", "run.yaml", *changed)
+        self.assertIn("(micro-batch: 2 x 32 then, 1 x 32 now; gradients: bfloat16 then, float32 now)", error)
+        self.assertIn("allow_numerics_change: true", error)
+        done = self.flap("train", "run.yaml", *changed, "allow_numerics_change=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("micro-batch: 2 x 32 then, 1 x 32 now", done.stderr)
+
+    def test_resume_needs_no_more_than_training_did(self):
+        # The least that each tier takes, given as sizes: a resume that needed a byte more would be refused or fail.
+        saving = ["save_strategy=steps", "save_steps=3", "disk={path: disk, size: min}"]
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "vram=min", "ram=min", *saving))
+        least = [*saving, f"vram={plan['vram_bytes']}", f"ram={plan['ram_bytes']}",
+                 f"disk={{path: disk, size: {plan['disk_sizes'][0]}}}"]
+        self.accept("train", "run.yaml", "output_dir=whole", *least)
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *least], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("saved "):
+                process.kill()
+                break
+        process.communicate(timeout=60)
+        self.assertEqual(process.returncode, -9)
+        out = self.accept("train", "run.yaml", *least, "resume_from_checkpoint=latest")
+        self.assertIn("continuing after step 3", out)
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        peaks = re.findall(r"^(vram|ram|disk) {2,}.*? (\S+)$", out, re.M)
+        self.assertEqual([tier for tier, _ in peaks], ["vram", "ram", "disk"])
+        for tier, share in peaks:  # of the budget, as measured
+            self.assertLessEqual(float(share.rstrip("%")), 100, (tier, out))
+
+    def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
+        common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
+        self.accept("train", "run.yaml", "output_dir=whole", *common)
+        self.accept("train", "run.yaml", *common, "save_minutes=1e-9")  # after every step, and not twice after the last
+        self.assertEqual([int(name.split("-")[1]) for name in self.checkpoints()], list(range(1, 10)))
+        self.assertEqual(self.losses("out"), self.losses("whole"))
+        self.assertEqual(self.weights("out"), self.weights("whole"))
+        self.accept("train", "run.yaml", "output_dir=rare", *common, "save_minutes=100")
+        self.assertEqual(self.checkpoints("rare"), ["checkpoint-9"])
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=5")  # save_strategy is no
+        self.refuse("save_minutes", "plan", "run.yaml", "save_minutes=-1", "save_strategy=steps")
+
+    def test_nothing_is_saved_after_a_step_that_is_not_finite(self):
+        """Updates in the backward may have begun by then: what stands is the checkpoint of an earlier step."""
+        steps = {}
+        for update in ("fold", "backward"):
+            done = self.flap("train", "run.yaml", "learning_rate=1e6", "weight_decay=1e6", "max_grad_norm=0", "max_steps=200",
+                             "save_strategy=steps", "save_steps=1", f"expert.update={update}", f"output_dir={update}")
+            self.assertEqual(done.returncode, 1, done.stderr)
+            steps[update] = int(re.search(r"step (\d+): ", done.stderr).group(1))
+            saved = sorted(each for each in os.listdir(self.path(update)) if each.startswith("checkpoint"))
+            self.assertFalse(os.path.exists(self.path(f"{update}/model.safetensors")))
+            self.assertEqual(len(saved), steps[update] - 1, (saved, done.stderr))
+            shown = self.flap("inspect", update)
+            self.assertEqual((shown.returncode, shown.stderr), (0, ""))
+            with open(self.path(f"{update}/{saved[-1]}/model.safetensors"), "rb") as file:
+                steps[update] = (steps[update], file.read())
+        self.assertEqual(steps["fold"], steps["backward"])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,265 @@
+"""flap plan, with the real engine: what it says beforehand, for machines that are not here too, and budgets that are too small.
+Usage: test_plan.py <flap>"""
+import json
+import os
+import pty
+import re
+import resource
+import subprocess
+import time
+import unittest
+
+from flap_rig import FLAP, Rig
+
+
+class Plan(Rig):
+    def test_plan_needs_no_data_and_agrees_with_training(self):
+        os.remove(self.path("text.txt"))
+        plan = json.loads(self.accept("plan", "run.yaml", "--json"))
+        self.assertEqual(plan["tokens_per_step"], 128)
+        self.assertLessEqual(plan["vram_bytes"], 4 << 20)
+        self.assertLessEqual(plan["vram_min"], plan["vram_bytes"])
+        self.assertLessEqual(max(map(len, self.accept("plan", "run.yaml").splitlines())), 100)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "run.yaml"])
+
+    LARGE = """model: {model_type: llama, vocab_size: 32000, hidden_size: 5120, intermediate_size: 13824, num_hidden_layers: 40,
+  num_attention_heads: 40, max_position_embeddings: 4096, tie_word_embeddings: false}
+tokenizer: bytes
+dataset: text.txt
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 16
+activations: recompute
+output_dir: out
+machine: rtx4090-64g-1nvme
+"""
+
+    def test_plan_for_a_machine_that_is_not_here(self):
+        self.write("large.yaml", self.LARGE)
+        start = time.monotonic()
+        plan = json.loads(self.accept("plan", "large.yaml", "--json"))
+        self.assertLess(time.monotonic() - start, 60)  # two seconds on an idle machine; sanitizers take longer
+        self.assertEqual(plan["device"], "cuda")
+        self.assertEqual(plan["device_name"], "RTX 4090 24 GB, 64 GiB RAM, 1 NVMe")
+        self.assertGreater(plan["parameters"], 13e9)
+        self.assertEqual(plan["vram_budget"], ((24564 << 20) - (24564 << 20) // 20) // 4096 * 4096)
+        self.assertEqual(plan["ram_budget"], (64 << 30) - (64 << 30) // 10 - (96 << 20))
+        self.assertEqual(plan["disk_budget"], 1900 * 10**9 - 1900 * 10**9 // 20)
+        self.assertLessEqual(plan["vram_bytes"], plan["vram_budget"])
+        self.assertGreater(plan["vram_scratch_bytes"], 32 << 20)  # the cuda kernels', not the cpu's
+        self.assertGreater(plan["disk_bytes"], 0)
+        self.assertGreaterEqual(plan["step_seconds"], plan["bound_seconds"])
+        self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "large.yaml", "run.yaml", "text.txt"])
+
+    SLOW = """{"name": "slow", "device": "cpu", "ram_bytes": 1073741824, "threads": 1, "flops_bf16": 1e9, "flops_f32": 1e9,
+"device_bytes": 1e10, "h2d_bytes": 1e8, "d2h_bytes": 1e8, "host_bytes": 1e10, "synchronous": false, "shared_cores": 0,
+"copy_ns": 0, "launch_ns": 0, "disks": [{"size_bytes": 4000000000, "read_bytes": 1e8, "write_bytes": 2e7, "tbw_bytes": "1TB"}]}
+"""
+
+    def test_plan_saves_some_tensors_where_all_are_too_many(self):
+        self.write("large.yaml", self.LARGE)
+        plans = {}
+        for saved in ("auto", "attention", "all_but_mlp", "all", "everything"):
+            plans[saved] = json.loads(self.accept(
+                "plan", "large.yaml", "--json", "activations=auto", "model.hidden_size=1536", "model.intermediate_size=8960",
+                "model.num_hidden_layers=12", "model.num_attention_heads=12", "model.max_position_embeddings=32768",
+                "cutoff_len=32768", "gradient_accumulation_steps=4", "vram=12GiB", "expert.optimizer=gpu",
+                f"expert.saved={saved}"))
+        seconds = {saved: plan["step_seconds"] for saved, plan in plans.items()}
+        self.assertLessEqual(seconds["auto"], min(seconds.values()) * 1.001)
+        self.assertLess(seconds["auto"], 0.97 * seconds["all"])
+        self.assertGreater(plans["auto"]["saved_layers"], 0)
+        self.assertFalse(plans["auto"]["saved_whole"])
+        self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
+        self.assertTrue(plans["all"]["saved_whole"])
+
+    def test_plan_counts_disks_by_what_lies_on_them(self):
+        """Two disks, one four times as fast: together, by weight, they are both at work all the time; a fast one that is too
+        small leaves more to the slow one, and weights that a person gives are what they are."""
+        disk = '{"size_bytes": 4000000000, "read_bytes": %s, "write_bytes": %s, "both_bytes": %s}'
+        self.write("two.json", self.SLOW[:self.SLOW.index('"disks"')] + '"disks": [%s, %s]}' % (
+            disk % ("4e7", "2e7", "4e7"), disk % ("1e7", "5e6", "1e7")))
+
+        def plan(disks, *more):
+            return json.loads(self.accept("plan", "run.yaml", "--json", "machine=two.json", "vram=1MiB", "ram=700KiB",
+                                          f"disk={disks}", *more))
+
+        both = plan("[/fast, /slow]")
+        self.assertAlmostEqual(both["machine"]["disk_write_bytes"], 2.5e7, delta=6e5)
+        self.assertAlmostEqual(both["machine"]["disk_read_bytes"], 5e7, delta=1.2e6)
+        small = both["disk_bytes"] // 8
+        cramped = plan(f"[{{path: /fast, size: {small}}}, /slow]")
+        self.assertAlmostEqual(cramped["machine"]["disk_write_bytes"], 5e6 / (7 / 8), delta=3e5)
+        self.assertGreater(cramped["step_seconds"], 1.5 * both["step_seconds"])
+        even = plan("[{path: /fast, weight: 1}, {path: /slow, weight: 1}]")
+        self.assertAlmostEqual(even["machine"]["disk_write_bytes"], 1e7, delta=2e5)
+        self.assertGreater(even["step_seconds"], both["step_seconds"])
+
+    def test_plan_finds_the_knee(self):
+        self.write("slow.json", self.SLOW)
+        slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
+        terminal, end = pty.openpty()
+        shown = subprocess.run([FLAP, *slow, "--knee"], cwd=self.folder, stdout=subprocess.PIPE, stderr=end, timeout=120)
+        os.close(end)
+        lines = os.read(terminal, 65536).decode().split("\r")
+        os.close(terminal)
+        plan = json.loads(shown.stdout)
+        knee = plan["knee"]
+        tried = [int(line.split("a step of ")[1].split()[0]) for line in lines if "looking for the knee" in line]
+        self.assertEqual(tried[0], 1)
+        self.assertIn(knee["micro_batches"], tried)
+        self.assertLessEqual(len(tried), 5)  # by halves it takes seven
+        below = max(n for n in tried if n < knee["micro_batches"])
+        self.assertLessEqual(knee["micro_batches"] - below, 1 + knee["micro_batches"] // 8)
+        less = json.loads(self.accept(*slow, f"gradient_accumulation_steps={below}"))
+        self.assertLess(less["compute_seconds"], 0.9 * less["step_seconds"])
+        self.assertEqual(self.flap(*slow, "--knee").stderr, "")  # no terminal
+        self.assertGreater(knee["micro_batches"], plan["micro_batches"])
+        self.assertLess(plan["compute_seconds"], 0.9 * plan["step_seconds"])
+        self.assertEqual(plan["ssd_step_bytes"], plan["lane_bytes"]["disk_write"])
+        self.assertEqual(plan["ssd_tbw_bytes"], 10**12)
+        self.assertAlmostEqual(plan["ssd_steps"] * plan["ssd_step_bytes"] / 10**12, 1)
+        self.assertAlmostEqual(plan["lane_seconds"]["disk_write"], plan["ssd_step_bytes"] / 2e7, delta=1e-3)
+        there = json.loads(self.accept(*slow, f"gradient_accumulation_steps={knee['micro_batches']}"))
+        self.assertEqual(there["step_seconds"], knee["step_seconds"])
+        self.assertGreaterEqual(there["compute_seconds"], 0.9 * there["step_seconds"])
+        self.assertNotIn("knee", there)
+        worn = json.loads(self.accept(*slow, "ssd_tbw=2TB"))
+        self.assertAlmostEqual(worn["ssd_steps"], 2 * plan["ssd_steps"])
+
+    def test_plan_shows_the_step_that_it_expects(self):
+        self.write("slow.json", self.SLOW)
+        slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
+        plan = json.loads(self.accept(*slow, "--trace", "step.json"))
+        self.assertEqual(json.loads(self.accept(*slow))["step_seconds"], plan["step_seconds"])
+        with open(self.path("step.json")) as file:
+            events = json.load(file)["traceEvents"]
+        lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        steps = [event for event in events if event["ph"] == "X"]
+        seconds, moved = {}, {}
+        for event in steps:
+            lane = lanes[event["tid"]].rstrip(" 0123456789").replace(" ", "_")
+            seconds[lane] = seconds.get(lane, 0) + event["dur"] / 1e6
+            moved[lane] = moved.get(lane, 0) + event.get("args", {}).get("bytes", 0)
+        self.assertAlmostEqual(seconds["compute"], plan["compute_seconds"], delta=0.01 * plan["compute_seconds"])
+        for lane in ("h2d", "d2h", "disk_write"):  # from step to step copies may fall into this one or the next
+            self.assertAlmostEqual(moved[lane], plan["lane_bytes"][lane], delta=0.1 * plan["lane_bytes"][lane])
+        self.assertTrue(any(event["name"].startswith("waits for disk") for event in steps))
+        span = max(event["ts"] + event["dur"] for event in steps) - min(event["ts"] for event in steps)
+        self.assertAlmostEqual(span / 1e6, plan["step_seconds"], delta=0.1 * plan["step_seconds"])
+        self.refuse("no/such/folder", *slow, "--trace", "no/such/folder/step.json")
+        self.refuse("--trace: text.txt must end in .json", *slow, "--trace", "text.txt")
+        self.refuse("--output: text.txt must end in .bin", "tokenize", "bytes", "text.txt", "-o", "text.txt")
+
+    def test_bench_writes_what_plan_reads(self):
+        self.write("here.json", self.accept("bench", "machine", "--json", "--path", "disk", "--threads", "1"))
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "machine=here.json", "disk=null"))
+        self.assertEqual(plan["device"], "cpu")
+        self.assertGreater(plan["machine"]["disk_both_bytes"], 0)
+
+    def test_machine_refusals(self):
+        self.write("large.yaml", self.LARGE)
+        self.refuse("large.yaml:10: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
+                    "train", "large.yaml")
+        self.refuse("vram: 40.0 GiB is more than the 24.0 GiB of the machine", "plan", "large.yaml", "vram=40GiB")
+        self.refuse("ram: 65.0 GiB is more than", "plan", "large.yaml", "ram=65GiB")
+        self.refuse("disk: 2.00 TiB is more than", "plan", "large.yaml", "disk={path: /mnt/x, size: 2TiB}")
+        self.refuse("disk: 2 folders, but the machine", "plan", "large.yaml", "disk=[/mnt/x, /mnt/y]")
+        self.refuse("device: cpu contradicts machine", "plan", "large.yaml", "device=cpu")
+        self.refuse("give a disk of at least", "plan", "large.yaml", "disk=[]")
+        listed = self.accept("plan", "--list-machines")
+        for wanted in ["h100-80g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
+            self.assertIn(wanted, listed)
+
+    def test_limit_on_addresses_is_found_before_the_start(self):
+        with open(FLAP, "rb") as program:
+            if re.search(rb"__[at]san_init", program.read()):
+                self.skipTest("a sanitizer takes terabytes of addresses")
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+        done = subprocess.run([FLAP, "train", "run.yaml"], cwd=self.folder, capture_output=True, timeout=60, text=True,
+                              preexec_fn=limit)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_what_is_written_is_planned_measured_and_kept_to_a_budget(self):
+        common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=3"]
+        plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
+        self.assertGreater(plan["ssd_step_bytes"], 0)
+        self.assertEqual((plan["run_steps"], plan["run_checkpoints"]), (8, 3))  # after 3, 6 and 8
+        at_once = {limit: json.loads(self.accept("plan", *common, "--json", f"save_total_limit={limit}"))["checkpoints_at_once"]
+                   for limit in (0, 1, 2, 3)}
+        self.assertEqual(at_once, {0: 3, 1: 2, 2: 3, 3: 3})  # what is kept, and one that is written
+        self.assertEqual(json.loads(self.accept("plan", "run.yaml", "--json", "save_strategy=no"))["checkpoints_at_once"], 0)
+        once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        self.assertTrue(0 < once <= plan["disk_bytes"], plan)  # states, laid down at the start
+        shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
+        self.assertRegex(shown, r"run +\S+ MiB written in 8 steps, 3 checkpoints of \S+ KiB, export \S+ KiB\n")
+        self.assertRegex(shown, r"\S+% of the 0.001 TB that the drives bear\n +\S+% of ssd_budget, 477 MiB\n")
+
+        # A byte too few is refused, with what would do.
+        budget = plan["ssd_run_bytes"]
+        error = self.refuse("ssd_budget: this run would write", "train", *common, f"ssd_budget={budget - 1}")
+        self.assertIn(f"allow {budget} bytes", error)
+        steps = int(re.search(r"(\d+) steps stay within it", error).group(1))
+        self.assertEqual(steps, 7)
+        done = self.flap("plan", *common, f"ssd_budget={budget - 1}")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("flap: warning: ssd_budget: this run would write", done.stderr)
+        self.accept("train", *common, "output_dir=less", f"max_steps={steps}", f"ssd_budget={budget - 1}")
+        out = self.accept("train", *common, f"ssd_budget={budget}", "ssd_tbw=1GB")
+        written, unit, share = re.search(r"^written to drives: (\S+) (\wiB) \(.* a step\), .* to save; .* TB per billion "
+                                         r"tokens; (\S+)% of ssd_tbw$", out, re.M).groups()
+        measured = float(written) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit]
+        self.assertAlmostEqual(measured / budget, 1, delta=0.1)  # the first and the last step write a little less
+        self.assertAlmostEqual(float(share), measured / 1e7, delta=0.06 * measured / 1e7)
+        self.refuse("give ssd_tbw", "train", *common, "output_dir=new", "ssd_budget=5%")
+        for wrong in ("0", "0%", "101%", "x%", "5 %x", "-1"):
+            self.refuse("ssd_budget", "plan", *common, f"ssd_budget={wrong}")
+
+    def written_bytes(self, step):
+        with open(self.path(f"out/checkpoint-{step}/trainer_state.json")) as file:
+            return json.load(file)["written_bytes"]
+
+    def test_what_was_written_before_counts_for_the_budget_of_a_run_that_goes_on(self):
+        common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=2", "val_size=0"]
+        plan = json.loads(self.accept("plan", *common, "max_steps=4", "--json"))
+        self.accept("train", *common, "max_steps=4", "export=none")
+        written = [self.written_bytes(step) for step in (2, 4)]
+        self.assertGreaterEqual(written[1] - written[0], plan["checkpoint_bytes"] + plan["ssd_step_bytes"])
+        once = plan["ssd_run_bytes"] - 4 * plan["ssd_step_bytes"] - 2 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        self.assertTrue(once < written[0] <= plan["ssd_run_bytes"], (written, plan))
+        self.assertLessEqual(written[1], plan["ssd_run_bytes"] - plan["export_bytes"])
+
+        # Four steps more write as much again; a byte less than both together is too little.
+        more = [*common, "max_steps=8", "resume_from_checkpoint=true"]
+        budget = written[1] + plan["ssd_run_bytes"]
+        error = self.refuse("ssd_budget: this run would write", "train", *more, f"ssd_budget={budget - 1}")
+        self.assertRegex(error, rf" beside the \S+ MiB until now, .* 3 more steps stay within it, .* allow {budget} bytes")
+        self.accept("train", *more, f"ssd_budget={budget}")
+        self.assertAlmostEqual(self.written_bytes(8) / written[1], 2, delta=0.1)
+
+    def test_budgets_that_are_too_small_name_the_least_that_works(self):
+        for key in ("vram", "ram"):
+            error = self.refuse(key, "train", "run.yaml", f"{key}=16KiB")
+            self.assertRegex(error, r"\d+ bytes is the least that works")
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "vram=min", "ram=min"))
+        self.refuse("disk: ", "train", "run.yaml", f"vram={plan['vram_bytes']}", f"ram={plan['ram_bytes']}",
+                    "disk={path: disk, size: 64KiB}")
+
+    def test_least_budgets_beside_a_small_one_work(self):
+        common = ["run.yaml", "model.model_type=qwen2", "model.hidden_size=96", "model.intermediate_size=256",
+                  "model.num_hidden_layers=4", "model.num_attention_heads=6", "model.num_key_value_heads=2",
+                  "model.max_position_embeddings=128", "cutoff_len=64", "disk={path: disk, size: 64MiB}",
+                  "per_device_train_batch_size=4", "max_grad_norm=0"]
+        for ram in (65000, 87000, 110000):
+            plan = json.loads(self.accept("plan", *common, "--json", "vram=min", f"ram={ram}"))
+            self.assertEqual(plan["vram_min"], plan["vram_budget"])
+            self.accept("plan", *common, f"vram={plan['vram_min']}", f"ram={ram}")
+            self.accept("plan", *common, f"vram={plan['vram_min']}", f"ram={plan['ram_min']}")
+
+
+if __name__ == "__main__":
+    unittest.main()
