@@ -7,7 +7,8 @@
  * Whether pages of a class are encoded is asked buffer by buffer. `lz4` says yes. `auto` says yes when it pays, by what
  * it measured of this class and what is known of the disks: now and then it encodes a page only to see how far it
  * shrinks and how long that takes. It begins only where leases do wait for disks, and ends when a class no longer
- * shrinks.
+ * shrinks. Packing and unpacking happen in the buffer, from the front and from the back, with a page of memory beside
+ * per worker.
  */
 #include "pager/pager_internal.h"
 

@@ -36,7 +36,7 @@ uint32_t pager_copy_pages(const flap_pager *pager, const pager_region *region, u
 }
 
 uint32_t pager_events(const flap_pager *pager) {
-  return 2 * pager->slot_count + PAGER_MARKS + 1 + 2 * PAGER_WINDOW;
+  return 2 * pager->slot_count + PAGER_MARKS + 1 + pager->loan_count + 2 * PAGER_WINDOW;
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------- */
@@ -48,13 +48,17 @@ static void check_config(const flap_pager_config *config) {
   flap_assert(config->copy_bytes % config->page_bytes == 0);
   flap_assert(config->read_buffers <= FLAP_PAGER_BUFFERS_MAX && config->write_buffers <= FLAP_PAGER_BUFFERS_MAX);
   flap_assert(config->region_count > 0 && config->leases_max > 0 && config->leases_max < PAGER_NONE / 2);
+  uint32_t borrowers = 0;
   for (uint32_t i = 0; i < config->ring_count; i++) {
     const flap_pager_ring *ring = &config->rings[i];
-    flap_assert(!ring->keeps || ring->slots == 1);
+    borrowers += ring->borrowed > 0;
+    flap_assert(!ring->keeps || (ring->slots == 1 && ring->borrowed == 0));
     flap_assert(ring->name && ring->slots > 0 && ring->slot_bytes > 0 && ring->slot_bytes % FLAP_BLOCK_ALIGN == 0);
   }
+  flap_assert(borrowers <= 1);
   for (uint32_t i = 0; i < config->region_count; i++) {
     const flap_pager_region *region = &config->regions[i];
+    flap_assert(!region->lends || (region->ring == FLAP_PAGER_RESIDENT && !region->in_snapshots));
     flap_assert(region->bytes > 0 && region->bytes % FLAP_BLOCK_ALIGN == 0);
     flap_assert(region->klass < FLAP_PAGER_CLASSES_MAX);
     flap_assert(region->element_bytes <= 2 || region->element_bytes == 4);
@@ -104,8 +108,36 @@ void flap_pager_total(const flap_pager_config *config, flap_pager_totals *totals
 
 /* ---- tables ------------------------------------------------------------------------------------------- */
 
+/* A loan for each resident that lends, until there are as many slots as the ring borrows. */
+static void fill_loans(flap_pager *pager, const flap_pager_config *config, uint32_t ring) {
+  pager_ring *r = &pager->rings[ring];
+  uint32_t slot = r->first_slot + r->slots, left = r->borrowed, loan = 0;
+  for (uint32_t i = 0; left > 0; i++) {
+    flap_assert(i < config->region_count);
+    const flap_pager_region *region = &config->regions[i];
+    if (!region->lends || region->bytes < r->slot_bytes)
+      continue;
+    const uint32_t slots = (uint32_t)smaller(region->bytes / r->slot_bytes, left);
+    pager->regions[i].lends = true;
+    pager->regions[i].loan = loan;
+    pager->loans[loan] = (pager_loan){
+        .region = i, .first_slot = slot, .slots = slots, .queue_head = PAGER_NONE, .queue_tail = PAGER_NONE};
+    pager_list_init(&pager->loans[loan].free);
+    for (uint32_t j = 0; j < slots; j++, slot++) {
+      pager->slots[slot].loan = loan;
+      pager_list_append(pager, &pager->loans[loan].free, slot);
+    }
+    pager_loan_open(pager, loan);
+    left -= slots;
+    loan++;
+  }
+  if (r->borrowed > 0)
+    pager->loan_count = loan;
+}
+
 static void fill_rings(flap_pager *pager, const flap_pager_config *config) {
   uint32_t slot = 0;
+  pager_list_init(&pager->offered);
   for (uint32_t i = 0; i < pager->ring_count; i++) {
     pager_ring *ring = &pager->rings[i];
     ring->name = config->rings[i].name;
@@ -114,12 +146,15 @@ static void fill_rings(flap_pager *pager, const flap_pager_config *config) {
     ring->keeps = config->rings[i].keeps;
     ring->first_slot = slot;
     ring->queue_head = ring->queue_tail = PAGER_NONE;
+    ring->borrowed = config->rings[i].borrowed;
     pager_list_init(&ring->free);
-    for (uint32_t j = 0; j < ring->slots; j++, slot++) {
+    for (uint32_t j = 0; j < ring->slots + ring->borrowed; j++, slot++) {
       pager->slots[slot].ring = i;
-      pager->slots[slot].ready = PAGER_NONE;
-      pager_list_append(pager, &ring->free, slot);
+      pager->slots[slot].ready = pager->slots[slot].loan = PAGER_NONE;
+      if (j < ring->slots)
+        pager_list_append(pager, &ring->free, slot);
     }
+    fill_loans(pager, config, i);
   }
 }
 
@@ -184,7 +219,8 @@ static void lay_out(flap_pager *pager, const flap_pager_config *config, const fl
   pager->page_count = (uint32_t)totals->pages;
   pager->leases_max = config->leases_max;
   for (uint32_t i = 0; i < config->ring_count; i++) {
-    pager->slot_count += config->rings[i].slots;
+    pager->slot_count += config->rings[i].slots + config->rings[i].borrowed;
+    pager->loan_count += config->rings[i].borrowed; /* as many lend, at most */
     sizes.vram_bytes += config->rings[i].slot_bytes * config->rings[i].slots;
   }
   if (sizes.disk_bytes > 0) {
@@ -209,6 +245,7 @@ static void lay_out(flap_pager *pager, const flap_pager_config *config, const fl
   pager->pages = FLAP_ARENA_ARRAY(arena, pager_page, pager->page_count);
   pager->rings = FLAP_ARENA_ARRAY(arena, pager_ring, pager->ring_count);
   pager->slots = FLAP_ARENA_ARRAY(arena, pager_slot, pager->slot_count);
+  pager->loans = FLAP_ARENA_ARRAY(arena, pager_loan, pager->loan_count);
   pager->buffers = FLAP_ARENA_ARRAY(arena, pager_buffer, pager->buffer_count);
   pager->checks.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
   pager->works.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
@@ -297,8 +334,15 @@ void pager_place(flap_pager *pager, unsigned char *homes, unsigned char *staging
   }
   place_overlays(pager, homes);
   for (uint32_t i = 0; i < pager->slot_count; i++) {
-    pager->slots[i].memory = vram;
-    vram += pager->rings[pager->slots[i].ring].slot_bytes;
+    pager_slot *s = &pager->slots[i];
+    const uint64_t slot_bytes = pager->rings[s->ring].slot_bytes;
+    if (s->loan != PAGER_NONE) {
+      const pager_loan *loan = &pager->loans[s->loan];
+      s->memory = pager->regions[loan->region].home + (i - loan->first_slot) * slot_bytes;
+      continue;
+    }
+    s->memory = vram;
+    vram += slot_bytes;
   }
   pager->staging = staging;
   for (uint32_t i = 0; i < pager->buffer_count; i++) {

@@ -7,7 +7,8 @@
  *             └──────────────── pager_rings_stored ◄── storing ◄───────────────────────────────┘
  *
  * Invariants, asserted by pager_assert_state (the first four kinds in full only when tests ask for it):
- *  1. Slots of a ring go to its leases in program order; nobody queues beside a free slot.
+ *  1. Slots of a ring go to its leases in program order; nobody queues beside a free slot, but for borrowed ones whose
+ *     resident is needed before.
  *  2. A slot is free only when no copy touches it and the compute stream is done with it. It may be free while the
  *     disk still writes what it held, from a write buffer.
  *  3. A slot is loaded when all its copies are enqueued and its load event is recorded behind them.
@@ -28,6 +29,7 @@
  *     point has begun, no such job, and where it is resident no such lease is pinned.
  * 12. Of an overlay one side at a time holds something, or has anything on its way home.
  * 13. After a failure nothing new starts; what is under way is collected.
+ * 14. While a resident holds something, is pinned, or may still be used by the compute stream, nothing of it is lent.
  */
 #include "pager/pager_internal.h"
 
@@ -86,6 +88,8 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager_list_init(&pager->loading);
   pager_list_init(&pager->released);
   pager_list_init(&pager->storing);
+  pager_list_init(&pager->used);
+  pager->lender_order = UINT64_MAX;
   pager_queue_init(&pager->hurried);
   pager_queue_init(&pager->behind);
   pager_queue_init(&pager->at_rest);
@@ -293,6 +297,8 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
       region->changes_queued++;
     if (is_streaming(region) && leases[i].host_bytes == 0)
       queue_lease(pager, region, first + i);
+    else if (region->lends)
+      pager_loan_queue(pager, region->loan, first + i);
   }
   pthread_mutex_unlock(&pager->lock);
   pager_ring_bell(pager);
@@ -306,11 +312,17 @@ static bool lease_is_loaded(flap_pager *pager, uint32_t lease) {
          pager->regions[pager->slots[slot].region].changes_released == pager->leases[lease].change;
 }
 
-/* A change of what is resident is a change at home. */
+/* A change of what is resident is a change at home; and of one that lends what is lent comes back first. */
 static bool may_change_resident(flap_pager *pager, uint32_t lease) {
   const pager_program *program = &pager->programs[lease / pager->leases_max];
   const flap_lease *what = &program->leases[lease % pager->leases_max];
-  return !pager_is_kept_back(&pager->regions[what->region], pager->leases[lease].change);
+  const pager_region *region = &pager->regions[what->region];
+  if (region->lends && pager_loan_is_lent(pager, region->loan)) {
+    pager->lender_order = program->first_order + lease % pager->leases_max;
+    return false;
+  }
+  pager->lender_order = UINT64_MAX;
+  return !pager_is_kept_back(region, pager->leases[lease].change);
 }
 
 /* What would make a pin wait for ever is a mistake of the planner's, and is told as one. */
@@ -324,10 +336,13 @@ static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what,
   if (!is_streaming(region)) {
     if (pager_loads(what->mode) && !region->holds)
       pager_mistake(pager, "lease %u reads region %u, which is resident but holds nothing", index, what->region);
+    if (region->lends && pager_loan_is_pinned(pager, region->loan))
+      pager_mistake(pager, "lease %u needs region %u, but a lease of the ring that borrows from it is pinned", index,
+                    what->region);
     return;
   }
   const pager_ring *ring = &pager->rings[region->ring];
-  if (lease->slot == PAGER_NONE && ring->pinned == ring->slots)
+  if (lease->slot == PAGER_NONE && ring->pinned >= ring->slots)
     pager_mistake(pager, "lease %u needs a slot of ring %s, but all %u are pinned: more leases live than slots", index,
                   ring->name, ring->slots);
 }
@@ -363,6 +378,8 @@ flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out)
   if (is_streaming(region)) {
     pager->slots[lease->slot].state = SLOT_PINNED;
     pager->rings[region->ring].pinned++;
+  } else if (region->lends) {
+    pager_loan_pinned(pager, region->loan);
   }
   region->pinned = true;
   lease->state = LEASE_PINNED;
@@ -409,6 +426,8 @@ void flap_pager_unpin(flap_pager *pager, uint32_t index) {
     pager->slots[lease->slot].state = SLOT_RELEASED;
     pager->rings[region->ring].pinned--;
     pager_list_append(pager, &pager->released, lease->slot);
+  } else if (region->lends) {
+    pager_loan_unpinned(pager, region->loan);
   }
   pthread_mutex_unlock(&pager->lock);
   pager_ring_bell(pager);

@@ -59,7 +59,8 @@ typedef struct flap_pager_region {
   /* For compression: how wide the numbers are that it holds (1, 2 or 4 bytes; 0: its pages stay as they are), and of
    * which class it is (below FLAP_PAGER_CLASSES_MAX): what is learnt of one region goes for its class. */
   uint8_t element_bytes, klass;
-  bool in_snapshots; /* belongs to every snapshot; such a region is of no overlay */
+  bool in_snapshots; /* belongs to every snapshot; such a region is of no overlay, and does not lend */
+  bool lends;        /* resident, with leases of its own that are not READ: see flap_pager_ring */
   uint8_t side;      /* of its overlay: 0 or 1 */
   uint16_t overlay;  /* from 1 to FLAP_PAGER_OVERLAYS_MAX; 0: its RAM is its own */
 } flap_pager_region;
@@ -70,6 +71,11 @@ typedef struct flap_pager_ring {
   uint32_t slots;
   bool keeps; /* one slot for one region, which device leases only read: loaded once in a program, and again behind a
                  job */
+  /* So many slots more, of one ring at most, in the memory of residents that lend, as many in each as fit; there must
+   * be room for them. One of these is taken where none of the ring's own is free, while the resident holds nothing, and
+   * only for a lease that comes before the resident's next one. No lease of the ring may be pinned when one of such a
+   * resident is. */
+  uint32_t borrowed;
 } flap_pager_ring;
 
 /* Lanes, for statistics and the trace. */

@@ -55,6 +55,7 @@ typedef struct pager_region {
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
   uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
   uint8_t mark;              /* of the snapshot, behind its last change; known once it is reached; residents only */
+  uint32_t loan;             /* of a resident that lends */
   uint16_t overlay;          /* of a region with RAM pages that share their place; else 0 */
   uint8_t side;
   uint8_t klass, element_bytes;
@@ -62,6 +63,7 @@ typedef struct pager_region {
   bool holds : 1;   /* after all of the unpinned leases, there are bytes */
   bool pinned : 1;
   bool in_snapshots : 1;
+  bool lends : 1;
   bool kept : 1;       /* of the open snapshot, and not drained yet */
   bool kept_holds : 1; /* there are bytes at the point; known once it is reached */
 } pager_region;
@@ -96,6 +98,7 @@ typedef struct pager_slot {
   uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
   uint32_t previous, next; /* in the one list that it is on */
   uint32_t lease;          /* in pager->leases, until it is unpinned */
+  uint32_t loan;           /* whose memory it is; or PAGER_NONE: its own */
   bool keeps; /* of a ring that keeps, and it was loaded: in this program, its bytes are those after `change` changes */
   uint8_t state; /* pager_slot_state */
   uint8_t mode;  /* flap_lease_mode */
@@ -108,12 +111,29 @@ typedef struct pager_list {
 typedef struct pager_ring {
   const char *name;
   uint64_t slot_bytes;
-  uint32_t slots, first_slot;
+  uint32_t slots, first_slot; /* its own; borrowed ones follow */
+  uint32_t borrowed;
   bool keeps;
   pager_list free;
   uint32_t pinned;
   uint32_t queue_head, queue_tail; /* leases without a slot, in program order: indexes into pager->leases */
 } pager_ring;
+
+typedef enum pager_loan_state {
+  LOAN_OPEN,  /* the resident holds nothing, and nobody uses it */
+  LOAN_USED,  /* it holds nothing; the compute stream may still use it */
+  LOAN_CLOSED /* it holds something, or is pinned */
+} pager_loan_state;
+
+/* A resident that lends its memory to slots. */
+typedef struct pager_loan {
+  uint32_t region;
+  uint32_t first_slot, slots;      /* within it */
+  pager_list free;                 /* of these */
+  uint32_t queue_head, queue_tail; /* its leases that are not pinned yet, in program order */
+  uint32_t previous, next;         /* in the one list that it is on */
+  uint8_t state;                   /* pager_loan_state */
+} pager_loan;
 
 typedef enum pager_lease_state { LEASE_QUEUED, LEASE_PINNED, LEASE_RELEASED } pager_lease_state;
 
@@ -257,7 +277,7 @@ struct flap_pager {
   /* fixed at open */
   uint64_t page_bytes, transfer_bytes;
   uint32_t pages_per_transfer, pages_per_copy;
-  uint32_t region_count, ring_count, slot_count, page_count, leases_max;
+  uint32_t region_count, ring_count, slot_count, loan_count, page_count, leases_max;
   uint32_t read_buffers, write_buffers, worker_count; /* 0 when nothing is on disk */
   uint32_t snapshot_buffers, buffer_count;            /* all of them */
   uint64_t bounce_bytes, snapshot_bytes;              /* of a buffer for fill and drain, and of one of snapshots */
@@ -268,6 +288,7 @@ struct flap_pager {
   pager_page *pages;
   pager_ring *rings;
   pager_slot *slots;
+  pager_loan *loans;
   pager_buffer *buffers; /* the read buffers, the write buffers, then those of snapshots */
   pager_lease *leases;   /* leases_max for each of two programs */
   pager_worker *workers; /* at least one, for its scratch memory */
@@ -298,10 +319,14 @@ struct flap_pager {
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
   uint64_t order_next;
-  uint64_t ahead;      /* the first lease, counted as orders are, that reading ahead has not looked at */
-  pager_list loading;  /* by order */
-  pager_list released; /* by unpin */
-  pager_list storing;  /* by unpin */
+  uint64_t ahead;        /* the first lease, counted as orders are, that reading ahead has not looked at */
+  pager_list loading;    /* by order */
+  pager_list released;   /* by unpin */
+  uint32_t storing_ram;  /* of the slots that are storing, have pages of RAM left */
+  pager_list storing;    /* by unpin */
+  pager_list used;       /* of loans, by unpin */
+  pager_list offered;    /* of loans, by when they are needed: the last one first */
+  uint64_t lender_order; /* of the lease that waits for a resident to be given back; UINT64_MAX for none */
   uint32_t read_free, write_free;
   uint32_t free_heads[2];      /* of the lists of free buffers: read, write */
   uint32_t reading, writing;   /* buffers at the disk, those of snapshots too */
@@ -385,6 +410,29 @@ bool pager_rings_release(flap_pager *pager);
 uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring);
 /* A stored slot is free once its last copy is over. */
 void pager_rings_stored(flap_pager *pager, uint32_t slot);
+/* The slot that the ring's next lease may have by now; PAGER_NONE for none, or no lease. */
+uint32_t pager_rings_next_slot(const flap_pager *pager, uint32_t ring);
+
+/* ---- loans.c: residents whose memory others use meanwhile ---------------------------------------------- */
+
+/* The resident's next lease, in program order. */
+void pager_loan_queue(flap_pager *pager, uint32_t loan, uint32_t lease);
+/* Of the borrowed slots that are free one for a lease of this order, in the resident that is needed last; PAGER_NONE
+ * for none. */
+uint32_t pager_loan_slot(const flap_pager *pager, uint64_t order);
+/* A slot within is taken, or free again. */
+void pager_loan_take(flap_pager *pager, uint32_t slot);
+void pager_loan_give_back(flap_pager *pager, uint32_t slot);
+/* Its lease is pinned, with nothing lent; unpinned; or what it holds was filled or emptied at rest. */
+void pager_loan_pinned(flap_pager *pager, uint32_t loan);
+void pager_loan_unpinned(flap_pager *pager, uint32_t loan);
+void pager_loan_at_rest(flap_pager *pager, uint32_t loan);
+/* It lends, from the start on; or its last use is over, of any. */
+void pager_loan_open(flap_pager *pager, uint32_t loan);
+bool pager_loans_open(flap_pager *pager);
+bool pager_loan_is_lent(const flap_pager *pager, uint32_t loan);
+/* Whether any lease of the ring that borrows is pinned. */
+bool pager_loan_is_pinned(const flap_pager *pager, uint32_t loan);
 static inline flap_event pager_load_event(uint32_t slot) {
   return 2 * slot;
 }

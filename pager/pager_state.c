@@ -69,9 +69,9 @@ static void dump(const flap_pager *pager) {
   }
   dump_job(pager);
   for (uint32_t i = 0; i < pager->ring_count; i++)
-    flap_log(FLAP_LOG_ERROR, "  ring %s: %u slots, %u free, %u pinned, next lease %d", pager->rings[i].name,
-             pager->rings[i].slots, pager->rings[i].free.count, pager->rings[i].pinned,
-             (int)pager->rings[i].queue_head);
+    flap_log(FLAP_LOG_ERROR, "  ring %s: %u slots, %u free; %u borrowed; %u pinned, next lease %d",
+             pager->rings[i].name, pager->rings[i].slots, pager->rings[i].free.count, pager->rings[i].borrowed,
+             pager->rings[i].pinned, (int)pager->rings[i].queue_head);
   dump_slots(pager);
   for (uint32_t i = 0; i < pager->buffer_count; i++)
     if (pager->buffers[i].state != BUFFER_FREE)
@@ -101,9 +101,9 @@ void pager_mistake(flap_pager *pager, const char *format, ...) {
 
 /* The slot comes from an earlier occupant that is on its way home. While the compute stream still uses it nobody is
  * charged: compute is busy. */
-static flap_lane waits_for_slot(const flap_pager *pager, const pager_ring *ring) {
-  for (uint32_t i = 0; i < ring->slots; i++) {
-    const pager_slot *slot = &pager->slots[ring->first_slot + i];
+static flap_lane waits_for_slots(const flap_pager *pager, uint32_t first, uint32_t count) {
+  for (uint32_t i = 0; i < count; i++) {
+    const pager_slot *slot = &pager->slots[first + i];
     if (slot->state != SLOT_STORING)
       continue;
     if (pager_is_kept_back(&pager->regions[slot->region], slot->change))
@@ -135,11 +135,15 @@ flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   if (pager->regions[wanted].changes_released !=
       pager->leases[lease].change) /* by a job: all else is unpinned by now */
     return pager->regions[wanted].kept ? FLAP_LANE_DISK_WRITE : FLAP_LANE_HOST;
+  if (pager->regions[wanted].lends) {
+    const pager_loan *loan = &pager->loans[pager->regions[wanted].loan];
+    return waits_for_slots(pager, loan->first_slot, loan->slots);
+  }
   if (pager->regions[wanted].ring == FLAP_PAGER_RESIDENT)
     return FLAP_LANE_DISK_WRITE; /* nothing else holds it up than that it is drained */
   if (index == PAGER_NONE) {
-    uint32_t ring = pager->regions[program->leases[lease % pager->leases_max].region].ring;
-    return waits_for_slot(pager, &pager->rings[ring]);
+    const pager_ring *ring = &pager->rings[pager->regions[wanted].ring];
+    return waits_for_slots(pager, ring->first_slot, ring->slots + ring->borrowed);
   }
   const pager_slot *slot = &pager->slots[index];
   const pager_region *region = &pager->regions[slot->region];
@@ -200,8 +204,29 @@ static void assert_slots(const flap_pager *pager) {
   flap_assert(states[SLOT_LOADING] == pager->loading.count);
   flap_assert(states[SLOT_RELEASED] == pager->released.count);
   flap_assert(states[SLOT_STORING] == pager->storing.count);
+  uint32_t storing_ram = 0;
+  for (uint32_t i = pager->storing.head; i != PAGER_NONE; i = pager->slots[i].next)
+    storing_ram += pager->slots[i].ram_next < pager->regions[pager->slots[i].region].ram_pages;
+  flap_assert(storing_ram == pager->storing_ram);
   for (uint32_t i = pager->loading.head; i != PAGER_NONE; i = pager->slots[i].next)
     flap_assert(pager->slots[i].next == PAGER_NONE || pager->slots[i].order < pager->slots[pager->slots[i].next].order);
+}
+
+/* 14: what is lent is in slots of residents that nobody uses, and these know how much. */
+static void assert_loans(const flap_pager *pager) {
+  uint32_t used = 0, offered = 0;
+  for (uint32_t i = 0; i < pager->loan_count; i++) {
+    const pager_loan *loan = &pager->loans[i];
+    const pager_region *region = &pager->regions[loan->region];
+    uint32_t free = 0;
+    for (uint32_t j = 0; j < loan->slots; j++)
+      free += pager->slots[loan->first_slot + j].state == SLOT_FREE;
+    flap_assert(free == loan->free.count && (free == loan->slots || loan->state == LOAN_OPEN));
+    flap_assert((loan->state == LOAN_CLOSED) == (region->pinned || region->holds));
+    used += loan->state == LOAN_USED;
+    offered += loan->state == LOAN_OPEN && free > 0;
+  }
+  flap_assert(used == pager->used.count && offered == pager->offered.count);
 }
 
 /* 10: of two slots that store the same region, the one that was unpinned first is ahead, or as far. */
@@ -310,10 +335,10 @@ static void assert_overlays(const flap_pager *pager) {
 static void assert_rings(const flap_pager *pager) {
   for (uint32_t i = 0; i < pager->ring_count; i++) {
     const pager_ring *ring = &pager->rings[i];
-    flap_assert(ring->free.count <= ring->slots && ring->pinned + ring->free.count <= ring->slots);
+    flap_assert(ring->free.count <= ring->slots && ring->pinned + ring->free.count <= ring->slots + ring->borrowed);
     flap_assert((ring->queue_head == PAGER_NONE) == (ring->queue_tail == PAGER_NONE));
-    /* 1: while anything can go on, nobody queues beside a free slot. */
-    flap_assert(pager->error != FLAP_OK || ring->queue_head == PAGER_NONE || ring->free.count == 0);
+    /* 1: while anything can go on, nobody queues beside a slot that he may have. */
+    flap_assert(pager->error != FLAP_OK || pager_rings_next_slot(pager, i) == PAGER_NONE);
   }
 }
 
@@ -325,6 +350,7 @@ void pager_assert_state(flap_pager *pager) {
   if (!pager_full_checks || pager->error != FLAP_OK)
     return;
   assert_slots(pager);
+  assert_loans(pager);
   assert_stores(pager);
   assert_kept(pager);
   assert_overlays(pager);

@@ -213,6 +213,12 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
 
 /* ---- the two calls ------------------------------------------------------------------------------------ */
 
+static void set_holds(flap_pager *pager, pager_region *region, bool holds) {
+  pager_set_holds(pager, region, holds);
+  if (region->lends)
+    pager_loan_at_rest(pager, region->loan);
+}
+
 flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_fn fill, void *context) {
   flap_assert(index < pager->region_count);
   pager_enter(pager);
@@ -220,11 +226,11 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
   pager_region *region = &pager->regions[index];
   if (status != FLAP_OK)
     return leave(pager, status);
-  pager_set_holds(pager, region, false);
+  set_holds(pager, region, false);
   if (region->ring < FLAP_PAGER_HOST && pager->rings[region->ring].keeps)
     pager->slots[pager->rings[region->ring].first_slot].keeps = false;
   if (!pager->has_bytes) {
-    pager_set_holds(pager, region, true);
+    set_holds(pager, region, true);
     return leave(pager, FLAP_OK);
   }
   if (region->ring == FLAP_PAGER_RESIDENT) {
@@ -234,7 +240,7 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
     if (status == FLAP_OK)
       status = fill_disk(pager, index, fill, context);
   }
-  pager_set_holds(pager, region, status == FLAP_OK && pager->error == FLAP_OK);
+  set_holds(pager, region, status == FLAP_OK && pager->error == FLAP_OK);
   return leave(pager, status);
 }
 

@@ -71,13 +71,37 @@ uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring) {
   return order;
 }
 
-static void assign(flap_pager *pager, pager_ring *ring) {
-  uint32_t index = ring->queue_head, slot = ring->free.head;
+uint32_t pager_rings_next_slot(const flap_pager *pager, uint32_t ring) {
+  const pager_ring *r = &pager->rings[ring];
+  if (r->queue_head == PAGER_NONE)
+    return PAGER_NONE;
+  if (r->free.head == PAGER_NONE && r->borrowed > 0)
+    return pager_loan_slot(pager, pager_rings_next_order(pager, ring));
+  return r->free.head;
+}
+
+static void take(flap_pager *pager, uint32_t slot) {
+  if (pager->slots[slot].loan == PAGER_NONE)
+    pager_list_remove(pager, &pager->rings[pager->slots[slot].ring].free, slot);
+  else
+    pager_loan_take(pager, slot);
+}
+
+static void give_back(flap_pager *pager, uint32_t slot) {
+  pager->slots[slot].state = SLOT_FREE;
+  if (pager->slots[slot].loan == PAGER_NONE)
+    pager_list_append(pager, &pager->rings[pager->slots[slot].ring].free, slot);
+  else
+    pager_loan_give_back(pager, slot);
+}
+
+static void assign(flap_pager *pager, pager_ring *ring, uint32_t slot) {
+  uint32_t index = ring->queue_head;
   pager_lease *lease = &pager->leases[index];
   ring->queue_head = lease->next_in_ring;
   if (ring->queue_head == PAGER_NONE)
     ring->queue_tail = PAGER_NONE;
-  pager_list_remove(pager, &ring->free, slot);
+  take(pager, slot);
 
   pager_slot *s = &pager->slots[slot];
   flap_assert(s->state == SLOT_FREE && s->copies_left == 0 && s->ready == PAGER_NONE);
@@ -106,13 +130,9 @@ static void assign(flap_pager *pager, pager_ring *ring) {
 
 bool pager_rings_assign(flap_pager *pager) {
   bool progress = false;
-  for (uint32_t i = 0; i < pager->ring_count; i++) {
-    pager_ring *ring = &pager->rings[i];
-    while (ring->queue_head != PAGER_NONE && ring->free.count > 0) {
-      assign(pager, ring);
-      progress = true;
-    }
-  }
+  for (uint32_t i = 0; i < pager->ring_count; i++)
+    for (uint32_t slot; (slot = pager_rings_next_slot(pager, i)) != PAGER_NONE; progress = true)
+      assign(pager, &pager->rings[i], slot);
   return progress;
 }
 
@@ -132,9 +152,9 @@ bool pager_rings_release(flap_pager *pager) {
       s->ram_next = 0;
       s->disk_next = pager->regions[s->region].ram_pages;
       pager_list_append(pager, &pager->storing, slot);
+      pager->storing_ram += pager->regions[s->region].ram_pages > 0;
     } else {
-      s->state = SLOT_FREE;
-      pager_list_append(pager, &pager->rings[s->ring].free, slot);
+      give_back(pager, slot);
     }
   }
   return progress;
@@ -147,6 +167,5 @@ void pager_rings_stored(flap_pager *pager, uint32_t slot) {
     return;
   pager_list_remove(pager, &pager->storing, slot);
   pager_count_store(pager, region, false);
-  s->state = SLOT_FREE;
-  pager_list_append(pager, &pager->rings[s->ring].free, slot);
+  give_back(pager, slot);
 }

@@ -66,6 +66,7 @@ static void store(flap_pager *pager, uint32_t slot, bool disk, uint32_t count) {
   } else {
     to = region->home + first * pager->page_bytes;
     s->ram_next += count;
+    pager->storing_ram -= s->ram_next == region->ram_pages;
   }
   move_pages(pager, s->region, first, count, PAGE_IDLE, PAGE_COPYING);
   pager_lane_copy(pager, &pager->d2h, to, s->memory + first * pager->page_bytes, &copy);
@@ -73,7 +74,9 @@ static void store(flap_pager *pager, uint32_t slot, bool disk, uint32_t count) {
 
 /* The lease that waits for this slot, or for what is in it, as orders are counted; UINT64_MAX for none. */
 static uint64_t wanted_by(const flap_pager *pager, const pager_slot *s) {
-  const uint64_t by_ring = pager_rings_next_order(pager, s->ring), by_region = pager->regions[s->region].wanted;
+  const uint64_t next = pager_rings_next_order(pager, s->ring), by_region = pager->regions[s->region].wanted;
+  const uint64_t lender = pager->rings[s->ring].borrowed > 0 ? pager->lender_order : UINT64_MAX;
+  const uint64_t by_ring = next < lender ? next : lender; /* one answer for all slots of a ring, borrowed or not */
   return by_ring < by_region ? by_ring : by_region;
 }
 
@@ -82,6 +85,8 @@ static bool store_most_wanted(flap_pager *pager) {
   uint32_t best = PAGER_NONE, best_count = 0;
   uint64_t best_order = 0;
   bool best_disk = false;
+  if (pager->write_free == 0 && pager->storing_ram == 0)
+    return false; /* as most often where disks are what everybody waits for */
   for (uint32_t slot = pager->storing.head; slot != PAGER_NONE; slot = pager->slots[slot].next) {
     const pager_slot *s = &pager->slots[slot];
     const uint64_t order = wanted_by(pager, s);

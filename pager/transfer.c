@@ -54,6 +54,7 @@ void pager_pump(flap_pager *pager) {
     progress |= pager_jobs_collect(pager);
     if (pager->error == FLAP_OK) {
       progress |= pager_rings_release(pager);
+      progress |= pager_loans_open(pager);
       progress |= pager_snapshot_issue(pager);
       progress |= pager_stores_issue(pager);
       progress |= pager_jobs_start(pager);

@@ -28,6 +28,22 @@ uint64_t case_first_seed(void) {
   return seed;
 }
 
+/* Some cases have a ring that borrows from residents, of which they have more. */
+static void choose_borrower(test_case *c) {
+  draw d = {.stream = flap_philox_stream(c->seed, "pager loans")};
+  c->lends = chance(&d, 30);
+  c->borrower = below(&d, c->config.ring_count);
+}
+
+/* All that there is, or less. */
+static void borrow(test_case *c) {
+  draw d = {.stream = flap_philox_stream(c->seed, "pager borrowed slots")};
+  uint64_t room = 0;
+  for (uint32_t i = 0; i < c->config.region_count; i++)
+    room += c->regions[i].lends ? c->regions[i].bytes / c->rings[c->borrower].slot_bytes : 0;
+  c->rings[c->borrower].borrowed = chance(&d, 50) ? (uint32_t)room : below(&d, (uint32_t)room + 1);
+}
+
 static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale) {
   flap_pager_config *config = &c->config;
   config->page_bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 50) ? 16 : 4));
@@ -37,11 +53,12 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
   static const char *const names[CASE_RINGS_MAX] = {"weights", "states", "activations"};
   for (uint32_t i = 0; i < config->ring_count; i++)
     c->rings[i] = (flap_pager_ring){.name = names[i], .slot_bytes = FLAP_BLOCK_ALIGN};
+  choose_borrower(c);
   uint32_t kept = 0;
   for (uint32_t i = 0; i < config->region_count; i++) {
     flap_pager_region *region = &c->regions[i];
     region->bytes = FLAP_BLOCK_ALIGN * (1 + below(d, chance(d, 20) ? 64 * scale : 8 * scale));
-    region->ring = chance(d, 15) ? FLAP_PAGER_RESIDENT : below(d, config->ring_count);
+    region->ring = chance(d, c->lends ? 25 : 15) ? FLAP_PAGER_RESIDENT : below(d, config->ring_count);
     region->element_bytes = (uint8_t)(i % 4 == 3 ? 0 : 1 << i % 4);
     region->klass = (uint8_t)(i % FLAP_PAGER_CLASSES_MAX);
     uint32_t pages = (uint32_t)((region->bytes + config->page_bytes - 1) / config->page_bytes);
@@ -49,6 +66,7 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
     c->filled[i] = chance(d, 80);
     if (region->ring == FLAP_PAGER_RESIDENT) {
       region->ram_pages = 0;
+      region->lends = c->lends;
       continue;
     }
     c->for_jobs[i] = homes != HOMES_DISK && chance(d, 25);
@@ -69,6 +87,7 @@ static void make_regions(test_case *c, draw *d, case_homes homes, uint32_t scale
       c->rings[region->ring].slot_bytes = region->bytes;
   }
   config->ring_count += kept;
+  borrow(c);
   config->regions = c->regions;
   config->rings = c->rings;
 }
@@ -144,7 +163,7 @@ static bool make_pin(maker *m, uint32_t program) {
   uint32_t region = below(m->d, c->config.region_count);
   if (m->pinned[region] || m->live_count == 8 || c->regions[region].ring == FLAP_PAGER_HOST)
     return false;
-  if (is_kept(c, region) && !m->holds[region])
+  if ((is_kept(c, region) && !m->holds[region]) || (c->regions[region].lends && m->live[c->borrower] > 0))
     return false;
   flap_lease_mode mode = (flap_lease_mode)below(m->d, 5);
   if (chance(m->d, 50))
@@ -249,5 +268,5 @@ void case_add_snapshots(test_case *c) {
   draw d = {.stream = flap_philox_stream(c->seed, "pager snapshots")};
   c->snapshots = true;
   for (uint32_t i = 0; i < c->config.region_count; i++)
-    c->regions[i].in_snapshots = chance(&d, 60) && c->regions[i].overlay == 0;
+    c->regions[i].in_snapshots = chance(&d, 60) && c->regions[i].overlay == 0 && !c->regions[i].lends;
 }

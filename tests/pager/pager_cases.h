@@ -51,6 +51,8 @@ typedef struct test_case {
   flap_pager_ring rings[CASE_RINGS_MAX + CASE_KEPT_MAX];
   bool for_jobs[CASE_REGIONS_MAX];
   bool filled[CASE_REGIONS_MAX];
+  bool lends; /* residents do, to ring `borrower` */
+  uint32_t borrower;
   uint32_t program_count;
   uint32_t lease_counts[CASE_PROGRAMS_MAX];
   flap_lease leases[CASE_PROGRAMS_MAX][CASE_LEASES_MAX];

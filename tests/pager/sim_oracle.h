@@ -23,7 +23,7 @@
 #define ORACLE_GRANULES_MAX 64u /* of FLAP_BLOCK_ALIGN, of a region */
 #define ORACLE_CELLS_MAX 4096u  /* of a tier */
 #define ORACLE_JOBS_MAX 16u
-#define ORACLE_EVENTS_MAX 128u
+#define ORACLE_EVENTS_MAX 192u
 #define ORACLE_WINDOW 16u /* copies on a lane at a time: rule 4 of pager/README.md */
 
 typedef enum oracle_tier { ORACLE_VRAM, ORACLE_RAM, ORACLE_DISK, ORACLE_TIERS } oracle_tier;

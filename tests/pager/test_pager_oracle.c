@@ -19,6 +19,7 @@
 #define ACTIONS_MAX 128u
 #define RINGS_MAX 2u
 #define THREADS_MAX 64u
+#define BORROWED_MAX 30u
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define PROGRAMS 40000u /* several times as slow */
 #else
@@ -80,6 +81,7 @@ static void make_regions(world *w) {
   c->region_count = 1 + below(s, 5);
   for (uint32_t i = 0; i < c->ring_count; i++)
     w->rings[i] = (flap_pager_ring){.name = "ring", .slot_bytes = FLAP_BLOCK_ALIGN, .slots = 1 + below(s, 3)};
+  const bool lends = chance(s, 40);
   bool kept = false;
   for (uint32_t i = 0; i < c->region_count; i++) {
     flap_pager_region *r = &w->regions[i];
@@ -94,14 +96,18 @@ static void make_regions(world *w) {
       r->ring = c->ring_count;
       w->rings[r->ring] = (flap_pager_ring){.name = "kept", .slot_bytes = r->bytes, .slots = 1, .keeps = true};
       kept = true;
-    } else if (!w->for_jobs[i] && chance(s, 10)) {
-      *r = (flap_pager_region){.bytes = r->bytes, .ring = FLAP_PAGER_RESIDENT};
+    } else if (!w->for_jobs[i] && chance(s, lends ? 40 : 10)) {
+      *r = (flap_pager_region){.bytes = r->bytes, .ring = FLAP_PAGER_RESIDENT, .lends = lends};
     } else if (w->rings[r->ring].slot_bytes < r->bytes) {
       w->rings[r->ring].slot_bytes = r->bytes;
     }
     w->holds[i] = chance(s, 80);
   }
   c->ring_count += kept;
+  uint64_t room = 0;
+  for (uint32_t i = 0; i < c->region_count; i++)
+    room += w->regions[i].lends ? w->regions[i].bytes / w->rings[0].slot_bytes : 0;
+  w->rings[0].borrowed = below(s, (uint32_t)(room < BORROWED_MAX ? room : BORROWED_MAX) + 1);
 }
 
 /* Regions of jobs do not: what they empty is empty only once the job is over. */
@@ -221,7 +227,7 @@ static void make_pin(world *w, program *p) {
   const uint32_t region = below(&w->random, w->config.region_count), ring = w->regions[region].ring;
   if (w->pinned[region] || ring == FLAP_PAGER_HOST || (is_kept(w, region) && !w->holds[region]))
     return;
-  if (ring != FLAP_PAGER_RESIDENT && w->live[ring] == w->rings[ring].slots)
+  if (ring == FLAP_PAGER_RESIDENT ? w->regions[region].lends && w->live[0] > 0 : w->live[ring] == w->rings[ring].slots)
     return;
   const flap_lease_mode mode = choose_mode(w, region);
   if (mode == FLAP_LEASE_CREATE && other_side_is_busy(w, region))

@@ -280,6 +280,7 @@ typedef struct script {
   uint32_t transfer_pages, copy_pages;
   uint64_t copy_ns;
   uint32_t region_count, lease_count, programs; /* the leases are run so many times, one program ahead */
+  uint32_t empty;                               /* a region that holds nothing; 0: none */
   uint64_t compute_ns[8];
 } script;
 
@@ -305,7 +306,8 @@ static flap_pager *open_script(const script *s, flap_clock *clock) {
   flap_arena_measure(&arena, "ram");
   ck_assert_msg(flap_pager_open(&config, &arena, &pager) == FLAP_OK, "%s", flap_error_message());
   for (uint32_t i = 0; i < s->region_count; i++)
-    ck_assert_int_eq(flap_pager_fill(pager, i, NULL, NULL), FLAP_OK);
+    if (s->empty == 0 || i != s->empty)
+      ck_assert_int_eq(flap_pager_fill(pager, i, NULL, NULL), FLAP_OK);
   return pager;
 }
 
@@ -365,6 +367,53 @@ START_TEST(order_next_program_is_loaded_during_this_one) {
   s.programs = 3;
   add(&s, 0, FLAP_LEASE_READ, 1000);
   ck_assert_uint_eq(time_of_pin(&s, 0), 100 + 2 * 1000);
+}
+END_TEST
+
+/* The ring has one slot of its own and borrows two from region 3, a resident that holds nothing at first. */
+static script make_script_of_a_loan(void) {
+  script s = make_script(1, 1);
+  s.rings[0].borrowed = 2;
+  s.regions[3] = (flap_pager_region){.bytes = 2 * PAGE_BYTES, .ring = FLAP_PAGER_RESIDENT, .lends = true};
+  s.empty = 3;
+  return s;
+}
+
+START_TEST(order_borrowed_slots_are_loaded_ahead) {
+  script s = make_script_of_a_loan();
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  add(&s, 1, FLAP_LEASE_READ, 1000);
+  add(&s, 2, FLAP_LEASE_READ, 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + 2 * 1000);
+  s.rings[0].borrowed = 1; /* the third lease comes up in the first one's slot, while the second one computes */
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + 2 * 1000);
+  s.rings[0].borrowed = 0;
+  ck_assert_uint_eq(time_of_pin(&s, 2), 3 * 100 + 2 * 1000);
+}
+END_TEST
+
+START_TEST(order_what_comes_behind_the_lender_does_not_borrow_before) {
+  script s = make_script_of_a_loan();
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  add(&s, 3, FLAP_LEASE_SCRATCH, 1000);
+  add(&s, 1, FLAP_LEASE_READ, 1000);
+  add(&s, 2, FLAP_LEASE_READ, 1000);
+  /* The third comes up in the own slot of the first, while the lender computes; the fourth only then, in the lender. */
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + 2 * 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 3), 100 + 3 * 1000);
+  s.compute_ns[2] = 50; /* too short for it */
+  ck_assert_uint_eq(time_of_pin(&s, 3), 100 + 2 * 1000 + 100);
+}
+END_TEST
+
+START_TEST(order_lender_waits_for_what_it_lent) {
+  script s = make_script_of_a_loan();
+  add(&s, 0, FLAP_LEASE_READ, 1000);
+  add(&s, 1, FLAP_LEASE_UPDATE, 1000);
+  add(&s, 3, FLAP_LEASE_SCRATCH, 1000);
+  ck_assert_uint_eq(time_of_pin(&s, 2), 100 + 2 * 1000 + 100); /* until it is home */
+  s.programs = 3; /* and what the next program begins with is there when it begins: only the lender is waited for */
+  ck_assert_uint_eq(time_of_pin(&s, 0), 100 + 2 * (3 * 1000 + 100));
 }
 END_TEST
 
@@ -484,6 +533,9 @@ int main(void) {
   tcase_add_test(tcase, stall_is_charged_to_the_lane_that_was_waited_for);
   tcase_add_test(tcase, order_full_ring_does_not_hold_up_another_ring);
   tcase_add_test(tcase, order_next_program_is_loaded_during_this_one);
+  tcase_add_test(tcase, order_borrowed_slots_are_loaded_ahead);
+  tcase_add_test(tcase, order_what_comes_behind_the_lender_does_not_borrow_before);
+  tcase_add_test(tcase, order_lender_waits_for_what_it_lent);
   tcase_add_test(tcase, order_reads_of_one_region_do_not_wait_for_each_other);
   tcase_add_test(tcase, order_read_of_a_changed_region_waits_until_it_is_home);
   tcase_add_test(tcase, order_lease_needed_first_passes_a_long_load);
