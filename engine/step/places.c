@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define BORROWED_MAX 256u /* slots; each takes two events of the device */
+
 /* ---- residents ------------------------------------------------------------------------------------------- */
 
 /* Of `regions` regions of a class, `wanted` are chosen at even distances. */
@@ -37,6 +39,22 @@ static void enter_streaming(setup_class *c, const flap_layout_region *region) {
   c->slot_bytes = region->bytes > c->slot_bytes ? region->bytes : c->slot_bytes;
 }
 
+/* Residents that hold nothing for a part of a step: gradient sums in the forward, activations from their backward until
+ * the next forward comes to them. Meanwhile their memory is for states that pass (pager.h, rings that borrow): those
+ * that a forward begins with are loaded while the backward before it ends. */
+static bool may_lend(int klass) {
+  switch (klass) {
+  case FLAP_CLASS_GRADIENT_SUMS:
+  case FLAP_CLASS_VOCABULARY_SUMS:
+  case FLAP_CLASS_BOUNDARIES:
+  case FLAP_CLASS_HIDDEN_GRADIENTS:
+  case FLAP_CLASS_SAVED:
+    return true;
+  default:
+    return false;
+  }
+}
+
 static void choose_class(flap_setup *setup, int k, uint64_t wanted, uint64_t preferred) {
   setup_places *places = setup->places;
   setup_class *c = &places->classes[k];
@@ -45,6 +63,7 @@ static void choose_class(flap_setup *setup, int k, uint64_t wanted, uint64_t pre
   c->wanted = wanted;
   c->preferred = preferred;
   c->slot_bytes = c->streaming = c->resident_bytes = c->kept_bytes = c->home_bytes = c->page_bytes = 0;
+  c->lenders = c->lender_bytes = 0;
   c->ring = UINT32_MAX;
   c->home = SETUP_HOME_UNKNOWN;
   places->has_homes = false;
@@ -62,8 +81,12 @@ static void choose_class(flap_setup *setup, int k, uint64_t wanted, uint64_t pre
         continue;
       setup->regions[i].ring = FLAP_PAGER_RESIDENT;
       setup->regions[i].ram_pages = 0;
+      setup->regions[i].lends = may_lend(k);
+      if (may_lend(k))
+        c->lender_bytes = c->lenders++ == 0 || region->bytes < c->lender_bytes ? region->bytes : c->lender_bytes;
       continue;
     }
+    setup->regions[i].lends = false;
     enter_streaming(c, region);
     c->home_bytes += any ? region->bytes : 0;
     if (any && region->overlay > 0)
@@ -120,6 +143,19 @@ static void lay_copies(flap_setup *setup) {
   }
 }
 
+static void borrow(flap_setup *setup) {
+  const flap_class_plan *states = &setup->classes[FLAP_CLASS_STATES];
+  uint64_t slots = 0;
+  if (states->ring_slots == 0)
+    return;
+  flap_pager_ring *ring = &setup->rings[setup->places->classes[FLAP_CLASS_STATES].ring];
+  for (int k = 0; k < FLAP_CLASS_COUNT; k++) {
+    const setup_class *c = &setup->places->classes[k];
+    slots += c->lenders * (c->lender_bytes / ring->slot_bytes);
+  }
+  ring->borrowed = (uint32_t)(slots < BORROWED_MAX ? slots : BORROWED_MAX);
+}
+
 /* A ring per class that streams, as wide as the largest region that streams. */
 void setup_lay_rings(flap_setup *setup) {
   uint32_t live_max[FLAP_CLASS_COUNT];
@@ -141,6 +177,7 @@ void setup_lay_rings(flap_setup *setup) {
     setup->classes[k].ring_slots = ring.slots;
     setup->classes[k].ring_bytes = ring.slots * ring.slot_bytes;
   }
+  borrow(setup);
   lay_copies(setup);
 }
 

@@ -127,19 +127,30 @@ static void pin_segment(program_builder *b, uint32_t segment, bool update) {
   b->next_pinned = false;
 }
 
+/* What a segment but the last begins with: the first one's is the embedding's output, made where it is used. */
+static flap_operand pin_input(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand embedding) {
+  const bool step = b->spec->kind == FLAP_PROGRAM_STEP;
+  const flap_lease_mode mode = embedding == NONE ? (step ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME)
+                                                 : (step ? FLAP_LEASE_CREATE : FLAP_LEASE_SCRATCH);
+  const flap_operand x = program_pin(b, flap_layout_boundary(b->layout, segment, micro_batch), mode);
+  if (embedding != NONE)
+    OP(b, FLAP_OP_EMBED, 0, micro_batch, embedding, x, NONE, NONE, NONE, NONE);
+  return x;
+}
+
 /* Forward of a segment but the last for the micro-batches of a group. Weights stay pinned from a layer's first use to
- * its last. */
-static void forward_segment(program_builder *b, uint32_t segment, micro_batch_range range, bool update) {
+ * its last; `embedding`: of the first segment, else NONE. */
+static void forward_segment(program_builder *b, uint32_t segment, micro_batch_range range, bool update,
+                            flap_operand embedding) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   pin_segment(b, segment, update);
   const bool spread = update && b->spec->spread, has_next = spread && segment + 2 < b->layout->segment_count;
   if (has_next)
     program_next_segment(b, segment + 1);
-  const flap_lease_mode input = b->spec->kind == FLAP_PROGRAM_STEP ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
   for (uint32_t i = range.first; i < range.end; i++) {
     /* Where activations are saved from the segment's first layer on, its backward still starts from this input. */
-    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), input);
+    const flap_operand x_in = pin_input(b, segment, i, embedding);
     const flap_operand x_out = program_pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_CREATE);
     pin_saved(b, segment, i, FLAP_LEASE_CREATE);
     forward_layers(b, segment, i, x_in, x_out, false);
@@ -155,6 +166,7 @@ static void forward_segment(program_builder *b, uint32_t segment, micro_batch_ra
     program_unpin(b, b->weights[j]);
 }
 
+/* Where the tail is all there is: with its sums leased there would have to be room for two vocabularies. */
 static void embed(program_builder *b, micro_batch_range range, bool update) {
   const flap_operand embedding = program_pin_weights(b, 0, update);
   for (uint32_t i = range.first; i < range.end; i++) {
@@ -165,9 +177,26 @@ static void embed(program_builder *b, micro_batch_range range, bool update) {
   program_unpin(b, embedding);
 }
 
-/* `fresh`: the scratch memory holds what the segment's last layer left there in the forward. */
+/* The passes of a group before the tail. */
+static void forward(program_builder *b, micro_batch_range range, bool update) {
+  const uint32_t last = b->layout->segment_count - 1;
+  if (last == 0) {
+    embed(b, range, update);
+    return;
+  }
+  const flap_operand embedding = program_pin_weights(b, 0, update);
+  if (update && b->spec->spread)
+    program_ahead_begin(b);
+  forward_segment(b, 0, range, update, embedding);
+  program_unpin(b, embedding);
+  for (uint32_t segment = 1; segment < last; segment++)
+    forward_segment(b, segment, range, update, NONE);
+}
+
+/* `fresh`: the scratch memory holds what the segment's last layer left there in the forward. `finishes`: this is the
+ * last micro-batch, and each layer's gradient goes home while those before it compute. */
 static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in,
-                            flap_operand dx, bool first_sums, bool fresh) {
+                            flap_operand dx, bool first_sums, bool fresh, bool finishes) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = end; layer-- > first;) {
@@ -178,6 +207,8 @@ static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro
     OP(b, FLAP_OP_LAYER_BACKWARD, layer, micro_batch, b->weights[j], in, b->saved[j], dx, scratch(b, j, true),
        b->sums[j]);
     mark_fresh(b, first_sums);
+    if (finishes)
+      program_finish_part(b, flap_layout_layer_part(layer), b->sums[j], b->weights[j]);
   }
 }
 
@@ -214,25 +245,30 @@ static void pin_tail(program_builder *b, micro_batch_range range, uint32_t first
   t->projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : t->sums;
 }
 
-/* The tail's parts have been of use; with the last group their gradients are complete. */
-static void finish_tail(program_builder *b, micro_batch_range range, uint32_t first, uint32_t end,
-                        const tail_leases *t) {
-  const bool step = b->spec->kind == FLAP_PROGRAM_STEP, finishes = step && range.last_group;
-  if (b->layout->tied && step)
+static void leave_projection(program_builder *b, const tail_leases *t) {
+  if (!b->layout->tied)
+    return;
+  if (b->spec->kind == FLAP_PROGRAM_STEP)
     program_unpin(b, t->projection_sums);
-  if (b->layout->tied)
-    program_unpin(b, t->projection);
-  if (finishes) {
-    if (b->layout->spec.backward_parts > 0)
-      OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
-    program_rounded_begin(b);
-    program_finish_part(b, program_head_part(b), t->sums, t->head);
-  } else {
-    if (step)
-      program_unpin(b, t->sums);
-    program_unpin(b, t->head);
-  }
-  leave_layers(b, first, end, finishes);
+  program_unpin(b, t->projection);
+}
+
+/* The head has been of use for the last micro-batch, and its gradient is complete. */
+static void finish_head(program_builder *b, const tail_leases *t) {
+  leave_projection(b, t);
+  if (b->layout->spec.backward_parts > 0)
+    OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+  program_rounded_begin(b);
+  program_finish_part(b, program_head_part(b), t->sums, t->head);
+}
+
+/* The tail's parts have been of use for now. */
+static void leave_tail(program_builder *b, uint32_t first, uint32_t end, const tail_leases *t) {
+  leave_projection(b, t);
+  if (b->spec->kind == FLAP_PROGRAM_STEP)
+    program_unpin(b, t->sums);
+  program_unpin(b, t->head);
+  leave_layers(b, first, end, false);
 }
 
 /* The last segment, final norm, logits and loss; in a step also their backward. Each micro-batch goes there and back at
@@ -245,8 +281,9 @@ static void tail(program_builder *b, micro_batch_range range, bool update) {
   flap_layout_segment(b->layout, segment, &first, &end);
   pin_segment(b, segment, update && !(b->spec->spread && segment > 0));
   pin_tail(b, range, first, end, &t);
+  const bool finishes = step && range.last_group;
   for (uint32_t i = range.first; i < range.end; i++) {
-    const bool fresh = range.first_group && i == range.first;
+    const bool fresh = range.first_group && i == range.first, last = finishes && i + 1 == range.end;
     const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
     const flap_operand x_out = program_pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_SCRATCH);
     pin_saved(b, segment, i, FLAP_LEASE_SCRATCH);
@@ -255,14 +292,17 @@ static void tail(program_builder *b, micro_batch_range range, bool update) {
     OP(b, FLAP_OP_HEAD, 0, i, t.head, t.projection, x_out, dx, t.sums, t.projection_sums);
     mark_fresh(b, fresh);
     program_unpin(b, x_out);
+    if (last)
+      finish_head(b, &t);
     if (step)
-      backward_layers(b, segment, i, x_in, dx, fresh, true);
+      backward_layers(b, segment, i, x_in, dx, fresh, true, last);
     unpin_saved(b, segment);
     if (step)
       program_unpin(b, dx);
     program_unpin(b, x_in);
   }
-  finish_tail(b, range, first, end, &t);
+  if (!finishes)
+    leave_tail(b, first, end, &t);
 }
 
 /* Backward of a segment but the last, micro-batch by micro-batch. */
@@ -282,7 +322,7 @@ static void backward_segment(program_builder *b, uint32_t segment, micro_batch_r
     pin_saved(b, segment, i, FLAP_LEASE_CONSUME);
     if (b->saved[0] == NONE) /* segments save as a whole */
       forward_layers(b, segment, i, x_in, NONE, true);
-    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, false);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, false, false);
     unpin_saved(b, segment);
     program_unpin(b, x_in);
     program_unpin(b, dx);
@@ -328,11 +368,7 @@ static void build_step(program_builder *b) {
     range.first_group = first == 0;
     range.last_group = b->last_group = range.end == n;
     const bool update = b->spec->pending && range.first_group;
-    embed(b, range, update);
-    if (update && b->spec->spread)
-      program_ahead_begin(b);
-    for (uint32_t segment = 0; segment < last; segment++)
-      forward_segment(b, segment, range, update);
+    forward(b, range, update);
     tail(b, range, update);
     for (uint32_t segment = last; segment-- > 0;)
       backward_segment(b, segment, range);
@@ -348,9 +384,7 @@ static void build_forward(program_builder *b) {
   const uint32_t n = b->layout->spec.micro_batches, group = b->layout->spec.group_micro_batches;
   for (uint32_t first = 0; first < n; first += group) {
     const micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
-    embed(b, range, false);
-    for (uint32_t segment = 0; segment + 1 < b->layout->segment_count; segment++)
-      forward_segment(b, segment, range, false);
+    forward(b, range, false);
     tail(b, range, false);
   }
 }

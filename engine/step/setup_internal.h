@@ -29,6 +29,7 @@ typedef struct setup_class {
   uint64_t wanted, preferred;
   uint64_t slot_bytes, streaming;      /* the largest region that passes through the ring, and how many do */
   uint64_t resident_bytes, kept_bytes; /* in VRAM, and without copies */
+  uint64_t lenders, lender_bytes;      /* residents that lend, and the smallest of them */
   uint64_t home_bytes;                 /* for RAM and disk to share */
   uint32_t ring;                       /* that its regions have; UINT32_MAX: not yet */
   /* For a size of pages; 0: for none yet. */
