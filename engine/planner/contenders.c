@@ -79,10 +79,14 @@ uint32_t planner_pick(const planner_contender *list, uint32_t count, uint32_t mo
   return picked;
 }
 
-double planner_correction(const flap_planner *planner, uint32_t segment) {
+static bool waits_alike(planner_skeleton a, planner_skeleton b) {
+  return a.segment == b.segment && a.spread == b.spread;
+}
+
+double planner_correction(const flap_planner *planner, planner_skeleton s) {
   const planner_memory *memory = planner->memory;
   for (uint32_t i = 0; memory != NULL && i < memory->correction_count; i++)
-    if (memory->corrections[i].segment == segment)
+    if (waits_alike(memory->corrections[i].of, s))
       return memory->corrections[i].ratio;
   return 1;
 }
@@ -92,15 +96,15 @@ static void learn(planner_memory *memory, const planner_contender *simulated, do
   uint32_t i = 0;
   if (!(simulated->uncorrected > 0))
     return;
-  while (i < memory->correction_count && memory->corrections[i].segment != simulated->s.segment)
+  while (i < memory->correction_count && !waits_alike(memory->corrections[i].of, simulated->s))
     i++;
-  if (i == PLANNER_SEGMENTS_MAX)
+  if (i == PLANNER_CORRECTIONS_MAX)
     return;
   if (i == memory->correction_count)
     memory->correction_count++;
   else if (memory->corrections[i].ratio <= ratio)
     return;
-  memory->corrections[i].segment = simulated->s.segment;
+  memory->corrections[i].of = simulated->s;
   memory->corrections[i].ratio = ratio;
 }
 

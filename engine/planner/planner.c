@@ -203,7 +203,7 @@ flap_status planner_enter_skeleton(const flap_planner *planner, const planner_ca
       planner_enter(list, count,
                     (planner_contender){.s = s,
                                         .depth = depths[d],
-                                        .estimate = outlook.estimates[d] * planner_correction(planner, s.segment),
+                                        .estimate = outlook.estimates[d] * planner_correction(planner, s),
                                         .uncorrected = outlook.estimates[d]});
   return FLAP_OK;
 }

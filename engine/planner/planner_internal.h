@@ -7,6 +7,7 @@
 
 #define PLANNER_SEGMENTS_MAX 12
 #define PLANNER_GROUPS_MAX 16
+#define PLANNER_CORRECTIONS_MAX (2 * PLANNER_SEGMENTS_MAX)
 #define PLANNER_TAILS_MAX 12
 #define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */
 #define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
@@ -112,13 +113,13 @@ typedef struct planner_memory {
   } of[PLANNER_MEMORY];
   uint32_t outlook_count;
   planner_outlook outlooks[PLANNER_OUTLOOKS];
-  /* By the length of segments: what the best simulation so far came to, over its estimate. Waiting between segments,
-   * which long ones make much of, estimates see little of. */
+  /* By the length of segments, and whether updates are spread: what the best simulation so far came to, over its
+   * estimate. Waiting between segments, which long ones make much of, estimates see little of. */
   uint32_t correction_count;
   struct {
-    uint32_t segment;
+    planner_skeleton of;
     double ratio;
-  } corrections[PLANNER_SEGMENTS_MAX];
+  } corrections[PLANNER_CORRECTIONS_MAX];
 } planner_memory;
 
 /* candidates.c. */
@@ -150,8 +151,8 @@ void planner_enter(planner_contender *list, uint32_t *count_io, planner_contende
  * length, as long as there are others. */
 uint32_t planner_pick(const planner_contender *list, uint32_t count, uint32_t most,
                       planner_contender picked_out[PLANNER_SIMULATED]);
-/* What an estimate for segments of a length is to be multiplied by. */
-double planner_correction(const flap_planner *planner, uint32_t segment);
+/* What an estimate is to be multiplied by. */
+double planner_correction(const flap_planner *planner, planner_skeleton s);
 /* Of outlook_io->s; false: it was not looked at. */
 bool planner_recall_outlook(const flap_planner *planner, planner_outlook *outlook_io);
 void planner_remember_outlook(const flap_planner *planner, const planner_outlook *outlook);

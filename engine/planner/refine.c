@@ -119,6 +119,18 @@ static flap_status refine_host(const flap_planner *planner, const planner_candid
   return simulate_best(&r, best, costs);
 }
 
+/* The same with all else as in the best. */
+static flap_status refine_host_of_best(const flap_planner *planner, const planner_candidates *c,
+                                       const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  for (uint32_t j = 0; j < c->other_host_count; j++) {
+    planner_skeleton s = best->s;
+    s.host = c->other_hosts[j];
+    FLAP_TRY(look_at(&r, s, costs));
+  }
+  return simulate_best(&r, best, costs);
+}
+
 /* How much is updated in the backward, where that may be; then whether the embedding's states should stay: estimates
  * see what that takes from others, but not what it saves. */
 static flap_status refine_backward(const flap_planner *planner, const planner_candidates *c,
@@ -158,16 +170,25 @@ static flap_status refine_saved_of_best(const flap_planner *planner, const plann
   return simulate_best(&r, best, costs);
 }
 
-/* How many micro-batches are a group, with all else as in the best: other cuts than the first list's may be good with
- * what is saved now, or start a better step with a longer tail. */
-static flap_status refine_group(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                planner_contender *best, flap_plan_costs *costs) {
+/* How long segments are, how many micro-batches are a group, and whether updates are spread, with all else as in the
+ * best: other cuts than the first list's may be good with what is saved now, or updated in the backward, or start a
+ * better step with a longer tail. */
+static flap_status refine_cut(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                              planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   const flap_plan_costs worth = {.step_seconds = costs->step_seconds * PLANNER_START_WORTH};
   for (uint32_t i = 0; i < c->group_count; i++)
     for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
       planner_skeleton s = best->s;
       s.group = c->groups[i];
+      s.spread = spread == 1;
+      FLAP_TRY(look_at(&r, s, &worth));
+    }
+  for (uint32_t i = 0; i < c->segment_count; i++)
+    for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
+      planner_skeleton s = best->s;
+      s.segment = c->segments[i];
+      s.tail = planner_tail(planner, s.segment, c->tails[0]);
       s.spread = spread == 1;
       FLAP_TRY(look_at(&r, s, &worth));
     }
@@ -499,8 +520,9 @@ flap_status planner_refine(const flap_planner *planner, const planner_candidates
       *costs = other_costs;
     }
   }
-  FLAP_TRY(refine_group(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_cut(planner, c, budgets, best, costs));
   FLAP_TRY(refine_starts(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_host_of_best(planner, c, budgets, best, costs));
   FLAP_TRY(refine_saved_and_slices(planner, c, budgets, best, costs));
   FLAP_TRY(refine_spare(planner, c, budgets, best, costs));
   FLAP_TRY(refine_staging(planner, c, budgets, best, costs));
