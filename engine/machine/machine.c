@@ -26,8 +26,13 @@
 
 #define DISK_REQUEST_BYTES (256 * FLAP_KIB)
 #define DISK_PROBE_BYTES FLAP_MIB
-#define DISK_BYTES_MAX (64 * FLAP_MIB)
-#define DISK_SECONDS_MAX 0.9 /* of the four passes together */
+/* A small extent is measured, or a share of what a run may put on the disk: what is written and read anew within a
+ * second comes from caches, of the drive or of a host, that serve no run of many gigabytes. */
+#define DISK_SPAN_MIN (64 * FLAP_MIB)
+#define DISK_SPAN_MAX (2 * FLAP_GIB)
+#define DISK_SPAN_SHARE 8u
+#define DISK_SECONDS 0.9     /* of the four passes together, over a small extent */
+#define DISK_SECONDS_MAX 4.0 /* over a large one */
 
 /* ---- matmul ---------------------------------------------------------------------------------------------- */
 
@@ -119,14 +124,20 @@ static flap_status measure_cpu(uint32_t threads, const char *cpu, flap_machine *
 
 /* ---- disks ----------------------------------------------------------------------------------------------- */
 
+static uint64_t span_of(uint64_t disk_bytes) {
+  const uint64_t span = disk_bytes / DISK_SPAN_SHARE;
+  return span < DISK_SPAN_MIN ? DISK_SPAN_MIN : span < DISK_SPAN_MAX ? span : DISK_SPAN_MAX;
+}
+
 /* A small extent tells how large a one the time allows. */
-static flap_status measure_disk(const char *path, flap_machine *machine) {
+static flap_status measure_disk(const char *path, uint64_t span_bytes, flap_machine *machine) {
   uint64_t free_bytes;
   flap_block_rates rates;
   FLAP_TRY(flap_block_space(path, &free_bytes));
   FLAP_TRY(flap_block_measure_rates(path, DISK_PROBE_BYTES, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &rates));
-  double allowed = DISK_SECONDS_MAX / (2 / rates.write_bytes + 1 / rates.read_bytes + 1 / rates.both_bytes);
-  uint64_t bytes = allowed < (double)DISK_BYTES_MAX ? (uint64_t)allowed : DISK_BYTES_MAX;
+  const double seconds = span_bytes > DISK_SPAN_MIN ? DISK_SECONDS_MAX : DISK_SECONDS;
+  double allowed = seconds / (2 / rates.write_bytes + 1 / rates.read_bytes + 1 / rates.both_bytes);
+  uint64_t bytes = allowed < (double)span_bytes ? (uint64_t)allowed : span_bytes;
   bytes = bytes < free_bytes / 2 ? bytes : free_bytes / 2;
   bytes -= bytes % DISK_PROBE_BYTES;
   if (bytes > DISK_PROBE_BYTES)
@@ -163,7 +174,7 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   if (disk_rates) {
     if (!disk)
       return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", wish->disk_path);
-    const flap_status status = measure_disk(wish->disk_path, &machine);
+    const flap_status status = measure_disk(wish->disk_path, disk->span_bytes, &machine);
     if (status == FLAP_NO_SPACE && !wish->fresh) {
       flap_log(FLAP_LOG_DEBUG, "disk %s is not measured: %s", wish->disk_path, flap_error_message());
       flap_error_clear();
@@ -184,8 +195,8 @@ static uint32_t count_threads(uint32_t wanted) {
   return wanted > 0 ? wanted : cores < FLAP_POOL_THREADS_MAX ? cores : FLAP_POOL_THREADS_MAX;
 }
 
-flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
-                                flap_machine *machine_out) {
+flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, uint64_t disk_bytes,
+                                bool fresh, flap_machine *machine_out) {
   const uint32_t cores = count_cores();
   machine_wish wish = {.disk_path = disk_path, .fresh = fresh, .cuda = device == FLAP_RUN_DEVICE_CUDA};
   wish.threads = count_threads(threads);
@@ -201,7 +212,8 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
   if (disk_path && realpath(disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
-    wish.disk = (flap_machine_disk){.path = wish.real_path, .number = (uint64_t)about.st_dev};
+    wish.disk = (flap_machine_disk){
+        .path = wish.real_path, .number = (uint64_t)about.st_dev, .span_bytes = span_of(disk_bytes)};
     wish.disk_found = true;
   }
   flap_machine_cache cache;
@@ -216,7 +228,7 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   flap_machine_profile *profile = profile_out;
   memset(profile, 0, sizeof *profile);
   flap_machine *machine = &profile->machine;
-  FLAP_TRY(flap_engine_machine(device, threads, disk_path, fresh, machine));
+  FLAP_TRY(flap_engine_machine(device, threads, disk_path, 0, fresh, machine));
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);

@@ -83,6 +83,7 @@ static flap_status object_at(const flap_json_object *parent, const char *name, c
 
 typedef struct disk_rates {
   double read, write, both; /* bytes per second; both 0: not known */
+  int64_t span;             /* over so many bytes; 0: not said */
 } disk_rates;
 
 typedef struct entry_key {
@@ -166,6 +167,7 @@ static flap_status read_disks(const flap_json_object *entry, const flap_machine_
     FLAP_TRY(flap_json_get_string(&object, "path", &path));
     FLAP_TRY(flap_json_get_integer(&object, "number", INT64_MIN, INT64_MAX, &number));
     FLAP_TRY(read_disk_rates(&object, true, &rates));
+    FLAP_TRY(flap_json_opt_integer(&object, "span_bytes", 0, INT64_MAX, 0, &rates.span));
     if (disk && strcmp(path, disk->path) == 0 && (uint64_t)number == disk->number)
       *rates_out = rates;
   }
@@ -280,6 +282,8 @@ bool flap_machine_cache_find_disk(const flap_machine_cache *cache, const flap_ma
   if (!find_entry(cache->root, key, cache->named, &entry) || read_disks(&entry, disk, &rates) != FLAP_OK ||
       rates.read == 0)
     return false;
+  if (disk && !cache->named && (uint64_t)rates.span < disk->span_bytes / 2)
+    return false;
   machine_out->disk_read_bytes = rates.read;
   machine_out->disk_write_bytes = rates.write;
   machine_out->disk_both_bytes = rates.both;
@@ -328,6 +332,8 @@ static bool put_disk(json_t *entry, const flap_machine *machine, const flap_mach
   json_t *added = json_object();
   bool done = flap_json_put(added, "path", json_string(disk->path));
   done &= flap_json_put(added, "number", json_integer((json_int_t)disk->number));
+  if (disk->span_bytes > 0)
+    done &= flap_json_put(added, "span_bytes", json_integer((json_int_t)disk->span_bytes));
   done &= flap_json_put(added, "disk_read_bytes", json_real(machine->disk_read_bytes));
   done &= flap_json_put(added, "disk_write_bytes", json_real(machine->disk_write_bytes));
   if (machine->disk_both_bytes > 0)

@@ -5,7 +5,8 @@
  *   {"format": "flap machine 1",
  *    "machines": [{"device": "cpu", "threads": 2, "host": "<CPU, cores>", "name": "<for people>",
  *                  "flops_bf16": ..., <every rate of flap_machine by its name>,
- *                  "disks": [{"path": "/fast", "number": 2049, "disk_read_bytes": ..., "disk_write_bytes": ...}]}]}
+ *                  "disks": [{"path": "/fast", "number": 2049, "span_bytes": 67108864,
+ *                             "disk_read_bytes": ..., "disk_write_bytes": ...}]}]}
  *
  * In an entry, `name`, `h2d_both_bytes` and `d2h_both_bytes` (0: not known), `launch_ns`, `copy_ns`, `disk_ns`,
  * `synchronous` and `shared_cores` may be absent (the defaults of the device), `threads` and `host` too (any), and its
@@ -37,8 +38,9 @@ typedef struct flap_machine_key {
 
 /* A folder as the cache knows it: the same name may be another disk tomorrow. */
 typedef struct flap_machine_disk {
-  const char *path; /* absolute, without links */
-  uint64_t number;  /* st_dev */
+  const char *path;    /* absolute, without links */
+  uint64_t number;     /* st_dev */
+  uint64_t span_bytes; /* over so many bytes its rates are wanted, or were measured */
 } flap_machine_disk;
 
 typedef struct flap_machine_cache {
@@ -61,7 +63,8 @@ void flap_machine_cache_close(flap_machine_cache *cache);
 
 /* Fills all of the machine but its disk rates. False, and no change: not there. */
 bool flap_machine_cache_find(const flap_machine_cache *cache, const flap_machine_key *key, flap_machine *machine_out);
-/* Fills the disk rates from the entry that flap_machine_cache_find takes. `disk` NULL: a folder that is not there, for
+/* Fills the disk rates from the entry that flap_machine_cache_find takes, unless they were measured over less than half
+ * of the span that is wanted: those of a named file are taken as they are. `disk` NULL: a folder that is not there, for
  * which only rates for every path count. */
 bool flap_machine_cache_find_disk(const flap_machine_cache *cache, const flap_machine_key *key,
                                   const flap_machine_disk *disk, flap_machine *machine_out);

@@ -119,15 +119,24 @@ static flap_status take_profile(flap_prepared *p, const flap_machine_profile *pr
   return FLAP_OK;
 }
 
+/* What a run may put on a disk, as far as its configuration says it. */
+static uint64_t bytes_of_disk(const flap_run_config *config, uint32_t disk) {
+  if (disk >= config->disk_count || config->disk[disk].size.kind == FLAP_SIZE_MIN)
+    return 0;
+  return config->disk[disk].size.kind == FLAP_SIZE_MAX ? UINT64_MAX : config->disk[disk].size.bytes;
+}
+
 /* auto: a GPU that FLAP can use, else the CPU. */
 static flap_status choose_device(flap_prepared *p) {
   const flap_run_device wanted = p->config->device;
   const char *disk = p->config->disk_count > 0 ? p->config->disk[0].path : NULL;
+  const uint64_t disk_bytes = bytes_of_disk(p->config, 0);
   flap_setup_spec *spec = &p->planner.spec;
   if (p->config->profile != NULL)
     return take_profile(p, p->config->profile);
   if (wanted != FLAP_RUN_DEVICE_CPU) {
-    const flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, false, &p->machine);
+    const flap_status status =
+        flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, disk_bytes, false, &p->machine);
     if (status == FLAP_OK) {
       spec->device = FLAP_DEVICE_CUDA;
       spec->vram_overhead_bytes = p->machine.overhead_bytes;
@@ -137,7 +146,7 @@ static flap_status choose_device(flap_prepared *p) {
       return status;
     flap_log(FLAP_LOG_DEBUG, "device: cpu (%s)", flap_error_message());
   }
-  return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, false, &p->machine);
+  return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, disk_bytes, false, &p->machine);
 }
 
 /* One folder has as many names as there are links to it. */
@@ -167,7 +176,8 @@ static flap_status gather_disks(flap_prepared *p) {
     while (about[drive].st_dev != about[i].st_dev)
       drive++;
     if (drive == i && i > 0)
-      FLAP_TRY(flap_engine_machine(device, p->planner.spec.threads, config->disk[i].path, false, &machine));
+      FLAP_TRY(flap_engine_machine(device, p->planner.spec.threads, config->disk[i].path, bytes_of_disk(config, i),
+                                   false, &machine));
     p->disks.disks[i] = (flap_disk_rates){.read_bytes = machine.disk_read_bytes,
                                           .write_bytes = machine.disk_write_bytes,
                                           .both_bytes = machine.disk_both_bytes,

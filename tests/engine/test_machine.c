@@ -57,12 +57,16 @@ static char *read_text(const char *path) {
   return text;
 }
 
-static flap_machine machine_of(uint32_t threads, const char *disk, bool fresh) {
+static flap_machine machine_for(uint32_t threads, const char *disk, uint64_t disk_bytes, bool fresh) {
   flap_machine machine;
   memset(&machine, 0xff, sizeof machine);
-  flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_AUTO, threads, disk, fresh, &machine);
+  flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_AUTO, threads, disk, disk_bytes, fresh, &machine);
   ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
   return machine;
+}
+
+static flap_machine machine_of(uint32_t threads, const char *disk, bool fresh) {
+  return machine_for(threads, disk, 0, fresh);
 }
 
 static void same_rates(const flap_machine *a, const flap_machine *b) {
@@ -130,6 +134,27 @@ START_TEST(measured_rates_are_kept_by_threads_and_disk) {
   again = machine_of(1, folder, false);
   same_rates(&first, &again);
   ck_assert_double_eq(again.disk_read_bytes, with_disk.disk_read_bytes);
+}
+END_TEST
+
+static bool same_disk(const flap_machine *a, const flap_machine *b) {
+  return a->disk_read_bytes == b->disk_read_bytes && a->disk_write_bytes == b->disk_write_bytes &&
+         a->disk_both_bytes == b->disk_both_bytes;
+}
+
+START_TEST(a_run_that_needs_much_of_a_disk_measures_more_of_it) {
+  const uint64_t gib = (uint64_t)1 << 30;
+  const flap_machine little = machine_of(1, folder, false), much = machine_for(1, folder, 2 * gib, false);
+  ck_assert(!same_disk(&little, &much));
+  same_rates(&little, &much); /* only the disk */
+  char *text = read_text(path_of("cache/flap/machine.json"));
+  ck_assert_ptr_nonnull(strstr(text, "\"span_bytes\": 268435456"));
+  free(text);
+  const flap_machine less = machine_for(1, folder, gib, false), twice = machine_for(1, folder, 4 * gib, false);
+  ck_assert(same_disk(&less, &much));
+  ck_assert(same_disk(&twice, &much)); /* near enough */
+  const flap_machine again = machine_of(1, folder, false);
+  ck_assert(same_disk(&again, &much));
 }
 END_TEST
 
@@ -262,7 +287,7 @@ START_TEST(a_named_file_that_is_malformed_is_an_error) {
     write_text(name, text);
     for (int fresh = 0; fresh < 2; fresh++) {
       flap_machine machine;
-      ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, NULL, fresh, &machine), FLAP_INVALID);
+      ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, NULL, 0, fresh, &machine), FLAP_INVALID);
       ck_assert_msg(strstr(flap_error_message(), "FLAP_MACHINE") && strstr(flap_error_message(), "mine.json") &&
                         strstr(flap_error_message(), broken[i][1]),
                     "%s", flap_error_message());
@@ -282,7 +307,7 @@ START_TEST(processes_at_once_leave_a_whole_file) {
     children[i] = fork();
     ck_assert_int_ge(children[i], 0);
     if (children[i] == 0)
-      _exit(flap_engine_machine(FLAP_RUN_DEVICE_CPU, i + 1, NULL, false, &machine) == FLAP_OK ? 0 : 1);
+      _exit(flap_engine_machine(FLAP_RUN_DEVICE_CPU, i + 1, NULL, 0, false, &machine) == FLAP_OK ? 0 : 1);
   }
   for (uint32_t i = 0; i < PROCESSES; i++) {
     int how;
@@ -300,18 +325,18 @@ START_TEST(what_cannot_be_done_is_said) {
   flap_machine machine;
 #ifdef FLAP_CUDA
   ck_assert_int_eq(setenv("CUDA_VISIBLE_DEVICES", "", 1), 0); /* no GPU, wherever this runs */
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, false, &machine), FLAP_DEVICE);
+  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, 0, false, &machine), FLAP_DEVICE);
 #else
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, false, &machine), FLAP_UNSUPPORTED);
+  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, 0, false, &machine), FLAP_UNSUPPORTED);
 #endif
   ck_assert_ptr_nonnull(strstr(flap_error_message(), "cuda"));
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, FLAP_POOL_THREADS_MAX + 1, NULL, false, &machine),
+  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, FLAP_POOL_THREADS_MAX + 1, NULL, 0, false, &machine),
                    FLAP_INVALID);
   write_text(path_of("mine.json"), made_up(""));
   ck_assert_int_eq(setenv("FLAP_MACHINE", path_of("mine.json"), 1), 0);
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("nowhere"), false, &machine), FLAP_NOT_FOUND);
+  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("nowhere"), 0, false, &machine), FLAP_NOT_FOUND);
   ck_assert_ptr_nonnull(strstr(flap_error_message(), "nowhere"));
-  ck_assert_int_ne(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("mine.json"), false, &machine), FLAP_OK);
+  ck_assert_int_ne(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("mine.json"), 0, false, &machine), FLAP_OK);
 }
 END_TEST
 
@@ -323,6 +348,7 @@ int main(void) {
   tcase_set_timeout(tests, 120);
   tcase_add_test(tests, measured_rates_are_plausible_and_quick);
   tcase_add_test(tests, measured_rates_are_kept_by_threads_and_disk);
+  tcase_add_test(tests, a_run_that_needs_much_of_a_disk_measures_more_of_it);
   tcase_add_test(tests, fresh_measures_again);
   tcase_add_test(tests, broken_caches_are_replaced);
   tcase_add_test(tests, entries_of_other_hosts_do_not_count_in_the_cache);
