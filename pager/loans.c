@@ -12,17 +12,12 @@
 
 #include "base/assert.h"
 
-static uint64_t order_of(const flap_pager *pager, uint32_t lease) {
-  return lease == PAGER_NONE ? UINT64_MAX
-                             : pager->programs[lease / pager->leases_max].first_order + lease % pager->leases_max;
-}
-
 static flap_event use_event(const flap_pager *pager, uint32_t loan) {
   return 2 * pager->slot_count + PAGER_MARKS + 1 + loan;
 }
 
 static uint64_t next_order(const flap_pager *pager, const pager_loan *loan) {
-  return order_of(pager, loan->queue_head);
+  return pager_order_of(pager, loan->queue_head);
 }
 
 /* ---- lists of loans ------------------------------------------------------------------------------------ */

@@ -318,7 +318,7 @@ static bool may_change_resident(flap_pager *pager, uint32_t lease) {
   const flap_lease *what = &program->leases[lease % pager->leases_max];
   const pager_region *region = &pager->regions[what->region];
   if (region->lends && pager_loan_is_lent(pager, region->loan)) {
-    pager->lender_order = program->first_order + lease % pager->leases_max;
+    pager->lender_order = pager_order_of(pager, lease);
     return false;
   }
   pager->lender_order = UINT64_MAX;

@@ -406,6 +406,11 @@ uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_page
 bool pager_rings_assign(flap_pager *pager);
 /* Slots whose last use is over are stored, or free. */
 bool pager_rings_release(flap_pager *pager);
+/* Of a lease in pager->leases; UINT64_MAX for PAGER_NONE. */
+static inline uint64_t pager_order_of(const flap_pager *pager, uint32_t lease) {
+  return lease == PAGER_NONE ? UINT64_MAX
+                             : pager->programs[lease / pager->leases_max].first_order + lease % pager->leases_max;
+}
 /* The order of the next lease that is to get a slot of the ring; UINT64_MAX for none. */
 uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring);
 /* A stored slot is free once its last copy is over. */

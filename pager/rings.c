@@ -57,18 +57,8 @@ void pager_list_remove(flap_pager *pager, pager_list *list, uint32_t slot) {
 
 /* ---- slots -------------------------------------------------------------------------------------------- */
 
-static const flap_lease *lease_of(const flap_pager *pager, uint32_t index, uint64_t *order_out) {
-  const pager_program *program = &pager->programs[index / pager->leases_max];
-  *order_out = program->first_order + index % pager->leases_max;
-  return &program->leases[index % pager->leases_max];
-}
-
 uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring) {
-  const uint32_t index = pager->rings[ring].queue_head;
-  uint64_t order = UINT64_MAX;
-  if (index != PAGER_NONE)
-    (void)lease_of(pager, index, &order);
-  return order;
+  return pager_order_of(pager, pager->rings[ring].queue_head);
 }
 
 uint32_t pager_rings_next_slot(const flap_pager *pager, uint32_t ring) {
@@ -107,9 +97,10 @@ static void assign(flap_pager *pager, pager_ring *ring, uint32_t slot) {
   flap_assert(s->state == SLOT_FREE && s->copies_left == 0 && s->ready == PAGER_NONE);
   const pager_program *program = &pager->programs[index / pager->leases_max];
   const bool kept = s->keeps && s->order >= program->first_order && s->change == lease->change;
-  const flap_lease *what = lease_of(pager, index, &s->order);
+  const flap_lease *what = &program->leases[index % pager->leases_max];
   const pager_region *region = &pager->regions[what->region];
   lease->slot = slot;
+  s->order = pager_order_of(pager, index);
   s->region = what->region;
   s->mode = (uint8_t)what->mode;
   s->keeps = ring->keeps;

@@ -177,18 +177,15 @@ static flap_status refine_cut(const flap_planner *planner, const planner_candida
                               planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   const flap_plan_costs worth = {.step_seconds = costs->step_seconds * PLANNER_START_WORTH};
-  for (uint32_t i = 0; i < c->group_count; i++)
+  for (uint32_t i = 0; i < c->group_count + c->segment_count; i++)
     for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
       planner_skeleton s = best->s;
-      s.group = c->groups[i];
-      s.spread = spread == 1;
-      FLAP_TRY(look_at(&r, s, &worth));
-    }
-  for (uint32_t i = 0; i < c->segment_count; i++)
-    for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
-      planner_skeleton s = best->s;
-      s.segment = c->segments[i];
-      s.tail = planner_tail(planner, s.segment, c->tails[0]);
+      if (i < c->group_count) {
+        s.group = c->groups[i];
+      } else {
+        s.segment = c->segments[i - c->group_count];
+        s.tail = planner_tail(planner, s.segment, c->tails[0]);
+      }
       s.spread = spread == 1;
       FLAP_TRY(look_at(&r, s, &worth));
     }
