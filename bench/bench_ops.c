@@ -14,6 +14,7 @@
 
 #include <assert.h>
 #include <cblas.h>
+#include <dlfcn.h>
 #include <sched.h>
 #include <math.h>
 #include <stdio.h>
@@ -27,6 +28,7 @@ enum { SEQUENCE = 256, ELEMENTS = 1 << 20 };
 
 typedef struct bench {
   flap_ops *ops;
+  __typeof__(&cblas_sgemm) sgemm;
   uint32_t threads;
   unsigned char *buffers[BUFFERS];
   flap_dtype dtype;
@@ -59,10 +61,10 @@ static void run_matmul(bench *b) {
 
 static void run_sgemm(bench *b) {
   const flap_matmul *x = &b->matmul;
-  cblas_sgemm(CblasRowMajor, x->transpose == FLAP_TN ? CblasTrans : CblasNoTrans,
-              x->transpose == FLAP_NT ? CblasTrans : CblasNoTrans, (blasint)x->m, (blasint)x->n, (blasint)x->k, 1,
-              (const float *)x->a, (blasint)x->lda, (const float *)x->b, (blasint)x->ldb, 0, (float *)x->c,
-              (blasint)x->ldc);
+  b->sgemm(CblasRowMajor, x->transpose == FLAP_TN ? CblasTrans : CblasNoTrans,
+           x->transpose == FLAP_NT ? CblasTrans : CblasNoTrans, (blasint)x->m, (blasint)x->n, (blasint)x->k, 1,
+           (const float *)x->a, (blasint)x->lda, (const float *)x->b, (blasint)x->ldb, 0, (float *)x->c,
+           (blasint)x->ldc);
 }
 
 static double matmul(bench *b, flap_transpose transpose, uint32_t m, uint32_t n, uint32_t k, bool print) {
@@ -421,6 +423,17 @@ static int open_ops(bench *b, flap_pool *pool, flap_device **device_out) {
   return 0;
 }
 
+/* Of the library that the ops have loaded. */
+static void find_sgemm(bench *b) {
+  void *const library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_NOLOAD);
+  void *const symbol = library != NULL ? dlsym(library, "cblas_sgemm") : NULL;
+  if (symbol == NULL) {
+    (void)fprintf(stderr, "bench_ops: the ops have loaded no OpenBLAS\n");
+    exit(EXIT_FAILURE);
+  }
+  memcpy(&b->sgemm, &symbol, sizeof symbol);
+}
+
 int main(int argc, char **argv) {
   flap_pool *pool;
   if (flap_pool_open(argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 0, &pool) != FLAP_OK) {
@@ -436,6 +449,7 @@ int main(int argc, char **argv) {
       (void)fprintf(stderr, "bench_ops: %s\n", flap_error_message());
       return EXIT_FAILURE;
     }
+    find_sgemm(&b);
     run_all(&b);
     if (dtypes[i] == FLAP_BF16) {
       refill(&b);

@@ -89,6 +89,9 @@ typedef enum flap_matmul_mode { FLAP_MATMUL_USE, FLAP_MATMUL_TUNE } flap_matmul_
 /* What a table must be for on this kind of device here: "sm_90 NVIDIA H100 80GB HBM3, cublaslt-13.1.0", or "" where
  * tables are of no use: cpu and sim. FLAP_UNSUPPORTED without CUDA in the build, FLAP_DEVICE without a GPU. */
 FLAP_CHECKED flap_status flap_ops_matmul_target(flap_device_kind kind, char *target_out, size_t bytes);
+/* Whose code computes on the cpu here: "avx512 openblas-0.3.21-SkylakeX". Loads the library. FLAP_NOT_FOUND: it is not
+ * installed. */
+FLAP_CHECKED flap_status flap_ops_cpu_kernels(char *name_out, size_t bytes);
 /* Once, after open; the table must outlive the ops. Without a call, or on a device that has no use of a table, products
  * are as ever. An algorithm that is not possible here for its product is FLAP_INVALID, and nothing has changed; with
  * TUNE it leaves the table. */

@@ -204,11 +204,9 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
     return flap_error_set(FLAP_INVALID, "threads: %u are more than the %d that are possible", wish.threads,
                           FLAP_POOL_THREADS_MAX);
   read_cpu_name(wish.cpu, sizeof wish.cpu);
-  char host[320], card[128] = "";
-  if (wish.cuda)
-    FLAP_TRY(flap_machine_cuda_name(card, sizeof card));
-  (void)snprintf(host, sizeof host, "%s%s%s, %u core%s", card, wish.cuda ? "; " : "", wish.cpu, cores,
-                 cores == 1 ? "" : "s");
+  char host[384], what[128];
+  FLAP_TRY(wish.cuda ? flap_machine_cuda_name(what, sizeof what) : flap_ops_cpu_kernels(what, sizeof what));
+  (void)snprintf(host, sizeof host, "%s; %s, %u core%s", what, wish.cpu, cores, cores == 1 ? "" : "s");
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
   if (disk_path && realpath(disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {

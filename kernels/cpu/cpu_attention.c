@@ -9,7 +9,6 @@
 
 #include "base/assert.h"
 
-#include <cblas.h>
 #include <math.h>
 
 typedef struct attention_job {
@@ -47,21 +46,22 @@ static void store(const attention_job *job, void *base, uint64_t token, uint32_t
 
 /* out (rows, columns) = a (rows, HD) · b (columns, HD)ᵀ */
 static void multiply_nt(const attention_job *job, float *out, tile a, uint32_t rows, tile b, uint32_t columns) {
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)rows, (blasint)columns, (blasint)job->head_size, 1.0f,
-              a.values, (blasint)a.stride, b.values, (blasint)b.stride, 0.0f, out, FLAP_CPU_KEYS);
+  job->cpu->sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)rows, (blasint)columns, (blasint)job->head_size,
+                  1.0f, a.values, (blasint)a.stride, b.values, (blasint)b.stride, 0.0f, out, FLAP_CPU_KEYS);
 }
 
 /* out (rows, HD) += scores (rows, columns) · b (columns, HD) */
 static void add_nn(const attention_job *job, float *out, const float *scores, uint32_t rows, uint32_t columns, tile b,
                    bool first) {
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)rows, (blasint)job->head_size, (blasint)columns, 1.0f,
-              scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, first ? 0.0f : 1.0f, out, (blasint)job->head_size);
+  job->cpu->sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)rows, (blasint)job->head_size, (blasint)columns,
+                  1.0f, scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, first ? 0.0f : 1.0f, out,
+                  (blasint)job->head_size);
 }
 
 /* out (columns, HD) += scores (rows, columns)ᵀ · b (rows, HD) */
 static void add_tn(const attention_job *job, float *out, const float *scores, uint32_t rows, uint32_t columns, tile b) {
-  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)columns, (blasint)job->head_size, (blasint)rows, 1.0f,
-              scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, 1.0f, out, (blasint)job->head_size);
+  job->cpu->sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)columns, (blasint)job->head_size, (blasint)rows,
+                  1.0f, scores, FLAP_CPU_KEYS, b.values, (blasint)b.stride, 1.0f, out, (blasint)job->head_size);
 }
 
 /* How many of the `columns` keys from `key` on a query may see. */

@@ -2,6 +2,7 @@
 #ifndef FLAP_KERNELS_CPU_INTERNAL_H
 #define FLAP_KERNELS_CPU_INTERNAL_H
 
+#include "kernels/cpu/cpu_blas.h"
 #include "kernels/cpu/cpu_vector.h"
 #include "kernels/ops_internal.h"
 
@@ -20,6 +21,7 @@
 
 typedef struct flap_cpu_ops {
   const flap_cpu_vector *vector;
+  __typeof__(&cblas_sgemm) sgemm;
   flap_pool *pool;
   uint32_t threads;
   unsigned char *workers; /* scratch of each worker, worker_bytes apart */

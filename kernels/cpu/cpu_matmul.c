@@ -6,8 +6,6 @@
 
 #include "base/assert.h"
 
-#include <cblas.h>
-
 typedef struct matmul_job {
   const flap_cpu_ops *cpu;
   const flap_matmul *x;
@@ -83,10 +81,10 @@ static void matmul_item(void *context, uint64_t item, uint32_t worker) {
                                               : load(job, a_buffer, x->a, x->lda, row, rows, k, depth);
     const operand b = x->transpose == FLAP_NT ? load(job, b_buffer, x->b, x->ldb, column, columns, k, depth)
                                               : load(job, b_buffer, x->b, x->ldb, k, depth, column, columns);
-    cblas_sgemm(CblasRowMajor, x->transpose == FLAP_TN ? CblasTrans : CblasNoTrans,
-                x->transpose == FLAP_NT ? CblasTrans : CblasNoTrans, (blasint)rows, (blasint)columns, (blasint)depth,
-                1.0f, a.values, (blasint)a.stride, b.values, (blasint)b.stride, k > 0 || x->accumulate ? 1.0f : 0.0f,
-                tile, (blasint)stride);
+    job->cpu->sgemm(CblasRowMajor, x->transpose == FLAP_TN ? CblasTrans : CblasNoTrans,
+                    x->transpose == FLAP_NT ? CblasTrans : CblasNoTrans, (blasint)rows, (blasint)columns,
+                    (blasint)depth, 1.0f, a.values, (blasint)a.stride, b.values, (blasint)b.stride,
+                    k > 0 || x->accumulate ? 1.0f : 0.0f, tile, (blasint)stride);
   }
   finish_tile(job, tile, row, rows, column, columns, stride);
 }

@@ -4,7 +4,6 @@
 #include "base/assert.h"
 #include "base/units.h"
 
-#include <cblas.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -29,13 +28,17 @@ static uint64_t cpu_workspace_bytes(const flap_ops_limits *limits) {
   return limits->threads * worker_bytes(limits) + shared_bytes(limits);
 }
 
-/* "0.3.21" out of "OpenBLAS 0.3.21 DYNAMIC_ARCH ...". */
-static void blas_version(char *version, size_t bytes) {
-  const char *config = openblas_get_config();
-  const char *start = strchr(config, ' ');
-  start = start != NULL ? start + 1 : config;
-  const size_t length = strcspn(start, " ");
-  (void)snprintf(version, bytes, "%.*s", (int)length, start);
+static const flap_cpu_vector *best_vector(void) {
+  const flap_cpu_vector *tables[3];
+  (void)flap_cpu_vector_list(tables);
+  return tables[0];
+}
+
+flap_status flap_ops_cpu_kernels(char *name_out, size_t bytes) {
+  const flap_cpu_blas *blas;
+  FLAP_TRY(flap_cpu_blas_find(&blas));
+  (void)snprintf(name_out, bytes, "%s %s", best_vector()->name, blas->name);
+  return FLAP_OK;
 }
 
 static flap_status cpu_open(flap_ops *ops) {
@@ -48,12 +51,13 @@ static flap_status cpu_open(flap_ops *ops) {
   if (flap_pool_threads(pool) > limits->threads)
     return flap_error_set(FLAP_INVALID, "kernels: workspace is for %u threads, but the pool has %u", limits->threads,
                           flap_pool_threads(pool));
+  const flap_cpu_blas *blas;
+  FLAP_TRY(flap_cpu_blas_find(&blas));
   flap_cpu_ops *cpu = calloc(1, sizeof *cpu);
   if (cpu == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "kernels: no memory for the cpu operations");
-  const flap_cpu_vector *tables[3];
-  (void)flap_cpu_vector_list(tables);
-  cpu->vector = tables[0];
+  cpu->vector = best_vector();
+  cpu->sgemm = blas->sgemm;
   cpu->pool = pool;
   cpu->threads = flap_pool_threads(pool);
   cpu->worker_bytes = worker_bytes(limits);
@@ -61,11 +65,7 @@ static flap_status cpu_open(flap_ops *ops) {
   cpu->shared = cpu->workers + limits->threads * cpu->worker_bytes;
   cpu->shared_bytes = shared_bytes(limits);
   ops->state = cpu;
-  openblas_set_num_threads(1); /* the pool is the only runtime that runs threads */
-  char version[32];
-  blas_version(version, sizeof version);
-  (void)snprintf(ops->numerics, sizeof ops->numerics, "cpu %s openblas-%s-%s", cpu->vector->name, version,
-                 openblas_get_corename());
+  (void)snprintf(ops->numerics, sizeof ops->numerics, "cpu %s %s", cpu->vector->name, blas->name);
   return FLAP_OK;
 }
 
