@@ -211,13 +211,16 @@ static flap_status load(const char *path, json_t **root_out) {
   return status;
 }
 
-flap_status flap_machine_cache_open(flap_machine_cache *cache) {
-  *cache = (flap_machine_cache){.root = NULL};
+bool flap_machine_cache_is_named(void) {
   const char *named = getenv("FLAP_MACHINE");
-  cache->named = named && named[0];
+  return named && named[0];
+}
+
+flap_status flap_machine_cache_open(flap_machine_cache *cache) {
+  *cache = (flap_machine_cache){.named = flap_machine_cache_is_named()};
   if (!cache->named)
     find_default_path(cache->path);
-  else if (!join(cache->path, named, ""))
+  else if (!join(cache->path, getenv("FLAP_MACHINE"), ""))
     return flap_error_set(FLAP_INVALID, "FLAP_MACHINE: the path is longer than %d bytes", FLAP_PATH_MAX - 1);
   if (!cache->path[0])
     return FLAP_OK;

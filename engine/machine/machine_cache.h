@@ -57,6 +57,8 @@ void flap_machine_cache_name(const char *kind, const char *text, char path_out[F
  * it. Nobody waits for long: the holder only writes. */
 FLAP_CHECKED flap_status flap_machine_cache_lock(const char *path, int *fd_out);
 
+/* Whether FLAP_MACHINE names a file. */
+bool flap_machine_cache_is_named(void);
 /* Finds the file and reads it. Fails only for a file that FLAP_MACHINE names and that is there. */
 FLAP_CHECKED flap_status flap_machine_cache_open(flap_machine_cache *cache);
 void flap_machine_cache_close(flap_machine_cache *cache);

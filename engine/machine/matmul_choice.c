@@ -204,9 +204,8 @@ static bool is_for(const flap_matmul_table *table, const char *shapes, const fla
   return strcmp(table->target, choice->table.target) == 0 && strcmp(shapes, choice->shapes) == 0;
 }
 
-/* All that widths of products follow from; how many layers there are does not matter. */
-static void describe_shapes(const flap_model_config *model, const flap_model_shape *shape,
-                            char shapes_out[FLAP_MATMUL_SHAPES_MAX]) {
+void flap_matmul_choice_describe(const flap_model_config *model, const flap_model_shape *shape,
+                                 char shapes_out[FLAP_MATMUL_SHAPES_MAX]) {
   (void)snprintf(shapes_out, FLAP_MATMUL_SHAPES_MAX,
                  "%s, hidden %u, intermediate %u, %u heads and %u of keys of %u, vocabulary %u%s%s%s; %u x %u, %s",
                  flap_model_family_name(model->family), model->hidden_size, model->intermediate_size,
@@ -272,7 +271,7 @@ flap_status flap_matmul_choice_open(const char *target, const flap_model_config 
     return FLAP_OK;
   choice->given = true;
   (void)snprintf(choice->table.target, sizeof choice->table.target, "%s", target);
-  describe_shapes(model, shape, choice->shapes);
+  flap_matmul_choice_describe(model, shape, choice->shapes);
   if (wanted == FLAP_RUN_MATMUL_FIRST)
     return FLAP_OK;
   bool taken = false;

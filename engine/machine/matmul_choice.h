@@ -40,6 +40,9 @@ typedef struct flap_matmul_choice {
   uint64_t cached_digest;     /* of what was found there; 0: nothing */
 } flap_matmul_choice;
 
+/* All that widths of products follow from, in words; how many layers there are does not matter. */
+void flap_matmul_choice_describe(const flap_model_config *model, const flap_model_shape *shape,
+                                 char shapes_out[FLAP_MATMUL_SHAPES_MAX]);
 /* Looks for the table of a run on `target` (flap_ops_matmul_target; "": none is given). `resume_folder`: the checkpoint
  * that it goes on from, or "". */
 FLAP_CHECKED flap_status flap_matmul_choice_open(const char *target, const flap_model_config *model,

@@ -1,4 +1,4 @@
-#include "engine/machine/op_times.h"
+#include "engine/machine/op_times_internal.h"
 
 #include "base/assert.h"
 #include "base/philox.h"
@@ -10,10 +10,11 @@
 #include <string.h>
 
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
-/* A round takes a batch of each operation. */
+/* A round takes a batch of each operation; long batches are for cards, whose clocks follow what they are doing. */
 #define LONG_NS ((uint64_t)1000000)
 #define LONG_BATCH_NS ((uint64_t)24000000)
 #define SHORT_BATCH_NS ((uint64_t)3000000)
+#define CPU_BATCH_NS ((uint64_t)1000000)
 #define BATCH_MAX 1024u
 /* The first rounds warm a card up: as it gets hot it draws more power, and its clocks follow, by 2 or 3% within some
  * seconds. */
@@ -22,13 +23,10 @@
 #define ROUNDS 5u
 #define PATTERN_BYTES FLAP_MIB
 
-/* What of the run is on the device: for times all of it at once. */
-typedef enum bench_parts { PART_LAYER = 1, PART_HEAD = 2, PART_SLICE = 4, PARTS_ALL = 7 } bench_parts;
-
 /* A device with one layer, the vocabulary and a slice on it. Pointers are device memory. */
 typedef struct bench {
   const flap_op_times_spec *spec;
-  bench_parts parts;
+  op_times_parts parts;
   flap_device *device;
   flap_clock *clock; /* of sim */
   flap_ops *ops;
@@ -174,9 +172,11 @@ static flap_status fill_all(bench *b) {
   status = flap_device_upload(b->device, b->rope, table, rope_bytes);
   free(table);
   if (spec->training) {
-    zero(b, b->states, SLICE_ELEMENTS * 12);
-    zero(b, b->gradient, SLICE_ELEMENTS * 4);
-    zero(b, b->weight, SLICE_ELEMENTS * 4);
+    if (b->parts & PART_SLICE) {
+      zero(b, b->states, SLICE_ELEMENTS * 12);
+      zero(b, b->gradient, SLICE_ELEMENTS * 4);
+      zero(b, b->weight, SLICE_ELEMENTS * 4);
+    }
     zero(b, b->sums, flap_model_part_elements(model, FLAP_PART_LAYER) * 4);
     zero(b, b->head_sums, flap_model_part_elements(model, FLAP_PART_HEAD) * 4);
     if (model->tie_word_embeddings)
@@ -293,12 +293,16 @@ static flap_status time_batch(bench *b, const timing *t, uint32_t batch, uint64_
   return FLAP_OK;
 }
 
+static bool is_card(const bench *b) {
+  return flap_device_get_kind(b->device) == FLAP_DEVICE_CUDA;
+}
+
 /* Short operations make up little of a step, and so of a round. */
 static flap_status choose_batch(bench *b, timing *t) {
   uint64_t once_ns = 0;
   FLAP_TRY(time_batch(b, t, 1, &once_ns)); /* loads code, and tunes products */
   FLAP_TRY(time_batch(b, t, 1, &once_ns));
-  const uint64_t batch_ns = once_ns >= LONG_NS ? LONG_BATCH_NS : SHORT_BATCH_NS;
+  const uint64_t batch_ns = !is_card(b) ? CPU_BATCH_NS : once_ns >= LONG_NS ? LONG_BATCH_NS : SHORT_BATCH_NS;
   const uint64_t batch = once_ns > 0 ? batch_ns / once_ns + 1 : BATCH_MAX;
   t->batch = batch < BATCH_MAX ? (uint32_t)batch : BATCH_MAX;
   return FLAP_OK;
@@ -316,7 +320,7 @@ static flap_status time_rounds(bench *b, timings *all, uint64_t warm_ns) {
   for (uint32_t i = 0; i < all->count; i++)
     FLAP_TRY(choose_batch(b, &all->list[i]));
   const uint64_t started_ns = flap_units_now_ns();
-  for (uint32_t round = 0; round < WARM_ROUNDS || flap_units_now_ns() - started_ns < warm_ns; round++)
+  for (uint32_t round = 0; is_card(b) && (round < WARM_ROUNDS || flap_units_now_ns() - started_ns < warm_ns); round++)
     FLAP_TRY(time_round(b, all, 0));
   for (uint32_t round = 0; round < ROUNDS; round++)
     FLAP_TRY(time_round(b, all, round));
@@ -406,9 +410,11 @@ static void list_training(bench *b, timings *all, named_timings *n, flap_op_time
   n->head = add_timing(all, run_head);
   n->fresh_head = add_timing(all, run_head);
   n->embed_backward = add_timing(all, run_embed_backward);
-  n->zero = add_timing(all, run_zero);
-  n->store = add_timing(all, run_store);
   n->fresh_backward->fresh = n->fresh_head->fresh = true;
+  if (b->parts & PART_SLICE) {
+    n->zero = add_timing(all, run_zero);
+    n->store = add_timing(all, run_store);
+  }
 }
 
 static void take_forward(bench *b, const named_timings *n, flap_op_times *t) {
@@ -430,8 +436,10 @@ static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
   t->head_ns = ns_of(b, n->head);
   t->head_fresh_ns = ns_of(b, n->fresh_head);
   t->embed_backward_ns = ns_of(b, n->embed_backward);
-  t->zero_ns = element_ns(b, n->zero);
-  t->store_ns = element_ns(b, n->store);
+  if (b->parts & PART_SLICE) {
+    t->zero_ns = element_ns(b, n->zero);
+    t->store_ns = element_ns(b, n->store);
+  }
 }
 
 static flap_status time_all(bench *b, flap_op_times *t) {
@@ -442,12 +450,12 @@ static flap_status time_all(bench *b, flap_op_times *t) {
   if (b->spec->training)
     list_training(b, &all, &named, t);
   if (b->clock == NULL)
-    FLAP_TRY(time_rounds(b, &all, flap_device_get_kind(b->device) == FLAP_DEVICE_CUDA ? WARM_CARD_NS : 0));
+    FLAP_TRY(time_rounds(b, &all, WARM_CARD_NS));
   take_forward(b, &named, t);
   if (!b->spec->training)
     return FLAP_OK;
   take_training(b, &named, t);
-  return time_updates(b, t);
+  return b->parts & PART_SLICE ? time_updates(b, t) : FLAP_OK;
 }
 
 /* Every product that a step has, once: for tuning. */
@@ -490,7 +498,7 @@ static flap_status open_ops(bench *b) {
   return b->decay != NULL ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "no memory to measure the device");
 }
 
-static uint64_t needed_bytes(const flap_op_times_spec *spec, bench_parts parts, flap_device_kind kind) {
+uint64_t op_times_bytes(const flap_op_times_spec *spec, op_times_parts parts, flap_device_kind kind) {
   bench b = {.spec = spec, .parts = parts};
   flap_arena arena;
   flap_arena_measure(&arena, "op times");
@@ -508,10 +516,8 @@ static flap_status time_host(bench *b, void *vram, void **pinned_out, flap_op_ti
   return flap_host_times_measure(b->spec, b->device, vram, *pinned_out, times);
 }
 
-/* Opens the device of `config`, times everything (times_out NULL: only runs the products of some parts), and closes.
- * `kind`: whose workspaces are taken. */
-static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, const flap_device_config *config,
-                          flap_device_kind kind, flap_op_times *times_out) {
+flap_status op_times_run_on(const flap_op_times_spec *spec, op_times_parts parts, const flap_device_config *config,
+                            flap_device_kind kind, flap_op_times *times_out) {
   bench b = {.spec = spec, .parts = parts, .clock = config->clock};
   flap_arena arena;
   uint64_t bytes = 0;
@@ -519,7 +525,7 @@ static flap_status run_on(const flap_op_times_spec *spec, bench_parts parts, con
   flap_status status = flap_device_open(config, &b.device);
   FLAP_TRY(status);
   void *memory = flap_device_arena(b.device, &bytes);
-  if (bytes < needed_bytes(spec, parts, kind)) {
+  if (bytes < op_times_bytes(spec, parts, kind)) {
     status = flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)bytes);
     goto fail;
   }
@@ -545,26 +551,26 @@ flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_
   flap_clock *clock;
   FLAP_TRY(flap_clock_open(&clock));
   const flap_device_config config = {.kind = FLAP_DEVICE_SIM,
-                                     .vram_bytes = needed_bytes(spec, PARTS_ALL, FLAP_DEVICE_SIM),
+                                     .vram_bytes = op_times_bytes(spec, PARTS_ALL, FLAP_DEVICE_SIM),
                                      .events_max = 2,
                                      .clock = clock,
                                      .machine = *machine};
-  const flap_status status = run_on(spec, PARTS_ALL, &config, FLAP_DEVICE_SIM, times_out);
+  const flap_status status = op_times_run_on(spec, PARTS_ALL, &config, FLAP_DEVICE_SIM, times_out);
   flap_clock_close(clock);
   if (spec->training)
     flap_host_times_from_rate(spec, machine->host_bytes, times_out);
   return status;
 }
 
-static flap_status run_on_cuda(const flap_op_times_spec *spec, bench_parts parts, uint64_t overhead_bytes,
+static flap_status run_on_cuda(const flap_op_times_spec *spec, op_times_parts parts, uint64_t overhead_bytes,
                                uint64_t vram_bytes, flap_op_times *times_out) {
-  const uint64_t taken = needed_bytes(spec, parts, FLAP_DEVICE_CUDA);
+  const uint64_t taken = op_times_bytes(spec, parts, FLAP_DEVICE_CUDA);
   const uint64_t needed = taken > FLAP_HOST_TIMES_VRAM_BYTES ? taken : FLAP_HOST_TIMES_VRAM_BYTES;
   if (needed > vram_bytes || overhead_bytes > vram_bytes - needed)
     return flap_error_set(FLAP_BUDGET, "vram: %llu bytes are too few to time a layer", (unsigned long long)vram_bytes);
   const flap_device_config config = {
       .kind = FLAP_DEVICE_CUDA, .vram_bytes = needed + overhead_bytes, .events_max = FLAP_HOST_TIMES_EVENTS};
-  return run_on(spec, parts, &config, FLAP_DEVICE_CUDA, times_out);
+  return op_times_run_on(spec, parts, &config, FLAP_DEVICE_CUDA, times_out);
 }
 
 flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes, uint64_t vram_bytes,

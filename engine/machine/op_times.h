@@ -57,6 +57,11 @@ FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec
  * little for a layer and the head at once. Takes about three seconds, and one more where products are tuned. */
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
+/* Runs a layer's and the head's operations on the cpu device, with at most so much memory, and corrects what rates say
+ * of them; the rest is from rates. FLAP_BUDGET: even of a few tokens that would take too long, or too much memory.
+ * Takes up to three seconds, for small models less. */
+FLAP_CHECKED flap_status flap_op_times_measure_cpu(const flap_op_times_spec *spec, const flap_machine *machine,
+                                                   uint64_t memory_bytes, flap_op_times *times_out);
 /* Only tunes the products of a training step, a layer's and then the head's: where there is not room for both at once.
  * About two seconds. FLAP_BUDGET: too little even for that. */
 FLAP_CHECKED flap_status flap_op_times_tune_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,

@@ -54,23 +54,26 @@ static double *fraction_at(flap_op_times *times, const field *f) {
 
 /* What stays when a machine is measured anew; the rest of the key says whether the file still counts. */
 static int describe_run(const flap_op_times_spec *spec, const flap_machine *machine, char *text, size_t bytes) {
+  char shapes[FLAP_MATMUL_SHAPES_MAX];
+  flap_matmul_choice_describe(spec->model, &spec->shape, shapes);
   return snprintf(text, bytes, "%s, %s, %u threads; %s; gradients %s, %s, %s", machine->name,
-                  spec->matmuls->table.target, spec->threads, spec->matmuls->shapes,
+                  spec->matmuls != NULL ? spec->matmuls->table.target : "cpu", spec->threads, shapes,
                   flap_dtype_name(spec->gradient_dtype), flap_run_config_optim_name(spec->optim),
                   spec->training ? "training" : "forward");
 }
 
 void flap_op_times_cache_open(const flap_op_times_spec *spec, const flap_machine *machine, flap_op_times_cache *cache) {
   *cache = (flap_op_times_cache){.path = ""};
-  const int length = spec->matmuls != NULL ? describe_run(spec, machine, cache->key, sizeof cache->key) : -1;
+  const int length = describe_run(spec, machine, cache->key, sizeof cache->key);
   if (length < 0 || (size_t)length >= sizeof cache->key)
     return;
   flap_machine_cache_name("times", cache->key, cache->path);
   const size_t left = sizeof cache->key - (size_t)length;
-  const int more = snprintf(cache->key + length, left,
-                            "; flap " FLAP_VERSION "; products 0x%016" PRIx64 "; rates %.17g %.17g %.17g %.17g %.17g",
-                            flap_matmul_table_digest(&spec->matmuls->table), machine->flops_bf16, machine->device_bytes,
-                            machine->h2d_bytes, machine->d2h_bytes, machine->host_bytes);
+  const int more =
+      snprintf(cache->key + length, left,
+               "; flap " FLAP_VERSION "; products 0x%016" PRIx64 "; rates %.17g %.17g %.17g %.17g %.17g",
+               spec->matmuls != NULL ? flap_matmul_table_digest(&spec->matmuls->table) : 0, machine->flops_bf16,
+               machine->device_bytes, machine->h2d_bytes, machine->d2h_bytes, machine->host_bytes);
   if (more < 0 || (size_t)more >= left)
     cache->path[0] = '\0';
 }

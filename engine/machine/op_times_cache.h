@@ -1,10 +1,9 @@
-/* The file that keeps what operations take on a card: $XDG_CACHE_HOME/flap/times-<hash>.json (or ~/.cache).
+/* The file that keeps what operations take here: $XDG_CACHE_HOME/flap/times-<hash>.json (or ~/.cache).
  *
  * Folder-private, but for tests. Timing takes seconds, and no two measurements are the same; so that `flap train` runs
  * the very plan that `flap plan` showed, both calculate with what was timed first. A file is
  *
- *   {"format": "flap times 1", "key": "<card, host, version, rates, shapes, optimizer, products>", "forward_ns": ...,
- * ...}
+ *   {"format": "flap times 1", "key": "<device, version, rates, shapes, optimizer, products>", "forward_ns": ..., ...}
  *
  * and counts only for the same key. The machine's rates are in it: `flap bench machine`, which measures them anew,
  * makes times be taken anew too. So do other algorithms of products. Whatever is wrong with a file, it is as if it were
@@ -29,7 +28,7 @@ typedef struct flap_op_times_cache {
   char key[FLAP_OP_TIMES_KEY_MAX];
 } flap_op_times_cache;
 
-/* Of a run with these products (spec->matmuls, complete or not) on this machine. */
+/* Of a run on this machine, on a card with these products (spec->matmuls, complete or not). */
 void flap_op_times_cache_open(const flap_op_times_spec *spec, const flap_machine *machine,
                               flap_op_times_cache *cache_out);
 /* False, and no change: not there, or without the host's updates where spec asks for them. */

@@ -5,6 +5,7 @@
 #include "base/system.h"
 #include "base/units.h"
 #include "engine/machine/host_times.h"
+#include "engine/machine/machine_cache.h"
 #include "engine/machine/machine_profile.h"
 #include "engine/machine/op_times_cache.h"
 #include "engine/planner/budgets.h"
@@ -327,26 +328,48 @@ static void log_times(const flap_op_times *t) {
            t->copies_beside_host, t->store_ns);
 }
 
-/* What was timed for such a run before, or else now: after tuning its products. */
+/* After tuning the products of a card. */
 static flap_status measure_times(flap_prepared *p, const flap_op_times_spec *of) {
+  if (of->matmuls == NULL)
+    return flap_op_times_measure_cpu(of, &p->machine, p->budgets.vram_bytes + p->budgets.ram_bytes, &p->times);
+  FLAP_TRY(flap_op_times_measure_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times));
+  flap_matmul_choice_keep(&p->matmuls);
+  return FLAP_OK;
+}
+
+/* Operations that are faster than rates show that somebody else was at work when these were measured. A bound must not
+ * be passed. */
+static void raise_rates(const flap_op_times_spec *of, const flap_op_times *times, flap_machine *machine) {
+  double *rate = of->shape.dtype == FLAP_F32 ? &machine->flops_f32 : &machine->flops_bf16;
+  const double reached =
+      flap_model_forward_flops(of->model, &of->shape, FLAP_PART_LAYER) / (double)times->forward_ns * 1e9;
+  if (times->forward_ns > 0 && reached > *rate)
+    *rate = reached;
+}
+
+/* What was timed for such a run before, or else now. */
+static flap_status find_times(flap_prepared *p, const flap_op_times_spec *of) {
   flap_op_times_cache cache;
-  FLAP_TRY(give_matmuls(p));
+  if (of->matmuls != NULL)
+    FLAP_TRY(give_matmuls(p));
   flap_op_times_cache_open(of, &p->machine, &cache);
   if (!flap_op_times_cache_find(&cache, of, &p->times)) {
-    FLAP_TRY(flap_op_times_measure_cuda(of, p->machine.overhead_bytes, p->budgets.vram_bytes, &p->times));
-    flap_matmul_choice_keep(&p->matmuls);
+    FLAP_TRY(measure_times(p, of));
     flap_op_times_cache_open(of, &p->machine, &cache); /* with the products that were chosen meanwhile */
     flap_op_times_cache_keep(&cache, &p->times);
   }
   if (!(p->times.host.alone > 0)) /* ram is too small to measure it in */
     flap_host_times_from_rate(of, p->machine.host_bytes, &p->times);
+  raise_rates(of, &p->times, &p->machine);
   log_times(&p->times);
   return FLAP_OK;
 }
 
-/* A card here times the run's own layer; where that cannot be, rates must do. */
+/* A device here times the run's own layer, but where rates are given; where that cannot be, rates must do. */
 static flap_status give_times(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
+  const bool card = spec->device == FLAP_DEVICE_CUDA,
+             host_helps = card && p->planner.expert.optimizer != FLAP_OPTIMIZER_GPU;
   const flap_op_times_spec of = {.model = spec->model,
                                  .shape = spec->shape,
                                  .gradient_dtype = spec->gradient_dtype,
@@ -354,17 +377,18 @@ static flap_status give_times(flap_prepared *p) {
                                  .training = spec->mode == FLAP_MODE_TRAIN,
                                  .threads = spec->threads,
                                  .launch_ns = p->machine.launch_ns,
-                                 .host_bytes =
-                                     p->planner.expert.optimizer == FLAP_OPTIMIZER_GPU ? 0 : p->budgets.ram_bytes,
-                                 .matmuls = &p->matmuls};
+                                 .host_bytes = host_helps ? p->budgets.ram_bytes : 0,
+                                 .matmuls = card ? &p->matmuls : NULL};
+  const bool here = p->config->profile == NULL && (card || !flap_machine_cache_is_named());
   p->planner.times = &p->times;
-  if (spec->device == FLAP_DEVICE_CUDA && p->config->profile == NULL && spec->mode == FLAP_MODE_TRAIN) {
-    const flap_status status = measure_times(p, &of);
+  if (here && spec->mode == FLAP_MODE_TRAIN) {
+    const flap_status status = find_times(p, &of);
     if (status != FLAP_BUDGET)
       return status;
     flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
     flap_error_clear();
-    FLAP_TRY(tune_apart(p, &of));
+    if (card)
+      FLAP_TRY(tune_apart(p, &of));
   }
   return flap_op_times_from_rates(&of, &p->machine, &p->times);
 }

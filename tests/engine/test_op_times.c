@@ -109,6 +109,65 @@ START_TEST(from_rates_first_sums_cost_less) {
 }
 END_TEST
 
+#define MEMORY ((uint64_t)1 << 30)
+
+/* Of machines that are a thousand times slower and faster than any: what was measured counts. */
+START_TEST(measured_on_the_cpu_is_what_operations_take) {
+  const flap_model_config config = model(_i == 1);
+  const flap_op_times_spec spec = spec_of(&config);
+  flap_machine fast = arithmetic;
+  flap_op_times here, by_rates;
+  fast.flops_bf16 = fast.flops_f32 = 1e15;
+  ck_assert_int_eq(flap_op_times_from_rates(&spec, &fast, &by_rates), FLAP_OK);
+  ck_assert_msg(flap_op_times_measure_cpu(&spec, &fast, MEMORY, &here) == FLAP_OK, "%s", flap_error_message());
+  ck_assert(here.measured);
+  const uint64_t measured[] = {here.forward_ns, here.recompute_ns, here.backward_ns, here.loss_ns, here.head_ns};
+  const uint64_t estimated[] = {by_rates.forward_ns, by_rates.recompute_ns, by_rates.backward_ns, by_rates.loss_ns,
+                                by_rates.head_ns};
+  for (int i = 0; i < 5; i++)
+    ck_assert_msg(measured[i] > 10 * estimated[i] && measured[i] < 1000000000, "%d: %llu ns, by rates %llu", i,
+                  (unsigned long long)measured[i], (unsigned long long)estimated[i]);
+  ck_assert_double_eq(here.adamw_ns, by_rates.adamw_ns); /* these are left to rates */
+  ck_assert_double_eq(here.store_ns, by_rates.store_ns);
+  ck_assert_double_eq(here.host.alone, by_rates.host.alone);
+}
+END_TEST
+
+/* What would take minutes is measured with fewer tokens: by rates a round of these takes minutes. */
+START_TEST(measured_on_the_cpu_with_fewer_tokens_counts_for_all) {
+  flap_model_config config = model(false);
+  config.max_position_embeddings = 4096;
+  flap_op_times_spec spec = spec_of(&config);
+  flap_machine slow = arithmetic;
+  flap_op_times few, many, few_by_rates, many_by_rates;
+  slow.flops_bf16 = slow.flops_f32 = 1e9;
+  spec.shape = (flap_model_shape){.dtype = FLAP_BF16, .batch = 1, .sequence = 64};
+  ck_assert_int_eq(flap_op_times_from_rates(&spec, &slow, &few_by_rates), FLAP_OK);
+  ck_assert_msg(flap_op_times_measure_cpu(&spec, &slow, MEMORY, &few) == FLAP_OK, "%s", flap_error_message());
+  spec.shape.batch = 64;
+  spec.shape.sequence = 2048;
+  ck_assert_int_eq(flap_op_times_from_rates(&spec, &slow, &many_by_rates), FLAP_OK);
+  ck_assert_uint_gt(many_by_rates.forward_ns, (uint64_t)10000000000);
+  ck_assert_int_eq(flap_op_times_measure_cpu(&spec, &slow, MEMORY, &many), FLAP_OK);
+  const double more = (double)many_by_rates.forward_ns / (double)few_by_rates.forward_ns;
+  ck_assert_double_gt((double)many.forward_ns, (double)few.forward_ns * more / 10);
+  ck_assert_double_lt((double)many.forward_ns, (double)few.forward_ns * more * 10);
+  ck_assert_uint_lt(many.forward_ns, many_by_rates.forward_ns); /* no processor is as slow */
+}
+END_TEST
+
+START_TEST(not_measured_on_the_cpu_without_time_or_memory) {
+  const flap_model_config config = model(false);
+  const flap_op_times_spec spec = spec_of(&config);
+  flap_machine never = arithmetic;
+  flap_op_times times;
+  ck_assert_int_eq(flap_op_times_measure_cpu(&spec, &arithmetic, 1 << 16, &times), FLAP_BUDGET);
+  never.flops_bf16 = never.flops_f32 = 1e5;
+  ck_assert_int_eq(flap_op_times_measure_cpu(&spec, &never, MEMORY, &times), FLAP_BUDGET);
+  flap_error_clear();
+}
+END_TEST
+
 START_TEST(of_an_operation_follows_its_kind_and_size) {
   const flap_op_times times = {.embed_ns = 1,
                                .forward_ns = 2,
@@ -215,6 +274,9 @@ int main(void) {
   TCase *tests = tcase_create("op_times");
   tcase_add_loop_test(tests, from_rates_arithmetic_decides, 0, 2);
   tcase_add_test(tests, from_rates_first_sums_cost_less);
+  tcase_add_loop_test(tests, measured_on_the_cpu_is_what_operations_take, 0, 2);
+  tcase_add_test(tests, measured_on_the_cpu_with_fewer_tokens_counts_for_all);
+  tcase_add_test(tests, not_measured_on_the_cpu_without_time_or_memory);
   tcase_add_test(tests, of_an_operation_follows_its_kind_and_size);
   tcase_add_loop_test(tests, simulated_step_is_charged_with_given_times, 0, 2);
   suite_add_tcase(suite, tests);
