@@ -7,8 +7,9 @@
 static bool same_skeleton(const planner_skeleton *s, const planner_skeleton *t) {
   return s->segment == t->segment && s->tail == t->tail && s->group == t->group && s->spread == t->spread &&
          s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask && s->host == t->host &&
-         s->backward.device == t->backward.device && s->backward.host == t->backward.host && s->keeps == t->keeps &&
-         s->slice == t->slice && s->page == t->page && s->staging == t->staging;
+         s->spares_first == t->spares_first && s->backward.device == t->backward.device &&
+         s->backward.host == t->backward.host && s->keeps == t->keeps && s->slice == t->slice && s->page == t->page &&
+         s->staging == t->staging;
 }
 
 static bool same_contender(const planner_contender *a, const planner_contender *b) {

@@ -34,6 +34,7 @@ flap_choice planner_choice_of(const flap_planner *planner, const planner_candida
                         .sweep = c->sweep,
                         .spread = s.spread,
                         .host_parts = s.host,
+                        .host_spares_first = s.spares_first,
                         .backward_parts = s.backward.device,
                         .host_backward_parts = s.backward.host,
                         .keeps_embedding = s.keeps,

@@ -81,6 +81,7 @@ typedef struct planner_skeleton {
   planner_saving saved;
   bool spread;
   uint32_t host;
+  bool spares_first; /* the host the parts that a forward begins with */
   planner_backward backward;
   bool keeps;           /* the embedding's states in VRAM */
   uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */

@@ -119,7 +119,7 @@ static flap_status refine_host(const flap_planner *planner, const planner_candid
   return simulate_best(&r, best, costs);
 }
 
-/* The same with all else as in the best. */
+/* The same with all else as in the best; then whether it spares the parts that the next forward begins with. */
 static flap_status refine_host_of_best(const flap_planner *planner, const planner_candidates *c,
                                        const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
@@ -128,6 +128,13 @@ static flap_status refine_host_of_best(const flap_planner *planner, const planne
     s.host = c->other_hosts[j];
     FLAP_TRY(look_at(&r, s, costs));
   }
+  FLAP_TRY(simulate_best(&r, best, costs));
+  if (best->s.host == 0 || best->s.backward.device > 0) /* where updates happen in the backward it does */
+    return FLAP_OK;
+  planner_skeleton other = best->s;
+  other.spares_first = !other.spares_first;
+  r.count = 0;
+  FLAP_TRY(look_at(&r, other, costs));
   return simulate_best(&r, best, costs);
 }
 

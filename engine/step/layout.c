@@ -125,7 +125,8 @@ static uint32_t all_parts(const flap_layout_spec *spec) {
 
 /* Parts before this one that the host updates. */
 static uint32_t hosts_before(const flap_layout_spec *spec, uint32_t part) {
-  const uint32_t parts = all_parts(spec), wanted = spec->host_parts, reluctant = spec->backward_parts > 0 ? 2 : 0;
+  const uint32_t parts = all_parts(spec), wanted = spec->host_parts,
+                 reluctant = spec->host_spares_first || spec->backward_parts > 0 ? 2 : 0;
   const uint32_t first = parts - wanted < reluctant ? parts - wanted : reluctant;
   return part <= first ? 0 : (uint32_t)((uint64_t)(part - first) * wanted / (parts - first));
 }

@@ -31,6 +31,7 @@ typedef struct flap_layout_spec {
   uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
   uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */
+  bool host_spares_first;  /* embedding and first layer come last among these */
   uint32_t backward_parts; /* of the parts that the device updates this share in all parts is updated in the backward,
                             see flap_layout_in_backward; */
   uint32_t host_backward_parts; /* of those that the host updates */
@@ -148,8 +149,9 @@ static inline uint32_t flap_layout_layer_part(uint32_t layer) {
   return layer + 1;
 }
 /* Whether the optimizer of a part (an index into parts) runs on the host's cores: of all parts host_parts do, at even
- * distances, the head first, for which a step has most time. Where updates happen in the backward embedding and first
- * layer come last: their gradients are complete when the next forward is about to begin with them. */
+ * distances, the head first, for which a step has most time. Where updates happen in the backward, and where it is
+ * wanted, embedding and first layer come last: their gradients are complete when the next forward is about to begin
+ * with them. */
 bool flap_layout_is_host(const flap_layout *layout, uint32_t part);
 /* Whether a part is updated in the backward of the step, once its gradient is complete, and not folded into the next
  * forward or swept: of the parts that the host updates, and of the others, a share at even distances. */

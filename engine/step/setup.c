@@ -50,6 +50,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
                             .host_parts = choice->host_parts,
+                            .host_spares_first = choice->host_spares_first,
                             .backward_parts = choice->backward_parts,
                             .host_backward_parts = choice->host_backward_parts,
                             .spread = choice->backward_parts > 0 && choice->spread,
@@ -337,6 +338,7 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
               choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
               choice->slice_elements == setup->choice.slice_elements &&
               choice->host_parts == setup->choice.host_parts &&
+              choice->host_spares_first == setup->choice.host_spares_first &&
               choice->backward_parts == setup->choice.backward_parts &&
               choice->host_backward_parts == setup->choice.host_backward_parts);
 

@@ -61,7 +61,8 @@ typedef struct flap_choice {
   bool sweep;  /* at the step's end, or else in the next forward */
   bool spread; /* the update of a segment is spread over what comes before it, the forward of the segment before or the
                   backward of the one behind */
-  uint32_t host_parts; /* the optimizer of so many parts runs on the host's cores */
+  uint32_t host_parts;    /* the optimizer of so many parts runs on the host's cores */
+  bool host_spares_first; /* the parts that a forward begins with only where nearly all do */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint64_t staging_bytes;               /* of buffers that are wanted, where budgets allow it; 0: a few */
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */

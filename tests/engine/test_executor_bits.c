@@ -66,6 +66,7 @@ typedef struct placement {
   uint32_t backward; /* parts, of LAYERS + 2, that are updated in the backward; where anything is clipped none are */
   bool spread;
   uint32_t host;          /* parts */
+  bool spares_first;      /* of them */
   uint32_t host_backward; /* 0: as backward */
   bool keeps;             /* the embedding's states stay */
 
@@ -215,6 +216,7 @@ static const placement PLACEMENTS[] = {
      .keeps = true,
      .place = {.disks = 1}},
     {.name = "half by the host", .home = IN_RAM, .segment = 1, .spread = true, .host = 3},
+    {.name = "some by the host, none of the first", .home = IN_RAM, .segment = 1, .host = 2, .spares_first = true},
     {.name = "a tail of 2", .home = IN_RAM, .segment = 1, .tail = 2},
     {.name = "a tail of 2, spread", .home = IN_RAM, .segment = 1, .tail = 2, .spread = true, .slice_blocks = 1},
     {.name = "a tail of 2, spread, some by the host",
@@ -290,6 +292,7 @@ static flap_choice choice_of(const rig_model *model, const placement *p) {
 
   choice.spread = p->spread;
   choice.host_parts = p->host;
+  choice.host_spares_first = p->spares_first;
   if (p->slice_blocks > 0)
     choice.slice_elements = (uint64_t)p->slice_blocks * FLAP_OPS_BLOCK;
   if (p->page > 0)

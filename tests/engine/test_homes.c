@@ -64,6 +64,7 @@ static void open_trial(uint64_t seed, trial *t) {
                             .sweep = below(&s, 4) == 0,
                             .spread = below(&s, 2) == 1,
                             .host_parts = below(&s, 2) * below(&s, parts + 1),
+                            .host_spares_first = below(&s, 2) == 1,
                             .slice_elements = (1 + below(&s, 3)) * FLAP_OPS_BLOCK,
                             .page_bytes = FLAP_BLOCK_ALIGN << below(&s, 3),
                             .read_buffers = 2,
