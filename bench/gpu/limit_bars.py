@@ -31,6 +31,8 @@ ROWS = {
     "3b-8": f"{THREE_B} --vram 8GiB",
     "3b-24-32k": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 8 --ram 100GiB --vram 24GiB",
     "3b-24-disk": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 5 --ram 16GiB --vram 24GiB --disk DISK --disk-size 56GB",
+    "3b-24-disk-noclip": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 5 --ram 16GiB --vram 24GiB --disk DISK --disk-size 56GB "
+                         "max_grad_norm=0",
     "3b-24-disk-48": "3b --batch 4 --sequence 2048 --micro-batches 4 --steps 5 --ram 48GiB --vram 24GiB --disk DISK --disk-size 56GB "
                      "max_grad_norm=0",
     "7b-24": f"{SEVEN_B} --vram 24GiB --micro-batches 32",

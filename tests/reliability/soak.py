@@ -6,8 +6,8 @@ and resumed with other budgets, drawn at random: vram, ram, one or two disks and
 the optimizer runs, compression, I/O. When the minutes are over it goes on to its end, and then the same steps are trained
 without a stop, with everything in memory: weights, moments, losses, norms and the exported model must be the same to the bit.
 
-Of each life's processes resident memory, threads and descriptors are sampled every half a second, from the tenth step of
-the life on. They are flat if between the first and the last third of the samples the median of resident memory grew by no
+Of each life's processes resident memory, threads and descriptors are sampled every half a second, from ten steps behind the
+life's first checkpoint on: that touches the memory through which it is written for the first time, about 1 MiB. They are flat if between the first and the last third of the samples the median of resident memory grew by no
 more than 1 MiB, and the smallest number of threads and of descriptors (what is there when nothing is being saved) by none. Threads that the system starts for io_uring ("iou-wrk-") are left out.
 Lives with fewer than 12 samples are not judged.
 
@@ -77,7 +77,7 @@ class Soak:
         for name in ("disk0", "disk1"):
             os.mkdir(self.path(name))
         self.write("text.txt", text(4000))
-        self.write("run.yaml", RUN % (200 if minutes >= 20 else 40))
+        self.write("run.yaml", RUN % (100 if minutes >= 20 else 40))
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -171,7 +171,7 @@ class Soak:
             return None
 
     def watch(self, process, log, seconds):
-        """Waits so long, or until the process ends; the samples from the life's tenth step on."""
+        """Waits so long, or until the process ends; the samples once it is warm."""
         samples, warm = [], False
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and process.poll() is None:
@@ -184,8 +184,12 @@ class Soak:
 
     def is_warm(self, log):
         """By what this life says: metrics.jsonl may have steps of a life that was killed."""
+        saved, steps = False, 0
         with open(log, errors="replace") as file:
-            return sum(line.startswith("step ") for line in file) >= WARM_STEPS
+            for line in file:
+                saved = saved or line.startswith("saved ")
+                steps += saved and line.startswith("step ")
+        return steps >= WARM_STEPS
 
     def judge(self, samples, overrides):
         self.samples += len(samples)
