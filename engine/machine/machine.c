@@ -29,10 +29,10 @@
 /* A small extent is measured, or a share of what a run may put on the disk: what is written and read anew within a
  * second comes from caches, of the drive or of a host, that serve no run of many gigabytes. */
 #define DISK_SPAN_MIN (64 * FLAP_MIB)
-#define DISK_SPAN_MAX (8 * FLAP_GIB)
+#define DISK_SPAN_MAX (2 * FLAP_GIB)
 #define DISK_SPAN_SHARE 8u
-#define DISK_SECONDS 0.9      /* of the four passes together, over a small extent */
-#define DISK_SECONDS_MAX 15.0 /* over a large one */
+#define DISK_SECONDS 0.9     /* of the four passes together, over a small extent */
+#define DISK_SECONDS_MAX 4.0 /* over a large one */
 
 /* ---- matmul ---------------------------------------------------------------------------------------------- */
 
