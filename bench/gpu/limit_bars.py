@@ -64,7 +64,7 @@ ROWS = {
 }
 RATES = {  # tokens per second
     "7b-24": 10000, "7b-24-8bit": 10790, "7b-24-65k": 9620, "7b-24-65k-8bit": 9620, "7b-76": 12000, "8b-24": 10764, "8b-24-8bit": 10764,
-    "8b-24-noclip": 10764, "13b-24-8bit": 5550,
+    "8b-24-noclip": 10764, "13b-24-8bit": 5550, "3b-24-disk-noclip": 3195,
 }
 SHARES = [  # row, row to compare with, at least
     ("3b-24", "3b-72-recompute", 0.97), ("3b-12", "3b-72-recompute", 0.95), ("3b-8", "3b-72-recompute", 0.90),
