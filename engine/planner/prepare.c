@@ -383,7 +383,7 @@ static flap_status give_times(flap_prepared *p) {
   p->planner.times = &p->times;
   if (here && spec->mode == FLAP_MODE_TRAIN) {
     const flap_status status = find_times(p, &of);
-    if (status != FLAP_BUDGET)
+    if (status != FLAP_BUDGET && (card || status != FLAP_NO_MEMORY)) /* what a run lacks is said with its plan */
       return status;
     flap_log(FLAP_LOG_DEBUG, "operations are not timed: %s", flap_error_message());
     flap_error_clear();

@@ -7,8 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #define LIBRARY "libopenblas.so.0"
+#define BUFFER_BYTES ((uint64_t)130 << 20)
 #define CORE_VARIABLE "OPENBLAS_CORETYPE"
 #define THREADS_VARIABLE "OPENBLAS_NUM_THREADS"
 
@@ -109,6 +112,44 @@ static flap_status load_best(library *l) {
   name_it(l);
   return FLAP_OK;
 }
+
+/* ---- its buffers ----------------------------------------------------------------------------------------- */
+
+/* Of the address space; 0: not known. */
+static uint64_t space_in_use(void) {
+  unsigned long long pages = 0;
+  FILE *file = fopen("/proc/self/statm", "re");
+  if (file == NULL)
+    return 0;
+  if (fscanf(file, "%llu", &pages) != 1)
+    pages = 0;
+  fclose(file);
+  return pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Buffers stay, so only those of further threads are looked for. */
+flap_status flap_cpu_blas_check_space(uint32_t threads) {
+  static uint32_t checked;
+  struct rlimit limit;
+  flap_status status = FLAP_OK;
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY)
+    return FLAP_OK;
+  pthread_mutex_lock(&lock);
+  const uint64_t more = threads > checked ? (threads - checked) * BUFFER_BYTES : 0, wanted = space_in_use() + more;
+  if (more > 0 && wanted > limit.rlim_cur)
+    status =
+        flap_error_set(FLAP_NO_MEMORY,
+                       "kernels: OpenBLAS takes %llu MiB of the address space for %u threads, and the limit of %llu "
+                       "MiB does not leave them: ulimit -v %llu, or fewer threads (expert.threads)",
+                       (unsigned long long)(more >> 20), threads, (unsigned long long)(limit.rlim_cur >> 20),
+                       (unsigned long long)(wanted >> 10));
+  else if (threads > checked)
+    checked = threads;
+  pthread_mutex_unlock(&lock);
+  return status;
+}
+
+/* ---- the one that is loaded ------------------------------------------------------------------------------ */
 
 flap_status flap_cpu_blas_find(const flap_cpu_blas **blas_out) {
   library found = {.handle = NULL};

@@ -19,6 +19,9 @@ typedef struct flap_cpu_blas {
  * for a moment. OPENBLAS_CORETYPE, where it is set, has the last word. FLAP_NOT_FOUND: it is not installed. Any thread.
  */
 FLAP_CHECKED flap_status flap_cpu_blas_find(const flap_cpu_blas **blas_out);
+/* Whether so many threads may multiply at a time: for each of them OpenBLAS takes a buffer of 128 MiB of the address
+ * space, of which it touches little, and where `ulimit -v` leaves none it tries for ever. FLAP_NO_MEMORY. */
+FLAP_CHECKED flap_status flap_cpu_blas_check_space(uint32_t threads);
 /* The name by which OpenBLAS knows code for this processor, where that is better than code for `chosen`; else NULL. */
 const char *flap_cpu_blas_better_core(const char *chosen);
 

@@ -53,6 +53,7 @@ static flap_status cpu_open(flap_ops *ops) {
                           flap_pool_threads(pool));
   const flap_cpu_blas *blas;
   FLAP_TRY(flap_cpu_blas_find(&blas));
+  FLAP_TRY(flap_cpu_blas_check_space(flap_pool_threads(pool)));
   flap_cpu_ops *cpu = calloc(1, sizeof *cpu);
   if (cpu == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "kernels: no memory for the cpu operations");

@@ -184,6 +184,20 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
         self.assertFalse(os.path.exists(self.path("out")))
 
+    def test_limit_on_addresses_that_leaves_none_for_products(self):
+        """OpenBLAS would try for ever; nothing is measured yet, so it is asked before there is a plan."""
+        with open(FLAP, "rb") as program:
+            if re.search(rb"__[at]san_init", program.read()):
+                self.skipTest("a sanitizer takes terabytes of addresses")
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20))
+        environment = {**os.environ, "XDG_CACHE_HOME": self.path("no-cache")}
+        done = subprocess.run([FLAP, "plan", "run.yaml"], cwd=self.folder, capture_output=True, timeout=60, text=True,
+                              preexec_fn=limit, env=environment)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertRegex(done.stderr, "flap: error: .*OpenBLAS takes .* of the address space .*ulimit -v [0-9]+")
+
     def test_what_is_written_is_planned_measured_and_kept_to_a_budget(self):
         common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=3"]
         plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
