@@ -28,8 +28,10 @@ static bool has_fewer_tokens(flap_model_shape *shape) {
   return true;
 }
 
+/* A difference that others' work has made nothing of tells nothing. */
 static uint64_t corrected(uint64_t ns, uint64_t measured_ns, uint64_t estimated_ns) {
-  return estimated_ns > 0 ? (uint64_t)((double)ns * ((double)measured_ns / (double)estimated_ns)) : ns;
+  return estimated_ns > 0 && measured_ns > 0 ? (uint64_t)((double)ns * ((double)measured_ns / (double)estimated_ns))
+                                             : ns;
 }
 
 /* `times`, from rates, by what was measured where `estimated` comes from the same rates. */
