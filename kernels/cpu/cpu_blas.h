@@ -1,8 +1,8 @@
 /* OpenBLAS, loaded at run time, because what it computes with is decided as it is loaded.
  *
  * A release of OpenBLAS knows the processors of its time. On later ones it falls back to code for the first of 64 bits:
- * release 0.3.21 (Debian 12) reaches 35 GFLOP/s on two cores of an Emerald Rapids Xeon, and 190 when it is told to use
- * what it has for Cooper Lake. Folder-private. */
+ * release 0.3.21 (Debian 12) reaches 31 to 55 GFLOP/s on two cores of an Emerald Rapids Xeon, and 151 and more when it
+ * is told to use what it has for Cooper Lake. Folder-private. */
 #ifndef FLAP_KERNELS_CPU_BLAS_H
 #define FLAP_KERNELS_CPU_BLAS_H
 

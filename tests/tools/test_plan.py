@@ -184,6 +184,28 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
         self.assertFalse(os.path.exists(self.path("out")))
 
+    def test_operations_that_pass_the_rates_raise_them(self):
+        """Rates that were measured beside somebody else's work would make a bound that a run passes."""
+        environment = {**os.environ, "XDG_CACHE_HOME": self.path("disturbed")}
+        environment.pop("FLAP_MACHINE", None)
+
+        def plan():
+            done = subprocess.run([FLAP, "plan", "run.yaml", "--json"], cwd=self.folder, capture_output=True, timeout=60,
+                                  text=True, env=environment)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return json.loads(done.stdout)
+        plan()
+        path = os.path.join(self.path("disturbed"), "flap", "machine.json")
+        with open(path) as file:
+            machines = json.load(file)
+        for machine in machines["machines"]:
+            machine["flops_bf16"] = machine["flops_f32"] = 1e8
+        with open(path, "w") as file:
+            json.dump(machines, file)
+        slow = plan()
+        self.assertGreater(slow["step_seconds"], slow["bound_seconds"])
+        self.assertGreater(max(slow["machine"]["flops_bf16"], slow["machine"]["flops_f32"]), 1e8)
+
     def test_limit_on_addresses_that_leaves_none_for_products(self):
         """OpenBLAS would try for ever; nothing is measured yet, so it is asked before there is a plan."""
         with open(FLAP, "rb") as program:
