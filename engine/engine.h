@@ -266,10 +266,14 @@ FLAP_CHECKED flap_status flap_engine_inspect(const char *folder, bool verify,
  * used as it is when it is there. `fresh` measures again. Disk rates are those of the folder `disk_path` (NULL: none,
  * both 0), for a run that may put `disk_bytes` there (0: little): caches of drives and of hosts serve small files
  * faster than large ones, so these are measured over more, in up to four seconds, if they were not yet; where that has
- * no room to measure in both are 0 too, or FLAP_NO_SPACE if `fresh`. FLAP_UNSUPPORTED for cuda; FLAP_INVALID for a
- * malformed file in FLAP_MACHINE; a cache that cannot be written is no error. */
+ * no room to measure in both are 0 too, or FLAP_NO_SPACE if `fresh`. For cuda what flap_device_open may say;
+ * FLAP_INVALID for a malformed file in FLAP_MACHINE; a cache that cannot be written is no error. */
 FLAP_CHECKED flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path,
                                              uint64_t disk_bytes, bool fresh, flap_machine *machine_out);
+
+/* What `device: auto` does after cuda failed with this status: whether it takes the CPU, for there is no GPU, or, with
+ * a warning, none that can be used. Clears the error then. */
+bool flap_engine_falls_to_cpu(flap_status status);
 
 /* The same as a profile that `machine` can name elsewhere: with the memory of host, card and disk that is free now. */
 FLAP_CHECKED flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path,

@@ -36,7 +36,7 @@ typedef struct flap_matmul_entry {
 
 /* All zero is an empty table. */
 typedef struct flap_matmul_table {
-  char target[FLAP_MATMUL_TARGET_MAX]; /* "sm_90 NVIDIA H100 80GB HBM3, cublaslt-13.1.0" */
+  char target[FLAP_MATMUL_TARGET_MAX]; /* "sm_90 NVIDIA H100 80GB HBM3, 132 multiprocessors, cublaslt-13.1.0" */
   uint32_t count;
   flap_matmul_entry entries[FLAP_MATMUL_ENTRIES_MAX];
 } flap_matmul_table;

@@ -31,6 +31,10 @@ extern "C" {
 /* Tensors in regions start at multiples of this many elements, and norms are summed per block of them. */
 #define FLAP_OPS_BLOCK 4096u
 
+/* Sizes of heads that the cuda device has attention for: multiples of the first, up to the second. */
+#define FLAP_OPS_CUDA_HEAD_STEP 8u
+#define FLAP_OPS_CUDA_HEAD_MAX 256u
+
 typedef struct flap_ops flap_ops;
 
 /* Upper bounds of the shapes that will be used; decides the workspace. */
@@ -86,8 +90,9 @@ void flap_ops_matmul(flap_ops *ops, const flap_matmul *matmul);
 struct flap_matmul_table;
 typedef enum flap_matmul_mode { FLAP_MATMUL_USE, FLAP_MATMUL_TUNE } flap_matmul_mode;
 
-/* What a table must be for on this kind of device here: "sm_90 NVIDIA H100 80GB HBM3, cublaslt-13.1.0", or "" where
- * tables are of no use: cpu and sim. FLAP_UNSUPPORTED without CUDA in the build, FLAP_DEVICE without a GPU. */
+/* What a table must be for on this kind of device here: "sm_90 NVIDIA H100 80GB HBM3, 132 multiprocessors,
+ * cublaslt-13.1.0", or "" where tables are of no use: cpu and sim. FLAP_UNSUPPORTED without CUDA in the build,
+ * FLAP_NOT_FOUND without a GPU, FLAP_DEVICE. */
 FLAP_CHECKED flap_status flap_ops_matmul_target(flap_device_kind kind, char *target_out, size_t bytes);
 /* Whose code computes on the cpu here: "avx512 openblas-0.3.21-SkylakeX". Loads the library. FLAP_NOT_FOUND: it is not
  * installed. */

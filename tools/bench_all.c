@@ -73,8 +73,7 @@ static flap_status measure_profile(bench_run *run) {
   flap_machine_profile *profile = &run->profile;
   flap_run_device device = options->device == FLAP_RUN_DEVICE_AUTO ? FLAP_RUN_DEVICE_CUDA : options->device;
   flap_status status = flap_engine_profile(device, options->threads, run->paths[0], true, profile);
-  if (options->device == FLAP_RUN_DEVICE_AUTO && (status == FLAP_UNSUPPORTED || status == FLAP_DEVICE)) {
-    flap_error_clear();
+  if (options->device == FLAP_RUN_DEVICE_AUTO && flap_engine_falls_to_cpu(status)) {
     device = FLAP_RUN_DEVICE_CPU;
     status = flap_engine_profile(device, options->threads, run->paths[0], true, profile);
   }

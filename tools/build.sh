@@ -1,9 +1,10 @@
 #!/bin/sh
 # Builds the release into build/. Usage: tools/build.sh [more arguments for cmake]
-# Where NVIDIA's compiler is, with the cuda device: for the GPUs that are there, or for all generations if there are none.
+# Where NVIDIA's compiler is, with the cuda device: for the GPUs that are there, or for all generations if there are none. Those
+# before Ampere (8.0), which drive a display perhaps, do not count.
 set -eu
 cd "$(dirname "$0")/.."
-cards=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$' | tr -d . | sort -u |
+cards=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^([89]|[0-9]{2})\.[0-9]$' | tr -d . | sort -u |
   sed 's/$/-real/' | paste -sd ';' - || true)
 cmake -S . -B build -G Ninja ${cards:+"-DCMAKE_CUDA_ARCHITECTURES=$cards"} "$@" >/dev/null
 ninja -C build flap

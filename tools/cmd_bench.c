@@ -127,7 +127,7 @@ static flap_status limits_host(flap_limits *limits, const flap_bench_options *op
 /* Without a GPU the record says why; here it also says what to do instead. */
 static flap_status suggest(flap_status status, const char *what, const char *instead) {
   char reason[512];
-  if (status != FLAP_UNSUPPORTED && status != FLAP_DEVICE)
+  if (status != FLAP_UNSUPPORTED && status != FLAP_DEVICE && status != FLAP_NOT_FOUND)
     return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "%s", what);
   (void)snprintf(reason, sizeof reason, "%s", flap_error_message());
   return flap_error_set(status, "%s: %s; %s", what, reason, instead);

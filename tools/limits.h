@@ -100,7 +100,7 @@ FLAP_CHECKED flap_status flap_limits_host(flap_limits *limits, uint32_t threads)
 /* Kernels of the device, cpu or cuda. `vram_bytes` 0: the default, below 4 GiB. */
 FLAP_CHECKED flap_status flap_limits_gpu(flap_limits *limits, flap_device_kind kind, uint32_t threads,
                                          uint64_t vram_bytes);
-/* Copies of the cuda device. FLAP_UNSUPPORTED without CUDA, FLAP_DEVICE without a GPU. */
+/* Copies of the cuda device. FLAP_UNSUPPORTED without CUDA, FLAP_NOT_FOUND without a GPU. */
 FLAP_CHECKED flap_status flap_limits_pcie(flap_limits *limits, uint64_t vram_bytes);
 /* For how long each lane of a plan is busy, and for how long it would be at the rates of the profile. */
 void flap_limits_plan(flap_limits *limits, const flap_plan *plan, const flap_machine *measured);

@@ -205,7 +205,7 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
                           FLAP_POOL_THREADS_MAX);
   read_cpu_name(wish.cpu, sizeof wish.cpu);
   char host[384], what[128];
-  FLAP_TRY(wish.cuda ? flap_machine_cuda_name(what, sizeof what) : flap_ops_cpu_kernels(what, sizeof what));
+  FLAP_TRY(wish.cuda ? flap_device_find(FLAP_DEVICE_CUDA, what, sizeof what) : flap_ops_cpu_kernels(what, sizeof what));
   (void)snprintf(host, sizeof host, "%s; %s, %u core%s", what, wish.cpu, cores, cores == 1 ? "" : "s");
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
@@ -221,6 +221,14 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
   return status;
 }
 
+bool flap_engine_falls_to_cpu(flap_status status) {
+  if (status != FLAP_UNSUPPORTED && status != FLAP_NOT_FOUND && status != FLAP_DEVICE)
+    return false;
+  flap_log(status == FLAP_DEVICE ? FLAP_LOG_WARNING : FLAP_LOG_DEBUG, "device: cpu, for %s", flap_error_message());
+  flap_error_clear();
+  return true;
+}
+
 flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
                                 flap_machine_profile *profile_out) {
   flap_machine_profile *profile = profile_out;
@@ -231,7 +239,7 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);
   if (profile->device == FLAP_RUN_DEVICE_CUDA)
-    FLAP_TRY(flap_machine_cuda_free(&profile->vram_bytes));
+    FLAP_TRY(flap_device_budget_max(FLAP_DEVICE_CUDA, &profile->vram_bytes));
   if (disk_path) {
     flap_profile_disk *disk = &profile->disks[profile->disk_count++];
     *disk = (flap_profile_disk){.read_bytes = machine->disk_read_bytes,

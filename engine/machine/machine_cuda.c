@@ -10,7 +10,8 @@
 #include <string.h>
 
 #define PROBE_VRAM (3 * FLAP_GIB)
-#define SIDE 4096u /* of the square matrices */
+#define PROBE_LEFT (256 * FLAP_MIB) /* to others, of a small card */
+#define SIDE 4096u                  /* of the square matrices */
 #define HEAD_SIZE 128u
 #define ROUNDS 7
 #define ROUND_NS (4u * 1000 * 1000) /* some twenty products in bf16, one or two in fp32 */
@@ -18,21 +19,11 @@
 #define COPIES 8
 #define OVERHEAD_MARGIN (32 * FLAP_MIB) /* the driver's own figure moves a little from run to run */
 
-static flap_status open_probe(flap_device **device_out) {
-  const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = PROBE_VRAM, .events_max = 2};
-  return flap_device_open(&config, device_out);
-}
-
-flap_status flap_machine_cuda_name(char *name_out, size_t bytes) {
-  flap_device *device;
-  FLAP_TRY(open_probe(&device));
-  (void)snprintf(name_out, bytes, "%s", flap_device_describe(device));
-  flap_device_close(device);
+/* Of a card that is small or in use, all that is free: that is enough, or else the measurements say so. */
+static flap_status probe_vram(uint64_t *bytes_out) {
+  FLAP_TRY(flap_device_budget_max(FLAP_DEVICE_CUDA, bytes_out));
+  *bytes_out = *bytes_out < PROBE_VRAM + PROBE_LEFT ? *bytes_out / 16 * 15 : PROBE_VRAM;
   return FLAP_OK;
-}
-
-flap_status flap_machine_cuda_free(uint64_t *bytes_out) {
-  return flap_device_free_bytes(FLAP_DEVICE_CUDA, bytes_out);
 }
 
 /* ---- kernels --------------------------------------------------------------------------------------------- */
@@ -46,16 +37,17 @@ static flap_status measure_with(flap_ops_meter *meter, flap_machine *machine) {
   FLAP_TRY(flap_ops_measure_copy(meter, 4 * COPY_BYTES, &copy));
   FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_F32, FLAP_NT, SIDE, SIDE, SIDE, false, &f32));
   if (bf16.rounds == 0 || copy.rounds == 0 || f32.rounds == 0)
-    return flap_error_set(FLAP_NO_MEMORY, "measuring the card: too little is left of 3 GiB");
+    return flap_error_set(FLAP_NO_MEMORY,
+                          "measuring the card: it has too little free memory: end what else uses the GPU");
   machine->flops_bf16 = bf16.median;
   machine->flops_f32 = f32.median;
   machine->device_bytes = copy.median;
   return FLAP_OK;
 }
 
-static flap_status measure_kernels(flap_machine *machine) {
+static flap_status measure_kernels(uint64_t vram_bytes, flap_machine *machine) {
   const flap_ops_meter_config config = {.kind = FLAP_DEVICE_CUDA,
-                                        .vram_bytes = PROBE_VRAM,
+                                        .vram_bytes = vram_bytes,
                                         .tokens_max = SIDE,
                                         .heads = SIDE / HEAD_SIZE,
                                         .head_size_max = HEAD_SIZE};
@@ -109,13 +101,14 @@ static flap_status time_both(flap_device *device, unsigned char *host, flap_mach
   return FLAP_OK;
 }
 
-static flap_status measure_bus(flap_machine *machine) {
+static flap_status measure_bus(uint64_t vram_bytes, flap_machine *machine) {
+  const flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = vram_bytes, .events_max = 2};
   flap_arena host;
   flap_device *device = NULL;
   FLAP_TRY(flap_arena_open(&host, "measuring the bus", 2 * COPY_BYTES));
   unsigned char *memory = flap_arena_take(&host, 2 * COPY_BYTES, 4096);
   memset(memory, 1, 2 * COPY_BYTES);
-  flap_status status = open_probe(&device);
+  flap_status status = flap_device_open(&config, &device);
   if (status == FLAP_OK)
     status = flap_device_pin_host(device, memory, 2 * COPY_BYTES);
   if (status == FLAP_OK)
@@ -144,10 +137,12 @@ static flap_status measure_host(uint32_t threads, flap_machine *machine) {
 
 flap_status flap_machine_measure_cuda(uint32_t threads, flap_machine *machine_out) {
   flap_machine machine;
+  uint64_t vram_bytes;
   flap_device_default_machine(FLAP_DEVICE_CUDA, &machine);
   FLAP_TRY(measure_host(threads, &machine));
-  FLAP_TRY(measure_kernels(&machine));
-  FLAP_TRY(measure_bus(&machine));
+  FLAP_TRY(probe_vram(&vram_bytes));
+  FLAP_TRY(measure_kernels(vram_bytes, &machine));
+  FLAP_TRY(measure_bus(vram_bytes, &machine));
   machine.synchronous = false;
   machine.shared_cores = 0;
   machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;

@@ -1,4 +1,4 @@
-/* Rates of a cuda device. Folder-private. FLAP_UNSUPPORTED in a build without CUDA, FLAP_DEVICE without a card. */
+/* Rates of a cuda device. Folder-private. FLAP_UNSUPPORTED in a build without CUDA, FLAP_NOT_FOUND without a card. */
 #ifndef FLAP_ENGINE_MACHINE_MACHINE_CUDA_H
 #define FLAP_ENGINE_MACHINE_MACHINE_CUDA_H
 
@@ -10,12 +10,8 @@
 extern "C" {
 #endif
 
-/* "NVIDIA H100 80GB HBM3". */
-FLAP_CHECKED flap_status flap_machine_cuda_name(char *name_out, size_t bytes);
 /* All but the disk rates, in about a second; `threads` of the host for host_bytes. Takes at most 3 GiB of the card. */
 FLAP_CHECKED flap_status flap_machine_measure_cuda(uint32_t threads, flap_machine *machine_out);
-/* Bytes of the card that nobody uses now. */
-FLAP_CHECKED flap_status flap_machine_cuda_free(uint64_t *bytes_out);
 
 #ifdef __cplusplus
 }

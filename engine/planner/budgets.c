@@ -2,9 +2,9 @@
 
 #include "base/units.h"
 #include "engine/machine/host_memory.h"
-#include "engine/machine/machine_cuda.h"
 #include "engine/machine/machine_profile.h"
 #include "io/block/block.h"
+#include "kernels/device/device.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -34,11 +34,11 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (config->vram.kind == FLAP_SIZE_MAX) {
-    uint64_t free_bytes = config->profile != NULL ? config->profile->vram_bytes : 0;
+    uint64_t most = config->profile != NULL ? config->profile->vram_bytes : 0;
     if (config->profile == NULL)
-      FLAP_TRY(flap_machine_cuda_free(&free_bytes));
-    const uint64_t reserve = free_bytes / 20 > 512 * FLAP_MIB ? free_bytes / 20 : 512 * FLAP_MIB;
-    budgets->vram_bytes = free_bytes > reserve ? free_bytes - reserve : 0;
+      FLAP_TRY(flap_device_budget_max(FLAP_DEVICE_CUDA, &most));
+    const uint64_t reserve = most / 20 > 512 * FLAP_MIB ? most / 20 : 512 * FLAP_MIB;
+    budgets->vram_bytes = most > reserve ? most - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
     budgets->ram_bytes = available_memory(config, true);

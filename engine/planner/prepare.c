@@ -109,10 +109,23 @@ static uint32_t thread_count(const flap_run_config *config) {
   return cores < 1 ? 1 : cores > FLAP_POOL_THREADS_MAX ? FLAP_POOL_THREADS_MAX : (uint32_t)cores;
 }
 
+/* What kernels of the cuda device can do is known before there is one. */
+static flap_status check_heads(const flap_prepared *p) {
+  const uint32_t size = p->model.head_dim;
+  if (size % FLAP_OPS_CUDA_HEAD_STEP == 0 && size <= FLAP_OPS_CUDA_HEAD_MAX)
+    return FLAP_OK;
+  return flap_error_set(FLAP_DEVICE,
+                        "model: head_dim is %u, and the cuda device computes attention for multiples of %u up to %u: "
+                        "set device to cpu",
+                        size, FLAP_OPS_CUDA_HEAD_STEP, FLAP_OPS_CUDA_HEAD_MAX);
+}
+
 /* A machine that is described is not asked anything, and neither is this one. */
 static flap_status take_profile(flap_prepared *p, const flap_machine_profile *profile) {
   flap_setup_spec *spec = &p->planner.spec;
   FLAP_TRY(flap_machine_profile_check(profile, p->config));
+  if (profile->device == FLAP_RUN_DEVICE_CUDA)
+    FLAP_TRY(check_heads(p));
   p->machine = profile->machine;
   flap_machine_profile_disks(profile, p->config->disk_count, &p->disks);
   spec->device = profile->device == FLAP_RUN_DEVICE_CUDA ? FLAP_DEVICE_CUDA : FLAP_DEVICE_CPU;
@@ -136,16 +149,16 @@ static flap_status choose_device(flap_prepared *p) {
   if (p->config->profile != NULL)
     return take_profile(p, p->config->profile);
   if (wanted != FLAP_RUN_DEVICE_CPU) {
-    const flap_status status =
-        flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, disk_bytes, false, &p->machine);
+    flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, disk_bytes, false, &p->machine);
+    if (status == FLAP_OK)
+      status = check_heads(p);
     if (status == FLAP_OK) {
       spec->device = FLAP_DEVICE_CUDA;
       spec->vram_overhead_bytes = p->machine.overhead_bytes;
       return FLAP_OK;
     }
-    if (wanted == FLAP_RUN_DEVICE_CUDA || (status != FLAP_UNSUPPORTED && status != FLAP_DEVICE))
+    if (wanted == FLAP_RUN_DEVICE_CUDA || !flap_engine_falls_to_cpu(status))
       return status;
-    flap_log(FLAP_LOG_DEBUG, "device: cpu (%s)", flap_error_message());
   }
   return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, disk_bytes, false, &p->machine);
 }

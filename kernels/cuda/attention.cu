@@ -25,8 +25,8 @@ bool takes_hopper(const flap_cuda_attention_shape *shape) {
 
 bool valid(const flap_cuda_attention_shape *shape) {
   return shape->batch > 0 && shape->queries > 0 && shape->kv_heads > 0 && shape->heads % shape->kv_heads == 0 &&
-         shape->heads > 0 && shape->head_size > 0 && shape->head_size % 8 == 0 &&
-         shape->head_size <= FLAP_CUDA_ATTENTION_HEAD_MAX && shape->keys == shape->first_position + shape->queries &&
+         shape->heads > 0 && shape->head_size > 0 && shape->head_size % FLAP_OPS_CUDA_HEAD_STEP == 0 &&
+         shape->head_size <= FLAP_OPS_CUDA_HEAD_MAX && shape->keys == shape->first_position + shape->queries &&
          (shape->dtype == FLAP_F32 || shape->dtype == FLAP_BF16 || shape->dtype == FLAP_F16);
 }
 

@@ -20,8 +20,6 @@
 extern "C" {
 #endif
 
-#define FLAP_CUDA_ATTENTION_HEAD_MAX 256u
-
 /* flap_cuda_attention_shape, and how much scratch a shape takes: cuda_sizes.h. */
 
 /* lse NULL: not wanted. */

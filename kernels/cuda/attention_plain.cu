@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int WARPS = 8, THREADS = WARPS * 32, HEAD_MAX = FLAP_CUDA_ATTENTION_HEAD_MAX;
+constexpr int WARPS = 8, THREADS = WARPS * 32, HEAD_MAX = FLAP_OPS_CUDA_HEAD_MAX;
 
 template <typename T>
 __device__ __forceinline__ float dot(const float *row, const T *other, uint32_t head_size, bool aligned) {
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(THREADS) attention_statistics_chunks_kernel(co
 
 template <typename T> cudaError_t statistics_of_chunks(const attention_args &args, cudaStream_t stream) {
   const bool narrow = args.head_size <= 64;
-  const uint64_t rows = static_cast<uint64_t>(args.batch) * args.heads * args.queries, per_block = THREADS / (narrow ? 8 : 16);
+  const uint64_t rows = static_cast<uint64_t>(args.batch) * args.heads * args.queries,
+                 per_block = THREADS / (narrow ? 8 : 16);
   return attention_launch(narrow ? attention_statistics_chunks_kernel<T, 8> : attention_statistics_chunks_kernel<T, 16>,
                           (rows + per_block - 1) / per_block, THREADS, 0, args, stream);
 }

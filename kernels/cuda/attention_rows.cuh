@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int ATTENTION_PAIRS = FLAP_CUDA_ATTENTION_HEAD_MAX / 64; /* of columns, that a lane has of a row */
+constexpr int ATTENTION_PAIRS = FLAP_OPS_CUDA_HEAD_MAX / 64; /* of columns, that a lane has of a row */
 
 __device__ __forceinline__ float to_float(float x) {
   return x;

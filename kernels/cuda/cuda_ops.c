@@ -36,9 +36,10 @@ static flap_status cuda_open(flap_ops *ops) {
   cuda->scratch = (unsigned char *)ops->workspace + CUDA_BLAS_WORKSPACE_BYTES;
   cuda->scratch_bytes = cuda_scratch_needed(limits);
   ops->state = cuda;
-  (void)snprintf(ops->numerics, sizeof ops->numerics, "cuda " CUDA_KERNELS " sm_%u %s, driver %u.%u, runtime %u.%u, %s",
-                 card->capability, card->name, card->driver / 1000, card->driver % 1000 / 10, card->runtime / 1000,
-                 card->runtime % 1000 / 10, cuda_blas_version(cuda->blas));
+  (void)snprintf(ops->numerics, sizeof ops->numerics,
+                 "cuda " CUDA_KERNELS " sm_%u %s, %u multiprocessors, driver %u.%u, runtime %u.%u, %s",
+                 card->capability, card->name, card->multiprocessors, card->driver / 1000, card->driver % 1000 / 10,
+                 card->runtime / 1000, card->runtime % 1000 / 10, cuda_blas_version(cuda->blas));
   return FLAP_OK;
 }
 
@@ -49,30 +50,27 @@ static void cuda_close(flap_ops *ops) {
   free(ops->state);
 }
 
-/* The model of GPU and the library: what algorithms belong to. */
-static void describe_target(uint32_t capability, const char *name, const char *version, char *target_out,
-                            size_t bytes) {
-  (void)snprintf(target_out, bytes, "sm_%u %.63s, %s", capability, name, version);
+/* What algorithms belong to: the library, and the GPU with its multiprocessors, which are not the same in all of a
+ * name. */
+static void describe_target(const flap_cuda_properties *card, const char *version, char *target_out, size_t bytes) {
+  (void)snprintf(target_out, bytes, "sm_%u %.63s, %u multiprocessors, %s", card->capability, card->name,
+                 card->multiprocessors, version);
 }
 
 /* Without opening a device: of the card that would be opened. */
 static flap_status cuda_matmul_target(char *target_out, size_t bytes) {
-  struct cudaDeviceProp card;
+  flap_cuda_properties card;
   char version[32];
-  const cudaError_t error = cudaGetDeviceProperties(&card, 0);
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();
-    return flap_error_set(FLAP_DEVICE, "cuda: cannot read the GPU's properties: %s", cudaGetErrorString(error));
-  }
+  FLAP_TRY(flap_device_cuda_find(&card));
   FLAP_TRY(cuda_blas_find_version(version, sizeof version));
-  describe_target((uint32_t)(card.major * 10 + card.minor), card.name, version, target_out, bytes);
+  describe_target(&card, version, target_out, bytes);
   return FLAP_OK;
 }
 
 static flap_status cuda_set_matmuls(flap_ops *ops, flap_matmul_table *table, flap_matmul_mode mode) {
   const flap_cuda_properties *card = flap_device_cuda_properties(ops->device);
   char target[FLAP_MATMUL_TARGET_MAX];
-  describe_target(card->capability, card->name, cuda_blas_version(cuda_state(ops)->blas), target, sizeof target);
+  describe_target(card, cuda_blas_version(cuda_state(ops)->blas), target, sizeof target);
   if (strcmp(table->target, target) != 0)
     return flap_error_set(FLAP_INVALID, "cuda: the table of products is for \"%s\", and this is \"%s\"", table->target,
                           target);

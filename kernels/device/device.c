@@ -1,5 +1,6 @@
 #include "kernels/device/device_internal.h"
 #ifdef FLAP_CUDA
+#include "kernels/device/device_cuda.h"
 #include "kernels/device/device_cuda_internal.h"
 #endif
 
@@ -21,6 +22,7 @@ static const flap_device_table *tables[] = {
     [FLAP_DEVICE_SIM] = &flap_device_sim_table,
 };
 #define KIND_COUNT (sizeof tables / sizeof tables[0])
+#define NO_CUDA "device: cuda: this build has no CUDA; set device to cpu, or use a build with CUDA"
 
 const flap_device_table *flap_device_replace_table(flap_device_kind kind, const flap_device_table *table) {
   flap_assert((size_t)kind < KIND_COUNT);
@@ -35,8 +37,7 @@ flap_status flap_device_open(const flap_device_config *config, flap_device **dev
   *device_out = NULL;
   const flap_device_table *table = tables[config->kind];
   if (!table)
-    return flap_error_set(FLAP_UNSUPPORTED,
-                          "device: cuda: this build has no CUDA; set device to cpu, or use a build with CUDA");
+    return flap_error_set(FLAP_UNSUPPORTED, NO_CUDA);
   if (config->vram_bytes == 0)
     return flap_error_set(FLAP_INVALID, "vram: the budget is 0 bytes; give the device some memory");
   flap_device *device = calloc(1, table->struct_bytes);
@@ -248,11 +249,30 @@ void flap_device_default_machine(flap_device_kind kind, flap_machine *machine_ou
   };
 }
 
-flap_status flap_device_free_bytes(flap_device_kind kind, uint64_t *bytes_out) {
+/* Of a kind that is no card, or not in this build. */
+static flap_status no_card(flap_device_kind kind) {
+  return kind == FLAP_DEVICE_CUDA ? flap_error_set(FLAP_UNSUPPORTED, NO_CUDA)
+                                  : flap_error_set(FLAP_UNSUPPORTED, "device kind %d is not a card", (int)kind);
+}
+
+flap_status flap_device_budget_max(flap_device_kind kind, uint64_t *bytes_out) {
   *bytes_out = 0;
 #ifdef FLAP_CUDA
   if (kind == FLAP_DEVICE_CUDA)
-    return flap_cuda_memory_free_of_card(bytes_out);
+    return flap_cuda_memory_budget_max(bytes_out);
 #endif
-  return flap_error_set(FLAP_UNSUPPORTED, "the memory of this kind of device (%d) is not a card's", (int)kind);
+  return no_card(kind);
+}
+
+flap_status flap_device_find(flap_device_kind kind, char *name_out, size_t bytes) {
+  (void)snprintf(name_out, bytes, "%s", "");
+#ifdef FLAP_CUDA
+  if (kind == FLAP_DEVICE_CUDA) {
+    flap_cuda_properties card;
+    FLAP_TRY(flap_device_cuda_find(&card));
+    (void)snprintf(name_out, bytes, "%s, driver %u.%u", card.name, card.driver / 1000, card.driver % 1000 / 10);
+    return FLAP_OK;
+  }
+#endif
+  return no_card(kind);
 }

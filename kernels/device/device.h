@@ -18,6 +18,7 @@
 #include "base/status.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -66,7 +67,8 @@ typedef struct flap_device_config {
 typedef struct flap_device flap_device;
 typedef uint32_t flap_event; /* an index below events_max; an event that was never recorded is complete */
 
-/* FLAP_NO_MEMORY, FLAP_DEVICE (no driver, too old a card), FLAP_UNSUPPORTED (a kind this build has not). */
+/* FLAP_NOT_FOUND (no driver, no GPU), FLAP_DEVICE (too old a driver or card, or it fails), FLAP_UNSUPPORTED (a kind
+ * this build has not), FLAP_NO_MEMORY. */
 FLAP_CHECKED flap_status flap_device_open(const flap_device_config *config, flap_device **device_out);
 flap_device_kind flap_device_get_kind(const flap_device *device);
 /* For people: "cpu, 2 threads", "NVIDIA H100 80GB HBM3". */
@@ -136,9 +138,13 @@ void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *c
 /* What the driver charges to this process now, and the highest so far; on cpu and sim the arena. */
 uint64_t flap_device_memory_peak(const flap_device *device);
 
-/* Bytes of the kind's memory that nobody uses now: of the card, before a device is opened. FLAP_UNSUPPORTED for kinds
- * whose memory is the host's. */
-FLAP_CHECKED flap_status flap_device_free_bytes(flap_device_kind kind, uint64_t *bytes_out);
+/* The largest budget that a card has now, with no device open: what nobody uses, and what CUDA takes for this process.
+ * FLAP_UNSUPPORTED for kinds whose memory is the host's, else as flap_device_open. */
+FLAP_CHECKED flap_status flap_device_budget_max(flap_device_kind kind, uint64_t *bytes_out);
+
+/* The card that would be opened, and its driver, as "NVIDIA H100 80GB HBM3, driver 13.0"; starts nothing on it. Errors
+ * as those of flap_device_open; FLAP_UNSUPPORTED for kinds that are no cards. */
+FLAP_CHECKED flap_status flap_device_find(flap_device_kind kind, char *name_out, size_t bytes);
 
 /* Waits for the streams and gives everything back. NULL is fine. */
 void flap_device_close(flap_device *device);

@@ -360,7 +360,7 @@ static void cuda_close(flap_device *base) {
   pthread_mutex_destroy(&device->failure_lock);
 }
 
-static flap_status choose_card(cuda_device *device) {
+flap_status flap_device_cuda_find(flap_cuda_properties *card_out) {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
@@ -368,19 +368,20 @@ static flap_status choose_card(cuda_device *device) {
     (void)cudaDriverGetVersion(&driver);
     (void)cudaGetLastError();
     if (error == cudaErrorInsufficientDriver && driver == 0)
-      return flap_error_set(FLAP_DEVICE, "cuda: this machine has no NVIDIA driver; install it, or set device to cpu");
+      return flap_error_set(FLAP_NOT_FOUND,
+                            "cuda: this machine has no NVIDIA driver; install it, or set device to cpu");
     if (error == cudaErrorInsufficientDriver)
       return flap_error_set(FLAP_DEVICE,
                             "cuda: the NVIDIA driver is for CUDA %d.%d, older than this build's %d.%d; update the "
                             "driver, or set device to cpu",
                             driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
-    return flap_error_set(FLAP_DEVICE, "cuda: the driver shows no NVIDIA GPU (is CUDA_VISIBLE_DEVICES empty?); set "
-                                       "device to cpu to run without one");
+    return flap_error_set(FLAP_NOT_FOUND, "cuda: the driver shows no NVIDIA GPU (is CUDA_VISIBLE_DEVICES empty?); set "
+                                          "device to cpu to run without one");
   }
   FLAP_TRY(status_of("cannot count the GPUs", error));
   struct cudaDeviceProp p;
   FLAP_TRY(status_of("cannot read the GPU's properties", cudaGetDeviceProperties(&p, 0)));
-  flap_cuda_properties *own = &device->properties;
+  flap_cuda_properties *own = card_out;
   own->capability = (uint32_t)(p.major * 10 + p.minor);
   own->multiprocessors = (uint32_t)p.multiProcessorCount;
   own->shared_bytes_max = (uint32_t)p.sharedMemPerBlockOptin;
@@ -389,7 +390,6 @@ static flap_status choose_card(cuda_device *device) {
   (void)cudaDriverGetVersion(&version);
   own->driver = (uint32_t)version;
   own->runtime = CUDART_VERSION;
-  (void)snprintf(device->base.description, sizeof device->base.description, "%s", own->name);
   if (own->capability < CAPABILITY_MIN)
     return flap_error_set(FLAP_DEVICE,
                           "cuda: %s has compute capability %u.%u; FLAP needs 8.0 (Ampere) or newer; set device to cpu",
@@ -403,12 +403,9 @@ static flap_status cuda_open(flap_device *base) {
   int error = pthread_mutex_init(&device->failure_lock, NULL);
   if (error)
     return flap_error_set_os(error, "device cuda: cannot make a lock");
-  FLAP_TRY_GOTO(status, choose_card(device));
-  flap_cuda_memory_open(&device->memory);                   /* before the context, which it weighs */
-  (void)cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync); /* refused where a context is there already */
-  (void)cudaGetLastError();
-  FLAP_TRY_GOTO(status, status_of("cannot start on the GPU", cudaSetDevice(0)));
-  FLAP_TRY_GOTO(status, status_of("cannot start on the GPU", cudaFree(NULL)));
+  FLAP_TRY_GOTO(status, flap_device_cuda_find(&device->properties));
+  (void)snprintf(base->description, sizeof base->description, "%s", device->properties.name);
+  FLAP_TRY_GOTO(status, flap_cuda_memory_start(&device->memory));
   for (uint32_t i = 0; i < FLAP_STREAM_COUNT; i++)
     FLAP_TRY_GOTO(status, lane_open(device, (flap_stream)i));
   uint32_t events = base->config.events_max;

@@ -13,11 +13,14 @@ extern "C" {
 
 typedef struct flap_cuda_properties {
   uint32_t capability;       /* 10 * major + minor: 90 for an H100 */
-  uint32_t multiprocessors;  /* never to be used where it could change a result */
+  uint32_t multiprocessors;  /* never to be used where it could change a result of our kernels */
   uint32_t shared_bytes_max; /* shared memory that one block may opt in to */
   uint32_t driver, runtime;  /* 1000 * major + 10 * minor */
   char name[64];             /* "NVIDIA H100 80GB HBM3" */
 } flap_cuda_properties;
+
+/* Of the card that would be opened; starts nothing on it. Errors as flap_device_open's, but for FLAP_NO_MEMORY. */
+FLAP_CHECKED flap_status flap_device_cuda_find(flap_cuda_properties *card_out);
 
 const flap_cuda_properties *flap_device_cuda_properties(const flap_device *device);
 

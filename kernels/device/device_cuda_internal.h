@@ -21,15 +21,15 @@ typedef struct flap_cuda_nvml flap_cuda_nvml; /* the driver's management library
 
 typedef struct flap_cuda_memory {
   flap_cuda_nvml *nvml; /* NULL where it is not there */
-  uint64_t used_before; /* of the whole card, before this process had a context */
-  uint64_t free_after;  /* of the whole card, when the context was there */
+  uint64_t arena_bytes; /* 0 before it was taken */
   _Atomic uint64_t peak;
   flap_cuda_pin pins[FLAP_CUDA_PINS_MAX];
   _Atomic uint32_t pin_count;
 } flap_cuda_memory;
 
-/* Before the process has a context. Finds NVML; never fails. */
-void flap_cuda_memory_open(flap_cuda_memory *memory);
+/* Of a zeroed struct, before anything else here. Finds NVML, and gives the process its context, once, which it weighs:
+ * whoever needs one gets it by this. FLAP_DEVICE, FLAP_NO_MEMORY; close is due in any case. */
+FLAP_CHECKED flap_status flap_cuda_memory_start(flap_cuda_memory *memory);
 /* Unpins. The arena was freed by then. */
 void flap_cuda_memory_close(flap_cuda_memory *memory);
 
@@ -40,8 +40,8 @@ flap_status flap_cuda_memory_arena(flap_cuda_memory *memory, uint64_t budget, vo
 uint64_t flap_cuda_memory_charged(const flap_cuda_memory *memory);
 uint64_t flap_cuda_memory_peak(flap_cuda_memory *memory);
 
-/* Of the whole card, now; makes a context for it. */
-flap_status flap_cuda_memory_free_of_card(uint64_t *bytes_out);
+/* What nobody uses of the whole card now, and what this process does: the largest budget. Makes a context. */
+FLAP_CHECKED flap_status flap_cuda_memory_budget_max(uint64_t *bytes_out);
 
 flap_status flap_cuda_memory_pin(flap_cuda_memory *memory, void *start, uint64_t bytes);
 /* How many of `bytes` at a host address come before the next seam of pinned memory. */

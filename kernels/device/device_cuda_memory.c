@@ -1,8 +1,9 @@
 /* Memory of the cuda device.
  *
- * The budget is what the driver charges to this process. NVML tells that per process; where it does not know us
- * (another process-id namespace), the growth of the card's use since before our context stands for it; without NVML, an
- * assumed context and the growth since then.
+ * The budget is what the driver charges to this process. NVML tells that per process. Where it does not know us
+ * (another process-id namespace, Windows beneath), it is our context, by how much more of the card was in use once it
+ * was there (without NVML: an assumed size), the arena, and of what the card's use grew beyond both as much as kernels
+ * may take: the rest is of other programs, which come and go.
  */
 #include "kernels/device/device_cuda_internal.h"
 
@@ -19,6 +20,7 @@
 /* CUDA loads kernels, ours and cuBLASLt's, when they are first launched, into memory that the budget must still have.
  * On an H100 all tests together added 4 MiB to what the context had taken. */
 #define LIBRARY_RESERVE ((uint64_t)64 << 20)
+#define RESERVE_LEAST ((uint64_t)16 << 20) /* of it, whatever was loaded before the arena was taken */
 #define CONTEXT_ASSUMED ((uint64_t)640 << 20)
 #define GRAIN ((uint64_t)2 << 20) /* of device allocations, and of the host's huge pages */
 /* Host memory is pinned in pieces by several threads: most of the time goes into finding and zeroing pages. */
@@ -76,15 +78,24 @@ static flap_cuda_nvml *nvml_open(void) {
   return NULL;
 }
 
-static uint64_t used_of_card(const flap_cuda_memory *memory) {
-  nvml_memory m = {0};
-  return memory->nvml && memory->nvml->memory_info(memory->nvml->card, &m) == 0 ? m.used : 0;
+static void nvml_close(flap_cuda_nvml *nvml) {
+  if (!nvml)
+    return;
+  (void)nvml->shutdown();
+  (void)dlclose(nvml->library);
+  free(nvml);
 }
 
-static uint64_t used_by_process(const flap_cuda_memory *memory) {
+/* 0 where NVML does not tell, here and in the next. */
+static uint64_t used_of_card(const flap_cuda_nvml *nvml) {
+  nvml_memory m = {0};
+  return nvml && nvml->memory_info(nvml->card, &m) == 0 ? m.used : 0;
+}
+
+static uint64_t used_by_process(const flap_cuda_nvml *nvml) {
   nvml_process processes[NVML_PROCESSES_MAX];
   unsigned int count = NVML_PROCESSES_MAX;
-  if (!memory->nvml || memory->nvml->processes(memory->nvml->card, &count, processes) != 0)
+  if (!nvml || nvml->processes(nvml->card, &count, processes) != 0)
     return 0;
   for (unsigned int i = 0; i < count && i < NVML_PROCESSES_MAX; i++)
     if (processes[i].pid == (unsigned int)getpid() && processes[i].used != ~0ull)
@@ -92,47 +103,58 @@ static uint64_t used_by_process(const flap_cuda_memory *memory) {
   return 0;
 }
 
-static uint64_t free_of_card(void) {
-  size_t bytes_free = 0, total = 0;
-  return cudaMemGetInfo(&bytes_free, &total) == cudaSuccess ? bytes_free : 0;
-}
+/* The context is the process's, and stays: later opens find it in use, with the kernels that were loaded by then. */
+static pthread_mutex_t context_lock = PTHREAD_MUTEX_INITIALIZER;
+static bool context_there;           /* all under context_lock */
+static uint64_t context_used_before; /* of the whole card, right before it */
+static uint64_t context_bytes;       /* and what it takes, streams and events included; 0: not weighed yet */
 
-flap_status flap_cuda_memory_free_of_card(uint64_t *bytes_out) {
-  *bytes_out = free_of_card();
-  if (*bytes_out == 0)
-    return flap_error_set(FLAP_DEVICE, "cuda: the free memory of the card cannot be told: %s",
-                          cudaGetErrorString(cudaGetLastError()));
-  return FLAP_OK;
-}
-
-/* Of the first open in this process: later ones find its context in use. */
-static pthread_once_t first_open = PTHREAD_ONCE_INIT;
-static uint64_t first_used;
-static flap_cuda_memory *first_memory;
-
-static void note_first(void) {
-  first_used = used_of_card(first_memory);
-}
-
-void flap_cuda_memory_open(flap_cuda_memory *memory) {
-  static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
+flap_status flap_cuda_memory_start(flap_cuda_memory *memory) {
+  cudaError_t error = cudaSuccess;
   memory->nvml = nvml_open();
-  pthread_mutex_lock(&opening);
-  first_memory = memory;
-  pthread_once(&first_open, note_first);
-  memory->used_before = first_used;
-  pthread_mutex_unlock(&opening);
+  pthread_mutex_lock(&context_lock);
+  if (!context_there) {
+    context_used_before = used_of_card(memory->nvml);
+    (void)cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync); /* refused where another library made a context */
+    (void)cudaGetLastError();
+    error = cudaSetDevice(0);
+    if (error == cudaSuccess)
+      error = cudaFree(NULL);
+    context_there = error == cudaSuccess;
+  }
+  pthread_mutex_unlock(&context_lock);
+  if (error == cudaSuccess)
+    return FLAP_OK;
+  (void)cudaGetLastError();
+  return flap_error_set(error == cudaErrorMemoryAllocation ? FLAP_NO_MEMORY : FLAP_DEVICE,
+                        "cuda: cannot start on the GPU: %s (error %d)", cudaGetErrorString(error), (int)error);
+}
+
+/* By how much the card's use grew since before the context. */
+static uint64_t grown_since(const flap_cuda_memory *memory, uint64_t before) {
+  const uint64_t used = used_of_card(memory->nvml);
+  return used > before ? used - before : 0;
+}
+
+static uint64_t weigh_context(const flap_cuda_memory *memory) {
+  pthread_mutex_lock(&context_lock);
+  if (context_bytes == 0) {
+    const uint64_t own = used_by_process(memory->nvml), grown = grown_since(memory, context_used_before);
+    context_bytes = own > 0 ? own : grown > 0 ? grown : CONTEXT_ASSUMED;
+  }
+  const uint64_t bytes = context_bytes;
+  pthread_mutex_unlock(&context_lock);
+  return bytes;
 }
 
 uint64_t flap_cuda_memory_charged(const flap_cuda_memory *memory) {
-  uint64_t used = used_by_process(memory);
-  if (used > 0)
-    return used;
-  used = used_of_card(memory);
-  if (used > memory->used_before)
-    return used - memory->used_before;
-  uint64_t now = free_of_card();
-  return CONTEXT_ASSUMED + (memory->free_after > now ? memory->free_after - now : 0);
+  const uint64_t by_driver = used_by_process(memory->nvml);
+  if (by_driver > 0)
+    return by_driver;
+  const uint64_t own = weigh_context(memory) + memory->arena_bytes;
+  const uint64_t grown = grown_since(memory, context_used_before);
+  const uint64_t loaded = grown > own ? grown - own : 0;
+  return own + (loaded < LIBRARY_RESERVE ? loaded : LIBRARY_RESERVE);
 }
 
 uint64_t flap_cuda_memory_peak(flap_cuda_memory *memory) {
@@ -142,16 +164,41 @@ uint64_t flap_cuda_memory_peak(flap_cuda_memory *memory) {
   return now > before ? now : before;
 }
 
+static uint64_t free_of_card(void) {
+  size_t bytes_free = 0, total = 0;
+  return cudaMemGetInfo(&bytes_free, &total) == cudaSuccess ? bytes_free : 0;
+}
+
+flap_status flap_cuda_memory_budget_max(uint64_t *bytes_out) {
+  flap_cuda_memory memory = {.nvml = NULL};
+  flap_status status = flap_cuda_memory_start(&memory);
+  *bytes_out = status == FLAP_OK ? free_of_card() : 0;
+  if (status == FLAP_OK && *bytes_out == 0)
+    status = flap_error_set(FLAP_DEVICE, "cuda: the free memory of the card cannot be told: %s",
+                            cudaGetErrorString(cudaGetLastError()));
+  if (status == FLAP_OK)
+    *bytes_out += flap_cuda_memory_charged(&memory);
+  flap_cuda_memory_close(&memory);
+  return status;
+}
+
 /* ---- the arena ------------------------------------------------------------------------------------------ */
 
+/* What of a budget is not the arena: the same in every life of a process, unless more was loaded than is kept for it.
+ */
+static uint64_t not_for_arena(const flap_cuda_memory *memory) {
+  const uint64_t kept = weigh_context(memory) + LIBRARY_RESERVE;
+  const uint64_t there = flap_cuda_memory_charged(memory) + RESERVE_LEAST;
+  return there > kept ? there : kept;
+}
+
 flap_status flap_cuda_memory_arena(flap_cuda_memory *memory, uint64_t budget, void **arena_out, uint64_t *bytes_out) {
-  memory->free_after = free_of_card();
-  uint64_t context = flap_cuda_memory_charged(memory), taken = context + LIBRARY_RESERVE;
+  const uint64_t context = flap_cuda_memory_charged(memory), taken = not_for_arena(memory), there = free_of_card();
   char given[FLAP_UNITS_TEXT_MAX], base[FLAP_UNITS_TEXT_MAX], reserve[FLAP_UNITS_TEXT_MAX], left[FLAP_UNITS_TEXT_MAX];
   (void)flap_units_format_bytes(budget, given, sizeof given);
   (void)flap_units_format_bytes(context, base, sizeof base);
-  (void)flap_units_format_bytes(LIBRARY_RESERVE, reserve, sizeof reserve);
-  (void)flap_units_format_bytes(memory->free_after, left, sizeof left);
+  (void)flap_units_format_bytes(taken - context, reserve, sizeof reserve);
+  (void)flap_units_format_bytes(there, left, sizeof left);
   uint64_t bytes = budget > taken ? (budget - taken) / GRAIN * GRAIN : 0;
   if (bytes == 0)
     return flap_error_set(
@@ -159,7 +206,7 @@ flap_status flap_cuda_memory_arena(flap_cuda_memory *memory, uint64_t budget, vo
         "vram: of %s, CUDA itself takes %s, and %s are kept for the kernels that it loads: nothing is "
         "left; raise vram",
         given, base, reserve);
-  if (bytes > memory->free_after)
+  if (bytes > there)
     return flap_error_set(FLAP_NO_MEMORY,
                           "vram: %s are asked for, but beside CUDA's own %s the GPU has only %s free; lower vram, or "
                           "end what else uses the GPU",
@@ -173,7 +220,7 @@ flap_status flap_cuda_memory_arena(flap_cuda_memory *memory, uint64_t budget, vo
     return flap_error_set(error == cudaErrorMemoryAllocation ? FLAP_NO_MEMORY : FLAP_DEVICE,
                           "vram: cannot take %llu bytes of the GPU's memory: %s; lower vram", (unsigned long long)bytes,
                           cudaGetErrorString(error));
-  *bytes_out = bytes;
+  *bytes_out = memory->arena_bytes = bytes;
   (void)flap_cuda_memory_peak(memory);
   return FLAP_OK;
 }
@@ -307,9 +354,5 @@ void flap_cuda_memory_close(flap_cuda_memory *memory) {
   uint32_t count = atomic_load(&memory->pin_count);
   for (uint32_t i = 0; i < count; i++)
     unpin(&memory->pins[i], NULL);
-  if (memory->nvml) {
-    (void)memory->nvml->shutdown();
-    (void)dlclose(memory->nvml->library);
-    free(memory->nvml);
-  }
+  nvml_close(memory->nvml);
 }

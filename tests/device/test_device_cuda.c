@@ -76,6 +76,34 @@ START_TEST(open_takes_the_budget_and_no_more) {
 }
 END_TEST
 
+START_TEST(later_opens_get_what_the_first_one_got) {
+  uint64_t first = 0, later = 0;
+  for (int i = 0; i < 3; i++) {
+    flap_device *device = open_device(VRAM, 1);
+    (void)flap_device_arena(device, &later);
+    first = i == 0 ? later : first;
+    flap_device_close(device);
+    ck_assert_uint_eq(later, first);
+  }
+}
+END_TEST
+
+START_TEST(a_card_is_found_without_being_opened) {
+  char name[128];
+  uint64_t most = 0;
+  ck_assert_int_eq(flap_device_find(FLAP_DEVICE_CUDA, name, sizeof name), FLAP_OK);
+  ck_assert_ptr_nonnull(strstr(name, ", driver 1"));
+  ck_assert_int_eq(flap_device_budget_max(FLAP_DEVICE_CUDA, &most), FLAP_OK);
+  flap_device *device = open_device(VRAM, 1);
+  ck_assert_int_eq(strncmp(name, flap_device_describe(device), strlen(flap_device_describe(device))), 0);
+  flap_device_close(device);
+  device = open_device(most / 16 * 15, 1); /* the context is part of it */
+  flap_device_close(device);
+  ck_assert_int_eq(flap_device_find(FLAP_DEVICE_CPU, name, sizeof name), FLAP_UNSUPPORTED);
+  ck_assert_int_eq(flap_device_budget_max(FLAP_DEVICE_CPU, &most), FLAP_UNSUPPORTED);
+}
+END_TEST
+
 START_TEST(open_with_an_impossible_budget_says_what_to_do) {
   flap_device_config config = {.kind = FLAP_DEVICE_CUDA, .vram_bytes = 64 * MIB, .events_max = 1};
   flap_device *device = NULL;
@@ -418,7 +446,7 @@ static bool is_there(void) {
   if (status == FLAP_OK)
     return true;
   printf("%s: %s\n", flap_status_name(status), flap_error_message());
-  if (status != FLAP_DEVICE || device || strncmp(flap_error_message(), "cuda: ", 6) != 0)
+  if (status != FLAP_NOT_FOUND || device || strncmp(flap_error_message(), "cuda: ", 6) != 0)
     exit(1);
   return false;
 }
@@ -430,6 +458,8 @@ int main(void) {
   Suite *suite = suite_create("device");
   TCase *tests = tcase_create("cuda");
   tcase_add_test(tests, open_takes_the_budget_and_no_more);
+  tcase_add_test(tests, later_opens_get_what_the_first_one_got);
+  tcase_add_test(tests, a_card_is_found_without_being_opened);
   tcase_add_test(tests, open_with_an_impossible_budget_says_what_to_do);
   tcase_add_test(tests, upload_and_download_are_in_order_with_compute);
   tcase_add_test(tests, copies_cross_the_seams_of_pinned_memory);

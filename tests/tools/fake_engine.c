@@ -201,6 +201,10 @@ flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const 
   return FLAP_OK;
 }
 
+bool flap_engine_falls_to_cpu(flap_status status) {
+  return status == FLAP_UNSUPPORTED;
+}
+
 flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
                                 flap_machine_profile *profile_out) {
   memset(profile_out, 0, sizeof *profile_out);

@@ -167,6 +167,8 @@ machine: rtx4090-64g-1nvme
         self.refuse("disk: 2 folders, but the machine", "plan", "large.yaml", "disk=[/mnt/x, /mnt/y]")
         self.refuse("device: cpu contradicts machine", "plan", "large.yaml", "device=cpu")
         self.refuse("give a disk of at least", "plan", "large.yaml", "disk=[]")
+        self.refuse("model: head_dim is 100, and the cuda device computes attention for multiples of 8 up to 256", "plan",
+                    "large.yaml", "model.head_dim=100")
         listed = self.accept("plan", "--list-machines")
         for wanted in ["h100-80g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
             self.assertIn(wanted, listed)
