@@ -1,6 +1,7 @@
 /* Measures the attention kernels for CUDA over a table of shapes, and how far reading a cache is from memory's speed.
  *
- *   bench_attention_cuda [row [portable | two]]   all rows, or one (for a profiler: a single run of each kernel)
+ *   bench_attention_cuda [row [portable | two | little]]   all rows, or one (for a profiler: a single run of each
+ * kernel)
  *
  * Rates are medians, in TFLOP/s of causal attention that computes nothing twice: 2 products forward, 5 backward, half
  * of the square. Operands are random: zeros run faster. */
@@ -19,12 +20,12 @@ struct row {
 };
 
 const row ROWS[] = {
-    {8, 2048, 32, 32, 64, FLAP_BF16}, {2, 8192, 32, 32, 64, FLAP_BF16},  {8, 2048, 32, 8, 64, FLAP_BF16},
-    {2, 8192, 32, 8, 64, FLAP_BF16},  {4, 2048, 32, 32, 128, FLAP_BF16}, {1, 8192, 32, 32, 128, FLAP_BF16},
-    {4, 2048, 32, 8, 128, FLAP_BF16}, {1, 8192, 32, 8, 128, FLAP_BF16},  {1, 8192, 32, 8, 128, FLAP_F16},
-    {8, 2048, 16, 16, 128, FLAP_BF16},
-    {1, 2048, 32, 8, 128, FLAP_BF16}, {1, 1024, 16, 8, 128, FLAP_BF16},  {4, 2048, 32, 8, 96, FLAP_BF16},
-    {1, 1024, 8, 8, 256, FLAP_BF16},  {1, 1024, 8, 8, 128, FLAP_F32},    {1, 1000, 8, 2, 64, FLAP_BF16},
+    {8, 2048, 32, 32, 64, FLAP_BF16},  {2, 8192, 32, 32, 64, FLAP_BF16},  {8, 2048, 32, 8, 64, FLAP_BF16},
+    {2, 8192, 32, 8, 64, FLAP_BF16},   {4, 2048, 32, 32, 128, FLAP_BF16}, {1, 8192, 32, 32, 128, FLAP_BF16},
+    {4, 2048, 32, 8, 128, FLAP_BF16},  {1, 8192, 32, 8, 128, FLAP_BF16},  {1, 8192, 32, 8, 128, FLAP_F16},
+    {8, 2048, 16, 16, 128, FLAP_BF16}, {1, 2048, 32, 8, 128, FLAP_BF16},  {1, 1024, 16, 8, 128, FLAP_BF16},
+    {4, 2048, 32, 8, 96, FLAP_BF16},   {1, 1024, 8, 8, 256, FLAP_BF16},   {1, 1024, 8, 8, 128, FLAP_F32},
+    {1, 1000, 8, 2, 64, FLAP_BF16},
 };
 
 void ok(cudaError_t status, const char *what) {
@@ -94,7 +95,7 @@ template <typename F> double milliseconds(F call, bool once) {
   return times[times.size() / 2];
 }
 
-enum kernels { CHOSEN, TWO_PASSES, PORTABLE };
+enum kernels { CHOSEN, TWO_PASSES, PORTABLE, LITTLE_SHARED };
 
 void measure(const row &r, kernels which, bool once) {
   flap_cuda_attention_shape s = {};
@@ -106,7 +107,8 @@ void measure(const row &r, kernels which, bool once) {
   s.q_stride = r.heads * r.head_size;
   s.kv_stride = r.kv_heads * r.head_size;
   s.dtype = r.dtype;
-  s.portable = which == PORTABLE;
+  s.portable = which == PORTABLE || which == LITTLE_SHARED;
+  s.little_shared = which == LITTLE_SHARED;
   s.two_passes = which == TWO_PASSES;
   const uint64_t q_count = static_cast<uint64_t>(r.batch) * r.sequence * s.q_stride;
   const uint64_t kv_count = static_cast<uint64_t>(r.batch) * r.sequence * s.kv_stride;
@@ -125,7 +127,8 @@ void measure(const row &r, kernels which, bool once) {
       [&] { return flap_cuda_attention_backward(&s, dq, dk, dv, dout, q, k, v, out, lse, scratch, nullptr); }, once);
   const double product = static_cast<double>(r.batch) * r.heads * r.head_size * r.sequence * r.sequence * 1e-9;
   printf("%4u %6u %4u %4u %4u  %-8s %-7s %9.3f %9.3f %8.1f %8.1f %8.1f %8.1f\n", r.batch, r.sequence, r.heads,
-         r.kv_heads, r.head_size, flap_dtype_name(r.dtype), flap_cuda_attention_path(&s, true), forward, backward,
+         r.kv_heads, r.head_size, flap_dtype_name(r.dtype),
+         which == LITTLE_SHARED ? "little" : flap_cuda_attention_path(&s, true), forward, backward,
          2 * product / forward, 5 * product / backward, 7 * product / (forward + backward),
          static_cast<double>(scratch_bytes) / (1 << 20));
 }
@@ -169,11 +172,16 @@ int main(int argc, char **argv) {
       fprintf(stderr, "rows are 0 to %d\n", count - 1);
       return EXIT_FAILURE;
     }
-    measure(ROWS[index], argc < 3 ? CHOSEN : argv[2][0] == 't' ? TWO_PASSES : PORTABLE, true);
+    measure(ROWS[index],
+            argc < 3            ? CHOSEN
+            : argv[2][0] == 't' ? TWO_PASSES
+            : argv[2][0] == 'l' ? LITTLE_SHARED
+                                : PORTABLE,
+            true);
     return EXIT_SUCCESS;
   }
   for (const row &r : ROWS)
-    for (kernels which : {PORTABLE, TWO_PASSES, CHOSEN})
+    for (kernels which : {LITTLE_SHARED, PORTABLE, TWO_PASSES, CHOSEN})
       measure(r, which, false);
   for (uint32_t keys : {1024u, 16384u, 131072u})
     measure_decode(1, keys, 32, 8);

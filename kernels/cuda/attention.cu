@@ -36,6 +36,21 @@ bool aligned(const void *a, const void *b, const void *c, const void *d) {
           15) == 0;
 }
 
+/* What a GPU has that is made for consumers: compute capability 8.6, 8.9 and 12.0. */
+constexpr int LITTLE_SHARED_MAX = 99 * 1024, LITTLE_SHARED_ALL = 100 * 1024;
+
+cudaError_t look_at_shared(attention_args *args, bool little) {
+  int device = 0, most = LITTLE_SHARED_MAX, all = LITTLE_SHARED_ALL;
+  cudaError_t status = little ? cudaSuccess : cudaGetDevice(&device);
+  if (status == cudaSuccess && !little)
+    status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess && !little)
+    status = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  args->shared_max = static_cast<uint32_t>(most);
+  args->shared_all = static_cast<uint32_t>(all);
+  return status;
+}
+
 attention_args arguments(const flap_cuda_attention_shape *shape, const void *q, const void *k, const void *v) {
   attention_args args = {};
   args.q = q;
@@ -99,8 +114,10 @@ cudaError_t flap_cuda_attention_forward(const flap_cuda_attention_shape *shape, 
     return attention_forward_few(args, shape->dtype, stream);
   if (!takes_tiles(shape))
     return attention_forward_plain(args, shape->dtype, stream);
-  return takes_hopper(shape) ? attention_forward_stream(args, shape->dtype, stream)
-                             : attention_forward_mma(args, shape->dtype, stream);
+  if (takes_hopper(shape))
+    return attention_forward_stream(args, shape->dtype, stream);
+  const cudaError_t status = look_at_shared(&args, shape->little_shared);
+  return status != cudaSuccess ? status : attention_forward_mma(args, shape->dtype, stream);
 }
 
 cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape, void *dq, void *dk, void *dv,
@@ -127,6 +144,9 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = cuda_attention_backward_parts(shape);
+  status = look_at_shared(&args, shape->little_shared);
+  if (status != cudaSuccess)
+    return status;
   if (!takes_hopper(shape))
     status = attention_backward_mma(args, shape->dtype, stream);
   else if (!takes_chain(shape))

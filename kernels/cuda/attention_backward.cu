@@ -226,27 +226,19 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
 
 /* ---- launches ---- */
 
-/* Two stages where the device has the shared memory; the bits are the same with one. */
-template <uint32_t FIXED, uint32_t STAGE> cudaError_t choose_stages(attention_args *args, uint32_t *bytes_out) {
-  int device = 0, shared_max = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  args->stages = FIXED + 2 * STAGE <= static_cast<uint32_t>(shared_max) ? 2 : 1;
-  *bytes_out = FIXED + args->stages * STAGE;
-  return status;
+/* Two stages where the device has the shared memory; the bits are the same with one. Returns the bytes of it. */
+template <uint32_t FIXED, uint32_t STAGE> uint32_t choose_stages(attention_args *args) {
+  args->stages = FIXED + 2 * STAGE <= args->shared_max ? 2 : 1;
+  return FIXED + args->stages * STAGE;
 }
 
 template <typename T, int HD> cudaError_t launch(attention_args args, cudaStream_t stream) {
-  uint32_t bytes = 0;
-  cudaError_t status = choose_stages<keys_fixed_bytes<HD>, keys_stage_bytes<HD>>(&args, &bytes);
-  if (status != cudaSuccess)
-    return status;
+  uint32_t bytes = choose_stages<keys_fixed_bytes<HD>, keys_stage_bytes<HD>>(&args);
   const uint64_t key_tiles = (args.keys + KEYS - 1) / KEYS, query_tiles = (args.queries + QUERY_ROWS - 1) / QUERY_ROWS;
-  status = attention_launch(attention_backward_keys_kernel<T, HD>, key_tiles * args.batch * args.kv_heads * args.parts,
-                            keys_plan<HD>::WARPS * 32, bytes, args, stream);
-  if (status == cudaSuccess)
-    status = choose_stages<queries_fixed_bytes<HD>, queries_stage_bytes<HD>>(&args, &bytes);
+  cudaError_t status =
+      attention_launch(attention_backward_keys_kernel<T, HD>, key_tiles * args.batch * args.kv_heads * args.parts,
+                       keys_plan<HD>::WARPS * 32, bytes, args, stream);
+  bytes = choose_stages<queries_fixed_bytes<HD>, queries_stage_bytes<HD>>(&args);
   if (status == cudaSuccess)
     status = attention_launch(attention_backward_queries_kernel<T, HD>, query_tiles * args.batch * args.heads,
                               QUERY_THREADS, bytes, args, stream);

@@ -2,7 +2,8 @@
  *
  * A block owns 128 queries of one head: four warps of 32 rows. It walks the keys upwards in tiles with a running
  * maximum and sum. K and V have one tile each in shared memory: while scores are computed from K, V arrives, and while
- * V is used, the next K arrives; the second block of the same multiprocessor fills what remains. */
+ * V is used, the next K arrives; the second block of the same multiprocessor fills what remains. Where its shared
+ * memory holds one block only, tiles of half as many keys make room for the second: other sums, so other bits. */
 #include "kernels/cuda/attention_launch.cuh"
 #include "kernels/cuda/attention_softmax.cuh"
 
@@ -78,11 +79,17 @@ template <typename T, int HD, int KEYS> cudaError_t launch(const attention_args 
                           THREADS, forward_shared_bytes<HD, KEYS>, args, stream);
 }
 
+constexpr uint32_t SHARED_OF_BLOCK = 1024; /* that the driver takes beside a block's own */
+
+template <typename T> cudaError_t launch_for(const attention_args &args, cudaStream_t stream) {
+  if (args.head_size <= 64)
+    return launch<T, 64, 128>(args, stream);
+  return 2 * (forward_shared_bytes<128, 64> + SHARED_OF_BLOCK) <= args.shared_all ? launch<T, 128, 64>(args, stream)
+                                                                                  : launch<T, 128, 32>(args, stream);
+}
+
 } // namespace
 
 cudaError_t attention_forward_mma(const attention_args &args, flap_dtype dtype, cudaStream_t stream) {
-  if (dtype == FLAP_BF16)
-    return args.head_size <= 64 ? launch<__nv_bfloat16, 64, 128>(args, stream)
-                                : launch<__nv_bfloat16, 128, 64>(args, stream);
-  return args.head_size <= 64 ? launch<__half, 64, 128>(args, stream) : launch<__half, 128, 64>(args, stream);
+  return dtype == FLAP_BF16 ? launch_for<__nv_bfloat16>(args, stream) : launch_for<__half>(args, stream);
 }

@@ -20,9 +20,10 @@ struct attention_args {
   const float2 *statistics; /* (B, HQ, queries): lse in powers of two, and the row sum of dout * out */
   void *out, *dq, *dk, *dv;
   float *lse_out;
-  float *partial;  /* of dk and dv, or of a decode; NULL when there is one part */
-  uint32_t parts;  /* that the heads of a group (backward) or the keys (decode) are split into */
-  uint32_t stages; /* tiles in flight in the loops of the backward: 1 or 2 */
+  float *partial;                  /* of dk and dv, or of a decode; NULL when there is one part */
+  uint32_t parts;                  /* that the heads of a group (backward) or the keys (decode) are split into */
+  uint32_t stages;                 /* tiles in flight in the loops of the backward: 1 or 2 */
+  uint32_t shared_max, shared_all; /* bytes of shared memory that a block may have, and those of a multiprocessor */
   uint32_t
       *turns;   /* of a chain (attention_chain.cu): tickets taken, and how many have added to each sum; zeros before */
   float4 *sums; /* of dq, in slots of a head each */

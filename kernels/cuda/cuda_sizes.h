@@ -21,8 +21,9 @@ typedef struct flap_cuda_attention_shape {
   uint32_t heads, kv_heads, head_size;
   uint32_t q_stride, kv_stride;
   flap_dtype dtype;
-  bool portable;   /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones; */
-  bool two_passes; /* and on Hopper those that compute scores twice, also where the scratch has room for the others */
+  bool portable;      /* for tests and benchmarks: the kernels for every GPU, also where there are faster ones; */
+  bool little_shared; /* of these the ones for 100 KiB of shared memory in a multiprocessor, as consumers' GPUs have; */
+  bool two_passes;    /* on Hopper those that compute scores twice, also where the scratch has room for the others */
 } flap_cuda_attention_shape;
 
 /* ---- all of it ---- */

@@ -279,9 +279,10 @@ static void close_reference(reference *r) {
 
 static const char *describe(const shape *s) {
   static char text[160];
-  snprintf(text, sizeof text, "%s%s%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
-           s->portable ? " portable" : "", s->two_passes ? " two passes" : "", s->batch, s->queries, s->first_position,
-           s->heads, s->kv_heads, s->head_size, s->q_stride, s->kv_stride);
+  snprintf(text, sizeof text, "%s%s%s%s B %u T %u first %u HQ %u HKV %u HD %u strides %u %u", flap_dtype_name(s->dtype),
+           s->portable ? " portable" : "", s->little_shared ? " little shared memory" : "",
+           s->two_passes ? " two passes" : "", s->batch, s->queries, s->first_position, s->heads, s->kv_heads,
+           s->head_size, s->q_stride, s->kv_stride);
   return text;
 }
 
@@ -392,6 +393,8 @@ static void check_shape(shape s, bool backward) {
     p.s.portable = true;
     check_kernels(&p, &r, backward);
   }
+  p.s.portable = p.s.little_shared = true;
+  check_kernels(&p, &r, backward);
   close_reference(&r);
   close_problem(&p);
 }
