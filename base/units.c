@@ -53,20 +53,17 @@ static bool read_digits(const char **text, uint64_t max, uint64_t *value_out) {
   return true;
 }
 
-/* The digits behind the point as numerator / denominator; trailing zeros say nothing. False when there are more
- * digits than any whole number of bytes could need: 10^-12 of a TB is one byte, 10^18 leaves room for TiB. */
-static bool read_fraction(const char **text, uint64_t *numerator_out, uint64_t *denominator_out) {
+/* The digits behind the point as numerator / denominator: the first 18, for 10^-12 of a TiB is a byte. *some_out
+ * tells whether any is not zero. False without one. */
+static bool read_fraction(const char **text, uint64_t *numerator_out, uint64_t *denominator_out, bool *some_out) {
   const char *start = *text;
-  size_t digits = 0, needed = 0;
+  size_t digits = 0;
   for (; is_digit(start[digits]); digits++)
-    if (start[digits] != '0')
-      needed = digits + 1;
+    *some_out |= start[digits] != '0';
   *text = start + digits;
   *numerator_out = 0;
   *denominator_out = 1;
-  if (needed > 18)
-    return false;
-  for (size_t i = 0; i < needed; i++) {
+  for (size_t i = 0; i < digits && i < 18; i++) {
     *numerator_out = *numerator_out * 10 + (uint64_t)(start[i] - '0');
     *denominator_out *= 10;
   }
@@ -76,6 +73,7 @@ static bool read_fraction(const char **text, uint64_t *numerator_out, uint64_t *
 flap_status flap_units_parse_bytes(const char *text, uint64_t *bytes_out) {
   const char *at = text;
   uint64_t whole = 0, numerator = 0, denominator = 1;
+  bool fraction = false;
   if (!is_digit(*at))
     return flap_error_set(FLAP_INVALID, "\"%s\" is not a size: write a number with a unit, such as 24GiB or 1.5 GB",
                           text);
@@ -83,8 +81,8 @@ flap_status flap_units_parse_bytes(const char *text, uint64_t *bytes_out) {
     return flap_error_set(FLAP_INVALID, "\"%s\" is too large for a size", text);
   if (*at == '.') {
     at++;
-    if (!read_fraction(&at, &numerator, &denominator))
-      return flap_error_set(FLAP_INVALID, "\"%s\" is not a whole number of bytes", text);
+    if (!read_fraction(&at, &numerator, &denominator, &fraction))
+      return flap_error_set(FLAP_INVALID, "\"%s\" has no digits behind its point", text);
   }
   if (*at == ' ')
     at++;
@@ -96,9 +94,9 @@ flap_status flap_units_parse_bytes(const char *text, uint64_t *bytes_out) {
                           "(powers of 1024)",
                           text);
   uint128 part = (uint128)numerator * factor;
-  if (part % denominator != 0)
-    return flap_error_set(FLAP_INVALID, "\"%s\" is not a whole number of bytes", text);
   uint128 bytes = (uint128)whole * factor + part / denominator;
+  if (fraction && (factor == 1 || bytes == 0))
+    return flap_error_set(FLAP_INVALID, "\"%s\" is a fraction of a byte", text);
   if (bytes > BYTES_MAX)
     return flap_error_set(FLAP_INVALID, "\"%s\" is too large for a size", text);
   *bytes_out = (uint64_t)bytes;

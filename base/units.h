@@ -18,8 +18,9 @@ extern "C" {
 #define FLAP_TIB ((uint64_t)1 << 40)
 
 /* "24GiB", "1.5 GB", "512 KiB", "4096" (bytes), "64k" is refused (k of what?). Units: B, KB, MB, GB, TB
- * (powers of 1000) and KiB, MiB, GiB, TiB (powers of 1024), any case; a blank may stand before the unit. Negative,
- * empty, overflowing (past 2^62) or fractional-byte results are refused: FLAP_INVALID, with the text quoted. */
+ * (powers of 1000) and KiB, MiB, GiB, TiB (powers of 1024), any case; a blank may stand before the unit. A fraction
+ * is rounded down to whole bytes: 1.1GiB. What is negative, empty, past 2^62, a fraction of bytes (1.5B) or of one byte
+ * is refused: FLAP_INVALID, with the text quoted. */
 FLAP_CHECKED flap_status flap_units_parse_bytes(const char *text, uint64_t *bytes_out);
 
 /* "7.00 MiB", "24.0 GiB", "512 B": three significant digits, into `buffer` (at least 16 bytes), returned. */

@@ -82,6 +82,20 @@ static bool is_text(const flap_yaml_node *value, const char *text) {
   return value->kind == FLAP_YAML_SCALAR && strcmp(value->text, text) == 0;
 }
 
+/* What is written like a size and is none, is told why. */
+static flap_status read_bytes(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value,
+                              uint64_t *bytes_out) {
+  char reason[256], refusal[512];
+  if (value->kind == FLAP_YAML_SCALAR && flap_units_parse_bytes(value->text, bytes_out) == FLAP_OK)
+    return FLAP_OK;
+  (void)snprintf(reason, sizeof reason, "%s", flap_error_message());
+  const flap_status status = flap_config_error_type(reader, value, key);
+  if (value->kind != FLAP_YAML_SCALAR || value->text[0] < '0' || value->text[0] > '9')
+    return status;
+  (void)snprintf(refusal, sizeof refusal, "%s", flap_error_message());
+  return flap_error_set(status, "%s: %s", refusal, reason);
+}
+
 static flap_status parse_size(flap_config_reader *reader, const flap_config_key *key, const flap_yaml_node *value,
                               flap_size *size_out) {
   flap_size size = {FLAP_SIZE_BYTES, 0};
@@ -89,8 +103,8 @@ static flap_status parse_size(flap_config_reader *reader, const flap_config_key 
     size.kind = FLAP_SIZE_MAX;
   else if (is_text(value, "min"))
     size.kind = FLAP_SIZE_MIN;
-  else if (value->kind != FLAP_YAML_SCALAR || flap_units_parse_bytes(value->text, &size.bytes) != FLAP_OK)
-    return flap_config_error_type(reader, value, key);
+  else
+    FLAP_TRY(read_bytes(reader, key, value, &size.bytes));
   *size_out = size;
   return FLAP_OK;
 }
@@ -182,8 +196,8 @@ flap_status flap_config_set_plain(flap_config_reader *reader, const flap_config_
   case FLAP_CONFIG_SIZE:
     return parse_size(reader, key, value, field);
   case FLAP_CONFIG_BYTES:
-    if (!automatic && (value->kind != FLAP_YAML_SCALAR || flap_units_parse_bytes(value->text, &whole) != FLAP_OK))
-      return flap_config_error_type(reader, value, key);
+    if (!automatic)
+      FLAP_TRY(read_bytes(reader, key, value, &whole));
     memcpy(field, &whole, sizeof whole);
     return FLAP_OK;
   default:

@@ -46,7 +46,7 @@ static void print_budget(FILE *out, const char *tier, uint64_t budget, uint64_t 
 }
 
 static void print_budgets(FILE *out, const flap_run_config *config, const flap_plan *plan) {
-  fprintf(out, "\n%-9s%12s%12s%18s\n", "tier", "budget", "used", "least that works");
+  fprintf(out, "\n%-9s%12s%12s%18s\n", "tier", "budget", "used", "also works with");
   print_budget(out, "vram", plan->vram_budget, plan->vram_bytes, plan->vram_min);
   fprintf(out, "   regions %s, workspaces %s\n", flap_text_bytes(plan->vram_pager_bytes).text,
           flap_text_bytes(plan->vram_scratch_bytes).text);

@@ -322,7 +322,10 @@ START_TEST(config_wrong_type_says_what_is_wanted) {
   refuse_base("bf16: [true]\n", "bf16: wanted true or false, found a list");
   refuse_base("lr_scheduler_type: polynomial\n",
               "lr_scheduler_type: wanted one of linear, cosine, constant, constant_with_warmup, found polynomial");
-  refuse_base("vram: 24 bananas\n", "vram: wanted a size (24GiB, 512 MB), max or min, found 24 bananas");
+  refuse_base("vram: 24 bananas\n",
+              "vram: wanted a size (24GiB, 512 MB), max or min, found 24 bananas: \"24 bananas\" has no "
+              "known unit");
+  refuse_base("vram: 9000000000TiB\n", "\"9000000000TiB\" is too large for a size");
   refuse_base("vram: {size: 1}\n", "vram: wanted a size (24GiB, 512 MB), max or min, found a mapping");
   refuse_base("expert: {page_bytes: large}\n", "expert.page_bytes: wanted a size (64KiB, 1 MiB), found large");
   refuse_base("expert: fold\n", "expert: wanted a mapping, such as {clip: fold}");

@@ -118,7 +118,7 @@ class Program(unittest.TestCase):
     def test_plan_table_fits_100_columns_and_names_budgets(self):
         text = self.accept("plan", "run.yaml")
         self.assertLessEqual(max(map(len, text.splitlines())), 100, text)
-        for wanted in ["5.00 M parameters", "7.00 MiB", "least that works", "hidden_gradients", "disk_write", "set by compute",
+        for wanted in ["5.00 M parameters", "7.00 MiB", "also works with", "hidden_gradients", "disk_write", "set by compute",
                        "activations of 6 layers offloaded,\n   of which attention, lse; the others are recomputed\n",
                        "/mnt/a b", ": 90% of the bound"]:
             self.assertIn(wanted, text)
