@@ -20,13 +20,25 @@ uint64_t flap_budgets_resident_peak(void) {
   return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmHWM:");
 }
 
-static uint64_t available_memory(const flap_run_config *config, bool pinned) {
-  const uint64_t available = config->profile != NULL ? config->profile->ram_bytes : flap_host_memory_free(pinned);
-  uint64_t reserve = available / 10;
-  if (reserve < 512 * FLAP_MIB)
-    reserve = 512 * FLAP_MIB;
-  reserve += FLAP_BUDGETS_PROCESS_BYTES;
-  return available > reserve ? available - reserve : 0;
+/* A tenth is left to others, or half a gigabyte, but never more than a quarter. */
+static flap_status available_memory(const flap_run_config *config, bool pinned, uint64_t *bytes_out) {
+  flap_host_memory memory = {.available_bytes = 0};
+  uint64_t available;
+  if (config->profile == NULL)
+    flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
+  available = config->profile != NULL ? config->profile->ram_bytes : flap_host_memory_left(&memory, pinned);
+  const uint64_t tenth = available / 10, quarter = available / 4;
+  const uint64_t others = quarter < 512 * FLAP_MIB ? quarter : 512 * FLAP_MIB;
+  const uint64_t reserve = (tenth > others ? tenth : others) + FLAP_BUDGETS_PROCESS_BYTES;
+  *bytes_out = available > reserve ? available - reserve : 0;
+  if (*bytes_out > 0 || config->profile != NULL)
+    return FLAP_OK;
+  char limit[320], text[FLAP_UNITS_TEXT_MAX];
+  return flap_error_set(
+      FLAP_BUDGET, "%s: max: %s leaves %s, which is too little for any run: end other programs, or raise that limit",
+      pinned || config->vram.kind != FLAP_SIZE_MAX ? "ram" : "vram",
+      flap_host_memory_limit_name(&memory, pinned, limit, sizeof limit),
+      flap_units_format_bytes(available, text, sizeof text));
 }
 
 /* A card has its own memory; some of it is left for a display and for what the driver takes in passing. */
@@ -41,7 +53,7 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
     budgets->vram_bytes = most > reserve ? most - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
-    budgets->ram_bytes = available_memory(config, true);
+    FLAP_TRY(available_memory(config, true, &budgets->ram_bytes));
   return FLAP_OK;
 }
 
@@ -50,7 +62,9 @@ static flap_status resolve_memory(const flap_run_config *config, flap_device_kin
   if (device == FLAP_DEVICE_CUDA)
     return resolve_card(config, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
-  uint64_t available = vram_max || ram_max ? available_memory(config, false) : 0;
+  uint64_t available = 0;
+  if (vram_max || ram_max)
+    FLAP_TRY(available_memory(config, false, &available));
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {

@@ -186,6 +186,22 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(done.stderr, "flap: error: vram and ram: this run takes .* but ulimit -v leaves ")
         self.assertFalse(os.path.exists(self.path("out")))
 
+    def test_max_under_a_limit_on_addresses_is_what_that_leaves(self):
+        with open(FLAP, "rb") as program:
+            if re.search(rb"__[at]san_init", program.read()):
+                self.skipTest("a sanitizer takes terabytes of addresses")
+
+        def plan(mib):
+            def limit():
+                resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+            return subprocess.run([FLAP, "plan", "run.yaml", "vram=max", "ram=max", "disk=[]", "expert.threads=1"],
+                                  cwd=self.folder, capture_output=True, timeout=60, text=True, preexec_fn=limit)
+        done = plan(800)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        done = plan(260)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertRegex(done.stderr, "flap: error: vram: max: ulimit -v leaves .*raise that limit")
+
     def test_operations_that_pass_the_rates_raise_them(self):
         """Rates that were measured beside somebody else's work would make a bound that a run passes."""
         environment = {**os.environ, "XDG_CACHE_HOME": self.path("disturbed")}
