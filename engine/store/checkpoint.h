@@ -38,8 +38,8 @@ typedef struct flap_trainer_state {
 /* What goes into every folder beside the weights, and what these are written through. */
 typedef struct flap_artifacts {
   const flap_model_config *model;
-  const flap_tokenizer *tokenizer;
-  flap_file_piece piece; /* of one user at a time; its room is that of all files */
+  const flap_tokenizer *tokenizer; /* NULL: none is written, and config.json names no token */
+  flap_file_piece piece;           /* of one user at a time; its room is that of all files */
 } flap_artifacts;
 
 /* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints

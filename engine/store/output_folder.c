@@ -363,14 +363,15 @@ flap_status flap_checkpoint_clear_bytes(const char *output_dir, uint64_t *bytes_
 /* ---- the final model ----------------------------------------------------------------------------------------- */
 
 flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts, flap_dtype dtype) {
+  const flap_tokenizer *tokenizer = artifacts->tokenizer;
   char path[FLAP_PATH_MAX], *text = NULL;
   FLAP_TRY(flap_durable_join(path, folder, CONFIG_FILE));
-  FLAP_TRY(flap_hf_config_format(artifacts->model, dtype, flap_tokenizer_end(artifacts->tokenizer),
-                                 flap_tokenizer_begin(artifacts->tokenizer), &text));
+  FLAP_TRY(flap_hf_config_format(artifacts->model, dtype, tokenizer != NULL ? flap_tokenizer_end(tokenizer) : -1,
+                                 tokenizer != NULL ? flap_tokenizer_begin(tokenizer) : -1, &text));
   const flap_status status = flap_durable_write_file(path, text, strlen(text));
   free(text);
   FLAP_TRY(status);
-  return flap_tokenizer_save(artifacts->tokenizer, folder);
+  return tokenizer != NULL ? flap_tokenizer_save(tokenizer, folder) : FLAP_OK;
 }
 
 typedef struct install {
