@@ -14,11 +14,14 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
+#define CHECKPOINT "checkpoint-"
+#define LATER_NAMED_MAX 4 /* in a message */
 #define CONFIG_FILE "config.json"
 #define STATE_FILE "trainer_state.json"
 #define STATE_FORMAT "flap-trainer-state"
@@ -27,6 +30,7 @@
 #define STATE_BYTES_MAX ((uint64_t)1 << 20)
 #define READ_AGAIN_BYTES_MAX ((uint64_t)4 << 30) /* only to explain an error: a few seconds */
 
+_Static_assert(FLAP_PATH_MAX >= PATH_MAX, "realpath writes into such a buffer");
 _Static_assert(FLAP_PATH_MAX == FLAP_DURABLE_PATH_MAX, "paths of both kinds go into the same buffers");
 
 /* ---- trainer_state.json -------------------------------------------------------------------------------------- */
@@ -288,22 +292,35 @@ static bool seems_whole(const char *folder) {
   return whole;
 }
 
+/* The folder that a path names its last part in. */
+static void parent_of(const char *folder, char parent_out[FLAP_PATH_MAX]) {
+  const char *slash = strrchr(folder, '/');
+  if (slash == NULL)
+    strcpy(parent_out, ".");
+  else if (slash == folder)
+    strcpy(parent_out, "/");
+  else
+    (void)snprintf(parent_out, FLAP_PATH_MAX, "%.*s", (int)(slash - folder), folder);
+}
+
+static const char *name_of(const char *folder) {
+  const char *slash = strrchr(folder, '/');
+  return slash != NULL ? slash + 1 : folder;
+}
+
 /* The newest checkpoint beside `folder` that is older; false when there is none. */
 static bool find_older(const char *folder, char older_out[FLAP_PATH_MAX]) {
   char parent[FLAP_PATH_MAX];
   uint64_t step = 0;
   flap_output_steps list = {0};
   bool found = false;
-  const char *slash = strrchr(folder, '/');
-  if (!flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+  if (!flap_output_parse_name(name_of(folder), "", &step))
     return false;
-  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
-                 slash != NULL ? folder : ".");
-  if (flap_output_list(parent[0] ? parent : "/", &list) != FLAP_OK)
+  parent_of(folder, parent);
+  if (flap_output_list(parent, &list) != FLAP_OK)
     return false;
   for (size_t i = list.count; i > 0 && !found; i--)
-    found = list.steps[i - 1] < step &&
-            flap_output_checkpoint_path(parent[0] ? parent : "/", list.steps[i - 1], older_out) == FLAP_OK &&
+    found = list.steps[i - 1] < step && flap_output_checkpoint_path(parent, list.steps[i - 1], older_out) == FLAP_OK &&
             seems_whole(older_out);
   flap_output_steps_close(&list);
   return found;
@@ -317,9 +334,9 @@ static flap_status advise(const char *folder, flap_status status) {
   (void)snprintf(message, sizeof message, "%s", flap_error_message());
   if (find_older(folder, older))
     return flap_error_set(status,
-                          "%s; nothing was trained on it: go back to the checkpoint before with "
-                          "resume_from_checkpoint=%s",
-                          message, older);
+                          "%s; nothing was trained on it: move %s away, or delete it, and go back to the checkpoint "
+                          "before with resume_from_checkpoint=%s",
+                          message, folder, older);
   return flap_error_set(
       status,
       "%s; nothing was trained on it, and no earlier checkpoint is beside it: restore it from a copy, "
@@ -476,28 +493,84 @@ static flap_status refuse_weights_only(const char *folder) {
                         folder, ours ? ": it was saved with save_only_model, weights only" : "");
 }
 
+static bool same_folder(const char *a, const char *b) {
+  struct stat of_a, of_b;
+  return flap_system_stat(a, &of_a) == 0 && flap_system_stat(b, &of_b) == 0 && of_a.st_dev == of_b.st_dev &&
+         of_a.st_ino == of_b.st_ino;
+}
+
+flap_status flap_checkpoint_lies_in(const char *folder, const char *output_dir, bool *lies_out) {
+  char parent[FLAP_PATH_MAX], real[FLAP_PATH_MAX];
+  struct stat about;
+  *lies_out = false;
+  if (flap_system_stat(output_dir, &about) != 0)
+    return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "output_dir: %s cannot be looked at", output_dir);
+  parent_of(folder, parent);
+  *lies_out = same_folder(parent, output_dir);
+  if (*lies_out)
+    return FLAP_OK;
+  if (realpath(folder, real) == NULL)
+    return flap_error_set_os(errno, "%s cannot be looked at", folder);
+  parent_of(real, parent);
+  *lies_out = same_folder(parent, output_dir);
+  return FLAP_OK;
+}
+
 /* A crash may have left the folder under its temporary name; but where another run writes, that name is a checkpoint in
  * the making. The caller has the lock of output_dir. Folders of other names are nobody's to touch. */
 static flap_status recover_named(const char *output_dir, const char *folder) {
   char parent[FLAP_PATH_MAX];
-  struct stat about, mine;
+  struct stat about;
   uint64_t step;
-  const char *slash = strrchr(folder, '/');
-  if (flap_system_stat(folder, &about) == 0 || !flap_output_parse_name(slash != NULL ? slash + 1 : folder, "", &step))
+  if (flap_system_stat(folder, &about) == 0 || !flap_output_parse_name(name_of(folder), "", &step))
     return FLAP_OK;
-  (void)snprintf(parent, sizeof parent, "%.*s", slash != NULL ? (int)(slash - folder) : 1,
-                 slash != NULL ? folder : ".");
-  if (parent[0] == '\0')
-    strcpy(parent, "/");
+  parent_of(folder, parent);
   if (flap_system_stat(parent, &about) != 0)
     return FLAP_OK;
-  if (flap_system_stat(output_dir, &mine) == 0 && mine.st_dev == about.st_dev && mine.st_ino == about.st_ino)
+  if (same_folder(parent, output_dir))
     return flap_durable_recover_folder(folder);
   flap_run_lock lock;
   FLAP_TRY(flap_run_lock_take(parent, &lock));
   const flap_status status = flap_durable_recover_folder(folder);
   flap_run_lock_release(&lock);
   return status;
+}
+
+/* Whoever goes back beside later checkpoints would lose what is trained now: the next life would go on from the latest,
+ * and what is beyond save_total_limit goes by its step. */
+static flap_status refuse_later(const char *output_dir, const char *folder, uint64_t step) {
+  char names[256] = "";
+  flap_output_steps list;
+  FLAP_TRY(flap_output_list(output_dir, &list));
+  size_t later = 0;
+  for (size_t i = 0; i < list.count; i++) {
+    const size_t used = strlen(names);
+    if (list.steps[i] > step && later++ < LATER_NAMED_MAX)
+      (void)snprintf(names + used, sizeof names - used, "%s" CHECKPOINT "%" PRIu64, used > 0 ? ", " : "",
+                     list.steps[i]);
+  }
+  flap_output_steps_close(&list);
+  if (later == 0)
+    return FLAP_OK;
+  if (later > LATER_NAMED_MAX)
+    (void)snprintf(names + strlen(names), sizeof names - strlen(names), " and %zu more", later - LATER_NAMED_MAX);
+  return flap_error_set(FLAP_INVALID,
+                        "resume_from_checkpoint: %s is not the latest in output_dir: %s holds %s, from which the next "
+                        "life would go on: to go back, move what is later away or delete it, or give another "
+                        "output_dir; to go on from the latest, set resume_from_checkpoint: true",
+                        folder, output_dir, names);
+}
+
+/* A checkpoint that was named, by whatever name. */
+static flap_status open_named(const char *output_dir, const char *folder, flap_trainer_state *state_out) {
+  uint64_t step = 0;
+  const bool has_step = flap_output_parse_name(name_of(folder), "", &step);
+  bool inside = false;
+  FLAP_TRY(flap_checkpoint_lies_in(folder, output_dir, &inside));
+  if (inside && has_step)
+    FLAP_TRY(refuse_later(output_dir, folder, step));
+  FLAP_TRY(open_found(folder, state_out));
+  return inside && !has_step ? refuse_later(output_dir, folder, state_out->step) : FLAP_OK;
 }
 
 flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from, char folder_out[FLAP_PATH_MAX],
@@ -523,7 +596,7 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
     return flap_error_set(FLAP_INVALID, "resume_from_checkpoint: %s is not a folder", folder_out);
   bool there = false;
   FLAP_TRY(flap_output_look(folder_out, STATE_FILE, &there));
-  return there ? open_found(folder_out, state_out) : refuse_weights_only(folder_out);
+  return there ? open_named(output_dir, folder_out, state_out) : refuse_weights_only(folder_out);
 }
 
 /* ---- sizes --------------------------------------------------------------------------------------------------- */

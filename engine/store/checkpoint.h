@@ -62,9 +62,12 @@ void flap_checkpoint_abandon(const char *folder);
  * crash left half-renamed); "auto" too, but where there is no checkpoint the folder is "" and nothing is wrong;
  * otherwise a folder. The caller holds output_dir's lock (engine/store/run_lock.h), if it is there. Compares sizes and
  * small files with their checksums, and reads and checks trainer_state.json; the weights are checked when they are
- * read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. */
+ * read. FLAP_NOT_FOUND says what was looked for, and when there are weights only. A folder in output_dir beside which
+ * later checkpoints stand is FLAP_INVALID: they would come before all that is trained from it. */
 FLAP_CHECKED flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from,
                                               char folder_out[FLAP_PATH_MAX], flap_trainer_state *state_out);
+/* Whether a checkpoint that is there stands in output_dir itself, by its path or by where a link leads. */
+FLAP_CHECKED flap_status flap_checkpoint_lies_in(const char *folder, const char *output_dir, bool *lies_out);
 /* Fills weights and states from a checkpoint that was found. Every byte is compared with its checksum on the way: what
  * does not agree is FLAP_CORRUPT, and names the file and the checkpoint to go back to. One without checksums, of an
  * earlier version, is taken with a warning. */

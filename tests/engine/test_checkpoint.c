@@ -198,7 +198,11 @@ START_TEST(checkpoint_is_found_with_everything_in_it) {
   RIG_OK(flap_weights_resume(rig.pager, &rig.layout, folder, NULL));
   check_weights(folder, 10);
   ck_assert(scratch_exists("out/checkpoint-10/tokenizer.json"));
-  ck_assert_uint_eq(find_step(scratch_path("out/checkpoint-3/")), 3);
+  RIG_OK(flap_checkpoint_find(scratch_path("elsewhere"), scratch_path("out/checkpoint-3/"), folder, &state));
+  ck_assert_uint_eq(state.step, 3);
+  RIG_REFUSED(flap_checkpoint_find(scratch_path("out"), scratch_path("out/checkpoint-3/"), folder, &state),
+              FLAP_INVALID, "holds checkpoint-9, checkpoint-10", "move what is later away");
+  ck_assert_uint_eq(find_step(scratch_path("out/checkpoint-10")), 10);
   /* The same step again replaces it. */
   must_save(10, false, 0);
   ck_assert_uint_eq(find_step("true"), 10);

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -126,7 +127,7 @@ class Lives(Rig):
         self.assertEqual(sorted(os.listdir(self.path("out"))),
                          sorted([f"checkpoint-{step}" for step in saved] + ["metrics.jsonl", "trace.json"]))
         self.assertNotIn("broken", self.accept("inspect", "out"))
-        for step in (3, last):  # both are resumed, and end alike
+        for step in sorted({3, last}):  # both are resumed, and end alike
             self.accept("train", "run.yaml", *common, f"output_dir=from-{step}", "save_steps=1000000",
                         f"max_steps={last + 2}", f"resume_from_checkpoint=out/checkpoint-{step}")
         for name in os.listdir(self.path(f"from-3/checkpoint-{last + 2}")):
@@ -380,13 +381,48 @@ class Lives(Rig):
                     with self.subTest(file=path, at=at):
                         if name != "checksums.json":  # a sum that was changed accuses its file
                             self.assertIn(path, error)
-                        self.assertIn(f"nothing was trained on it: go back to the checkpoint before with "
-                                      f"resume_from_checkpoint={optim}/checkpoint-4", error)
+                        self.assertIn(f"nothing was trained on it: move {optim}/checkpoint-8 away, or delete it, and go "
+                                      f"back to the checkpoint before with resume_from_checkpoint={optim}/checkpoint-4", error)
             self.assertEqual(self.metrics(optim), before)
             self.flip(f"{optim}/checkpoint-4/model.safetensors")
             self.assertIn("no earlier checkpoint", self.refuse("checkpoint-4/model.safetensors", "train", *common,
-                          "max_steps=9", f"resume_from_checkpoint={optim}/checkpoint-4"))
+                          "max_steps=9", "output_dir=other", f"resume_from_checkpoint={optim}/checkpoint-4"))
             self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
+
+    def test_way_back_from_a_damaged_checkpoint_is_the_one_that_its_error_names(self):
+        common = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none"]
+        self.accept(*common)
+        self.flip("out/checkpoint-8/model.safetensors")
+        for how in ("true", "auto"):
+            error = self.refuse("out/checkpoint-8/model.safetensors", *common, "max_steps=9", f"resume_from_checkpoint={how}")
+            self.assertIn("move out/checkpoint-8 away", error)
+        older = re.search(r"resume_from_checkpoint=\S+", error).group(0)
+        self.refuse("out holds checkpoint-8", *common, "max_steps=9", older)
+        shutil.copytree(self.path("out"), self.path("copy"))
+        for folder, how in (("out", older), ("copy", "resume_from_checkpoint=auto")):
+            os.rename(self.path(f"{folder}/checkpoint-8"), self.path(f"{folder}/damaged"))
+            self.assertIn("continuing after step 4\n", self.accept(*common, "max_steps=9", f"output_dir={folder}", how))
+        self.assertEqual(self.lasting("out/checkpoint-8/model.safetensors"), self.lasting("copy/checkpoint-8/model.safetensors"))
+
+    def test_going_back_beside_later_checkpoints_is_refused_for_they_would_win(self):
+        saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "export=none"]
+        back = [*saving, "learning_rate=1e-3"]
+        self.accept(*saving)
+        os.symlink("checkpoint-2", self.path("out/mine"))
+        os.symlink("out/checkpoint-2", self.path("link"))
+        for name in ("out/checkpoint-2", "out/checkpoint-2/", self.path("out/checkpoint-2"), "out/mine", "link"):
+            error = self.refuse("out holds checkpoint-4, checkpoint-6, checkpoint-8, from which the next life would go on",
+                                *back, f"resume_from_checkpoint={name}")
+            self.assertIn("move what is later away or delete it, or give another output_dir", error)
+            self.assertIn("resume_from_checkpoint: true", error)
+        self.accept(*back, "output_dir=other", "resume_from_checkpoint=out/checkpoint-2")
+        os.mkdir(self.path("later"))
+        for step in (4, 6, 8):
+            os.rename(self.path(f"out/checkpoint-{step}"), self.path(f"later/checkpoint-{step}"))
+        for how, until in (("out/checkpoint-2", 5), ("auto", 7), ("true", 8)):  # 5 is saved, for it is the last
+            self.accept(*back, f"max_steps={until}", "save_total_limit=2", "lr_scheduler_type=constant",
+                        f"resume_from_checkpoint={how}")
+        self.assertEqual(self.checkpoints(), ["checkpoint-7", "checkpoint-8"])
 
     def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(self):
         self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
