@@ -112,17 +112,50 @@ static flap_status choose_start(trainer *t) {
   return FLAP_OK;
 }
 
+/* What output_dir holds is of the same run only where the checkpoint stands in there. Else it must be as for a start
+ * from the first step. */
+static flap_status check_elsewhere(trainer *t, const char *what) {
+  const flap_run_config *config = t->config;
+  uint64_t checkpoints = 0;
+  if (what[0] == '\0')
+    return FLAP_OK;
+  FLAP_TRY(flap_checkpoint_count(config->output_dir, &checkpoints));
+  return flap_error_set(
+      FLAP_INVALID,
+      "output_dir: %s already holds %s, while resume_from_checkpoint names %s, which is not in there: "
+      "%sname another folder, or set overwrite_output_dir: true to delete what is there and go on "
+      "from that checkpoint",
+      config->output_dir, what, t->resume_folder,
+      checkpoints > 0 ? "to go on from the last checkpoint in output_dir set "
+                        "resume_from_checkpoint: true (or auto); else "
+                      : "");
+}
+
+/* What there is to go on from, and whether what output_dir holds goes first. */
+static flap_status find_start(trainer *t) {
+  const flap_run_config *config = t->config;
+  bool inside = false;
+  if (config->resume_from_checkpoint[0])
+    FLAP_TRY(is_auto(config) ? choose_start(t) : find_checkpoint(t));
+  if (t->resume_folder[0])
+    FLAP_TRY(flap_checkpoint_lies_in(t->resume_folder, config->output_dir, &inside));
+  t->goes_on_here = inside;
+  t->clears = config->overwrite_output_dir && !inside;
+  return FLAP_OK;
+}
+
 static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
   FLAP_TRY(check_folder(config->output_dir));
   if (config->overwrite_output_dir)
     FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
-  if (config->resume_from_checkpoint[0])
-    return is_auto(config) ? choose_start(t) : find_checkpoint(t);
-  if (config->overwrite_output_dir)
+  FLAP_TRY(find_start(t));
+  if (t->clears || t->goes_on_here || is_auto(config))
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
+  if (t->resume_folder[0])
+    return check_elsewhere(t, what);
   if (what[0] != '\0')
     return flap_error_set(FLAP_INVALID,
                           "output_dir: %s already holds %s: name another folder, or set resume_from_checkpoint: auto "
@@ -149,7 +182,7 @@ static flap_status check_and_lock_output(trainer *t) {
 static flap_status look_at_space(const trainer *t, uint64_t *free_out, uint64_t *overwritten_out) {
   *overwritten_out = 0;
   FLAP_TRY(flap_block_space(t->config->output_dir, free_out));
-  if (!t->resume_folder[0] && t->config->overwrite_output_dir)
+  if (t->clears)
     FLAP_TRY(flap_checkpoint_clear_bytes(t->config->output_dir, overwritten_out));
   return FLAP_OK;
 }
@@ -187,7 +220,7 @@ static flap_status check_space_for_all(trainer *t) {
   uint64_t there = 0;
   if (written == 0)
     return FLAP_OK;
-  if (t->resume_folder[0] || !config->overwrite_output_dir) /* else what is there is deleted first */
+  if (!t->clears)
     FLAP_TRY(flap_checkpoint_count(config->output_dir, &there));
   const uint64_t more = flap_wear_checkpoints_at_once(config, written, there) - there;
   t->room_checkpoints = config->save_total_limit > 0 || more <= 2 ? more : 2;
@@ -309,7 +342,7 @@ static flap_status fill_regions(trainer *t) {
                           flap_dtype_name(layout->spec.shape.dtype));
   t->runtime.executor.loss_scale = t->state.loss_scale;
   /* Until a step is done there is nothing newer. */
-  if (is_auto(t->config) || strcmp(t->config->resume_from_checkpoint, "true") == 0) {
+  if (t->goes_on_here) {
     t->saved_step = t->step;
     memcpy(t->result->checkpoint, t->resume_folder, sizeof t->result->checkpoint);
   }
@@ -391,12 +424,12 @@ static flap_status clear_leftovers(trainer *t) {
 /* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
 static flap_status open_files(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
-  if (!t->resume_folder[0] && t->config->overwrite_output_dir)
+  if (t->clears)
     FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
   if (!t->resume_folder[0] && is_auto(t->config))
     FLAP_TRY(clear_leftovers(t));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
-  FLAP_TRY(flap_metrics_open(path, t->resume_folder[0] ? (int64_t)t->step : -1, &t->metrics));
+  FLAP_TRY(flap_metrics_open(path, t->goes_on_here ? (int64_t)t->step : -1, &t->metrics));
   FLAP_TRY(flap_write_behind_open(t->runtime.lists.save_memory, t->runtime.lists.save_bytes, &t->behind));
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;

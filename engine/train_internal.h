@@ -34,6 +34,8 @@ typedef struct trainer {
   bool opened, made_output;
   char resume_folder[FLAP_PATH_MAX]; /* "": from the start */
   flap_trainer_state state;          /* read from it */
+  bool goes_on_here;                 /* it stands in output_dir, and what else is there is of the same run */
+  bool clears;                       /* what an earlier run left in output_dir goes before the first file is written */
   flap_finished finished;            /* an earlier life that came to its end here; with resume_from_checkpoint: auto */
 
   uint64_t sequences, step_sequences; /* of an epoch; of a step */

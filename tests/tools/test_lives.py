@@ -424,6 +424,42 @@ class Lives(Rig):
                         f"resume_from_checkpoint={how}")
         self.assertEqual(self.checkpoints(), ["checkpoint-7", "checkpoint-8"])
 
+    def test_checkpoint_of_another_folder_needs_a_folder_that_holds_no_other_run(self):
+        saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=1"]
+        self.accept(*saving, "output_dir=first", "max_steps=4")
+        self.accept(*saving, "output_dir=used", "seed=7", "max_steps=6")
+        before = self.contents("used")
+        there = [*saving, "output_dir=used", "resume_from_checkpoint=first/checkpoint-4"]
+        error = self.refuse("output_dir: used already holds used/checkpoint-6", *there)
+        for wanted in ("first/checkpoint-4, which is not in there", "resume_from_checkpoint: true (or auto)",
+                       "overwrite_output_dir: true"):
+            self.assertIn(wanted, error)
+        self.assertEqual(self.contents("used"), before)
+        out = self.accept(*there, "overwrite_output_dir=true")
+        self.assertIn("continuing after step 4\n", out)
+        self.assertEqual(sorted(self.losses("used")), [5, 6, 7, 8])  # nothing of the run that was there
+        self.assertEqual(self.checkpoints("used"), ["checkpoint-8"])
+        self.accept(*saving, "output_dir=empty", "resume_from_checkpoint=first/checkpoint-4")
+        self.assertEqual(self.losses("empty"), self.losses("used"))
+
+    def test_second_life_of_a_run_from_another_folder_is_told_how_to_go_on(self):
+        saving = ["run.yaml", "save_strategy=steps", "save_steps=4"]
+        self.accept("train", *saving, "output_dir=first", "max_steps=4")
+        again = [*saving, "max_steps=60", "resume_from_checkpoint=first/checkpoint-4"]
+        self.accept("train", *again, "output_dir=whole")
+        self.assertEqual(self.train(*again, until="step 6/")[1], -9)
+        os.remove(self.path("out/run.lock"))
+        if not self.checkpoints():
+            error = self.refuse("out already holds out/metrics.jsonl", "train", *again)
+            self.assertNotIn("auto", error)  # which would start anew
+            self.assertIn("overwrite_output_dir: true", error)
+        self.assertEqual(self.train(*again, "overwrite_output_dir=true", until="saved ")[1], -9)
+        os.remove(self.path("out/run.lock"))
+        self.assertIn("set resume_from_checkpoint: true (or auto)", self.refuse("out already holds", "train", *again))
+        self.accept("train", *again, "resume_from_checkpoint=auto")
+        self.assertEqual(self.losses(), self.losses("whole"))
+        self.assertEqual(self.weights(), self.weights("whole"))
+
     def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(self):
         self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
         os.remove(self.path("out/checkpoint-8/checksums.json"))
