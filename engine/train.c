@@ -16,7 +16,6 @@
 #include "io/formats/durable.h"
 
 #include <errno.h>
-#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -28,18 +27,29 @@
 
 /* ---- output_dir ------------------------------------------------------------------------------------------ */
 
-/* What is read must not be in the folder that is cleared. */
-static flap_status check_not_inside(const char *folder, const char *key, const char *path) {
-  char outer[PATH_MAX], inner[PATH_MAX];
-  if (!path[0] || realpath(folder, outer) == NULL || realpath(path, inner) == NULL)
-    return FLAP_OK;
-  const size_t length = strlen(outer);
-  if (strncmp(inner, outer, length) != 0 || (inner[length] != '/' && inner[length] != '\0'))
+/* What is read must not be deleted first. */
+static flap_status check_stays(const flap_run_config *config, const char *key, const char *path) {
+  bool taken = false;
+  if (path[0])
+    FLAP_TRY(flap_checkpoint_clear_takes(config->output_dir, path, &taken));
+  if (!taken)
     return FLAP_OK;
   return flap_error_set(FLAP_INVALID,
-                        "overwrite_output_dir: %s is in output_dir, and would be deleted: give another output_dir "
-                        "(%s: %s)",
+                        "overwrite_output_dir: %s is in output_dir, and would be deleted: give another output_dir, or "
+                        "take it out of there (%s: %s)",
                         path, key, path);
+}
+
+static flap_status check_data_stays(void *context, const char *path) {
+  return check_stays(context, "dataset", path);
+}
+
+static flap_status check_inputs_stay(const flap_run_config *config) {
+  FLAP_TRY(check_stays(config, "model_name_or_path", config->model_name_or_path));
+  if (strcmp(config->tokenizer, "bytes") != 0)
+    FLAP_TRY(check_stays(config, "tokenizer", config->tokenizer));
+  return flap_dataset_visit((const char *const *)config->dataset, config->dataset_count, check_data_stays,
+                            (void *)(uintptr_t)config);
 }
 
 /* Moments of one kind are not made into the other: the run would not be the one that was saved. */
@@ -148,10 +158,10 @@ static flap_status check_output(trainer *t) {
   const flap_run_config *config = t->config;
   char what[FLAP_PATH_MAX];
   FLAP_TRY(check_folder(config->output_dir));
-  if (config->overwrite_output_dir)
-    FLAP_TRY(check_not_inside(config->output_dir, "model_name_or_path", config->model_name_or_path));
   FLAP_TRY(find_start(t));
-  if (t->clears || t->goes_on_here || is_auto(config))
+  if (t->clears)
+    return check_inputs_stay(config);
+  if (t->goes_on_here || is_auto(config))
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
   if (t->resume_folder[0])

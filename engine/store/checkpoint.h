@@ -86,8 +86,11 @@ FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, bool l
 FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and
  * checkpoints are known by the mark in their weights' metadata; metrics.jsonl and trace.json by their names. So the
- * caller must not have its model, or the checkpoint to resume, in there. */
+ * caller must not have in there what it reads. */
 FLAP_CHECKED flap_status flap_checkpoint_clear(const char *output_dir);
+/* Whether that could delete the file or folder `path`, or what is in it: output_dir itself, something in a checkpoint's
+ * folder, a file of a model, metrics.jsonl. Of what is not there it is false. */
+FLAP_CHECKED flap_status flap_checkpoint_clear_takes(const char *output_dir, const char *path, bool *takes_out);
 /* What that would free of the file system of output_dir: about, and no more. */
 FLAP_CHECKED flap_status flap_checkpoint_clear_bytes(const char *output_dir, uint64_t *bytes_out);
 /* Only what a life that ended before its first checkpoint leaves: metrics.jsonl, trace.json, finished.json, and

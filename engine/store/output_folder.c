@@ -307,6 +307,39 @@ flap_status flap_checkpoint_clear(const char *output_dir) {
   return FLAP_OK;
 }
 
+/* A folder of that name goes with all that is in it. */
+static bool is_cleared_folder(const char *name) {
+  uint64_t step;
+  return flap_output_parse_name(name, "", &step) || flap_output_parse_name(name, ".tmp", &step) ||
+         strcmp(name, EXPORT_FOLDER ".tmp") == 0;
+}
+
+static bool is_cleared_file(const char *name) {
+  static const char *const others[] = {CONFIG_FILE, METRICS_FILE, TRACE_FILE};
+  bool found = is_weights(name);
+  for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+    found = found || strcmp(name, others[i]) == 0;
+  for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
+    found = found || strcmp(name, TOKENIZER_FILES[i]) == 0;
+  return found;
+}
+
+flap_status flap_checkpoint_clear_takes(const char *output_dir, const char *path, bool *takes_out) {
+  char outer[FLAP_PATH_MAX], inner[FLAP_PATH_MAX];
+  *takes_out = false;
+  const char *missing = realpath(output_dir, outer) == NULL ? output_dir : realpath(path, inner) == NULL ? path : NULL;
+  if (missing != NULL)
+    return errno == ENOENT || errno == ENOTDIR ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", missing);
+  const size_t length = strcmp(outer, "/") == 0 ? 0 : strlen(outer);
+  if (strncmp(inner, outer, length) != 0 || (inner[length] != '/' && inner[length] != '\0'))
+    return FLAP_OK;
+  char *first = inner + length + (inner[length] == '/'), *rest = strchr(first, '/');
+  if (rest != NULL)
+    *rest = '\0';
+  *takes_out = first[0] == '\0' || is_cleared_folder(first) || (rest == NULL && is_cleared_file(first));
+  return FLAP_OK;
+}
+
 /* ---- what clearing frees --------------------------------------------------------------------------------------- */
 
 typedef struct freed {

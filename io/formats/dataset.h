@@ -47,6 +47,12 @@ typedef struct flap_dataset_config {
   const volatile sig_atomic_t *stop; /* non-zero ends reading the files, with FLAP_INTERRUPTED; NULL: nothing does */
 } flap_dataset_config;
 
+/* Calls `visit` for each file that the paths name, until one fails; what open says of files that are not there, it says
+ * too. */
+typedef flap_status (*flap_dataset_visit_fn)(void *context, const char *path);
+FLAP_CHECKED flap_status flap_dataset_visit(const char *const *paths, uint32_t path_count, flap_dataset_visit_fn visit,
+                                            void *context);
+
 typedef struct flap_dataset flap_dataset;
 
 /* Expands, checks, tokenises, and reads everything once: ids that are too large, a glob without a match, a file that is

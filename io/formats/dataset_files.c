@@ -117,6 +117,17 @@ flap_status flap_dataset_expand(const char *const *paths, uint32_t path_count, f
   return FLAP_OK;
 }
 
+flap_status flap_dataset_visit(const char *const *paths, uint32_t path_count, flap_dataset_visit_fn visit,
+                               void *context) {
+  flap_file_list files;
+  FLAP_TRY(flap_dataset_expand(paths, path_count, &files));
+  flap_status status = FLAP_OK;
+  for (uint64_t i = 0; i < files.count && status == FLAP_OK; i++)
+    status = visit(context, files.files[i].path);
+  flap_file_list_free(&files);
+  return status;
+}
+
 flap_status flap_dataset_go_on(const flap_dataset_config *config) {
   return config->stop != NULL && *config->stop != 0 ? FLAP_INTERRUPTED : FLAP_OK;
 }

@@ -442,6 +442,32 @@ class Lives(Rig):
         self.accept(*saving, "output_dir=empty", "resume_from_checkpoint=first/checkpoint-4")
         self.assertEqual(self.losses("empty"), self.losses("used"))
 
+    def test_what_a_run_reads_is_not_deleted_before_it_is_trained_on(self):
+        saving = ["save_strategy=steps", "save_steps=4", "overwrite_output_dir=true"]
+        self.accept("train", "run.yaml", *saving)
+        self.write("out/checkpoint-4/more.txt", TEXT)
+        self.write("out/metrics.jsonl", '{"text": "%s"}\n' % TEXT.replace("\n", " "))
+        os.symlink("out/checkpoint-4", self.path("link"))
+        before = self.contents()
+        for key, path in (("tokenizer", "out"), ("tokenizer", "out/tokenizer.json"), ("tokenizer", "out/checkpoint-8"),
+                          ("tokenizer", "link/tokenizer.json"), ("dataset", "out/checkpoint-4/more.txt"),
+                          ("dataset", "out/checkpoint-*/*.txt"), ("dataset", "link/more.txt"),
+                          ("dataset", "[text.txt, out/metrics.jsonl]"), ("model_name_or_path", "out/checkpoint-4"),
+                          ("model_name_or_path", "out")):
+            with self.subTest(path):
+                more = ["model=null"] if key == "model_name_or_path" else []
+                error = self.refuse("overwrite_output_dir: ", "train", "run.yaml", *saving, *more, f"{key}={path}")
+                self.assertRegex(error, rf"is in output_dir, and would be deleted: .*\({key}: ")
+                self.assertEqual(self.contents(), before)
+        # What would stay may be read, and where nothing is cleared anything.
+        os.rename(self.path("out/checkpoint-8"), self.path("out/kept"))
+        self.write("out/mine.txt", TEXT)
+        kept = ["dataset=out/mine.txt", "tokenizer=out/kept/tokenizer.json"]
+        self.accept("train", "run.yaml", *saving, *kept)
+        self.accept("train", "run.yaml", *saving, *kept, "model=null", "model_name_or_path=out/kept")
+        self.accept("train", "run.yaml", *saving, "tokenizer=out", "max_steps=9", "resume_from_checkpoint=true")
+        self.assertTrue(os.path.exists(self.path("out/kept/tokenizer.json")))
+
     def test_second_life_of_a_run_from_another_folder_is_told_how_to_go_on(self):
         saving = ["run.yaml", "save_strategy=steps", "save_steps=4"]
         self.accept("train", *saving, "output_dir=first", "max_steps=4")
