@@ -383,9 +383,19 @@ static flap_status open_run(trainer *t) {
   return FLAP_OK;
 }
 
+static flap_status open_companions(trainer *t) {
+  const flap_companions_source from = {.model = t->config->model_name_or_path,
+                                       .checkpoint = t->resume_folder,
+                                       .tokenizer = t->config->tokenizer,
+                                       .opened = t->prepared.tokenizer};
+  return flap_companions_open(&from, &t->companions);
+}
+
 static flap_artifacts artifacts_of(trainer *t) {
-  return (flap_artifacts){
-      .model = &t->prepared.model, .tokenizer = t->prepared.tokenizer, .piece = {&t->behind, &t->room}};
+  return (flap_artifacts){.model = &t->prepared.model,
+                          .tokenizer = t->prepared.tokenizer,
+                          .companions = &t->companions,
+                          .piece = {&t->behind, &t->room}};
 }
 
 /* Some kilobytes for the lines of all steps that are logged; the first million is enough to see a disk fill up. */
@@ -634,6 +644,7 @@ static void close_all(trainer *t) {
   if (t->opened)
     flap_runtime_close(&t->runtime);
   flap_dataset_close(t->dataset);
+  flap_companions_close(&t->companions);
   flap_prepare_close(&t->prepared);
   flap_run_lock_release(&t->lock);
   if (t->made_output)
@@ -647,6 +658,7 @@ static flap_status run_to_end(trainer *t) {
     return FLAP_OK;
   FLAP_TRY(flap_prepare_open(config, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
+  FLAP_TRY(open_companions(t));
   FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
                              config->gradient_accumulation_steps, 0));
   FLAP_TRY(flap_pressure_check_here(&t->prepared));

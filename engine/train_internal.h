@@ -24,6 +24,7 @@ typedef struct trainer {
   uint64_t started_ns;
 
   flap_prepared prepared;
+  flap_companions companions;
   flap_dataset *dataset;
   flap_metrics *metrics;
   flap_runtime runtime;

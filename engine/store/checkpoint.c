@@ -602,7 +602,8 @@ flap_status flap_checkpoint_find(const char *output_dir, const char *resume_from
 /* ---- sizes --------------------------------------------------------------------------------------------------- */
 
 /* Upwards: config.json and trainer_state.json are a few kilobytes; tokenizer
- * files have up to some 140 bytes per token (Llama 3: 17 MB for 128,256 tokens). */
+ * files have up to some 140 bytes per token (Llama 3: 17 MB for 128,256 tokens), and what else is carried some 17 more.
+ */
 static uint64_t artifact_bytes(const flap_model_config *config) {
   return ((uint64_t)32 << 10) + (uint64_t)config->vocab_size * 160;
 }

@@ -1,7 +1,8 @@
 /* Checkpoints and exported folders: what output_dir holds.
  *
  * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
- * files), the optimizer's states (engine/store/weights.h), trainer_state.json, where the run was on a card matmul.json
+ * files, and what the folder that is trained further had beside them: engine/store/companions.h), the optimizer's
+ * states (engine/store/weights.h), trainer_state.json, where the run was on a card matmul.json
  * (engine/machine/matmul_choice.h), and the checksums of all of these (io/formats/checksums.h). It is written under a
  * temporary name, synced and renamed. It says nothing about placement, so a run may resume at any budget.
  */
@@ -11,6 +12,7 @@
 #include "engine/machine/matmul_choice.h"
 #include "engine/step/layout.h"
 #include "engine/step/loss_scale.h"
+#include "engine/store/companions.h"
 #include "engine/store/numerics_key.h"
 #include "io/formats/large_file.h"
 #include "io/formats/tokenizer.h"
@@ -38,8 +40,9 @@ typedef struct flap_trainer_state {
 /* What goes into every folder beside the weights, and what these are written through. */
 typedef struct flap_artifacts {
   const flap_model_config *model;
-  const flap_tokenizer *tokenizer; /* NULL: none is written, and config.json names no token */
-  flap_file_piece piece;           /* of one user at a time; its room is that of all files */
+  const flap_tokenizer *tokenizer;   /* NULL: none is written */
+  const flap_companions *companions; /* NULL: none */
+  flap_file_piece piece;             /* of one user at a time; its room is that of all files */
 } flap_artifacts;
 
 /* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints

@@ -1,5 +1,6 @@
 /* A checkpoint or model folder as a plain Hugging Face folder, in another dtype if wanted. */
 #include "engine/engine.h"
+#include "engine/store/companions.h"
 #include "engine/store/hf_config.h"
 #include "engine/store/weights_internal.h"
 #include "io/formats/durable.h"
@@ -7,19 +8,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-
-/* What makes a tokenizer, or tells how to use the model, is copied as it is: a file that FLAP cannot read may be read
- * by others. */
-static const char *const COPIED[] = {"tokenizer.json",
-                                     "tokenizer_config.json",
-                                     "special_tokens_map.json",
-                                     "added_tokens.json",
-                                     "vocab.json",
-                                     "merges.txt",
-                                     "tokenizer.model",
-                                     "chat_template.jinja",
-                                     "chat_template.json",
-                                     "generation_config.json"};
 
 typedef struct export_job {
   flap_model_config config;
@@ -115,12 +103,13 @@ static flap_status write_config(const export_job *job, const char *from_folder, 
   return status;
 }
 
+/* As they are: a file that FLAP cannot read may be read by others. */
 static flap_status copy_files(const char *from_folder, const char *to_folder) {
   bool there = false;
-  for (size_t i = 0; i < sizeof COPIED / sizeof *COPIED; i++) {
+  for (size_t i = 0; i < FLAP_COMPANION_COUNT; i++) {
     char from[FLAP_PATH_MAX], to[FLAP_PATH_MAX];
-    FLAP_TRY(flap_durable_join(from, from_folder, COPIED[i]));
-    FLAP_TRY(flap_durable_join(to, to_folder, COPIED[i]));
+    FLAP_TRY(flap_durable_join(from, from_folder, flap_companion_names[i]));
+    FLAP_TRY(flap_durable_join(to, to_folder, flap_companion_names[i]));
     FLAP_TRY(flap_durable_look(from, &there));
     if (there)
       FLAP_TRY(flap_durable_copy_file(from, to));

@@ -257,6 +257,42 @@ flap_status flap_hf_config_read(const char *folder, flap_model_config *config_ou
   return status;
 }
 
+/* ---- tokens --------------------------------------------------------------------------------------------- */
+
+static bool is_id(const json_t *value) {
+  return json_is_integer(value) && json_integer_value(value) >= 0 && json_integer_value(value) <= INT32_MAX;
+}
+
+static bool are_ids(const json_t *value) {
+  const size_t count = json_array_size(value);
+  for (size_t i = 0; i < count; i++)
+    if (!is_id(json_array_get(value, i)))
+      return false;
+  return count > 0;
+}
+
+flap_status flap_hf_config_read_ids(const char *folder, flap_hf_ids *ids) {
+  char path[FLAP_DURABLE_PATH_MAX];
+  json_t *root = NULL;
+  memset(ids, 0, sizeof *ids);
+  FLAP_TRY(flap_durable_join(path, folder, "config.json"));
+  FLAP_TRY(flap_json_load_file(path, FLAP_JSON_BYTES_MAX, &root));
+  json_t *eos = json_object_get(root, "eos_token_id"), *bos = json_object_get(root, "bos_token_id"),
+         *pad = json_object_get(root, "pad_token_id");
+  ids->eos = is_id(eos) || are_ids(eos) ? json_incref(eos) : NULL;
+  ids->bos = is_id(bos) ? json_incref(bos) : NULL;
+  ids->pad = is_id(pad) ? json_incref(pad) : NULL;
+  json_decref(root);
+  return FLAP_OK;
+}
+
+void flap_hf_ids_close(flap_hf_ids *ids) {
+  json_decref(ids->eos);
+  json_decref(ids->bos);
+  json_decref(ids->pad);
+  memset(ids, 0, sizeof *ids);
+}
+
 /* ---- writing --------------------------------------------------------------------------------------------- */
 
 static json_t *rope_mapping(const flap_rope *rope) {
@@ -305,18 +341,21 @@ static json_t *key_value(const flap_model_config *config, const flap_model_key *
   return NULL;
 }
 
-static json_t *token_id(int64_t id) {
-  return id < 0 ? json_null() : json_integer((json_int_t)id);
+static json_t *token_id(json_t *kept, int64_t id) {
+  return kept != NULL ? json_incref(kept) : id < 0 ? json_null() : json_integer((json_int_t)id);
 }
 
 flap_status flap_hf_config_format(const flap_model_config *config, flap_dtype dtype, int64_t eos_token_id,
-                                  int64_t bos_token_id, char **text_out) {
+                                  int64_t bos_token_id, const flap_hf_ids *kept, char **text_out) {
+  static const flap_hf_ids none = {0};
+  const flap_hf_ids *ids = kept != NULL ? kept : &none;
   uint32_t count = 0;
   const flap_model_key *keys = flap_model_keys(config->family, &count);
-  json_t *root = json_pack("{s:[s], s:s, s:s, s:o, s:o}", "architectures", flap_model_architecture(config->family),
-                           "model_type", flap_model_family_name(config->family), "torch_dtype", flap_dtype_name(dtype),
-                           "bos_token_id", token_id(bos_token_id), "eos_token_id", token_id(eos_token_id));
-  bool failed = root == NULL;
+  json_t *root =
+      json_pack("{s:[s], s:s, s:s, s:o, s:o}", "architectures", flap_model_architecture(config->family), "model_type",
+                flap_model_family_name(config->family), "torch_dtype", flap_dtype_name(dtype), "bos_token_id",
+                token_id(ids->bos, bos_token_id), "eos_token_id", token_id(ids->eos, eos_token_id));
+  bool failed = root == NULL || (ids->pad != NULL && json_object_set(root, "pad_token_id", ids->pad) != 0);
   for (uint32_t i = 0; i < count && !failed; i++)
     if (is_written(&keys[i]))
       failed = json_object_set_new(root, keys[i].name, key_value(config, &keys[i])) != 0;

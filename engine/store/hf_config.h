@@ -19,10 +19,22 @@ FLAP_CHECKED flap_status flap_hf_config_parse(const struct json_t *object, const
                                               uint32_t fallback_vocabulary, flap_model_config *config_out);
 /* `folder`/config.json, not strict. */
 FLAP_CHECKED flap_status flap_hf_config_read(const char *folder, flap_model_config *config_out);
-/* The text of a config.json that transformers loads; the caller frees it with free(). `dtype` becomes torch_dtype. An
- * id below 0 becomes null: left out, transformers would put a default of its own there. */
+
+/* Tokens by which texts end and begin, and that fill up, as a config.json has them: an id, or of `eos` a list of some.
+ * NULL: none. */
+typedef struct flap_hf_ids {
+  struct json_t *eos, *bos, *pad;
+} flap_hf_ids;
+
+/* Of `folder`/config.json; what is something else counts as none. To be closed even after a failure. */
+FLAP_CHECKED flap_status flap_hf_config_read_ids(const char *folder, flap_hf_ids *ids_out);
+void flap_hf_ids_close(flap_hf_ids *ids); /* {0} is fine */
+
+/* The text of a config.json that transformers loads; the caller frees it with free(). `dtype` becomes torch_dtype. Ids
+ * are those of `kept` (NULL: none), and where it has none eos_token_id and bos_token_id. One below 0 becomes null: left
+ * out, transformers would put a default of its own there. */
 FLAP_CHECKED flap_status flap_hf_config_format(const flap_model_config *config, flap_dtype dtype, int64_t eos_token_id,
-                                               int64_t bos_token_id, char **text_out);
+                                               int64_t bos_token_id, const flap_hf_ids *kept, char **text_out);
 
 #ifdef __cplusplus
 }

@@ -30,9 +30,6 @@
 /* The model to be is assembled in `<output_dir>/export.tmp`. */
 #define EXPORT_FOLDER "export"
 
-static const char *const TOKENIZER_FILES[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"};
-#define TOKENIZER_FILE_COUNT (sizeof TOKENIZER_FILES / sizeof *TOKENIZER_FILES)
-
 /* ---- names --------------------------------------------------------------------------------------------------- */
 
 bool flap_output_parse_name(const char *name, const char *suffix, uint64_t *step_out) {
@@ -300,8 +297,8 @@ flap_status flap_checkpoint_clear(const char *output_dir) {
   FLAP_TRY(flap_output_is_ours(output_dir, &ours));
   if (ours) {
     FLAP_TRY(remove_file(output_dir, CONFIG_FILE)); /* without it nobody takes the rest for a model */
-    for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
-      FLAP_TRY(remove_file(output_dir, TOKENIZER_FILES[i]));
+    for (size_t i = 0; i < FLAP_COMPANION_COUNT; i++)
+      FLAP_TRY(remove_file(output_dir, flap_companion_names[i]));
     FLAP_TRY(walk(output_dir, visit_remove_weights, NULL));
   }
   return FLAP_OK;
@@ -319,8 +316,8 @@ static bool is_cleared_file(const char *name) {
   bool found = is_weights(name);
   for (size_t i = 0; i < sizeof others / sizeof *others; i++)
     found = found || strcmp(name, others[i]) == 0;
-  for (size_t i = 0; i < TOKENIZER_FILE_COUNT; i++)
-    found = found || strcmp(name, TOKENIZER_FILES[i]) == 0;
+  for (size_t i = 0; i < FLAP_COMPANION_COUNT; i++)
+    found = found || strcmp(name, flap_companion_names[i]) == 0;
   return found;
 }
 
@@ -397,13 +394,17 @@ flap_status flap_checkpoint_clear_bytes(const char *output_dir, uint64_t *bytes_
 
 flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts, flap_dtype dtype) {
   const flap_tokenizer *tokenizer = artifacts->tokenizer;
+  const flap_companions *companions = artifacts->companions;
   char path[FLAP_PATH_MAX], *text = NULL;
   FLAP_TRY(flap_durable_join(path, folder, CONFIG_FILE));
   FLAP_TRY(flap_hf_config_format(artifacts->model, dtype, tokenizer != NULL ? flap_tokenizer_end(tokenizer) : -1,
-                                 tokenizer != NULL ? flap_tokenizer_begin(tokenizer) : -1, &text));
+                                 tokenizer != NULL ? flap_tokenizer_begin(tokenizer) : -1,
+                                 companions != NULL ? &companions->ids : NULL, &text));
   const flap_status status = flap_durable_write_file(path, text, strlen(text));
   free(text);
   FLAP_TRY(status);
+  if (companions != NULL)
+    FLAP_TRY(flap_companions_save(companions, folder));
   return tokenizer != NULL ? flap_tokenizer_save(tokenizer, folder) : FLAP_OK;
 }
 

@@ -43,7 +43,7 @@ FLAP_CHECKED flap_status flap_output_look(const char *folder, const char *name, 
   for (uint64_t bytes_ = FLAP_OUTPUT_ROOM_BYTES; flap_room_helps((room), (status) = (call), bytes_); bytes_ *= 2)
 #define FLAP_OUTPUT_ROOM_BYTES ((uint64_t)16 << 10)
 
-/* config.json and the tokenizer's files. */
+/* config.json, the tokenizer's files and the other companions. */
 FLAP_CHECKED flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts,
                                                      flap_dtype dtype);
 

@@ -49,6 +49,10 @@ void flap_durable_abort_file(flap_durable_file *file); /* fine for one that has 
 /* Replaces the content of `to` with that of the file `from`. */
 FLAP_CHECKED flap_status flap_durable_copy_file(const char *from, const char *to);
 
+/* The same from a file that is open, whatever its position, and may have lost its name; nothing to do where `to` is
+ * that file. */
+FLAP_CHECKED flap_status flap_durable_copy_open_file(int fd, const char *to);
+
 /* Writes all bytes at the file's position, through short writes and signals. `path` is for the record. */
 FLAP_CHECKED flap_status flap_durable_write_all(int fd, const char *path, const void *data, uint64_t bytes);
 /* Reads exactly `bytes` at `offset`; FLAP_CORRUPT when the file ends before. */

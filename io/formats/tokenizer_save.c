@@ -5,40 +5,8 @@
 #include "io/formats/json_file.h"
 #include "io/formats/tokenizer_utf8.h"
 
-#include "base/system.h"
-
-#include <errno.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-/* Copies through a descriptor that is open since the file was read. */
-static flap_status copy_open_file(int fd, const char *to) {
-  struct stat from_info, to_info;
-  if (flap_system_fstat(fd, &from_info) != 0)
-    return flap_error_set_os(errno, "%s: the file to copy", to);
-  if (flap_system_stat(to, &to_info) == 0 && to_info.st_dev == from_info.st_dev && to_info.st_ino == from_info.st_ino)
-    return FLAP_OK; /* it is already there */
-  flap_durable_file file;
-  FLAP_TRY(flap_durable_begin_file(&file, to));
-  char buffer[1 << 16];
-  flap_status status = FLAP_OK;
-  for (off_t at = 0; status == FLAP_OK;) {
-    ssize_t count = flap_system_pread(fd, buffer, sizeof buffer, at);
-    if (count < 0)
-      status = flap_error_set_os(errno, "%s: the file to copy", to);
-    if (count <= 0)
-      break;
-    status = flap_durable_append(&file, buffer, (uint64_t)count);
-    at += count;
-  }
-  if (status != FLAP_OK) {
-    flap_durable_abort_file(&file);
-    return status;
-  }
-  return flap_durable_commit_file(&file);
-}
 
 static flap_status write_json(const char *path, json_t *json) {
   if (json == NULL)
@@ -87,7 +55,7 @@ flap_status flap_tokenizer_save(const flap_tokenizer *tokenizer, const char *fol
     char path[FLAP_DURABLE_PATH_MAX];
     FLAP_TRY(flap_durable_join(path, folder, flap_tokenizer_file_names[file]));
     if (tokenizer->files[file] >= 0)
-      FLAP_TRY(copy_open_file(tokenizer->files[file], path));
+      FLAP_TRY(flap_durable_copy_open_file(tokenizer->files[file], path));
     else if (file == FLAP_FILE_TOKENIZER)
       FLAP_TRY(write_json(path, byte_tokenizer_json()));
     else if (file == FLAP_FILE_CONFIG)

@@ -60,7 +60,7 @@ START_TEST(config_golden_files_are_read_and_written_back) {
   fixture_read_config(path, &wanted);
   RIG_OK(flap_hf_config_read(path, &config));
   same_config(&config, &wanted);
-  RIG_OK(flap_hf_config_format(&config, FLAP_BF16, 7, -1, &text));
+  RIG_OK(flap_hf_config_format(&config, FLAP_BF16, 7, -1, NULL, &text));
   RIG_OK(parse(text, true, 0, &again));
   same_config(&again, &wanted);
   free(text);
@@ -233,7 +233,7 @@ START_TEST(config_text_of_qwen2_is_what_transformers_wants) {
   RIG_OK(parse("{" QWEN2 ", \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"rope_theta\": 1e6, "
                "\"sliding_window\": 77}",
                true, 0, &config));
-  RIG_OK(flap_hf_config_format(&config, FLAP_BF16, 2, -1, &text));
+  RIG_OK(flap_hf_config_format(&config, FLAP_BF16, 2, -1, NULL, &text));
   RIG_OK(flap_json_load_text("text", text, strlen(text), &root));
   json_t *wanted = json_pack(
       "{s:[s], s:s, s:s, s:n, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:b, s:f, s:n, s:s, s:f, s:b, "
@@ -275,7 +275,7 @@ START_TEST(config_text_is_what_transformers_wants) {
                "\"rms_norm_eps\": 1e-5, \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8.0, "
                "\"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 8192}}",
                true, 0, &config));
-  RIG_OK(flap_hf_config_format(&config, FLAP_F16, 2, -1, &text));
+  RIG_OK(flap_hf_config_format(&config, FLAP_F16, 2, -1, NULL, &text));
   ck_assert_msg(strstr(text, "\"rms_norm_eps\": 1e-5,") != NULL, "%s", text);
   RIG_OK(flap_json_load_text("text", text, strlen(text), &root));
   json_t *wanted =

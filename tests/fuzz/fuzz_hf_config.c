@@ -12,7 +12,7 @@ static void check_round_trip(const flap_model_config *config) {
   char *text = NULL;
   json_t *root = NULL;
   flap_model_config again;
-  fuzz_must(flap_hf_config_format(config, FLAP_BF16, 2, 1, &text) == FLAP_OK, "it can be written");
+  fuzz_must(flap_hf_config_format(config, FLAP_BF16, 2, 1, NULL, &text) == FLAP_OK, "it can be written");
   fuzz_must(flap_json_load_text("written", text, strlen(text), &root) == FLAP_OK, "what was written is JSON");
   fuzz_must(flap_hf_config_parse(root, "written", true, 0, &again) == FLAP_OK, "what was written is read");
   fuzz_must(again.family == config->family && again.vocab_size == config->vocab_size &&
