@@ -97,7 +97,7 @@ flap_status flap_engine_eval(const flap_run_config *config, const flap_observer 
   flap_status status = FLAP_OK;
   if (strcmp(config->model_name_or_path, config->output_dir) == 0)
     FLAP_TRY(flap_checkpoint_check_model(config->output_dir));
-  FLAP_TRY(flap_prepare_open(config, &prepared));
+  FLAP_TRY(flap_prepare_open(config, false, &prepared));
   FLAP_TRY_GOTO(status, open_dataset(&prepared, &dataset));
   FLAP_TRY_GOTO(status, flap_prepare_plan(&prepared, FLAP_MODE_FORWARD, config->per_device_train_batch_size,
                                           sequence_length(&prepared), EVAL_MICRO_BATCHES, 0));

@@ -29,8 +29,9 @@ typedef struct generation {
 static flap_status encode_prompt(generation *g) {
   flap_tokenizer *tokenizer = g->prepared.tokenizer;
   const char *text = g->options->prompt;
-  if (tokenizer == NULL)
-    return flap_error_set(FLAP_INVALID, "tokenizer: %s has none: name one", g->prepared.config->model_name_or_path);
+  if (tokenizer == NULL) /* data that are tokens already need none, but a text does: why there is none is said here */
+    FLAP_TRY(flap_tokenizer_open(g->prepared.config->model_name_or_path, &g->prepared.tokenizer));
+  tokenizer = g->prepared.tokenizer;
   FLAP_TRY(flap_tokenizer_encode(tokenizer, text, strlen(text), FLAP_TOKENIZER_BEGIN, &g->prompt));
   if (g->prompt.count > 0)
     return FLAP_OK;
@@ -126,7 +127,7 @@ flap_status flap_engine_sample(const flap_run_config *config, const flap_sample_
   flap_status status = FLAP_OK;
   if (strcmp(config->model_name_or_path, config->output_dir) == 0)
     FLAP_TRY(flap_checkpoint_check_model(config->output_dir));
-  FLAP_TRY(flap_prepare_open(config, &g.prepared));
+  FLAP_TRY(flap_prepare_open(config, false, &g.prepared));
   FLAP_TRY_GOTO(status, encode_prompt(&g));
   FLAP_TRY_GOTO(status, plan(&g));
   FLAP_TRY_GOTO(status, open_run(&g));

@@ -656,7 +656,7 @@ static flap_status run_to_end(trainer *t) {
   FLAP_TRY(check_and_lock_output(t));
   if (t->result->complete)
     return FLAP_OK;
-  FLAP_TRY(flap_prepare_open(config, &t->prepared));
+  FLAP_TRY(flap_prepare_open(config, false, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY(open_companions(t));
   FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,

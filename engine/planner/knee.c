@@ -28,8 +28,7 @@ static flap_status plan_with(search *s, uint32_t micro_batches) {
   s->tries++;
   if (s->trying != NULL)
     s->trying(s->context, micro_batches);
-  FLAP_TRY(flap_prepare_open(s->config, &prepared));
-  prepared.quiet = true; /* flap_engine_plan has told what there is to tell */
+  FLAP_TRY(flap_prepare_open(s->config, true, &prepared)); /* flap_engine_plan has told what there is to tell */
   const uint32_t most = flap_prepare_micro_batches_max(&prepared.model);
   s->most = most < FLAP_KNEE_MICRO_BATCHES_MAX ? most : FLAP_KNEE_MICRO_BATCHES_MAX;
   const flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, s->config->per_device_train_batch_size,

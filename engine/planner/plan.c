@@ -223,7 +223,7 @@ static flap_status write_trace(flap_prepared *p, const char *path) {
 
 flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out) {
   flap_prepared prepared;
-  FLAP_TRY(flap_prepare_open(config, &prepared));
+  FLAP_TRY(flap_prepare_open(config, false, &prepared));
   flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
   if (status == FLAP_OK) {

@@ -43,11 +43,13 @@ static flap_status open_tokenizer(flap_prepared *p) {
     return flap_error_set(FLAP_INVALID, "tokenizer: missing: name a tokenizer.json, or `bytes`");
   }
   const flap_status status = flap_tokenizer_open(config->model_name_or_path, &p->tokenizer);
-  if (status == FLAP_NOT_FOUND && only_shards(config)) {
-    p->tokenizer = NULL;
-    return FLAP_OK;
-  }
-  return status;
+  if ((status != FLAP_NOT_FOUND && status != FLAP_UNSUPPORTED) || !only_shards(config))
+    return status;
+  if (status == FLAP_UNSUPPORTED && !p->quiet)
+    flap_log(FLAP_LOG_INFO, "the tokenizer is not read, for all data are tokens already: %s", flap_error_message());
+  flap_error_clear();
+  p->tokenizer = NULL;
+  return FLAP_OK;
 }
 
 static flap_status check_folder(const char *path) {
@@ -76,8 +78,9 @@ static flap_status open_model(flap_prepared *p) {
   return FLAP_OK;
 }
 
-flap_status flap_prepare_open(const flap_run_config *config, flap_prepared *p) {
+flap_status flap_prepare_open(const flap_run_config *config, bool quiet, flap_prepared *p) {
   memset(p, 0, sizeof *p);
+  p->quiet = quiet;
   p->config = config;
   flap_status status = FLAP_OK;
   if (config->model == NULL)

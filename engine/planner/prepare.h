@@ -18,8 +18,9 @@ extern "C" {
 typedef struct flap_prepared {
   const flap_run_config *config;
   flap_model_config model;
-  flap_tokenizer *tokenizer; /* NULL when the data are tokens already and nobody named one */
-  flap_machine machine;      /* its disk rates are those of all disks, with as many bytes on each as the setup has */
+  flap_tokenizer
+      *tokenizer;       /* NULL when the data are tokens already and nobody named one, or the model's cannot be read */
+  flap_machine machine; /* its disk rates are those of all disks, with as many bytes on each as the setup has */
   flap_disk_set disks;
   const char *resume_folder; /* the checkpoint that the run goes on from, for its products; NULL or "": none */
   flap_matmul_choice matmuls;
@@ -35,7 +36,7 @@ typedef struct flap_prepared {
 
 /* Model and tokenizer. For training from scratch `model` holds the model; otherwise model_name_or_path, whose weights
  * are checked too. */
-FLAP_CHECKED flap_status flap_prepare_open(const flap_run_config *config, flap_prepared *prepared_out);
+FLAP_CHECKED flap_status flap_prepare_open(const flap_run_config *config, bool quiet, flap_prepared *prepared_out);
 /* Lists of a step grow with layers times micro-batches, and the time to plan with them. 2^16 take about a minute on one
  * core: 2,048 micro-batches of 32 layers, or 520 of the 126 that the largest open models have. Beyond that a larger
  * micro-batch does the same and is faster. More layers than 1,024 are a slip: no model has a fifth of them. */

@@ -187,7 +187,7 @@ static void prepare(void) {
   config.per_device_train_batch_size = 1;
   config.expert.threads = 1;
   config.vram = config.ram = (flap_size){FLAP_SIZE_BYTES, 64 * MIB};
-  const flap_status opened = flap_prepare_open(&config, &prepared);
+  const flap_status opened = flap_prepare_open(&config, false, &prepared);
   ck_assert_msg(opened == FLAP_OK, "%s", flap_error_message());
   const flap_status planned = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, 1, 32, 1, 0);
   ck_assert_msg(planned == FLAP_OK, "%s", flap_error_message());

@@ -97,6 +97,24 @@ class Carried(Rig):
         self.accept(*self.TRAIN, "tokenizer=bytes", "model_name_or_path=source", "output_dir=bytes")
         self.assertNotIn("chat_template.jinja", self.files("bytes"))
 
+    def test_tokenizer_that_cannot_be_read_is_carried_where_nothing_needs_it(self):
+        self.accept("tokenize", "bytes", "text.txt", "-o", "a.bin")
+        self.make_source("source")
+        self.write("source/tokenizer.json", '{"model": {"type": "Unigram"}}')
+        common = [*self.TRAIN, "tokenizer=null", "model_name_or_path=source"]
+        self.refuse("source/tokenizer.json", *common)  # text needs it
+        self.refuse("source/tokenizer.json", *common, "dataset=a.bin", "tokenizer=source")  # somebody wants it
+        done = self.flap(*common, "dataset=a.bin")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertRegex(done.stderr, "the tokenizer is not read, .*source/tokenizer.json")
+        for folder in "out", "out/checkpoint-8":
+            self.check_carried(folder, "source", self.ALL, self.IDS)
+        self.accept("eval", "out", "dataset=a.bin")
+        self.refuse("out/tokenizer.json", "sample", "run.yaml", "tokenizer=null", "dataset=a.bin", "--prompt", "The")
+        self.write("source/tokenizer.json", "{")  # what is broken is not of a kind
+        self.refuse("source/tokenizer.json", *common, "dataset=a.bin", "output_dir=another")
+
     def test_file_that_cannot_be_carried_is_named_before_anything_is_written(self):
         self.make_source("source")
         os.remove(self.path("source/merges.txt"))
