@@ -28,24 +28,30 @@ static flap_status fetch(flap_runtime *runtime, const flap_dataset *dataset, uin
 }
 
 flap_status flap_evaluate(flap_runtime *runtime, const flap_dataset *dataset, uint64_t step,
-                          flap_eval_report *report_out, uint64_t *programs_out) {
+                          const volatile sig_atomic_t *stop, flap_eval_report *report_out, uint64_t *programs_out,
+                          bool *whole_out) {
   flap_executor *x = &runtime->executor;
   const uint64_t started_ns = flap_units_now_ns(), sequences = flap_dataset_heldout(dataset);
   const uint64_t room = (uint64_t)runtime->spec.shape.batch * runtime->spec.micro_batches;
   double sum = 0, train_nats = 0;
+  bool more = true;
   *report_out = (flap_eval_report){.step = step};
-  *programs_out = (sequences + room - 1) / room;
+  *programs_out = 0;
+  *whole_out = false;
   flap_assert(sequences > 0);
   FLAP_TRY(flap_executor_begin(x, FLAP_SETUP_FORWARD));
-  for (uint64_t first = 0; first < sequences; first += room) {
+  for (uint64_t first = 0; more; first += room) {
     flap_executor_input input = {.tokens = x->host.tokens, .targets = x->host.targets, .step = step};
     flap_executor_result result;
     FLAP_TRY(fetch(runtime, dataset, first, sequences, &input.counted));
-    if (first + room < sequences)
+    *whole_out = first + room >= sequences;
+    more = !*whole_out && (stop == NULL || *stop == 0);
+    if (more)
       FLAP_TRY(flap_executor_begin(x, FLAP_SETUP_FORWARD));
     FLAP_TRY(flap_executor_run(x, &input, &result));
     sum += result.loss_sum;
     report_out->tokens += input.counted;
+    ++*programs_out;
   }
   FLAP_TRY(flap_pager_settle(runtime->pager));
   report_out->loss = sum / (double)report_out->tokens;
@@ -81,11 +87,12 @@ static flap_status evaluate_run(flap_prepared *p, const flap_dataset *dataset, f
   flap_runtime_config config = {.vram_bytes = p->budgets.vram_bytes};
   flap_runtime runtime;
   uint64_t programs = 0;
+  bool whole = false;
   memcpy(config.disk_bytes, p->budgets.disk_bytes, sizeof config.disk_bytes);
   FLAP_TRY(flap_runtime_open(&p->setup, &config, &runtime));
   flap_status status = flap_weights_load(runtime.pager, &runtime.lists.layout, p->config->model_name_or_path);
   if (status == FLAP_OK)
-    status = flap_evaluate(&runtime, dataset, 0, report, &programs);
+    status = flap_evaluate(&runtime, dataset, 0, NULL, report, &programs, &whole);
   flap_runtime_close(&runtime);
   return status;
 }

@@ -554,13 +554,16 @@ static void end_save(trainer *t, flap_status status) {
 
 flap_status trainer_evaluate(trainer *t) {
   uint64_t programs = 0;
+  bool whole = false;
   flap_eval_report report;
   if (flap_dataset_heldout(t->dataset) == 0)
     return FLAP_OK;
   FLAP_TRY(trainer_collect_save(t, true));
   FLAP_TRY(flap_pager_settle(t->runtime.pager));
-  FLAP_TRY(flap_evaluate(&t->runtime, t->dataset, t->step, &report, &programs));
+  FLAP_TRY(flap_evaluate(&t->runtime, t->dataset, t->step, t->stop, &report, &programs, &whole));
   t->runs[FLAP_SETUP_FORWARD] += programs;
+  if (!whole)
+    return FLAP_OK;
   if (t->result->first_eval.tokens == 0)
     t->result->first_eval = report;
   t->result->last_eval = report;

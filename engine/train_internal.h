@@ -62,6 +62,7 @@ FLAP_CHECKED flap_status trainer_begin_save(trainer *t);
 FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
 /* The program that made the pending update ran well. */
 void trainer_approve_save(trainer *t);
+/* Given up, without a trace, when the person wants to stop. */
 FLAP_CHECKED flap_status trainer_evaluate(trainer *t);
 
 #endif

@@ -266,7 +266,7 @@ flap_status trainer_loop(trainer *t) {
   while (t->step < t->steps && !stop_asked(t)) {
     FLAP_TRY(run_to_rest(t));
     FLAP_TRY(trainer_collect_save(t, true));
-    if (eval_is_due(t, t->step))
+    if (eval_is_due(t, t->step) && !stop_asked(t)) /* a save is what is waited for then */
       FLAP_TRY(trainer_evaluate(t));
     look_at_the_clock(t, false);
     if (save_is_due(t, t->step) && t->saved_step != t->step)

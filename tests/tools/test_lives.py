@@ -36,6 +36,43 @@ class Lives(Rig):
         self.assertEqual(self.losses("out"), self.losses("whole"))
         self.assertEqual(self.weights("out"), self.weights("whole"))
 
+    # A model for which evaluations take long enough to be met.
+    LONG = ["model.hidden_size=128", "model.intermediate_size=512", "dataset=long.txt", "vram=64MiB", "ram=64MiB",
+            "disk=null", "save_strategy=steps"]
+
+    def stop_at(self, line_start, *arguments, wait=0):
+        """What it printed; stopped so many seconds after a line that begins so."""
+        process = subprocess.Popen([FLAP, "train", "run.yaml", *arguments], cwd=self.folder, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(line_start):
+                time.sleep(wait)
+                process.send_signal(signal.SIGINT)
+                break
+        lines.append(process.communicate(timeout=120)[0])
+        self.assertEqual(process.returncode, 0, lines)
+        return "".join(lines)
+
+    def test_stop_during_the_first_evaluation_gives_it_up(self):
+        self.write("long.txt", TEXT * 20)
+        out = self.stop_at("data: ", *self.LONG, "val_size=4000", wait=0.3)
+        self.assertIn("nothing was saved, for no step was done: the same command starts again", out)
+        self.assertNotIn("held-out after", out)
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_stop_where_an_evaluation_is_due_saves_without_it(self):
+        self.write("long.txt", TEXT * 4)
+        common = [*self.LONG, "val_size=400", "eval_steps=2", "max_steps=4", "resume_from_checkpoint=auto"]
+        out = self.stop_at("step 2/", *common)
+        self.assertIn("saved out/checkpoint-2 in", out)
+        self.assertNotIn("held-out after step 2", out)
+        self.assertIn("stopped after step 2, as asked", out)
+        self.assertEqual([line["step"] for line in self.metrics() if "eval_loss" in line], [0])
+        self.accept("train", "run.yaml", *common)
+        self.assertEqual([line["step"] for line in self.metrics() if "eval_loss" in line], [0, 2, 4])
+
     def test_stop_without_saving_says_so_and_leaves_nothing_to_continue_from(self):
         process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
