@@ -87,6 +87,22 @@ static flap_status check_data(const flap_run_config *config) {
   return FLAP_OK;
 }
 
+/* Positions of a micro-batch are counted with 31 bits, sequences of a step with 32. */
+static flap_status check_counts(const flap_run_config *config) {
+  const uint64_t batch = config->per_device_train_batch_size;
+  if (batch * config->cutoff_len > INT32_MAX)
+    return flap_error_set(FLAP_INVALID,
+                          "per_device_train_batch_size: %u sequences of %u tokens (cutoff_len) are more than the %d "
+                          "tokens that a micro-batch can have: give fewer, and more gradient_accumulation_steps",
+                          config->per_device_train_batch_size, config->cutoff_len, INT32_MAX);
+  if (batch * config->gradient_accumulation_steps > UINT32_MAX)
+    return flap_error_set(FLAP_INVALID,
+                          "gradient_accumulation_steps: %u micro-batches of %u sequences "
+                          "(per_device_train_batch_size) are more than the %u sequences that a step can have",
+                          config->gradient_accumulation_steps, config->per_device_train_batch_size, UINT32_MAX);
+  return FLAP_OK;
+}
+
 static flap_status check_steps(const flap_run_config *config) {
   if (config->per_device_train_batch_size < 1)
     return flap_error_set(FLAP_INVALID, "per_device_train_batch_size: must be at least 1");
@@ -99,6 +115,7 @@ static flap_status check_steps(const flap_run_config *config) {
                           "gradient_accumulation_steps: %u micro-batches of %u sequences of %u tokens are more than "
                           "2^40 tokens a step",
                           config->gradient_accumulation_steps, config->per_device_train_batch_size, config->cutoff_len);
+  FLAP_TRY(check_counts(config));
   if (config->max_steps == 0 && !(config->num_train_epochs > 0 && config->num_train_epochs <= EPOCHS_MAX))
     return flap_error_set(FLAP_INVALID,
                           "num_train_epochs: %g must be above 0 and at most %g when max_steps is not given",

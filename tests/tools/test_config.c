@@ -411,6 +411,11 @@ START_TEST(config_ranges_and_contradictions_name_line_and_key) {
   refuse_base("gradient_accumulation_steps: 0\n", "run.yaml:4: gradient_accumulation_steps:");
   refuse_base("per_device_train_batch_size: 4000000000\ngradient_accumulation_steps: 4000000000\n",
               "run.yaml:5: gradient_accumulation_steps: 4000000000 micro-batches");
+  refuse_base("cutoff_len: 1\nper_device_train_batch_size: 4194304\ngradient_accumulation_steps: 1024\n",
+              "run.yaml:6: gradient_accumulation_steps: 1024 micro-batches of 4194304 sequences");
+  refuse_base("cutoff_len: 65536\nper_device_train_batch_size: 32768\n",
+              "run.yaml:5: per_device_train_batch_size: 32768 sequences of 65536 tokens (cutoff_len) are more than the "
+              "2147483647 tokens");
   refuse_base("logging_steps: 0\n", "run.yaml:4: logging_steps:");
   refuse_base("save_steps: 0\n", "run.yaml:4: save_steps:");
   refuse_base("vram: 0\n", "run.yaml:4: vram: must be more than 0 bytes");
