@@ -23,7 +23,11 @@
 
 #define LINE_BYTES ((uint64_t)1 << 10) /* of metrics.jsonl, upwards */
 #define LINES_MORE 64                  /* evaluations */
+#define EVAL_KEY_COUNT 4
 #define LINE_ROOM_BYTES_MAX ((uint64_t)1 << 20)
+
+static const char *const EVAL_KEYS[EVAL_KEY_COUNT] = {"eval_loss", "eval_tokens", "eval_unigram_entropy",
+                                                      "eval_seconds"};
 
 /* ---- output_dir ------------------------------------------------------------------------------------------ */
 
@@ -441,6 +445,36 @@ static flap_status clear_leftovers(trainer *t) {
   return flap_checkpoint_clear_leftovers(t->config->output_dir);
 }
 
+static uint64_t heldout_tokens(const trainer *t) {
+  return flap_dataset_heldout(t->dataset) * t->config->cutoff_len;
+}
+
+static flap_status read_evaluation(const char *path, int64_t step, flap_eval_report *report_out) {
+  flap_metrics_line line;
+  bool found = false;
+  *report_out = (flap_eval_report){0};
+  FLAP_TRY(flap_metrics_find(path, step, EVAL_KEYS, EVAL_KEY_COUNT, &line, &found));
+  if (found && line.step >= 0 && line.values[1] >= 1 && line.values[1] < 0x1p63)
+    *report_out = (flap_eval_report){.step = (uint64_t)line.step,
+                                     .loss = line.values[0],
+                                     .tokens = (uint64_t)line.values[1],
+                                     .unigram_entropy = line.values[2],
+                                     .seconds = line.values[3]};
+  return FLAP_OK;
+}
+
+/* What earlier lives of the run evaluated: first of all, and after the step that this one begins with. */
+static flap_status read_evaluations(trainer *t, const char *path) {
+  flap_eval_report first;
+  if (heldout_tokens(t) == 0)
+    return FLAP_OK;
+  FLAP_TRY(read_evaluation(path, (int64_t)t->step, &t->on_record));
+  FLAP_TRY(read_evaluation(path, -1, &first));
+  if (first.tokens == heldout_tokens(t))
+    t->result->first_eval = first;
+  return FLAP_OK;
+}
+
 /* Files of an earlier run go only now, when nothing can be wrong with this one's input. */
 static flap_status open_files(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
@@ -450,6 +484,8 @@ static flap_status open_files(trainer *t) {
     FLAP_TRY(clear_leftovers(t));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
   FLAP_TRY(flap_metrics_open(path, t->goes_on_here ? (int64_t)t->step : -1, &t->metrics));
+  if (t->goes_on_here)
+    FLAP_TRY(read_evaluations(t, path));
   FLAP_TRY(flap_write_behind_open(t->runtime.lists.save_memory, t->runtime.lists.save_bytes, &t->behind));
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;
@@ -552,6 +588,23 @@ static void end_save(trainer *t, flap_status status) {
   (void)flap_error_set(status, "%s", message);
 }
 
+flap_status trainer_evaluate_first(trainer *t) {
+  if (t->on_record.tokens == 0 || t->on_record.tokens != heldout_tokens(t))
+    return trainer_evaluate(t);
+  t->result->last_eval = t->on_record;
+  return FLAP_OK;
+}
+
+static flap_status write_evaluation(trainer *t, const flap_eval_report *report) {
+  flap_metrics_begin_line(t->metrics);
+  flap_metrics_add_integer(t->metrics, "step", (int64_t)report->step);
+  flap_metrics_add_number(t->metrics, EVAL_KEYS[0], report->loss);
+  flap_metrics_add_integer(t->metrics, EVAL_KEYS[1], (int64_t)report->tokens);
+  flap_metrics_add_number(t->metrics, EVAL_KEYS[2], report->unigram_entropy);
+  flap_metrics_add_number(t->metrics, EVAL_KEYS[3], report->seconds);
+  return flap_metrics_end_line(t->metrics);
+}
+
 flap_status trainer_evaluate(trainer *t) {
   uint64_t programs = 0;
   bool whole = false;
@@ -567,13 +620,9 @@ flap_status trainer_evaluate(trainer *t) {
   if (t->result->first_eval.tokens == 0)
     t->result->first_eval = report;
   t->result->last_eval = report;
-  flap_metrics_begin_line(t->metrics);
-  flap_metrics_add_integer(t->metrics, "step", (int64_t)t->step);
-  flap_metrics_add_number(t->metrics, "eval_loss", report.loss);
-  flap_metrics_add_integer(t->metrics, "eval_tokens", (int64_t)report.tokens);
-  flap_metrics_add_number(t->metrics, "eval_unigram_entropy", report.unigram_entropy);
-  flap_metrics_add_number(t->metrics, "eval_seconds", report.seconds);
-  FLAP_TRY(flap_metrics_end_line(t->metrics));
+  if (t->on_record.tokens == 0 ||
+      t->on_record.step != t->step) /* of each step there is one line, be it of other data */
+    FLAP_TRY(write_evaluation(t, &report));
   if (t->observer.evaluated != NULL)
     t->observer.evaluated(t->observer.context, &report);
   return FLAP_OK;

@@ -39,6 +39,9 @@ typedef struct trainer {
   bool clears;                       /* what an earlier run left in output_dir goes before the first file is written */
   flap_finished finished;            /* an earlier life that came to its end here; with resume_from_checkpoint: auto */
 
+  flap_eval_report
+      on_record; /* the evaluation of the step that the run goes on from, in metrics.jsonl; no tokens: none */
+
   uint64_t sequences, step_sequences; /* of an epoch; of a step */
   uint64_t steps, warmup;
   uint64_t step, cursor; /* done; training sequences consumed */
@@ -62,6 +65,8 @@ FLAP_CHECKED flap_status trainer_begin_save(trainer *t);
 FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
 /* The program that made the pending update ran well. */
 void trainer_approve_save(trainer *t);
+/* Of the first step of this life: taken from metrics.jsonl where an earlier life made it. */
+FLAP_CHECKED flap_status trainer_evaluate_first(trainer *t);
 /* Given up, without a trace, when the person wants to stop. */
 FLAP_CHECKED flap_status trainer_evaluate(trainer *t);
 

@@ -262,7 +262,7 @@ static flap_status run_to_rest(trainer *t) {
 flap_status trainer_loop(trainer *t) {
   t->saved_ns = flap_units_now_ns();
   if (!stop_asked(t))
-    FLAP_TRY(trainer_evaluate(t));
+    FLAP_TRY(trainer_evaluate_first(t));
   while (t->step < t->steps && !stop_asked(t)) {
     FLAP_TRY(run_to_rest(t));
     FLAP_TRY(trainer_collect_save(t, true));

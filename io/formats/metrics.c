@@ -96,8 +96,10 @@ static flap_status rewrite(FILE *from, const char *path, int64_t keep_to_step) {
   return flap_durable_commit_file(&file);
 }
 
-static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
+/* NULL: it is not there. */
+static flap_status open_lines(const char *path, FILE **from_out) {
   struct stat about;
+  *from_out = NULL;
   if (flap_system_stat(path, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "cannot look at %s", path);
   if (!S_ISREG(about.st_mode)) /* a pipe may have no other end, and some devices none at all */
@@ -105,18 +107,68 @@ static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
   const int fd = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
   if (fd < 0)
     return flap_error_set_os(errno, "cannot open %s", path);
-  FILE *from = fdopen(fd, "r");
-  if (!from) {
-    const int os_error = errno;
-    (void)flap_system_close(fd);
-    return flap_error_set_os(os_error, "cannot read %s", path);
-  }
+  *from_out = fdopen(fd, "r");
+  if (*from_out)
+    return FLAP_OK;
+  const int os_error = errno;
+  (void)flap_system_close(fd);
+  return flap_error_set_os(os_error, "cannot read %s", path);
+}
+
+static flap_status drop_later_lines(const char *path, int64_t keep_to_step) {
+  FILE *from = NULL;
+  FLAP_TRY(open_lines(path, &from));
+  if (!from)
+    return FLAP_OK;
   bool differs = false;
   flap_status status = filter_lines(from, path, keep_to_step, NULL, &differs);
   if (status == FLAP_OK && differs) {
     rewind(from);
     status = rewrite(from, path, keep_to_step);
   }
+  (void)fclose(from);
+  return status;
+}
+
+/* ---- looking ------------------------------------------------------------------------------------------- */
+
+static flap_status match_line(const char *path, const char *text, size_t length, int64_t step, const char *const *keys,
+                              uint32_t key_count, flap_metrics_line *line_out, bool *found_out) {
+  json_t *root = NULL;
+  if (memmem(text, length, keys[0], strlen(keys[0])) == NULL) /* most lines are of others, and need not be parsed */
+    return FLAP_OK;
+  FLAP_TRY(parse_line(path, text, length, &root));
+  const json_t *of = json_object_get(root, "step");
+  bool found = json_is_integer(of) && (step < 0 || json_integer_value(of) == step);
+  for (uint32_t i = 0; i < key_count && found; i++) {
+    const json_t *value = json_object_get(root, keys[i]);
+    found = value != NULL;
+    line_out->values[i] = json_is_number(value) ? json_number_value(value) : (double)NAN;
+  }
+  line_out->step = found ? json_integer_value(of) : -1;
+  *found_out = found;
+  json_decref(root);
+  return FLAP_OK;
+}
+
+flap_status flap_metrics_find(const char *path, int64_t step, const char *const *keys, uint32_t key_count,
+                              flap_metrics_line *line_out, bool *found_out) {
+  FILE *from = NULL;
+  char *text = NULL;
+  size_t capacity = 0;
+  ssize_t length;
+  flap_assert(key_count > 0 && key_count <= FLAP_METRICS_KEYS_MAX);
+  *found_out = false;
+  FLAP_TRY(open_lines(path, &from));
+  if (!from)
+    return FLAP_OK;
+  flap_status status = FLAP_OK;
+  errno = 0;
+  while (status == FLAP_OK && !*found_out && (length = getline(&text, &capacity, from)) > 0)
+    status = match_line(path, text, (size_t)length, step, keys, key_count, line_out, found_out);
+  if (status == FLAP_OK && !*found_out && !feof(from))
+    status = flap_error_set_os(errno ? errno : EIO, "cannot read %s", path);
+  free(text);
   (void)fclose(from);
   return status;
 }

@@ -36,6 +36,16 @@ typedef struct flap_metrics flap_metrics;
  * a temporary name and renamed, only if something is dropped). So a resumed run repeats no step. */
 FLAP_CHECKED flap_status flap_metrics_open(const char *path, int64_t keep_to_step, flap_metrics **metrics_out);
 
+/* The first line that has all these keys, of this step (below 0: of any): its step and its numbers, NaN for what is
+ * none. No such line, and no file, is false. */
+#define FLAP_METRICS_KEYS_MAX 4u
+typedef struct flap_metrics_line {
+  int64_t step;
+  double values[FLAP_METRICS_KEYS_MAX];
+} flap_metrics_line;
+FLAP_CHECKED flap_status flap_metrics_find(const char *path, int64_t step, const char *const *keys, uint32_t key_count,
+                                           flap_metrics_line *line_out, bool *found_out);
+
 /* Whether the file has anything but lines of step 0, which are written before the first step is done. So it is false
  * where nothing would be lost: for no file and an empty one; and true for what is no file, or no metrics. */
 FLAP_CHECKED flap_status flap_metrics_has_steps(const char *path, bool *has_out);

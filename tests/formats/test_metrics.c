@@ -268,6 +268,32 @@ void *__wrap_realloc(void *memory, size_t bytes) {
   return __real_realloc(memory, bytes);
 }
 
+START_TEST(metrics_first_line_with_keys_is_found) {
+  static const char *const keys[] = {"eval_loss", "eval_tokens"};
+  flap_metrics_line line;
+  bool found = true;
+  OK(flap_metrics_find(scratch_path(NAME), -1, keys, 2, &line, &found));
+  ck_assert(!found);
+  scratch_text(NAME, "{\"note\": \"eval_loss\"}\n"
+                     "{\"step\": 1, \"eval_loss\": 9}\n"
+                     "{\"step\": 2, \"eval_loss\": 2.5, \"eval_tokens\": 64}\n"
+                     "{\"eval_loss\": 3.5, \"eval_tokens\": 64}\n"
+                     "{\"step\": 3, \"loss\": 1}\n"
+                     "{\"step\": 4, \"eval_loss\": null, \"eval_tokens\": 32}\n"
+                     "{\"step\": 4, \"eval_loss\": 1, \"eval_tokens\": 16}\n"
+                     "{\"step\": 5, \"eval_loss\": 1, \"eval_tok");
+  OK(flap_metrics_find(scratch_path(NAME), -1, keys, 2, &line, &found));
+  ck_assert(found && line.step == 2 && line.values[0] == 2.5 && line.values[1] == 64);
+  OK(flap_metrics_find(scratch_path(NAME), 4, keys, 2, &line, &found));
+  ck_assert(found && line.step == 4 && isnan(line.values[0]) && line.values[1] == 32);
+  for (int64_t step = 3; step <= 5; step += 2) {
+    OK(flap_metrics_find(scratch_path(NAME), step, keys, 2, &line, &found));
+    ck_assert(!found);
+  }
+  ck_assert_int_eq(flap_metrics_find(scratch_path(""), -1, keys, 2, &line, &found), FLAP_IO);
+}
+END_TEST
+
 START_TEST(metrics_lines_allocate_nothing) {
   allocations = 0;
   flap_metrics *metrics = open_metrics(-1);
@@ -299,6 +325,7 @@ int main(void) {
   tcase_add_test(tests, metrics_open_in_no_folder_names_the_path);
   tcase_add_test(tests, metrics_line_too_long_is_refused_and_the_next_is_sound);
   tcase_add_test(tests, metrics_on_full_disk_takes_the_torn_line_back);
+  tcase_add_test(tests, metrics_first_line_with_keys_is_found);
   tcase_add_test(tests, metrics_lines_allocate_nothing);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);

@@ -95,6 +95,9 @@ class Lives:
     def result(self, out):
         with open(self.path(out, "metrics.jsonl")) as file:
             lines = [json.loads(line) for line in file]
+        evaluated = [line["step"] for line in lines if "eval_loss" in line]
+        if evaluated != sorted(set(evaluated)):
+            raise SystemExit(f"{out}/metrics.jsonl has evaluations of the steps {evaluated}")
         steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
         return {"steps": steps, "model": digests(self.path(out), MODEL_FILES), "last": digests(self.path(out, "checkpoint-8"))}
 

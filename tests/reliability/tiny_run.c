@@ -283,7 +283,8 @@ static const char *add_file(const tiny_run *run, const char *name, uint64_t numb
   return "";
 }
 
-/* Of each step its loss and norm, once; not the times. */
+/* Of each step its loss and norm, once; not the times. An evaluation at most once: which steps have one depends on
+ * where a life begins. */
 static const char *add_metrics(const tiny_run *run, uint64_t *digest) {
   static char message[128];
   char path[FLAP_PATH_MAX];
@@ -292,13 +293,19 @@ static const char *add_metrics(const tiny_run *run, uint64_t *digest) {
   char *text = read_whole(path, &bytes), *rest = text;
   if (text == NULL)
     return "metrics.jsonl is missing";
-  json_int_t next = 1;
+  json_int_t next = 1, evaluated = -1;
   message[0] = '\0';
   for (char *line; message[0] == '\0' && (line = strsep(&rest, "\n")) != NULL;) {
     json_t *object = *line ? json_loads(line, 0, NULL) : NULL;
     if (*line && object == NULL)
       (void)snprintf(message, sizeof message, "metrics.jsonl has a torn line: %.60s", line);
     const json_t *norm = json_object_get(object, "grad_norm");
+    if (json_object_get(object, "eval_loss") != NULL) {
+      const json_int_t step = json_integer_value(json_object_get(object, "step"));
+      if (step <= evaluated)
+        (void)snprintf(message, sizeof message, "metrics.jsonl has another evaluation of step %lld", (long long)step);
+      evaluated = step;
+    }
     if (norm != NULL) {
       const double values[2] = {json_number_value(json_object_get(object, "loss")), json_number_value(norm)};
       const json_int_t step = json_integer_value(json_object_get(object, "step"));

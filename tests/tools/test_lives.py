@@ -73,6 +73,29 @@ class Lives(Rig):
         self.accept("train", "run.yaml", *common)
         self.assertEqual([line["step"] for line in self.metrics() if "eval_loss" in line], [0, 2, 4])
 
+    def evaluated(self, folder="out"):
+        return {line["step"]: line["eval_loss"] for line in self.metrics(folder) if "eval_loss" in line}
+
+    def test_each_step_is_evaluated_once_whatever_lives_begin_with_it(self):
+        common = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "eval_steps=2", "lr_scheduler_type=constant",
+                  "max_steps=4"]
+        more = [*common, "resume_from_checkpoint=true"]
+        self.accept(*common, "output_dir=whole", "max_steps=6")
+        before = "%.4f before, " % self.evaluated("whole")[0]
+        self.assertIn(before, self.accept(*common))
+        for steps in 4, 6, 6:
+            self.assertIn(before + "%.4f after" % self.evaluated("whole")[steps], self.accept(*more, f"max_steps={steps}"))
+        lines = [line["step"] for line in self.metrics() if "eval_loss" in line]
+        self.assertEqual(lines, [0, 2, 4, 6])
+        self.assertEqual(self.evaluated(), self.evaluated("whole"))
+        self.assertEqual(self.losses(), self.losses("whole"))
+        self.assertEqual(self.weights(), self.weights("whole"))
+        # On other data it is evaluated again, and what is on record stays.
+        out = self.accept(*more, "max_steps=6", "val_size=6")
+        self.assertIn("held-out after step 6", out)
+        self.assertNotIn(before, out)
+        self.assertEqual(self.evaluated(), self.evaluated("whole"))
+
     def test_stop_without_saving_says_so_and_leaves_nothing_to_continue_from(self):
         process = subprocess.Popen([FLAP, "train", "run.yaml", "max_steps=100000"], cwd=self.folder,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
