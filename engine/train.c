@@ -280,9 +280,10 @@ static flap_status open_dataset(trainer *t) {
   if (t->result->complete)
     return FLAP_OK;
   if (t->steps > t->state.step) {
-    const uint64_t steps = t->steps - t->state.step;
+    const flap_wear_run run = {
+        .start = t->state.step, .end = t->steps, .step_sequences = t->step_sequences, .sequences = t->sequences};
     t->prepared.plan.ssd_before_bytes = t->state.written_bytes;
-    flap_wear_describe(config, steps, (double)(steps * t->step_sequences) / (double)t->sequences, &t->prepared.plan);
+    flap_wear_describe(config, &run, &t->prepared.plan);
   }
   FLAP_TRY(flap_wear_check(config, &t->prepared.plan));
   return check_space_for_all(t);

@@ -230,7 +230,7 @@ flap_status flap_engine_plan(const flap_run_config *config, const char *trace_pa
     warn_of(flap_pressure_check_here(&prepared));
     flap_pressure_warn_of_buffers(&prepared);
     if (config->max_steps > 0) /* else the data say, which are not read */
-      flap_wear_describe(config, config->max_steps, config->num_train_epochs, &prepared.plan);
+      flap_wear_describe(config, &(flap_wear_run){.end = config->max_steps}, &prepared.plan);
     warn_of(flap_wear_check(config, &prepared.plan));
   }
   if (status == FLAP_OK)

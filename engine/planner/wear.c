@@ -1,21 +1,35 @@
 #include "engine/planner/wear.h"
 
+#include "base/assert.h"
 #include "base/units.h"
 
 #include <math.h>
 #include <stdio.h>
 
+/* After each step that ends an epoch, and after the last. */
+static uint64_t count_by_epochs(const flap_run_config *config, const flap_wear_run *run) {
+  const uint64_t of_step = run->step_sequences, of_epoch = run->sequences;
+  if (of_epoch == 0)
+    return (uint64_t)ceil(config->num_train_epochs);
+  if (of_step >= of_epoch)
+    return run->end - run->start;
+  const uint64_t done = run->end * of_step / of_epoch;
+  return done - run->start * of_step / of_epoch + (done == (run->end - 1) * of_step / of_epoch);
+}
+
 /* Those by steps or epochs, and one at the end; between them as many as the clock wants at the speed of the plan. */
-static uint64_t count_checkpoints(const flap_run_config *config, uint64_t steps, double epochs, double step_seconds) {
+static uint64_t count_checkpoints(const flap_run_config *config, const flap_wear_run *run, double step_seconds) {
+  const uint64_t steps = run->end - run->start;
   uint64_t count = 0;
   switch (config->save_strategy) {
   case FLAP_STRATEGY_NO:
     return 0;
   case FLAP_STRATEGY_STEPS:
-    count = (steps + config->save_steps - 1) / config->save_steps;
+    count =
+        run->end / config->save_steps - run->start / config->save_steps + (run->end % config->save_steps != 0 ? 1 : 0);
     break;
   case FLAP_STRATEGY_EPOCH:
-    count = (uint64_t)ceil(epochs);
+    count = count_by_epochs(config, run);
     break;
   }
   if (config->save_minutes > 0) {
@@ -45,9 +59,11 @@ static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) 
 }
 
 /* Of steps in the millions no sum passes 64 bits: 2^64 bytes are 18 exabytes. */
-void flap_wear_describe(const flap_run_config *config, uint64_t steps, double epochs, flap_plan *plan) {
+void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run, flap_plan *plan) {
+  const uint64_t steps = run->end - run->start;
+  flap_assert(steps > 0);
   plan->run_steps = steps;
-  plan->run_checkpoints = count_checkpoints(config, steps, epochs, plan->step_seconds);
+  plan->run_checkpoints = count_checkpoints(config, run, plan->step_seconds);
   plan->checkpoints_at_once = flap_wear_checkpoints_at_once(config, plan->run_checkpoints, 0);
   plan->ssd_run_bytes = flap_wear_start_bytes(plan) + steps * plan->ssd_step_bytes +
                         plan->run_checkpoints * plan->checkpoint_bytes + plan->export_bytes;

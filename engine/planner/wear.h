@@ -14,9 +14,14 @@
 extern "C" {
 #endif
 
-/* What a run of so many steps writes: fills the plan's members of a run. `epochs`: those that these steps are, for
- * save_strategy: epoch. The plan's other members are there. */
-void flap_wear_describe(const flap_run_config *config, uint64_t steps, double epochs, flap_plan *plan);
+typedef struct flap_wear_run {
+  uint64_t start, end;                /* steps: done before it, and in the end */
+  uint64_t step_sequences, sequences; /* of a step, and of an epoch; 0 where the data are not known: then
+                                         num_train_epochs says how many epochs there are */
+} flap_wear_run;
+
+/* What these steps of a run write: fills the plan's members of a run. The plan's other members are there. */
+void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run, flap_plan *plan);
 
 /* FLAP_BUDGET when a described run, with what it wrote before, writes more than ssd_budget; says how many steps would
  * not. */

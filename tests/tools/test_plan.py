@@ -9,7 +9,7 @@ import subprocess
 import time
 import unittest
 
-from flap_rig import FLAP, Rig
+from flap_rig import FLAP, TEXT, Rig
 
 
 class Plan(Rig):
@@ -294,6 +294,22 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(error, rf" beside the \S+ MiB until now, .* 3 more steps stay within it, .* allow {budget} bytes")
         self.accept("train", *more, f"ssd_budget={budget}")
         self.assertAlmostEqual(self.written_bytes(8) / written[1], 2, delta=0.1)
+
+    def test_checkpoints_of_a_run_that_goes_on_are_counted_as_they_are_written(self):
+        self.write("short.txt", TEXT[:330])  # ten sequences; a step has four
+        common = ["run.yaml", "vram=min", "ram=min", "val_size=0", "dataset=short.txt", "export=none"]
+        for name, saving, first, last in (("steps", ["save_strategy=steps", "save_steps=2"], 3, 5),
+                                          ("epoch", ["save_strategy=epoch"], 4, 6), ("each", ["save_strategy=epoch",
+                                          "gradient_accumulation_steps=8"], 1, 4)):
+            with self.subTest(name):
+                run = [*common, *saving, f"output_dir={name}"]
+                self.assertIn("in 10 sequences", self.accept("train", *run, f"max_steps={first}"))
+                before = set(os.listdir(self.path(name)))
+                more = [*run, f"max_steps={last}", "resume_from_checkpoint=true"]
+                error = self.refuse("ssd_budget: this run would write", "train", *more, "ssd_budget=1")
+                self.accept("train", *more)
+                written = [each for each in set(os.listdir(self.path(name))) - before if each.startswith("checkpoint-")]
+                self.assertRegex(error, rf": {last - first} steps of \S+ \S+, {len(written)} checkpoints of")
 
     def test_budgets_that_are_too_small_name_the_least_that_works(self):
         for key in ("vram", "ram"):
