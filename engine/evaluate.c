@@ -1,13 +1,17 @@
 #include "engine/evaluate.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "base/units.h"
 #include "engine/planner/prepare.h"
 #include "engine/planner/pressure.h"
 #include "engine/store/checkpoint.h"
 #include "engine/store/weights.h"
+#include "io/block/block.h"
 
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define EVAL_MICRO_BATCHES 8u /* of `flap eval`: so many pass while a layer's weights are there */
 
@@ -67,20 +71,59 @@ static uint32_t sequence_length(const flap_prepared *p) {
   return !p->config->cutoff_len_given && wanted > most ? most : wanted;
 }
 
+typedef struct scratch {
+  const char *folder;
+  uint64_t bytes_max; /* 0: what there is */
+} scratch;
+
+/* Where the tokens of a text are while it is evaluated: on the first disk, within its size; without one in a folder for
+ * what does not last, of which others get half. /tmp comes last, for it may be in memory. */
+static flap_status choose_scratch(const flap_run_config *config, scratch *scratch_out) {
+  const char *given = getenv("TMPDIR");
+  struct stat about;
+  uint64_t free_bytes = 0;
+  if (config->disk_count > 0) {
+    const flap_size size = config->disk[0].size;
+    *scratch_out = (scratch){config->disk[0].path, size.kind == FLAP_SIZE_BYTES ? size.bytes : 0};
+    return FLAP_OK;
+  }
+  const bool is_given = given != NULL && given[0] != '\0';
+  const bool has_var = flap_system_stat("/var/tmp", &about) == 0 && S_ISDIR(about.st_mode);
+  *scratch_out = (scratch){.folder = is_given ? given : has_var ? "/var/tmp" : "/tmp"};
+  const flap_status status = flap_block_space(scratch_out->folder, &free_bytes);
+  if (status != FLAP_OK)
+    return flap_error_prefix(status, "the tokens of the text would be in %s%s, unless `disk` names a folder",
+                             is_given ? "TMPDIR, " : "", scratch_out->folder);
+  scratch_out->bytes_max = free_bytes / 2 > 0 ? free_bytes / 2 : 1;
+  return FLAP_OK;
+}
+
+static flap_status explain_scratch(const flap_run_config *config, const scratch *where, flap_status status) {
+  if (status != FLAP_BUDGET && status != FLAP_NO_SPACE)
+    return status;
+  if (config->disk_count > 0)
+    return flap_error_prefix(status, "disk: %s (give it more, or another folder)", where->folder);
+  return flap_error_prefix(status, "%s (name a folder with more room with the key disk)", where->folder);
+}
+
 /* Held out: what val_size says; all of the text if it says nothing. A stream always leaves a sequence for training, so
  * all of it is what is left of that. */
 static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_out) {
   const flap_run_config *config = p->config;
+  scratch where = {0};
+  if (!flap_prepare_only_shards(config))
+    FLAP_TRY(choose_scratch(config, &where));
   const flap_dataset_config dataset = {.paths = (const char *const *)config->dataset,
                                        .path_count = config->dataset_count,
                                        .tokenizer = p->tokenizer,
                                        .vocabulary = p->model.vocab_size,
-                                       .scratch_folder = config->disk_count > 0 ? config->disk[0].path : "/tmp",
+                                       .scratch_folder = where.folder,
+                                       .scratch_bytes_max = where.bytes_max,
                                        .sequence_length = sequence_length(p),
                                        .val_size = config->val_size,
                                        .seed = config->seed,
                                        .heldout_all = config->val_size == 0};
-  return flap_dataset_open(&dataset, dataset_out);
+  return explain_scratch(config, &where, flap_dataset_open(&dataset, dataset_out));
 }
 
 static flap_status evaluate_run(flap_prepared *p, const flap_dataset *dataset, flap_eval_report *report) {

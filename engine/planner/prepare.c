@@ -21,7 +21,7 @@
 
 /* ---- model and tokenizer --------------------------------------------------------------------------------- */
 
-static bool only_shards(const flap_run_config *config) {
+bool flap_prepare_only_shards(const flap_run_config *config) {
   for (uint32_t i = 0; i < config->dataset_count; i++) {
     const char *path = config->dataset[i];
     const size_t length = strlen(path);
@@ -38,12 +38,12 @@ static flap_status open_tokenizer(flap_prepared *p) {
   if (config->tokenizer[0])
     return flap_tokenizer_open(config->tokenizer, &p->tokenizer);
   if (!config->model_name_or_path[0]) {
-    if (only_shards(config))
+    if (flap_prepare_only_shards(config))
       return FLAP_OK;
     return flap_error_set(FLAP_INVALID, "tokenizer: missing: name a tokenizer.json, or `bytes`");
   }
   const flap_status status = flap_tokenizer_open(config->model_name_or_path, &p->tokenizer);
-  if ((status != FLAP_NOT_FOUND && status != FLAP_UNSUPPORTED) || !only_shards(config))
+  if ((status != FLAP_NOT_FOUND && status != FLAP_UNSUPPORTED) || !flap_prepare_only_shards(config))
     return status;
   if (status == FLAP_UNSUPPORTED && !p->quiet)
     flap_log(FLAP_LOG_INFO, "the tokenizer is not read, for all data are tokens already: %s", flap_error_message());

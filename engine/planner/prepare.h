@@ -37,6 +37,8 @@ typedef struct flap_prepared {
 /* Model and tokenizer. For training from scratch `model` holds the model; otherwise model_name_or_path, whose weights
  * are checked too. */
 FLAP_CHECKED flap_status flap_prepare_open(const flap_run_config *config, bool quiet, flap_prepared *prepared_out);
+/* Whether all data are tokens already. */
+bool flap_prepare_only_shards(const flap_run_config *config);
 /* Lists of a step grow with layers times micro-batches, and the time to plan with them. 2^16 take about a minute on one
  * core: 2,048 micro-batches of 32 layers, or 520 of the 126 that the largest open models have. Beyond that a larger
  * micro-batch does the same and is faster. More layers than 1,024 are a slip: no model has a fifth of them. */

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import unittest
+import unittest.mock
 
 from flap_rig import Rig
 
@@ -39,6 +40,23 @@ class Flap(Rig):
         self.assertIn("model.layers.2.mlp.down_proj.weight", shown)
         self.assertIn("F32", shown)
         self.assertIn("model_type", shown)
+
+    def test_eval_keeps_tokens_where_there_is_room_for_them(self):
+        self.accept("train", "run.yaml")
+        on_text = ["eval", "out", "dataset=text.txt"]
+        self.accept("tokenize", "bytes", "text.txt", "-o", "a.bin")
+        os.mkdir(self.path("scratch"))
+        with unittest.mock.patch.dict(os.environ, TMPDIR=self.path("scratch")):
+            self.accept(*on_text)
+        self.assertEqual(os.listdir(self.path("scratch")), [])
+        with unittest.mock.patch.dict(os.environ, TMPDIR=self.path("nowhere")):
+            self.assertIn("unless `disk` names a folder", self.refuse("TMPDIR, ", *on_text))
+            self.accept("eval", "out", "dataset=a.bin")  # there are none
+            self.accept(*on_text, "disk=disk")
+        self.refuse("disk: disk (give it more, or another folder): dataset: the tokens of the text need more than the 16384 "
+                    "bytes", *on_text, "disk={path: disk, size: 16KiB}")
+        with unittest.mock.patch.dict(os.environ, TMPDIR=""):
+            self.accept(*on_text)
 
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
