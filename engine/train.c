@@ -12,6 +12,7 @@
 #include "engine/planner/budgets.h"
 #include "engine/planner/pressure.h"
 #include "engine/planner/wear.h"
+#include "engine/store/hf_config.h"
 #include "engine/store/weights.h"
 #include "io/formats/durable.h"
 
@@ -322,6 +323,24 @@ static flap_status compare_numerics(const trainer *t) {
   return FLAP_OK;
 }
 
+/* Shapes may be the same where the model is another one. */
+static flap_status compare_models(const trainer *t) {
+  flap_model_config saved;
+  char differences[512];
+  uint32_t count = 0;
+  FLAP_TRY(flap_hf_config_read(t->resume_folder, &saved));
+  FLAP_TRY(flap_hf_config_differences(&saved, &t->prepared.model, differences, sizeof differences, &count));
+  if (count == 0)
+    return FLAP_OK;
+  if (!t->config->allow_numerics_change)
+    return flap_error_set(FLAP_INVALID,
+                          "resume_from_checkpoint: %s was saved of another model (%s): change that back, or set "
+                          "allow_numerics_change: true to go on with this one",
+                          t->resume_folder, differences);
+  flap_log(FLAP_LOG_WARNING, "%s was saved of another model (%s)", t->resume_folder, differences);
+  return FLAP_OK;
+}
+
 /* What else a resumed run does differently is said, not hidden. */
 static void compare_data(const trainer *t) {
   if (t->state.dataset_digest != flap_dataset_digest(t->dataset))
@@ -338,6 +357,7 @@ static flap_status fill_regions(trainer *t) {
   if (!t->resume_folder[0])
     return t->config->model != NULL ? flap_weights_init(pager, layout, t->config->seed)
                                     : flap_weights_load(pager, layout, t->config->model_name_or_path);
+  FLAP_TRY(compare_models(t));
   FLAP_TRY(compare_numerics(t));
   compare_data(t);
   t->step = t->state.step;

@@ -364,3 +364,59 @@ flap_status flap_hf_config_format(const flap_model_config *config, flap_dtype dt
   json_decref(root);
   return *text_out ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "no memory for the text of config.json");
 }
+
+/* ---- comparing ------------------------------------------------------------------------------------------- */
+
+/* On one line. */
+static char *brief_text(const json_t *value) {
+  char *text = flap_json_text(value);
+  if (text == NULL)
+    return NULL;
+  char *to = text;
+  for (const char *from = text; *from != '\0'; from++)
+    if (*from != '\n' && (*from != ' ' || (to > text && to[-1] != ' ' && to[-1] != '{')))
+      *to++ = *from;
+  *to = '\0';
+  return text;
+}
+
+static flap_status describe_difference(const char *key, const json_t *then, const json_t *now, char *text,
+                                       size_t bytes) {
+  char *then_text = brief_text(then), *now_text = brief_text(now);
+  const size_t length = strlen(text);
+  const bool failed = then_text == NULL || now_text == NULL;
+  if (!failed)
+    (void)snprintf(text + length, bytes - length, "%s%s: %s then, %s now", length > 0 ? "; " : "", key, then_text,
+                   now_text);
+  free(then_text);
+  free(now_text);
+  return failed ? flap_error_set(FLAP_NO_MEMORY, "no memory to compare configurations of models") : FLAP_OK;
+}
+
+flap_status flap_hf_config_differences(const flap_model_config *then, const flap_model_config *now, char *text_out,
+                                       size_t text_bytes, uint32_t *count_out) {
+  uint32_t count = 0;
+  const flap_model_key *keys = flap_model_keys(now->family, &count);
+  flap_status status = FLAP_OK;
+  text_out[0] = '\0';
+  *count_out = 0;
+  if (then->family != now->family) {
+    (void)snprintf(text_out, text_bytes, "model_type: %s then, %s now", flap_model_family_name(then->family),
+                   flap_model_family_name(now->family));
+    *count_out = 1;
+    return FLAP_OK;
+  }
+  for (uint32_t i = 0; i < count && status == FLAP_OK; i++) {
+    if (!is_written(&keys[i]) || strcmp(keys[i].name, "max_position_embeddings") == 0 ||
+        strcmp(keys[i].name, "initializer_range") == 0)
+      continue;
+    json_t *of_then = key_value(then, &keys[i]), *of_now = key_value(now, &keys[i]);
+    if (!json_equal(of_then, of_now)) {
+      ++*count_out;
+      status = describe_difference(keys[i].name, of_then, of_now, text_out, text_bytes);
+    }
+    json_decref(of_then);
+    json_decref(of_now);
+  }
+  return status;
+}

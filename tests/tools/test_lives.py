@@ -564,6 +564,19 @@ class Lives(Rig):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("micro-batch: 2 x 32 then, 1 x 32 now", done.stderr)
 
+    def test_resume_with_another_model_of_the_same_shapes_is_refused(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none")
+        changed = ["max_steps=9", "resume_from_checkpoint=true", "model.rms_norm_eps=0.1",
+                   "model.rope_scaling={rope_type: linear, factor: 8}"]
+        error = self.refuse("out/checkpoint-8 was saved of another model (", "train", "run.yaml", *changed)
+        for wanted in ["rms_norm_eps: 1e-6 then, 0.1 now", 'rope_scaling: null then, {', "allow_numerics_change: true"]:
+            self.assertIn(wanted, error)
+        done = self.flap("train", "run.yaml", *changed, "allow_numerics_change=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("was saved of another model (rms_norm_eps: ", done.stderr)
+        self.accept("train", "run.yaml", "max_steps=10", "resume_from_checkpoint=true", "model.max_position_embeddings=4096",
+                    "model.initializer_range=0.5", *changed[2:])
+
     def test_resume_needs_no_more_than_training_did(self):
         # The least that each tier takes, given as sizes: a resume that needed a byte more would be refused or fail.
         saving = ["save_strategy=steps", "save_steps=3", "disk={path: disk, size: min}"]
