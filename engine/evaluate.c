@@ -15,19 +15,18 @@
 
 #define EVAL_MICRO_BATCHES 8u /* of `flap eval`: so many pass while a layer's weights are there */
 
-/* Fills the step's sequences from `first` on; what the text has no more is not counted. */
+/* Fills the step's sequences from `first` on; what the text has no more of is not counted. */
 static flap_status fetch(flap_runtime *runtime, const flap_dataset *dataset, uint64_t first, uint64_t sequences,
                          uint64_t *counted_out) {
   const uint64_t length = runtime->spec.shape.sequence;
   const uint64_t room = (uint64_t)runtime->spec.shape.batch * runtime->spec.micro_batches;
   const uint64_t count = sequences - first < room ? sequences - first : room;
   int32_t *tokens = runtime->executor.host.tokens, *targets = runtime->executor.host.targets;
-  FLAP_TRY(flap_dataset_fetch_heldout(dataset, first, count, tokens, targets));
+  FLAP_TRY(flap_dataset_fetch_heldout(dataset, first, count, tokens, targets, counted_out));
   for (uint64_t i = count * length; i < room * length; i++) {
     tokens[i] = 0;
     targets[i] = -1;
   }
-  *counted_out = count * length;
   return FLAP_OK;
 }
 
@@ -106,8 +105,7 @@ static flap_status explain_scratch(const flap_run_config *config, const scratch 
   return flap_error_prefix(status, "%s (name a folder with more room with the key disk)", where->folder);
 }
 
-/* Held out: what val_size says; all of the text if it says nothing. A stream always leaves a sequence for training, so
- * all of it is what is left of that. */
+/* Held out: what val_size says; all of the text if it says nothing. */
 static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_out) {
   const flap_run_config *config = p->config;
   scratch where = {0};

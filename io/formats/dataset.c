@@ -133,6 +133,23 @@ static flap_status read_stream(const flap_dataset *dataset, uint64_t first, uint
   return FLAP_OK;
 }
 
+/* Held-out windows end with the stream, which the last one may pass where all is held out: the rest is padding. */
+static uint64_t targets_of_window(const flap_dataset *dataset, uint64_t first) {
+  const uint64_t left = flap_dataset_tokens(dataset) - 1 - first, length = dataset->sequence_length;
+  return left < length ? left : length;
+}
+
+static flap_status fetch_part(const flap_dataset *dataset, uint64_t first, uint64_t count, int32_t *tokens,
+                              int32_t *targets) {
+  FLAP_TRY(read_stream(dataset, first, count, tokens));
+  FLAP_TRY(read_stream(dataset, first + 1, count, targets));
+  for (uint64_t i = count; i < dataset->sequence_length; i++) {
+    tokens[i] = 0;
+    targets[i] = -1;
+  }
+  return FLAP_OK;
+}
+
 static flap_status fetch_window(const flap_dataset *dataset, uint64_t first, int32_t *tokens, int32_t *targets) {
   uint64_t length = dataset->sequence_length;
   FLAP_TRY(read_stream(dataset, first, length, tokens));
@@ -150,12 +167,16 @@ flap_status flap_dataset_fetch(const flap_dataset *dataset, uint64_t first, uint
 }
 
 flap_status flap_dataset_fetch_heldout(const flap_dataset *dataset, uint64_t first, uint64_t count, int32_t *tokens,
-                                       int32_t *targets) {
+                                       int32_t *targets, uint64_t *targets_out) {
   flap_assert(first <= dataset->heldout && count <= dataset->heldout - first);
   uint64_t length = dataset->sequence_length;
-  for (uint64_t i = 0; i < count; i++)
-    FLAP_TRY(fetch_window(dataset, dataset->heldout_start + (first + i) * length, tokens + i * length,
-                          targets + i * length));
+  *targets_out = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    const uint64_t start = dataset->heldout_start + (first + i) * length, part = targets_of_window(dataset, start);
+    FLAP_TRY(part == length ? fetch_window(dataset, start, tokens + i * length, targets + i * length)
+                            : fetch_part(dataset, start, part, tokens + i * length, targets + i * length));
+    *targets_out += part;
+  }
   return FLAP_OK;
 }
 
@@ -245,6 +266,19 @@ fail:
   return status;
 }
 
+/* All is held out, from the first token that another one follows, in a shorter sequence at the end if need be. */
+static flap_status split_nothing_off(flap_dataset *dataset) {
+  const uint64_t tokens = flap_dataset_tokens(dataset), length = dataset->sequence_length;
+  if (tokens < 2)
+    return flap_error_set(FLAP_INVALID,
+                          "dataset: %s: %llu tokens are too few: one that another one follows is the least",
+                          dataset->segments[0].path, (unsigned long long)tokens);
+  dataset->heldout = (tokens - 1 + length - 1) / length;
+  dataset->heldout_start = 0;
+  dataset->sequences = 0;
+  return FLAP_OK;
+}
+
 static flap_status split(flap_dataset *dataset, double val_size, bool heldout_all) {
   uint64_t tokens = flap_dataset_tokens(dataset), length = dataset->sequence_length;
   uint64_t all = tokens > 0 ? (tokens - 1) / length : 0;
@@ -252,15 +286,15 @@ static flap_status split(flap_dataset *dataset, double val_size, bool heldout_al
   if (!(val_size >= 0) || (val_size >= 1 && (val_size != floor(val_size) || val_size > 1e15)))
     return flap_error_set(FLAP_INVALID, "val_size: %g is neither a fraction below 1 nor a whole number of sequences",
                           val_size);
+  if (heldout_all)
+    return split_nothing_off(dataset);
   if (all == 0)
     return flap_error_set(
         FLAP_INVALID,
         "dataset: %s%s: %llu tokens are too few: one sequence takes %llu (%llu inputs and one more target); "
         "add text, or shorten the sequences",
         first, others, (unsigned long long)tokens, (unsigned long long)length + 1, (unsigned long long)length);
-  if (heldout_all)
-    dataset->heldout = all;
-  else if (val_size >= 1)
+  if (val_size >= 1)
     dataset->heldout = (uint64_t)val_size;
   else if (val_size > 0)
     dataset->heldout = (uint64_t)(val_size * (double)all) > 0 ? (uint64_t)(val_size * (double)all) : 1;
@@ -269,7 +303,7 @@ static flap_status split(flap_dataset *dataset, double val_size, bool heldout_al
   if (fits && dataset->heldout > 0)
     dataset->heldout_start = tokens - (dataset->heldout * length + 1);
   dataset->sequences = fits && dataset->heldout_start > 0 ? (dataset->heldout_start - 1) / length : 0;
-  if (dataset->sequences == 0 && !heldout_all)
+  if (dataset->sequences == 0)
     return flap_error_set(
         FLAP_INVALID,
         "dataset: %s%s: %llu tokens are too few for %llu held-out sequences of %llu tokens and one for "
@@ -281,7 +315,7 @@ static flap_status split(flap_dataset *dataset, double val_size, bool heldout_al
 
 /* Nats per held-out target under its own frequencies, and under those of training with one added to each count. */
 static void measure_entropy(flap_dataset *dataset, const uint64_t *train, const uint64_t *heldout) {
-  double targets = (double)(dataset->heldout * dataset->sequence_length);
+  double targets = (double)(flap_dataset_tokens(dataset) - 1 - dataset->heldout_start);
   double train_total = (double)dataset->heldout_start + (double)dataset->vocabulary;
   for (uint32_t id = 0; id < dataset->vocabulary; id++) {
     if (heldout[id] == 0)

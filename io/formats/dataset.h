@@ -41,7 +41,7 @@ typedef struct flap_dataset_config {
   uint32_t sequence_length;   /* S > 0 */
   double val_size;   /* below 1: this fraction of all sequences, rounded down, but at least one; from 1: this many
                         sequences; 0: nothing is held out */
-  bool heldout_all;  /* every whole sequence is held out, val_size says nothing, and there may be none for training */
+  bool heldout_all;  /* all is held out, from two tokens on, val_size says nothing, and there is none for training */
   uint64_t seed;     /* of the order */
   bool begin_tokens; /* documents of text start with the tokenizer's begin tokens */
   const volatile sig_atomic_t *stop; /* non-zero ends reading the files, with FLAP_INTERRUPTED; NULL: nothing does */
@@ -82,9 +82,10 @@ void flap_dataset_unigram_entropy(const flap_dataset *dataset, double *own_nats_
 FLAP_CHECKED flap_status flap_dataset_fetch(const flap_dataset *dataset, uint64_t first, uint64_t count,
                                             int32_t *tokens, int32_t *targets);
 
-/* Held-out sequences first .. first+count-1, in the order of the text; first + count <= held-out. */
+/* Held-out sequences first .. first+count-1, in the order of the text; first + count <= held-out. Where all is held out
+ * the last may be shorter: behind its end tokens are 0 and targets -1. Stores how many targets there are. */
 FLAP_CHECKED flap_status flap_dataset_fetch_heldout(const flap_dataset *dataset, uint64_t first, uint64_t count,
-                                                    int32_t *tokens, int32_t *targets);
+                                                    int32_t *tokens, int32_t *targets, uint64_t *targets_out);
 
 /* Which window of the text training sequence number `index` is: [0, flap_dataset_sequences). */
 uint64_t flap_dataset_window(const flap_dataset *dataset, uint64_t index);

@@ -28,10 +28,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   }
   fuzz_must(flap_dataset_tokens(dataset) <= bytes, "a token stands for at least a byte, or ends a document");
   uint64_t sequences = flap_dataset_sequences(dataset), heldout = flap_dataset_heldout(dataset);
+  uint64_t counted = 0;
   for (uint64_t i = 0; i < sequences + heldout; i += 1 + (sequences + heldout) / FETCHED) {
     int32_t tokens[SEQUENCE], targets[SEQUENCE];
     status = i < sequences ? flap_dataset_fetch(dataset, i, 1, tokens, targets)
-                           : flap_dataset_fetch_heldout(dataset, i - sequences, 1, tokens, targets);
+                           : flap_dataset_fetch_heldout(dataset, i - sequences, 1, tokens, targets, &counted);
     fuzz_must(status == FLAP_OK && tokens[1] == targets[0], "a sequence can be read");
   }
   flap_dataset_close(dataset);

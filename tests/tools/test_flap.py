@@ -34,6 +34,8 @@ class Flap(Rig):
         by_default, given = (json.loads(self.accept(*on_text, *more)) for more in ([], ["cutoff_len=64"]))
         self.assertEqual((by_default["loss"], by_default["tokens"]), (given["loss"], given["tokens"]))
         self.refuse("cutoff_len: 65 tokens are more", *on_text, "cutoff_len=65")
+        self.write("short.txt", "hello")  # and the end of the text: all but the first are predicted
+        self.assertEqual(json.loads(self.accept("eval", "out", "dataset=short.txt", "--json"))["tokens"], 5)
         self.accept("export", "out", "exported", "--dtype", "float32")
         self.refuse("exported", "export", "out", "exported")
         shown = self.accept("inspect", "exported")
