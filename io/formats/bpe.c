@@ -14,6 +14,7 @@
 #define CACHE_SLOTS 16384u /* one MiB */
 #define CACHE_WORD_BYTES 30u
 #define CACHE_IDS 8u
+#define GROWTH_MAX ((uint64_t)1 << 18)
 
 typedef struct merge {
   uint64_t pair; /* left << 32 | right; EMPTY if there is none */
@@ -173,21 +174,23 @@ static void push_pair(flap_bpe *bpe, int32_t position, int32_t next) {
 
 /* ---- words --------------------------------------------------------------------------------------------- */
 
-static flap_status reserve_scratch(flap_bpe *bpe, uint64_t bytes) {
-  if (bytes <= bpe->symbols_max)
+static flap_status reserve_scratch(flap_bpe *bpe, uint64_t symbol_count) {
+  if (symbol_count <= bpe->symbols_max)
     return FLAP_OK;
-  uint64_t count = bytes < 256 ? 256 : bytes + bytes / 2;
+  /* Short words grow now and then, long ones are rare: no more than they need. */
+  uint64_t count = symbol_count < 256 ? 256 : symbol_count < GROWTH_MAX ? symbol_count * 2 : symbol_count;
   symbol *symbols = realloc(bpe->symbols, count * sizeof *symbols);
   if (symbols != NULL)
     bpe->symbols = symbols;
-  /* One candidate per neighbouring pair, and at most two more per merge. */
-  candidate *heap = realloc(bpe->heap, 3 * count * sizeof *heap);
+  /* One candidate per neighbouring pair; a merge takes one out and puts in at most two. */
+  candidate *heap = realloc(bpe->heap, 2 * count * sizeof *heap);
   if (heap != NULL)
     bpe->heap = heap;
   if (symbols == NULL || heap == NULL)
-    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for a word of %llu bytes", (unsigned long long)bytes);
+    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for a word of %llu symbols",
+                          (unsigned long long)symbol_count);
   bpe->symbols_max = count;
-  bpe->heap_max = 3 * count;
+  bpe->heap_max = 2 * count;
   return FLAP_OK;
 }
 
@@ -214,6 +217,40 @@ static void merge_symbols(flap_bpe *bpe) {
   }
 }
 
+/* Appends what is left of the first `count` symbols, whose ids are set. */
+static void encode_symbols(flap_bpe *bpe, int32_t count, flap_ids *ids) {
+  symbol *symbols = bpe->symbols;
+  if (count == 0)
+    return;
+  for (int32_t position = 0; position < count; position++) {
+    symbols[position].previous = position - 1;
+    symbols[position].next = position + 1 < count ? position + 1 : -1;
+  }
+  bpe->heap_count = 0;
+  for (int32_t position = 0; position + 1 < count; position++)
+    push_pair(bpe, position, position + 1);
+  merge_symbols(bpe);
+  for (int32_t position = 0; position >= 0; position = symbols[position].next)
+    ids->ids[ids->count++] = symbols[position].id;
+}
+
+flap_status flap_bpe_encode_symbols(flap_bpe *bpe, const int32_t *symbol_ids, uint64_t count, flap_ids *ids) {
+  if (count >= (uint64_t)1 << 30)
+    return flap_error_set(FLAP_INVALID, "tokenizer: a word of %llu symbols is too long", (unsigned long long)count);
+  FLAP_TRY(flap_ids_reserve(ids, count));
+  if (count <= 1 || bpe->merge_count == 0) {
+    if (count > 0)
+      memcpy(ids->ids + ids->count, symbol_ids, count * sizeof *symbol_ids);
+    ids->count += count;
+    return FLAP_OK;
+  }
+  FLAP_TRY(reserve_scratch(bpe, count));
+  for (uint64_t i = 0; i < count; i++)
+    bpe->symbols[i].id = symbol_ids[i];
+  encode_symbols(bpe, (int32_t)count, ids);
+  return FLAP_OK;
+}
+
 static flap_status encode_word(flap_bpe *bpe, const char *word, uint64_t bytes, flap_ids *ids) {
   FLAP_TRY(flap_ids_reserve(ids, bytes));
   if (bpe->merge_count == 0) {
@@ -228,20 +265,10 @@ static flap_status encode_word(flap_bpe *bpe, const char *word, uint64_t bytes, 
   int32_t count = 0;
   for (uint64_t i = 0; i < bytes; i++) {
     int32_t id = bpe->byte_ids[(uint8_t)word[i]];
-    if (id >= 0) {
-      bpe->symbols[count] = (symbol){.id = id, .previous = count - 1, .next = count + 1};
-      count++;
-    }
+    if (id >= 0)
+      bpe->symbols[count++].id = id;
   }
-  if (count == 0)
-    return FLAP_OK;
-  bpe->symbols[count - 1].next = -1;
-  bpe->heap_count = 0;
-  for (int32_t position = 0; position + 1 < count; position++)
-    push_pair(bpe, position, position + 1);
-  merge_symbols(bpe);
-  for (int32_t position = 0; position >= 0; position = bpe->symbols[position].next)
-    ids->ids[ids->count++] = bpe->symbols[position].id;
+  encode_symbols(bpe, count, ids);
   return FLAP_OK;
 }
 

@@ -26,6 +26,10 @@ void flap_bpe_put_merge(flap_bpe *bpe, int32_t left, int32_t right, uint32_t ran
 /* Appends the ids of a word of fewer than 2^30 bytes. */
 FLAP_CHECKED flap_status flap_bpe_encode(flap_bpe *bpe, const char *word, uint64_t bytes, flap_ids *ids);
 
+/* Appends the ids of a word that is given as ids, before any merge. FLAP_INVALID from 2^30 symbols on. */
+FLAP_CHECKED flap_status flap_bpe_encode_symbols(flap_bpe *bpe, const int32_t *symbol_ids, uint64_t count,
+                                                 flap_ids *ids);
+
 /* Makes room for `count` more ids. */
 FLAP_CHECKED flap_status flap_ids_reserve(flap_ids *ids, uint64_t count);
 
