@@ -20,8 +20,8 @@ void flap_bpe_close(flap_bpe *bpe); /* NULL is fine */
 
 /* Bytes without an id (-1) vanish from words, as they do in the library when there is no unknown token. */
 void flap_bpe_set_byte(flap_bpe *bpe, uint8_t byte, int32_t id);
-/* Of two merges of the same pair the later one counts. */
-void flap_bpe_put_merge(flap_bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t merged);
+/* The next merge, in the order of their ranks. Of two merges of the same pair the later one counts. */
+void flap_bpe_put_merge(flap_bpe *bpe, int32_t left, int32_t right, int32_t merged);
 
 /* Appends the ids of a word of fewer than 2^30 bytes. */
 FLAP_CHECKED flap_status flap_bpe_encode(flap_bpe *bpe, const char *word, uint64_t bytes, flap_ids *ids);

@@ -153,7 +153,6 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
   char *joined = NULL;
   char shown[FLAP_UTF8_SHOWN_BYTES];
   size_t joined_max = 0;
-  uint32_t rank = 0;
   flap_status status = FLAP_OK;
   for (size_t i = 0; i < json_array_size(merges); i++) {
     const json_t *merge = json_array_get(merges, i);
@@ -190,7 +189,7 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
                                               : "what it makes");
       goto fail;
     }
-    flap_bpe_put_merge(tokenizer->bpe, left_id, right_id, rank++, merged);
+    flap_bpe_put_merge(tokenizer->bpe, left_id, right_id, merged);
   }
 fail:
   free(joined);
