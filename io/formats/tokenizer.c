@@ -80,6 +80,7 @@ void flap_tokenizer_close(flap_tokenizer *tokenizer) {
   flap_text_map_close(&tokenizer->by_raw);
   flap_text_map_close(&tokenizer->whole_words);
   flap_bpe_close(tokenizer->bpe);
+  flap_metaspace_close(tokenizer->metaspace);
   flap_nfc_close(&tokenizer->nfc_scratch);
   free(tokenizer->added[0].items);
   free(tokenizer->added[1].items);
@@ -127,7 +128,10 @@ bool flap_tokenizer_put_token(flap_tokenizer *tokenizer, const char *raw, uint32
     return false;
   token->raw = flap_tokenizer_pool_copy(tokenizer, raw, raw_bytes);
   token->raw_bytes = raw_bytes;
-  decode_raw(tokenizer, token);
+  token->bytes = token->raw; /* until its decoder is known */
+  token->byte_count = raw_bytes;
+  if (tokenizer->metaspace == NULL)
+    decode_raw(tokenizer, token);
   (void)flap_text_map_put(&tokenizer->by_raw, token->raw, raw_bytes, id);
   return true;
 }
@@ -156,6 +160,8 @@ void flap_tokenizer_finish_added(flap_tokenizer *tokenizer) {
     }
     for (uint32_t i = 0; i < set->count; i++) {
       const flap_added *added = &set->items[i];
+      if (kind == 1)
+        tokenizer->tokens[added->id].normalized = i + 1;
       tokenizer->added_across_spaces |= added->lstrip || added->rstrip;
       uint32_t code = 0;
       for (uint32_t at = 0; at < added->bytes; at += flap_utf8_decode(added->content + at, added->bytes - at, &code))
@@ -163,6 +169,13 @@ void flap_tokenizer_finish_added(flap_tokenizer *tokenizer) {
             flap_utf8_decode(added->content + at, added->bytes - at, &code) > 0 && flap_utf8_is_space(code);
     }
   }
+}
+
+const char *flap_tokenizer_spelling(const flap_tokenizer *tokenizer, int32_t id, uint32_t *bytes_out) {
+  const flap_token *token = &tokenizer->tokens[id];
+  const flap_added *added = token->normalized > 0 ? &tokenizer->added[1].items[token->normalized - 1] : NULL;
+  *bytes_out = added != NULL ? added->bytes : token->raw_bytes;
+  return added != NULL ? added->content : token->raw;
 }
 
 flap_status flap_tokenizer_open_bytes(flap_tokenizer **tokenizer_out) {

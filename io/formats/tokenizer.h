@@ -1,10 +1,15 @@
-/* Text to token ids and back: a built-in byte tokenizer, and byte-level BPE from a Hugging Face tokenizer.json.
+/* Text to token ids and back: a built-in byte tokenizer, and BPE from a Hugging Face tokenizer.json, byte-level (GPT-2,
+ * Llama 3, Qwen2) or in the style of SentencePiece (Llama 2, TinyLlama, Mistral, Phi-3, Gemma).
  *
- * Role: the same ids as the `tokenizers` library for the files that this reader accepts; everything else in a
- * tokenizer.json is refused with FLAP_UNSUPPORTED, the file and the key named, so no text is ever tokenised in
- * another way than its model expects. Accepted: model BPE (merges as "a b" or ["a", "b"], ignore_merges);
- * pre_tokenizer ByteLevel, or a Sequence of Split and Digits that ends with ByteLevel; normalizer none or NFC;
- * added tokens; post_processor ByteLevel and TemplateProcessing; decoder ByteLevel.
+ * Role: the same ids, and the same text from ids, as the `tokenizers` library for the files that this reader accepts;
+ * everything else in a tokenizer.json is refused with FLAP_UNSUPPORTED, the file and the key named, so no text is ever
+ * tokenised in another way than its model expects. Accepted: model BPE (merges as "a b" or ["a", "b"]); added tokens;
+ * post_processor ByteLevel and TemplateProcessing; and
+ *   byte-level: pre_tokenizer ByteLevel, or a Sequence of Split and Digits that ends with ByteLevel; normalizer none or
+ *     NFC; decoder ByteLevel; ignore_merges;
+ *   with byte_fallback and all of <0x00> to <0xFF>: normalizer none, or Prepend of U+2581 and Replace of spaces by it,
+ * or one of them; pre_tokenizer none, Metaspace, or a Split at spaces where none are left; decoder Replace or
+ * Metaspace, then ByteFallback, Fuse, and Strip at the start, any of which may be missing.
  *
  * White space is Unicode's; letters and digits are what PCRE2's version of Unicode says, so a character that is newer
  * than that may be split off its word where the library, with newer tables, does not. truncation and padding are
@@ -69,12 +74,12 @@ typedef enum flap_tokenizer_flags {
   FLAP_TOKENIZER_END = 2,      /* last what it puts after a text */
   FLAP_TOKENIZER_SPECIAL = 3,  /* both: add_special_tokens=True of the library */
   FLAP_TOKENIZER_LITERAL = 4,  /* special tokens spelt out in the text are plain text */
-  FLAP_TOKENIZER_CONTINUE = 8, /* the text continues an earlier piece: no add_prefix_space at its start */
+  FLAP_TOKENIZER_CONTINUE = 8, /* the text continues an earlier piece: no space is put before it */
 } flap_tokenizer_flags;
 
 /* Appends the ids of `bytes` bytes of text (NUL bytes are text; need not be terminated). Bytes that are not UTF-8
- * are kept: each run of them is a word of its own. FLAP_NO_MEMORY; FLAP_INVALID when the pre-tokenizer's pattern gives
- * up. */
+ * are kept: each run of them is a word of its own, with byte_fallback of byte tokens, and no U+2581 is put behind it.
+ * FLAP_NO_MEMORY; FLAP_INVALID for 2^30 bytes and more, and when the pre-tokenizer's pattern gives up. */
 FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const char *text, uint64_t bytes,
                                                unsigned flags, flap_ids *ids);
 
@@ -84,10 +89,15 @@ FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const 
  * the last line cut within piece_bytes; the last word cut within them; the first cut of either kind after them; all
  * bytes if `last`; the last newline; the last whole character.
  *
- * A line cut is between a newline that follows a character that is no white space and a character that is none; a word
- * cut is before a space that stands between two ASCII letters. There the published GPT-2, Llama-3 and Qwen2 patterns
- * always split, and NFC and added tokens never join (cuts that would tear an added token are passed over). With the
- * last two kinds, and with other patterns, ids at the cut may differ from those of the whole.
+ * Byte-level: a line cut is between a newline that follows a character that is no white space and a character that is
+ * none; a word cut is before a space that stands between two ASCII letters. There the published GPT-2, Llama-3 and
+ * Qwen2 patterns always split, and NFC and added tokens never join (cuts that would tear an added token are passed
+ * over). With the last two kinds, and with other patterns, ids at the cut may differ from those of the whole.
+ *
+ * With byte_fallback both kinds are one: after a character that is no white space and not U+2581, where no merge of the
+ * vocabulary joins it to the next one and no added token begins, ends or goes on. There the ids are those of the whole
+ * with every vocabulary and every text; with the last two kinds they may differ at the cut. These come up only where
+ * FLAP_TOKENIZER_WINDOW_BYTES hold no such place: a single letter repeated, say.
  *
  * It depends on the text alone, so the pieces are the same whatever way the text was read, if the caller shows
  * min(rest, FLAP_TOKENIZER_WINDOW_BYTES) bytes each time. */
@@ -96,9 +106,33 @@ FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const 
 uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t piece_bytes,
                             bool last);
 
-/* The bytes that the token stands for; not terminated, not necessarily whole UTF-8 characters. NULL and 0 for ids
- * that do not exist. Lives as long as the tokenizer. */
+/* The bytes that the token stands for by itself; not terminated, not necessarily whole UTF-8 characters. NULL and 0 for
+ * ids that do not exist. Lives as long as the tokenizer. For text use a stream: where it begins makes a difference. */
 const char *flap_tokenizer_decode(const flap_tokenizer *tokenizer, int32_t id, uint64_t *bytes_out);
+
+/* The text of ids that come one after the other. What put and end return, appended, is what the library's decode makes
+ * of all of them: with byte_fallback, byte tokens are held back until another one follows, and are U+FFFD each if all
+ * of them together are no UTF-8. A byte-level token's bytes are given as they are, at once; those that are no UTF-8,
+ * which the library replaces, too. Ids that do not exist are passed over, as by the library; hiding special tokens is
+ * up to the caller, by not putting them. Opening takes no memory; the tokenizer must outlive the stream. */
+typedef struct flap_tokenizer_stream {
+  const flap_tokenizer *tokenizer;
+  uint32_t strip_spaces; /* still to be dropped where the text begins */
+  bool begun;            /* a token was put */
+  char *text, *run;      /* what is returned; byte tokens that are held back */
+  uint64_t text_max, run_max, run_bytes;
+} flap_tokenizer_stream;
+
+void flap_tokenizer_stream_open(const flap_tokenizer *tokenizer, flap_tokenizer_stream *stream);
+void flap_tokenizer_stream_close(flap_tokenizer_stream *stream); /* of {0} is fine */
+
+/* The text that is certain now: not terminated, often of 0 bytes, never NULL; lives until the next call.
+ * FLAP_NO_MEMORY. */
+FLAP_CHECKED flap_status flap_tokenizer_stream_put(flap_tokenizer_stream *stream, int32_t id, const char **text_out,
+                                                   uint64_t *bytes_out);
+/* What was held back; more may be put afterwards, as what follows in the same text. */
+FLAP_CHECKED flap_status flap_tokenizer_stream_end(flap_tokenizer_stream *stream, const char **text_out,
+                                                   uint64_t *bytes_out);
 
 /* Writes into an existing folder what `transformers` needs to give the same ids: copies of tokenizer.json,
  * tokenizer_config.json and special_tokens_map.json as they were opened (a missing tokenizer_config.json is

@@ -16,6 +16,11 @@
 
 #define TEXT_BYTES_MAX ((uint64_t)1 << 30)
 
+/* Beside the public flags: the section begins where the text does. Like FLAP_TOKENIZER_CONTINUE it is dropped for what
+ * comes later in the text. */
+#define AT_BEGIN 16u
+#define LATER ~(FLAP_TOKENIZER_CONTINUE | AT_BEGIN)
+
 static flap_status push_id(flap_ids *ids, int32_t id) {
   FLAP_TRY(flap_ids_reserve(ids, 1));
   ids->ids[ids->count++] = id;
@@ -29,6 +34,13 @@ static flap_status encode_word(flap_tokenizer *tokenizer, const char *word, uint
       return push_id(ids, id);
   }
   return flap_bpe_encode(tokenizer->bpe, word, bytes, ids);
+}
+
+/* Bytes that are not UTF-8. */
+static flap_status encode_invalid(flap_tokenizer *tokenizer, const char *text, uint64_t bytes, flap_ids *ids) {
+  if (tokenizer->metaspace != NULL)
+    return flap_metaspace_encode_bytes(tokenizer->metaspace, tokenizer->bpe, text, bytes, ids);
+  return encode_word(tokenizer, text, bytes, ids);
 }
 
 /* ---- pre-tokenizer ------------------------------------------------------------------------------------- */
@@ -58,6 +70,25 @@ static flap_status byte_level(flap_tokenizer *tokenizer, const char *text, uint6
       return FLAP_OK;
     FLAP_TRY(encode_word(tokenizer, cursor.piece, cursor.piece_bytes, ids));
   }
+}
+
+flap_status flap_tokenizer_normalize(flap_tokenizer *tokenizer, const char *text, uint64_t bytes, bool prefix,
+                                     const char **text_out, uint64_t *bytes_out) {
+  if (tokenizer->metaspace != NULL)
+    return flap_metaspace_normalize(tokenizer->metaspace, text, bytes, prefix, text_out, bytes_out);
+  if (tokenizer->nfc && !flap_nfc_is_stable(text, bytes))
+    return flap_nfc_apply(&tokenizer->nfc_scratch, text, bytes, text_out, bytes_out);
+  *text_out = text;
+  *bytes_out = bytes;
+  return FLAP_OK;
+}
+
+static flap_status encode_metaspace(flap_tokenizer *tokenizer, const char *text, uint64_t bytes, unsigned flags,
+                                    flap_ids *ids) {
+  const flap_prefix prefix = tokenizer->metaspace->prefix;
+  bool wanted = prefix == FLAP_PREFIX_ALWAYS ? !(flags & FLAP_TOKENIZER_CONTINUE)
+                                             : prefix == FLAP_PREFIX_FIRST && (flags & AT_BEGIN);
+  return flap_metaspace_encode(tokenizer->metaspace, tokenizer->bpe, text, bytes, wanted, ids);
 }
 
 /* Depth is bounded by FLAP_TOKENIZER_SPLITS_MAX. `continues`: only matters where ByteLevel sees the text's start. */
@@ -107,7 +138,8 @@ static uint64_t spaces_after(const char *text, uint64_t at, uint64_t bytes) {
 static flap_status encode_section(flap_tokenizer *tokenizer, int kind, const char *text, uint64_t bytes, unsigned flags,
                                   flap_ids *ids);
 
-/* Cuts the added tokens of one kind out of the text. FLAP_TOKENIZER_CONTINUE concerns what starts at its start. */
+/* Cuts the added tokens of one kind out of the text. FLAP_TOKENIZER_CONTINUE and AT_BEGIN concern what starts at its
+ * start. */
 static flap_status cut_added(flap_tokenizer *tokenizer, int kind, const char *text, uint64_t bytes, unsigned flags,
                              flap_ids *ids) {
   const flap_added_set *set = &tokenizer->added[kind];
@@ -129,25 +161,25 @@ static flap_status cut_added(flap_tokenizer *tokenizer, int kind, const char *te
     if (added->rstrip)
       end = spaces_after(text, end, bytes);
     if (start > done)
-      FLAP_TRY(encode_section(tokenizer, kind, text + done, start - done,
-                              done == 0 ? flags : flags & ~(unsigned)FLAP_TOKENIZER_CONTINUE, ids));
+      FLAP_TRY(encode_section(tokenizer, kind, text + done, start - done, done == 0 ? flags : flags & LATER, ids));
     /* Nothing is left of a token of white space that the one before has stripped away. */
     if (start < end)
       FLAP_TRY(push_id(ids, added->id));
     done = end;
   }
   if (done < bytes)
-    FLAP_TRY(encode_section(tokenizer, kind, text + done, bytes - done,
-                            done == 0 ? flags : flags & ~(unsigned)FLAP_TOKENIZER_CONTINUE, ids));
+    FLAP_TRY(encode_section(tokenizer, kind, text + done, bytes - done, done == 0 ? flags : flags & LATER, ids));
   return FLAP_OK;
 }
 
 static flap_status encode_section(flap_tokenizer *tokenizer, int kind, const char *text, uint64_t bytes, unsigned flags,
                                   flap_ids *ids) {
+  const bool continues = (flags & FLAP_TOKENIZER_CONTINUE) != 0;
+  if (kind == 1 && tokenizer->metaspace != NULL)
+    return encode_metaspace(tokenizer, text, bytes, flags, ids);
   if (kind == 1)
-    return pre_tokenize(tokenizer, 0, text, bytes, (flags & FLAP_TOKENIZER_CONTINUE) != 0, ids);
-  if (tokenizer->nfc && !flap_nfc_is_stable(text, bytes))
-    FLAP_TRY(flap_nfc_apply(&tokenizer->nfc_scratch, text, bytes, &text, &bytes));
+    return pre_tokenize(tokenizer, 0, text, bytes, continues, ids);
+  FLAP_TRY(flap_tokenizer_normalize(tokenizer, text, bytes, !continues, &text, &bytes));
   return cut_added(tokenizer, 1, text, bytes, flags, ids);
 }
 
@@ -169,7 +201,11 @@ flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const char *text, u
     FLAP_TRY(push_template(tokenizer->before, tokenizer->before_count, ids));
   for (uint64_t at = 0; at < bytes;) {
     uint64_t valid = flap_utf8_valid(text + at, bytes - at);
-    unsigned run_flags = at == 0 ? flags : flags & ~(unsigned)FLAP_TOKENIZER_CONTINUE;
+    unsigned run_flags = flags;
+    if (at > 0) /* Nothing goes between a byte that is no text and what follows it, but where spaces always did. */
+      run_flags = (flags & LATER) | (tokenizer->metaspace != NULL ? (unsigned)FLAP_TOKENIZER_CONTINUE : 0);
+    else if (!(flags & FLAP_TOKENIZER_CONTINUE))
+      run_flags |= AT_BEGIN;
     if (valid > 0)
       FLAP_TRY(cut_added(tokenizer, 0, text + at, valid, run_flags, ids));
     at += valid;
@@ -178,7 +214,7 @@ flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const char *text, u
     while (at < bytes && flap_utf8_decode(text + at, bytes - at, &code) == 0)
       at++;
     if (at > first)
-      FLAP_TRY(encode_word(tokenizer, text + first, at - first, ids));
+      FLAP_TRY(encode_invalid(tokenizer, text + first, at - first, ids));
   }
   if (flags & FLAP_TOKENIZER_END)
     FLAP_TRY(push_template(tokenizer->after, tokenizer->after_count, ids));
@@ -226,12 +262,80 @@ static bool is_word_cut(const flap_tokenizer *tokenizer, const char *text, uint6
          !tears_added(tokenizer, text, bytes, at);
 }
 
-uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t piece_bytes,
-                            bool last) {
-  flap_assert(piece_bytes > 0);
-  if (bytes <= piece_bytes && (last || bytes == 0))
-    return bytes;
-  uint64_t limit = bytes < piece_bytes ? bytes : piece_bytes;
+/* ---- with byte_fallback ---- */
+
+static bool is_space_or_mark(uint32_t code) {
+  return code == FLAP_METASPACE || flap_utf8_is_space(code);
+}
+
+/* Whether `part` begins, ends or goes on at `at`, or may do so past the end of what is shown; where it begins and ends.
+ */
+static bool touches(const char *text, uint64_t bytes, uint64_t at, bool last, const char *part, uint64_t part_bytes,
+                    uint64_t *begin_out, uint64_t *end_out) {
+  for (uint64_t left = 0; left <= part_bytes && left <= at; left++) {
+    uint64_t there = bytes - (at - left);
+    if ((there < part_bytes && last) || memcmp(text + at - left, part, there < part_bytes ? there : part_bytes) != 0)
+      continue;
+    *begin_out = at - left;
+    *end_out = there < part_bytes ? bytes : at - left + part_bytes;
+    return true;
+  }
+  return false;
+}
+
+/* Of a normalized token, whose spaces the text may spell in two ways, each part between them counts: a cut is not
+ * beside spaces on the left. */
+static bool touches_added(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t at, bool last,
+                          uint64_t *begin_out, uint64_t *end_out) {
+  for (int kind = 0; kind < 2; kind++) {
+    for (uint32_t i = 0; i < tokenizer->added[kind].count; i++) {
+      const flap_token *token = &tokenizer->tokens[tokenizer->added[kind].items[i].id];
+      for (uint64_t first = 0, end; first < token->raw_bytes; first = end) {
+        uint32_t code = 0;
+        unsigned length = 0;
+        for (end = first; end < token->raw_bytes; end += length) {
+          length = flap_utf8_decode(token->raw + end, token->raw_bytes - end, &code);
+          if (kind == 1 && is_space_or_mark(code))
+            break;
+        }
+        if (end > first && touches(text, bytes, at, last, token->raw + first, end - first, begin_out, end_out))
+          return true;
+        end += end < token->raw_bytes ? length : 0;
+      }
+    }
+  }
+  return false;
+}
+
+/* Otherwise what touches the place is given, if it is an added token: there is no cut in all of it. */
+static bool is_exact_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t at, bool last,
+                         uint64_t *begin_out, uint64_t *end_out) {
+  const flap_metaspace *metaspace = tokenizer->metaspace;
+  uint32_t left, right;
+  *begin_out = *end_out = at;
+  if (at == 0 || at >= bytes || flap_utf8_decode_before(text, at, &left) == 0 || is_space_or_mark(left) ||
+      flap_utf8_decode(text + at, bytes - at, &right) == 0)
+    return false;
+  if (right == ' ' && (metaspace->replace || metaspace->stage))
+    right = FLAP_METASPACE;
+  return !flap_metaspace_joins(metaspace, left, right) &&
+         !touches_added(tokenizer, text, bytes, at, last, begin_out, end_out);
+}
+
+/* 0: there is none. */
+static uint64_t find_exact_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t limit,
+                               bool last) {
+  uint64_t begin, end;
+  for (uint64_t at = limit; at > 0; at = begin > 0 ? begin - 1 : 0)
+    if (is_exact_cut(tokenizer, text, bytes, at, last, &begin, &end))
+      return at;
+  for (uint64_t at = limit + 1; at < bytes; at = end + 1)
+    if (is_exact_cut(tokenizer, text, bytes, at, last, &begin, &end))
+      return at;
+  return 0;
+}
+
+static uint64_t find_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t limit) {
   for (uint64_t at = limit; at > 0; at--)
     if (is_line_cut(tokenizer, text, bytes, at))
       return at;
@@ -241,6 +345,19 @@ uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, u
   for (uint64_t at = limit; at < bytes; at++)
     if (is_line_cut(tokenizer, text, bytes, at) || is_word_cut(tokenizer, text, bytes, at))
       return at;
+  return 0;
+}
+
+uint64_t flap_tokenizer_cut(const flap_tokenizer *tokenizer, const char *text, uint64_t bytes, uint64_t piece_bytes,
+                            bool last) {
+  flap_assert(piece_bytes > 0);
+  if (bytes <= piece_bytes && (last || bytes == 0))
+    return bytes;
+  uint64_t limit = bytes < piece_bytes ? bytes : piece_bytes;
+  uint64_t cut = tokenizer->metaspace != NULL ? find_exact_cut(tokenizer, text, bytes, limit, last)
+                                              : find_cut(tokenizer, text, bytes, limit);
+  if (cut > 0)
+    return cut;
   if (last)
     return bytes;
   for (uint64_t at = bytes; at > 0; at--)

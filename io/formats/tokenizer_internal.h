@@ -5,6 +5,7 @@
 #include "io/formats/bpe.h"
 #include "io/formats/tokenizer.h"
 #include "io/formats/tokenizer_map.h"
+#include "io/formats/tokenizer_metaspace.h"
 #include "io/formats/tokenizer_nfc.h"
 #include "io/formats/tokenizer_split.h"
 
@@ -21,6 +22,7 @@ typedef struct flap_token {
   const char *raw;   /* as tokenizer.json spells it; NULL: no such id */
   const char *bytes; /* what it stands for */
   uint32_t raw_bytes, byte_count;
+  uint32_t normalized; /* its place in the set of normalized tokens, from 1; 0: it is none of them */
   bool special;
 } flap_token;
 
@@ -56,6 +58,7 @@ struct flap_tokenizer {
   flap_text_map whole_words; /* ignore_merges: words that are tokens as they are */
   bool ignore_merges;
   flap_bpe *bpe;
+  flap_metaspace *metaspace; /* SentencePiece-style; NULL: byte-level */
   bool nfc;
   flap_nfc nfc_scratch;
   flap_split *splits[FLAP_TOKENIZER_SPLITS_MAX];
@@ -85,6 +88,11 @@ FLAP_CHECKED flap_status flap_tokenizer_take(const char *name, uint32_t id_count
 const char *flap_tokenizer_pool_copy(flap_tokenizer *tokenizer, const char *text, uint64_t bytes);
 /* Enters a token of the vocabulary, whose bytes follow from the byte alphabet. False if the id is taken. */
 bool flap_tokenizer_put_token(flap_tokenizer *tokenizer, const char *raw, uint32_t raw_bytes, int32_t id);
+/* What the normalizer makes of a section of text, in scratch or where it is; `prefix`: with Prepend. */
+FLAP_CHECKED flap_status flap_tokenizer_normalize(flap_tokenizer *tokenizer, const char *text, uint64_t bytes,
+                                                  bool prefix, const char **text_out, uint64_t *bytes_out);
+/* A token as decoders see it: of a normalized one, what it was normalized to. */
+const char *flap_tokenizer_spelling(const flap_tokenizer *tokenizer, int32_t id, uint32_t *bytes_out);
 /* Sorts both sets and indexes them; after the last item. */
 void flap_tokenizer_finish_added(flap_tokenizer *tokenizer);
 

@@ -1,11 +1,10 @@
 /* tokenizer.json and the files beside it. What is not understood is refused, with the file and the key. */
-#include "io/formats/tokenizer_internal.h"
+#include "io/formats/tokenizer_load.h"
 
 #include "base/assert.h"
 #include "base/log.h"
 #include "base/system.h"
 #include "io/formats/durable.h"
-#include "io/formats/json_file.h"
 #include "io/formats/tokenizer_utf8.h"
 
 #include <errno.h>
@@ -19,16 +18,17 @@
 #define GAPS_MAX ((uint64_t)1 << 20) /* ids without a token that a vocabulary may have */
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
-static flap_status unsupported(const flap_json_object *object, const char *key, const char *what) {
+flap_status flap_tokenizer_unsupported(const flap_json_object *object, const char *key, const char *what) {
   char shown[FLAP_UTF8_SHOWN_BYTES];
-  return flap_error_set(FLAP_UNSUPPORTED, "%s: %s%s%s: %s is not supported: only byte-level BPE tokenizers are",
+  return flap_error_set(FLAP_UNSUPPORTED,
+                        "%s: %s%s%s: %s is not supported: tokenizers are byte-level BPE, or BPE in the style of "
+                        "SentencePiece (byte_fallback)",
                         object->file, object->path, object->path[0] != '\0' && key[0] != '\0' ? "." : "", key,
                         flap_utf8_show(what, shown));
 }
 
-/* An element of an array as an object; `where` is its way for messages. */
-static flap_status array_object(const flap_json_object *parent, const char *key, const json_t *array, size_t index,
-                                flap_json_object *object_out) {
+flap_status flap_tokenizer_array_object(const flap_json_object *parent, const char *key, const json_t *array,
+                                        size_t index, flap_json_object *object_out) {
   object_out->json = json_array_get(array, index);
   object_out->file = parent->file;
   (void)snprintf(object_out->path, sizeof object_out->path, "%.120s%s%.40s[%zu]", parent->path,
@@ -40,26 +40,22 @@ static flap_status array_object(const flap_json_object *parent, const char *key,
 
 /* ---- model --------------------------------------------------------------------------------------------- */
 
-static flap_status check_model(const flap_json_object *model) {
+static flap_status check_model(const flap_json_object *model, bool *byte_fallback_out) {
   const char *text;
   FLAP_TRY(flap_json_opt_string(model, "type", "BPE", &text));
   if (strcmp(text, "BPE") != 0)
-    return unsupported(model, "type", text);
+    return flap_tokenizer_unsupported(model, "type", text);
   double dropout;
   FLAP_TRY(flap_json_opt_number(model, "dropout", 0, 1, 0, &dropout));
   if (dropout > 0)
-    return unsupported(model, "dropout", "a dropout of merges");
+    return flap_tokenizer_unsupported(model, "dropout", "a dropout of merges");
   static const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
   for (int i = 0; i < 2; i++) {
     FLAP_TRY(flap_json_opt_string(model, affixes[i], "", &text));
     if (text[0] != '\0')
-      return unsupported(model, affixes[i], "a prefix or suffix of subwords");
+      return flap_tokenizer_unsupported(model, affixes[i], "a prefix or suffix of subwords");
   }
-  bool byte_fallback;
-  FLAP_TRY(flap_json_opt_bool(model, "byte_fallback", false, &byte_fallback));
-  if (byte_fallback)
-    return unsupported(model, "byte_fallback", "byte fallback (SentencePiece style)");
-  return FLAP_OK;
+  return flap_json_opt_bool(model, "byte_fallback", false, byte_fallback_out);
 }
 
 /* Sizes everything: the largest id, the bytes of all strings, and that ids are sane: tables are as long as the largest
@@ -82,7 +78,7 @@ static flap_status measure_vocab(const flap_json_object *root, const flap_json_o
   }
   for (size_t i = 0; i < json_array_size(added); i++) {
     flap_json_object token;
-    FLAP_TRY(array_object(root, "added_tokens", added, i, &token));
+    FLAP_TRY(flap_tokenizer_array_object(root, "added_tokens", added, i, &token));
     int64_t id;
     const char *content;
     FLAP_TRY(flap_json_get_integer(&token, "id", 0, FLAP_TOKENIZER_IDS_MAX - 1, &id));
@@ -90,8 +86,9 @@ static flap_status measure_vocab(const flap_json_object *root, const flap_json_o
     if (strlen(content) >= 1 << 16)
       return flap_json_error(&token, "content", "is longer than 65535 bytes");
     largest = id > largest ? id : largest;
-    /* As it is, decoded, and normalized; NFC makes no text more than three times as long. */
-    *bytes_out += 5 * strlen(content);
+    /* As it is, decoded, and normalized: NFC makes no text more than three times as long, nor does U+2581 for each
+     * space, but for the one in front; and with U+2581 what is decoded may be the normalized text. */
+    *bytes_out += 8 * strlen(content) + 2 * strlen(FLAP_METASPACE_TEXT);
   }
   if (largest < 0)
     return flap_json_error(vocab, NULL, "has no tokens");
@@ -109,6 +106,8 @@ static flap_status load_vocab(flap_tokenizer *tokenizer, const flap_json_object 
     if (!flap_tokenizer_put_token(tokenizer, key, (uint32_t)strlen(key), (int32_t)json_integer_value(value)))
       return flap_json_error(vocab, NULL, "two tokens have the id %lld", (long long)json_integer_value(value));
   }
+  if (tokenizer->metaspace != NULL)
+    return flap_tokenizer_load_metaspace(tokenizer, model, vocab);
   unsigned missing = 0;
   for (unsigned byte = 0; byte < 256; byte++) {
     char raw[4];
@@ -120,7 +119,7 @@ static flap_status load_vocab(flap_tokenizer *tokenizer, const flap_json_object 
   const char *unknown;
   FLAP_TRY(flap_json_opt_string(model, "unk_token", NULL, &unknown));
   if (missing > 0 && unknown != NULL)
-    return unsupported(model, "unk_token", "an unknown token beside a vocabulary without all 256 bytes");
+    return flap_tokenizer_unsupported(model, "unk_token", "an unknown token beside a vocabulary without all 256 bytes");
   if (missing > 0)
     flap_log(FLAP_LOG_WARNING, "%s: %u of 256 bytes have no token: they vanish from texts", tokenizer->name, missing);
   return FLAP_OK;
@@ -164,6 +163,11 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
       status = flap_json_error(model, "merges", "entry %zu must be \"a b\" or [\"a\", \"b\"]", i);
       goto fail;
     }
+    if (left_bytes == 0 || right_bytes == 0) {
+      status =
+          flap_json_error(model, "merges", "entry %zu: its %s half is empty", i, left_bytes == 0 ? "left" : "right");
+      goto fail;
+    }
     if (left_bytes + right_bytes > joined_max) {
       joined_max = 2 * (left_bytes + right_bytes);
       char *grown = realloc(joined, joined_max);
@@ -173,14 +177,12 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
       }
       joined = grown;
     }
-    if (left_bytes + right_bytes > 0) {
-      memcpy(joined, left, left_bytes);
-      memcpy(joined + left_bytes, right, right_bytes);
-    }
+    memcpy(joined, left, left_bytes);
+    memcpy(joined + left_bytes, right, right_bytes);
     const flap_text_map *map = &tokenizer->by_raw;
     int32_t left_id = flap_text_map_get(map, left, (uint32_t)left_bytes);
     int32_t right_id = flap_text_map_get(map, right, (uint32_t)right_bytes);
-    int32_t merged = joined == NULL ? -1 : flap_text_map_get(map, joined, (uint32_t)(left_bytes + right_bytes));
+    int32_t merged = flap_text_map_get(map, joined, (uint32_t)(left_bytes + right_bytes));
     if (left_id < 0 || right_id < 0 || merged < 0) {
       status = flap_json_error(model, "merges", "entry %zu (\"%s\"): %s is not in the vocabulary", i,
                                flap_utf8_show(left, shown),
@@ -190,6 +192,8 @@ static flap_status load_merges(flap_tokenizer *tokenizer, const flap_json_object
       goto fail;
     }
     flap_bpe_put_merge(tokenizer->bpe, left_id, right_id, merged);
+    if (tokenizer->metaspace != NULL)
+      FLAP_TRY_GOTO(status, flap_tokenizer_put_joins(tokenizer, left_id, right_id));
   }
 fail:
   free(joined);
@@ -219,7 +223,7 @@ static flap_status load_added(flap_tokenizer *tokenizer, const flap_json_object 
   }
   for (size_t i = 0; i < json_array_size(list); i++) {
     flap_json_object object;
-    FLAP_TRY(array_object(root, "added_tokens", list, i, &object));
+    FLAP_TRY(flap_tokenizer_array_object(root, "added_tokens", list, i, &object));
     const char *content;
     char shown[FLAP_UTF8_SHOWN_BYTES];
     int64_t id;
@@ -233,7 +237,7 @@ static flap_status load_added(flap_tokenizer *tokenizer, const flap_json_object 
     FLAP_TRY(flap_json_opt_bool(&object, "single_word", false, &single_word));
     FLAP_TRY(flap_json_opt_bool(&object, "normalized", !added.special, &normalized));
     if (single_word)
-      return unsupported(&object, "single_word", "an added token that must be a word of its own");
+      return flap_tokenizer_unsupported(&object, "single_word", "an added token that must be a word of its own");
     if (content[0] == '\0')
       continue;
     uint32_t bytes = (uint32_t)strlen(content);
@@ -250,9 +254,9 @@ static flap_status load_added(flap_tokenizer *tokenizer, const flap_json_object 
     added.id = (int32_t)id;
     added.content = token->raw;
     added.bytes = bytes;
-    if (normalized && tokenizer->nfc && !flap_nfc_is_stable(content, bytes)) {
+    if (normalized) {
       uint64_t normal_bytes;
-      FLAP_TRY(flap_nfc_apply(&tokenizer->nfc_scratch, content, bytes, &content, &normal_bytes));
+      FLAP_TRY(flap_tokenizer_normalize(tokenizer, content, bytes, true, &content, &normal_bytes));
       added.content = flap_tokenizer_pool_copy(tokenizer, content, normal_bytes);
       added.bytes = (uint32_t)normal_bytes;
     }
@@ -273,15 +277,15 @@ static flap_status load_normalizer(flap_tokenizer *tokenizer, const flap_json_ob
     return FLAP_OK;
   }
   if (strcmp(type, "Sequence") != 0)
-    return unsupported(normalizer, "type", type);
+    return flap_tokenizer_unsupported(normalizer, "type", type);
   const json_t *list;
   FLAP_TRY(flap_json_get_array(normalizer, "normalizers", &list));
   for (size_t i = 0; i < json_array_size(list); i++) {
     flap_json_object item;
-    FLAP_TRY(array_object(normalizer, "normalizers", list, i, &item));
+    FLAP_TRY(flap_tokenizer_array_object(normalizer, "normalizers", list, i, &item));
     FLAP_TRY(flap_json_get_string(&item, "type", &type));
     if (strcmp(type, "NFC") != 0) /* NFC twice is NFC */
-      return unsupported(&item, "type", type);
+      return flap_tokenizer_unsupported(&item, "type", type);
     tokenizer->nfc = true;
   }
   return FLAP_OK;
@@ -305,7 +309,7 @@ static flap_status load_split(flap_tokenizer *tokenizer, const flap_json_object 
   FLAP_TRY(flap_json_opt_bool(object, "invert", false, &options.invert));
   options.removed = strcmp(behavior, "Removed") == 0;
   if (!options.removed && strcmp(behavior, "Isolated") != 0)
-    return unsupported(object, "behavior", behavior);
+    return flap_tokenizer_unsupported(object, "behavior", behavior);
   return add_split(tokenizer, object, &options);
 }
 
@@ -314,7 +318,7 @@ static flap_status load_stage(flap_tokenizer *tokenizer, const flap_json_object 
   const char *type;
   FLAP_TRY(flap_json_get_string(stage, "type", &type));
   if (*ended)
-    return unsupported(stage, "type", "a stage after ByteLevel");
+    return flap_tokenizer_unsupported(stage, "type", "a stage after ByteLevel");
   if (strcmp(type, "Split") == 0)
     return load_split(tokenizer, stage);
   if (strcmp(type, "Digits") == 0) {
@@ -324,7 +328,7 @@ static flap_status load_stage(flap_tokenizer *tokenizer, const flap_json_object 
     return add_split(tokenizer, stage, &options);
   }
   if (strcmp(type, "ByteLevel") != 0)
-    return unsupported(stage, "type", type);
+    return flap_tokenizer_unsupported(stage, "type", type);
   *ended = true;
   bool use_regex;
   FLAP_TRY(flap_json_opt_bool(stage, "add_prefix_space", true, &tokenizer->add_prefix_space));
@@ -340,7 +344,7 @@ static flap_status load_pre_tokenizer(flap_tokenizer *tokenizer, const flap_json
   const char *type;
   bool ended = false;
   if (!flap_json_has(root, "pre_tokenizer"))
-    return unsupported(root, "pre_tokenizer", "none");
+    return flap_tokenizer_unsupported(root, "pre_tokenizer", "none");
   FLAP_TRY(flap_json_get_object(root, "pre_tokenizer", &object));
   FLAP_TRY(flap_json_get_string(&object, "type", &type));
   if (strcmp(type, "Sequence") == 0) {
@@ -348,13 +352,13 @@ static flap_status load_pre_tokenizer(flap_tokenizer *tokenizer, const flap_json
     FLAP_TRY(flap_json_get_array(&object, "pretokenizers", &list));
     for (size_t i = 0; i < json_array_size(list); i++) {
       flap_json_object stage;
-      FLAP_TRY(array_object(&object, "pretokenizers", list, i, &stage));
+      FLAP_TRY(flap_tokenizer_array_object(&object, "pretokenizers", list, i, &stage));
       FLAP_TRY(load_stage(tokenizer, &stage, &ended));
     }
   } else {
     FLAP_TRY(load_stage(tokenizer, &object, &ended));
   }
-  return ended ? FLAP_OK : unsupported(&object, "type", "one without ByteLevel");
+  return ended ? FLAP_OK : flap_tokenizer_unsupported(&object, "type", "one without ByteLevel");
 }
 
 static flap_status check_decoder(const flap_json_object *root) {
@@ -364,7 +368,7 @@ static flap_status check_decoder(const flap_json_object *root) {
   const char *type;
   FLAP_TRY(flap_json_get_object(root, "decoder", &decoder));
   FLAP_TRY(flap_json_get_string(&decoder, "type", &type));
-  return strcmp(type, "ByteLevel") == 0 ? FLAP_OK : unsupported(&decoder, "type", type);
+  return strcmp(type, "ByteLevel") == 0 ? FLAP_OK : flap_tokenizer_unsupported(&decoder, "type", type);
 }
 
 /* ---- post-processor ------------------------------------------------------------------------------------ */
@@ -397,20 +401,20 @@ static flap_status load_template(flap_tokenizer *tokenizer, const flap_json_obje
   const json_t *list;
   bool before = true;
   if (tokenizer->before_count + tokenizer->after_count > 0)
-    return unsupported(processor, "type", "a second template");
+    return flap_tokenizer_unsupported(processor, "type", "a second template");
   FLAP_TRY(flap_json_get_array(processor, "single", &list));
   for (size_t i = 0; i < json_array_size(list); i++) {
     flap_json_object item;
-    FLAP_TRY(array_object(processor, "single", list, i, &item));
+    FLAP_TRY(flap_tokenizer_array_object(processor, "single", list, i, &item));
     if (!flap_json_has(&item, "Sequence")) {
       FLAP_TRY(load_template_special(tokenizer, processor, &item, before));
       continue;
     }
     if (!before)
-      return unsupported(&item, "Sequence", "a template that repeats the text");
+      return flap_tokenizer_unsupported(&item, "Sequence", "a template that repeats the text");
     before = false;
   }
-  return before ? unsupported(processor, "single", "a template without the text") : FLAP_OK;
+  return before ? flap_tokenizer_unsupported(processor, "single", "a template without the text") : FLAP_OK;
 }
 
 /* `depth` keeps nested sequences from going on for ever. */
@@ -422,12 +426,12 @@ static flap_status load_processor(flap_tokenizer *tokenizer, const flap_json_obj
   if (strcmp(type, "TemplateProcessing") == 0)
     return load_template(tokenizer, processor);
   if (strcmp(type, "Sequence") != 0 || depth > 4)
-    return unsupported(processor, "type", type);
+    return flap_tokenizer_unsupported(processor, "type", type);
   const json_t *list;
   FLAP_TRY(flap_json_get_array(processor, "processors", &list));
   for (size_t i = 0; i < json_array_size(list); i++) {
     flap_json_object item;
-    FLAP_TRY(array_object(processor, "processors", list, i, &item));
+    FLAP_TRY(flap_tokenizer_array_object(processor, "processors", list, i, &item));
     FLAP_TRY(load_processor(tokenizer, &item, depth + 1));
   }
   return FLAP_OK;
@@ -437,13 +441,19 @@ static flap_status load_processor(flap_tokenizer *tokenizer, const flap_json_obj
 
 static flap_status load_stages(flap_tokenizer *tokenizer, const flap_json_object *root, const json_t *added) {
   flap_json_object object;
-  if (flap_json_has(root, "normalizer")) {
-    FLAP_TRY(flap_json_get_object(root, "normalizer", &object));
-    FLAP_TRY(load_normalizer(tokenizer, &object));
+  if (tokenizer->metaspace != NULL) {
+    FLAP_TRY(flap_tokenizer_load_metaspace_stages(tokenizer, root));
+  } else {
+    if (flap_json_has(root, "normalizer")) {
+      FLAP_TRY(flap_json_get_object(root, "normalizer", &object));
+      FLAP_TRY(load_normalizer(tokenizer, &object));
+    }
+    FLAP_TRY(load_pre_tokenizer(tokenizer, root));
+    FLAP_TRY(check_decoder(root));
   }
-  FLAP_TRY(load_pre_tokenizer(tokenizer, root));
-  FLAP_TRY(check_decoder(root));
   FLAP_TRY(load_added(tokenizer, root, added));
+  if (tokenizer->metaspace != NULL)
+    flap_tokenizer_finish_metaspace(tokenizer);
   if (flap_json_has(root, "post_processor")) {
     FLAP_TRY(flap_json_get_object(root, "post_processor", &object));
     FLAP_TRY(load_processor(tokenizer, &object, 0));
@@ -456,7 +466,8 @@ static flap_status load_tokenizer(const char *path, const json_t *json, flap_tok
   const json_t *merges, *added = NULL;
   FLAP_TRY(flap_json_root(json, path, &root));
   FLAP_TRY(flap_json_get_object(&root, "model", &model));
-  FLAP_TRY(check_model(&model));
+  bool byte_fallback;
+  FLAP_TRY(check_model(&model, &byte_fallback));
   FLAP_TRY(flap_json_get_object(&model, "vocab", &vocab));
   FLAP_TRY(flap_json_get_array(&model, "merges", &merges));
   if (flap_json_has(&root, "added_tokens"))
@@ -467,6 +478,8 @@ static flap_status load_tokenizer(const char *path, const json_t *json, flap_tok
   flap_tokenizer *tokenizer;
   FLAP_TRY(flap_tokenizer_take(path, id_count, strings, bytes, json_array_size(merges), &tokenizer));
   flap_status status;
+  if (byte_fallback)
+    FLAP_TRY_GOTO(status, flap_metaspace_open(&tokenizer->metaspace));
   FLAP_TRY_GOTO(status, load_vocab(tokenizer, &model, &vocab));
   FLAP_TRY_GOTO(status, load_merges(tokenizer, &model, merges));
   FLAP_TRY_GOTO(status, load_whole_words(tokenizer, &model));

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Trains small byte-level BPE tokenizers and records what the `tokenizers` library makes of a corpus.
+"""Trains small BPE tokenizers and records what the `tokenizers` library makes of a corpus.
 
 Usage: make_tokenizer_data.py <folder>     (tests/formats/data; needs the `tokenizers` package)
 
-Writes tokenizer_gpt2.json, tokenizer_llama3.json and tokenizer_qwen2.json, with the stages that the published
-tokenizers of these families have, and tokenizer_cases.json: texts, and the ids of each tokenizer for them.
+Writes tokenizer_gpt2.json, tokenizer_llama3.json and tokenizer_qwen2.json, which are byte-level, and
+tokenizer_llama2.json, tokenizer_mistral.json and tokenizer_gemma.json, in the style of SentencePiece, with the stages that
+the published tokenizers of these families have, and tokenizer_cases.json: texts, and the ids of each tokenizer for them;
+for the second three also lists of ids, and their texts.
 """
 import json
 import pathlib
+import random
 import sys
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -95,6 +98,92 @@ def split(pattern):
     )
 
 
+MARK = "\u2581"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+FROM_MARK = {"type": "Replace", "pattern": {"String": MARK}, "content": " "}
+PREPEND = {"type": "Prepend", "prepend": MARK}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+NAMES = ["<unk>", "<s>", "</s>"]
+
+
+def piece_model(size, letters=90, across=False, corpus=None):
+    """A model with byte fallback; `across`: with merges that go across spaces. Rare characters are left to bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
+    if not across:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=NAMES + BYTES, limit_alphabet=letters, show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(corpus or PROSE * 2 + CODE * 3 + ODD[:10], trainer)
+    return json.loads(tokenizer.to_str())["model"]
+
+
+def added_token(content, token_id, special=True, normalized=False, lstrip=False, rstrip=False):
+    return {"id": token_id, "content": content, "single_word": False, "lstrip": lstrip, "rstrip": rstrip,
+            "normalized": normalized, "special": special}
+
+
+def piece_tokenizer(model, normalizer, pre_tokenizer, decoder, more=()):
+    """The whole file; `more`: options of added tokens beside <unk>, <s> and </s>."""
+    added = [added_token(name, model["vocab"][name]) for name in NAMES]
+    for options in more:  # the library numbers new ones in this order, whatever the file says
+        new_id = len(model["vocab"]) + sum(token["id"] >= len(model["vocab"]) for token in added)
+        added.append(added_token(**options, token_id=model["vocab"].get(options["content"], new_id)))
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": decoder, "model": model,
+    }
+
+
+def piece_tokenizers():
+    fall_back = [FROM_MARK, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    llama2 = piece_tokenizer(
+        piece_model(900), {"type": "Sequence", "normalizers": [PREPEND, TO_MARK]}, None,
+        {"type": "Sequence", "decoders": fall_back + [STRIP]},
+        [{"content": "[INST]", "special": False, "normalized": True}, {"content": "<pad>", "rstrip": True}],
+    )
+    llama2["model"]["merges"] = [" ".join(merge) for merge in llama2["model"]["merges"]]
+    mistral = piece_tokenizer(
+        piece_model(800), None, {"type": "Metaspace", "replacement": MARK, "prepend_scheme": "first", "split": False},
+        {"type": "Sequence", "decoders": fall_back + [STRIP]}, [{"content": "[INST]"}, {"content": "[/INST]"}],
+    )
+    gemma = piece_tokenizer(
+        piece_model(1000, letters=200, across=True), TO_MARK,
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        {"type": "Sequence", "decoders": fall_back},
+        [{"content": content, "special": False} for content in ("\n\n", "\n\n\n", MARK * 2, MARK * 3, "<start_of_turn>")],
+    )
+    return {"llama2": llama2, "mistral": mistral, "gemma": gemma}
+
+
+def record_decoding(tokenizer, rng):
+    """Lists of ids and their texts: of the corpus, and at random with many byte tokens."""
+    lists = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS if len(text) < 60]
+    size = tokenizer.get_vocab_size()
+    spelt = [[tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()] for text in ("▁", "é", "👍", " ", "\n", "雪")]
+    for _ in range(100):
+        ids = []
+        for _ in range(rng.randrange(8)):
+            kind = rng.randrange(4)
+            ids += (
+                [rng.randrange(3, 259)] if kind == 0
+                else rng.choice(spelt) if kind == 1
+                else [tokenizer.token_to_id(MARK)] if kind == 2
+                else [rng.randrange(size)]
+            )
+        lists.append(ids)
+    return [[ids, tokenizer.decode(ids, skip_special_tokens=False)] for ids in lists]
+
+
 def main():
     folder = pathlib.Path(sys.argv[1])
     gpt2 = train(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<|endoftext|>"], merges=False)
@@ -123,6 +212,14 @@ def main():
         tokenizer = Tokenizer.from_str(text)
         cases[name] = [tokenizer.encode(t, add_special_tokens=False).ids for t in TEXTS]
         cases[name + "_special"] = [tokenizer.encode(t).ids for t in TEXTS]
+    rng = random.Random(1)
+    for name, data in piece_tokenizers().items():
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        (folder / f"tokenizer_{name}.json").write_text(text + "\n", encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
+        cases[name] = [tokenizer.encode(t, add_special_tokens=False).ids for t in TEXTS]
+        cases[name + "_special"] = [tokenizer.encode(t).ids for t in TEXTS]
+        cases[name + "_decoded"] = record_decoding(tokenizer, rng)
     # Escapes keep line ends and invisible characters safe from editors.
     lines = ",\n".join(f'"{key}": {json.dumps(value, separators=(",", ":"))}' for key, value in cases.items())
     (folder / "tokenizer_cases.json").write_text("{" + lines + "}\n", encoding="ascii")

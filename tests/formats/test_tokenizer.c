@@ -11,8 +11,9 @@
 #include <string.h>
 
 #define DATA "tests/formats/data/"
-static const char *const families[] = {"gpt2", "llama3", "qwen2"};
-enum { FAMILIES = 3 };
+/* The first three are byte-level, the others in the style of SentencePiece. */
+static const char *const families[] = {"gpt2", "llama3", "qwen2", "llama2", "mistral", "gemma"};
+enum { FAMILIES = 6, BYTE_LEVEL = 3 };
 
 static flap_tokenizer *open_family(const char *name) {
   char path[128];
@@ -79,6 +80,135 @@ static void assert_decodes_to(const flap_tokenizer *tokenizer, const flap_ids *i
   }
   ck_assert_uint_eq(at, bytes);
 }
+
+/* Puts ids[0] to ids[count - 1]; what comes out is appended to the `bytes` bytes at `text`, of which there are enough.
+ */
+static uint64_t put_all(flap_tokenizer_stream *stream, const json_t *ids, char *text, uint64_t bytes) {
+  const char *part;
+  uint64_t count;
+  for (size_t i = 0; i <= json_array_size(ids); i++) {
+    flap_status status =
+        i == json_array_size(ids)
+            ? flap_tokenizer_stream_end(stream, &part, &count)
+            : flap_tokenizer_stream_put(stream, (int32_t)json_integer_value(json_array_get(ids, i)), &part, &count);
+    ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
+    ck_assert_ptr_nonnull(part);
+    memcpy(text + bytes, part, count);
+    bytes += count;
+  }
+  return bytes;
+}
+
+START_TEST(tokenizer_recorded_ids_give_the_recorded_text) {
+  json_t *cases = load_cases();
+  char key[64];
+  (void)snprintf(key, sizeof key, "%s_decoded", families[_i]);
+  const json_t *records = json_object_get(cases, key);
+  ck_assert_uint_gt(json_array_size(records), 100);
+  flap_tokenizer *tokenizer = open_family(families[_i]);
+  static char text[1 << 20];
+  for (size_t i = 0; i < json_array_size(records); i++) {
+    const json_t *ids = json_array_get(json_array_get(records, i), 0);
+    const json_t *wanted = json_array_get(json_array_get(records, i), 1);
+    flap_tokenizer_stream stream;
+    flap_tokenizer_stream_open(tokenizer, &stream);
+    uint64_t bytes = put_all(&stream, ids, text, 0);
+    ck_assert_msg(bytes == json_string_length(wanted) &&
+                      (bytes == 0 || memcmp(text, json_string_value(wanted), bytes) == 0),
+                  "list %zu: \"%.*s\", not \"%s\"", i, (int)bytes, text, json_string_value(wanted));
+    flap_tokenizer_stream_close(&stream);
+  }
+  flap_tokenizer_close(tokenizer);
+  json_decref(cases);
+}
+END_TEST
+
+static void assert_stream_gives(flap_tokenizer_stream *stream, int32_t id, const char *wanted) {
+  const char *text;
+  uint64_t bytes;
+  ck_assert_int_eq(id < 0 ? flap_tokenizer_stream_end(stream, &text, &bytes)
+                          : flap_tokenizer_stream_put(stream, id, &text, &bytes),
+                   FLAP_OK);
+  ck_assert_msg(bytes == strlen(wanted) && memcmp(text, wanted, bytes) == 0, "\"%.*s\", not \"%s\"", (int)bytes, text,
+                wanted);
+}
+
+/* Bytes are held back until another token, or the end, tells that they are all; the space is dropped once. */
+START_TEST(tokenizer_stream_holds_bytes_back_until_they_are_certain) {
+  flap_tokenizer *tokenizer = open_family("llama2");
+  flap_tokenizer_stream stream;
+  flap_tokenizer_stream_open(tokenizer, &stream);
+  const int32_t e2 = flap_tokenizer_find(tokenizer, "<0xE2>"), x82 = flap_tokenizer_find(tokenizer, "<0x82>"),
+                ac = flap_tokenizer_find(tokenizer, "<0xAC>"), a = flap_tokenizer_find(tokenizer, "a"),
+                mark = flap_tokenizer_find(tokenizer, "\xe2\x96\x81");
+  ck_assert(e2 >= 0 && x82 >= 0 && ac >= 0 && a >= 0 && mark >= 0);
+  assert_stream_gives(&stream, mark, "");
+  assert_stream_gives(&stream, mark, " ");
+  assert_stream_gives(&stream, e2, "");
+  assert_stream_gives(&stream, x82, "");
+  assert_stream_gives(&stream, ac, "");
+  assert_stream_gives(&stream, a,
+                      "\xe2\x82\xac"
+                      "a");
+  assert_stream_gives(&stream, e2, "");
+  assert_stream_gives(&stream, ac, "");
+  assert_stream_gives(&stream, mark, "\xef\xbf\xbd\xef\xbf\xbd ");
+  assert_stream_gives(&stream, 123456, "");
+  assert_stream_gives(&stream, e2, "");
+  assert_stream_gives(&stream, -1, "\xef\xbf\xbd");
+  assert_stream_gives(&stream, -1, "");
+  assert_stream_gives(&stream, mark, " ");
+  flap_tokenizer_stream_close(&stream);
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
+
+/* Whatever the text is, its bytes come back, but for the space in front where that is dropped. */
+START_TEST(tokenizer_with_byte_fallback_gives_valid_text_back) {
+  json_t *cases = load_cases();
+  const json_t *texts = json_object_get(cases, "texts");
+  flap_tokenizer *tokenizer = open_family("gemma");
+  static char text[1 << 20];
+  for (size_t i = 0; i < json_array_size(texts); i++) {
+    const json_t *wanted = json_array_get(texts, i);
+    flap_ids ids = {0};
+    encode(tokenizer, json_string_value(wanted), json_string_length(wanted), 0, &ids);
+    json_t *list = json_array();
+    for (uint64_t k = 0; k < ids.count; k++)
+      ck_assert_int_eq(json_array_append_new(list, json_integer(ids.ids[k])), 0);
+    flap_tokenizer_stream stream;
+    flap_tokenizer_stream_open(tokenizer, &stream);
+    uint64_t bytes = put_all(&stream, list, text, 0);
+    ck_assert_msg(bytes == json_string_length(wanted) &&
+                      (bytes == 0 || memcmp(text, json_string_value(wanted), bytes) == 0),
+                  "text %zu", i);
+    flap_tokenizer_stream_close(&stream);
+    json_decref(list);
+    flap_ids_free(&ids);
+  }
+  flap_tokenizer_close(tokenizer);
+  json_decref(cases);
+}
+END_TEST
+
+/* Bytes that are no UTF-8 are byte tokens, and what is behind them is no new beginning. */
+START_TEST(tokenizer_with_byte_fallback_keeps_bytes_that_are_no_text) {
+  flap_tokenizer *tokenizer = open_family("llama2");
+  flap_ids ids = {0};
+  encode(tokenizer,
+         "a\xff\xc3"
+         "a",
+         4, 0, &ids);
+  const int32_t wanted[] = {flap_tokenizer_find(tokenizer, "\xe2\x96\x81"
+                                                           "a"),
+                            flap_tokenizer_find(tokenizer, "<0xFF>"), flap_tokenizer_find(tokenizer, "<0xC3>"),
+                            flap_tokenizer_find(tokenizer, "a")};
+  ck_assert_uint_eq(ids.count, 4);
+  ck_assert_mem_eq(ids.ids, wanted, sizeof wanted);
+  flap_ids_free(&ids);
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
 
 /* Any bytes at all: half of these are no UTF-8. */
 START_TEST(tokenizer_any_bytes_decode_to_themselves) {
@@ -226,6 +356,38 @@ START_TEST(tokenizer_cut_prefers_lines_then_words_then_characters) {
 }
 END_TEST
 
+/* What is shown may end within an added token, or hold none at all that is safe. */
+START_TEST(tokenizer_with_byte_fallback_cuts_where_nothing_joins) {
+  flap_tokenizer *tokenizer = open_family("llama2");
+  static const struct {
+    const char *text;
+    uint64_t bytes, piece;
+    bool last;
+    uint64_t cut;
+  } cases[] = {
+      {"ab cd  ef", 9, 9, true, 9},
+      {"ab cd  ef", 9, 9, false, 5},
+      {"ab cd  ef", 9, 4, true, 4},
+      {"ab \xe2\x96\x81 cd", 9, 5, true, 2},
+      {"ab [INST] ef", 12, 8, true, 2},
+      {"ab [INST] ef", 12, 10, true, 2},
+      {"x <pad> y", 9, 6, true, 1},
+      {"x <pad>", 5, 5, false, 1},
+      {"the", 3, 1, true, 3},
+      {"\xe9\xe9 the", 6, 6, false, 6},
+      {"\xe9\x9b\xaa\xe9\x9b\xaa", 6, 4, true, 3},
+      {"a\n\nb", 4, 2, true, 1},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+    ck_assert_msg(flap_tokenizer_cut(tokenizer, cases[i].text, cases[i].bytes, cases[i].piece, cases[i].last) ==
+                      cases[i].cut,
+                  "case %zu is cut at %llu", i,
+                  (unsigned long long)flap_tokenizer_cut(tokenizer, cases[i].text, cases[i].bytes, cases[i].piece,
+                                                         cases[i].last));
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
+
 /* Words of 1 MB in a few seconds, even under a sanitizer: a quadratic merge would take hours. */
 START_TEST(tokenizer_long_words_take_linear_time) {
   enum { BYTES = 1 << 20 };
@@ -327,12 +489,17 @@ int main(void) {
   tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
   tcase_add_loop_test(cases, tokenizer_recorded_corpus_gives_the_recorded_ids, 0, FAMILIES);
   tcase_add_loop_test(cases, tokenizer_special_tokens_asked_for_gives_the_recorded_ids, 0, FAMILIES);
+  tcase_add_loop_test(cases, tokenizer_recorded_ids_give_the_recorded_text, BYTE_LEVEL, FAMILIES);
+  tcase_add_test(cases, tokenizer_stream_holds_bytes_back_until_they_are_certain);
+  tcase_add_test(cases, tokenizer_with_byte_fallback_gives_valid_text_back);
+  tcase_add_test(cases, tokenizer_with_byte_fallback_keeps_bytes_that_are_no_text);
   tcase_add_test(cases, tokenizer_any_bytes_decode_to_themselves);
   tcase_add_test(cases, tokenizer_of_bytes_gives_bytes_and_the_end_token);
   tcase_add_test(cases, tokenizer_names_of_tokens_are_found);
   tcase_add_loop_test(cases, tokenizer_pieces_give_the_ids_of_the_whole, 0, FAMILIES);
   tcase_add_test(cases, tokenizer_added_tokens_that_strip_take_white_space_along);
   tcase_add_test(cases, tokenizer_cut_prefers_lines_then_words_then_characters);
+  tcase_add_test(cases, tokenizer_with_byte_fallback_cuts_where_nothing_joins);
   tcase_add_loop_test(cases, tokenizer_long_words_take_linear_time, 0, FAMILIES);
   tcase_add_test(cases, tokenizer_saved_bytes_open_as_the_same_tokenizer);
   tcase_add_test(cases, tokenizer_saved_is_what_was_opened_even_when_the_files_are_gone);

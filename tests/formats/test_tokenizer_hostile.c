@@ -9,6 +9,8 @@
 #include <string.h>
 
 #define BASE "tests/formats/data/tokenizer_qwen2.json"
+#define PIECES_BASE "tests/formats/data/tokenizer_llama2.json"
+static const char *const bases[] = {BASE, PIECES_BASE};
 
 static flap_status open_text(const char *text, size_t bytes) {
   scratch_write("tokenizer.json", text, bytes);
@@ -32,9 +34,9 @@ static flap_status open_text(const char *text, size_t bytes) {
   return status;
 }
 
-/* Puts `value` (JSON) at a path like "model.type" or "added_tokens.0.id". */
-static json_t *with_change(const char *path, const char *value) {
-  json_t *root = json_load_file(BASE, 0, NULL);
+/* Puts `value` (JSON) at a path like "model.type" or "added_tokens.0.id" of a file that is good. */
+static json_t *with_change(const char *base, const char *path, const char *value) {
+  json_t *root = json_load_file(base, 0, NULL);
   json_t *new_value = json_loads(value, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
   ck_assert(root != NULL && new_value != NULL);
   char parts[128];
@@ -52,8 +54,8 @@ static json_t *with_change(const char *path, const char *value) {
   return root;
 }
 
-static flap_status open_changed(const char *path, const char *value) {
-  json_t *root = with_change(path, value);
+static flap_status open_changed_of(const char *base, const char *path, const char *value) {
+  json_t *root = with_change(base, path, value);
   char *text = json_dumps(root, 0);
   ck_assert_ptr_nonnull(text);
   flap_status status = open_text(text, strlen(text));
@@ -62,16 +64,23 @@ static flap_status open_changed(const char *path, const char *value) {
   return status;
 }
 
-static const struct {
+static flap_status open_changed(const char *path, const char *value) {
+  return open_changed_of(BASE, path, value);
+}
+
+typedef struct change {
   const char *path, *value;
   flap_status status;
   const char *message; /* NULL for FLAP_OK */
-} changes[] = {
+} change;
+
+static const change changes[] = {
     {"version", "\"1.0\"", FLAP_OK, NULL},
     {"truncation", "{\"max_length\": 3}", FLAP_OK, NULL}, /* what transformers does with it is off by default */
     {"model", "3", FLAP_INVALID, "model"},
     {"model.type", "\"Unigram\"", FLAP_UNSUPPORTED, "model.type: Unigram"},
-    {"model.byte_fallback", "true", FLAP_UNSUPPORTED, "model.byte_fallback"},
+    {"model.byte_fallback", "true", FLAP_INVALID, "all of <0x00> to <0xFF> must be there: <0x00> is missing"},
+    {"model.byte_fallback", "1", FLAP_INVALID, "model.byte_fallback"},
     {"model.dropout", "0.1", FLAP_UNSUPPORTED, "model.dropout"},
     {"model.end_of_word_suffix", "\"</w>\"", FLAP_UNSUPPORTED, "model.end_of_word_suffix"},
     {"model.continuing_subword_prefix", "\"##\"", FLAP_UNSUPPORTED, "model.continuing_subword_prefix"},
@@ -88,6 +97,8 @@ static const struct {
     {"model.merges.0", "[\"a\"]", FLAP_INVALID, "entry 0"},
     {"model.merges.0", "\"\xe2\x82\xac a\"", FLAP_INVALID, "left half"},
     {"model.merges.0", "[\"\", \"\"]", FLAP_INVALID, "left half"},
+    {"model.merges.0", "[\"\", \"a\"]", FLAP_INVALID, "its left half is empty"},
+    {"model.merges.0", "\"a \"", FLAP_INVALID, "its right half is empty"},
     {"model.merges.0", "[\"q\", \"~\"]", FLAP_INVALID, "what it makes"},
     {"added_tokens", "{}", FLAP_INVALID, "added_tokens"},
     {"added_tokens.0", "7", FLAP_INVALID, "added_tokens[0]"},
@@ -146,13 +157,111 @@ static const struct {
     {"post_processor", "{\"type\": \"TemplateProcessing\", \"single\": []}", FLAP_UNSUPPORTED, "without the text"},
 };
 
-START_TEST(tokenizer_json_of_another_kind_names_file_and_key) {
-  flap_status status = open_changed(changes[_i].path, changes[_i].value);
-  ck_assert_msg(status == changes[_i].status, "%s = %s is %s: %s", changes[_i].path, changes[_i].value,
-                flap_status_name(status), flap_error_message());
+static void assert_change(const char *base, const change *c) {
+  flap_status status = open_changed_of(base, c->path, c->value);
+  ck_assert_msg(status == c->status, "%s = %s is %s: %s", c->path, c->value, flap_status_name(status),
+                flap_error_message());
   if (status != FLAP_OK) {
     ck_assert_msg(scratch_error_has("tokenizer.json"), "%s", flap_error_message());
-    ck_assert_msg(scratch_error_has(changes[_i].message), "%s", flap_error_message());
+    ck_assert_msg(scratch_error_has(c->message), "%s", flap_error_message());
+  }
+}
+
+START_TEST(tokenizer_json_of_another_kind_names_file_and_key) {
+  assert_change(BASE, &changes[_i]);
+}
+END_TEST
+
+#define MARK "\\u2581"
+#define REPLACE "{\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"" MARK "\"}"
+#define BACK "{\"type\": \"Replace\", \"pattern\": {\"String\": \"" MARK "\"}, \"content\": \" \"}"
+#define METASPACE(more) "{\"type\": \"Metaspace\", \"replacement\": \"" MARK "\"" more "}"
+#define STRIP(content, start, stop) \
+  "{\"type\": \"Strip\", \"content\": \"" content "\", \"start\": " start ", \"stop\": " stop "}"
+#define DECODERS(list) "{\"type\": \"Sequence\", \"decoders\": [" list "]}"
+#define FUSE "{\"type\": \"Fuse\"}"
+#define FALLBACK "{\"type\": \"ByteFallback\"}"
+
+static const change piece_changes[] = {
+    {"version", "\"1.0\"", FLAP_OK, NULL},
+    {"model.byte_fallback", "false", FLAP_UNSUPPORTED, "model.unk_token"},
+    {"model.ignore_merges", "true", FLAP_UNSUPPORTED, "model.ignore_merges"},
+    {"model.ignore_merges", "false", FLAP_OK, NULL},
+    {"model.fuse_unk", "false", FLAP_OK, NULL}, /* with all bytes there nothing is unknown */
+    {"model.fuse_unk", "\"yes\"", FLAP_INVALID, "model.fuse_unk"},
+    {"model.unk_token", "\"<gone>\"", FLAP_INVALID, "model.unk_token: \"<gone>\" is not in the vocabulary"},
+    {"model.unk_token", "null", FLAP_OK, NULL},
+    {"model.dropout", "0.5", FLAP_UNSUPPORTED, "model.dropout"},
+    {"model.type", "\"Unigram\"", FLAP_UNSUPPORTED, "model.type: Unigram"},
+    {"model.type", "\"WordPiece\"", FLAP_UNSUPPORTED, "model.type: WordPiece"},
+    {"model.vocab", "{\"a\": 0}", FLAP_INVALID, "<0x00> is missing"},
+    {"model.merges.0", "[\"a\", \"<0x00>\"]", FLAP_INVALID, "what it makes"},
+    {"model.merges.0", "\"a " MARK "\"", FLAP_INVALID, "what it makes"},
+    {"normalizer", "null", FLAP_OK, NULL},
+    {"normalizer", REPLACE, FLAP_OK, NULL},
+    {"normalizer", "{\"type\": \"NFKC\"}", FLAP_UNSUPPORTED, "normalizer.type: NFKC"},
+    {"normalizer", "{\"type\": \"Precompiled\"}", FLAP_UNSUPPORTED, "normalizer.type: Precompiled"},
+    {"normalizer", "{\"type\": \"Prepend\", \"prepend\": \"_\"}", FLAP_UNSUPPORTED, "normalizer.prepend: _"},
+    {"normalizer.normalizers.1", "{\"type\": \"Prepend\", \"prepend\": \"" MARK "\"}", FLAP_UNSUPPORTED,
+     "normalizers[1].type: a second Prepend"},
+    {"normalizer.normalizers.1.content", "\"_\"", FLAP_UNSUPPORTED, "normalizers[1].content: _"},
+    {"normalizer.normalizers.1.pattern", "{\"Regex\": \" \"}", FLAP_UNSUPPORTED, "normalizers[1].pattern"},
+    {"normalizer.normalizers.1.pattern", "{\"String\": \"a\"}", FLAP_UNSUPPORTED, "normalizers[1].pattern: a"},
+    {"normalizer.normalizers.1.pattern", "7", FLAP_INVALID, "normalizers[1].pattern"},
+    {"normalizer.normalizers.1", "7", FLAP_INVALID, "normalizers[1]"},
+    {"pre_tokenizer", METASPACE(""), FLAP_OK, NULL},
+    {"pre_tokenizer", METASPACE(", \"prepend_scheme\": \"first\", \"split\": false"), FLAP_OK, NULL},
+    {"pre_tokenizer", METASPACE(", \"add_prefix_space\": false"), FLAP_OK, NULL},
+    {"pre_tokenizer", METASPACE(", \"prepend_scheme\": \"last\""), FLAP_UNSUPPORTED,
+     "pre_tokenizer.prepend_scheme: last"},
+    {"pre_tokenizer", METASPACE(", \"prepend_scheme\": \"first\", \"add_prefix_space\": false"), FLAP_INVALID,
+     "contradicts"},
+    {"pre_tokenizer", "{\"type\": \"Metaspace\"}", FLAP_INVALID, "pre_tokenizer.replacement"},
+    {"pre_tokenizer", "{\"type\": \"Metaspace\", \"replacement\": \"_\"}", FLAP_UNSUPPORTED, "replacement: _"},
+    {"pre_tokenizer", "{\"type\": \"Sequence\", \"pretokenizers\": [" METASPACE("") ", " METASPACE("") "]}",
+     FLAP_UNSUPPORTED, "pretokenizers[1].type: a stage beside Metaspace"},
+    {"pre_tokenizer", "{\"type\": \"Sequence\", \"pretokenizers\": []}", FLAP_OK, NULL},
+    {"pre_tokenizer", "{\"type\": \"ByteLevel\"}", FLAP_UNSUPPORTED, "pre_tokenizer.type: ByteLevel"},
+    {"pre_tokenizer", "{\"type\": \"Split\", \"pattern\": {\"String\": \" \"}, \"behavior\": \"Isolated\"}", FLAP_OK,
+     NULL},
+    {"pre_tokenizer", "{\"type\": \"Split\", \"pattern\": {\"String\": \"a\"}, \"behavior\": \"Isolated\"}",
+     FLAP_UNSUPPORTED, "pre_tokenizer.pattern"},
+    {"pre_tokenizer", "{\"type\": \"Split\", \"pattern\": {\"Regex\": \" \"}, \"behavior\": \"Isolated\"}",
+     FLAP_UNSUPPORTED, "pre_tokenizer.pattern"},
+    {"decoder", "null", FLAP_UNSUPPORTED, "decoder: none"},
+    {"decoder", METASPACE(""), FLAP_OK, NULL},
+    {"decoder", BACK, FLAP_OK, NULL},
+    {"decoder", "{\"type\": \"ByteLevel\"}", FLAP_UNSUPPORTED, "decoder.type: ByteLevel"},
+    {"decoder", DECODERS(""), FLAP_OK, NULL},
+    {"decoder", DECODERS(BACK ", " FALLBACK ", " FUSE ", " STRIP(" ", "1", "0")), FLAP_OK, NULL},
+    {"decoder", DECODERS(FALLBACK ", " BACK), FLAP_UNSUPPORTED, "decoders[1].type: a decoder in another order"},
+    {"decoder", DECODERS(BACK ", " STRIP(" ", "1", "0")), FLAP_UNSUPPORTED,
+     "decoders[1].type: a decoder in another order"},
+    {"decoder", DECODERS(FUSE ", " STRIP(" ", "1", "1")), FLAP_UNSUPPORTED, "decoders[1].stop"},
+    {"decoder", DECODERS(FUSE ", " STRIP("a", "1", "0")), FLAP_UNSUPPORTED, "decoders[1].content: a"},
+    {"decoder", DECODERS(FUSE ", " STRIP(" ", "-1", "0")), FLAP_INVALID, "decoders[1].start"},
+    {"decoder", DECODERS("7"), FLAP_INVALID, "decoders[0]"},
+    {"decoder", DECODERS(DECODERS("")), FLAP_UNSUPPORTED, "decoders[0].type: Sequence"},
+    {"added_tokens.3.content", "\"a long  text with " MARK " and   spaces        in it\"", FLAP_OK, NULL},
+    {"added_tokens.3.single_word", "true", FLAP_UNSUPPORTED, "added_tokens[3].single_word"},
+};
+
+START_TEST(tokenizer_json_with_byte_fallback_names_file_and_key) {
+  assert_change(PIECES_BASE, &piece_changes[_i]);
+}
+END_TEST
+
+START_TEST(tokenizer_json_with_byte_fallback_needs_every_byte) {
+  for (unsigned byte = 0; byte < 256; byte += 51) {
+    char key[8];
+    (void)snprintf(key, sizeof key, "<0x%02X>", byte);
+    json_t *root = json_load_file(PIECES_BASE, 0, NULL);
+    ck_assert_int_eq(json_object_del(json_object_get(json_object_get(root, "model"), "vocab"), key), 0);
+    char *text = json_dumps(root, 0);
+    ck_assert_int_eq(open_text(text, strlen(text)), FLAP_INVALID);
+    ck_assert_msg(scratch_error_has(key) && scratch_error_has("model.vocab"), "%s", flap_error_message());
+    free(text);
+    json_decref(root);
   }
 }
 END_TEST
@@ -189,7 +298,7 @@ START_TEST(tokenizer_errors_are_one_line_whatever_the_file_says) {
 END_TEST
 
 START_TEST(tokenizer_json_cut_short_anywhere_is_refused) {
-  json_t *root = json_load_file(BASE, 0, NULL);
+  json_t *root = json_load_file(bases[_i], 0, NULL);
   char *text = json_dumps(root, 0);
   size_t bytes = strlen(text);
   for (size_t length = 0; length < bytes; length += length < 300 ? 1 : 401)
@@ -201,7 +310,7 @@ END_TEST
 
 /* One byte changed at a time, from a fixed generator: whatever it means then, it must not crash or leak. */
 START_TEST(tokenizer_json_with_changed_bytes_never_crashes) {
-  json_t *root = json_load_file(BASE, 0, NULL);
+  json_t *root = json_load_file(bases[_i], 0, NULL);
   char *text = json_dumps(root, 0);
   size_t bytes = strlen(text);
   uint32_t state = 12345;
@@ -274,10 +383,13 @@ int main(void) {
   tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
   tcase_add_loop_test(cases, tokenizer_json_of_another_kind_names_file_and_key, 0,
                       (int)(sizeof changes / sizeof changes[0]));
+  tcase_add_loop_test(cases, tokenizer_json_with_byte_fallback_names_file_and_key, 0,
+                      (int)(sizeof piece_changes / sizeof piece_changes[0]));
+  tcase_add_test(cases, tokenizer_json_with_byte_fallback_needs_every_byte);
   tcase_add_test(cases, tokenizer_template_with_an_id_in_a_gap_is_refused);
   tcase_add_test(cases, tokenizer_errors_are_one_line_whatever_the_file_says);
-  tcase_add_test(cases, tokenizer_json_cut_short_anywhere_is_refused);
-  tcase_add_test(cases, tokenizer_json_with_changed_bytes_never_crashes);
+  tcase_add_loop_test(cases, tokenizer_json_cut_short_anywhere_is_refused, 0, 2);
+  tcase_add_loop_test(cases, tokenizer_json_with_changed_bytes_never_crashes, 0, 2);
   tcase_add_test(cases, tokenizer_pattern_without_end_gives_up);
   tcase_add_test(cases, tokenizer_files_beside_are_checked);
   suite_add_tcase(suite, cases);

@@ -15,6 +15,7 @@
 #define SCRIPT "tests/formats/tokenizer_reference.py"
 
 static unsigned ran;
+static uint64_t cuts;
 
 /* Runs the script with a Python; false if the Python or one of its packages is not there. */
 static bool run_script(const char *python, const char *arguments) {
@@ -111,27 +112,106 @@ static void compare_case(flap_tokenizer *tokenizer, const char *file, char *line
   free(text);
 }
 
-START_TEST(tokenizer_random_options_and_text_give_the_ids_of_the_library) {
-  char arguments[1200];
-  (void)snprintf(arguments, sizeof arguments, "variants %u tests/formats/data %s", test_seed(), scratch_path(""));
-  if (!run_script(library_python(), arguments))
-    return;
+/* With byte_fallback pieces give the ids of the whole text with every vocabulary. */
+static void compare_pieces(flap_tokenizer *tokenizer, const char *file, const char *line) {
+  unsigned flags = (unsigned)strtoul(line, NULL, 10) & FLAP_TOKENIZER_LITERAL;
+  uint64_t bytes;
+  char *hex = strdup(strchr(line, ' ') + 1);
+  ck_assert_ptr_nonnull(hex);
+  *strchr(hex, ' ') = '\0';
+  char *text = from_hex(hex, &bytes);
+  flap_ids whole = {0}, pieces = {0};
+  ck_assert_int_eq(flap_tokenizer_encode(tokenizer, text, bytes, flags, &whole), FLAP_OK);
+  for (uint64_t piece = 1; piece < 60; piece += piece < 4 ? 1 : 9) {
+    pieces.count = 0;
+    for (uint64_t at = 0, count; at < bytes; at += count) {
+      count = flap_tokenizer_cut(tokenizer, text + at, bytes - at, piece, true);
+      unsigned more = at > 0 ? FLAP_TOKENIZER_CONTINUE : 0;
+      ck_assert_int_eq(flap_tokenizer_encode(tokenizer, text + at, count, flags | more, &pieces), FLAP_OK);
+      cuts += at > 0;
+    }
+    ck_assert_msg(whole.count == pieces.count &&
+                      (whole.count == 0 || memcmp(whole.ids, pieces.ids, whole.count * sizeof *whole.ids) == 0),
+                  "%s: text %.300s: pieces of %llu bytes have other ids", file, hex, (unsigned long long)piece);
+  }
+  flap_ids_free(&whole);
+  flap_ids_free(&pieces);
+  free(text);
+  free(hex);
+}
+
+static void compare_decoded(const flap_tokenizer *tokenizer, const char *file, char *line) {
+  char *hex = strchr(line, ' '), *save = NULL;
+  *hex++ = '\0';
+  uint64_t bytes, got = 0, count;
+  char *wanted = from_hex(hex, &bytes), *text = malloc(4 * bytes + 1024);
+  ck_assert_ptr_nonnull(text);
+  const char *part;
+  bool hide = *line == 's';
+  flap_tokenizer_stream stream;
+  flap_tokenizer_stream_open(tokenizer, &stream);
+  for (const char *id = strtok_r(line + hide, ",", &save); id != NULL && *id != '-'; id = strtok_r(NULL, ",", &save)) {
+    if (hide && flap_tokenizer_is_special(tokenizer, atoi(id)))
+      continue;
+    ck_assert_int_eq(flap_tokenizer_stream_put(&stream, atoi(id), &part, &count), FLAP_OK);
+    ck_assert_uint_lt(got + count, 4 * bytes + 1024);
+    memcpy(text + got, part, count);
+    got += count;
+  }
+  ck_assert_int_eq(flap_tokenizer_stream_end(&stream, &part, &count), FLAP_OK);
+  ck_assert_uint_lt(got + count, 4 * bytes + 1024);
+  memcpy(text + got, part, count);
+  got += count;
+  ck_assert_msg(got == bytes && memcmp(text, wanted, bytes) == 0, "%s: %.300s give \"%.*s\", not \"%.*s\"", file, line,
+                (int)got, text, (int)bytes, wanted);
+  flap_tokenizer_stream_close(&stream);
+  free(text);
+  free(wanted);
+}
+
+/* <n>.json and <n>.txt, and with SentencePiece's style <n>.decoded; returns how many there are. */
+static unsigned compare_variants(bool decoded) {
   unsigned number = 0;
   for (;; number++) {
     char name[32];
     (void)snprintf(name, sizeof name, "%u.json", number);
     if (!scratch_exists(name))
-      break;
+      return number;
     flap_tokenizer *tokenizer;
     ck_assert_msg(flap_tokenizer_open(scratch_path(name), &tokenizer) == FLAP_OK, "%s", flap_error_message());
     (void)snprintf(name, sizeof name, "%u.txt", number);
     char *cases = scratch_read(name, NULL), *save = NULL;
-    for (char *line = strtok_r(cases, "\n", &save); line != NULL; line = strtok_r(NULL, "\n", &save))
+    for (char *line = strtok_r(cases, "\n", &save); line != NULL; line = strtok_r(NULL, "\n", &save)) {
+      if (decoded)
+        compare_pieces(tokenizer, name, line);
       compare_case(tokenizer, name, line);
+    }
+    free(cases);
+    (void)snprintf(name, sizeof name, "%u.decoded", number);
+    cases = decoded ? scratch_read(name, NULL) : NULL;
+    for (char *line = decoded ? strtok_r(cases, "\n", &save) : NULL; line != NULL; line = strtok_r(NULL, "\n", &save))
+      compare_decoded(tokenizer, name, line);
     free(cases);
     flap_tokenizer_close(tokenizer);
   }
-  ck_assert_uint_ge(number, 20);
+}
+
+START_TEST(tokenizer_random_options_and_text_give_the_ids_of_the_library) {
+  char arguments[1200];
+  (void)snprintf(arguments, sizeof arguments, "variants %u tests/formats/data %s", test_seed(), scratch_path(""));
+  if (run_script(library_python(), arguments))
+    ck_assert_uint_ge(compare_variants(false), 20);
+}
+END_TEST
+
+START_TEST(tokenizer_with_byte_fallback_gives_the_ids_and_texts_of_the_library) {
+  char arguments[1200];
+  (void)snprintf(arguments, sizeof arguments, "pieces %u tests/formats/data %s", test_seed(), scratch_path(""));
+  if (!run_script(library_python(), arguments))
+    return;
+  cuts = 0;
+  ck_assert_uint_ge(compare_variants(true), 30);
+  ck_assert_uint_gt(cuts, 10000); /* there was something to compare */
 }
 END_TEST
 
@@ -181,6 +261,7 @@ int main(void) {
   tcase_add_checked_fixture(cases, scratch_setup, scratch_teardown);
   tcase_add_test(cases, nfc_of_random_text_is_that_of_unicodedata);
   tcase_add_test(cases, tokenizer_random_options_and_text_give_the_ids_of_the_library);
+  tcase_add_test(cases, tokenizer_with_byte_fallback_gives_the_ids_and_texts_of_the_library);
   tcase_add_loop_test(cases, tokenizer_saved_is_loaded_by_transformers_with_the_same_ids, 0, 4);
   suite_add_tcase(suite, cases);
   SRunner *runner = srunner_create(suite);

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Reference answers for test_tokenizer_library.c, on random text.
 
-Usage: tokenizer_reference.py nfc|variants <seed> <data folder> <out folder>
+Usage: tokenizer_reference.py nfc|variants|pieces <seed> <data folder> <out folder>
        tokenizer_reference.py load <out folder>
 
 nfc       cases.txt: "hex of text, hex of its NFC" per line, from unicodedata
 variants  <n>.json and <n>.txt: the tokenizers of the data folder with other options, and "flags, hex of text,
           ids" per line, from the `tokenizers` library
+pieces    the same of tokenizers in the style of SentencePiece, trained anew, with <n>.decoded beside: "ids, hex of text",
+          where special tokens are hidden if the ids begin with "s"
 load      ids.txt: for each line of texts.txt (hex), the ids that transformers' AutoTokenizer gives with the
           tokenizer saved in the folder; and its end token's id first
 
@@ -127,6 +129,92 @@ def write_variants(rng, data, out):
                 file.write(f"{3 * special + 4 * literal} {hexed(sample)} {','.join(map(str, ids)) or '-'}\n")
 
 
+PIECE_WORDS = ["\u2581", "\u2581\u2581", " \u2581", "<s>", "</s>", " <s> ", "<unk>", "[INST]", " [INST]", "[INST] ", "a[INST]b", "<b>",
+               "<0x41>", "<0xE2>", "\u2581<t>", "a b", "c", " ", "  ", "\n", "\t", "\n\n", "\u2581a", "zz", "lighthouse"]
+
+
+def piece_variant(rng, models, make):
+    """A tokenizer in the style of SentencePiece: one of the models, with random stages and added tokens."""
+    model = json.loads(json.dumps(rng.choice(models)))
+    if rng.random() < 0.2:  # no trainer merges byte tokens, but a file may
+        for pair in (["<0xE2>", "<0x96>"], [make.MARK, "<0xF0>"], ["<0xCC>", "a"], ["<0xF0>", "<0x9F>"], ["<0x9F>", "<0x98>"]):
+            model["vocab"].setdefault("".join(pair), len(model["vocab"]))
+            model["merges"].insert(rng.randrange(len(model["merges"])), pair)
+    if rng.random() < 0.5:
+        model["merges"] = [" ".join(merge) for merge in model["merges"]]
+    if rng.random() < 0.2:  # ranks that no training gave
+        rng.shuffle(model["merges"])
+    normalizer = rng.choice([None, make.TO_MARK, make.PREPEND, [make.PREPEND, make.TO_MARK], [make.PREPEND, make.TO_MARK],
+                             [make.TO_MARK, make.PREPEND], [make.TO_MARK], []])
+    if isinstance(normalizer, list):
+        normalizer = {"type": "Sequence", "normalizers": normalizer}
+    scheme = rng.choice(["always", "first", "never"])
+    metaspace = {"type": "Metaspace", "replacement": make.MARK, "prepend_scheme": scheme, "split": rng.random() < 0.5}
+    if rng.random() < 0.2:
+        metaspace = {"type": "Metaspace", "replacement": make.MARK, "add_prefix_space": True}
+    stages = [None, metaspace, metaspace, {"type": "Sequence", "pretokenizers": [metaspace]}]
+    if "Replace" in json.dumps(normalizer):
+        split = {"type": "Split", "pattern": {"String": " "}, "behavior": rng.choice(["MergedWithPrevious", "Isolated"]), "invert": False}
+        stages += [split, {"type": "Sequence", "pretokenizers": [split, metaspace]}]
+    chain = [rng.choice([make.FROM_MARK, make.FROM_MARK, metaspace]), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoder = rng.choice([metaspace, chain, chain[:2], chain + [make.STRIP], chain + [make.STRIP | {"start": rng.randrange(4)}]])
+    if isinstance(decoder, list):
+        decoder = {"type": "Sequence", "decoders": decoder}
+    more = []
+    # Only one of the two ways to write two spaces: of tokens that are the same once normalized the library picks either.
+    for content in ("[INST]", "<b>", "<t>", "a b", "c", "\n\n", rng.choice([make.MARK * 2, "  "]), "\u00e9x", "zz " + make.MARK, "<0x4a>"):
+        if rng.random() < 0.35:
+            more.append({"content": content, "special": rng.random() < 0.5, "normalized": rng.random() < 0.5,
+                         "lstrip": rng.random() < 0.3, "rstrip": rng.random() < 0.3})
+    tokenizer = make.piece_tokenizer(model, normalizer, rng.choice(stages), decoder, more)
+    for token in tokenizer["added_tokens"][:3]:
+        token["normalized"] = rng.random() < 0.3
+    return tokenizer
+
+
+def write_pieces(rng, out):
+    import make_tokenizer_data as make
+    from tokenizers import Tokenizer
+
+    models = [make.piece_model(rng.randrange(600, 1500), rng.choice([60, 120, 300]), across) for across in (False, True)]
+    models += [make.piece_model(rng.randrange(400, 700), 30, True, [random_text(rng) for _ in range(200)] + make.PROSE)]
+    for number in range(30):
+        text = json.dumps(piece_variant(rng, models, make), ensure_ascii=False)
+        (out / f"{number}.json").write_text(text, encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
+        size = tokenizer.get_vocab_size()
+        # The library does not hide a special token whose normalized text differs: it looks for that among the special ones.
+        shown = {token["id"] for token in json.loads(text)["added_tokens"] if tokenizer.id_to_token(token["id"]) != token["content"]}
+        lists = [[]]
+        with open(out / f"{number}.txt", "w") as file:
+            for case in range(100):
+                sample = "".join(rng.choice(PIECE_WORDS) if rng.random() < 0.6 else random_text(rng)
+                                 for _ in range(rng.choice([1, 2, 4, 12])))
+                if case == 0:
+                    sample = "".join(random_text(rng) for _ in range(50)) + " " * 1000 + "x" * 1000
+                tokenizer.encode_special_tokens = literal = rng.random() < 0.2
+                special = rng.random() < 0.3
+                try:
+                    ids = tokenizer.encode(sample, add_special_tokens=special).ids
+                except BaseException as error:  # it panics when a token lies in what another one strips
+                    if type(error).__name__ != "PanicException":
+                        raise
+                    continue
+                file.write(f"{3 * special + 4 * literal} {hexed(sample)} {','.join(map(str, ids)) or '-'}\n")
+                lists += [ids] if case > 0 else []
+        for _ in range(100):
+            kinds = [lambda: rng.randrange(3, 259), lambda: rng.randrange(size + 2), lambda: tokenizer.token_to_id(make.MARK)]
+            ids = [rng.choice(kinds)() for _ in range(rng.randrange(10))]
+            at = rng.randrange(len(ids) + 1)
+            ids[at:at] = [3 + byte for byte in rng.choice(["\u2581", "\u00e9", "\U0001f600", " ", "\0"]).encode()]
+            lists.append(ids)
+        with open(out / f"{number}.decoded", "w") as file:
+            for ids in lists:
+                hide = rng.random() < 0.5 and not shown.intersection(ids)
+                text = tokenizer.decode(ids, skip_special_tokens=hide)
+                file.write(f"{'s' * hide}{','.join(map(str, ids)) or '-'} {hexed(text)}\n")
+
+
 def load(out):
     from transformers import AutoTokenizer
 
@@ -150,6 +238,8 @@ def main():
         data, out = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
         if sys.argv[1] == "nfc":
             write_nfc(rng, out)
+        elif sys.argv[1] == "pieces":
+            write_pieces(rng, out)
         else:
             write_variants(rng, data, out)
     except ImportError as error:
