@@ -217,7 +217,8 @@ typedef struct flap_sample_options {
   double top_p;       /* 1: all */
   uint64_t seed;
 } flap_sample_options;
-/* Called with the bytes of each new token as they come; FLAP_INTERRUPTED stops. */
+/* Called with the text of each new token as it comes, which may be of 0 bytes: byte tokens are held back until it is
+ * certain what they are (flap_tokenizer_stream). FLAP_INTERRUPTED stops. */
 typedef flap_status (*flap_sample_fn)(void *context, const char *bytes, uint64_t byte_count);
 /* Generates from the model in config->model_name_or_path, weights streamed when they do not fit. */
 FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const flap_sample_options *options,

@@ -20,6 +20,7 @@ typedef struct generation {
   flap_arena memory; /* of the sampler */
   flap_sampler sampler;
   flap_ids prompt;
+  flap_tokenizer_stream stream;
   uint32_t new_tokens; /* at most */
   flap_sample_fn emit;
   void *context;
@@ -103,21 +104,38 @@ static flap_status read_prompt(generation *g, const float **logits_out) {
   return FLAP_OK;
 }
 
+/* The text goes on from the prompt's, which its first tokens may depend on; what the prompt holds back is not ours. */
+static flap_status begin_text(generation *g) {
+  const char *text;
+  uint64_t bytes;
+  flap_tokenizer_stream_open(g->prepared.tokenizer, &g->stream);
+  for (uint64_t i = 0; i < g->prompt.count; i++)
+    if (!flap_tokenizer_is_special(g->prepared.tokenizer, g->prompt.ids[i]))
+      FLAP_TRY(flap_tokenizer_stream_put(&g->stream, g->prompt.ids[i], &text, &bytes));
+  return flap_tokenizer_stream_end(&g->stream, &text, &bytes);
+}
+
 static flap_status generate(generation *g) {
   const float *logits = NULL;
+  const char *text;
+  uint64_t bytes;
+  FLAP_TRY(begin_text(g));
   FLAP_TRY(read_prompt(g, &logits));
   for (uint32_t i = 0; i < g->new_tokens; i++) {
     int32_t token = 0;
-    uint64_t bytes = 0;
     FLAP_TRY(flap_sampler_next(&g->sampler, logits, i, &token));
     if (token == flap_tokenizer_end(g->prepared.tokenizer))
       break;
-    const char *text = flap_tokenizer_decode(g->prepared.tokenizer, token, &bytes);
-    if (!flap_tokenizer_is_special(g->prepared.tokenizer, token))
+    if (!flap_tokenizer_is_special(g->prepared.tokenizer, token)) {
+      FLAP_TRY(flap_tokenizer_stream_put(&g->stream, token, &text, &bytes));
       FLAP_TRY(g->emit(g->context, text, bytes));
+    }
     if (i + 1 < g->new_tokens)
       FLAP_TRY(decode(g, &token, 1, (uint32_t)g->prompt.count + i, &logits));
   }
+  FLAP_TRY(flap_tokenizer_stream_end(&g->stream, &text, &bytes));
+  if (bytes > 0)
+    FLAP_TRY(g->emit(g->context, text, bytes));
   return flap_pager_settle(g->runtime.pager);
 }
 
@@ -137,6 +155,7 @@ fail:
     flap_runtime_close(&g.runtime);
   flap_arena_close(&g.memory);
   flap_ids_free(&g.prompt);
+  flap_tokenizer_stream_close(&g.stream);
   flap_prepare_close(&g.prepared);
   return status;
 }
