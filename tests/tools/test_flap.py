@@ -60,6 +60,25 @@ class Flap(Rig):
         with unittest.mock.patch.dict(os.environ, TMPDIR=""):
             self.accept(*on_text)
 
+    def test_a_tokenizer_with_byte_fallback_is_kept_and_its_samples_are_text(self):
+        source = os.path.join(os.path.dirname(__file__), "..", "formats", "data", "tokenizer_llama2.json")
+        with open(source, "rb") as file:
+            content = file.read()
+        self.write("tokenizer.json", content)
+        # The same document over and over: the model learns it by heart.
+        self.write("text.txt", "été à la mer\n" * 200)
+        self.accept("train", "run.yaml", "tokenizer=tokenizer.json", "max_steps=60", "dataset=text.txt")
+        for name in "tokenizer.json", "out/tokenizer.json":
+            with open(self.path(name), "rb") as file:
+                self.assertEqual(file.read(), content)
+        ids = self.accept("tokenize", "out", "--text", "été").split()
+        self.assertEqual(ids, self.accept("tokenize", "tokenizer.json", "--text", "été").split())
+        # Spaces between prompt and continuation stay, and é comes whole, be it one token or two bytes.
+        self.assertTrue(self.accept("sample", "out", "--prompt", "été à", "-n", "6", "-t", "0").startswith(" la mer"))
+        text = self.accept("sample", "out", "-n", "30", "--prompt", "mer\n", "-t", "0")
+        self.assertIn("été à la mer\nété", text)
+        self.assertNotIn("\ufffd", text)
+
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
         os.mkdir(self.path("disk2"))
