@@ -1,5 +1,6 @@
 /* The first byte says which file of a tokenizer's folder the rest is; beside it stand good ones. What opens must encode
- * a text to ids that decode to bytes, and be saved and opened again with the same ids. */
+ * a text to ids that decode to bytes and to text, with byte_fallback in pieces to the same ids, and be saved and opened
+ * again with the same ids. */
 #include "io/formats/tokenizer.h"
 #include "tests/fuzz/fuzz_rig.h"
 
@@ -17,13 +18,50 @@ static const char good[] =
     "3,\"\xc4\xa0"
     "a\":4},\"merges\":[\"a b\",\"\xc4\xa0 a\"]}}";
 
-static const char text[] = "ab aab  caf\xc3\xa9 e\xcc\x81 12345\r\n\n<|end|> it's \xff\xc3 \xf0\x9f\x98\x80\t\0 b";
+static const char text[] = "ab aab  \xe2\x96\x81 \xe2\x96\x81"
+                           "b caf\xc3\xa9 e\xcc\x81 12345\r\n\n<|end|> it's \xff\xc3 \xf0\x9f\x98\x80\t\0 b";
+
+static void use_stream(const flap_tokenizer *tokenizer, const int32_t *ids, uint64_t count) {
+  flap_tokenizer_stream stream;
+  flap_tokenizer_stream_open(tokenizer, &stream);
+  const char *part;
+  uint64_t bytes, used = 0;
+  for (uint64_t i = 0; i <= count; i++) {
+    flap_status status = i == count ? flap_tokenizer_stream_end(&stream, &part, &bytes)
+                                    : flap_tokenizer_stream_put(&stream, ids[i], &part, &bytes);
+    fuzz_must(status == FLAP_OK && part != NULL, "ids give text");
+    for (uint64_t at = 0; at < bytes; at++)
+      used += (unsigned char)part[at];
+  }
+  fuzz_must(used < UINT64_MAX, "text can be read");
+  flap_tokenizer_stream_close(&stream);
+}
+
+static void use_pieces(flap_tokenizer *tokenizer, unsigned flags, const int32_t *ids, uint64_t count) {
+  flap_ids pieces = {0};
+  for (uint64_t at = 0, piece; at < sizeof text - 1; at += piece) {
+    piece = flap_tokenizer_cut(tokenizer, text + at, sizeof text - 1 - at, 3, true);
+    fuzz_must(piece > 0 && piece <= sizeof text - 1 - at, "a piece is some of the text");
+    unsigned more = at > 0 ? FLAP_TOKENIZER_CONTINUE : 0;
+    fuzz_must(flap_tokenizer_encode(tokenizer, text + at, piece, flags | more, &pieces) == FLAP_OK, "so is a piece");
+  }
+  fuzz_must(pieces.count == count && (count == 0 || memcmp(pieces.ids, ids, count * sizeof *ids) == 0),
+            "pieces give the ids of the whole");
+  flap_ids_free(&pieces);
+}
+
+/* Whether a byte token decodes to its byte, as with byte_fallback alone: then any text may be cut. */
+static bool falls_back(const flap_tokenizer *tokenizer) {
+  uint64_t bytes = 0;
+  (void)flap_tokenizer_decode(tokenizer, flap_tokenizer_find(tokenizer, "<0x00>"), &bytes);
+  return bytes == 1;
+}
 
 static void use(const char *folder, flap_ids *ids) {
   flap_tokenizer *tokenizer = NULL;
   flap_status status = flap_tokenizer_open(folder, &tokenizer);
   fuzz_must(status == FLAP_OK, "it can be opened");
-  for (unsigned flags = 0; flags < 16; flags += 3) {
+  for (unsigned flags = 0; flags < 16; flags += flags == 3 ? 1 : 3) {
     uint64_t before = ids->count;
     status = flap_tokenizer_encode(tokenizer, text, sizeof text - 1, flags, ids);
     fuzz_must(status == FLAP_OK || status == FLAP_INVALID, "a text is encoded, or the pattern gives up");
@@ -33,6 +71,10 @@ static void use(const char *folder, flap_ids *ids) {
                 "ids are below the vocabulary");
       fuzz_must(flap_tokenizer_decode(tokenizer, ids->ids[i], &bytes) != NULL, "ids stand for bytes");
     }
+    if (ids->count > before)
+      use_stream(tokenizer, ids->ids + before, ids->count - before);
+    if (falls_back(tokenizer) && (flags & (FLAP_TOKENIZER_SPECIAL | FLAP_TOKENIZER_CONTINUE)) == 0)
+      use_pieces(tokenizer, flags, ids->ids + before, ids->count - before);
   }
   uint64_t cut = flap_tokenizer_cut(tokenizer, text, sizeof text - 1, 8, true);
   fuzz_must(cut > 0 && cut <= sizeof text - 1, "a piece is some of the text");
