@@ -138,7 +138,8 @@ def piece_variant(rng, models, make):
     model = json.loads(json.dumps(rng.choice(models)))
     if rng.random() < 0.2:  # no trainer merges byte tokens, but a file may
         for pair in (["<0xE2>", "<0x96>"], [make.MARK, "<0xF0>"], ["<0xCC>", "a"], ["<0xF0>", "<0x9F>"], ["<0x9F>", "<0x98>"]):
-            model["vocab"].setdefault("".join(pair), len(model["vocab"]))
+            for token in pair + ["".join(pair)]:
+                model["vocab"].setdefault(token, len(model["vocab"]))
             model["merges"].insert(rng.randrange(len(model["merges"])), pair)
     if rng.random() < 0.5:
         model["merges"] = [" ".join(merge) for merge in model["merges"]]
