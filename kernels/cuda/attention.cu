@@ -144,10 +144,12 @@ cudaError_t flap_cuda_attention_backward(const flap_cuda_attention_shape *shape,
   if (!takes_tiles(shape))
     return attention_backward_plain(args, shape->dtype, stream);
   args.parts = cuda_attention_backward_parts(shape);
-  status = look_at_shared(&args, shape->little_shared);
+  const bool hopper = takes_hopper(shape);
+  if (!hopper)
+    status = look_at_shared(&args, shape->little_shared);
   if (status != cudaSuccess)
     return status;
-  if (!takes_hopper(shape))
+  if (!hopper)
     status = attention_backward_mma(args, shape->dtype, stream);
   else if (!takes_chain(shape))
     status = attention_backward_hopper(args, shape->dtype, stream);
