@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#define VRAM_SPARE_BYTES (64 * FLAP_MIB)
+
 /* ---- pieces ---------------------------------------------------------------------------------------------- */
 
 static void trace_transfer(void *context, flap_lane lane, uint32_t region, uint64_t started_ns, uint64_t ended_ns,
@@ -30,14 +32,18 @@ static void trace_compute(void *context, uint64_t label, uint64_t started_ns, ui
   flap_executor_trace(runtime->lists.trace, label, started_ns, ended_ns);
 }
 
+/* Of a budget, a max of which can be many GiB, no more is taken, and zeroed, than the plan uses; on a card with
+ * something to spare, for how much the driver takes there for itself is not the plan's to say. */
+static uint64_t vram_to_take(const flap_runtime *runtime, const flap_setup *setup, uint64_t budget_bytes) {
+  const uint64_t spare = setup->spec.device == FLAP_DEVICE_CPU ? 0 : VRAM_SPARE_BYTES;
+  return runtime->simulated || setup->vram_bytes + spare >= budget_bytes ? budget_bytes : setup->vram_bytes + spare;
+}
+
 static void configure_pager(flap_runtime *runtime, const flap_setup *setup, const flap_runtime_config *config,
                             flap_pager_config *pager) {
   *pager = setup->pager;
-  /* Of a budget of host memory (a max of which can be many GiB) no more is taken, and zeroed, than the plan uses. */
-  const bool planned_only =
-      !runtime->simulated && setup->spec.device == FLAP_DEVICE_CPU && setup->vram_bytes < config->vram_bytes;
   pager->device = (flap_device_config){.kind = runtime->simulated ? FLAP_DEVICE_SIM : setup->spec.device,
-                                       .vram_bytes = planned_only ? setup->vram_bytes : config->vram_bytes,
+                                       .vram_bytes = vram_to_take(runtime, setup, config->vram_bytes),
                                        .pool = runtime->pool,
                                        .clock = runtime->clock};
   flap_setup_block_config(setup, &pager->disk);
