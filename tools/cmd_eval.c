@@ -56,7 +56,7 @@ const flap_command flap_command_eval = {
     .summary = "Measure the loss of a model on a text.",
     .details =
         "With a run.yaml it is the trained model in its output_dir, on the part that the run held out (val_size).\n"
-        "With a folder it is all of the dataset, unless val_size=... says which part. Tokens of text are kept in the first\n"
-        "folder of `disk` meanwhile; without one in TMPDIR, or /var/tmp, of whose free space half is left.",
+        "With a folder it is all of the dataset, unless val_size=... says which part. Tokens of text are kept\n"
+        "in the first folder of `disk` meanwhile; without one in TMPDIR, or /var/tmp, of whose space half stays free.",
     .run = run,
 };

@@ -496,8 +496,10 @@ class Budgets(Case):
         self.accept("plan", "run.yaml", "model.num_hidden_layers=1", "gradient_accumulation_steps=1000", "ram=64MiB")
 
     def test_vram_beyond_every_machine_is_refused(self):
-        for huge in "vram=100TB", "per_device_train_batch_size=4294967295":
-            self.refuse(["train", "run.yaml", huge], [r"\bvram\b", "more than can be planned with", "lower vram, or the batch"])
+        for huge in ["vram=100TB"], ["per_device_train_batch_size=67108863", "model.hidden_size=2048"]:
+            self.refuse(["train", "run.yaml", *huge], [r"\bvram\b", "more than can be planned with", "lower vram, or the batch"])
+        self.refuse(["train", "run.yaml", "per_device_train_batch_size=4294967295"],
+                    [r"per_device_train_batch_size: 4294967295 sequences of 32 tokens \(cutoff_len\)"])
 
 
 class Runs(Case):
