@@ -118,13 +118,23 @@ class Transformers(unittest.TestCase):
             self.assertFalse(about.get(kind), (folder, kind, about))
         return model.to(torch.float32).eval()
 
-    def loss(self, model, stream=None, heldout=HELDOUT):
-        """Mean over the last heldout * SEQUENCE + 1 tokens: sequences of SEQUENCE inputs and their next tokens."""
-        stream = torch.tensor((stream or self.stream)[-(heldout * SEQUENCE + 1):])
-        inputs, targets = stream[:-1].view(heldout, SEQUENCE), stream[1:].view(heldout, SEQUENCE)
+    def loss(self, model, stream=None):
+        """Mean over the last HELDOUT * SEQUENCE + 1 tokens: sequences of SEQUENCE inputs and their next tokens."""
+        stream = torch.tensor((stream or self.stream)[-(HELDOUT * SEQUENCE + 1):])
+        inputs, targets = stream[:-1].view(HELDOUT, SEQUENCE), stream[1:].view(HELDOUT, SEQUENCE)
         with torch.no_grad():
             logits = model(input_ids=inputs).logits.to(torch.float64)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+    def loss_of_all(self, model):
+        """Mean over all tokens but the first: sequences of SEQUENCE inputs, and what is left in a shorter one."""
+        stream, nats = torch.tensor(self.stream), 0.0
+        with torch.no_grad():
+            for first in range(0, len(stream) - 1, SEQUENCE):
+                part = stream[first:first + SEQUENCE + 1]
+                logits = model(input_ids=part[None, :-1]).logits[0].to(torch.float64)
+                nats += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
+        return nats / (len(stream) - 1)
 
     def close(self, ours, theirs, dtype, what):
         print(f"{what}: flap {ours:.7f}, transformers {theirs:.7f}, relative {abs(ours - theirs) / theirs:.1e}")
@@ -280,11 +290,9 @@ class Transformers(unittest.TestCase):
                     evaluated = self.evaluate(*common, f"val_size={HELDOUT}", bf16)
                     # fp16 files are read exactly, and computed with in fp32.
                     self.close(evaluated["loss"], theirs, "fp32" if dtype == "fp16" else dtype, f"{name}, {dtype}, made")
-                    # Without val_size it is every whole sequence, counted from the end.
-                    every = (len(self.stream) - 1) // SEQUENCE
                     evaluated = self.evaluate(*common, bf16, "vram=min", "ram=min", "disk={path: disk, size: 64MiB}")
-                    self.assertEqual(evaluated["tokens"], every * SEQUENCE)
-                    theirs = self.loss(self.load(folder, dtype), heldout=every)
+                    self.assertEqual(evaluated["tokens"], len(self.stream) - 1)
+                    theirs = self.loss_of_all(self.load(folder, dtype))
                     self.close(evaluated["loss"], theirs, "fp32" if dtype == "fp16" else dtype, f"{name}, {dtype}, all")
 
     def test_made_by_transformers_trained_further_by_flap(self):
@@ -300,6 +308,24 @@ class Transformers(unittest.TestCase):
                 self.assertEqual(sorted(theirs), sorted(ours))
                 for name, tensor in theirs.items():
                     self.assertTrue(torch.equal(tensor, ours[name]), name)
+
+    def test_what_stands_beside_the_weights_is_still_read(self):
+        """A chat template, generation_config.json and several end tokens are there after training further."""
+        self.train("untied", "fp32")
+        given = pathlib.Path(self.path("untied-fp32"))
+        (given / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+        (given / "generation_config.json").write_text('{"eos_token_id": [256, 10], "pad_token_id": 0, "top_k": 7}')
+        config = json.loads((given / "config.json").read_text())
+        (given / "config.json").write_text(json.dumps({**config, "eos_token_id": [256, 10], "pad_token_id": 0}))
+        self.flap("train", self.write_further(given.name), "output_dir=tuned", "tokenizer=null")
+        tuned = self.path("tuned")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
+        self.assertEqual(model.config.eos_token_id, [256, 10])
+        self.assertEqual(model.config.pad_token_id, 0)
+        self.assertEqual((model.generation_config.eos_token_id, model.generation_config.top_k), ([256, 10], 7))
+        talk = transformers.AutoTokenizer.from_pretrained(tuned).apply_chat_template(
+            [{"role": "user", "content": "hi"}], tokenize=False)
+        self.assertEqual(talk, "[user]hi")
 
     def write_further(self, given):
         with open(self.path("further.yaml"), "w") as file:
