@@ -37,8 +37,8 @@ FLAP_CHECKED flap_status flap_hf_config_format(const flap_model_config *config, 
                                                int64_t bos_token_id, const flap_hf_ids *kept, char **text_out);
 
 /* Writes "rms_norm_eps: 1e-6 then, 0.1 now; ..." for what two models compute differently by their configuration: "" if
- * nothing. What only limits how long sequences may be, or how weights begin, does not count. A text that does not fit is
- * cut. Stores how many keys differ. FLAP_NO_MEMORY. */
+ * nothing. What only limits how long sequences may be, or how weights begin, does not count. A text that does not fit
+ * is cut. Stores how many keys differ. FLAP_NO_MEMORY. */
 FLAP_CHECKED flap_status flap_hf_config_differences(const flap_model_config *then, const flap_model_config *now,
                                                     char *text_out, size_t text_bytes, uint32_t *count_out);
 
