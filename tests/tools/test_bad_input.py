@@ -650,6 +650,7 @@ class FullDisks(Case):
         self.assertGreater(json.loads(plan)["disk_bytes"], 0)
 
     @unittest.skipIf(os.geteuid() != 0, "only root mounts file systems")
+    @unittest.skipIf(SANITIZED, "takes long under a sanitizer; test_room and test_fault_calls fill disks there")
     def test_disk_that_fills_up_costs_no_checkpoint(self):
         self.mount("16m")
         process, _ = self.train_until(["run.yaml", "output_dir=small/out", "max_steps=100000", "save_strategy=steps",

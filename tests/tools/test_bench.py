@@ -12,6 +12,10 @@ import unittest
 import xml.etree.ElementTree
 
 FLAP = os.path.abspath(sys.argv.pop(1))
+with open(FLAP, "rb") as program:
+    SANITIZED = re.search(rb"__[at]san_init", program.read()) is not None
+# `all` leads through their code, and has figures enough for a sanitizer.
+part_of_all = unittest.skipIf(SANITIZED, "takes long under a sanitizer, and is a part of what `all` does")
 RUN = """model:
   model_type: llama
   hidden_size: 64
@@ -103,6 +107,7 @@ class Bench(unittest.TestCase):
 
     # ---- the parts ----
 
+    @part_of_all
     def test_host_by_threads(self):
         text = self.accept("bench", "host", "--quick", "--threads", "2")
         self.check_table(text, "Memory of the host, by threads", "GB/s",
@@ -112,6 +117,7 @@ class Bench(unittest.TestCase):
         self.assertEqual([row["x"] for row in host["rows"]], [1, 2, 3])
         self.assertEqual(host["unit"], "bytes per second")
 
+    @part_of_all
     def test_disk_by_size_and_depth(self):
         text = self.accept("bench", "disk", "--quick", "disk")
         place = os.path.realpath(self.path("disk"))
@@ -131,6 +137,7 @@ class Bench(unittest.TestCase):
         self.assertIn("threads", found["disk_request_bytes_1"]["note"])
         self.assertEqual([row["x"] for row in found["disk_request_bytes_together"]["rows"]], [16384, 1 << 18, 1 << 22])
 
+    @part_of_all
     def test_one_measurement_of_a_disk_as_before(self):
         once = json.loads(self.accept("bench", "disk", "--path", "disk", "--bytes", "8MiB", "--json"))
         self.assertEqual((once["bytes"], once["request_bytes"]), (8 << 20, 4 << 20))
@@ -138,6 +145,7 @@ class Bench(unittest.TestCase):
         self.refuse("takes one folder", "bench", "disk", "disk", "a&b <c>", "--depth", "4")
         self.refuse("--request must be", "bench", "disk", "--request", "0")
 
+    @part_of_all
     def test_kernels_on_the_cpu(self):
         text = self.accept("bench", "gpu", "--quick", "device=cpu", "--threads", "1")
         self.check_table(text, "Matrix products, squares", "GFLOP/s", ["size", "bf16", "fp16", "fp32"], ["256", "512"])
@@ -220,6 +228,7 @@ class Bench(unittest.TestCase):
         self.assertEqual(sorted(os.listdir(self.folder)),
                          ["a&b <c>", "cache", "disk", "page.html", "profile.json", "run.yaml"])
 
+    @part_of_all
     def test_all_prints_tables_and_what_it_wrote(self):
         text = self.accept("bench", "all", "--quick", "device=cpu", "disk", "--profile", "mine.json")
         for wanted in ["matmul, float32", "Matrix products, squares, ", "Memory of the host, by threads, GB/s",
@@ -276,6 +285,7 @@ class Bench(unittest.TestCase):
         self.refuse("are for bench disk", "bench", "all", "--depth", "4")
         self.refuse("more than", "bench", "disk", *["disk"] * 17)
 
+    @part_of_all
     def test_a_terminal_gets_titles_in_bold(self):
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm"}

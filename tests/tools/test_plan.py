@@ -9,7 +9,7 @@ import subprocess
 import time
 import unittest
 
-from flap_rig import FLAP, TEXT, Rig
+from flap_rig import FLAP, SANITIZED, TEXT, Rig, long_when_sanitized
 
 
 class Plan(Rig):
@@ -34,6 +34,7 @@ output_dir: out
 machine: rtx4090-64g-1nvme
 """
 
+    @long_when_sanitized
     def test_plan_for_a_machine_that_is_not_here(self):
         self.write("large.yaml", self.LARGE)
         start = time.monotonic()
@@ -56,6 +57,7 @@ machine: rtx4090-64g-1nvme
 "copy_ns": 0, "launch_ns": 0, "disks": [{"size_bytes": 4000000000, "read_bytes": 1e8, "write_bytes": 2e7, "tbw_bytes": "1TB"}]}
 """
 
+    @long_when_sanitized
     def test_plan_saves_some_tensors_where_all_are_too_many(self):
         self.write("large.yaml", self.LARGE)
         plans = {}
@@ -95,6 +97,7 @@ machine: rtx4090-64g-1nvme
         self.assertAlmostEqual(even["machine"]["disk_write_bytes"], 1e7, delta=2e5)
         self.assertGreater(even["step_seconds"], both["step_seconds"])
 
+    @long_when_sanitized
     def test_plan_finds_the_knee(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
@@ -174,9 +177,8 @@ machine: rtx4090-64g-1nvme
             self.assertIn(wanted, listed)
 
     def test_limit_on_addresses_is_found_before_the_start(self):
-        with open(FLAP, "rb") as program:
-            if re.search(rb"__[at]san_init", program.read()):
-                self.skipTest("a sanitizer takes terabytes of addresses")
+        if SANITIZED:
+            self.skipTest("a sanitizer takes terabytes of addresses")
 
         def limit():
             resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
@@ -187,9 +189,8 @@ machine: rtx4090-64g-1nvme
         self.assertFalse(os.path.exists(self.path("out")))
 
     def test_max_under_a_limit_on_addresses_is_what_that_leaves(self):
-        with open(FLAP, "rb") as program:
-            if re.search(rb"__[at]san_init", program.read()):
-                self.skipTest("a sanitizer takes terabytes of addresses")
+        if SANITIZED:
+            self.skipTest("a sanitizer takes terabytes of addresses")
 
         def plan(mib):
             def limit():
@@ -202,6 +203,7 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertRegex(done.stderr, "flap: error: vram: max: ulimit -v leaves .*raise that limit")
 
+    @long_when_sanitized
     def test_operations_that_pass_the_rates_raise_them(self):
         """Rates that were measured beside somebody else's work would make a bound that a run passes."""
         environment = {**os.environ, "XDG_CACHE_HOME": self.path("disturbed")}
@@ -226,9 +228,8 @@ machine: rtx4090-64g-1nvme
 
     def test_limit_on_addresses_that_leaves_none_for_products(self):
         """OpenBLAS would try for ever; nothing is measured yet, so it is asked before there is a plan."""
-        with open(FLAP, "rb") as program:
-            if re.search(rb"__[at]san_init", program.read()):
-                self.skipTest("a sanitizer takes terabytes of addresses")
+        if SANITIZED:
+            self.skipTest("a sanitizer takes terabytes of addresses")
 
         def limit():
             resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20))
@@ -238,6 +239,7 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertRegex(done.stderr, "flap: error: .*OpenBLAS takes .* of the address space .*ulimit -v [0-9]+")
 
+    @long_when_sanitized
     def test_what_is_written_is_planned_measured_and_kept_to_a_budget(self):
         common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=3"]
         plan = json.loads(self.accept("plan", *common, "--json", "ssd_tbw=1GB"))
