@@ -158,11 +158,12 @@ START_TEST(reader_truncated_file_is_an_error_of_next) {
   cursor = flap_reader_cursor(reader);
   ck_assert_int_eq(flap_reader_next(reader, &tokens, &targets), FLAP_CORRUPT);
   ck_assert_uint_eq(flap_reader_cursor(reader), cursor);
-  /* The file comes back. */
+  /* The file comes back; what is read ahead may have met it half written. */
   write_tokens(TOKENS);
-  while (flap_reader_next(reader, &tokens, &targets) != FLAP_OK)
-    ck_assert_uint_eq(flap_reader_cursor(reader), cursor);
-  assert_next_is(reader, cursor + SEQUENCES);
+  for (int i = 0; i < DEPTH + 1; i++, cursor += SEQUENCES)
+    while (flap_reader_next(reader, &tokens, &targets) != FLAP_OK)
+      ck_assert_uint_eq(flap_reader_cursor(reader), cursor);
+  assert_next_is(reader, cursor);
   flap_reader_close(reader);
 }
 END_TEST
