@@ -328,6 +328,8 @@ static flap_status compare_models(const trainer *t) {
   flap_model_config saved;
   char differences[512];
   uint32_t count = 0;
+  if (!t->resume_folder[0])
+    return FLAP_OK;
   FLAP_TRY(flap_hf_config_read(t->resume_folder, &saved));
   FLAP_TRY(flap_hf_config_differences(&saved, &t->prepared.model, differences, sizeof differences, &count));
   if (count == 0)
@@ -357,7 +359,6 @@ static flap_status fill_regions(trainer *t) {
   if (!t->resume_folder[0])
     return t->config->model != NULL ? flap_weights_init(pager, layout, t->config->seed)
                                     : flap_weights_load(pager, layout, t->config->model_name_or_path);
-  FLAP_TRY(compare_models(t));
   FLAP_TRY(compare_numerics(t));
   compare_data(t);
   t->step = t->state.step;
@@ -731,6 +732,7 @@ static flap_status run_to_end(trainer *t) {
     return FLAP_OK;
   FLAP_TRY(flap_prepare_open(config, false, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
+  FLAP_TRY(compare_models(t));
   FLAP_TRY(open_companions(t));
   FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
                              config->gradient_accumulation_steps, 0));

@@ -39,9 +39,8 @@ typedef struct trainer {
   bool clears;                       /* what an earlier run left in output_dir goes before the first file is written */
   flap_finished finished;            /* an earlier life that came to its end here; with resume_from_checkpoint: auto */
 
-  flap_eval_report
-      on_record; /* the evaluation of the step that the run goes on from, in metrics.jsonl; no tokens: none */
-
+  /* The evaluation of the step that the run goes on from, in metrics.jsonl; no tokens: there is none. */
+  flap_eval_report on_record;
   uint64_t sequences, step_sequences; /* of an epoch; of a step */
   uint64_t steps, warmup;
   uint64_t step, cursor; /* done; training sequences consumed */

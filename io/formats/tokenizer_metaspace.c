@@ -26,7 +26,7 @@ void flap_metaspace_close(flap_metaspace *metaspace) {
     free(metaspace->pages[page]);
   free(metaspace->joins);
   free(metaspace->normal);
-  free(metaspace->symbols);
+  flap_ids_free(&metaspace->symbols);
   free(metaspace);
 }
 
@@ -149,36 +149,22 @@ flap_status flap_metaspace_normalize(flap_metaspace *metaspace, const char *text
   return FLAP_OK;
 }
 
-static flap_status reserve_symbols(flap_metaspace *metaspace, uint64_t count) {
-  if (count <= metaspace->symbols_max - metaspace->symbol_count)
-    return FLAP_OK;
-  uint64_t max = metaspace->symbols_max < 256 ? 256 : metaspace->symbols_max;
-  while (max - metaspace->symbol_count < count)
-    max *= 2;
-  int32_t *grown = realloc(metaspace->symbols, max * sizeof *grown);
-  if (grown == NULL)
-    return flap_error_set(FLAP_NO_MEMORY, "tokenizer: no memory for a word of %llu symbols", (unsigned long long)max);
-  metaspace->symbols = grown;
-  metaspace->symbols_max = max;
-  return FLAP_OK;
-}
-
 static flap_status put_bytes(flap_metaspace *metaspace, const char *text, uint64_t bytes) {
-  FLAP_TRY(reserve_symbols(metaspace, bytes));
+  FLAP_TRY(flap_ids_reserve(&metaspace->symbols, bytes));
   for (uint64_t i = 0; i < bytes; i++)
-    metaspace->symbols[metaspace->symbol_count++] = metaspace->byte_ids[(uint8_t)text[i]];
+    metaspace->symbols.ids[metaspace->symbols.count++] = metaspace->byte_ids[(uint8_t)text[i]];
   return FLAP_OK;
 }
 
 static flap_status end_word(flap_metaspace *metaspace, flap_bpe *bpe, flap_ids *ids) {
-  uint64_t count = metaspace->symbol_count;
-  metaspace->symbol_count = 0;
-  return flap_bpe_encode_symbols(bpe, metaspace->symbols, count, ids);
+  uint64_t count = metaspace->symbols.count;
+  metaspace->symbols.count = 0;
+  return flap_bpe_encode_symbols(bpe, metaspace->symbols.ids, count, ids);
 }
 
 static flap_status put_character(flap_metaspace *metaspace, flap_bpe *bpe, uint32_t code, flap_ids *ids) {
   int32_t id = character_id(metaspace, code);
-  if (metaspace->symbol_count > 0 && !is_joined(metaspace, metaspace->left, metaspace->left_known, code, id >= 0))
+  if (metaspace->symbols.count > 0 && !is_joined(metaspace, metaspace->left, metaspace->left_known, code, id >= 0))
     FLAP_TRY(end_word(metaspace, bpe, ids));
   metaspace->left = code;
   metaspace->left_known = id >= 0;
@@ -186,15 +172,15 @@ static flap_status put_character(flap_metaspace *metaspace, flap_bpe *bpe, uint3
     char text[4];
     return put_bytes(metaspace, text, flap_utf8_encode(code, text));
   }
-  FLAP_TRY(reserve_symbols(metaspace, 1));
-  metaspace->symbols[metaspace->symbol_count++] = id;
+  FLAP_TRY(flap_ids_reserve(&metaspace->symbols, 1));
+  metaspace->symbols.ids[metaspace->symbols.count++] = id;
   return FLAP_OK;
 }
 
 flap_status flap_metaspace_encode(flap_metaspace *metaspace, flap_bpe *bpe, const char *text, uint64_t bytes,
                                   bool prefix, flap_ids *ids) {
   uint32_t code = 0;
-  metaspace->symbol_count = 0;
+  metaspace->symbols.count = 0;
   for (uint64_t at = 0; at < bytes;) {
     unsigned length = flap_utf8_decode(text + at, bytes - at, &code);
     flap_assert(length > 0);
@@ -210,7 +196,7 @@ flap_status flap_metaspace_encode(flap_metaspace *metaspace, flap_bpe *bpe, cons
 
 flap_status flap_metaspace_encode_bytes(flap_metaspace *metaspace, flap_bpe *bpe, const char *text, uint64_t bytes,
                                         flap_ids *ids) {
-  metaspace->symbol_count = 0;
+  metaspace->symbols.count = 0;
   FLAP_TRY(put_bytes(metaspace, text, bytes));
   return end_word(metaspace, bpe, ids);
 }

@@ -47,8 +47,7 @@ typedef struct flap_metaspace {
   /* Scratch: a normalized section; the word that is being put together, and its last character. */
   char *normal;
   uint64_t normal_max;
-  int32_t *symbols;
-  uint64_t symbol_count, symbols_max;
+  flap_ids symbols;
   uint32_t left;
   bool left_known; /* as a character of the vocabulary, otherwise as bytes */
 } flap_metaspace;
