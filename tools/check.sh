@@ -113,7 +113,7 @@ step venv make_venv
 step layering python3 tools/check_layering.py
 step format check_format
 step leftovers check_leftovers
-# With the cuda device where nvcc is: two generations, since each takes a minute. The other builds do without.
+# With the cuda device where nvcc is: two generations, since each takes half a minute. The other builds do without.
 if step build-gcc build build all "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real"; then tests tests-gcc build; fi
 if [ $quick = no ]; then
   # For its warnings: nothing of it is run, so nothing is optimised but what its own folder says.
@@ -126,7 +126,7 @@ if [ $quick = no ]; then
   fi
   if step build-tsan build build-tsan "tests/base/all tests/block/all tests/pager/all" -DFLAP_SANITIZE=thread \
     "${sanitized[@]}"; then
-    for folder in base block pager; do tests tests-tsan-$folder build-tsan/tests/$folder -LE slow; done
+    for folder in base block pager; do tests tests-tsan-$folder build-tsan/tests/$folder -LE "slow|pure"; done
   fi
 fi
 step nothing-left check_nothing_left

@@ -92,7 +92,7 @@ START_TEST(block_part_of_the_disks_is_enough) {
 END_TEST
 
 START_TEST(block_close_waits_for_what_is_in_flight) {
-  for (int round = 0; round < 20; round++) {
+  for (int round = 0; round < 8; round++) {
     block_harness harness;
     init(&harness, _i, 1, "/tmp");
     harness.config.sim.latency_ns = 2000000;

@@ -22,9 +22,13 @@ static void init(block_harness *harness, uint32_t disk_count) {
   harness->config.sim = (flap_block_sim){.seed = 3, .latency_ns = 20000, .split_probability = 0.3};
 }
 
+#define PERIOD 251u /* no power of two: what lies a block or a stripe away differs */
+
 static void fill(unsigned char *data, uint32_t tag) {
-  for (uint32_t i = 0; i < REQUEST_BYTES; i++)
-    data[i] = (unsigned char)(tag * 31 + i % 251);
+  for (uint32_t i = 0; i < PERIOD; i++)
+    data[i] = (unsigned char)(tag * 31 + i);
+  for (uint32_t done = PERIOD; done < REQUEST_BYTES; done *= 2)
+    memcpy(data + done, data, done < REQUEST_BYTES - done ? done : REQUEST_BYTES - done);
 }
 
 /* Requests of one kind over COUNT places, all in flight together. */
@@ -113,6 +117,8 @@ static uint32_t count_flipped(const block_harness *harness, uint32_t request) {
   static unsigned char expected[REQUEST_BYTES];
   uint32_t flipped = 0;
   fill(expected, request + 1);
+  if (memcmp(expected, harness->memory + request * REQUEST_BYTES, REQUEST_BYTES) == 0)
+    return 0;
   for (uint32_t i = 0; i < REQUEST_BYTES; i++)
     flipped += (uint32_t)__builtin_popcount(expected[i] ^ harness->memory[request * REQUEST_BYTES + i]);
   return flipped;

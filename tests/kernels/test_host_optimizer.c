@@ -6,12 +6,13 @@
 #include <math.h>
 #include <stdlib.h>
 
-#define STEPS 3u
-/* Sanitizers make everything several times slower: two of the four numbers of threads then. */
+/* Sanitizers make everything several times slower: two of the four numbers of threads then, and one step. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define OPTIMIZERS 2u
+#define STEPS 1u
 #else
 #define OPTIMIZERS 4u
+#define STEPS 3u
 #endif
 #define SLICE (64u * FLAP_OPS_BLOCK)
 /* One block, an odd number, bytes of the decay mask that are full, and enough that an item has several blocks and the

@@ -11,9 +11,9 @@
 
 /* Sanitizers make everything several times slower. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CASES 8
+#define CASES 4
 #else
-#define CASES 24
+#define CASES 12
 #endif
 #define SAVED_TENSORS 6 /* qkv, attention, lse, rstd, residual, gate_up */
 #define SPARE_SETS 8u   /* of normalized_input, normalized_residual, inner */

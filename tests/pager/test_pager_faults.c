@@ -39,7 +39,7 @@ typedef struct outcome {
 } outcome;
 
 /* Some cases ask little of the disk: there are more of them until so many requests have failed. */
-#define FAILURES_MIN 20u
+#define FAILURES_MIN (20u / CASE_STRIDE)
 #define CASES_MAX 40u
 
 static uint64_t requests_of(const test_case *c, set_fault_fn set) {
@@ -50,7 +50,8 @@ static uint64_t requests_of(const test_case *c, set_fault_fn set) {
   return requests;
 }
 
-/* Lets the fault happen at every n in turn, until n is past the last request: then the run must succeed. */
+/* Lets the fault happen at every n in turn (every fourth under sanitizers), until n is past the last request: then the
+ * run must succeed. */
 static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, const char *const *words,
                          bool may_go_unseen, bool snapshots) {
   static test_case c;
@@ -62,7 +63,7 @@ static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, 
   case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
   uint64_t least = requests_of(&c, set);
   uint64_t successes = 0;
-  for (uint64_t at = 1; at < REQUESTS_MAX; at++) {
+  for (uint64_t at = 1; at < REQUESTS_MAX; at += CASE_STRIDE) {
     c.config.disk.sim = (flap_block_sim){.seed = seed + at};
     set(&c.config.disk.sim, at);
     flap_status status = case_run(&c);
@@ -127,7 +128,7 @@ START_TEST(fault_flipped_bit_at_every_read_is_mended_by_reading_again) {
     c.config.compression = i % 2 == 0 ? FLAP_COMPRESSION_LZ4 : FLAP_COMPRESSION_OFF;
     case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
     uint64_t rereads = 1;
-    for (uint64_t at = 1; at < REQUESTS_MAX && rereads == 1; at++) {
+    for (uint64_t at = 1; at < REQUESTS_MAX && rereads == 1; at += CASE_STRIDE) {
       const uint64_t before = case_rereads;
       c.config.disk.sim = (flap_block_sim){.seed = seed + at, .corrupt_read_at = at};
       ck_assert_msg(case_run(&c) == FLAP_OK, "seed %llu, request %llu: %s", (unsigned long long)seed + 100 + i,

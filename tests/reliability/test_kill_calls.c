@@ -13,7 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SAMPLE 8u /* of each way, where not all are taken */
+/* Of each way, where not all are taken. */
+#if defined(__SANITIZE_ADDRESS__)
+#define SAMPLE 4u
+#else
+#define SAMPLE 8u
+#endif
 
 typedef struct kill_plan {
   fault_plan life, repair; /* of the latter number 0: it is left alone */

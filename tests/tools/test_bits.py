@@ -112,12 +112,12 @@ BACKWARD = {  # where nothing is clipped
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
-FEW = ["both", "half", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "both groups of 2", "half offload", "half offload all but the mlp",
-       "both sweep",
-       "both 3 threads", "half evaluated between"]
+FEW = ["both", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp",
+       "both sweep", "half evaluated between"]
 if SANITIZED:  # what differs in code, once for each type; test_executor_bits has the rest of the corners
-    CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 6 == 0 or name in FEW}
-    FEW = ["both 3 disks", "both segments of 3", "half offload all but the mlp", "half evaluated between"]
+    FEW = ["both 3 disks", "half offload all but the mlp"]
+    CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 8 == 0 or name in FEW}
+    BACKWARD = {name: BACKWARD[name] for name in BACKWARD if "backward, " in name}
 # Where a plan must show what a case asked for.
 SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual",
          "everything": "qkv, attention, lse, rstd, residual, gate_up, normalized_input, normalized_residual, inner"}
@@ -299,6 +299,8 @@ class Bits(unittest.TestCase):
 
     def check_resume(self, tag, common, reference):
         """A checkpoint in the middle, continued at other budgets and in other ways; then a run that was killed."""
+        if SANITIZED and tag not in ("bf16", "skips"):
+            return
         saving = common + ["save_strategy=steps", "save_steps=3"]
         self.train("half", saving, f"{tag}-saved")
         self.compare("half, saved between", f"{tag}-saved", reference)
@@ -334,7 +336,7 @@ class Bits(unittest.TestCase):
     @unittest.skipIf(SANITIZED, "takes too long under a sanitizer")
     def test_gradients_in_fp32(self):
         common = ["gradient_dtype=fp32"]
-        reference = self.suite("fp32", common, CASES)
+        reference = self.suite("fp32", common, list(CASES)[::3])
         self.check_resume("fp32", common, reference)
 
     def test_nothing_is_clipped(self):
@@ -437,6 +439,7 @@ class Bits(unittest.TestCase):
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertIn("skips-saved/checkpoint-3 has no loss_scale, but its weights are float16", done.stderr)
 
+    @unittest.skipIf(SANITIZED, "asks whether numbers differ, which a sanitizer does not change")
     def test_what_does_change_the_numbers_is_seen(self):
         """The comparison can fail: another seed, another rounding, another order of the additions."""
         seen = [self.reference(f"other-{number}", overrides) for number, overrides in

@@ -326,7 +326,7 @@ machine: rtx4090-64g-1nvme
                   "model.num_hidden_layers=4", "model.num_attention_heads=6", "model.num_key_value_heads=2",
                   "model.max_position_embeddings=128", "cutoff_len=64", "disk={path: disk, size: 64MiB}",
                   "per_device_train_batch_size=4", "max_grad_norm=0"]
-        for ram in (65000, 87000, 110000):
+        for ram in (65000, 87000, 110000)[:1 if SANITIZED else 3]:
             plan = json.loads(self.accept("plan", *common, "--json", "vram=min", f"ram={ram}"))
             self.assertEqual(plan["vram_min"], plan["vram_budget"])
             self.accept("plan", *common, f"vram={plan['vram_min']}", f"ram={ram}")
