@@ -262,15 +262,22 @@ FLAP_CHECKED flap_status flap_engine_inspect(const char *folder, bool verify,
 
 /* ---- machine --------------------------------------------------------------------------------------------- */
 
-/* Rates of this machine for a device and so many threads (0: all cores): measured once (about two seconds at most),
- * then kept in $XDG_CACHE_HOME/flap/machine.json (or ~/.cache), or in the file that FLAP_MACHINE names; such a file is
- * used as it is when it is there. `fresh` measures again. Disk rates are those of the folder `disk_path` (NULL: none,
- * both 0), for a run that may put `disk_bytes` there (0: little): caches of drives and of hosts serve small files
- * faster than large ones, so these are measured over more, in up to four seconds, if they were not yet; where that has
- * no room to measure in both are 0 too, or FLAP_NO_SPACE if `fresh`. For cuda what flap_device_open may say;
- * FLAP_INVALID for a malformed file in FLAP_MACHINE; a cache that cannot be written is no error. */
-FLAP_CHECKED flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path,
-                                             uint64_t disk_bytes, bool fresh, flap_machine *machine_out);
+typedef struct flap_machine_query {
+  flap_run_device device;
+  uint32_t threads;      /* 0: all cores */
+  uint64_t vram_bytes;   /* cuda: the budget of the run, which is not exceeded to measure; 0: there is none yet */
+  const char *disk_path; /* a folder; NULL: none, and its rates are 0 */
+  uint64_t disk_bytes;   /* that the run may put there; 0: little */
+  bool fresh;            /* measured again */
+} flap_machine_query;
+
+/* Rates of this machine: measured once (about two seconds at most), then kept in $XDG_CACHE_HOME/flap/machine.json (or
+ * ~/.cache), or in the file that FLAP_MACHINE names; such a file is used as it is when it is there. Caches of drives
+ * and of hosts serve small files faster than large ones, so disks of which a run may need much are measured over more,
+ * in up to four seconds, if they were not yet; a disk that has no room to measure in has rates of 0 too, or is
+ * FLAP_NO_SPACE if `fresh`. For cuda what flap_device_open may say; FLAP_INVALID for a malformed file in FLAP_MACHINE;
+ * a cache that cannot be written is no error. */
+FLAP_CHECKED flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *machine_out);
 
 /* What `device: auto` does after cuda failed with this status: whether it takes the CPU, for there is no GPU, or, with
  * a warning, none that can be used. Clears the error then. */

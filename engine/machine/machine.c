@@ -156,6 +156,7 @@ static flap_status measure_disk(const char *path, uint64_t span_bytes, flap_mach
 
 typedef struct machine_wish {
   uint32_t threads;
+  uint64_t vram_bytes;
   char cpu[128];
   flap_machine_key key;
   const char *disk_path; /* as given; NULL: none */
@@ -171,7 +172,7 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   const flap_machine_disk *disk = wish->disk_found ? &wish->disk : NULL;
   bool rates = wish->fresh || !flap_machine_cache_find(cache, &wish->key, &machine);
   if (rates)
-    FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, &machine)
+    FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, wish->vram_bytes, &machine)
                         : measure_cpu(wish->threads, wish->cpu, &machine));
   bool disk_rates =
       wish->disk_path && ((wish->fresh && disk) || !flap_machine_cache_find_disk(cache, &wish->key, disk, &machine));
@@ -199,23 +200,35 @@ static uint32_t count_threads(uint32_t wanted) {
   return wanted > 0 ? wanted : cores < FLAP_POOL_THREADS_MAX ? cores : FLAP_POOL_THREADS_MAX;
 }
 
-flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, uint64_t disk_bytes,
-                                bool fresh, flap_machine *machine_out) {
+/* Rates that were measured within a small budget say less: they do not count for runs that have more. */
+static flap_status describe_host(const machine_wish *wish, char *host_out, size_t bytes) {
+  char what[128];
   const uint32_t cores = count_cores();
-  machine_wish wish = {.disk_path = disk_path, .fresh = fresh, .cuda = device == FLAP_RUN_DEVICE_CUDA};
-  wish.threads = count_threads(threads);
+  const bool is_little = wish->cuda && wish->vram_bytes > 0 && wish->vram_bytes < FLAP_MACHINE_CUDA_VRAM;
+  FLAP_TRY(wish->cuda ? flap_device_find(FLAP_DEVICE_CUDA, what, sizeof what)
+                      : flap_ops_cpu_kernels(what, sizeof what));
+  (void)snprintf(host_out, bytes, "%s%s; %s, %u core%s", what, is_little ? ", measured in little vram" : "", wish->cpu,
+                 cores, cores == 1 ? "" : "s");
+  return FLAP_OK;
+}
+
+flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *machine_out) {
+  machine_wish wish = {.vram_bytes = query->vram_bytes,
+                       .disk_path = query->disk_path,
+                       .fresh = query->fresh,
+                       .cuda = query->device == FLAP_RUN_DEVICE_CUDA};
+  wish.threads = count_threads(query->threads);
   if (wish.threads > FLAP_POOL_THREADS_MAX)
     return flap_error_set(FLAP_INVALID, "threads: %u are more than the %d that are possible", wish.threads,
                           FLAP_POOL_THREADS_MAX);
   read_cpu_name(wish.cpu, sizeof wish.cpu);
-  char host[384], what[128];
-  FLAP_TRY(wish.cuda ? flap_device_find(FLAP_DEVICE_CUDA, what, sizeof what) : flap_ops_cpu_kernels(what, sizeof what));
-  (void)snprintf(host, sizeof host, "%s; %s, %u core%s", what, wish.cpu, cores, cores == 1 ? "" : "s");
+  char host[384];
+  FLAP_TRY(describe_host(&wish, host, sizeof host));
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
-  if (disk_path && realpath(disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
+  if (wish.disk_path && realpath(wish.disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
     wish.disk = (flap_machine_disk){
-        .path = wish.real_path, .number = (uint64_t)about.st_dev, .span_bytes = span_of(disk_bytes)};
+        .path = wish.real_path, .number = (uint64_t)about.st_dev, .span_bytes = span_of(query->disk_bytes)};
     wish.disk_found = true;
   }
   flap_machine_cache cache;
@@ -238,7 +251,8 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   flap_machine_profile *profile = profile_out;
   memset(profile, 0, sizeof *profile);
   flap_machine *machine = &profile->machine;
-  FLAP_TRY(flap_engine_machine(device, threads, disk_path, 0, fresh, machine));
+  const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk_path, .fresh = fresh};
+  FLAP_TRY(flap_engine_machine(&query, machine));
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);

@@ -9,9 +9,10 @@
 #include <stdio.h>
 #include <string.h>
 
-#define PROBE_VRAM (3 * FLAP_GIB)
 #define PROBE_LEFT (256 * FLAP_MIB) /* to others, of a small card */
+#define PROBE_STEP (64 * FLAP_MIB)  /* by which a budget is passed that holds no operands */
 #define SIDE 4096u                  /* of the square matrices */
+#define SIDE_LITTLE 2048u           /* in a small budget; large cards do not come to their best with it */
 #define HEAD_SIZE 128u
 #define ROUNDS 7
 #define ROUND_NS (4u * 1000 * 1000) /* some twenty products in bf16, one or two in fp32 */
@@ -20,22 +21,25 @@
 #define OVERHEAD_MARGIN (32 * FLAP_MIB) /* the driver's own figure moves a little from run to run */
 
 /* Of a card that is small or in use, all that is free: that is enough, or else the measurements say so. */
-static flap_status probe_vram(uint64_t *bytes_out) {
-  FLAP_TRY(flap_device_budget_max(FLAP_DEVICE_CUDA, bytes_out));
-  *bytes_out = *bytes_out < PROBE_VRAM + PROBE_LEFT ? *bytes_out / 16 * 15 : PROBE_VRAM;
+static flap_status probe_vram(uint64_t budget, uint64_t *bytes_out) {
+  uint64_t bytes;
+  FLAP_TRY(flap_device_budget_max(FLAP_DEVICE_CUDA, &bytes));
+  bytes = bytes < FLAP_MACHINE_CUDA_VRAM + PROBE_LEFT ? bytes / 16 * 15 : FLAP_MACHINE_CUDA_VRAM;
+  *bytes_out = budget > 0 && budget < bytes ? budget : bytes;
   return FLAP_OK;
 }
 
 /* ---- kernels --------------------------------------------------------------------------------------------- */
 
 /* The rate of large squares, and of copies within the card; and what is left of a budget. */
-static flap_status measure_with(flap_ops_meter *meter, flap_machine *machine) {
-  flap_rate bf16, f32, copy;
+static flap_status measure_with(flap_ops_meter *meter, uint32_t side, flap_machine *machine) {
+  flap_rate bf16, f32, copy = {0};
   (void)snprintf(machine->name, sizeof machine->name, "%.63s", flap_ops_meter_describe(meter));
   machine->overhead_bytes = flap_ops_meter_overhead(meter) + OVERHEAD_MARGIN;
-  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_BF16, FLAP_NT, SIDE, SIDE, SIDE, false, &bf16));
-  FLAP_TRY(flap_ops_measure_copy(meter, 4 * COPY_BYTES, &copy));
-  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_F32, FLAP_NT, SIDE, SIDE, SIDE, false, &f32));
+  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_BF16, FLAP_NT, side, side, side, false, &bf16));
+  for (uint64_t bytes = 4 * COPY_BYTES; copy.rounds == 0 && bytes >= COPY_BYTES; bytes /= 2)
+    FLAP_TRY(flap_ops_measure_copy(meter, bytes, &copy));
+  FLAP_TRY(flap_ops_measure_matmul(meter, FLAP_F32, FLAP_NT, side, side, side, false, &f32));
   if (bf16.rounds == 0 || copy.rounds == 0 || f32.rounds == 0)
     return flap_error_set(FLAP_NO_MEMORY,
                           "measuring the card: it has too little free memory: end what else uses the GPU");
@@ -46,15 +50,16 @@ static flap_status measure_with(flap_ops_meter *meter, flap_machine *machine) {
 }
 
 static flap_status measure_kernels(uint64_t vram_bytes, flap_machine *machine) {
+  const uint32_t side = vram_bytes < FLAP_MACHINE_CUDA_VRAM ? SIDE_LITTLE : SIDE;
   const flap_ops_meter_config config = {.kind = FLAP_DEVICE_CUDA,
                                         .vram_bytes = vram_bytes,
-                                        .tokens_max = SIDE,
-                                        .heads = SIDE / HEAD_SIZE,
+                                        .tokens_max = side,
+                                        .heads = side / HEAD_SIZE,
                                         .head_size_max = HEAD_SIZE};
   const flap_rate_effort effort = {.rounds = ROUNDS, .round_ns = ROUND_NS};
   flap_ops_meter *meter;
   FLAP_TRY(flap_ops_meter_open(&config, &effort, &meter));
-  const flap_status status = measure_with(meter, machine);
+  const flap_status status = measure_with(meter, side, machine);
   flap_ops_meter_close(meter);
   return status;
 }
@@ -135,14 +140,31 @@ static flap_status measure_host(uint32_t threads, flap_machine *machine) {
   return status;
 }
 
-flap_status flap_machine_measure_cuda(uint32_t threads, flap_machine *machine_out) {
-  flap_machine machine;
+static flap_status measure_card(uint64_t vram_bytes, flap_machine *machine) {
+  FLAP_TRY(measure_kernels(vram_bytes, machine));
+  return measure_bus(vram_bytes, machine);
+}
+
+/* A budget that does not even hold context and operands is passed by as little as possible: what the plan then says of
+ * it, and what is enough, is worth more than that it cannot be measured. */
+static flap_status measure_within(uint64_t budget, flap_machine *machine) {
   uint64_t vram_bytes;
+  FLAP_TRY(probe_vram(budget, &vram_bytes));
+  flap_status status = measure_card(vram_bytes, machine);
+  while (vram_bytes == budget && (status == FLAP_BUDGET || status == FLAP_NO_MEMORY)) {
+    flap_error_clear();
+    budget += PROBE_STEP;
+    FLAP_TRY(probe_vram(budget, &vram_bytes));
+    status = measure_card(vram_bytes, machine);
+  }
+  return status;
+}
+
+flap_status flap_machine_measure_cuda(uint32_t threads, uint64_t vram_bytes, flap_machine *machine_out) {
+  flap_machine machine;
   flap_device_default_machine(FLAP_DEVICE_CUDA, &machine);
   FLAP_TRY(measure_host(threads, &machine));
-  FLAP_TRY(probe_vram(&vram_bytes));
-  FLAP_TRY(measure_kernels(vram_bytes, &machine));
-  FLAP_TRY(measure_bus(vram_bytes, &machine));
+  FLAP_TRY(measure_within(vram_bytes, &machine));
   machine.synchronous = false;
   machine.shared_cores = 0;
   machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;

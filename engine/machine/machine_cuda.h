@@ -10,8 +10,14 @@
 extern "C" {
 #endif
 
-/* All but the disk rates, in about a second; `threads` of the host for host_bytes. Takes at most 3 GiB of the card. */
-FLAP_CHECKED flap_status flap_machine_measure_cuda(uint32_t threads, flap_machine *machine_out);
+/* What measuring takes of the card where nothing limits it: context, workspace, and operands that caches do not hold.
+ */
+#define FLAP_MACHINE_CUDA_VRAM ((uint64_t)1536 << 20)
+
+/* All but the disk rates, in about a second; `threads` of the host for host_bytes. Takes at most FLAP_MACHINE_CUDA_VRAM
+ * of the card, and of a budget that is less (0: none) no more than that, as long as it holds the smallest operands that
+ * tell anything: no run fits a budget that is much less. */
+FLAP_CHECKED flap_status flap_machine_measure_cuda(uint32_t threads, uint64_t vram_bytes, flap_machine *machine_out);
 
 #ifdef __cplusplus
 }

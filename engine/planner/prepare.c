@@ -143,16 +143,25 @@ static uint64_t bytes_of_disk(const flap_run_config *config, uint32_t disk) {
   return config->disk[disk].size.kind == FLAP_SIZE_MAX ? UINT64_MAX : config->disk[disk].size.bytes;
 }
 
+/* What is asked of this machine for a run, with one of its disks if it has any. */
+static flap_machine_query query_of(const flap_prepared *p, flap_run_device device, uint32_t disk) {
+  const flap_run_config *config = p->config;
+  return (flap_machine_query){.device = device,
+                              .threads = p->planner.spec.threads,
+                              .vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : 0,
+                              .disk_path = disk < config->disk_count ? config->disk[disk].path : NULL,
+                              .disk_bytes = bytes_of_disk(config, disk)};
+}
+
 /* auto: a GPU that FLAP can use, else the CPU. */
 static flap_status choose_device(flap_prepared *p) {
   const flap_run_device wanted = p->config->device;
-  const char *disk = p->config->disk_count > 0 ? p->config->disk[0].path : NULL;
-  const uint64_t disk_bytes = bytes_of_disk(p->config, 0);
+  flap_machine_query query = query_of(p, FLAP_RUN_DEVICE_CUDA, 0);
   flap_setup_spec *spec = &p->planner.spec;
   if (p->config->profile != NULL)
     return take_profile(p, p->config->profile);
   if (wanted != FLAP_RUN_DEVICE_CPU) {
-    flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_CUDA, spec->threads, disk, disk_bytes, false, &p->machine);
+    flap_status status = flap_engine_machine(&query, &p->machine);
     if (status == FLAP_OK)
       status = check_heads(p);
     if (status == FLAP_OK) {
@@ -163,7 +172,8 @@ static flap_status choose_device(flap_prepared *p) {
     if (wanted == FLAP_RUN_DEVICE_CUDA || !flap_engine_falls_to_cpu(status))
       return status;
   }
-  return flap_engine_machine(FLAP_RUN_DEVICE_CPU, spec->threads, disk, disk_bytes, false, &p->machine);
+  query.device = FLAP_RUN_DEVICE_CPU;
+  return flap_engine_machine(&query, &p->machine);
 }
 
 /* One folder has as many names as there are links to it. */
@@ -192,9 +202,10 @@ static flap_status gather_disks(flap_prepared *p) {
     uint32_t drive = 0;
     while (about[drive].st_dev != about[i].st_dev)
       drive++;
-    if (drive == i && i > 0)
-      FLAP_TRY(flap_engine_machine(device, p->planner.spec.threads, config->disk[i].path, bytes_of_disk(config, i),
-                                   false, &machine));
+    if (drive == i && i > 0) {
+      const flap_machine_query query = query_of(p, device, i);
+      FLAP_TRY(flap_engine_machine(&query, &machine));
+    }
     p->disks.disks[i] = (flap_disk_rates){.read_bytes = machine.disk_read_bytes,
                                           .write_bytes = machine.disk_write_bytes,
                                           .both_bytes = machine.disk_both_bytes,

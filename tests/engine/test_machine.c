@@ -60,9 +60,18 @@ static char *read_text(const char *path) {
 static flap_machine machine_for(uint32_t threads, const char *disk, uint64_t disk_bytes, bool fresh) {
   flap_machine machine;
   memset(&machine, 0xff, sizeof machine);
-  flap_status status = flap_engine_machine(FLAP_RUN_DEVICE_AUTO, threads, disk, disk_bytes, fresh, &machine);
+  const flap_machine_query query = {
+      .device = FLAP_RUN_DEVICE_AUTO, .threads = threads, .disk_path = disk, .disk_bytes = disk_bytes, .fresh = fresh};
+  const flap_status status = flap_engine_machine(&query, &machine);
   ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
   return machine;
+}
+
+/* Where only the status matters. */
+static flap_status ask(flap_run_device device, uint32_t threads, const char *disk, bool fresh) {
+  flap_machine machine;
+  const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk, .fresh = fresh};
+  return flap_engine_machine(&query, &machine);
 }
 
 static flap_machine machine_of(uint32_t threads, const char *disk, bool fresh) {
@@ -286,8 +295,7 @@ START_TEST(a_named_file_that_is_malformed_is_an_error) {
       memcpy(strstr(text, "4e9"), "0e9", 3);
     write_text(name, text);
     for (int fresh = 0; fresh < 2; fresh++) {
-      flap_machine machine;
-      ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, NULL, 0, fresh, &machine), FLAP_INVALID);
+      ck_assert_int_eq(ask(FLAP_RUN_DEVICE_CPU, 1, NULL, fresh), FLAP_INVALID);
       ck_assert_msg(strstr(flap_error_message(), "FLAP_MACHINE") && strstr(flap_error_message(), "mine.json") &&
                         strstr(flap_error_message(), broken[i][1]),
                     "%s", flap_error_message());
@@ -302,12 +310,11 @@ END_TEST
 START_TEST(processes_at_once_leave_a_whole_file) {
   enum { PROCESSES = 4 };
   pid_t children[PROCESSES];
-  flap_machine machine;
   for (uint32_t i = 0; i < PROCESSES; i++) {
     children[i] = fork();
     ck_assert_int_ge(children[i], 0);
     if (children[i] == 0)
-      _exit(flap_engine_machine(FLAP_RUN_DEVICE_CPU, i + 1, NULL, 0, false, &machine) == FLAP_OK ? 0 : 1);
+      _exit(ask(FLAP_RUN_DEVICE_CPU, i + 1, NULL, false) == FLAP_OK ? 0 : 1);
   }
   for (uint32_t i = 0; i < PROCESSES; i++) {
     int how;
@@ -322,21 +329,19 @@ START_TEST(processes_at_once_leave_a_whole_file) {
 END_TEST
 
 START_TEST(what_cannot_be_done_is_said) {
-  flap_machine machine;
 #ifdef FLAP_CUDA
   ck_assert_int_eq(setenv("CUDA_VISIBLE_DEVICES", "", 1), 0); /* no GPU, wherever this runs */
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, 0, false, &machine), FLAP_NOT_FOUND);
+  ck_assert_int_eq(ask(FLAP_RUN_DEVICE_CUDA, 0, NULL, false), FLAP_NOT_FOUND);
 #else
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CUDA, 0, NULL, 0, false, &machine), FLAP_UNSUPPORTED);
+  ck_assert_int_eq(ask(FLAP_RUN_DEVICE_CUDA, 0, NULL, false), FLAP_UNSUPPORTED);
 #endif
   ck_assert_ptr_nonnull(strstr(flap_error_message(), "cuda"));
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, FLAP_POOL_THREADS_MAX + 1, NULL, 0, false, &machine),
-                   FLAP_INVALID);
+  ck_assert_int_eq(ask(FLAP_RUN_DEVICE_CPU, FLAP_POOL_THREADS_MAX + 1, NULL, false), FLAP_INVALID);
   write_text(path_of("mine.json"), made_up(""));
   ck_assert_int_eq(setenv("FLAP_MACHINE", path_of("mine.json"), 1), 0);
-  ck_assert_int_eq(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("nowhere"), 0, false, &machine), FLAP_NOT_FOUND);
+  ck_assert_int_eq(ask(FLAP_RUN_DEVICE_CPU, 1, path_of("nowhere"), false), FLAP_NOT_FOUND);
   ck_assert_ptr_nonnull(strstr(flap_error_message(), "nowhere"));
-  ck_assert_int_ne(flap_engine_machine(FLAP_RUN_DEVICE_CPU, 1, path_of("mine.json"), 0, false, &machine), FLAP_OK);
+  ck_assert_int_ne(ask(FLAP_RUN_DEVICE_CPU, 1, path_of("mine.json"), false), FLAP_OK);
 }
 END_TEST
 

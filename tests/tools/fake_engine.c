@@ -189,13 +189,8 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   return flap_error_set(FLAP_INVALID, "%s: is there already", to_folder);
 }
 
-flap_status flap_engine_machine(flap_run_device device, uint32_t threads, const char *disk_path, uint64_t disk_bytes,
-                                bool fresh, flap_machine *machine_out) {
-  (void)disk_bytes;
-  (void)threads;
-  (void)disk_path;
-  (void)fresh;
-  if (device == FLAP_RUN_DEVICE_CUDA)
+flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *machine_out) {
+  if (query->device == FLAP_RUN_DEVICE_CUDA)
     return flap_error_set(FLAP_UNSUPPORTED, "device: cuda: this build has no CUDA");
   fill_machine(machine_out);
   return FLAP_OK;
@@ -208,7 +203,8 @@ bool flap_engine_falls_to_cpu(flap_status status) {
 flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const char *disk_path, bool fresh,
                                 flap_machine_profile *profile_out) {
   memset(profile_out, 0, sizeof *profile_out);
-  FLAP_TRY(flap_engine_machine(device, threads, disk_path, 0, fresh, &profile_out->machine));
+  const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk_path, .fresh = fresh};
+  FLAP_TRY(flap_engine_machine(&query, &profile_out->machine));
   profile_out->device = FLAP_RUN_DEVICE_CPU;
   profile_out->threads = 2;
   profile_out->ram_bytes = (uint64_t)8 << 30;
