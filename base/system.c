@@ -143,6 +143,12 @@ int flap_system_stat(const char *path, struct stat *about_out) {
   return flap_system_fstatat(AT_FDCWD, path, about_out, 0);
 }
 
+bool flap_system_is_same(const char *a, const char *b) {
+  struct stat of_a, of_b;
+  return flap_system_stat(a, &of_a) == 0 && flap_system_stat(b, &of_b) == 0 && of_a.st_dev == of_b.st_dev &&
+         of_a.st_ino == of_b.st_ino;
+}
+
 int flap_system_lstat(const char *path, struct stat *about_out) {
   return flap_system_fstatat(AT_FDCWD, path, about_out, AT_SYMLINK_NOFOLLOW);
 }

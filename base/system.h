@@ -68,6 +68,8 @@ int flap_system_stat(const char *path, struct stat *about_out);
 int flap_system_lstat(const char *path, struct stat *about_out);
 int flap_system_fstat(int fd, struct stat *about_out);
 int flap_system_fstatat(int folder, const char *path, struct stat *about_out, int flags);
+/* Whether both are there, and are one file or folder under two names. */
+bool flap_system_is_same(const char *a, const char *b);
 int64_t flap_system_transferred(int fd, bool written, void *data, int64_t result);
 /* A new file with a name of its own; the last six characters of `path` must be XXXXXX, and are replaced. */
 int flap_system_mkostemp(char *path, int flags);

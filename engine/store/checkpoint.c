@@ -493,12 +493,6 @@ static flap_status refuse_weights_only(const char *folder) {
                         folder, ours ? ": it was saved with save_only_model, weights only" : "");
 }
 
-static bool same_folder(const char *a, const char *b) {
-  struct stat of_a, of_b;
-  return flap_system_stat(a, &of_a) == 0 && flap_system_stat(b, &of_b) == 0 && of_a.st_dev == of_b.st_dev &&
-         of_a.st_ino == of_b.st_ino;
-}
-
 flap_status flap_checkpoint_lies_in(const char *folder, const char *output_dir, bool *lies_out) {
   char parent[FLAP_PATH_MAX], real[FLAP_PATH_MAX];
   struct stat about;
@@ -506,13 +500,13 @@ flap_status flap_checkpoint_lies_in(const char *folder, const char *output_dir, 
   if (flap_system_stat(output_dir, &about) != 0)
     return errno == ENOENT ? FLAP_OK : flap_error_set_os(errno, "output_dir: %s cannot be looked at", output_dir);
   parent_of(folder, parent);
-  *lies_out = same_folder(parent, output_dir);
+  *lies_out = flap_system_is_same(parent, output_dir);
   if (*lies_out)
     return FLAP_OK;
   if (realpath(folder, real) == NULL)
     return flap_error_set_os(errno, "%s cannot be looked at", folder);
   parent_of(real, parent);
-  *lies_out = same_folder(parent, output_dir);
+  *lies_out = flap_system_is_same(parent, output_dir);
   return FLAP_OK;
 }
 
@@ -527,7 +521,7 @@ static flap_status recover_named(const char *output_dir, const char *folder) {
   parent_of(folder, parent);
   if (flap_system_stat(parent, &about) != 0)
     return FLAP_OK;
-  if (same_folder(parent, output_dir))
+  if (flap_system_is_same(parent, output_dir))
     return flap_durable_recover_folder(folder);
   flap_run_lock lock;
   FLAP_TRY(flap_run_lock_take(parent, &lock));

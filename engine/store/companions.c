@@ -31,12 +31,6 @@ static void tokenizer_folder(const char *tokenizer, char folder_out[FLAP_DURABLE
                    slash != NULL ? tokenizer : ".");
 }
 
-static bool same_folder(const char *a, const char *b) {
-  struct stat of_a, of_b;
-  return a[0] != '\0' && b[0] != '\0' && flap_system_stat(a, &of_a) == 0 && flap_system_stat(b, &of_b) == 0 &&
-         of_a.st_dev == of_b.st_dev && of_a.st_ino == of_b.st_ino;
-}
-
 /* From the first folder that has one; -1 if none has. */
 static flap_status open_first(const char *name, const char *const folders[2], int *fd_out) {
   for (int i = 0; i < 2 && *fd_out < 0; i++) {
@@ -73,8 +67,8 @@ flap_status flap_companions_open(const flap_companions_source *from, flap_compan
   for (size_t i = 0; i < FLAP_COMPANION_COUNT; i++)
     companions->files[i] = -1;
   tokenizer_folder(from->tokenizer, folder);
-  const bool own =
-      from->tokenizer[0] == '\0' || same_folder(folder, from->model) || same_folder(folder, from->checkpoint);
+  const bool own = from->tokenizer[0] == '\0' || flap_system_is_same(folder, from->model) ||
+                   flap_system_is_same(folder, from->checkpoint);
   const char *const of_model[2] = {from->model, from->checkpoint}, *const foreign[2] = {folder, ""};
   for (int i = 0; i < 2; i++)
     if (of_model[i][0] != '\0' && companions->ids.eos == NULL)

@@ -144,26 +144,36 @@ flap_status flap_durable_write_file(const char *path, const void *data, uint64_t
   return flap_durable_commit_file(&file);
 }
 
-static flap_status copy_bytes(int from, const char *from_path, flap_durable_file *to) {
+static flap_status copy_bytes(int from, const char *from_name, flap_durable_file *to) {
   void *buffer = malloc(COPY_BYTES);
   if (!buffer)
-    return flap_error_set(FLAP_NO_MEMORY, "cannot copy %s: no memory for a buffer", from_path);
+    return flap_error_set(FLAP_NO_MEMORY, "cannot copy %s: no memory for a buffer", from_name);
   flap_status status = FLAP_OK;
-  while (status == FLAP_OK) {
-    ssize_t got = flap_system_read(from, buffer, COPY_BYTES);
+  for (off_t at = 0; status == FLAP_OK;) {
+    const ssize_t got = flap_system_pread(from, buffer, COPY_BYTES, at);
     if (got < 0)
-      status = flap_error_set_os(errno, "cannot read %s", from_path);
+      status = flap_error_set_os(errno, "cannot read %s", from_name);
     if (got <= 0)
       break;
     status = flap_durable_append(to, buffer, (uint64_t)got);
+    at += got;
   }
   free(buffer);
   return status;
 }
 
+static flap_status copy_to(int from, const char *from_name, const char *to) {
+  flap_durable_file file;
+  FLAP_TRY(flap_durable_begin_file(&file, to));
+  const flap_status status = copy_bytes(from, from_name, &file);
+  if (status == FLAP_OK)
+    return flap_durable_commit_file(&file);
+  flap_durable_abort_file(&file);
+  return status;
+}
+
 flap_status flap_durable_copy_file(const char *from, const char *to) {
   struct stat about;
-  flap_durable_file file = {.fd = -1};
   /* O_NONBLOCK: opening a pipe by mistake must not wait for its other end. */
   int fd = flap_system_open(from, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
   if (fd < 0)
@@ -173,39 +183,19 @@ flap_status flap_durable_copy_file(const char *from, const char *to) {
     status = flap_error_set_os(errno, "cannot look at %s", from);
   else if (!S_ISREG(about.st_mode))
     status = flap_error_set(FLAP_INVALID, "cannot copy %s: it is not a regular file", from);
-  if (status == FLAP_OK)
-    status = flap_durable_begin_file(&file, to);
-  if (status == FLAP_OK)
-    status = copy_bytes(fd, from, &file);
+  else
+    status = copy_to(fd, from, to);
   (void)flap_system_close(fd);
-  if (status == FLAP_OK)
-    return flap_durable_commit_file(&file);
-  flap_durable_abort_file(&file);
   return status;
 }
 
 flap_status flap_durable_copy_open_file(int fd, const char *to) {
   struct stat from_info, to_info;
+  char name[FLAP_DURABLE_PATH_MAX + 32];
+  (void)snprintf(name, sizeof name, "the original of %s", to);
   if (flap_system_fstat(fd, &from_info) != 0)
-    return flap_error_set_os(errno, "%s: the file to copy", to);
+    return flap_error_set_os(errno, "cannot look at %s", name);
   if (flap_system_stat(to, &to_info) == 0 && to_info.st_dev == from_info.st_dev && to_info.st_ino == from_info.st_ino)
     return FLAP_OK; /* it is already there */
-  flap_durable_file file;
-  FLAP_TRY(flap_durable_begin_file(&file, to));
-  char buffer[1 << 16];
-  flap_status status = FLAP_OK;
-  for (off_t at = 0; status == FLAP_OK;) {
-    ssize_t count = flap_system_pread(fd, buffer, sizeof buffer, at);
-    if (count < 0)
-      status = flap_error_set_os(errno, "%s: the file to copy", to);
-    if (count <= 0)
-      break;
-    status = flap_durable_append(&file, buffer, (uint64_t)count);
-    at += count;
-  }
-  if (status != FLAP_OK) {
-    flap_durable_abort_file(&file);
-    return status;
-  }
-  return flap_durable_commit_file(&file);
+  return copy_to(fd, name, to);
 }

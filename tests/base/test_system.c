@@ -94,6 +94,23 @@ START_TEST(system_interrupted_close_has_closed) {
 }
 END_TEST
 
+START_TEST(system_one_file_under_two_names_is_the_same) {
+  char path[64], other[64], name[80];
+  close(open_scratch(path));
+  close(open_scratch(other));
+  (void)snprintf(name, sizeof name, "%s.link", path);
+  ck_assert_int_eq(symlink(path, name), 0);
+  ck_assert(flap_system_is_same(path, name));
+  ck_assert(flap_system_is_same("/tmp", "/tmp/."));
+  ck_assert(!flap_system_is_same(path, other));
+  unlink(path);
+  ck_assert(!flap_system_is_same(path, name)); /* neither is there */
+  ck_assert(!flap_system_is_same("", ""));
+  unlink(other);
+  unlink(name);
+}
+END_TEST
+
 START_TEST(system_new_files_have_names_of_their_own) {
   char first[64], second[64];
   struct stat about;
@@ -118,6 +135,7 @@ int main(void) {
   tcase_add_test(tests, system_interrupted_for_ever_is_an_error);
   tcase_add_test(tests, system_failed_sync_is_not_made_again);
   tcase_add_test(tests, system_interrupted_close_has_closed);
+  tcase_add_test(tests, system_one_file_under_two_names_is_the_same);
   tcase_add_test(tests, system_new_files_have_names_of_their_own);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
