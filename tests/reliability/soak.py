@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A long run in many lives. Usage: soak.py <flap> [--minutes 60] [--seed 1] [--folder /var/tmp]
+"""A long run in many lives. Usage: soak.py <flap> [--device cpu] [--minutes 60] [--seed 1] [--folder /var/tmp]
 
-A small model is trained out of core on the CPU device. Every few minutes the run is stopped (SIGINT, or now and then kill -9)
+A small model is trained out of core, on the CPU device or, a larger one, on a GPU. Every few minutes the run is stopped (SIGINT, or now and then kill -9)
 and resumed with other budgets, drawn at random: vram, ram, one or two disks and their sizes, pages, slices, segments, where
 the optimizer runs, compression, I/O. When the minutes are over it goes on to its end, and then the same steps are trained
 without a stop, with everything in memory: weights, moments, losses, norms and the exported model must be the same to the bit.
@@ -27,12 +27,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
 from kill_program import MODEL_FILES, digests  # noqa: E402
 
-RUN = """model: {model_type: llama, hidden_size: 128, intermediate_size: 344, num_hidden_layers: 8, num_attention_heads: 4,
-  num_key_value_heads: 2, max_position_embeddings: 64, tie_word_embeddings: true}
+RUN = """model: {model_type: llama, %(model)s, tie_word_embeddings: true}
 tokenizer: bytes
 dataset: text.txt
 val_size: 8
-cutoff_len: 64
+cutoff_len: %(sequence)d
 per_device_train_batch_size: 2
 gradient_accumulation_steps: 2
 learning_rate: 1e-3
@@ -40,12 +39,25 @@ lr_scheduler_type: constant_with_warmup
 warmup_steps: 20
 logging_steps: 1
 save_strategy: steps
-save_steps: %d
+save_steps: %(save_steps)d
 save_total_limit: 2
 output_dir: out
-device: cpu
+device: %(device)s
 """
 KIB, MIB = 1 << 10, 1 << 20
+# Of each device: the model, and what budgets and sizes are drawn from; ranges and sizes with their unit.
+SCALES = {
+    "cpu": {"model": "hidden_size: 128, intermediate_size: 344, num_hidden_layers: 8, num_attention_heads: 4, "
+                     "num_key_value_heads: 2, max_position_embeddings: 64", "sequence": 64,
+            "vram": ((2500, 6000, "KiB"), (6, 16, "MiB")), "ram": ((4500, 9000, "KiB"), (9, 40, "MiB")),
+            "disks": (("64MiB", "48MiB"), ("16MiB", "48MiB")), "pages": ("4KiB", "16KiB", "64KiB", "128KiB"),
+            "slices": ("64KiB", "256KiB"), "staging": ("256KiB", "2MiB")},
+    # States of 0.6 GiB; the context alone takes half a GiB of vram.
+    "cuda": {"model": "hidden_size: 768, intermediate_size: 2048, num_hidden_layers: 8, num_attention_heads: 12, "
+                      "num_key_value_heads: 4, max_position_embeddings: 256", "sequence": 256,
+             "vram": ((700, 1000, "MiB"), (1000, 1300, "MiB")), "ram": ((60, 200, "MiB"), (200, 500, "MiB")),
+             "disks": (("2GiB", "1536MiB"), ("512MiB", "1GiB")), "pages": ("64KiB", "256KiB", "1MiB", "4MiB"),
+             "slices": ("1MiB", "8MiB"), "staging": ("8MiB", "64MiB")}}
 STEPS_MAX = 10 ** 6
 WARM_STEPS = 10
 SAMPLE_SECONDS = 0.5
@@ -68,8 +80,9 @@ class Failure(Exception):
 
 
 class Soak:
-    def __init__(self, flap, folder, seed, minutes):
+    def __init__(self, flap, folder, seed, minutes, device):
         self.flap, self.folder, self.random, self.minutes = flap, folder, random.Random(seed), minutes
+        self.scale = SCALES[device]
         self.environment = dict(os.environ, FLAP_MACHINE=self.path("machine.json"))
         self.stopped = self.killed = self.refused = self.judged = self.samples = 0
         self.lives, self.resident_growth = 0, 0
@@ -77,7 +90,7 @@ class Soak:
         for name in ("disk0", "disk1"):
             os.mkdir(self.path(name))
         self.write("text.txt", text(4000))
-        self.write("run.yaml", RUN % (100 if minutes >= 20 else 40))
+        self.write("run.yaml", RUN % {**self.scale, "device": device, "save_steps": 100 if minutes >= 20 else 40})
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -90,25 +103,29 @@ class Soak:
 
     def draw(self):
         """Overrides of a life. Some do not fit together: the program says so, and others are drawn."""
-        chosen = self.random
-        size = chosen.choice(("64MiB", "48MiB"))
+        chosen, scale = self.random, self.scale
+
+        def budget(tier):
+            return chosen.choice(["min", *(f"{chosen.randint(low, high)}{unit}" for low, high, unit in scale[tier])])
+
+        size = chosen.choice(scale["disks"][0])
         disks = [f"{{path: {self.path('disk0')}, size: {size}}}"]
         if chosen.random() < 0.5:
-            disks.append(f"{{path: {self.path('disk1')}, size: {chosen.choice(('16MiB', '48MiB'))}}}")
+            disks.append(f"{{path: {self.path('disk1')}, size: {chosen.choice(scale['disks'][1])}}}")
         choices = {
-            "vram": chosen.choice(("min", f"{chosen.randint(2500, 6000)}KiB", f"{chosen.randint(6, 16)}MiB")),
-            "ram": chosen.choice(("min", f"{chosen.randint(4500, 9000)}KiB", f"{chosen.randint(9, 40)}MiB")),
+            "vram": budget("vram"),
+            "ram": budget("ram"),
             "disk": f"[{', '.join(disks)}]",
             "compression": chosen.choice(("auto", "off", "lz4")),
             "expert.optimizer": chosen.choice(("auto", "gpu", "cpu", "split")),
-            "expert.page_bytes": chosen.choice((None, "4KiB", "16KiB", "64KiB", "128KiB")),
-            "expert.slice_bytes": chosen.choice((None, None, "64KiB", "256KiB")),
+            "expert.page_bytes": chosen.choice((None, *scale["pages"])),
+            "expert.slice_bytes": chosen.choice((None, None, *scale["slices"])),
             "expert.segment_layers": chosen.choice((None, None, "1", "2", "3")),
             "expert.clip": chosen.choice(("auto", "auto", "fold", "sweep")),
             "expert.io": chosen.choice(("auto", "auto", "threads")),
             "expert.threads": chosen.choice(("1", "2")),
             "activations": chosen.choice(("auto", "auto", "offload", "recompute")),
-            "expert.staging_bytes": chosen.choice((None, None, "256KiB", "2MiB"))}
+            "expert.staging_bytes": chosen.choice((None, None, *scale["staging"]))}
         return [f"{key}={value}" for key, value in choices.items() if value is not None]
 
     def fits(self, overrides):
@@ -278,13 +295,15 @@ class Soak:
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("flap")
+    arguments.add_argument("--device", choices=SCALES, default="cpu")
     arguments.add_argument("--minutes", type=float, default=60)
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--folder", default="/var/tmp", help="where the disks and the run are")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="flap-soak-", dir=given.folder) as folder:
         try:
-            print(f"seed {given.seed}: {Soak(os.path.abspath(given.flap), folder, given.seed, given.minutes).run()}")
+            soak = Soak(os.path.abspath(given.flap), folder, given.seed, given.minutes, given.device)
+            print(f"seed {given.seed}: {soak.run()}")
         except Failure as failure:
             print(f"seed {given.seed}: {failure}", file=sys.stderr)
             return 1
