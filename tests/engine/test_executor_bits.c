@@ -13,7 +13,7 @@
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define NUMERICS_STRIDE 6 /* several times slower */
 #else
-#define NUMERICS_STRIDE 1
+#define NUMERICS_STRIDE 2
 #endif
 #define LAYERS 3u
 #define MICRO_BATCHES 3u

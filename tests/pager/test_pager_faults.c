@@ -50,7 +50,7 @@ static uint64_t requests_of(const test_case *c, set_fault_fn set) {
   return requests;
 }
 
-/* Lets the fault happen at every n in turn (every fourth under sanitizers), until n is past the last request: then the
+/* Lets the fault happen at every n in turn (some of them under sanitizers), until n is past the last request: then the
  * run must succeed. */
 static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, const char *const *words,
                          bool may_go_unseen, bool snapshots) {

@@ -21,7 +21,7 @@
 #define THREADS_MAX 64u
 #define BORROWED_MAX 30u
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define PROGRAMS 40000u /* several times as slow */
+#define PROGRAMS 20000u /* several times as slow */
 #else
 #define PROGRAMS 1000000u
 #endif
