@@ -677,7 +677,8 @@ static void report_bytes(trainer *t) {
 static void report_peaks(trainer *t) {
   flap_peaks *peaks = &t->result->peaks;
   flap_runtime_peaks(&t->runtime, peaks);
-  const uint64_t peak = flap_budgets_resident_peak(), mine = peaks->vram_bytes + peaks->ram_bytes;
+  const bool on_card = t->runtime.spec.device == FLAP_DEVICE_CUDA; /* which has its vram elsewhere */
+  const uint64_t peak = flap_budgets_resident_peak(), mine = peaks->ram_bytes + (on_card ? 0 : peaks->vram_bytes);
   peaks->process_bytes = peak > mine ? peak - mine : 0;
 }
 

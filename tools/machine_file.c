@@ -56,6 +56,7 @@ static const field machine_fields[] = {
     {"synchronous", FIELD_BOOL, OF_MACHINE(synchronous), false},
     {"shared_cores", FIELD_COUNT, OF_MACHINE(shared_cores), false},
     {"overhead_bytes", FIELD_SIZE, OF_MACHINE(overhead_bytes), false},
+    {"process_bytes", FIELD_SIZE, OF_MACHINE(process_bytes), false},
 };
 static const field disk_fields[] = {
     {"size_bytes", FIELD_SIZE, offsetof(flap_profile_disk, bytes), true},

@@ -242,6 +242,7 @@ static json_t *machine_json(const flap_machine *machine) {
   set_bool(object, "synchronous", machine->synchronous);
   set_integer(object, "shared_cores", machine->shared_cores);
   set_integer(object, "overhead_bytes", machine->overhead_bytes);
+  set_integer(object, "process_bytes", machine->process_bytes);
   return object;
 }
 

@@ -117,13 +117,14 @@ static flap_status read_machine(const flap_json_object *entry, flap_machine *mac
   flap_device_default_machine(strcmp(key.device, "cuda") == 0 ? FLAP_DEVICE_CUDA : FLAP_DEVICE_CPU, &machine);
   FLAP_TRY(read_rates(entry, &machine));
   const char *name;
-  int64_t launch_ns, copy_ns, disk_ns, cores, overhead;
+  int64_t launch_ns, copy_ns, disk_ns, cores, overhead, process;
   FLAP_TRY(flap_json_opt_string(entry, "name", machine.name, &name));
   FLAP_TRY(flap_json_opt_integer(entry, "launch_ns", 0, NS_MAX, (int64_t)machine.launch_ns, &launch_ns));
   FLAP_TRY(flap_json_opt_integer(entry, "copy_ns", 0, NS_MAX, (int64_t)machine.copy_ns, &copy_ns));
   FLAP_TRY(flap_json_opt_integer(entry, "disk_ns", 0, NS_MAX, (int64_t)machine.disk_ns, &disk_ns));
   FLAP_TRY(flap_json_opt_integer(entry, "shared_cores", 0, CORES_MAX, machine.shared_cores, &cores));
   FLAP_TRY(flap_json_opt_integer(entry, "overhead_bytes", 0, OVERHEAD_MAX, 0, &overhead));
+  FLAP_TRY(flap_json_opt_integer(entry, "process_bytes", 0, OVERHEAD_MAX, 0, &process));
   FLAP_TRY(flap_json_opt_bool(entry, "synchronous", machine.synchronous, &machine.synchronous));
   if (name != machine.name)
     (void)snprintf(machine.name, sizeof machine.name, "%.63s", name);
@@ -132,6 +133,7 @@ static flap_status read_machine(const flap_json_object *entry, flap_machine *mac
   machine.disk_ns = (uint64_t)disk_ns;
   machine.shared_cores = (uint32_t)cores;
   machine.overhead_bytes = (uint64_t)overhead;
+  machine.process_bytes = (uint64_t)process;
   machine.disk_read_bytes = machine_out->disk_read_bytes;
   machine.disk_write_bytes = machine_out->disk_write_bytes;
   machine.disk_both_bytes = machine_out->disk_both_bytes;
@@ -317,6 +319,8 @@ static bool put_rates(json_t *entry, const flap_machine_key *key, const flap_mac
   done &= flap_json_put(entry, "shared_cores", json_integer(machine->shared_cores));
   if (machine->overhead_bytes > 0)
     done &= flap_json_put(entry, "overhead_bytes", json_integer((json_int_t)machine->overhead_bytes));
+  if (machine->process_bytes > 0)
+    done &= flap_json_put(entry, "process_bytes", json_integer((json_int_t)machine->process_bytes));
   return done;
 }
 

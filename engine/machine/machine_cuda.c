@@ -2,6 +2,7 @@
 
 #include "base/arena.h"
 #include "base/units.h"
+#include "engine/machine/host_memory.h"
 #include "kernels/device/measure_machine.h"
 #include "kernels/measure_ops.h"
 
@@ -165,6 +166,7 @@ flap_status flap_machine_measure_cuda(uint32_t threads, uint64_t vram_bytes, fla
   flap_device_default_machine(FLAP_DEVICE_CUDA, &machine);
   FLAP_TRY(measure_host(threads, &machine));
   FLAP_TRY(measure_within(vram_bytes, &machine));
+  machine.process_bytes = flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmRSS:");
   machine.synchronous = false;
   machine.shared_cores = 0;
   machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;

@@ -71,8 +71,9 @@ static void compute_lanes(const flap_bound_spec *spec, const step_bytes *bytes, 
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
                                          [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes,
                                          [FLAP_LANE_HOST] = machine->host_bytes};
-  const uint64_t outside = beyond(bytes->live, spec->vram_bytes), on_disk = beyond(outside, spec->ram_bytes);
-  const uint64_t streaming = beyond(bytes->live - share_of(host, bytes->live), spec->vram_bytes);
+  const uint64_t vram = beyond(spec->vram_bytes, machine->overhead_bytes); /* what the driver takes holds nothing */
+  const uint64_t outside = beyond(bytes->live, vram), on_disk = beyond(outside, spec->ram_bytes);
+  const uint64_t streaming = beyond(bytes->live - share_of(host, bytes->live), vram);
   bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(host, bytes->weights);
   bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(host, bytes->gradients);
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;

@@ -10,7 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define DISK_UNIT (4 * FLAP_MIB) /* the largest stripe: several disks that share what is needed get whole ones */
+#define PROCESS_BYTES (96 * FLAP_MIB) /* without a device's driver */
+#define DISK_UNIT (4 * FLAP_MIB)      /* the largest stripe: several disks that share what is needed get whole ones */
 
 uint64_t flap_budgets_resident(void) {
   return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmRSS:");
@@ -20,8 +21,14 @@ uint64_t flap_budgets_resident_peak(void) {
   return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmHWM:");
 }
 
+uint64_t flap_budgets_process_more(const flap_machine *machine) {
+  const uint64_t resident = flap_budgets_resident(), whole = machine->process_bytes;
+  return whole > resident + PROCESS_BYTES ? whole - resident : PROCESS_BYTES;
+}
+
 /* A tenth is left to others, or half a gigabyte, but never more than a quarter. */
-static flap_status available_memory(const flap_run_config *config, bool pinned, uint64_t *bytes_out) {
+static flap_status available_memory(const flap_run_config *config, const flap_machine *machine, bool pinned,
+                                    uint64_t *bytes_out) {
   flap_host_memory memory = {.available_bytes = 0};
   uint64_t available;
   if (config->profile == NULL)
@@ -29,7 +36,7 @@ static flap_status available_memory(const flap_run_config *config, bool pinned, 
   available = config->profile != NULL ? config->profile->ram_bytes : flap_host_memory_left(&memory, pinned);
   const uint64_t tenth = available / 10, quarter = available / 4;
   const uint64_t others = quarter < 512 * FLAP_MIB ? quarter : 512 * FLAP_MIB;
-  const uint64_t reserve = (tenth > others ? tenth : others) + FLAP_BUDGETS_PROCESS_BYTES;
+  const uint64_t reserve = (tenth > others ? tenth : others) + flap_budgets_process_more(machine);
   *bytes_out = available > reserve ? available - reserve : 0;
   if (*bytes_out > 0 || config->profile != NULL)
     return FLAP_OK;
@@ -42,7 +49,7 @@ static flap_status available_memory(const flap_run_config *config, bool pinned, 
 }
 
 /* A card has its own memory; some of it is left for a display and for what the driver takes in passing. */
-static flap_status resolve_card(const flap_run_config *config, flap_budgets *budgets) {
+static flap_status resolve_card(const flap_run_config *config, const flap_machine *machine, flap_budgets *budgets) {
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (config->vram.kind == FLAP_SIZE_MAX) {
@@ -53,18 +60,18 @@ static flap_status resolve_card(const flap_run_config *config, flap_budgets *bud
     budgets->vram_bytes = most > reserve ? most - reserve : 0;
   }
   if (config->ram.kind == FLAP_SIZE_MAX)
-    FLAP_TRY(available_memory(config, true, &budgets->ram_bytes));
+    FLAP_TRY(available_memory(config, machine, true, &budgets->ram_bytes));
   return FLAP_OK;
 }
 
 /* On the cpu device both tiers come out of one memory. */
-static flap_status resolve_memory(const flap_run_config *config, flap_device_kind device, flap_budgets *budgets) {
-  if (device == FLAP_DEVICE_CUDA)
-    return resolve_card(config, budgets);
+static flap_status resolve_memory(const flap_run_config *config, const flap_planner *planner, flap_budgets *budgets) {
+  if (planner->spec.device == FLAP_DEVICE_CUDA)
+    return resolve_card(config, planner->machine, budgets);
   const bool vram_max = config->vram.kind == FLAP_SIZE_MAX, ram_max = config->ram.kind == FLAP_SIZE_MAX;
   uint64_t available = 0;
   if (vram_max || ram_max)
-    FLAP_TRY(available_memory(config, false, &available));
+    FLAP_TRY(available_memory(config, planner->machine, false, &available));
   budgets->vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : FLAP_BUDGET_PLENTY;
   budgets->ram_bytes = config->ram.kind == FLAP_SIZE_BYTES ? config->ram.bytes : FLAP_BUDGET_PLENTY;
   if (vram_max && ram_max) {
@@ -181,7 +188,7 @@ static flap_status shrink_disks(const flap_run_config *config, const flap_planne
 flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner, flap_disk_set *disks,
                                  flap_budgets *budgets_out) {
   memset(budgets_out, 0, sizeof *budgets_out);
-  FLAP_TRY(resolve_memory(config, planner->spec.device, budgets_out));
+  FLAP_TRY(resolve_memory(config, planner, budgets_out));
   budgets_out->vram_given_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : 0;
   budgets_out->vram_bytes = budgets_out->vram_bytes / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
   for (uint32_t i = 0; i < config->disk_count; i++)

@@ -18,7 +18,6 @@ extern "C" {
 #endif
 
 #define FLAP_BUDGETS_TEXT_MAX (FLAP_PATH_MAX + 160)
-#define FLAP_BUDGETS_PROCESS_BYTES ((uint64_t)96 << 20) /* code, stacks, libraries: about */
 
 /* A disk that is full gets nothing; so is one whose `max` leaves nothing. */
 FLAP_CHECKED flap_status flap_budgets_resolve(const flap_run_config *config, const flap_planner *planner,
@@ -28,6 +27,8 @@ bool flap_budgets_full_disk(const flap_run_config *config, const flap_disk_set *
                             char text_out[FLAP_BUDGETS_TEXT_MAX]);
 /* The sum of the disks. */
 uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budgets);
+/* What this process will take beside its budgets and does not have yet: code, stacks, a device's driver; about. */
+uint64_t flap_budgets_process_more(const flap_machine *machine);
 /* Resident bytes of this process now, and the most so far; 0 where the system does not tell. */
 uint64_t flap_budgets_resident(void);
 uint64_t flap_budgets_resident_peak(void);

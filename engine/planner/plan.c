@@ -108,8 +108,10 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;
-  plan->process_bytes =
-      flap_budgets_resident(); /* code, stacks and libraries, as they are now: nothing of the run is taken yet */
+  /* Code, stacks and libraries, as they are now, for nothing of the run is taken yet; a device's may come later. */
+  plan->process_bytes = flap_budgets_resident();
+  if (plan->machine.process_bytes > plan->process_bytes)
+    plan->process_bytes = plan->machine.process_bytes;
 }
 
 /* The disks that are used share what is written, so their lives add up. */

@@ -23,7 +23,8 @@ static uint64_t room_in(const flap_prepared *p, const flap_host_memory *memory) 
   if (!is_card(p)) /* pinned memory is never swapped */
     with_swap.available_bytes += memory->swap_bytes;
   const uint64_t left = flap_host_memory_left(&with_swap, is_card(p));
-  return left > FLAP_BUDGETS_PROCESS_BYTES ? left - FLAP_BUDGETS_PROCESS_BYTES : 0;
+  const uint64_t process = flap_budgets_process_more(&p->machine);
+  return left > process ? left - process : 0;
 }
 
 /* A plan that these budgets give, and that there is room for. */

@@ -46,6 +46,8 @@ typedef struct flap_machine {
   bool synchronous;        /* compute blocks the launching thread (the cpu device) */
   uint32_t shared_cores;   /* > 0: lanes share this many cores (the cpu device) */
   uint64_t overhead_bytes; /* of the vram budget that the device keeps: context, libraries, rounding; 0 on the cpu */
+  uint64_t process_bytes;  /* of host memory that a process with an open device takes for itself: code, driver,
+                              libraries; 0: not known */
 } flap_machine;
 
 /* Typical rates for a kind, before anything was measured. */

@@ -88,6 +88,12 @@ START_TEST(what_vram_cannot_hold_crosses_once_each_way) {
   near(bound.lane_seconds[FLAP_LANE_H2D], 0.25);
   near(bound.lane_seconds[FLAP_LANE_D2H], 0.5);
   near(bound.seconds, 0.5);
+  /* What the driver keeps of the budget holds none of it. */
+  flap_machine driver = gpu;
+  driver.overhead_bytes = 600000;
+  bound = bound_of(&config, FLAP_BF16, 14 * ELEMENTS - 400000, 2000000, &driver);
+  ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 1000000);
+  ck_assert_uint_eq(bound_of(&config, FLAP_BF16, 7, 0, &driver).lane_bytes[FLAP_LANE_H2D], 14 * ELEMENTS);
   /* fp32: 12 bytes of state and 4 of gradient. */
   bound = bound_of(&config, FLAP_F32, 16 * ELEMENTS - 7, 7, &gpu);
   ck_assert_uint_eq(bound.lane_bytes[FLAP_LANE_H2D], 7);

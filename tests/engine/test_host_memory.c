@@ -236,6 +236,15 @@ START_TEST(pressure_names_the_limit_and_budgets_that_work) {
   host.group_bytes = process + 4096;
   ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_BUDGET);
   ck_assert(scratch_error_has("no budgets work there"));
+
+  /* A device's driver takes memory of the host, when it is opened. */
+  host.group_bytes = needs + 4096 * MIB;
+  host.available_bytes = needs + 512 * MIB;
+  ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_OK);
+  prepared.machine.process_bytes = 4096 * MIB;
+  ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_BUDGET);
+  host.available_bytes = needs + 4096 * MIB;
+  ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_OK);
   flap_prepare_close(&prepared);
   flap_run_config_close(&config);
 }

@@ -220,10 +220,11 @@ END_TEST
 
 START_TEST(a_named_file_is_used_as_it_is) {
   const char *name = path_of("mine.json");
-  write_text(name, made_up(", \"name\": \"abacus\", \"threads\": 3, \"host\": \"elsewhere\", \"disk_read_bytes\": 7e8,"
-                           " \"disk_write_bytes\": 6e8, \"disk_both_bytes\": 8e8, \"h2d_both_bytes\": 3e9,"
-                           " \"d2h_both_bytes\": 2e9, \"launch_ns\": 11, \"copy_ns\": 12, \"disk_ns\": 13,"
-                           " \"synchronous\": true, \"shared_cores\": 5"));
+  write_text(name,
+             made_up(", \"name\": \"abacus\", \"threads\": 3, \"host\": \"elsewhere\", \"disk_read_bytes\": 7e8,"
+                     " \"disk_write_bytes\": 6e8, \"disk_both_bytes\": 8e8, \"h2d_both_bytes\": 3e9,"
+                     " \"d2h_both_bytes\": 2e9, \"launch_ns\": 11, \"copy_ns\": 12, \"disk_ns\": 13,"
+                     " \"synchronous\": true, \"shared_cores\": 5, \"overhead_bytes\": 14, \"process_bytes\": 15"));
   ck_assert_int_eq(setenv("FLAP_MACHINE", name, 1), 0);
   char *before = read_text(name);
   flap_machine machine = machine_of(2, "/there/is/no/such/folder", false);
@@ -242,6 +243,7 @@ START_TEST(a_named_file_is_used_as_it_is) {
                                  .synchronous = true,
                                  .shared_cores = 5};
   same_rates(&machine, &expected);
+  ck_assert(machine.overhead_bytes == 14 && machine.process_bytes == 15);
   ck_assert_double_eq(machine.disk_read_bytes, 7e8);
   ck_assert_double_eq(machine.disk_write_bytes, 6e8);
   ck_assert_double_eq(machine.disk_both_bytes, 8e8);

@@ -96,7 +96,7 @@ END_TEST
 START_TEST(a_file_fills_every_field) {
   static const char text[] =
       FILE_TEXT "threads: 4\nh2d_both_bytes: 9e9\nd2h_both_bytes: 8e9\nlaunch_ns: 1\ncopy_ns: 2\n"
-                "disk_ns: 3\noverhead_bytes: 300MiB\n"
+                "disk_ns: 3\noverhead_bytes: 300MiB\nprocess_bytes: 700MiB\n"
                 "disks: [{size_bytes: 1TB, read_bytes: 3e9, write_bytes: 2e9, both_bytes: 4e9, "
                 "tbw_bytes: 600TB}, {size_bytes: 2TB, read_bytes: 1e9, write_bytes: 1e9}]\n";
   ck_assert_msg(flap_machine_file_parse("m.yaml", text, sizeof text - 1, &profile) == FLAP_OK, "%s",
@@ -107,7 +107,7 @@ START_TEST(a_file_fills_every_field) {
   ck_assert(m->flops_bf16 == 2e13 && m->flops_f32 == 1e13 && m->device_bytes == 2e11 && m->host_bytes == 4e10);
   ck_assert(m->h2d_bytes == 1e10 && m->d2h_bytes == 1e10 && m->h2d_both_bytes == 9e9 && m->d2h_both_bytes == 8e9);
   ck_assert(m->launch_ns == 1 && m->copy_ns == 2 && m->disk_ns == 3 && m->overhead_bytes == 300 * FLAP_MIB);
-  ck_assert(!m->synchronous && m->shared_cores == 0);
+  ck_assert(!m->synchronous && m->shared_cores == 0 && m->process_bytes == 700 * FLAP_MIB);
   ck_assert_uint_eq(profile.disk_count, 2);
   ck_assert_uint_eq(profile.disks[0].tbw_bytes, 600000000000000);
   flap_machine rates; /* a disk of which nobody said how both go gives both at full rate */
