@@ -21,8 +21,8 @@ uint64_t flap_budgets_resident_peak(void) {
   return flap_host_memory_kib(&FLAP_HOST_ROOTS, "self/status", "VmHWM:");
 }
 
-uint64_t flap_budgets_process_more(const flap_machine *machine) {
-  const uint64_t resident = flap_budgets_resident(), whole = machine->process_bytes;
+uint64_t flap_budgets_process_more(const flap_machine *machine, bool described) {
+  const uint64_t resident = described ? 0 : flap_budgets_resident(), whole = machine->process_bytes;
   return whole > resident + PROCESS_BYTES ? whole - resident : PROCESS_BYTES;
 }
 
@@ -36,7 +36,8 @@ static flap_status available_memory(const flap_run_config *config, const flap_ma
   available = config->profile != NULL ? config->profile->ram_bytes : flap_host_memory_left(&memory, pinned);
   const uint64_t tenth = available / 10, quarter = available / 4;
   const uint64_t others = quarter < 512 * FLAP_MIB ? quarter : 512 * FLAP_MIB;
-  const uint64_t reserve = (tenth > others ? tenth : others) + flap_budgets_process_more(machine);
+  const uint64_t reserve =
+      (tenth > others ? tenth : others) + flap_budgets_process_more(machine, config->profile != NULL);
   *bytes_out = available > reserve ? available - reserve : 0;
   if (*bytes_out > 0 || config->profile != NULL)
     return FLAP_OK;

@@ -27,8 +27,9 @@ bool flap_budgets_full_disk(const flap_run_config *config, const flap_disk_set *
                             char text_out[FLAP_BUDGETS_TEXT_MAX]);
 /* The sum of the disks. */
 uint64_t flap_budgets_disk(const flap_planner *planner, const flap_budgets *budgets);
-/* What this process will take beside its budgets and does not have yet: code, stacks, a device's driver; about. */
-uint64_t flap_budgets_process_more(const flap_machine *machine);
+/* What a process takes beside its budgets, code, stacks, a device's driver, and has not yet: this one, or on a machine
+ * that is described one of which there is nothing yet; about. */
+uint64_t flap_budgets_process_more(const flap_machine *machine, bool described);
 /* Resident bytes of this process now, and the most so far; 0 where the system does not tell. */
 uint64_t flap_budgets_resident(void);
 uint64_t flap_budgets_resident_peak(void);

@@ -23,7 +23,7 @@ static uint64_t room_in(const flap_prepared *p, const flap_host_memory *memory) 
   if (!is_card(p)) /* pinned memory is never swapped */
     with_swap.available_bytes += memory->swap_bytes;
   const uint64_t left = flap_host_memory_left(&with_swap, is_card(p));
-  const uint64_t process = flap_budgets_process_more(&p->machine);
+  const uint64_t process = flap_budgets_process_more(&p->machine, false);
   return left > process ? left - process : 0;
 }
 

@@ -44,7 +44,8 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(plan["device_name"], "RTX 4090 24 GB, 64 GiB RAM, 1 NVMe")
         self.assertGreater(plan["parameters"], 13e9)
         self.assertEqual(plan["vram_budget"], ((24564 << 20) - (24564 << 20) // 20) // 4096 * 4096)
-        self.assertEqual(plan["ram_budget"], (64 << 30) - (64 << 30) // 10 - (96 << 20))
+        self.assertEqual(plan["ram_budget"], (64 << 30) - (64 << 30) // 10 - (470 << 20))
+        self.assertEqual(plan["process_bytes"], 470 << 20)  # of that machine's driver, not of this process
         self.assertEqual(plan["disk_budget"], 1900 * 10**9 - 1900 * 10**9 // 20)
         self.assertLessEqual(plan["vram_bytes"], plan["vram_budget"])
         self.assertGreater(plan["vram_scratch_bytes"], 32 << 20)  # the cuda kernels', not the cpu's
