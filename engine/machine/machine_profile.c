@@ -25,9 +25,10 @@ static flap_status check_size(const char *key, const flap_machine_profile *profi
   char wanted[FLAP_UNITS_TEXT_MAX], has[FLAP_UNITS_TEXT_MAX];
   if (size->kind != FLAP_SIZE_BYTES || size->bytes <= there)
     return FLAP_OK;
-  return flap_error_set(FLAP_BUDGET, "%s: %s is more than the %s of the machine \"%s\": lower it, or use max", key,
-                        flap_units_format_bytes(size->bytes, wanted, sizeof wanted),
-                        flap_units_format_bytes(there, has, sizeof has), profile->machine.name);
+  return flap_error_set(
+      FLAP_BUDGET, "%s: %s is more than the %s (%llu bytes) of the machine \"%s\": lower it, or use max", key,
+      flap_units_format_bytes(size->bytes, wanted, sizeof wanted), flap_units_format_bytes(there, has, sizeof has),
+      (unsigned long long)there, profile->machine.name);
 }
 
 flap_status flap_machine_profile_check(const flap_machine_profile *profile, const flap_run_config *config) {

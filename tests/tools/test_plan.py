@@ -165,7 +165,7 @@ machine: rtx4090-64g-1nvme
         self.write("large.yaml", self.LARGE)
         self.refuse("large.yaml:10: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
                     "train", "large.yaml")
-        self.refuse("vram: 40.0 GiB is more than the 24.0 GiB of the machine", "plan", "large.yaml", "vram=40GiB")
+        self.refuse("vram: 40.0 GiB is more than the 24.0 GiB (25757220864 bytes) of the machine", "plan", "large.yaml", "vram=40GiB")
         self.refuse("ram: 65.0 GiB is more than", "plan", "large.yaml", "ram=65GiB")
         self.refuse("disk: 2.00 TiB is more than", "plan", "large.yaml", "disk={path: /mnt/x, size: 2TiB}")
         self.refuse("disk: 2 folders, but the machine", "plan", "large.yaml", "disk=[/mnt/x, /mnt/y]")
