@@ -155,33 +155,32 @@ static flap_status measure_disk(const char *path, uint64_t span_bytes, flap_mach
 /* ---- all of it ------------------------------------------------------------------------------------------- */
 
 typedef struct machine_wish {
+  const flap_machine_query *query;
   uint32_t threads;
-  uint64_t vram_bytes;
   char cpu[128];
   flap_machine_key key;
-  const char *disk_path; /* as given; NULL: none */
   char real_path[FLAP_PATH_MAX];
   flap_machine_disk disk;
   bool disk_found; /* the folder is there, and `disk` says what it is */
-  bool fresh;
   bool cuda;
 } machine_wish;
 
 static flap_status gather(const flap_machine_cache *cache, const machine_wish *wish, flap_machine *machine_out) {
   flap_machine machine = {.name = ""};
   const flap_machine_disk *disk = wish->disk_found ? &wish->disk : NULL;
-  bool rates = wish->fresh || !flap_machine_cache_find(cache, &wish->key, &machine);
+  bool rates = wish->query->fresh || !flap_machine_cache_find(cache, &wish->key, &machine);
   if (rates)
-    FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, wish->vram_bytes, &machine)
+    FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, wish->query->vram_bytes, &machine)
                         : measure_cpu(wish->threads, wish->cpu, &machine));
-  bool disk_rates =
-      wish->disk_path && ((wish->fresh && disk) || !flap_machine_cache_find_disk(cache, &wish->key, disk, &machine));
+  bool disk_rates = wish->query->disk_path &&
+                    ((wish->query->fresh && disk) || !flap_machine_cache_find_disk(cache, &wish->key, disk, &machine));
   if (disk_rates) {
     if (!disk)
-      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another", wish->disk_path);
-    const flap_status status = measure_disk(wish->disk_path, disk->span_bytes, &machine);
-    if (status == FLAP_NO_SPACE && !wish->fresh) {
-      flap_log(FLAP_LOG_DEBUG, "disk %s is not measured: %s", wish->disk_path, flap_error_message());
+      return flap_error_set(FLAP_NOT_FOUND, "disk %s: no such folder: make it, or name another",
+                            wish->query->disk_path);
+    const flap_status status = measure_disk(wish->query->disk_path, disk->span_bytes, &machine);
+    if (status == FLAP_NO_SPACE && !wish->query->fresh) {
+      flap_log(FLAP_LOG_DEBUG, "disk %s is not measured: %s", wish->query->disk_path, flap_error_message());
       flap_error_clear();
       machine.disk_read_bytes = machine.disk_write_bytes = machine.disk_both_bytes = 0;
       disk_rates = false;
@@ -204,7 +203,7 @@ static uint32_t count_threads(uint32_t wanted) {
 static flap_status describe_host(const machine_wish *wish, char *host_out, size_t bytes) {
   char what[128];
   const uint32_t cores = count_cores();
-  const bool is_little = wish->cuda && wish->vram_bytes > 0 && wish->vram_bytes < FLAP_MACHINE_CUDA_VRAM;
+  const bool is_little = wish->cuda && wish->query->vram_bytes > 0 && wish->query->vram_bytes < FLAP_MACHINE_CUDA_VRAM;
   FLAP_TRY(wish->cuda ? flap_device_find(FLAP_DEVICE_CUDA, what, sizeof what)
                       : flap_ops_cpu_kernels(what, sizeof what));
   (void)snprintf(host_out, bytes, "%s%s; %s, %u core%s", what, is_little ? ", measured in little vram" : "", wish->cpu,
@@ -213,10 +212,7 @@ static flap_status describe_host(const machine_wish *wish, char *host_out, size_
 }
 
 flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *machine_out) {
-  machine_wish wish = {.vram_bytes = query->vram_bytes,
-                       .disk_path = query->disk_path,
-                       .fresh = query->fresh,
-                       .cuda = query->device == FLAP_RUN_DEVICE_CUDA};
+  machine_wish wish = {.query = query, .cuda = query->device == FLAP_RUN_DEVICE_CUDA};
   wish.threads = count_threads(query->threads);
   if (wish.threads > FLAP_POOL_THREADS_MAX)
     return flap_error_set(FLAP_INVALID, "threads: %u are more than the %d that are possible", wish.threads,
@@ -226,7 +222,7 @@ flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *m
   FLAP_TRY(describe_host(&wish, host, sizeof host));
   wish.key = (flap_machine_key){.device = wish.cuda ? "cuda" : "cpu", .threads = wish.threads, .host = host};
   struct stat about;
-  if (wish.disk_path && realpath(wish.disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
+  if (query->disk_path && realpath(query->disk_path, wish.real_path) && flap_system_stat(wish.real_path, &about) == 0) {
     wish.disk = (flap_machine_disk){
         .path = wish.real_path, .number = (uint64_t)about.st_dev, .span_bytes = span_of(query->disk_bytes)};
     wish.disk_found = true;
