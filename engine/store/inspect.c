@@ -70,7 +70,6 @@ static flap_status compare(const char *folder, bool verify, flap_checkpoint_repo
 /* Without the states there is no such file, and nothing to go on from. */
 static flap_status read_state(const char *folder, flap_checkpoint_report *r) {
   flap_trainer_state state;
-  r->resumable = flap_output_is_there(folder, STATE_FILE);
   if (!r->resumable)
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_read_state(folder, &state));
@@ -81,6 +80,7 @@ static flap_status read_state(const char *folder, flap_checkpoint_report *r) {
 
 static void look(const char *folder, bool verify, flap_checkpoint_report *r) {
   (void)snprintf(r->folder, sizeof r->folder, "%s", folder);
+  r->resumable = flap_output_is_there(folder, STATE_FILE); /* broken or not */
   if (measure(folder, r) != FLAP_OK || compare(folder, verify, r) != FLAP_OK || read_state(folder, r) != FLAP_OK)
     say_broken(r);
 }
