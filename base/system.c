@@ -27,6 +27,15 @@ static int system_rename(const char *from, const char *to, unsigned flags) {
   return flags == 0 ? rename(from, to) : renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
 }
 
+/* By the descriptor itself only a privileged process may, before Linux 6.10; by its name in /proc whoever opened it. */
+static int system_link(int fd, const char *path) {
+  char name[32];
+  (void)snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+  if (linkat(AT_FDCWD, name, AT_FDCWD, path, AT_SYMLINK_FOLLOW) == 0)
+    return 0;
+  return errno == ENOENT && access("/proc/self/fd", X_OK) != 0 ? linkat(fd, "", AT_FDCWD, path, AT_EMPTY_PATH) : -1;
+}
+
 static int64_t system_transferred(int fd, bool written, void *data, int64_t result) {
   (void)fd, (void)written, (void)data;
   return result;
@@ -43,6 +52,7 @@ static const flap_system default_table = {
     .truncate = ftruncate,
     .allocate = system_allocate,
     .rename = system_rename,
+    .link = system_link,
     .remove = unlinkat,
     .make_folder = mkdir,
     .stat = fstatat,
@@ -117,6 +127,10 @@ int flap_system_fallocate(int fd, off_t bytes) {
 
 int flap_system_rename(const char *from, const char *to, unsigned flags) {
   UNINTERRUPTED(int, calls()->rename(from, to, flags));
+}
+
+int flap_system_link(int fd, const char *path) {
+  UNINTERRUPTED(int, calls()->link(fd, path));
 }
 
 int flap_system_unlinkat(int folder, const char *path, int flags) {

@@ -36,6 +36,7 @@ typedef struct flap_system {
   int (*truncate)(int fd, off_t bytes);
   int (*allocate)(int fd, off_t bytes);                            /* fallocate from 0, which sets the size */
   int (*rename)(const char *from, const char *to, unsigned flags); /* renameat2 */
+  int (*link)(int fd, const char *path);                           /* linkat: a name for an open file */
   int (*remove)(int folder, const char *path, int flags);          /* unlinkat */
   int (*make_folder)(const char *path, mode_t mode);               /* mkdir */
   int (*stat)(int folder, const char *path, struct stat *about_out, int flags); /* fstatat; also of open files */
@@ -60,6 +61,8 @@ int flap_system_fsync(int fd);
 int flap_system_ftruncate(int fd, off_t bytes);
 int flap_system_fallocate(int fd, off_t bytes);
 int flap_system_rename(const char *from, const char *to, unsigned flags); /* of renameat2 */
+/* A name for an open file that may have none (O_TMPFILE), on its own file system. */
+int flap_system_link(int fd, const char *path);
 int flap_system_unlink(const char *path);
 int flap_system_unlinkat(int folder, const char *path, int flags);
 int flap_system_rmdir(const char *path);

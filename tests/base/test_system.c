@@ -127,6 +127,93 @@ START_TEST(system_new_files_have_names_of_their_own) {
 }
 END_TEST
 
+static int interrupted_link(int fd, const char *path) {
+  calls++;
+  if (interrupts-- > 0) {
+    errno = EINTR;
+    return -1;
+  }
+  return flap_system_default()->link(fd, path);
+}
+
+/* A file without a name, with one byte. */
+static int open_unnamed(void) {
+  const int fd = flap_system_open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd >= 0)
+    ck_assert_int_eq(flap_system_pwrite(fd, "x", 1, 0), 1);
+  return fd;
+}
+
+/* A name that nothing has. */
+static void free_name(char path[64]) {
+  (void)close(open_scratch(path));
+  ck_assert_int_eq(flap_system_unlink(path), 0);
+}
+
+START_TEST(system_link_names_an_open_file_that_has_no_name) {
+  char path[64], other[64], byte = 0;
+  struct stat about;
+  const int fd = open_unnamed();
+  free_name(path);
+  free_name(other);
+  if (fd >= 0) { /* /tmp may lie where there are no such files */
+    ck_assert_int_eq(flap_system_link(fd, path), 0);
+    ck_assert_int_eq(flap_system_link(fd, other), 0);
+    ck_assert(flap_system_is_same(path, other));
+    ck_assert_int_eq(flap_system_fstat(fd, &about), 0);
+    ck_assert_uint_eq(about.st_nlink, 2);
+    (void)close(fd);
+    const int again = flap_system_open(path, O_RDONLY | O_CLOEXEC, 0);
+    ck_assert_int_eq(flap_system_pread(again, &byte, 1, 0), 1);
+    ck_assert_int_eq(byte, 'x');
+    (void)close(again);
+    ck_assert_int_eq(flap_system_unlink(path), 0);
+    ck_assert_int_eq(flap_system_unlink(other), 0);
+  }
+}
+END_TEST
+
+START_TEST(system_link_that_cannot_be_leaves_what_is_there) {
+  char path[64], below[80];
+  struct stat here, elsewhere;
+  const int fd = open_unnamed(), there = open_scratch(path);
+  if (fd >= 0) {
+    ck_assert_int_eq(flap_system_link(fd, path), -1);
+    ck_assert_int_eq(errno, EEXIST);
+    (void)snprintf(below, sizeof below, "%s/below", path);
+    ck_assert_int_eq(flap_system_link(fd, below), -1);
+    ck_assert_int_eq(errno, ENOTDIR);
+    ck_assert_int_eq(flap_system_link(fd, "/tmp/no such folder/name"), -1);
+    ck_assert_int_eq(errno, ENOENT);
+    if (flap_system_stat("/tmp", &here) == 0 && flap_system_stat("/dev/shm", &elsewhere) == 0 &&
+        here.st_dev != elsewhere.st_dev) {
+      ck_assert_int_eq(flap_system_link(fd, "/dev/shm/flap-system-name"), -1);
+      ck_assert_int_eq(errno, EXDEV);
+    }
+    (void)close(fd);
+    ck_assert_int_eq(flap_system_link(fd, below), -1); /* of no open file */
+  }
+  (void)close(there);
+  ck_assert_int_eq(flap_system_unlink(path), 0);
+}
+END_TEST
+
+START_TEST(system_interrupted_link_is_made_again) {
+  char path[64];
+  const int fd = open_unnamed();
+  free_name(path);
+  table.link = interrupted_link;
+  interrupts = 3;
+  calls = 0;
+  if (fd >= 0) {
+    ck_assert_int_eq(flap_system_link(fd, path), 0);
+    ck_assert_int_eq(calls, 4);
+    (void)close(fd);
+    ck_assert_int_eq(flap_system_unlink(path), 0);
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("base");
   TCase *tests = tcase_create("system");
@@ -137,6 +224,9 @@ int main(void) {
   tcase_add_test(tests, system_interrupted_close_has_closed);
   tcase_add_test(tests, system_one_file_under_two_names_is_the_same);
   tcase_add_test(tests, system_new_files_have_names_of_their_own);
+  tcase_add_test(tests, system_link_names_an_open_file_that_has_no_name);
+  tcase_add_test(tests, system_link_that_cannot_be_leaves_what_is_there);
+  tcase_add_test(tests, system_interrupted_link_is_made_again);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
