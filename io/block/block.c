@@ -7,6 +7,7 @@
 
 #include "base/assert.h"
 #include "base/log.h"
+#include "base/system.h"
 #include "base/units.h"
 
 #include <errno.h>
@@ -123,13 +124,13 @@ uint64_t flap_block_measure(const flap_block_config *config) {
 /* --- open and close ------------------------------------------------------------------------------------------- */
 
 static void close_files(flap_block *block) {
-  for (uint32_t d = 0; d < FLAP_BLOCK_DISKS_MAX; d++)
-    block_file_close(&block->files[d]);
+  for (uint32_t i = 0; i < BLOCK_FILES_MAX; i++)
+    block_file_close(&block->files[i]);
 }
 
 static flap_status open_files(flap_block *block) {
-  for (uint32_t d = 0; d < FLAP_BLOCK_DISKS_MAX; d++)
-    block->files[d].fd = -1;
+  for (uint32_t i = 0; i < BLOCK_FILES_MAX; i++)
+    block->files[i].fd = -1;
   if (block->config.backend == FLAP_BLOCK_SIM)
     return FLAP_OK;
   for (uint32_t d = 0; d < block->config.disk_count; d++) {
@@ -256,13 +257,21 @@ static block_piece *queue_pop(block_queue *queue) {
   return piece;
 }
 
+static uint32_t block_file_index(uint32_t file) {
+  flap_assert(file > 0 && file <= FLAP_BLOCK_FILES_MAX);
+  return FLAP_BLOCK_DISKS_MAX + file - 1;
+}
+
 /* Mistakes of the caller, found where they are made. */
 static void assert_request(const flap_block *block, const flap_block_request *request) {
   const flap_block_config *config = &block->config;
   flap_assert(request->op == FLAP_BLOCK_READ || request->op == FLAP_BLOCK_WRITE);
   flap_assert(request->bytes > 0 && request->bytes <= FLAP_BLOCK_REQUEST_BYTES_MAX);
   flap_assert(request->bytes % FLAP_BLOCK_ALIGN == 0 && request->offset % FLAP_BLOCK_ALIGN == 0);
-  flap_assert(request->offset <= config->bytes && request->bytes <= config->bytes - request->offset);
+  flap_assert(request->file <= FLAP_BLOCK_FILES_MAX);
+  const block_file *file = request->file > 0 ? &block->files[block_file_index(request->file)] : NULL;
+  const uint64_t space = file != NULL && file->fd >= 0 ? file->bytes : file != NULL ? 0 : config->bytes;
+  flap_assert(request->offset <= space && request->bytes <= space - request->offset);
   if (config->backend == FLAP_BLOCK_SIM && config->sim.clock != NULL)
     return;
   uintptr_t buffer = (uintptr_t)request->buffer, memory = (uintptr_t)config->memory;
@@ -270,9 +279,12 @@ static void assert_request(const flap_block *block, const flap_block_request *re
   flap_assert(buffer - memory <= config->memory_bytes && request->bytes <= config->memory_bytes - (buffer - memory));
 }
 
+/* A file beside the linear space is all on the first disk. */
 static void cut_into_pieces(flap_block *block, flap_block_request *request) {
   for (uint32_t done = 0; done < request->bytes;) {
-    block_run run = block_map_find(&block->map, request->offset + done, request->bytes - done);
+    const block_run run = request->file > 0
+                              ? (block_run){.disk = 0, .offset = request->offset, .bytes = request->bytes}
+                              : block_map_find(&block->map, request->offset + done, request->bytes - done);
     block_piece *piece = block->pieces_free;
     flap_assert(piece != NULL);
     block->pieces_free = piece->next;
@@ -281,6 +293,7 @@ static void cut_into_pieces(flap_block *block, flap_block_request *request) {
                            .offset = run.offset,
                            .bytes_left = (uint32_t)run.bytes,
                            .disk = run.disk,
+                           .file = request->file > 0 ? block_file_index(request->file) : run.disk,
                            .op = request->op};
     queue_push(&block->lanes[run.disk][request->op].waiting, piece);
     request->pieces_left++;
@@ -322,6 +335,43 @@ flap_block_request *flap_block_poll(flap_block *block) {
   }
   pthread_mutex_unlock(&block->mutex);
   return request;
+}
+
+/* --- files beside the linear space ------------------------------------------------------------------------------ */
+
+static void set_file(flap_block *block, uint32_t index, block_file file) {
+  block->files[index] = file;
+  if (block->backend->file_changed != NULL)
+    block->backend->file_changed(block, index);
+}
+
+flap_status flap_block_file_open(flap_block *block, uint32_t file, const char *folder, uint64_t bytes) {
+  const uint32_t index = block_file_index(file);
+  block_file opened;
+  flap_assert(block->files[index].fd < 0 && bytes > 0 && bytes % FLAP_BLOCK_ALIGN == 0);
+  flap_assert(block->backend->has_files && block->config.disk_count == 1);
+  FLAP_TRY(block_file_open_linkable(folder, bytes, &opened));
+  set_file(block, index, opened);
+  return FLAP_OK;
+}
+
+flap_status flap_block_file_link(flap_block *block, uint32_t file, const char *path) {
+  const int fd = block->files[block_file_index(file)].fd;
+  flap_assert(fd >= 0);
+  if (flap_system_fsync(fd) != 0)
+    return flap_error_set_os(errno, "cannot make %s durable", path);
+  if (flap_system_link(fd, path) != 0)
+    return flap_error_set_os(errno, "cannot give the extents of the run the name %s", path);
+  return FLAP_OK;
+}
+
+void flap_block_file_close(flap_block *block, uint32_t file) {
+  const uint32_t index = block_file_index(file);
+  block_file closed = block->files[index];
+  if (closed.fd < 0)
+    return;
+  set_file(block, index, (block_file){.fd = -1});
+  block_file_close(&closed);
 }
 
 /* --- for the backends ----------------------------------------------------------------------------------------- */

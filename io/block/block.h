@@ -24,7 +24,9 @@ extern "C" {
 
 #define FLAP_BLOCK_ALIGN 4096u /* of offsets, sizes and buffers: what O_DIRECT wants */
 #define FLAP_BLOCK_DISKS_MAX 16u
-#define FLAP_BLOCK_REQUEST_BYTES_MAX (4u << 20) /* one request; larger runs are the caller's to split */
+#define FLAP_BLOCK_FILES_MAX 4u                  /* beside the linear space */
+#define FLAP_BLOCK_TRIAL_FILE "flap-extents.tmp" /* of flap_block_can_link, for a moment */
+#define FLAP_BLOCK_REQUEST_BYTES_MAX (4u << 20)  /* one request; larger runs are the caller's to split */
 
 typedef enum flap_block_backend {
   FLAP_BLOCK_AUTO, /* io_uring, or threads where the system refuses it (said once in the log) */
@@ -83,7 +85,8 @@ typedef struct flap_block_config {
 typedef struct flap_block_request {
   /* by the caller */
   flap_block_op op;
-  uint64_t offset; /* in the linear space; aligned */
+  uint32_t file;   /* 0: the linear space; else one that flap_block_file_open made */
+  uint64_t offset; /* in it; aligned */
   void *buffer;    /* in config.memory; aligned */
   uint32_t bytes;  /* 0 < bytes <= FLAP_BLOCK_REQUEST_BYTES_MAX; aligned */
   void *user;
@@ -132,6 +135,21 @@ const char *flap_block_locate(const flap_block *block, uint64_t offset, uint64_t
 
 /* What is in use: "io_uring, O_DIRECT", "threads, O_DIRECT", "threads, buffered", "sim". */
 const char *flap_block_describe(const flap_block *block);
+
+/* ---- files beside the linear space, which may get a name ------------------------------------------------- */
+
+/* Whether files of `folder` can be written as part of the disk `path`, and named later: both are on one file system,
+ * which knows files without a name. It makes one and names it, for a moment, so `folder` has one user; what an earlier
+ * process left there of that is removed. */
+bool flap_block_can_link(const char *path, const char *folder);
+/* File `file` (1 to FLAP_BLOCK_FILES_MAX), which is closed: `bytes`, reserved, without a name, in `folder`. For one
+ * disk that has files, and is on the same drive: its lanes serve both. FLAP_NO_SPACE and others name the folder. From
+ * any thread, with no request for this file under way, as the next two. */
+FLAP_CHECKED flap_status flap_block_file_open(flap_block *block, uint32_t file, const char *folder, uint64_t bytes);
+/* Makes what was written to it durable, and gives it the name `path`, which lasts with the fsync of its folder. */
+FLAP_CHECKED flap_status flap_block_file_link(flap_block *block, uint32_t file, const char *path);
+/* Its space is free unless it has a name. Fine for one that is closed. */
+void flap_block_file_close(flap_block *block, uint32_t file);
 
 /* Waits for what is in flight, closes, and gives the space back. NULL is fine. */
 void flap_block_close(flap_block *block);

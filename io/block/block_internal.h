@@ -71,21 +71,27 @@ uint32_t block_map_runs_max(uint32_t disk_count, uint64_t stripe_bytes);
 typedef struct block_file {
   int fd;
   bool direct;
+  uint64_t bytes;
 } block_file;
 
 /* An unnamed file of `bytes` in the folder `path`, its space reserved. */
 FLAP_CHECKED flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_out);
+/* One that can get a name, in a folder that is no disk's. */
+FLAP_CHECKED flap_status block_file_open_linkable(const char *folder, uint64_t bytes, block_file *file_out);
 void block_file_close(block_file *file);
 
 /* --- pieces and lanes: block.c -------------------------------------------------------------------------------- */
+
+#define BLOCK_FILES_MAX (FLAP_BLOCK_DISKS_MAX + FLAP_BLOCK_FILES_MAX)
 
 typedef struct block_piece {
   struct block_piece *next;
   flap_block_request *request;
   unsigned char *buffer; /* buffer, offset and bytes_left are of what is still to be moved */
-  uint64_t offset;       /* in the extent file */
+  uint64_t offset;       /* in the file */
   uint32_t bytes_left;
   uint32_t disk;
+  uint32_t file;  /* in block->files: the disk's, or one beside the linear space */
   uint32_t tries; /* in a row without progress */
   flap_block_op op;
   uint64_t due_ns, order; /* the simulated disk's */
@@ -108,7 +114,9 @@ struct flap_block {
   const block_backend *backend;
   void *state; /* the backend's own */
   block_map map;
-  block_file files[FLAP_BLOCK_DISKS_MAX];
+  /* By disk; then those of flap_block_file_open, file n at FLAP_BLOCK_DISKS_MAX + n - 1, whose owner sees to it that
+   * nobody uses one while it is opened or closed. */
+  block_file files[BLOCK_FILES_MAX];
   pthread_mutex_t mutex; /* for everything below */
   pthread_cond_t idle;   /* no request is active */
   block_lane lanes[FLAP_BLOCK_DISKS_MAX][2];
@@ -130,6 +138,8 @@ struct block_backend {
   bool (*accept)(flap_block *block, flap_block_request *request);
   /* Without the mutex: pieces may be waiting. */
   void (*start)(flap_block *block);
+  /* Another descriptor is at block->files[index]; -1 for none. May be NULL. */
+  void (*file_changed)(flap_block *block, uint32_t index);
   /* Nothing is in flight any more. */
   void (*close)(flap_block *block);
 };

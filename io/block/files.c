@@ -143,7 +143,51 @@ flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_o
     (void)flap_system_close(fd);
     return status;
   }
-  *file_out = (block_file){.fd = fd, .direct = bytes > 0 && set_direct(fd)};
+  *file_out = (block_file){.fd = fd, .direct = bytes > 0 && set_direct(fd), .bytes = bytes};
+  return FLAP_OK;
+}
+
+/* ---- files that can get a name ------------------------------------------------------------------------------ */
+
+static bool takes_name(int fd, const char *name) {
+  if (flap_system_link(fd, name) != 0 &&
+      (errno != EEXIST || flap_system_unlink(name) != 0 || flap_system_link(fd, name) != 0))
+    return false;
+  return flap_system_unlink(name) == 0;
+}
+
+bool flap_block_can_link(const char *path, const char *folder) {
+  struct stat of_disk, of_folder;
+  char name[4096];
+  if (flap_system_stat(path, &of_disk) != 0 || flap_system_stat(folder, &of_folder) != 0 ||
+      of_disk.st_dev != of_folder.st_dev)
+    return false;
+  const int length = snprintf(name, sizeof name, "%s/" FLAP_BLOCK_TRIAL_FILE, folder);
+  const int fd = flap_system_open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0)
+    return false;
+  const bool works = length > 0 && (size_t)length < sizeof name &&
+                     flap_system_fallocate(fd, (off_t)FLAP_BLOCK_ALIGN) == 0 && takes_name(fd, name);
+  (void)flap_system_close(fd);
+  return works;
+}
+
+flap_status block_file_open_linkable(const char *folder, uint64_t bytes, block_file *file_out) {
+  char wanted[FLAP_UNITS_TEXT_MAX];
+  *file_out = (block_file){.fd = -1};
+  flap_units_format_bytes(bytes, wanted, sizeof wanted);
+  const int fd = flap_system_open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0)
+    return flap_error_set_os(errno, "%s: cannot create a file for extents", folder);
+  if (flap_system_fallocate(fd, (off_t)bytes) != 0) {
+    const int os_error = errno;
+    (void)flap_system_close(fd);
+    if (os_error == EFBIG)
+      return flap_error_set(FLAP_NO_SPACE, "%s: files may not be as large as %s here; raise the limit (ulimit -f)",
+                            folder, wanted);
+    return flap_error_set_os(os_error, "%s: cannot reserve %s for extents", folder, wanted);
+  }
+  *file_out = (block_file){.fd = fd, .direct = set_direct(fd), .bytes = bytes};
   return FLAP_OK;
 }
 

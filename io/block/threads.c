@@ -17,7 +17,7 @@ typedef struct threads_state {
 } threads_state;
 
 static int64_t transfer(const flap_block *block, const block_piece *piece) {
-  int fd = block->files[piece->disk].fd;
+  int fd = block->files[piece->file].fd;
   ssize_t result = piece->op == FLAP_BLOCK_READ
                        ? flap_system_pread(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset)
                        : flap_system_pwrite(fd, piece->buffer, piece->bytes_left, (off_t)piece->offset);

@@ -57,7 +57,7 @@ static int fixed_part(const flap_block *block, const block_piece *piece) {
 
 static void describe_piece(flap_block *block, block_piece *piece, struct io_uring_sqe *sqe) {
   const uring_state *state = block->state;
-  int fd = state->fixed_files ? (int)piece->disk : block->files[piece->disk].fd;
+  int fd = state->fixed_files ? (int)piece->file : block->files[piece->file].fd;
   int part = fixed_part(block, piece);
   if (piece->op == FLAP_BLOCK_READ) {
     if (part >= 0)
@@ -99,7 +99,7 @@ static void uring_start(flap_block *block) {
 }
 
 static int64_t result_of(const flap_block *block, const block_piece *piece, int32_t result) {
-  return flap_system_transferred(block->files[piece->disk].fd, piece->op == FLAP_BLOCK_WRITE, piece->buffer, result);
+  return flap_system_transferred(block->files[piece->file].fd, piece->op == FLAP_BLOCK_WRITE, piece->buffer, result);
 }
 
 /* Settles what has arrived. False when the end was asked for: a completion without a piece. */
@@ -204,10 +204,21 @@ void flap_block_check_memory(const flap_block_config *config) {
 
 static void register_files(flap_block *block) {
   uring_state *state = block->state;
-  int fds[FLAP_BLOCK_DISKS_MAX];
-  for (uint32_t d = 0; d < block->config.disk_count; d++)
-    fds[d] = block->files[d].fd;
-  state->fixed_files = io_uring_register_files(&state->ring, fds, block->config.disk_count) == 0;
+  int fds[BLOCK_FILES_MAX];
+  for (uint32_t i = 0; i < BLOCK_FILES_MAX; i++)
+    fds[i] = block->files[i].fd; /* -1: a place that is kept */
+  state->fixed_files = io_uring_register_files(&state->ring, fds, BLOCK_FILES_MAX) == 0;
+}
+
+/* The kernel holds open what is registered. */
+static void uring_file_changed(flap_block *block, uint32_t index) {
+  uring_state *state = block->state;
+  pthread_mutex_lock(&state->submit_mutex);
+  if (state->fixed_files && io_uring_register_files_update(&state->ring, index, &block->files[index].fd, 1) != 1) {
+    (void)io_uring_unregister_files(&state->ring);
+    state->fixed_files = false;
+  }
+  pthread_mutex_unlock(&state->submit_mutex);
 }
 
 /* The kernel takes a ring apart some time after its descriptor is closed. What is registered is given back first, so
@@ -267,5 +278,6 @@ const block_backend block_backend_uring = {
     .state_bytes = sizeof(uring_state),
     .open = uring_open,
     .start = uring_start,
+    .file_changed = uring_file_changed,
     .close = uring_close,
 };
