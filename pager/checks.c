@@ -53,8 +53,8 @@ static const char *name_corrupt(flap_pager *pager, uint32_t index, char text[COR
   const pager_buffer *buffer = &pager->buffers[index];
   const uint32_t number = buffer->first_page + buffer->corrupt_page;
   const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + number;
-  uint64_t place = 0;
-  const char *disk = flap_block_locate(pager->block, pager_disk_offset(page), &place);
+  uint64_t place = pager_disk_offset(page);
+  const char *disk = page->file > 0 ? pager->shared_folder : flap_block_locate(pager->block, place, &place);
   (void)snprintf(text, CORRUPT_TEXT_MAX,
                  "disk %.300s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
                  "(writing %u)",

@@ -64,6 +64,7 @@ static void check_config(const flap_pager_config *config) {
     flap_assert(region->element_bytes <= 2 || region->element_bytes == 4);
     flap_assert(region->overlay <= FLAP_PAGER_OVERLAYS_MAX && region->side <= 1);
     flap_assert(region->overlay == 0 || !region->in_snapshots);
+    flap_assert(!region->shared || region->in_snapshots);
     flap_assert(region->ring == FLAP_PAGER_RESIDENT || region->ring == FLAP_PAGER_HOST ||
                 (region->ring < config->ring_count && region->bytes <= config->rings[region->ring].slot_bytes));
   }
@@ -98,6 +99,7 @@ void flap_pager_total(const flap_pager_config *config, flap_pager_totals *totals
     }
     uint64_t disk = pager_disk_bytes(config->page_bytes, region->bytes, region->ram_pages);
     t.disk_bytes += disk;
+    t.shared_bytes += region->shared && config->shared_folder != NULL ? disk : 0;
     t.snapshots_move = t.snapshots_move || (region->in_snapshots && disk > 0);
     const uint64_t ram = region->bytes - disk;
     t.home_bytes += region->overlay == 0 || ram == 0 ? ram : extend_side(&sides, region->overlay, region->side, ram);
@@ -159,7 +161,7 @@ static void fill_rings(flap_pager *pager, const flap_pager_config *config) {
 }
 
 static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
-  uint32_t page = 0, extent = 0;
+  uint32_t page = 0, extents[2] = {0, 0}; /* in the linear space, in a file that is shared */
   for (uint32_t i = 0; i < pager->region_count; i++) {
     pager_region *region = &pager->regions[i];
     region->bytes = config->regions[i].bytes;
@@ -168,6 +170,8 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     region->element_bytes = config->regions[i].element_bytes;
     region->in_snapshots = config->regions[i].in_snapshots;
     region->side = config->regions[i].side;
+    region->shared = config->regions[i].shared && config->shared_folder != NULL;
+    region->file = region->shared ? 1 : 0;
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
@@ -180,9 +184,10 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
       *entry = (pager_page){.extent = PAGER_NONE, .state = PAGE_IDLE};
       if (j < region->ram_pages)
         continue;
-      entry->extent = extent;
+      entry->file = region->file;
+      entry->extent = extents[region->shared];
       entry->stored_bytes = (uint32_t)pager_chunk_bytes(pager, region, j, 1);
-      extent += entry->stored_bytes / FLAP_BLOCK_ALIGN;
+      extents[region->shared] += entry->stored_bytes / FLAP_BLOCK_ALIGN;
     }
   }
 }
@@ -205,8 +210,10 @@ static void take_workers(flap_pager *pager, const flap_pager_config *config, boo
 
 static void lay_out(flap_pager *pager, const flap_pager_config *config, const flap_pager_totals *totals,
                     flap_arena *arena) {
-  flap_pager_sizes sizes = {
-      .vram_bytes = totals->resident_bytes, .ram_home_bytes = totals->home_bytes, .disk_bytes = totals->disk_bytes};
+  flap_pager_sizes sizes = {.vram_bytes = totals->resident_bytes,
+                            .ram_home_bytes = totals->home_bytes,
+                            .disk_bytes = totals->disk_bytes,
+                            .shared_bytes = totals->shared_bytes};
   flap_assert(totals->pages < PAGER_NONE && sizes.disk_bytes / FLAP_BLOCK_ALIGN < PAGER_NONE);
   pager->overlay_count = totals->overlays; /* whatever lives in RAM: so what a table takes does not depend on that */
   pager->page_bytes = config->page_bytes;

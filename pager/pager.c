@@ -27,9 +27,11 @@
  * 10. Stores of one region go in the order of the unpins: page by page, none passes an earlier one.
  * 11. What a snapshot keeps stays as it is at home until it is drained: of its region no store of a lease behind the
  *     point has begun, no such job, and where it is resident no such lease is pinned.
- * 12. Of an overlay one side at a time holds something, or has anything on its way home.
- * 13. After a failure nothing new starts; what is under way is collected.
- * 14. While a resident holds something, is pinned, or may still be used by the compute stream, nothing of it is lent.
+ * 12. A page of a shared region is written to its region's file, which a keep changes while nothing of the region is on
+ *     its way. A file is closed when no page that is idle stands there, and no region writes there.
+ * 13. Of an overlay one side at a time holds something, or has anything on its way home.
+ * 14. After a failure nothing new starts; what is under way is collected.
+ * 15. While a resident holds something, is pinned, or may still be used by the compute stream, nothing of it is lent.
  */
 #include "pager/pager_internal.h"
 
@@ -154,7 +156,9 @@ static flap_status open_disk(flap_pager *pager, const flap_pager_config *config)
   if (pager->sizes.disk_bytes == 0)
     return FLAP_OK;
   flap_block_config disk = config->disk;
-  disk.bytes = pager->sizes.disk_bytes;
+  disk.bytes = pager->sizes.disk_bytes - pager->sizes.shared_bytes;
+  if (disk.bytes == 0)
+    disk.bytes = FLAP_BLOCK_ALIGN; /* all of it is in files */
   disk.memory = pager->staging;
   disk.memory_bytes = pager->sizes.staging_bytes;
   disk.requests_max = pager->buffer_count;
@@ -167,7 +171,8 @@ static flap_status open_disk(flap_pager *pager, const flap_pager_config *config)
     pager->read_depth = pager->write_depth = 1; /* its lanes serve one request at a time */
     pager->disk_latency_ns = disk.sim.latency_ns;
   }
-  return flap_block_open(&disk, &pager->block);
+  FLAP_TRY(flap_block_open(&disk, &pager->block));
+  return pager_extents_open(pager, config);
 }
 
 flap_status flap_pager_open(const flap_pager_config *config, flap_arena *ram, flap_pager **pager_out) {

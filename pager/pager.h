@@ -59,6 +59,7 @@ typedef struct flap_pager_region {
   /* For compression: how wide the numbers are that it holds (1, 2 or 4 bytes; 0: its pages stay as they are), and of
    * which class it is (below FLAP_PAGER_CLASSES_MAX): what is learnt of one region goes for its class. */
   uint8_t element_bytes, klass;
+  bool shared; /* its pages on disk lie where checkpoints can share them: see flap_pager_keep. One of the snapshots */
   bool in_snapshots; /* belongs to every snapshot; such a region is of no overlay, and does not lend */
   bool lends;        /* resident, with leases of its own that are not READ: see flap_pager_ring */
   uint8_t side;      /* of its overlay: 0 or 1 */
@@ -115,6 +116,9 @@ typedef struct flap_pager_config {
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
                                 lives on    disk */
+  /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
+   * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
+  const char *shared_folder;
   flap_clock *clock;         /* with the sim device */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
   /* Work on the compute stream that was labelled (flap_device_label_compute); any thread; NULL for none. */
@@ -127,6 +131,7 @@ typedef struct flap_pager_sizes {
   uint64_t ram_bytes;  /* all of the below, exactly what open takes from the arena */
   uint64_t ram_home_bytes, staging_bytes, table_bytes;
   uint64_t disk_bytes;       /* the linear space of the extent files */
+  uint64_t shared_bytes;     /* of these, in a file for shared regions */
   uint32_t snapshot_buffers; /* part of the staging; each is a request of the disks, as the other buffers are */
 } flap_pager_sizes;
 
@@ -137,8 +142,9 @@ typedef struct flap_pager_totals {
   uint64_t resident_bytes; /* for good in VRAM */
   uint64_t home_bytes;     /* that live in RAM; of an overlay the longer side */
   uint64_t disk_bytes, pages;
-  uint32_t overlays;   /* the highest number of one */
-  bool snapshots_move; /* some region of theirs is in VRAM for good, or some of it on disk */
+  uint64_t shared_bytes; /* of disk_bytes, of regions that are shared */
+  uint32_t overlays;     /* the highest number of one */
+  bool snapshots_move;   /* some region of theirs is in VRAM for good, or some of it on disk */
 } flap_pager_totals;
 void flap_pager_total(const flap_pager_config *config, flap_pager_totals *totals_out);
 /* What a configuration of these totals will take, whatever its regions are: for a planner that keeps account of them.
@@ -239,6 +245,39 @@ void flap_pager_snapshot_begin(flap_pager *pager, uint32_t until);
 void flap_pager_snapshot_cut_off(flap_pager *pager);
 /* Lets go of what was not drained, and closes the snapshot. From any thread, with no drain under way. */
 void flap_pager_snapshot_end(flap_pager *pager);
+
+/* ---- extents that checkpoints share ---------------------------------------------------------------------- */
+
+/* Where a page of a shared region stands, for as long as its file is open or has a name. */
+typedef struct flap_pager_extent {
+  uint64_t offset;       /* of the page, in the region */
+  uint32_t bytes;        /* of the page */
+  uint32_t stored_bytes; /* there; fewer than `bytes` if it is encoded (io/block/codec.h) */
+  uint64_t place;        /* in the file, in bytes */
+  uint64_t checksum;     /* of what is stored there, seeded with region, number of the page, and epoch */
+  uint32_t epoch;
+  uint32_t file; /* from 1 to FLAP_BLOCK_FILES_MAX */
+} flap_pager_extent;
+typedef flap_status (*flap_pager_extent_fn)(void *context, const flap_pager_extent *extent);
+
+/* Whether the next file is there, so that flap_pager_keep may be called. False where nothing is shared. */
+bool flap_pager_can_keep(const flap_pager *pager);
+/* Like flap_pager_drain, at rest or of a snapshot, but nothing is read from disk: of the pages there it says where they
+ * stand, after it has delivered the others. They stay as they are, for whatever is written of the region from then on
+ * goes to the next file. Once for each shared region, and for no other, then link and next. */
+FLAP_CHECKED flap_status flap_pager_keep(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain,
+                                         flap_pager_extent_fn extent, void *context);
+/* Makes a file durable in which extents stand, and names it; the name lasts with its folder's fsync. */
+FLAP_CHECKED flap_status flap_pager_link(flap_pager *pager, uint32_t file, const char *path);
+/* After all were kept, or at the start: closes files in which nothing stands that the run still needs, and makes the
+ * next one, of sizes.shared_bytes. Where too many are still needed there is none, and FLAP_OK: see can_keep. From the
+ * thread that keeps. */
+FLAP_CHECKED flap_status flap_pager_next_file(flap_pager *pager);
+/* Of a file; 0 where nothing is shared. */
+uint64_t flap_pager_shared_bytes(const flap_pager *pager);
+uint64_t flap_pager_page_bytes(const flap_pager *pager);
+/* Of a shared region, what a keep delivers: all that is not on disk. */
+uint64_t flap_pager_copied_bytes(const flap_pager *pager, uint32_t region);
 
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 

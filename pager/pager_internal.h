@@ -40,6 +40,7 @@ typedef struct pager_page {
   uint32_t stored_bytes; /* how long it is there; shorter than the page if it is encoded */
   uint16_t stores_left;  /* released leases whose bytes of this page are not home yet */
   uint8_t state;         /* pager_page_state */
+  uint8_t file;          /* in which extent is: 0, the linear space, or one of those that can be shared */
 } pager_page;
 
 typedef struct pager_region {
@@ -59,10 +60,12 @@ typedef struct pager_region {
   uint16_t overlay;          /* of a region with RAM pages that share their place; else 0 */
   uint8_t side;
   uint8_t klass, element_bytes;
+  uint8_t file;     /* that its pages are written to: of one that is shared the file of now; else 0 */
   bool hurried : 1; /* a load that has its slot waits for the disk to have written its pages */
   bool holds : 1;   /* after all of the unpinned leases, there are bytes */
   bool pinned : 1;
   bool in_snapshots : 1;
+  bool shared : 1;
   bool lends : 1;
   bool kept : 1;       /* of the open snapshot, and not drained yet */
   bool kept_holds : 1; /* there are bytes at the point; known once it is reached */
@@ -307,7 +310,10 @@ struct flap_pager {
   void *owned_table; /* what open took itself, because the arena only measured */
   uint32_t read_depth, write_depth;
   uint32_t ahead_max, behind_max; /* requests at the disk that nobody waits for: reads, writes */
-  uint64_t disk_latency_ns;       /* of a simulated disk: part of a request's time, but not of its lane's */
+  const char *shared_folder;      /* of the files below; NULL: nothing is shared */
+  uint32_t next_file;             /* that flap_pager_keep turns regions to; 0: none. Of the thread that keeps */
+  bool files_open[FLAP_BLOCK_FILES_MAX + 1]; /* by number; 0 stays free. Likewise */
+  uint64_t disk_latency_ns;                  /* of a simulated disk: part of a request's time, but not of its lane's */
   bool has_bytes;
 
   /* under lock */
@@ -516,13 +522,24 @@ static inline bool pager_is_kept_back(const pager_region *region, uint32_t chang
 }
 /* Asks for the next pieces of the region that is drained. */
 bool pager_snapshot_issue(flap_pager *pager);
-flap_status pager_snapshot_drain(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain, void *context);
+/* Without `extents` a drain, with it a keep. */
+flap_status pager_snapshot_drain(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain,
+                                 flap_pager_extent_fn extent, void *context);
 static inline bool pager_is_snapshot_buffer(const flap_pager *pager, uint32_t buffer) {
   return buffer >= pager->read_buffers + pager->write_buffers;
 }
 static inline flap_event pager_mark_event(const flap_pager *pager, uint32_t mark) {
   return 2 * pager->slot_count + mark;
 }
+
+/* ---- extents.c: extents that checkpoints share ------------------------------------------------------------- */
+
+/* Says of all pages on disk where they stand. They are home, and stay so. */
+flap_status pager_extents_tell(flap_pager *pager, uint32_t region, flap_pager_extent_fn extent, void *context);
+/* What is written of the region from now on goes to the next file. Nothing of it is on its way. */
+void pager_extents_turn(flap_pager *pager, pager_region *region);
+/* The file of the start. */
+flap_status pager_extents_open(flap_pager *pager, const flap_pager_config *config);
 
 /* ---- checks.c: what is done to the bytes of buffers, and by whom ----------------------------------------- */
 

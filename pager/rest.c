@@ -244,11 +244,12 @@ flap_status flap_pager_fill(flap_pager *pager, uint32_t index, flap_pager_fill_f
   return leave(pager, status);
 }
 
-flap_status flap_pager_drain(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
+static flap_status drain_or_keep(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain,
+                                 flap_pager_extent_fn extent, void *context) {
   flap_assert(pager->has_bytes && index < pager->region_count);
   pager_enter(pager);
   if (pager->snapshot.open && pager->error == FLAP_OK)
-    return leave(pager, pager_snapshot_drain(pager, index, drain, context));
+    return leave(pager, pager_snapshot_drain(pager, index, drain, extent, context));
   flap_status status = come_to_rest(pager, index);
   pager_region *region = &pager->regions[index];
   if (status != FLAP_OK)
@@ -260,7 +261,19 @@ flap_status flap_pager_drain(flap_pager *pager, uint32_t index, flap_pager_drain
   } else {
     status = visit_ram(pager, index, NULL, drain, context);
     if (status == FLAP_OK)
-      status = drain_disk(pager, index, drain, context);
+      status =
+          extent != NULL ? pager_extents_tell(pager, index, extent, context) : drain_disk(pager, index, drain, context);
   }
+  if (status == FLAP_OK && extent != NULL)
+    pager_extents_turn(pager, region);
   return leave(pager, status);
+}
+
+flap_status flap_pager_drain(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
+  return drain_or_keep(pager, index, drain, NULL, context);
+}
+
+flap_status flap_pager_keep(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, flap_pager_extent_fn extent,
+                            void *context) {
+  return drain_or_keep(pager, index, drain, extent, context);
 }

@@ -292,20 +292,25 @@ static void clear_up(flap_pager *pager) {
   pager->snapshot.region = PAGER_NONE;
 }
 
-static flap_status deliver_all(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
+static flap_status deliver_all(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain,
+                               flap_pager_extent_fn extent, void *context) {
   pager_region *region = &pager->regions[index];
+  const bool resident = region->ring == FLAP_PAGER_RESIDENT;
   pager->snapshot.region = index;
   pager->snapshot.next = 0;
-  pager->snapshot.count = count_pieces(pager, region);
+  pager->snapshot.count = resident || extent == NULL ? count_pieces(pager, region) : 0;
   pager_ring_bell(pager);
-  flap_status status = region->ring == FLAP_PAGER_RESIDENT ? FLAP_OK : deliver_ram(pager, region, drain, context);
+  flap_status status = resident ? FLAP_OK : deliver_ram(pager, region, drain, context);
   if (status == FLAP_OK)
     status = deliver_pieces(pager, region, drain, context);
   clear_up(pager);
+  if (status == FLAP_OK && extent != NULL)
+    status = pager_extents_tell(pager, index, extent, context);
   return status == FLAP_OK ? flap_device_outcome(pager->device) : status;
 }
 
-flap_status pager_snapshot_drain(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain, void *context) {
+flap_status pager_snapshot_drain(flap_pager *pager, uint32_t index, flap_pager_drain_fn drain,
+                                 flap_pager_extent_fn extent, void *context) {
   pager_region *region = &pager->regions[index];
   if (!region->kept || pager->snapshot.region != PAGER_NONE)
     pager_mistake(pager, "region %u is drained, but is none of the snapshot's any more, or beside another one", index);
@@ -315,7 +320,9 @@ flap_status pager_snapshot_drain(flap_pager *pager, uint32_t index, flap_pager_d
     return flap_error_set(FLAP_CLOSED, "the run ended before the step was complete");
   if (!region->kept_holds)
     pager_mistake(pager, "region %u is drained, but holds nothing at the point of the snapshot", index);
-  FLAP_TRY(deliver_all(pager, index, drain, context));
+  FLAP_TRY(deliver_all(pager, index, drain, extent, context));
+  if (extent != NULL)
+    pager_extents_turn(pager, region);
   region->kept = false;
   pager_ring_bell(pager);
   return FLAP_OK;

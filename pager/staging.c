@@ -106,11 +106,15 @@ static void submit(flap_pager *pager, uint32_t index, flap_block_op op) {
   const pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < buffer->page_count; i++) {
-    flap_assert(pager_disk_offset(&page[i]) == pager_disk_offset(page) + bytes); /* adjacent */
+    flap_assert(pager_disk_offset(&page[i]) == pager_disk_offset(page) + bytes && page[i].file == page->file);
     bytes += page[i].stored_bytes;
   }
-  buffer->request = (flap_block_request){
-      .op = op, .offset = pager_disk_offset(page), .buffer = buffer->memory, .bytes = (uint32_t)bytes, .user = buffer};
+  buffer->request = (flap_block_request){.op = op,
+                                         .file = page->file,
+                                         .offset = pager_disk_offset(page),
+                                         .buffer = buffer->memory,
+                                         .bytes = (uint32_t)bytes,
+                                         .user = buffer};
   flap_block_submit(pager->block, &buffer->request);
   *(op == FLAP_BLOCK_READ ? &pager->reading : &pager->writing) += 1;
   pager->reading_ahead += buffer->ahead;

@@ -264,6 +264,12 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.shared_cores = chance(&d, 50);
 }
 
+void case_add_sharing(test_case *c, const char *folder) {
+  c->config.shared_folder = folder;
+  for (uint32_t i = 0; i < c->config.region_count; i++)
+    c->regions[i].shared = c->regions[i].in_snapshots;
+}
+
 void case_add_snapshots(test_case *c) {
   draw d = {.stream = flap_philox_stream(c->seed, "pager snapshots")};
   c->snapshots = true;

@@ -3,6 +3,7 @@
 #include "base/philox.h"
 #include "base/units.h"
 #include "pager/pager_internal.h"
+#include "tests/pager/kept_values.h"
 
 #include <check.h>
 #include <pthread.h>
@@ -60,7 +61,7 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
   flap_block_config *disk = &c->config.disk;
   disk->backend = backend;
   disk->stripe_bytes = FLAP_BLOCK_ALIGN << c->seed % 5;
-  disk->disk_count = 1 + (uint32_t)(c->seed / 5 % 3);
+  disk->disk_count = c->config.shared_folder != NULL ? 1 : 1 + (uint32_t)(c->seed / 5 % 3);
   for (uint32_t i = 0; i < disk->disk_count; i++) /* of different sizes, and a little too large */
     disk->disks[i] =
         (flap_block_disk){.path = path,
@@ -70,6 +71,7 @@ void case_set_disk(test_case *c, flap_block_backend backend, const char *path) {
 }
 
 uint64_t case_saved_bytes, case_packable_bytes, case_rereads, case_snapshots;
+uint64_t case_kept_pages, case_unkept;
 
 /* ---- bytes ---------------------------------------------------------------------------------------------- */
 
@@ -125,6 +127,7 @@ typedef struct runner {
   flap_philox snapshot_draw;
   uint64_t drawn;
   snapshot_run snapshot;
+  kept_values *kept;    /* of what is shared; NULL: nothing is */
   bool snapshot_failed; /* not because the test stopped it: the pager must have failed */
 } runner;
 
@@ -180,20 +183,46 @@ static flap_status compare_piece(void *context, uint64_t offset, uint64_t bytes,
   return v->r->snapshot.stop_after == 0 ? flap_error_set(FLAP_IO, "the test stops here") : FLAP_OK;
 }
 
+static flap_status note_extent(void *context, const flap_pager_extent *extent) {
+  visit *v = context;
+  ck_assert_uint_eq(extent->offset, v->next);
+  v->next += extent->bytes;
+  kept_add(v->r->kept, v->region, v->r->c->config.page_bytes, extent,
+           v->r->snapshot.expected[v->region] + extent->offset);
+  return v->r->snapshot.stop_after == 0 ? flap_error_set(FLAP_IO, "the test stops here") : FLAP_OK;
+}
+
+static flap_status drain_or_keep(runner *r, uint32_t region, bool keep, visit *v) {
+  return keep && r->c->regions[region].shared ? flap_pager_keep(r->pager, region, compare_piece, note_extent, v)
+                                              : flap_pager_drain(r->pager, region, compare_piece, v);
+}
+
+/* As a checkpoint does, that was written to its end or was not. */
+static flap_status name_kept(runner *r, flap_status status) {
+  FLAP_TRY(kept_name(r->kept, r->pager, status == FLAP_OK));
+  return status;
+}
+
 static void *drain_snapshot(void *context) {
   runner *r = context;
   snapshot_run *s = &r->snapshot;
   const uint32_t count = r->c->config.region_count, start = (uint32_t)(r->c->seed % count);
+  const bool keep = r->kept != NULL && flap_pager_can_keep(r->pager);
+  case_unkept += r->kept != NULL && !keep;
   for (uint32_t i = 0; i < count && s->status == FLAP_OK; i++) {
     const uint32_t region = r->c->seed % 2 ? (start + i) % count : (start + count - i) % count;
     visit v = {.r = r, .region = region};
     if (!s->wanted[region])
       continue;
-    s->status = flap_pager_drain(r->pager, region, compare_piece, &v);
+    s->status = drain_or_keep(r, region, keep, &v);
     ck_assert(s->status != FLAP_OK || v.next == r->c->regions[region].bytes);
     s->stop_after -= s->stop_after > 0;
   }
+  if (keep)
+    s->status = name_kept(r, s->status);
   flap_pager_snapshot_end(r->pager);
+  if (keep && flap_pager_next_file(r->pager) != FLAP_OK)
+    s->status = FLAP_IO;
   atomic_store(&s->over, true);
   return NULL;
 }
@@ -458,6 +487,8 @@ static void check_bytes_moved(const test_case *c, flap_pager *pager) {
 
 static flap_status run_all(runner *r) {
   const test_case *c = r->c;
+  if (r->kept != NULL)
+    FLAP_TRY(flap_pager_next_file(r->pager));
   for (uint32_t i = 0; i < c->config.region_count; i++)
     if (c->filled[i])
       FLAP_TRY(fill_region(r, i));
@@ -480,6 +511,8 @@ static flap_status run_all(runner *r) {
     ck_assert_uint_eq(v.next, c->regions[i].bytes);
   }
   check_bytes_moved(c, r->pager); /* fill and drain do not count */
+  if (r->kept != NULL)
+    case_kept_pages += kept_compare(r->kept);
   flap_pager_stats stats;
   flap_pager_get_stats(r->pager, &stats);
   case_rereads += stats.reread;
@@ -549,7 +582,10 @@ flap_status case_run(const test_case *c) {
     r.plain[i] = calloc(1, c->regions[i].bytes);
     r.snapshot.expected[i] = calloc(1, c->regions[i].bytes);
   }
+  if (config.shared_folder != NULL)
+    r.kept = kept_open(config.shared_folder);
   flap_status status = run_between_canaries(&r, &config, &arena, &sizes);
+  kept_close(r.kept);
   free_jobs(&r);
   for (uint32_t i = 0; i < c->config.region_count; i++) {
     free(r.plain[i]);

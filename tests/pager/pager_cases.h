@@ -74,6 +74,12 @@ void case_add_snapshots(test_case *c);
 /* Snapshots that were drained to the end, over all cases so far. */
 extern uint64_t case_snapshots;
 
+/* Of a case with snapshots, before the disk is set: what they hold is shared, with files in `folder`. Then they are
+ * kept where they can be, their files named, and compared at once and at the end of the case. */
+void case_add_sharing(test_case *c, const char *folder);
+/* Pages that were kept on disk and compared in the end, over all cases so far; snapshots that could not be kept. */
+extern uint64_t case_kept_pages, case_unkept;
+
 /* The sum of flap_pager_predict over all programs; what rings that keep load is counted by the case itself. */
 void case_predict(const test_case *c, uint64_t bytes_out[FLAP_LANE_COUNT]);
 

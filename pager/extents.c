@@ -1,0 +1,134 @@
+/* Extents that checkpoints share: files that a checkpoint names, and what is written afterwards goes to another one.
+ *
+ * Extents of shared regions are at the same places in every file, so a page is found by the number of its file. At any
+ * time its next writing has one file to go to, that of its region; a keep turns the region to the next one. So of what
+ * was kept nothing is written over, and no list of free extents is needed: a step writes all states, and one step after
+ * a checkpoint its files hold nothing that the run reads.
+ *
+ *   file:    closed ──flap_pager_next_file──► next ──flap_pager_keep, of all regions──► written to
+ *               ▲                                                                          │ flap_pager_keep, of all
+ *               └────────── flap_pager_next_file, once no page stands there ◄── left ◄─────┘
+ *
+ * A page that is on its way to the disk no longer needs what stands where it was.
+ */
+#include "pager/pager_internal.h"
+
+#include "base/assert.h"
+
+#define EXTENTS_AT_ONCE 64u /* that are told without the lock */
+
+static flap_status tell(flap_pager *pager, const flap_pager_extent *extents, uint32_t count,
+                        flap_pager_extent_fn extent, void *context) {
+  flap_status status = FLAP_OK;
+  pthread_mutex_unlock(&pager->lock);
+  for (uint32_t i = 0; i < count && status == FLAP_OK; i++)
+    status = extent(context, &extents[i]);
+  pager_enter(pager);
+  return status;
+}
+
+flap_status pager_extents_tell(flap_pager *pager, uint32_t index, flap_pager_extent_fn extent, void *context) {
+  const pager_region *region = &pager->regions[index];
+  const pager_page *page = pager_pages_of(pager, region);
+  flap_pager_extent extents[EXTENTS_AT_ONCE];
+  uint32_t count = 0;
+  for (uint32_t i = region->ram_pages; i < region->page_count; i++) {
+    flap_assert(page[i].state == PAGE_IDLE && page[i].file > 0);
+    extents[count++] = (flap_pager_extent){.offset = i * pager->page_bytes,
+                                           .bytes = (uint32_t)pager_chunk_bytes(pager, region, i, 1),
+                                           .stored_bytes = page[i].stored_bytes,
+                                           .place = pager_disk_offset(&page[i]),
+                                           .checksum = page[i].checksum,
+                                           .epoch = page[i].epoch,
+                                           .file = page[i].file};
+    if (count < EXTENTS_AT_ONCE && i + 1 < region->page_count)
+      continue;
+    FLAP_TRY(tell(pager, extents, count, extent, context));
+    count = 0;
+  }
+  return FLAP_OK;
+}
+
+void pager_extents_turn(flap_pager *pager, pager_region *region) {
+  if (!region->shared || pager->next_file == 0)
+    pager_mistake(pager, "region %u is kept, but is not shared, or there is no file to go on in",
+                  (uint32_t)(region - pager->regions));
+  region->file = (uint8_t)pager->next_file;
+}
+
+/* ---- files --------------------------------------------------------------------------------------------------- */
+
+static flap_status open_file(flap_pager *pager, uint32_t file) {
+  FLAP_TRY(flap_block_file_open(pager->block, file, pager->shared_folder, pager->sizes.shared_bytes));
+  pager->files_open[file] = true;
+  return FLAP_OK;
+}
+
+flap_status pager_extents_open(flap_pager *pager, const flap_pager_config *config) {
+  if (pager->sizes.shared_bytes == 0)
+    return FLAP_OK;
+  pager->shared_folder = config->shared_folder;
+  return open_file(pager, 1);
+}
+
+static void find_needed(flap_pager *pager, bool needed[FLAP_BLOCK_FILES_MAX + 1]) {
+  pager_enter(pager);
+  for (uint32_t i = 0; i < pager->region_count; i++) {
+    const pager_region *region = &pager->regions[i];
+    needed[region->file] = true;
+    for (uint32_t j = region->ram_pages; region->shared && j < region->page_count; j++) {
+      const pager_page *page = pager_pages_of(pager, region) + j;
+      if (page->state == PAGE_IDLE)
+        needed[page->file] = true;
+    }
+  }
+  pthread_mutex_unlock(&pager->lock);
+}
+
+bool flap_pager_can_keep(const flap_pager *pager) {
+  return pager->next_file > 0;
+}
+
+uint64_t flap_pager_shared_bytes(const flap_pager *pager) {
+  return pager->sizes.shared_bytes;
+}
+
+uint64_t flap_pager_page_bytes(const flap_pager *pager) {
+  return pager->page_bytes;
+}
+
+uint64_t flap_pager_copied_bytes(const flap_pager *pager, uint32_t index) {
+  const pager_region *region = &pager->regions[index];
+  return region->ring == FLAP_PAGER_RESIDENT
+             ? region->bytes
+             : region->bytes - pager_disk_bytes(pager->page_bytes, region->bytes, region->ram_pages);
+}
+
+flap_status flap_pager_link(flap_pager *pager, uint32_t file, const char *path) {
+  flap_assert(file <= FLAP_BLOCK_FILES_MAX && pager->files_open[file]);
+  return flap_block_file_link(pager->block, file, path);
+}
+
+flap_status flap_pager_next_file(flap_pager *pager) {
+  bool needed[FLAP_BLOCK_FILES_MAX + 1] = {false};
+  if (pager->sizes.shared_bytes == 0)
+    return FLAP_OK;
+  find_needed(pager, needed);
+  if (pager->next_file > 0 && !needed[pager->next_file])
+    return FLAP_OK; /* nothing was kept since */
+  pager->next_file = 0;
+  uint32_t closed = 0;
+  for (uint32_t file = FLAP_BLOCK_FILES_MAX; file > 0; file--) {
+    if (pager->files_open[file] && !needed[file]) {
+      flap_block_file_close(pager->block, file);
+      pager->files_open[file] = false;
+    }
+    if (!pager->files_open[file])
+      closed = file;
+  }
+  if (closed == 0)
+    return FLAP_OK;
+  FLAP_TRY(open_file(pager, closed));
+  pager->next_file = closed;
+  return FLAP_OK;
+}
