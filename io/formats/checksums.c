@@ -22,6 +22,7 @@
 #define FILES_MAX 16384u /* that a list is read with: each of them is looked for among the others */
 #define READ_BYTES ((uint64_t)1 << 20)
 #define VALUE_DIGITS 18 /* "0x" and 16 */
+#define PAGES "pages"   /* in place of a value */
 
 /* ---- one sum ------------------------------------------------------------------------------------------- */
 
@@ -77,7 +78,7 @@ void flap_checksums_close(flap_checksums *list) {
   *list = (flap_checksums){0};
 }
 
-static flap_status put(flap_checksums *list, const char *name, uint64_t bytes, uint64_t value) {
+static flap_status put(flap_checksums *list, const char *name, flap_checksums_entry about) {
   const flap_checksums_entry *known = flap_checksums_find(list, name);
   if (strlen(name) >= FLAP_CHECKSUMS_NAME_MAX)
     return flap_error_set(FLAP_INVALID, "%.64s...: too long a name for " FLAP_CHECKSUMS_FILE, name);
@@ -90,7 +91,7 @@ static flap_status put(flap_checksums *list, const char *name, uint64_t bytes, u
     list->capacity = capacity;
   }
   flap_checksums_entry *entry = &list->entries[known != NULL ? (size_t)(known - list->entries) : list->count++];
-  *entry = (flap_checksums_entry){.bytes = bytes, .value = value};
+  *entry = about;
   strcpy(entry->name, name);
   return FLAP_OK;
 }
@@ -101,7 +102,11 @@ static const char *name_of(const char *path) {
 }
 
 flap_status flap_checksums_add(flap_checksums *list, const char *path, const flap_checksum *sum) {
-  return put(list, name_of(path), sum->bytes, flap_checksum_value(sum));
+  return put(list, name_of(path), (flap_checksums_entry){.bytes = sum->bytes, .value = flap_checksum_value(sum)});
+}
+
+flap_status flap_checksums_add_pages(flap_checksums *list, const char *path, uint64_t bytes) {
+  return put(list, name_of(path), (flap_checksums_entry){.bytes = bytes, .pages = true});
 }
 
 /* ---- reading files ------------------------------------------------------------------------------------- */
@@ -145,7 +150,7 @@ static flap_status add_file(flap_checksums *list, const char *folder, const char
   FLAP_TRY(flap_checksum_open(&sum));
   flap_status status = sum_file(path, sum);
   if (status == FLAP_OK)
-    status = put(list, name, sum->bytes, flap_checksum_value(sum));
+    status = put(list, name, (flap_checksums_entry){.bytes = sum->bytes, .value = flap_checksum_value(sum)});
   flap_checksum_close(sum);
   return status;
 }
@@ -179,8 +184,9 @@ flap_status flap_checksums_write(const flap_checksums *list, const char *folder)
     const flap_checksums_entry *entry = &list->entries[i];
     char value[VALUE_DIGITS + 1];
     (void)snprintf(value, sizeof value, "0x%016" PRIx64, entry->value);
-    done = json_array_append_new(files, json_pack("{s:s, s:I, s:s}", "name", entry->name, "bytes",
-                                                  (json_int_t)entry->bytes, "checksum", value)) == 0;
+    done = json_array_append_new(files,
+                                 json_pack("{s:s, s:I, s:s}", "name", entry->name, "bytes", (json_int_t)entry->bytes,
+                                           "checksum", entry->pages ? PAGES : value)) == 0;
   }
   const flap_status status =
       done ? flap_json_write_file(path, root)
@@ -190,11 +196,14 @@ flap_status flap_checksums_write(const flap_checksums *list, const char *folder)
   return status;
 }
 
-static bool parse_value(const char *text, uint64_t *value_out) {
+static bool parse_value(const char *text, flap_checksums_entry *entry) {
   char *end = NULL;
+  entry->pages = strcmp(text, PAGES) == 0;
+  if (entry->pages)
+    return true;
   if (strlen(text) != VALUE_DIGITS || strncmp(text, "0x", 2) != 0)
     return false;
-  *value_out = strtoull(text, &end, 16);
+  entry->value = strtoull(text, &end, 16);
   return *end == '\0';
 }
 
@@ -220,14 +229,15 @@ static flap_status parse(const char *path, const json_t *json, flap_checksums *l
     flap_json_object file;
     const char *name = NULL, *text = NULL;
     int64_t bytes = 0;
-    uint64_t value = 0;
+    flap_checksums_entry entry = {.bytes = 0};
     FLAP_TRY(flap_json_root(json_array_get(files, i), path, &file));
     FLAP_TRY(flap_json_get_string(&file, "name", &name));
     FLAP_TRY(flap_json_get_string(&file, "checksum", &text));
     FLAP_TRY(flap_json_get_integer(&file, "bytes", 0, INT64_MAX, &bytes));
-    if (!is_plain_name(name) || !parse_value(text, &value))
+    entry.bytes = (uint64_t)bytes;
+    if (!is_plain_name(name) || !parse_value(text, &entry))
       return flap_json_error(&file, NULL, "entry %zu is no plain file name with a checksum", i);
-    FLAP_TRY(put(list, name, (uint64_t)bytes, value));
+    FLAP_TRY(put(list, name, entry));
   }
   return FLAP_OK;
 }
@@ -250,6 +260,7 @@ flap_status flap_checksums_read(const char *folder, flap_checksums *list_out) {
 
 flap_status flap_checksums_compare(const flap_checksums_entry *entry, const char *path, const flap_checksum *sum) {
   const uint64_t value = flap_checksum_value(sum);
+  flap_assert(!entry->pages);
   if (sum->bytes != entry->bytes)
     return flap_error_set(FLAP_CORRUPT, "%s: has %llu bytes, but was saved with %llu", path,
                           (unsigned long long)sum->bytes, (unsigned long long)entry->bytes);
@@ -260,18 +271,22 @@ flap_status flap_checksums_compare(const flap_checksums_entry *entry, const char
   return FLAP_OK;
 }
 
+static flap_status check_size(const flap_checksums_entry *entry, const char *path) {
+  struct stat about;
+  if (flap_system_stat(path, &about) != 0)
+    return errno == ENOENT ? flap_error_set(FLAP_CORRUPT, "%s: is missing, but was saved", path)
+                           : flap_error_set_os(errno, "%s", path);
+  if (!S_ISREG(about.st_mode) || (uint64_t)about.st_size != entry->bytes)
+    return flap_error_set(FLAP_CORRUPT, "%s: has %llu bytes, but was saved with %llu", path,
+                          (unsigned long long)about.st_size, (unsigned long long)entry->bytes);
+  return FLAP_OK;
+}
+
 flap_status flap_checksums_check_sizes(const flap_checksums *list, const char *folder) {
   for (size_t i = 0; i < list->count; i++) {
-    const flap_checksums_entry *entry = &list->entries[i];
     char path[FLAP_DURABLE_PATH_MAX];
-    struct stat about;
-    FLAP_TRY(flap_durable_join(path, folder, entry->name));
-    if (flap_system_stat(path, &about) != 0)
-      return errno == ENOENT ? flap_error_set(FLAP_CORRUPT, "%s: is missing, but was saved", path)
-                             : flap_error_set_os(errno, "%s", path);
-    if (!S_ISREG(about.st_mode) || (uint64_t)about.st_size != entry->bytes)
-      return flap_error_set(FLAP_CORRUPT, "%s: has %llu bytes, but was saved with %llu", path,
-                            (unsigned long long)about.st_size, (unsigned long long)entry->bytes);
+    FLAP_TRY(flap_durable_join(path, folder, list->entries[i].name));
+    FLAP_TRY(check_size(&list->entries[i], path));
   }
   return FLAP_OK;
 }
@@ -280,6 +295,8 @@ flap_status flap_checksums_check_file(const flap_checksums_entry *entry, const c
   char path[FLAP_DURABLE_PATH_MAX];
   flap_checksum *sum = NULL;
   FLAP_TRY(flap_durable_join(path, folder, entry->name));
+  if (entry->pages)
+    return check_size(entry, path);
   FLAP_TRY(flap_checksum_open(&sum));
   flap_status status = sum_file(path, sum);
   if (status == FLAP_OK)

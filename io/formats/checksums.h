@@ -1,5 +1,7 @@
 /* Checksums of the files of a folder: XXH3 (64 bits) over each whole file, kept in `checksums.json` beside them.
  *
+ * Of a file that has checksums of its pages elsewhere only the size is kept: in place of its sum stands "pages".
+ *
  * The sums are taken of what is given to be written, while it is written, and compared with what is read, while it is
  * read: no byte travels a second time. Whoever writes a folder writes this file last, so a folder that has it was
  * complete once. It finds what disks, cables and copies change; it is no protection against people.
@@ -37,6 +39,7 @@ void flap_checksum_close(flap_checksum *sum);           /* NULL is fine */
 typedef struct flap_checksums_entry {
   char name[FLAP_CHECKSUMS_NAME_MAX]; /* of the file, without a folder */
   uint64_t bytes, value;
+  bool pages; /* it is checked page by page by whoever reads it, and has no value here */
 } flap_checksums_entry;
 
 typedef struct flap_checksums {
@@ -46,6 +49,8 @@ typedef struct flap_checksums {
 
 /* `path`: the file's; its name is kept. A name that is there already takes the new sum. */
 FLAP_CHECKED flap_status flap_checksums_add(flap_checksums *list, const char *path, const flap_checksum *sum);
+/* The same for a file that is checked page by page. */
+FLAP_CHECKED flap_status flap_checksums_add_pages(flap_checksums *list, const char *path, uint64_t bytes);
 /* Reads every regular file in the folder that the list does not have. */
 FLAP_CHECKED flap_status flap_checksums_add_rest(flap_checksums *list, const char *folder);
 FLAP_CHECKED flap_status flap_checksums_write(const flap_checksums *list, const char *folder);
@@ -55,12 +60,12 @@ FLAP_CHECKED flap_status flap_checksums_read(const char *folder, flap_checksums 
 const flap_checksums_entry *flap_checksums_find(const flap_checksums *list, const char *name);
 void flap_checksums_close(flap_checksums *list); /* {0} is fine */
 
-/* FLAP_OK if what was read is what was written, else FLAP_CORRUPT, which names the file. */
+/* FLAP_OK if what was read is what was written, else FLAP_CORRUPT, which names the file. The entry has a sum. */
 FLAP_CHECKED flap_status flap_checksums_compare(const flap_checksums_entry *entry, const char *path,
                                                 const flap_checksum *sum);
 /* Every listed file is there, and as long as it was: quick, for nothing of them is read. */
 FLAP_CHECKED flap_status flap_checksums_check_sizes(const flap_checksums *list, const char *folder);
-/* Reads one of them whole, and compares. */
+/* Reads one of them whole, and compares; of one that is checked page by page, its size alone. */
 FLAP_CHECKED flap_status flap_checksums_check_file(const flap_checksums_entry *entry, const char *folder);
 
 #ifdef __cplusplus

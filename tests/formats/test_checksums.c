@@ -53,6 +53,7 @@ START_TEST(checksum_is_xxh3_whatever_the_pieces) {
 END_TEST
 
 static void write_folder(void) {
+  const size_t before = list.count;
   flap_safetensors_writer *writer = NULL;
   const flap_safetensors_entry entry = {.name = "a", .dtype = FLAP_SAFETENSORS_U8, .rank = 1, .shape = {1000}};
   unsigned char data[1000] = {1, 2, 3};
@@ -62,16 +63,16 @@ static void write_folder(void) {
   must(flap_safetensors_write(writer, data, 300));
   must(flap_safetensors_write(writer, data + 300, 700));
   must(flap_safetensors_write_end(writer));
-  ck_assert_uint_eq(list.count, 1);
+  ck_assert_uint_eq(list.count, before + 1);
   scratch_text("small.json", "{}");
   scratch_text("empty", "");
   ck_assert_int_eq(symlink("small.json", scratch_path("link")), 0); /* not a file of the folder's own */
   must(flap_checksums_add_rest(&list, scratch_path("")));
-  ck_assert_uint_eq(list.count, 3);
+  ck_assert_uint_eq(list.count, before + 3);
   must(flap_checksums_write(&list, scratch_path("")));
   flap_checksums_close(&list);
   must(flap_checksums_read(scratch_path(""), &list));
-  ck_assert_uint_eq(list.count, 3);
+  ck_assert_uint_eq(list.count, before + 3);
 }
 
 static flap_status check_all(void) {
@@ -115,6 +116,27 @@ START_TEST(checksums_find_every_change) {
   scratch_text("small.json", "{}");
   scratch_text("empty", "x");
   ck_assert_int_eq(check_all(), FLAP_CORRUPT);
+}
+END_TEST
+
+START_TEST(checksums_of_a_file_that_is_checked_page_by_page_are_its_size) {
+  scratch_text("pages-1.bin", "these are pages");
+  must(flap_checksums_add_pages(&list, scratch_path("pages-1.bin"), 15));
+  write_folder();
+  const flap_checksums_entry *entry = flap_checksums_find(&list, "pages-1.bin");
+  ck_assert_ptr_nonnull(entry);
+  ck_assert(entry->pages && entry->bytes == 15 && entry->value == 0);
+  ck_assert(!flap_checksums_find(&list, "small.json")->pages);
+  scratch_text("pages-1.bin", "those are pages"); /* which others find */
+  must(flap_checksums_check_file(entry, scratch_path("")));
+  must(flap_checksums_check_sizes(&list, scratch_path("")));
+  scratch_text("pages-1.bin", "these are page");
+  ck_assert_int_eq(flap_checksums_check_file(entry, scratch_path("")), FLAP_CORRUPT);
+  ck_assert(scratch_error_has("pages-1.bin"));
+  ck_assert_int_eq(flap_checksums_check_sizes(&list, scratch_path("")), FLAP_CORRUPT);
+  ck_assert_int_eq(unlink(scratch_path("pages-1.bin")), 0);
+  ck_assert_int_eq(flap_checksums_check_file(entry, scratch_path("")), FLAP_CORRUPT);
+  ck_assert(scratch_error_has("missing"));
 }
 END_TEST
 
@@ -172,6 +194,7 @@ int main(void) {
   tcase_add_test(tests, checksum_is_xxh3_whatever_the_pieces);
   tcase_add_test(tests, checksums_of_the_writer_are_those_of_the_file);
   tcase_add_test(tests, checksums_find_every_change);
+  tcase_add_test(tests, checksums_of_a_file_that_is_checked_page_by_page_are_its_size);
   tcase_add_test(tests, checksums_bad_files_are_refused);
   tcase_add_test(tests, checksums_of_more_files_than_there_can_be_are_refused);
   suite_add_tcase(suite, tests);
