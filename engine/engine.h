@@ -79,7 +79,8 @@ typedef struct flap_plan {
   uint64_t process_bytes;    /* code, stacks, libraries: estimated beside the budget */
   uint64_t disk_sizes[FLAP_RUN_DISKS_MAX]; /* resolved */
   uint64_t export_bytes, checkpoint_bytes; /* files written to output_dir: final export; each checkpoint */
-  uint64_t checkpoints_at_once; /* in output_dir, at most; of a run that keeps all its own, or 2 if not known */
+  uint64_t checkpoint_shared_bytes; /* of these, states that a checkpoint shares with the run, and does not write */
+  uint64_t checkpoints_at_once;     /* in output_dir, at most; of a run that keeps all its own, or 2 if not known */
 
   /* what a steady step moves (exact) and is expected to take */
   uint64_t lane_bytes[FLAP_LANE_COUNT];

@@ -84,6 +84,12 @@ typedef enum flap_optimizer_place {
   FLAP_OPTIMIZER_SPLIT
 } flap_optimizer_place;
 
+/* How states on disk get into a checkpoint. */
+typedef enum flap_run_states {
+  FLAP_RUN_STATES_AUTO,  /* shared with the run where the file system of output_dir is the disk's: see CHECKPOINTS.md */
+  FLAP_RUN_STATES_COPIED /* as safetensors */
+} flap_run_states;
+
 /* `expert`: choices that are otherwise made by FLAP. 0 or AUTO: its own. None of them changes the numbers, but for
  * `matmul`, which is in the numerics key. */
 typedef struct flap_expert {
@@ -100,6 +106,7 @@ typedef struct flap_expert {
   flap_run_io io;
   uint32_t threads; /* of the worker pool; 0: all cores */
   flap_run_matmul matmul;
+  flap_run_states checkpoint_states;
 } flap_expert;
 
 typedef struct flap_run_config {

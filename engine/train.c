@@ -389,6 +389,8 @@ static flap_status open_run(trainer *t) {
   flap_runtime_config config = {
       .vram_bytes = t->prepared.budgets.vram_bytes, .optimizer = t->config, .matmuls = &t->prepared.matmuls};
   flap_setup *setup = &t->prepared.setup;
+  if (t->prepared.plan.checkpoint_shared_bytes > 0)
+    config.shared_folder = t->config->output_dir;
   memcpy(config.disk_bytes, t->prepared.budgets.disk_bytes, sizeof config.disk_bytes);
   for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++)
     if (setup->has_program[i])
@@ -443,8 +445,10 @@ static flap_status keep_room(trainer *t) {
   if (status == FLAP_OK)
     status = flap_room_keep(&t->room, bytes, FLAP_SAVER_SPARE_BYTES);
   flap_metrics_give_room(t->metrics, &t->line_room);
-  if (status == FLAP_OK)
+  if (status == FLAP_OK) {
+    (void)flap_room_give(&t->room, flap_pager_shared_bytes(t->runtime.pager));
     return FLAP_OK;
+  }
   if (status != FLAP_UNSUPPORTED)
     return flap_error_prefix(status, "output_dir: %s: no room for checkpoints and the trained model", folder);
   flap_log(FLAP_LOG_DEBUG, "output_dir: %s: %s; other programs may take the room that is wanted later", folder,
@@ -512,6 +516,7 @@ static flap_status open_files(trainer *t) {
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;
   FLAP_TRY(keep_room(t));
+  FLAP_TRY(flap_pager_next_file(t->runtime.pager));
   const flap_saver_config saver = {.output_dir = t->config->output_dir,
                                    .pager = t->runtime.pager,
                                    .layout = &t->runtime.lists.layout,
@@ -519,11 +524,17 @@ static flap_status open_files(trainer *t) {
                                    .metrics = t->metrics,
                                    .only_model = t->config->save_only_model,
                                    .total_limit = t->config->save_total_limit,
-                                   .room_bytes = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes};
+                                   .room_bytes = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes -
+                                                 flap_pager_shared_bytes(t->runtime.pager)};
   return flap_saver_open(&saver, &t->saver);
 }
 
 /* ---- saving ---------------------------------------------------------------------------------------------- */
+
+/* Of a checkpoint, beside what it shares with the run. */
+static uint64_t checkpoint_written_bytes(const trainer *t) {
+  return t->prepared.plan.checkpoint_bytes - t->shared_bytes;
+}
 
 /* By all lives of the run: so far, and for the checkpoint that is about to be written. */
 static uint64_t written_bytes(const trainer *t) {
@@ -531,10 +542,11 @@ static uint64_t written_bytes(const trainer *t) {
   flap_pager_stats stats;
   flap_pager_get_stats(t->runtime.pager, &stats);
   return t->state.written_bytes + flap_wear_start_bytes(plan) + stats.disk_bytes[1] + t->result->saved_bytes +
-         plan->checkpoint_bytes;
+         checkpoint_written_bytes(t);
 }
 
-static flap_trainer_state state_of(const trainer *t) {
+static flap_trainer_state state_of(trainer *t) {
+  t->shared_bytes = flap_pager_can_keep(t->runtime.pager) ? flap_pager_shared_bytes(t->runtime.pager) : 0;
   flap_trainer_state state = {.step = t->step,
                               .max_steps = t->steps,
                               .cursor = t->cursor,
@@ -551,7 +563,7 @@ static flap_trainer_state state_of(const trainer *t) {
 static void note_saved(trainer *t, uint64_t step, double seconds) {
   t->saved_step = step;
   t->saved_ns = flap_units_now_ns();
-  t->result->saved_bytes += t->prepared.plan.checkpoint_bytes;
+  t->result->saved_bytes += checkpoint_written_bytes(t);
   if (t->observer.saved != NULL)
     t->observer.saved(t->observer.context, t->result->checkpoint, seconds);
 }

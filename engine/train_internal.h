@@ -30,6 +30,7 @@ typedef struct trainer {
   flap_runtime runtime;
   flap_run_lock lock;        /* of output_dir */
   flap_room room, line_room; /* in output_dir: for checkpoints and the export, for lines of metrics.jsonl */
+  uint64_t shared_bytes;     /* of the checkpoint begun last, those that it shares */
   uint64_t room_checkpoints; /* that must have room */
   flap_write_behind behind;  /* that writes them */
   bool opened, made_output;

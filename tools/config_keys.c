@@ -52,6 +52,8 @@ static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
 static const flap_config_word compression_words[] = {
     {"auto", FLAP_COMPRESSION_AUTO}, {"off", FLAP_COMPRESSION_OFF}, {"lz4", FLAP_COMPRESSION_LZ4}, {NULL, 0}};
+static const flap_config_word states_words[] = {
+    {"auto", FLAP_RUN_STATES_AUTO}, {"copied", FLAP_RUN_STATES_COPIED}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
 
 /* A key without a kind starts a section of the reference. */
@@ -212,6 +214,10 @@ static const flap_config_key keys[] = {
          "Algorithms of products on a GPU: tuned tries them once for the run's shapes and keeps what was fastest, in "
          "the "
          "cache and in checkpoints; first takes the library's first answer."),
+    WORD(
+        "expert.checkpoint_states", expert.checkpoint_states, states_words,
+        "Optimizer states on disk in checkpoints: auto shares them with the run where output_dir is on the file system "
+        "of the one disk; copied writes them once more, as safetensors."),
 };
 
 _Static_assert(KEYS <= sizeof((flap_config_reader *)0)->lines / sizeof(uint32_t), "room for a line per key");

@@ -133,7 +133,7 @@ static void print_run_wear(FILE *out, const flap_plan *plan) {
           flap_text_grouped(plan->run_steps).text);
   if (plan->run_checkpoints > 0)
     fprintf(out, ", %s checkpoints of %s", flap_text_grouped(plan->run_checkpoints).text,
-            flap_text_bytes(plan->checkpoint_bytes).text);
+            flap_text_bytes(plan->checkpoint_bytes - plan->checkpoint_shared_bytes).text);
   if (plan->export_bytes > 0)
     fprintf(out, ", export %s", flap_text_bytes(plan->export_bytes).text);
   fputc('\n', out);
@@ -185,6 +185,8 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
           flap_print_bound_lane(plan));
   print_wear(out, plan);
   fprintf(out, "files     %s a checkpoint", flap_text_bytes(plan->checkpoint_bytes).text);
+  if (plan->checkpoint_shared_bytes > 0)
+    fprintf(out, " (%s of it stay where they are)", flap_text_bytes(plan->checkpoint_shared_bytes).text);
   if (plan->checkpoint_bytes > 0)
     fprintf(out, ", %s at once", flap_text_grouped(plan->checkpoints_at_once).text);
   fprintf(out, ", %s the trained model, in %s\n", flap_text_bytes(plan->export_bytes).text, config->output_dir);
@@ -327,6 +329,7 @@ static void add_sizes(json_t *object, const flap_run_config *config, const flap_
   (void)json_object_set_new(object, "disk_sizes", sizes);
   set_integer(object, "export_bytes", plan->export_bytes);
   set_integer(object, "checkpoint_bytes", plan->checkpoint_bytes);
+  set_integer(object, "checkpoint_shared_bytes", plan->checkpoint_shared_bytes);
 }
 
 static void add_costs(json_t *object, const flap_plan *plan) {

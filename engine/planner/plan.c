@@ -7,6 +7,7 @@
 #include "engine/planner/pressure.h"
 #include "engine/planner/wear.h"
 #include "engine/store/checkpoint.h"
+#include "engine/store/state_pages.h"
 #include "io/formats/trace.h"
 
 #include <stdio.h>
@@ -161,6 +162,35 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
   memcpy(plan->bound_lane_seconds, bound.lane_seconds, sizeof plan->bound_lane_seconds);
 }
 
+/* The one disk that the run has; NULL where it has several, or none. */
+static const char *only_disk(const flap_prepared *p) {
+  const char *path = NULL;
+  for (uint32_t i = 0; i < p->planner.spec.disk_count; i++) {
+    if (p->budgets.disk_bytes[i] < p->setup.choice.transfer_bytes)
+      continue;
+    if (path != NULL)
+      return NULL;
+    path = p->planner.spec.disk_paths[i];
+  }
+  return path;
+}
+
+/* Shared or copied, states have about as many bytes; there is room for the more. */
+static flap_status describe_checkpoint(const flap_prepared *p, flap_plan *plan) {
+  const char *disk = only_disk(p);
+  uint64_t model_bytes = 0;
+  FLAP_TRY(
+      flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, p->config->save_only_model, &plan->checkpoint_bytes));
+  if (plan->classes[FLAP_CLASS_STATES].disk_bytes == 0 || disk == NULL || !flap_wear_shares(p->config, disk))
+    return FLAP_OK;
+  FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, true, &model_bytes));
+  const uint64_t paged = model_bytes + flap_state_pages_bytes(&p->setup.layout, plan->page_bytes);
+  plan->checkpoint_shared_bytes = plan->classes[FLAP_CLASS_STATES].disk_bytes;
+  if (paged > plan->checkpoint_bytes)
+    plan->checkpoint_bytes = paged;
+  return FLAP_OK;
+}
+
 flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
   memset(plan, 0, sizeof *plan);
   describe_model(p, plan);
@@ -171,8 +201,7 @@ flap_status flap_plan_describe(const flap_prepared *p, flap_plan *plan) {
   if (p->planner.spec.mode != FLAP_MODE_TRAIN)
     return FLAP_OK;
   if (p->config->save_strategy != FLAP_STRATEGY_NO)
-    FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, p->config->save_only_model,
-                                   &plan->checkpoint_bytes));
+    FLAP_TRY(describe_checkpoint(p, plan));
   plan->checkpoints_at_once = flap_wear_checkpoints_at_once(p->config, 0, 0);
   if (p->config->export_final)
     FLAP_TRY(flap_checkpoint_export_bytes(&p->model, plan->dtype, &plan->export_bytes));

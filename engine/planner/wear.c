@@ -1,10 +1,14 @@
 #include "engine/planner/wear.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "base/units.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
 
 /* After each step that ends an epoch, and after the last. */
 static uint64_t count_by_epochs(const flap_run_config *config, const flap_wear_run *run) {
@@ -53,6 +57,35 @@ uint64_t flap_wear_start_bytes(const flap_plan *plan) {
          plan->classes[FLAP_CLASS_STATES].disk_bytes;
 }
 
+/* For a checkpoint. */
+static uint64_t written_bytes(const flap_plan *plan) {
+  return plan->checkpoint_bytes - plan->checkpoint_shared_bytes;
+}
+
+/* A folder that is not there yet will be on the file system of what is to be above it. */
+static bool is_on(const char *path, dev_t device) {
+  char above[FLAP_PATH_MAX];
+  struct stat about;
+  (void)snprintf(above, sizeof above, "%s", path);
+  while (flap_system_stat(above, &about) != 0) {
+    char *slash = strrchr(above, '/');
+    if (errno != ENOENT || strcmp(above, ".") == 0 || strcmp(above, "/") == 0)
+      return false;
+    if (slash == NULL)
+      strcpy(above, ".");
+    else
+      slash[slash == above ? 1 : 0] = '\0';
+  }
+  return about.st_dev == device;
+}
+
+bool flap_wear_shares(const flap_run_config *config, const char *disk_path) {
+  struct stat about;
+  return config->save_strategy != FLAP_STRATEGY_NO && !config->save_only_model && config->profile == NULL &&
+         config->expert.checkpoint_states == FLAP_RUN_STATES_AUTO && flap_system_stat(disk_path, &about) == 0 &&
+         is_on(config->output_dir, about.st_dev);
+}
+
 static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) {
   return config->ssd_budget_share > 0 ? (uint64_t)(config->ssd_budget_share * (double)plan->ssd_tbw_bytes)
                                       : config->ssd_budget;
@@ -66,7 +99,7 @@ void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run,
   plan->run_checkpoints = count_checkpoints(config, run, plan->step_seconds);
   plan->checkpoints_at_once = flap_wear_checkpoints_at_once(config, plan->run_checkpoints, 0);
   plan->ssd_run_bytes = flap_wear_start_bytes(plan) + steps * plan->ssd_step_bytes +
-                        plan->run_checkpoints * plan->checkpoint_bytes + plan->export_bytes;
+                        plan->run_checkpoints * written_bytes(plan) + plan->export_bytes;
   plan->ssd_budget_bytes = budget_of(config, plan);
 }
 
@@ -74,7 +107,7 @@ void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run,
 static uint64_t steps_within(const flap_plan *plan) {
   const double once = (double)flap_wear_start_bytes(plan) + (double)plan->export_bytes;
   const double each =
-      (double)plan->ssd_step_bytes + (double)(plan->run_checkpoints * plan->checkpoint_bytes) / (double)plan->run_steps;
+      (double)plan->ssd_step_bytes + (double)(plan->run_checkpoints * written_bytes(plan)) / (double)plan->run_steps;
   const double left = (double)plan->ssd_budget_bytes - (double)plan->ssd_before_bytes - once;
   return left > 0 && each > 0 ? (uint64_t)(left / each) : 0;
 }
@@ -90,7 +123,7 @@ flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan
   (void)flap_units_format_bytes(plan->ssd_run_bytes, run, sizeof run);
   (void)flap_units_format_bytes(plan->ssd_budget_bytes, budget, sizeof budget);
   (void)flap_units_format_bytes(plan->ssd_step_bytes, step, sizeof step);
-  (void)flap_units_format_bytes(plan->checkpoint_bytes, saved, sizeof saved);
+  (void)flap_units_format_bytes(written_bytes(plan), saved, sizeof saved);
   if (plan->ssd_before_bytes > 0) {
     char bytes[FLAP_UNITS_TEXT_MAX];
     (void)snprintf(before, sizeof before, " beside the %s until now",

@@ -30,6 +30,9 @@ FLAP_CHECKED flap_status flap_wear_check(const flap_run_config *config, const fl
 /* The most checkpoints that are in output_dir at once, of so many that this run writes (0: not known) beside so many
  * that are there already. */
 uint64_t flap_wear_checkpoints_at_once(const flap_run_config *config, uint64_t written, uint64_t there);
+/* Whether checkpoints are to share the states on the one disk that the run has, as far as can be told without trying
+ * (flap_block_can_link). */
+bool flap_wear_shares(const flap_run_config *config, const char *disk_path);
 /* What states take of the disks once, at the start. */
 uint64_t flap_wear_start_bytes(const flap_plan *plan);
 

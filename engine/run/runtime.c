@@ -47,6 +47,9 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
                                        .pool = runtime->pool,
                                        .clock = runtime->clock};
   flap_setup_block_config(setup, &pager->disk);
+  if (config->shared_folder != NULL && pager->disk.disk_count == 1 &&
+      flap_block_can_link(pager->disk.disks[0].path, config->shared_folder))
+    pager->shared_folder = config->shared_folder;
   if (runtime->simulated) {
     pager->device.machine = *config->machine;
     pager->clock = runtime->clock;

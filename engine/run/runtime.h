@@ -17,9 +17,11 @@ extern "C" {
 typedef struct flap_runtime_config {
   uint64_t vram_bytes;                       /* the budget */
   uint64_t disk_bytes[FLAP_BLOCK_DISKS_MAX]; /* of each disk: what it may hold */
-  const flap_run_config *optimizer;          /* NULL where nothing is trained */
-  flap_matmul_choice *matmuls;               /* NULL: none; must outlive the run */
-  const flap_machine *machine;               /* simulation only, like: */
+  const char *shared_folder; /* where checkpoints are made that may share the states' extents, if the disk is on its
+                                file system; it outlives the run. NULL: none do */
+  const flap_run_config *optimizer; /* NULL where nothing is trained */
+  flap_matmul_choice *matmuls;      /* NULL: none; must outlive the run */
+  const flap_machine *machine;      /* simulation only, like: */
   const flap_op_times *times;
   struct flap_trace *trace; /* where flap_runtime_start_trace has events go; NULL: nowhere */
 } flap_runtime_config;

@@ -271,13 +271,15 @@ static void write_regions(flap_setup *setup) {
   setup_places *places = setup->places;
   for (uint32_t i = 0; i < setup->layout.region_count; i++) {
     const flap_layout_region *region = &setup->layout.regions[i];
-    setup->regions[i] = (flap_pager_region){.bytes = region->bytes,
-                                            .ring = FLAP_PAGER_HOST,
-                                            .klass = (uint8_t)region->klass,
-                                            .element_bytes = region->element_bytes,
-                                            .in_snapshots = is_saved(&setup->spec, region->klass),
-                                            .overlay = region->overlay,
-                                            .side = region->side};
+    setup->regions[i] =
+        (flap_pager_region){.bytes = region->bytes,
+                            .ring = FLAP_PAGER_HOST,
+                            .klass = (uint8_t)region->klass,
+                            .element_bytes = region->element_bytes,
+                            .in_snapshots = is_saved(&setup->spec, region->klass),
+                            .shared = region->klass == FLAP_CLASS_STATES && is_saved(&setup->spec, region->klass),
+                            .overlay = region->overlay,
+                            .side = region->side};
     if (region->place != FLAP_PLACE_ANY)
       enter_forced(setup, i);
   }

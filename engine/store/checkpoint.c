@@ -6,6 +6,7 @@
 #include "engine/store/hf_config.h"
 #include "engine/store/output_folder_internal.h"
 #include "engine/store/run_lock.h"
+#include "engine/store/state_pages.h"
 #include "engine/store/weights.h"
 #include "io/formats/checksums.h"
 #include "io/formats/durable.h"
@@ -163,11 +164,20 @@ flap_status flap_checkpoint_read_state(const char *folder, flap_trainer_state *s
 
 /* ---- saving -------------------------------------------------------------------------------------------------- */
 
+/* States that live on disk where checkpoints can share them stay there. Either way they come before the weights. */
+static flap_status write_values(const char *folder, flap_pager *pager, const flap_layout *layout, flap_file_piece piece,
+                                flap_checksums *checksums) {
+  if (!flap_pager_can_keep(pager))
+    return flap_weights_save_all(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, piece, checksums);
+  FLAP_TRY(flap_state_pages_save(pager, layout, folder, piece, checksums));
+  return flap_weights_save(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, piece, checksums);
+}
+
 /* Weights and states, and what belongs to states. */
 static flap_status write_trained(const char *folder, flap_pager *pager, const flap_layout *layout,
                                  const flap_trainer_state *state, flap_file_piece piece, flap_checksums *checksums) {
   flap_status status = FLAP_OK;
-  FLAP_TRY(flap_weights_save_all(pager, layout, folder, FLAP_SAFETENSORS_SHARD_BYTES, piece, checksums));
+  FLAP_TRY(write_values(folder, pager, layout, piece, checksums));
   if (state->matmuls != NULL && state->matmuls->given)
     FLAP_WITH_ROOM(status, piece.room, flap_matmul_choice_save(state->matmuls, folder));
   FLAP_TRY(status);
@@ -344,12 +354,12 @@ static flap_status advise(const char *folder, flap_status status) {
       message);
 }
 
-static bool is_large(const char *name) {
-  const size_t length = strlen(name), end = strlen(".safetensors");
-  return length >= end && strcmp(name + length - end, ".safetensors") == 0;
+static bool is_large(const flap_checksums_entry *entry) {
+  const size_t length = strlen(entry->name), end = strlen(".safetensors");
+  return entry->pages || (length >= end && strcmp(entry->name + length - end, ".safetensors") == 0);
 }
 
-/* All files are there, and the small ones are what they were. */
+/* All files are there, and the small ones are what they were: a table of pages too, of which one read is a moment. */
 static flap_status check_small(const char *folder) {
   flap_checksums checksums = {0};
   flap_status status = flap_checksums_read(folder, &checksums);
@@ -360,7 +370,7 @@ static flap_status check_small(const char *folder) {
   FLAP_TRY(status);
   status = flap_checksums_check_sizes(&checksums, folder);
   for (size_t i = 0; i < checksums.count && status == FLAP_OK; i++)
-    if (!is_large(checksums.entries[i].name))
+    if (!is_large(&checksums.entries[i]))
       status = flap_checksums_check_file(&checksums.entries[i], folder);
   flap_checksums_close(&checksums);
   return status;
@@ -378,6 +388,8 @@ static flap_status find_changed(const char *folder, const flap_checksums *checks
   for (size_t i = 0; i < checksums->count; i++)
     if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
       return FLAP_CORRUPT;
+  if (flap_state_pages_verify(folder) == FLAP_CORRUPT)
+    return FLAP_CORRUPT;
   return flap_error_set(status, "%s", message);
 }
 

@@ -2,9 +2,10 @@
  *
  * A checkpoint is a folder `checkpoint-<step>`: a Hugging Face folder (config.json, model*.safetensors, tokenizer
  * files, and what the folder that is trained further had beside them: engine/store/companions.h), the optimizer's
- * states (engine/store/weights.h), trainer_state.json, where the run was on a card matmul.json
- * (engine/machine/matmul_choice.h), and the checksums of all of these (io/formats/checksums.h). It is written under a
- * temporary name, synced and renamed. It says nothing about placement, so a run may resume at any budget.
+ * states (engine/store/weights.h, or where the pager can keep them engine/store/state_pages.h), trainer_state.json,
+ * where the run was on a card matmul.json (engine/machine/matmul_choice.h), and the checksums of all of these
+ * (io/formats/checksums.h). It is written under a temporary name, synced and renamed. It says nothing about placement,
+ * so a run may resume at any budget.
  */
 #ifndef FLAP_ENGINE_STORE_CHECKPOINT_H
 #define FLAP_ENGINE_STORE_CHECKPOINT_H

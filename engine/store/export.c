@@ -12,9 +12,10 @@
 typedef struct export_job {
   flap_model_config config;
   flap_weights_list list;
-  /* `master`: what makes exact masters of the weights: their low halves (bf16) or the masters themselves (fp16). Its
-   * reader is NULL where there is none, or none is wanted. */
+  /* `master`: what makes exact masters of the weights: their low halves (bf16) or the masters themselves (fp16). It is
+   * not open where there is none, or none is wanted. */
   flap_weights_source weights, master;
+  flap_state_pages *pages;          /* that masters are in; NULL: none, or a file */
   flap_safetensors_dtype master_of; /* weights of this type */
   flap_dtype dtype;
   const volatile sig_atomic_t *stop;
@@ -50,7 +51,7 @@ static flap_status write_chunk(export_job *job, uint64_t tensor, uint64_t first,
   const flap_safetensors_dtype from = job->weights.tensors[tensor]->dtype;
   if (from == flap_safetensors_from_flap_dtype(job->dtype))
     return write_same(job, tensor, first, count);
-  const bool exact = job->master.reader != NULL && from == job->master_of;
+  const bool exact = flap_weights_source_is_open(&job->master) && from == job->master_of;
   flap_weights_source *source = exact && from == FLAP_SAFETENSORS_F16 ? &job->master : &job->weights;
   if (exact && from == FLAP_SAFETENSORS_BF16)
     FLAP_TRY(join_halves(job, tensor, first, count));
@@ -119,15 +120,33 @@ static flap_status copy_files(const char *from_folder, const char *to_folder) {
 
 /* ---- all of it ----------------------------------------------------------------------------------------------- */
 
+static flap_status open_pages(export_job *job, const char *folder) {
+  FLAP_TRY(flap_state_pages_open(folder, &job->pages));
+  const flap_dtype weights = flap_state_pages_dtype(job->pages);
+  FLAP_TRY(flap_state_pages_check(job->pages, &job->config, weights, flap_state_pages_optim(job->pages)));
+  job->master_of = flap_safetensors_from_flap_dtype(weights);
+  if (weights == FLAP_F32 || job->dtype == weights)
+    return FLAP_OK;
+  return flap_weights_source_open_pages(&job->list, job->pages, FLAP_STATE_MASTER,
+                                        weights == FLAP_BF16 ? FLAP_SAFETENSORS_I16 : FLAP_SAFETENSORS_F32,
+                                        &job->master);
+}
+
 /* Weights of a checkpoint that are wanted in another type are rounded from the masters, where these are there. */
 static flap_status open_masters(export_job *job, const char *folder) {
+  char table[FLAP_PATH_MAX];
+  bool in_pages = false;
   static const struct {
     flap_dtype weights;
     const char *name;
     flap_safetensors_dtype dtype;
   } kinds[] = {{FLAP_BF16, FLAP_WEIGHTS_LOW_FILE, FLAP_SAFETENSORS_I16},
                {FLAP_F16, FLAP_WEIGHTS_MASTER_FILE, FLAP_SAFETENSORS_F32}};
-  for (size_t i = 0; i < sizeof kinds / sizeof *kinds && job->master.reader == NULL; i++) {
+  FLAP_TRY(flap_durable_join(table, folder, FLAP_STATE_PAGES_TABLE));
+  FLAP_TRY(flap_durable_look(table, &in_pages));
+  if (in_pages)
+    return open_pages(job, folder);
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds && !flap_weights_source_is_open(&job->master); i++) {
     char path[FLAP_PATH_MAX];
     bool there = false;
     FLAP_TRY(flap_durable_join(path, folder, kinds[i].name));
@@ -201,6 +220,7 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
     status = write_folder(&job, from_folder, to_folder, max_shard_bytes);
   free(job.halves);
   flap_weights_source_close(&job.master);
+  flap_state_pages_close(job.pages);
   flap_weights_source_close(&job.weights);
   flap_weights_list_close(&job.list);
   return status;

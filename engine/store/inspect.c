@@ -3,6 +3,7 @@
 #include "base/units.h"
 #include "engine/engine.h"
 #include "engine/store/output_folder_internal.h"
+#include "engine/store/state_pages.h"
 #include "io/formats/checksums.h"
 #include "io/formats/durable.h"
 
@@ -48,6 +49,15 @@ static void say_broken(flap_checkpoint_report *r) {
   flap_error_clear();
 }
 
+/* Files that are checked page by page. */
+static flap_status verify_pages(const char *folder) {
+  const flap_status status = flap_state_pages_verify(folder);
+  if (status != FLAP_NOT_FOUND)
+    return status;
+  flap_error_clear();
+  return FLAP_OK;
+}
+
 static flap_status compare(const char *folder, bool verify, flap_checkpoint_report *r) {
   flap_checksums checksums = {0};
   const uint64_t started_ns = flap_units_now_ns();
@@ -61,6 +71,8 @@ static flap_status compare(const char *folder, bool verify, flap_checkpoint_repo
     status = flap_checksums_check_sizes(&checksums, folder);
   for (size_t i = 0; i < checksums.count && status == FLAP_OK && verify; i++)
     status = flap_checksums_check_file(&checksums.entries[i], folder);
+  if (status == FLAP_OK && verify)
+    status = verify_pages(folder);
   flap_checksums_close(&checksums);
   r->state = verify ? FLAP_CHECKPOINT_WHOLE : FLAP_CHECKPOINT_UNREAD;
   r->read_seconds = (double)(flap_units_now_ns() - started_ns) * 1e-9;

@@ -32,11 +32,25 @@ static flap_status wait_for_judgement(flap_saver *saver) {
 /* For the next one, right when an old one was removed. What was saved is safe whether there is any or not. */
 static void keep_room(const flap_saver *saver) {
   const flap_saver_config *c = &saver->config;
-  if (saver->state.step >= saver->state.max_steps ||
-      flap_room_keep(c->artifacts.piece.room, c->room_bytes, FLAP_SAVER_SPARE_BYTES) == FLAP_OK)
+  if (flap_room_keep(c->artifacts.piece.room, c->room_bytes, FLAP_SAVER_SPARE_BYTES) == FLAP_OK)
     return;
   flap_log(FLAP_LOG_WARNING, "output_dir: %s: the next checkpoint may find no room: %s", c->output_dir,
            flap_error_message());
+  flap_error_clear();
+}
+
+/* The file that the next checkpoint leaves to the run, in the place of one that was removed. Without it the next one is
+ * a copy. */
+static void next_extents(const flap_saver *saver) {
+  flap_status status = FLAP_OK;
+  const uint64_t bytes = flap_pager_shared_bytes(saver->config.pager);
+  flap_room *room = saver->config.artifacts.piece.room;
+  status = flap_pager_next_file(saver->config.pager);
+  if (flap_room_helps(room, status, bytes))
+    status = flap_pager_next_file(saver->config.pager);
+  if (status == FLAP_OK)
+    return;
+  flap_log(FLAP_LOG_WARNING, "the next checkpoint will not share what is on the disk: %s", flap_error_message());
   flap_error_clear();
 }
 
@@ -45,7 +59,10 @@ static flap_status commit(flap_saver *saver) {
   FLAP_TRY(flap_metrics_sync(c->metrics));
   FLAP_TRY(wait_for_judgement(saver));
   FLAP_TRY(flap_checkpoint_commit(c->output_dir, saver->folder, saver->state.step, c->total_limit));
-  keep_room(saver);
+  if (saver->state.step < saver->state.max_steps) {
+    next_extents(saver);
+    keep_room(saver);
+  }
   return FLAP_OK;
 }
 

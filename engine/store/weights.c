@@ -579,21 +579,40 @@ static flap_status without_fp32_moments(const char *path) {
                         path);
 }
 
+static flap_status open_states_file(const flap_layout *layout, const flap_weights_list *list, const state_file *file,
+                                    const char *folder, const flap_checksums *checksums,
+                                    flap_weights_source *source_out) {
+  char path[FLAP_DURABLE_PATH_MAX];
+  FLAP_TRY(flap_durable_join(path, folder, file->name));
+  const flap_status status =
+      flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, file->dtype, source_out);
+  if (status == FLAP_NOT_FOUND && !file->in[STATES_OF_REST])
+    return without_fp32_moments(path);
+  FLAP_TRY(status);
+  return flap_weights_verify_begin(source_out, checksums);
+}
+
+/* NULL where the folder has files of states. */
+static flap_status open_pages(const flap_layout *layout, const char *folder, flap_state_pages **pages_out) {
+  const flap_status status = flap_state_pages_open(folder, pages_out);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  FLAP_TRY(status);
+  return flap_state_pages_check(*pages_out, layout->spec.model, layout->spec.shape.dtype, layout->spec.optim);
+}
+
+/* `pages`: where all sections are; NULL: each is in a file. */
 static flap_status open_states(const flap_layout *layout, const state_lists *lists, const char *folder,
-                               const flap_checksums *checksums, flap_weights_source sources[STATE_FILES_MAX],
-                               states_visit *v) {
+                               const flap_checksums *checksums, flap_state_pages *pages,
+                               flap_weights_source sources[STATE_FILES_MAX], states_visit *v) {
   state_file files[STATE_FILES_MAX];
   const uint32_t count = list_state_files(layout->spec.shape.dtype, layout->spec.optim, files);
   for (uint32_t i = 0; i < count; i++) {
     const flap_weights_list *list = list_of(lists, &files[i]);
-    char path[FLAP_DURABLE_PATH_MAX];
-    FLAP_TRY(flap_durable_join(path, folder, files[i].name));
-    const flap_status status =
-        flap_weights_source_open(layout->spec.model, list, path, FLAP_WANTED_EXACTLY, files[i].dtype, &sources[i]);
-    if (status == FLAP_NOT_FOUND && !files[i].in[STATES_OF_REST])
-      return without_fp32_moments(path);
-    FLAP_TRY(status);
-    FLAP_TRY(flap_weights_verify_begin(&sources[i], checksums));
+    FLAP_TRY(pages != NULL ? flap_weights_source_open_pages(list, pages, files[i].section, files[i].dtype, &sources[i])
+                           : open_states_file(layout, list, &files[i], folder, checksums, &sources[i]));
     give_visit(v, &files[i], (section_visit){resume_run, &sources[i], list});
   }
   return FLAP_OK;
@@ -604,6 +623,7 @@ flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, co
   const flap_dtype dtype = layout->spec.shape.dtype;
   state_lists lists;
   flap_weights_source weights = {0}, states[STATE_FILES_MAX] = {{0}};
+  flap_state_pages *pages = NULL;
   states_visit v = {.sections = {{{0}}}};
   flap_status status;
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN);
@@ -611,7 +631,8 @@ flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, co
   FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &lists.all, folder, FLAP_WANTED_EXACTLY,
                                                  flap_safetensors_from_flap_dtype(dtype), &weights));
   FLAP_TRY_GOTO(status, flap_weights_verify_begin(&weights, checksums));
-  FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, checksums, states, &v));
+  FLAP_TRY_GOTO(status, open_pages(layout, folder, &pages));
+  FLAP_TRY_GOTO(status, open_states(layout, &lists, folder, checksums, pages, states, &v));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &lists.all, true, resume_run, &weights));
   FLAP_TRY_GOTO(status, flap_weights_verify_end(&weights));
   FLAP_TRY_GOTO(status, visit_states(pager, layout, true, &v));
@@ -620,6 +641,7 @@ flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, co
 fail:
   for (uint32_t i = 0; i < STATE_FILES_MAX; i++)
     flap_weights_source_close(&states[i]);
+  flap_state_pages_close(pages);
   flap_weights_source_close(&weights);
   close_lists(&lists);
   return status;

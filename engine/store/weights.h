@@ -57,9 +57,10 @@ FLAP_CHECKED flap_status flap_weights_save_all(flap_pager *pager, const flap_lay
                                                flap_checksums *checksums);
 /* Weights of exactly the layout's dtype, and states, bit for bit as they were saved. The layout must have states; its
  * slices, pages and homes need not be those of the run that saved. Files that lack a tensor, or have another than they
- * should, are refused; so is a checkpoint of adamw_8bit whose embedding has 8-bit moments: FLAP_NOT_FOUND says so. With
- * `checksums` (NULL: none) every byte of these files is compared with them while it is read: FLAP_CORRUPT names the
- * file. */
+ * should, are refused; so is a checkpoint of adamw_8bit whose embedding has 8-bit moments: FLAP_NOT_FOUND says so. A
+ * folder with pages of states (engine/store/state_pages.h) has them there, and whatever is read of these is checked.
+ * With `checksums` (NULL: none) every byte of these files is compared with them while it is read: FLAP_CORRUPT names
+ * the file. */
 FLAP_CHECKED flap_status flap_weights_resume(flap_pager *pager, const flap_layout *layout, const char *folder,
                                              const flap_checksums *checksums);
 /* The exact bytes of the states' files. */

@@ -1,8 +1,9 @@
 /* Shared by weights*.c and export.c: the list of a model's tensors, conversions of values, files of weights as a source
- * and as a target. Nothing here knows the pager. */
+ * and as a target, pages of states as a source. Nothing here calls the pager. */
 #ifndef FLAP_ENGINE_STORE_WEIGHTS_INTERNAL_H
 #define FLAP_ENGINE_STORE_WEIGHTS_INTERNAL_H
 
+#include "engine/store/state_pages.h"
 #include "io/formats/checksums.h"
 #include "io/formats/safetensors.h"
 #include "model/model.h"
@@ -56,9 +57,12 @@ uint64_t flap_values_check(flap_dtype dtype, const void *values, uint64_t count)
 
 /* ---- a source ---------------------------------------------------------------------------------------------- */
 
-/* Files whose tensors have been matched with the list. */
+/* Files whose tensors have been matched with the list, or a section of states in pages. */
 typedef struct flap_weights_source {
   const flap_weights_list *list;
+  flap_state_pages *pages; /* whoever opened the source closes them after it; NULL: files */
+  flap_state_section section;
+  flap_safetensors_dtype pages_dtype;
   flap_safetensors *reader;
   const flap_safetensors_tensor **tensors; /* by index in the list */
   void *raw;                               /* FLAP_WEIGHTS_CHUNK elements of scratch */
@@ -76,6 +80,12 @@ typedef enum flap_weights_wanted {
 FLAP_CHECKED flap_status flap_weights_source_open(const flap_model_config *config, const flap_weights_list *list,
                                                   const char *path, flap_weights_wanted wanted,
                                                   flap_safetensors_dtype dtype, flap_weights_source *source_out);
+/* A section of states that were checked (flap_state_pages_check) against the model that the list is of. Each page that
+ * is read is compared with its checksum: verify_begin is not for such a source. */
+FLAP_CHECKED flap_status flap_weights_source_open_pages(const flap_weights_list *list, flap_state_pages *pages,
+                                                        flap_state_section section, flap_safetensors_dtype dtype,
+                                                        flap_weights_source *source_out);
+bool flap_weights_source_is_open(const flap_weights_source *source);
 void flap_weights_source_close(flap_weights_source *source); /* {0} is fine */
 
 /* `count` (at most FLAP_WEIGHTS_CHUNK) elements as fp32, in source->values. FLAP_NUMERIC names file and tensor. */

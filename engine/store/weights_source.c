@@ -1,4 +1,4 @@
-/* Files of weights, matched with what a model needs before any of it is read. */
+/* Files of weights, matched with what a model needs before any of it is read; and states in pages, which were. */
 #include "engine/store/weights_internal.h"
 
 #include "base/assert.h"
@@ -141,6 +141,21 @@ fail:
   return status;
 }
 
+flap_status flap_weights_source_open_pages(const flap_weights_list *list, flap_state_pages *pages,
+                                           flap_state_section section, flap_safetensors_dtype dtype,
+                                           flap_weights_source *source_out) {
+  *source_out = (flap_weights_source){.list = list, .pages = pages, .section = section, .pages_dtype = dtype};
+  source_out->values = malloc(FLAP_WEIGHTS_CHUNK * sizeof(float));
+  if (source_out->values != NULL)
+    return FLAP_OK;
+  *source_out = (flap_weights_source){0};
+  return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to read states", flap_state_pages_path(pages));
+}
+
+bool flap_weights_source_is_open(const flap_weights_source *source) {
+  return source->reader != NULL || source->pages != NULL;
+}
+
 void flap_weights_source_close(flap_weights_source *source) {
   flap_weights_verify_close(source->verify);
   flap_safetensors_close(source->reader);
@@ -150,8 +165,23 @@ void flap_weights_source_close(flap_weights_source *source) {
   *source = (flap_weights_source){0};
 }
 
+/* Lists count in what a section has values for: elements, or blocks of some. Offsets are those in the part. */
+static flap_status read_pages(const flap_weights_source *source, uint64_t tensor, uint64_t first, uint64_t count,
+                              void *to) {
+  const flap_weights_list *list = source->list;
+  const uint32_t head = flap_state_pages_parts(source->pages) - 1;
+  uint32_t part = 0;
+  if (tensor >= list->embedding_count && tensor < list->embedding_count + (head - 1) * list->layer_count)
+    part = 1 + (uint32_t)((tensor - list->embedding_count) / list->layer_count);
+  else if (tensor >= list->embedding_count)
+    part = head;
+  return flap_state_pages_read(source->pages, part, source->section, list->tensors[tensor].offset + first, count, to);
+}
+
 flap_status flap_weights_source_read(const flap_weights_source *source, uint64_t tensor, uint64_t first, uint64_t count,
                                      void *to) {
+  if (source->pages != NULL)
+    return read_pages(source, tensor, first, count, to);
   const flap_safetensors_tensor *found = source->tensors[tensor];
   const uint64_t bytes = flap_safetensors_dtype_bytes(found->dtype);
   FLAP_TRY(flap_safetensors_read(source->reader, found, first * bytes, count * bytes, to));
@@ -162,15 +192,18 @@ flap_status flap_weights_source_read(const flap_weights_source *source, uint64_t
 
 flap_status flap_weights_source_numeric(const flap_weights_source *source, uint64_t tensor, uint64_t element,
                                         flap_dtype dtype) {
-  const flap_safetensors_tensor *found = source->tensors[tensor];
+  const bool pages = source->pages != NULL;
+  const flap_safetensors_tensor *found = pages ? NULL : source->tensors[tensor];
   return flap_error_set(FLAP_NUMERIC, "%s: tensor %.120s: element %" PRIu64 " is NaN, infinite, or too large for %s",
-                        flap_safetensors_tensor_path(source->reader, found), found->name, element,
-                        flap_dtype_name(dtype));
+                        pages ? flap_state_pages_path(source->pages)
+                              : flap_safetensors_tensor_path(source->reader, found),
+                        pages ? source->list->tensors[tensor].name : found->name, element, flap_dtype_name(dtype));
 }
 
 flap_status flap_weights_source_values(flap_weights_source *source, uint64_t tensor, uint64_t first, uint64_t count) {
-  const flap_safetensors_dtype dtype = source->tensors[tensor]->dtype;
+  const flap_safetensors_dtype dtype = source->pages != NULL ? source->pages_dtype : source->tensors[tensor]->dtype;
   flap_assert(count <= FLAP_WEIGHTS_CHUNK);
+  flap_assert(source->pages == NULL || dtype == FLAP_SAFETENSORS_F32); /* of no other there is scratch */
   FLAP_TRY(flap_weights_source_read(source, tensor, first, count,
                                     dtype == FLAP_SAFETENSORS_F32 ? (void *)source->values : source->raw));
   const uint64_t good = dtype == FLAP_SAFETENSORS_F32    ? flap_values_check(FLAP_F32, source->values, count)

@@ -99,7 +99,7 @@ static flap_status check_file(const struct flap_weights_verify *verify, const ve
   char folder[FLAP_DURABLE_PATH_MAX];
   const char *slash = strrchr(file->path, '/'), *name = slash != NULL ? slash + 1 : file->path;
   const flap_checksums_entry *entry = flap_checksums_find(verify->checksums, name);
-  if (entry == NULL)
+  if (entry == NULL || entry->pages)
     return flap_error_set(FLAP_CORRUPT, "%s: has no checksum, so it was not saved with the rest", file->path);
   if (file->in_order && flap_checksum_bytes(file->sum) == entry->bytes)
     return flap_checksums_compare(entry, file->path, file->sum);

@@ -250,9 +250,16 @@ machine: rtx4090-64g-1nvme
                    for limit in (0, 1, 2, 3)}
         self.assertEqual(at_once, {0: 3, 1: 2, 2: 3, 3: 3})  # what is kept, and one that is written
         self.assertEqual(json.loads(self.accept("plan", "run.yaml", "--json", "save_strategy=no"))["checkpoints_at_once"], 0)
-        once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        saved = plan["checkpoint_bytes"] - plan["checkpoint_shared_bytes"]
+        once = plan["ssd_run_bytes"] - 8 * plan["ssd_step_bytes"] - 3 * saved - plan["export_bytes"]
         self.assertTrue(0 < once <= plan["disk_bytes"], plan)  # states, laid down at the start
+        # States on disk, all of them here, are not written again for a checkpoint, unless copies are wanted.
+        self.assertEqual(plan["checkpoint_shared_bytes"], plan["classes"]["states"]["disk_bytes"])
+        copied = json.loads(self.accept("plan", *common, "--json", "expert.checkpoint_states=copied"))
+        self.assertEqual(copied["checkpoint_shared_bytes"], 0)
+        self.assertGreater(copied["ssd_run_bytes"], plan["ssd_run_bytes"])
         shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
+        self.assertRegex(shown, r"(?m)^files +\S+ MiB a checkpoint \(\S+ MiB of it stay where they are\), ")
         self.assertRegex(shown, r"run +\S+ MiB written in 8 steps, 3 checkpoints of \S+ KiB, export \S+ KiB\n")
         self.assertRegex(shown, r"\S+% of the 0.001 TB that the drives bear\n +\S+% of ssd_budget, 477 MiB\n")
 
@@ -285,8 +292,9 @@ machine: rtx4090-64g-1nvme
         plan = json.loads(self.accept("plan", *common, "max_steps=4", "--json"))
         self.accept("train", *common, "max_steps=4", "export=none")
         written = [self.written_bytes(step) for step in (2, 4)]
-        self.assertGreaterEqual(written[1] - written[0], plan["checkpoint_bytes"] + plan["ssd_step_bytes"])
-        once = plan["ssd_run_bytes"] - 4 * plan["ssd_step_bytes"] - 2 * plan["checkpoint_bytes"] - plan["export_bytes"]
+        saved = plan["checkpoint_bytes"] - plan["checkpoint_shared_bytes"]
+        self.assertGreaterEqual(written[1] - written[0], saved + plan["ssd_step_bytes"])
+        once = plan["ssd_run_bytes"] - 4 * plan["ssd_step_bytes"] - 2 * saved - plan["export_bytes"]
         self.assertTrue(once < written[0] <= plan["ssd_run_bytes"], (written, plan))
         self.assertLessEqual(written[1], plan["ssd_run_bytes"] - plan["export_bytes"])
 
