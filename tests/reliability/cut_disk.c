@@ -13,11 +13,11 @@
 #include <unistd.h>
 
 #define NODES_MAX 512u
-#define ENTRIES_MAX 4096u
+#define ENTRIES_MAX 16384u
 #define NAMES_MAX 64u /* in a folder */
 #define NAME_BYTES 64u
 #define DESCRIPTORS_MAX 1024
-#define FILE_BYTES_MAX ((uint64_t)1 << 18)
+#define FILE_BYTES_MAX ((uint64_t)1 << 20)
 #define NONE UINT32_MAX
 #define RUBBISH 0xa5
 
@@ -51,8 +51,10 @@ typedef struct node {
   bool folder;
   name_of *names; /* of a folder: NAMES_MAX */
   uint32_t name_count;
-  unsigned char *bytes; /* of a file: FILE_BYTES_MAX */
-  uint64_t size;
+  unsigned char *bytes; /* of a file that ever had a name, once recording has ended: size_max */
+  uint64_t size, size_max;
+  bool named;                    /* ever */
+  bool made_unnamed;             /* it came into being without one */
   uint64_t whole_size, kept_end; /* while replaying: with every write; the end of the last sector that is there */
   bool uncertain;
 } node;
@@ -67,6 +69,8 @@ static cut_mistake made;
 static uint32_t held_back[NODES_MAX]; /* CUT_RENAME_BEFORE_SYNC: nodes whose sync waits for the next rename */
 static uint32_t held_count;
 static uint32_t node_of_fd[DESCRIPTORS_MAX];
+static uint32_t made_in[DESCRIPTORS_MAX]; /* CUT_ONE_FILE: the folder of a file without a name, or NONE */
+static int written_to[DESCRIPTORS_MAX];   /* CUT_ONE_FILE: what is written instead, or -1 */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const flap_system *real;
 
@@ -101,6 +105,7 @@ static void set_name(uint32_t folder, const char *name, uint32_t value) {
     (void)snprintf(f->names[at].name, NAME_BYTES, "%s", name);
   }
   f->names[at].node = value;
+  nodes[value].named = true;
 }
 
 /* Only if it is that node's name: another one may have taken it since. */
@@ -117,9 +122,7 @@ static uint32_t new_node(bool folder) {
   *n = (node){.folder = folder};
   if (folder)
     n->names = calloc(NAMES_MAX, sizeof *n->names);
-  else
-    n->bytes = calloc(1, FILE_BYTES_MAX);
-  must(folder ? n->names != NULL : n->bytes != NULL, "no memory");
+  must(!folder || n->names != NULL, "no memory");
   return node_count++;
 }
 
@@ -158,7 +161,8 @@ static entry *add(entry_kind kind, uint32_t what) {
 }
 
 static void add_sync(uint32_t what) {
-  if ((made == CUT_NO_FILE_SYNC && !nodes[what].folder) || (made == CUT_NO_FOLDER_SYNC && nodes[what].folder))
+  if ((made == CUT_NO_FILE_SYNC && !nodes[what].folder) || (made == CUT_NO_FOLDER_SYNC && nodes[what].folder) ||
+      (made == CUT_NO_EXTENT_SYNC && nodes[what].made_unnamed))
     return;
   if (made == CUT_RENAME_BEFORE_SYNC && held_count < NODES_MAX)
     held_back[held_count++] = what;
@@ -202,7 +206,7 @@ static void record_rename(uint32_t folder, const char *name, uint32_t folder_to,
 static void record_write(int fd, const void *data, uint64_t bytes, off_t at) {
   const uint32_t what = node_of_fd[fd];
   node *n = &nodes[what];
-  must(at >= (off_t)bytes && (uint64_t)at <= FILE_BYTES_MAX, "a large file");
+  must(at >= (off_t)bytes, "a write that begins before the file");
   entry *e = add(ENTRY_WRITE, what);
   e->offset = (uint64_t)at - bytes;
   e->bytes = bytes;
@@ -210,21 +214,48 @@ static void record_write(int fd, const void *data, uint64_t bytes, off_t at) {
   must(e->data != NULL, "no memory");
   memcpy(e->data, data, bytes);
   n->size = n->size > (uint64_t)at ? n->size : (uint64_t)at;
+  n->size_max = n->size_max > n->size ? n->size_max : n->size;
 }
 
 static void record_size(uint32_t what, uint64_t size) {
-  add(ENTRY_SIZE, what)->bytes = size;
-  nodes[what].size = size;
+  node *n = &nodes[what];
+  add(ENTRY_SIZE, what)->bytes = n->size = size;
+  n->size_max = n->size_max > size ? n->size_max : size;
 }
 
 /* ---- the calls ----------------------------------------------------------------------------------------------- */
+
+/* A file without a name: it is not in any folder, and need not be below the root before it gets one. */
+static void record_unnamed(int folder_fd, const char *path, int flags, int fd) {
+  char name[NAME_BYTES];
+  uint32_t above, folder = strcmp(path, root_path) == 0 ? 0 : NONE;
+  if (folder == NONE && resolve(folder_fd, path, &above, name))
+    folder = node_at(above, name);
+  made_in[fd] = (flags & O_ACCMODE) == O_RDWR ? folder : NONE;
+  node_of_fd[fd] = new_node(false);
+  nodes[node_of_fd[fd]].made_unnamed = true;
+  for (int other = 0; made == CUT_ONE_FILE && made_in[fd] != NONE && other < DESCRIPTORS_MAX; other++)
+    if (other != fd && made_in[other] == made_in[fd]) {
+      node_of_fd[fd] = node_of_fd[other];
+      written_to[fd] = dup(written_to[other] >= 0 ? written_to[other] : other);
+      must(written_to[fd] >= 0, "no descriptor");
+      return;
+    }
+}
+
+/* The descriptor that a call is made with in its place. */
+static int in_place_of(int fd) {
+  return fd >= 0 && fd < DESCRIPTORS_MAX && written_to[fd] >= 0 ? written_to[fd] : fd;
+}
 
 static void record_open(int folder_fd, const char *path, int flags, int fd) {
   uint32_t folder;
   char name[NAME_BYTES];
   node_of_fd[fd] = NONE;
-  if ((flags & O_TMPFILE) == O_TMPFILE)
+  if ((flags & O_TMPFILE) == O_TMPFILE) {
+    record_unnamed(folder_fd, path, flags, fd);
     return;
+  }
   if (strcmp(path, root_path) == 0) {
     node_of_fd[fd] = 0;
     return;
@@ -257,8 +288,12 @@ static bool is_recorded(int fd) {
 
 static int cut_close(int fd) {
   pthread_mutex_lock(&lock);
-  if (fd >= 0 && fd < DESCRIPTORS_MAX)
-    node_of_fd[fd] = NONE;
+  if (fd >= 0 && fd < DESCRIPTORS_MAX) {
+    node_of_fd[fd] = made_in[fd] = NONE;
+    if (written_to[fd] >= 0)
+      (void)close(written_to[fd]);
+    written_to[fd] = -1;
+  }
   const int result = real->close(fd);
   pthread_mutex_unlock(&lock);
   return result;
@@ -275,11 +310,15 @@ static ssize_t cut_write(int fd, const void *data, size_t bytes) {
 
 static ssize_t cut_pwrite(int fd, const void *data, size_t bytes, off_t offset) {
   pthread_mutex_lock(&lock);
-  const ssize_t written = real->pwrite(fd, data, bytes, offset);
+  const ssize_t written = real->pwrite(in_place_of(fd), data, bytes, offset);
   if (written > 0 && is_recorded(fd))
     record_write(fd, data, (uint64_t)written, offset + written);
   pthread_mutex_unlock(&lock);
   return written;
+}
+
+static ssize_t cut_pread(int fd, void *data, size_t bytes, off_t offset) {
+  return real->pread(in_place_of(fd), data, bytes, offset);
 }
 
 static int cut_sync(int fd) {
@@ -321,6 +360,21 @@ static int cut_rename(const char *from, const char *to, unsigned flags) {
   return result;
 }
 
+static int cut_link(int fd, const char *path) {
+  uint32_t folder;
+  char name[NAME_BYTES];
+  pthread_mutex_lock(&lock);
+  const int result = real->link(in_place_of(fd), path), os_error = errno;
+  if (result == 0 && resolve(-1, path, &folder, name)) {
+    must(is_recorded(fd), "a name for what is not in the record");
+    add_name_entry(ENTRY_LINK, node_of_fd[fd], folder, name);
+    set_name(folder, name, node_of_fd[fd]);
+  }
+  pthread_mutex_unlock(&lock);
+  errno = os_error;
+  return result;
+}
+
 static int cut_remove(int folder_fd, const char *path, int flags) {
   uint32_t folder;
   char name[NAME_BYTES];
@@ -359,10 +413,12 @@ void cut_disk_start(const char *root, cut_mistake mistake) {
   recording.close = cut_close;
   recording.write = cut_write;
   recording.pwrite = cut_pwrite;
+  recording.pread = cut_pread;
   recording.sync = cut_sync;
   recording.truncate = cut_truncate;
   recording.allocate = cut_allocate;
   recording.rename = cut_rename;
+  recording.link = cut_link;
   recording.remove = cut_remove;
   recording.make_folder = cut_make_folder;
   (void)snprintf(root_path, sizeof root_path, "%s", root);
@@ -371,7 +427,7 @@ void cut_disk_start(const char *root, cut_mistake mistake) {
   node_count = entry_count = held_count = 0;
   made = mistake;
   for (int i = 0; i < DESCRIPTORS_MAX; i++)
-    node_of_fd[i] = NONE;
+    node_of_fd[i] = made_in[i] = NONE, written_to[i] = -1;
   (void)new_node(true);
   (void)flap_system_replace(&recording);
 }
@@ -382,8 +438,28 @@ void cut_disk_mark(uint64_t number) {
   pthread_mutex_unlock(&lock);
 }
 
+/* Of a file that never had a name nothing can be left. */
+static void drop_unnamed(void) {
+  uint32_t kept = 0;
+  for (uint32_t i = 0; i < entry_count; i++) {
+    const entry *e = &entries[i];
+    if (e->node == NONE || nodes[e->node].folder || nodes[e->node].named)
+      entries[kept++] = *e;
+    else
+      free(e->data);
+  }
+  entry_count = kept;
+}
+
 uint32_t cut_disk_stop(void) {
   (void)flap_system_replace(NULL);
+  drop_unnamed();
+  for (uint32_t i = 0; i < node_count; i++)
+    if (!nodes[i].folder && nodes[i].named) {
+      must(nodes[i].size_max <= FILE_BYTES_MAX, "a large file");
+      nodes[i].bytes = malloc(nodes[i].size_max + 1);
+      must(nodes[i].bytes != NULL, "no memory");
+    }
   return entry_count;
 }
 
@@ -422,8 +498,8 @@ static void forget(const cut *at) {
     n->name_count = 0;
     n->size = n->whole_size = n->kept_end = 0;
     n->uncertain = false;
-    if (!n->folder)
-      memset(n->bytes, at->rubbish ? RUBBISH : 0, FILE_BYTES_MAX);
+    if (n->bytes != NULL)
+      memset(n->bytes, at->rubbish ? RUBBISH : 0, n->size_max);
   }
 }
 

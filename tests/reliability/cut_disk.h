@@ -2,8 +2,9 @@
  * moment.
  *
  * It goes between FLAP's libraries and the system by base/system.h, lets every call through, and keeps a record: bytes
- * written, sizes, names made, moved and removed, and fsyncs of files and of folders. What is left at a cut after the
- * first n entries of the record:
+ * written, sizes, names made, moved and removed, and fsyncs of files and of folders. Files that are made without a name
+ * (O_TMPFILE) are in it if they get one. What io_uring writes is not seen here: who is recorded writes by threads. What
+ * is left at a cut after the first n entries of the record:
  *
  * 1. What an fsync of a file follows is there: its bytes and its size. What an fsync of a folder follows is there too:
  * the names in it. An fsync of a file makes no name last, and an fsync of a folder no bytes.
@@ -27,6 +28,9 @@ typedef enum cut_mistake {
   CUT_NO_FILE_SYNC,       /* fsync of a file does nothing */
   CUT_NO_FOLDER_SYNC,     /* fsync of a folder does nothing */
   CUT_RENAME_BEFORE_SYNC, /* whatever is to be synced before a rename is synced after it */
+  CUT_NO_EXTENT_SYNC,     /* fsync of a file that was made without a name does nothing, before it gets one and after */
+  CUT_ONE_FILE,           /* files without a name that are open at once in one folder, for reading and writing, are one:
+                             what has got a name is written over */
   CUT_MISTAKE_COUNT
 } cut_mistake;
 

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -22,7 +23,9 @@ from kill_program import MACHINE, RUN, TEXT, digests  # noqa: E402
 FLAP = os.path.abspath(sys.argv.pop(1))
 INSIDE = "FLAP_DISK_FULL_INSIDE"  # set in the namespace that may mount
 STEPS = 60
-LATER = [f"max_steps={STEPS}", "save_steps=10"]
+LATER = [f"max_steps={STEPS}", "save_steps=10", "expert.checkpoint_states=copied"]
+# The disk is on the small file system as well, and checkpoints share the states there.
+SHARED = ["disk={path: small/disk, size: 3MiB}", "expert.checkpoint_states=auto"]
 TMPFS_BYTES = 2 << 20
 
 
@@ -70,10 +73,10 @@ class DiskFull(unittest.TestCase):
         steps = [int(name.split("-")[1]) for name in os.listdir(self.path(out)) if name.startswith("checkpoint-")]
         return max(steps)
 
-    def mount(self):
+    def mount(self, size=TMPFS_BYTES):
         if INSIDE not in os.environ:
             self.skipTest("no right to mount a small file system here")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", self.path("small")], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", self.path("small")], check=True)
         self.addCleanup(subprocess.run, ["umount", self.path("small")], check=True)
 
     def take_all(self):
@@ -97,6 +100,14 @@ class DiskFull(unittest.TestCase):
                 except FileNotFoundError:
                     pass  # renamed or pruned meanwhile
         return (about.f_blocks - about.f_bfree) * about.f_frsize - seen
+
+    def wait_for_nothing_hidden(self):
+        """The kernel takes a ring of io_uring apart a moment after its process, and the files in it."""
+        for _ in range(100):
+            if self.hidden_bytes() == 0:
+                return
+            time.sleep(0.05)
+        self.fail(f"{self.hidden_bytes()} bytes are taken by files without a name")
 
     def plan(self):
         return json.loads(subprocess.run([FLAP, "plan", "run.yaml", "--json", *LATER], cwd=self.folder, env=self.environment,
@@ -145,6 +156,49 @@ class DiskFull(unittest.TestCase):
         taken = self.take_all()
         resumed = ["output_dir=small/out", "resume_from_checkpoint=true"]
         self.must_be_refused("[Nn]o space|bytes free", *resumed)
+        self.assertEqual(self.newest("small/out"), saved)
+        os.remove(taken.name)
+        taken.close()
+        self.must_end_well(*resumed)
+        self.assertEqual(self.result("small/out"), self.result("undisturbed"))
+
+    def check_no_second_copy(self, out):
+        """Each checkpoint's extents are a file that only it has a name for; the last one's the run had no use for any more."""
+        for name in os.listdir(self.path(out)):
+            if name.startswith("checkpoint-"):
+                pages = [page for page in os.listdir(self.path(out, name)) if page.startswith("optimizer-pages-")]
+                self.assertTrue(pages, name)
+                self.assertEqual({os.stat(self.path(out, name, page)).st_nlink for page in pages}, {1})
+
+    def test_another_process_takes_the_space_of_a_run_that_shares_its_states(self):
+        self.mount(3 * TMPFS_BYTES)
+        os.mkdir(self.path("small", "disk"))
+        self.must_end_well("output_dir=undisturbed", "save_total_limit=0", "expert.checkpoint_states=auto")
+        process = self.start("output_dir=small/out", *SHARED)
+        self.wait_for(process, "checkpoint-10 in")
+        taken = self.take_all()
+        _, errors = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, errors)
+        self.assertNotIn("no room", errors)
+        self.assertNotIn("will not share", errors)
+        self.assertEqual(self.result("small/out"), self.result("undisturbed"))
+        self.check_no_second_copy("small/out")
+        taken.close()
+
+    def test_a_killed_run_that_shares_its_states_leaves_only_checkpoints(self):
+        self.mount(3 * TMPFS_BYTES)
+        os.mkdir(self.path("small", "disk"))
+        self.must_end_well("output_dir=undisturbed", "save_total_limit=0", "expert.checkpoint_states=auto")
+        process = self.start("output_dir=small/out", *SHARED)
+        self.wait_for(process, "checkpoint-10 in")
+        process.kill()
+        process.communicate(timeout=120)
+        self.wait_for_nothing_hidden()
+        self.assertEqual(os.listdir(self.path("small/disk")), [])
+        saved = self.check_saved("small/out")
+        taken = self.take_all()
+        resumed = ["output_dir=small/out", "resume_from_checkpoint=true", *SHARED]
+        self.must_be_refused("[Nn]o space|bytes free|free;", *resumed)
         self.assertEqual(self.newest("small/out"), saved)
         os.remove(taken.name)
         taken.close()

@@ -12,17 +12,17 @@
 
 #define DESCRIPTORS_MAX 1024
 
-static const char *const call_names[] = {"open",     "close",       "read",         "write",  "sync",
-                                         "truncate", "allocate",    "rename",       "remove", "mkdir",
-                                         "stat",     "extent-read", "extent-write", "change"};
-static const char *const kind_names[] = {"EIO",   "ENOSPC", "EMFILE", "EINTR", "EOPNOTSUPP",
+static const char *const call_names[] = {"open",       "close",       "read",         "write",  "sync",  "truncate",
+                                         "allocate",   "rename",      "link",         "remove", "mkdir", "stat",
+                                         "pages-read", "extent-read", "extent-write", "change"};
+static const char *const kind_names[] = {"EIO",   "ENOSPC", "EMFILE", "EINTR", "EOPNOTSUPP", "EMLINK",
                                          "short", "flip",   "lose",   "kill",  "torn"};
-static const int os_errors[FAULT_KIND_COUNT] = {EIO, ENOSPC, EMFILE, EINTR, EOPNOTSUPP};
+static const int os_errors[FAULT_KIND_COUNT] = {EIO, ENOSPC, EMFILE, EINTR, EOPNOTSUPP, EMLINK};
 
 static fault_plan plan;
 static atomic_uint_fast64_t counts[FAULT_CALL_COUNT + 1];
 static atomic_bool fired;
-static atomic_bool is_extent[DESCRIPTORS_MAX];
+static atomic_bool is_extent[DESCRIPTORS_MAX], is_pages[DESCRIPTORS_MAX];
 static const flap_system *real;
 
 const char *fault_call_name(fault_call call) {
@@ -106,14 +106,21 @@ static bool of_extent(int fd) {
   return fd >= 0 && fd < DESCRIPTORS_MAX && atomic_load(&is_extent[fd]);
 }
 
+static fault_call read_of(int fd) {
+  const bool pages = fd >= 0 && fd < DESCRIPTORS_MAX && atomic_load(&is_pages[fd]);
+  return of_extent(fd) ? FAULT_CALL_EXTENT_READ : pages ? FAULT_CALL_PAGES_READ : FAULT_CALL_READ;
+}
+
 /* ---- the calls ----------------------------------------------------------------------------------------------- */
 
 static int faulty_open(int folder, const char *path, int flags, mode_t mode) {
   if (fails(FAULT_CALL_OPEN, (flags & (O_CREAT | O_TRUNC)) != 0))
     return -1;
   const int fd = real->open(folder, path, flags, mode);
-  if (fd >= 0 && fd < DESCRIPTORS_MAX)
+  if (fd >= 0 && fd < DESCRIPTORS_MAX) {
     atomic_store(&is_extent[fd], (flags & O_TMPFILE) == O_TMPFILE);
+    atomic_store(&is_pages[fd], strstr(path, "/optimizer-pages-") != NULL);
+  }
   return fd;
 }
 
@@ -134,13 +141,13 @@ static ssize_t flipped(void *data, ssize_t got, fault_kind fault) {
 
 static ssize_t faulty_read(int fd, void *data, size_t bytes) {
   fault_kind fault;
-  const ssize_t most = allowed(FAULT_CALL_READ, false, bytes, &fault);
+  const ssize_t most = allowed(read_of(fd), false, bytes, &fault);
   return most < 0 ? -1 : flipped(data, real->read(fd, data, (size_t)most), fault);
 }
 
 static ssize_t faulty_pread(int fd, void *data, size_t bytes, off_t offset) {
   fault_kind fault;
-  const ssize_t most = allowed(of_extent(fd) ? FAULT_CALL_EXTENT_READ : FAULT_CALL_READ, false, bytes, &fault);
+  const ssize_t most = allowed(read_of(fd), false, bytes, &fault);
   return most < 0 ? -1 : flipped(data, real->pread(fd, data, (size_t)most, offset), fault);
 }
 
@@ -180,6 +187,10 @@ static int faulty_rename(const char *from, const char *to, unsigned flags) {
   return fails(FAULT_CALL_RENAME, true) ? -1 : real->rename(from, to, flags);
 }
 
+static int faulty_link(int fd, const char *path) {
+  return fails(FAULT_CALL_LINK, true) ? -1 : real->link(fd, path);
+}
+
 static int faulty_remove(int folder, const char *path, int flags) {
   return fails(FAULT_CALL_REMOVE, true) ? -1 : real->remove(folder, path, flags);
 }
@@ -217,6 +228,7 @@ static const flap_system faulty = {
     .truncate = faulty_truncate,
     .allocate = faulty_allocate,
     .rename = faulty_rename,
+    .link = faulty_link,
     .remove = faulty_remove,
     .make_folder = faulty_make_folder,
     .stat = faulty_stat,

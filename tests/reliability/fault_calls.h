@@ -18,14 +18,16 @@ typedef enum fault_call {
   FAULT_CALL_TRUNCATE,
   FAULT_CALL_ALLOCATE,
   FAULT_CALL_RENAME,
+  FAULT_CALL_LINK,
   FAULT_CALL_REMOVE,
   FAULT_CALL_MKDIR,
   FAULT_CALL_STAT,
+  FAULT_CALL_PAGES_READ, /* of a checkpoint's optimizer-pages-<n>.bin */
   FAULT_CALL_EXTENT_READ,
   FAULT_CALL_EXTENT_WRITE,
   FAULT_CALL_COUNT,
-  FAULT_CALL_CHANGE = FAULT_CALL_COUNT /* whichever changes something: write, sync, truncate, allocate, rename, remove,
-                                          mkdir, a write of an extent, an open that creates or empties */
+  FAULT_CALL_CHANGE = FAULT_CALL_COUNT /* whichever changes something: write, sync, truncate, allocate, rename, link,
+                                          remove, mkdir, a write of an extent, an open that creates or empties */
 } fault_call;
 
 typedef enum fault_kind {
@@ -34,6 +36,7 @@ typedef enum fault_kind {
   FAULT_EMFILE,
   FAULT_EINTR,
   FAULT_EOPNOTSUPP,
+  FAULT_EMLINK,
   FAULT_SHORT,     /* reads and writes of more than a byte move half */
   FAULT_FLIP,      /* reads: one bit is another, and nothing is said */
   FAULT_LOSE,      /* writes to an extent: nothing is written, and nothing is said */

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ output_dir: out
 vram: min
 ram: min
 disk: {path: disk, size: 4MiB}
+compression: off
 device: cpu
 expert: {threads: 1}
 """
@@ -43,6 +45,7 @@ MACHINE = {"format": "flap machine 1", "machines": [{
     "d2h_bytes": 1e10, "host_bytes": 1e10, "launch_ns": 100, "copy_ns": 1000, "disk_ns": 10000, "synchronous": True,
     "shared_cores": 1, "disk_read_bytes": 1e9, "disk_write_bytes": 1e9}]}
 TEXT = "".join(f"The {n}th line says that {n} and {n + 1} make {2 * n + 1}.\n" for n in range(40))
+PAGES = "optimizer-pages"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 SECONDS_MAX = 120  # of one process; it takes a tenth of a second
 
@@ -55,15 +58,43 @@ def without_written(name, data):
         return json.dumps(state).encode()
     if name == "checksums.json":
         sums = json.loads(data)
-        sums["files"] = [entry for entry in sums["files"] if entry["name"] != "trainer_state.json"]
+        sums["files"] = [entry for entry in sums["files"]
+                         if entry["name"] != "trainer_state.json" and not entry["name"].startswith(PAGES)]
         return json.dumps(sums).encode()
     return data
 
 
+def digest_states(folder):
+    """Of states that a checkpoint shares with the disk (engine/store/state_pages.h): where a page stands, and how often it
+    was written, differs from life to life; what it holds does not. AdamW with bf16 weights has 10 bytes for each element."""
+    with open(os.path.join(folder, PAGES + ".table"), "rb") as file:
+        table = file.read()
+    magic, _, _, _, page_bytes, _, slices, pages = struct.unpack_from("<8s6IQ", table)
+    if magic != b"FLAPPAGE" or len(table) != 80 + 24 * slices + 32 * pages + 8:
+        raise SystemExit(f"{folder}: {PAGES}.table is none")
+    sum_of, row = hashlib.sha256(), 80 + 24 * slices
+    for index in range(slices):
+        part, _, first, elements = struct.unpack_from("<IIQQ", table, 80 + 24 * index)
+        region, left = b"", -(-10 * elements // 4096) * 4096
+        while left > 0:
+            _, place, stored, _, number, _ = struct.unpack_from("<QQIIII", table, row)
+            if stored != min(left, page_bytes):
+                raise SystemExit(f"{folder}: a page has {stored} bytes, though nothing is compressed")
+            with open(os.path.join(folder, f"{PAGES}-{number}.bin"), "rb") as file:
+                region += os.pread(file.fileno(), stored, place)
+            row, left = row + 32, left - stored
+        sum_of.update(struct.pack("<IQ", part, first) + region[:10 * elements])
+    return sum_of.hexdigest()
+
+
 def digests(folder, names=None):
-    """Of every file in a folder, or of these, by name."""
+    """Of every file in a folder, or of these, by name; of pages of states what they hold."""
     found = {}
     for name in names or sorted(os.listdir(folder)):
+        if name == PAGES + ".table":
+            found["states"] = digest_states(folder)
+        if name.startswith(PAGES):
+            continue
         with open(os.path.join(folder, name), "rb") as file:
             found[name] = hashlib.sha256(without_written(name, file.read())).hexdigest()
     return found
@@ -111,6 +142,8 @@ class Lives:
         self.wanted = self.result("undisturbed")
         self.checkpoints = {name: digests(self.path("undisturbed", name))
                             for name in os.listdir(self.path("undisturbed")) if name.startswith("checkpoint-")}
+        if any("states" not in sums for sums in self.checkpoints.values()):
+            raise SystemExit("a checkpoint of the undisturbed run does not share its states with the disk")
 
     def must_do_nothing(self, *how):
         before = self.times()

@@ -3,7 +3,7 @@
 
 A small model is trained out of core, on the CPU device or, a larger one, on a GPU. Every few minutes the run is stopped (SIGINT, or now and then kill -9)
 and resumed with other budgets, drawn at random: vram, ram, one or two disks and their sizes, pages, slices, segments, where
-the optimizer runs, compression, I/O. When the minutes are over it goes on to its end, and then the same steps are trained
+the optimizer runs, whether checkpoints share what is on the disk, compression, I/O. When the minutes are over it goes on to its end, and then the same steps are trained
 without a stop, with everything in memory: weights, moments, losses, norms and the exported model must be the same to the bit.
 
 Of each life's processes resident memory, threads and descriptors are sampled every half a second, from ten steps behind the
@@ -116,6 +116,7 @@ class Soak:
             "vram": budget("vram"),
             "ram": budget("ram"),
             "disk": f"[{', '.join(disks)}]",
+            "expert.checkpoint_states": chosen.choice((None, None, None, "copied")),
             "compression": chosen.choice(("auto", "off", "lz4")),
             "expert.optimizer": chosen.choice(("auto", "gpu", "cpu", "split")),
             "expert.page_bytes": chosen.choice((None, *scale["pages"])),
@@ -277,7 +278,8 @@ class Soak:
         while (left := seconds - (time.monotonic() - started)) > shortest / 2:
             self.live(min(self.random.uniform(shortest, longest), left))
         steps = self.checkpoint() + 10
-        self.finish("out", steps, "resume_from_checkpoint=true", *self.choose())
+        # States in safetensors, whatever their pages are elsewhere: so they can be compared.
+        self.finish("out", steps, "resume_from_checkpoint=true", *self.choose(), "expert.checkpoint_states=copied")
         soaked = time.monotonic() - started
         self.finish("undisturbed", steps, "vram=max", "ram=max", f"save_steps={steps}")
         found, wanted = self.result("out", steps), self.result("undisturbed", steps)

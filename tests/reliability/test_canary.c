@@ -1,5 +1,7 @@
 /* A program that does not compare the checksums of pages must fail the test that turns a bit of a page over, and the
- * test that loses a write: otherwise these tests would see nothing. The canaries of fsync are in test_power_cut.c.
+ * test that loses a write: otherwise these tests would see nothing. Its checkpoints are copies: where they share
+ * extents they have its wrong checksums, which is seen without any fault. The canaries of fsync, and of extents that a
+ * checkpoint shares and the run writes over, are in test_power_cut.c.
  */
 #include "io/block/checksum.h"
 #include "tests/reliability/fault_calls.h"
@@ -58,7 +60,7 @@ static unsigned notice(tiny_run *run, fault_call call, fault_kind kind) {
 }
 
 START_TEST(canary_without_checksums_ends_with_other_bits) {
-  tiny_run *run = case_open(TINY_ON_DISK);
+  tiny_run *run = case_open(TINY_COPIED);
   counts = fault_calls_of_life(run);
   ck_assert_ptr_nonnull(counts);
   printf("two complaints follow, and must:\n");

@@ -43,13 +43,39 @@ static const fault_row rows[] = {
     {FAULT_CALL_ALLOCATE, FAULT_EOPNOTSUPP, true},
 };
 static const fault_row disk_rows[] = {
-    {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},     {FAULT_CALL_EXTENT_READ, FAULT_EINTR, true},
-    {FAULT_CALL_EXTENT_READ, FAULT_SHORT, true},    {FAULT_CALL_EXTENT_WRITE, FAULT_EIO, false},
-    {FAULT_CALL_EXTENT_WRITE, FAULT_ENOSPC, false}, {FAULT_CALL_EXTENT_WRITE, FAULT_EINTR, true},
-    {FAULT_CALL_EXTENT_WRITE, FAULT_SHORT, true},   {FAULT_CALL_EXTENT_READ, FAULT_FLIP, true},
-    {FAULT_CALL_EXTENT_WRITE, FAULT_LOSE, false},   {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
-    {FAULT_CALL_ALLOCATE, FAULT_ENOSPC, false},     {FAULT_CALL_ALLOCATE, FAULT_EINTR, true},
+    {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},
+    {FAULT_CALL_EXTENT_READ, FAULT_EINTR, true},
+    {FAULT_CALL_EXTENT_READ, FAULT_SHORT, true},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_EIO, false},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_ENOSPC, false},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_EINTR, true},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_SHORT, true},
+    {FAULT_CALL_EXTENT_READ, FAULT_FLIP, true},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_LOSE, false},
+    {FAULT_CALL_ALLOCATE, FAULT_EIO, false},
+    {FAULT_CALL_ALLOCATE, FAULT_ENOSPC, false},
+    {FAULT_CALL_ALLOCATE, FAULT_EINTR, true},
     {FAULT_CALL_ALLOCATE, FAULT_EOPNOTSUPP, true},
+    /* checkpoints share extents: the first link only tries whether that can be, and then they are copied */
+    {FAULT_CALL_LINK, FAULT_EIO, false},
+    {FAULT_CALL_LINK, FAULT_ENOSPC, false},
+    {FAULT_CALL_LINK, FAULT_EMLINK, false},
+    {FAULT_CALL_LINK, FAULT_EOPNOTSUPP, false},
+    {FAULT_CALL_LINK, FAULT_EINTR, true},
+    {FAULT_CALL_OPEN, FAULT_EMFILE, false},
+    {FAULT_CALL_SYNC, FAULT_EIO, false},
+    {FAULT_CALL_REMOVE, FAULT_EIO, false},
+    {FAULT_CALL_PAGES_READ, FAULT_EIO, false},
+    {FAULT_CALL_PAGES_READ, FAULT_EINTR, true},
+    {FAULT_CALL_PAGES_READ, FAULT_SHORT, true},
+    {FAULT_CALL_PAGES_READ, FAULT_FLIP, true},
+};
+/* Where they do not share them, saving reads them. */
+static const fault_row copied_rows[] = {
+    {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},
+    {FAULT_CALL_EXTENT_READ, FAULT_FLIP, true},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_EIO, false},
+    {FAULT_CALL_EXTENT_WRITE, FAULT_LOSE, false},
 };
 static const fault_row uring_rows[] = {
     {FAULT_CALL_EXTENT_READ, FAULT_EIO, false},     {FAULT_CALL_EXTENT_READ, FAULT_SHORT, true},
@@ -77,21 +103,29 @@ static const uint64_t *counts; /* of the calls of a life */
 
 static bool run_plan(tiny_run *run, const fault_row *row, const fault_plan *plan, case_totals *totals) {
   /* Half a block for ever is no progress where transfers are of whole blocks. */
-  const bool of_disk = plan->call == FAULT_CALL_EXTENT_READ || plan->call == FAULT_CALL_EXTENT_WRITE;
-  const bool another_way = plan->kind == FAULT_EOPNOTSUPP; /* a file system that cannot reserve */
-  const bool whole = row->once_passes && (!plan->for_ever || another_way || (plan->kind == FAULT_SHORT && !of_disk));
+  const bool of_disk = plan->call >= FAULT_CALL_PAGES_READ;
+  /* A file system that cannot reserve, or where checkpoints would share extents, if it is like that from the start. */
+  const bool another_way = plan->kind == FAULT_EOPNOTSUPP, from_start = plan->for_ever && plan->number == 1;
+  const bool shares = run->kind == TINY_ON_DISK || run->kind == TINY_ON_URING;
+  const bool whole = another_way && shares ? from_start
+                                           : row->once_passes && (!plan->for_ever || another_way ||
+                                                                  (plan->kind == FAULT_SHORT && !of_disk));
   const case_hooks hooks = {.before = before,
                             .after = fault_calls_remove,
                             .fired = fault_calls_fired,
                             .is_right_status = is_right_status,
                             .names_a_path = true,
                             .must_pass = whole,
+                            .may_damage = plan->kind == FAULT_LOSE && run->kind != TINY_COPIED,
                             .describe = describe};
   return case_run(run, &hooks, plan, totals);
 }
 
 static unsigned run_row(tiny_run *run, const fault_row *row, uint64_t salt, case_totals *totals) {
   unsigned bad = 0;
+  if (row->kind == FAULT_EOPNOTSUPP)
+    bad +=
+        !run_plan(run, row, &(fault_plan){.call = row->call, .kind = row->kind, .number = 1, .for_ever = true}, totals);
   for (int for_ever = 0; for_ever < 2; for_ever++) {
     case_numbers numbers = case_pick(counts[row->call], SAMPLE, 2 * salt + (unsigned)for_ever);
     for (uint64_t number; (number = case_next(&numbers)) != 0;)
@@ -128,11 +162,12 @@ static void run_rows(tiny_kind kind, const fault_row *from, size_t count) {
       calls += i < ROW_STRIDE || from[i].call != from[i - ROW_STRIDE].call ? counts[from[i].call] : 0;
     }
   case_close(run);
-  printf("seed %llu: %llu faults in %llu calls of a life: %llu passed, %llu refused and repaired, %llu not reached, %u "
+  printf("seed %llu: %llu faults in %llu calls of a life: %llu passed, %llu refused and repaired, %llu with "
+         "a damaged checkpoint, %llu not reached, %u "
          "bad\n",
          (unsigned long long)case_seed(), (unsigned long long)totals.cases, (unsigned long long)calls,
-         (unsigned long long)totals.passed, (unsigned long long)totals.refused, (unsigned long long)totals.not_reached,
-         bad);
+         (unsigned long long)totals.passed, (unsigned long long)totals.refused, (unsigned long long)totals.damaged,
+         (unsigned long long)totals.not_reached, bad);
   ck_assert_uint_eq(bad, 0);
   if (getenv("FLAP_FAULT") == NULL) {
     ck_assert_uint_gt(totals.cases, 0);
@@ -151,6 +186,11 @@ START_TEST(fault_at_any_transfer_of_a_disk_is_retried_or_refused_and_loses_nothi
 }
 END_TEST
 
+START_TEST(fault_at_any_transfer_of_a_disk_that_is_copied_is_retried_or_refused_and_loses_nothing) {
+  run_rows(TINY_COPIED, copied_rows, COUNT(copied_rows));
+}
+END_TEST
+
 START_TEST(fault_at_any_transfer_of_io_uring_is_retried_or_refused_and_loses_nothing) {
   run_rows(TINY_ON_URING, uring_rows, COUNT(uring_rows));
 }
@@ -162,6 +202,7 @@ int main(void) {
   tcase_set_timeout(tests, 0); /* each case has its own limit */
   tcase_add_test(tests, fault_at_any_call_on_a_file_is_retried_or_refused_and_loses_nothing);
   tcase_add_test(tests, fault_at_any_transfer_of_a_disk_is_retried_or_refused_and_loses_nothing);
+  tcase_add_test(tests, fault_at_any_transfer_of_a_disk_that_is_copied_is_retried_or_refused_and_loses_nothing);
   tcase_add_test(tests, fault_at_any_transfer_of_io_uring_is_retried_or_refused_and_loses_nothing);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);

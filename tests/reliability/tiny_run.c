@@ -5,6 +5,7 @@
 #include "engine/engine.h"
 #include "io/block/checksum.h"
 #include "io/formats/dataset.h"
+#include "tests/reliability/tiny_states.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -126,6 +127,7 @@ static void fill_config(const tiny_run *run, flap_run_config *config) {
   config->device = FLAP_RUN_DEVICE_CPU;
   config->expert.threads = 1;
   config->expert.io = run->kind == TINY_ON_URING ? FLAP_RUN_IO_AUTO : FLAP_RUN_IO_THREADS;
+  config->expert.checkpoint_states = run->kind == TINY_COPIED ? FLAP_RUN_STATES_COPIED : FLAP_RUN_STATES_AUTO;
   path_of(run, "out", config->output_dir);
   config->vram = config->ram = (flap_size){.kind = FLAP_SIZE_BYTES, .bytes = MEMORY_BYTES};
   if (run->kind == TINY_IN_RAM)
@@ -321,13 +323,35 @@ static const char *add_metrics(const tiny_run *run, uint64_t *digest) {
   return message;
 }
 
-const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out) {
+/* Each checkpoint that is there: pages of states are what their tables say, and stayed so when the run went on. */
+static const char *check_pages(const tiny_run *run) {
+  char out[FLAP_PATH_MAX], path[FLAP_PATH_MAX];
+  const char *problem = "";
+  path_of(run, "out/flap-extents.tmp", path);
+  if (access(path, F_OK) == 0)
+    return "out/flap-extents.tmp was left behind";
+  path_of(run, "out", out);
+  DIR *folder = opendir(out);
+  for (const struct dirent *entry; folder != NULL && problem[0] == '\0' && (entry = readdir(folder)) != NULL;)
+    if (strncmp(entry->d_name, "checkpoint-", 11) == 0 &&
+        snprintf(path, sizeof path, "%s/%s", out, entry->d_name) < (int)sizeof path)
+      (void)tiny_states_are_pages(path, &problem);
+  if (folder != NULL)
+    (void)closedir(folder);
+  return problem;
+}
+
+static const char *add_states(const tiny_run *run, uint64_t *digest) {
+  char path[FLAP_PATH_MAX];
+  const char *problem = check_pages(run);
+  path_of(run, "out/checkpoint-4", path);
+  return problem[0] != '\0' ? problem : tiny_states_digest(path, digest);
+}
+
+const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out, uint64_t *rest_out) {
   static const char *const names[] = {"tokens.bin",
                                       "out/checkpoint-4/config.json",
                                       "out/checkpoint-4/model.safetensors",
-                                      "out/checkpoint-4/optimizer-exp_avg.safetensors",
-                                      "out/checkpoint-4/optimizer-exp_avg_sq.safetensors",
-                                      "out/checkpoint-4/optimizer-low.safetensors",
                                       "out/checkpoint-4/tokenizer.json",
                                       "out/checkpoint-4/tokenizer_config.json",
                                       "out/checkpoint-4/trainer_state.json",
@@ -339,11 +363,20 @@ const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out) {
                                       "exported/model.safetensors",
                                       "exported/tokenizer.json",
                                       "exported/tokenizer_config.json"};
+  uint64_t rest = 0;
   *digest_out = 0;
+  if (rest_out != NULL)
+    *rest_out = 0;
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-    const char *missing = add_file(run, names[i], i, digest_out);
+    const char *missing = add_file(run, names[i], i, &rest);
     if (missing[0] != '\0')
       return missing;
   }
-  return add_metrics(run, digest_out);
+  const char *problem = add_metrics(run, &rest);
+  if (problem[0] != '\0')
+    return problem;
+  if (rest_out != NULL)
+    *rest_out = rest;
+  *digest_out = rest;
+  return add_states(run, digest_out);
 }

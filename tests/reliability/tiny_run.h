@@ -18,8 +18,10 @@
 
 typedef enum tiny_kind {
   TINY_IN_RAM,  /* all data stay in RAM: most system calls are those of files that must last */
-  TINY_ON_DISK, /* with the least vram and ram that works, so nearly all data stream from an extent file, by threads */
-  TINY_ON_URING /* the same by io_uring, where the system allows it, and else by threads */
+  TINY_ON_DISK, /* with the least vram and ram that works, so nearly all data stream from extent files, by threads;
+                   checkpoints share those of the states */
+  TINY_COPIED,  /* the same, but checkpoints are copies, as where the disk is on another file system */
+  TINY_ON_URING /* as TINY_ON_DISK by io_uring, where the system allows it, and else by threads */
 } tiny_kind;
 
 typedef struct tiny_run {
@@ -44,9 +46,10 @@ FLAP_CHECKED flap_status tiny_run_live(tiny_run *run);
  * whatever is there; the others with `true` where there is a checkpoint, and else with overwrite_output_dir. Ends where
  * tiny_run_live ends. */
 FLAP_CHECKED flap_status tiny_run_repair(tiny_run *run);
-/* All that must be the same to the bit at the end: the shard, every file of the last checkpoint, the trained model, the
- * exported model, and loss and norm of each step. A text that names what is missing, or "" and the digest. Static
- * storage. */
-const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out);
+/* All that must be the same to the bit at the end: the shard, every file of the last checkpoint but those of states,
+ * the states however they are kept, the trained model, the exported model, and loss and norm of each step. The pages of
+ * any checkpoint that is there must be what was saved. A text that names what is missing, or "" and the digest. Static
+ * storage. *rest_out, unless NULL: of all but the states, even where the text says that these are damaged; else 0. */
+const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out, uint64_t *rest_out);
 
 #endif
