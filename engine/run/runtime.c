@@ -1,6 +1,7 @@
 #include "engine/run/runtime.h"
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/units.h"
 #include "engine/step/update.h"
 #include "io/formats/trace.h"
@@ -47,9 +48,13 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
                                        .pool = runtime->pool,
                                        .clock = runtime->clock};
   flap_setup_block_config(setup, &pager->disk);
-  if (config->shared_folder != NULL && pager->disk.disk_count == 1 &&
-      flap_block_can_link(pager->disk.disks[0].path, config->shared_folder))
-    pager->shared_folder = config->shared_folder;
+  if (config->shared_folder != NULL && pager->disk.disk_count == 1) {
+    if (flap_block_can_link(pager->disk.disks[0].path, config->shared_folder))
+      pager->shared_folder = config->shared_folder;
+    else
+      flap_log(FLAP_LOG_DEBUG, "%s: its file system names no files of disk %s: checkpoints copy states from there",
+               config->shared_folder, pager->disk.disks[0].path);
+  }
   if (runtime->simulated) {
     pager->device.machine = *config->machine;
     pager->clock = runtime->clock;

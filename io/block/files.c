@@ -182,6 +182,8 @@ flap_status block_file_open_linkable(const char *folder, uint64_t bytes, block_f
   if (flap_system_fallocate(fd, (off_t)bytes) != 0) {
     const int os_error = errno;
     (void)flap_system_close(fd);
+    if (os_error == ENOSPC || os_error == EDQUOT)
+      return refuse_space(folder, bytes);
     if (os_error == EFBIG)
       return flap_error_set(FLAP_NO_SPACE, "%s: files may not be as large as %s here; raise the limit (ulimit -f)",
                             folder, wanted);
