@@ -149,11 +149,12 @@ flap_status block_file_open(const char *path, uint64_t bytes, block_file *file_o
 
 /* ---- files that can get a name ------------------------------------------------------------------------------ */
 
+/* A removal that failed is tried once more: the name would stay in somebody's folder. */
 static bool takes_name(int fd, const char *name) {
   if (flap_system_link(fd, name) != 0 &&
       (errno != EEXIST || flap_system_unlink(name) != 0 || flap_system_link(fd, name) != 0))
     return false;
-  return flap_system_unlink(name) == 0;
+  return flap_system_unlink(name) == 0 || flap_system_unlink(name) == 0;
 }
 
 bool flap_block_can_link(const char *path, const char *folder) {
