@@ -118,6 +118,7 @@ static bool run_plan(tiny_run *run, const fault_row *row, const fault_plan *plan
                             .must_pass = whole,
                             .may_damage = plan->kind == FAULT_LOSE && run->kind != TINY_COPIED,
                             .describe = describe};
+  run->removals_fail = plan->call == FAULT_CALL_REMOVE && plan->for_ever;
   return case_run(run, &hooks, plan, totals);
 }
 

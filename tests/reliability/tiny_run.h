@@ -30,6 +30,7 @@ typedef struct tiny_run {
   uint64_t saved_step;          /* of the newest checkpoint that the run said was saved */
   uint64_t resumed_step;        /* where the newest call of tiny_run_live went on from; 0: from the start */
   void (*saved)(uint64_t step); /* called after each checkpoint; may be NULL */
+  bool removals_fail;           /* for ever: names may stay that should not */
   const char *phase;            /* what is going on: for messages */
 } tiny_run;
 
