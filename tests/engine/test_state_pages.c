@@ -8,6 +8,7 @@
 #include "engine/engine.h"
 #include "engine/store/checkpoint.h"
 #include "engine/store/weights.h"
+#include "io/block/checksum.h"
 #include "tests/engine/kept_pages.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
@@ -268,11 +269,11 @@ static void must_be_refused(const char *what, size_t place) {
     ck_abort_msg("%s %zu: the message names no file: %s", what, place, flap_error_message());
 }
 
-START_TEST(state_pages_changed_bytes_of_a_table_are_found) {
+START_TEST(state_pages_every_changed_byte_of_a_table_is_found) {
   size_t bytes;
-  char *table = save_small(_i, &bytes);
+  char *table = save_small(3 * _i, &bytes);
   RIG_OK(flap_state_pages_verify(scratch_path("pages")));
-  for (size_t i = 0; i < bytes; i += _i == 0 ? 1 : 7) {
+  for (size_t i = 0; i < bytes; i++) {
     table[i] = (char)(table[i] ^ 1 << i % 8);
     write_table(table, bytes, false);
     flap_state_pages *pages = NULL;
@@ -290,13 +291,12 @@ START_TEST(state_pages_changed_bytes_of_a_table_are_found) {
 }
 END_TEST
 
-/* Whoever wrote the table wrote a wrong one: each bit of the header, and of slices and pages some of every kind of
- * byte, for each format others. */
-START_TEST(state_pages_wrong_numbers_of_a_table_are_found) {
+/* Whoever wrote the table wrote a wrong one. */
+START_TEST(state_pages_every_wrong_number_of_a_table_is_found) {
   size_t bytes;
-  char *table = save_small(_i, &bytes);
-  for (size_t i = _i == 0 ? 0 : HEADER_BYTES + (size_t)_i; i < bytes - 8; i += i < HEADER_BYTES ? 1 : 13)
-    for (int bit = i < HEADER_BYTES ? 0 : (int)(i % 8); bit < 8; bit += i < HEADER_BYTES ? 1 : 8) {
+  char *table = save_small(3 * _i, &bytes);
+  for (size_t i = 0; i < bytes - 8; i++)
+    for (size_t bit = i < HEADER_BYTES ? 0 : i * 5 % 8; bit < 8; bit += i < HEADER_BYTES ? 1 : 8) {
       table[i] = (char)(table[i] ^ 1 << bit);
       write_table(table, bytes, true);
       must_be_refused("byte", i);
@@ -318,6 +318,9 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
   uint32_t slices;
   memcpy(&slices, table + 28, sizeof slices);
   const size_t slice = HEADER_BYTES, rows = slice + slices * SLICE_BYTES;
+  size_t copied = rows;
+  while (table[copied + 24] != 0)
+    copied += ROW_BYTES;
   const struct {
     size_t at, bytes;
     uint64_t value;
@@ -344,7 +347,7 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
       {72, 8, 4096, FLAP_CORRUPT},              /* of a file that is not there */
       {slice, 4, UINT32_MAX, FLAP_CORRUPT},     /* part */
       {slice, 4, 1, FLAP_CORRUPT},
-      {slice + 4, 4, UINT32_MAX, FLAP_CORRUPT}, /* region: pages do not agree */
+      {slice + 4, 4, UINT32_MAX, FLAP_CORRUPT}, /* region */
       {slice + 8, 8, 4096, FLAP_CORRUPT},       /* first_element */
       {slice + 8, 8, UINT64_MAX, FLAP_CORRUPT}, /* */
       {slice + 16, 8, 0, FLAP_CORRUPT},         /* elements */
@@ -361,15 +364,20 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
       {rows + 16, 4, 0xfffff000u, FLAP_CORRUPT},
       {rows + 24, 4, FLAP_STATE_PAGES_FILES, FLAP_CORRUPT}, /* file */
       {rows + 24, 4, UINT32_MAX, FLAP_CORRUPT},
-      {rows + 24, 4, 4, FLAP_CORRUPT}, /* none */
-      {rows + 28, 4, 1, FLAP_CORRUPT}, /* zero */
+      {rows + 24, 4, 4, FLAP_CORRUPT},      /* none */
+      {rows + 28, 4, 1, FLAP_CORRUPT},      /* zero */
+      {copied + 16, 4, 4096, FLAP_CORRUPT}, /* encoded, which a copy never is */
+      {copied + 20, 4, 1, FLAP_CORRUPT},    /* epoch */
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     memcpy(hostile, table, bytes);
     put(hostile, cases[i].at, cases[i].value, cases[i].bytes);
     write_table(hostile, bytes, true);
     flap_error_clear();
-    const flap_status status = flap_state_pages_verify(scratch_path("pages"));
+    flap_state_pages *pages = NULL;
+    const bool opens = cases[i].at == slice + 4; /* then its pages do not agree */
+    const flap_status status =
+        opens ? flap_state_pages_verify(scratch_path("pages")) : flap_state_pages_open(scratch_path("pages"), &pages);
     ck_assert_msg(status == cases[i].status, "case %zu: status %d: %s", i, (int)status, flap_error_message());
   }
   free(hostile);
@@ -431,6 +439,32 @@ START_TEST(state_pages_changed_stale_and_misplaced_pages_are_found) {
 }
 END_TEST
 
+/* Bytes that have their checksum, and were never encoded. */
+START_TEST(state_pages_that_cannot_be_decoded_are_told) {
+  static unsigned char noise[16384];
+  size_t bytes;
+  char *table = save_small(0, &bytes), name[NAME_MAX_BYTES];
+  const size_t rows = HEADER_BYTES + (size_t)number_at(table, 28, 4) * SLICE_BYTES;
+  uint32_t page = 0; /* of the first slice */
+  while (table[rows + page * ROW_BYTES + 24] == 0 || number_at(table, rows + page * ROW_BYTES + 16, 4) == sizeof noise)
+    page++;
+  ck_assert_uint_lt(page, 7); /* its last is shorter */
+  const size_t row = rows + page * ROW_BYTES, stored = (size_t)number_at(table, row + 16, 4);
+  memset(noise, 0xfd, sizeof noise);
+  (void)snprintf(name, sizeof name, "pages/optimizer-pages-%d.bin", table[row + 24]);
+  FILE *file = fopen(scratch_path(name), "r+b");
+  ck_assert_int_eq(fseek(file, (long)number_at(table, row + 8, 8), SEEK_SET), 0);
+  ck_assert_uint_eq(fwrite(noise, 1, stored, file), stored);
+  (void)fclose(file);
+  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "not what was saved");
+  const uint32_t region = (uint32_t)number_at(table, HEADER_BYTES + 4, 4);
+  put(table, row, flap_block_checksum(noise, stored, region, page, number_at(table, row + 20, 4)), 8);
+  write_table(table, bytes, true);
+  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "no page can be");
+  free(table);
+}
+END_TEST
+
 START_TEST(state_pages_short_and_missing_files_are_named) {
   size_t bytes;
   free(save_small(0, &bytes));
@@ -468,6 +502,8 @@ static ssize_t read_wrong(int fd, void *data, size_t bytes, off_t offset) {
   return got;
 }
 
+#define FIRST 2048 /* of the second moments, whose page begins with it: 3 * 4096 * (2 + 4) + 2048 * 4 = 5 * 16384 */
+
 START_TEST(state_pages_read_wrong_once_are_read_again) {
   size_t bytes;
   char *table = save_small(0, &bytes);
@@ -479,9 +515,10 @@ START_TEST(state_pages_read_wrong_once_are_read_again) {
   (void)flap_system_replace(&wrong);
   for (uint32_t times = 1; times <= 2; times++) {
     flap_state_pages *pages = NULL;
-    char value[4];
+    char value[4], first[4], again[4];
     RIG_OK(flap_state_pages_open(scratch_path("pages"), &pages));
     const uint32_t part = flap_state_pages_parts(pages) - 1;
+    RIG_OK(flap_state_pages_read(pages, part, FLAP_STATE_MOMENT2, FIRST, 1, first));
     wrong_readings = times;
     /* The last value of the last part's last section is on the last page. */
     const uint64_t elements = number_at(table, HEADER_BYTES + (number_at(table, 28, 4) - 1) * SLICE_BYTES + 8, 8) +
@@ -489,7 +526,9 @@ START_TEST(state_pages_read_wrong_once_are_read_again) {
     const flap_status status = flap_state_pages_read(pages, part, FLAP_STATE_MOMENT2, elements - 1, 1, value);
     ck_assert_uint_eq(wrong_readings, 0);
     ck_assert_int_eq(status, times == 1 ? FLAP_OK : FLAP_CORRUPT);
-    /* What was not right is not taken for what was read. */
+    /* What was not right is not taken for what was read, nor for what was there before. */
+    RIG_OK(flap_state_pages_read(pages, part, FLAP_STATE_MOMENT2, FIRST, 1, again));
+    ck_assert_mem_eq(first, again, sizeof first);
     if (times == 2)
       RIG_OK(flap_state_pages_read(pages, part, FLAP_STATE_MOMENT2, elements - 1, 1, value));
     flap_state_pages_close(pages);
@@ -662,10 +701,11 @@ int main(void) {
   tcase_add_loop_test(tests, state_pages_are_read_in_any_order, 0, FORMATS);
   tcase_add_test(tests, state_pages_have_the_bytes_that_are_said);
   tcase_add_test(tests, state_pages_of_another_model_are_refused);
-  tcase_add_loop_test(tests, state_pages_changed_bytes_of_a_table_are_found, 0, FORMATS);
-  tcase_add_loop_test(tests, state_pages_wrong_numbers_of_a_table_are_found, 0, FORMATS);
+  tcase_add_loop_test(tests, state_pages_every_changed_byte_of_a_table_is_found, 0, 2);
+  tcase_add_loop_test(tests, state_pages_every_wrong_number_of_a_table_is_found, 0, 2);
   tcase_add_test(tests, state_pages_hostile_numbers_are_refused);
   tcase_add_test(tests, state_pages_changed_stale_and_misplaced_pages_are_found);
+  tcase_add_test(tests, state_pages_that_cannot_be_decoded_are_told);
   tcase_add_test(tests, state_pages_short_and_missing_files_are_named);
   tcase_add_test(tests, state_pages_read_wrong_once_are_read_again);
   tcase_add_test(tests, state_pages_failed_saves_are_told);
