@@ -271,8 +271,30 @@ flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, con
   return status == FLAP_OK ? FLAP_OK : give_up(folder_out, status);
 }
 
+/* What is shared was written long ago, by others, and nobody has read it since. */
+static flap_status read_back(const char *folder) {
+  char temporary[FLAP_PATH_MAX], message[2048];
+  if (snprintf(temporary, sizeof temporary, "%s.tmp", folder) >= (int)sizeof temporary)
+    return flap_error_set(FLAP_INVALID, "%.200s: the path is too long", folder);
+  const flap_status status = flap_state_pages_verify(temporary, true);
+  if (status == FLAP_NOT_FOUND) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  if (status != FLAP_CORRUPT)
+    return status;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  return flap_error_set(
+      status,
+      "%s: the checkpoint is not kept, what was saved before is; look into the system's log and check "
+      "the disk, then go on with resume_from_checkpoint: true, on another disk if in doubt",
+      message);
+}
+
 flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step, uint32_t total_limit) {
-  const flap_status status = flap_durable_commit_folder(folder, true);
+  flap_status status = read_back(folder);
+  if (status == FLAP_OK)
+    status = flap_durable_commit_folder(folder, true);
   if (status != FLAP_OK)
     return give_up(folder, status);
   if (total_limit > 0)
@@ -388,7 +410,7 @@ static flap_status find_changed(const char *folder, const flap_checksums *checks
   for (size_t i = 0; i < checksums->count; i++)
     if (flap_checksums_check_file(&checksums->entries[i], folder) == FLAP_CORRUPT)
       return FLAP_CORRUPT;
-  if (flap_state_pages_verify(folder) == FLAP_CORRUPT)
+  if (flap_state_pages_verify(folder, false) == FLAP_CORRUPT)
     return FLAP_CORRUPT;
   return flap_error_set(status, "%s", message);
 }

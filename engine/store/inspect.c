@@ -51,7 +51,7 @@ static void say_broken(flap_checkpoint_report *r) {
 
 /* Files that are checked page by page. */
 static flap_status verify_pages(const char *folder) {
-  const flap_status status = flap_state_pages_verify(folder);
+  const flap_status status = flap_state_pages_verify(folder, false);
   if (status != FLAP_NOT_FOUND)
     return status;
   flap_error_clear();

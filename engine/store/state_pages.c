@@ -73,7 +73,7 @@ typedef struct save_job {
   char copied_path[FLAP_DURABLE_PATH_MAX];
   flap_large_file copied;
   bool copies; /* there is such a file, and it has not ended */
-  uint64_t copied_bytes;
+  uint64_t copied_bytes, copied_announced;
 } save_job;
 
 static flap_status begin_table(const flap_layout *layout, save_job *job) {
@@ -116,6 +116,7 @@ static flap_status begin_copied(flap_pager *pager, const flap_layout *layout, sa
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < layout->slice_count; i++)
     bytes += flap_pager_copied_bytes(pager, layout->slices[i].states);
+  job->copied_announced = bytes;
   if (bytes == 0)
     return FLAP_OK;
   FLAP_TRY(flap_state_pages_file(job->folder, 0, job->copied_path));
@@ -180,6 +181,7 @@ static flap_status add_size(save_job *job, uint32_t file, const char *path, flap
 static flap_status end_copied(save_job *job, flap_checksums *checksums) {
   if (!job->copies)
     return FLAP_OK;
+  flap_assert(job->copied_bytes == job->copied_announced);
   FLAP_TRY(flap_large_file_commit(&job->copied));
   job->copies = false;
   return add_size(job, 0, job->copied_path, checksums);

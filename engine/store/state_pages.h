@@ -63,8 +63,9 @@ FLAP_CHECKED flap_status flap_state_pages_check(const flap_state_pages *pages, c
 FLAP_CHECKED flap_status flap_state_pages_read(flap_state_pages *pages, uint32_t part, flap_state_section section,
                                                uint64_t first, uint64_t count, void *to);
 const char *flap_state_pages_path(const flap_state_pages *pages); /* of the table */
-/* Reads every page and compares it. FLAP_NOT_FOUND: the folder has no table. */
-FLAP_CHECKED flap_status flap_state_pages_verify(const char *folder);
+/* Reads every page and compares it; with `shared` those in extents alone, past what the page cache has of them.
+ * FLAP_NOT_FOUND: the folder has no table. */
+FLAP_CHECKED flap_status flap_state_pages_verify(const char *folder, bool shared);
 
 #ifdef __cplusplus
 }

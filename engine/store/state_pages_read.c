@@ -431,19 +431,31 @@ flap_status flap_state_pages_read(flap_state_pages *pages, uint32_t part, flap_s
   return FLAP_OK;
 }
 
-static flap_status verify_pages(flap_state_pages *pages) {
+/* Nothing of it is of use to anybody in the page cache, before or after. */
+static void drop_cached(const flap_state_pages *pages) {
+  for (uint32_t i = 1; i < FLAP_STATE_PAGES_FILES; i++)
+    if (pages->fds[i] >= 0)
+      (void)posix_fadvise(pages->fds[i], 0, 0, POSIX_FADV_DONTNEED);
+}
+
+static flap_status verify_pages(flap_state_pages *pages, bool shared) {
   for (uint32_t i = 0; i < pages->header->slice_count; i++) {
     const uint64_t count = flap_state_pages_in(region_bytes(pages, &pages->slices[i]), pages->header->page_bytes);
     for (uint64_t page = 0; page < count; page++)
-      FLAP_TRY(read_page(pages, i, page, pages->caches[0].page));
+      if (!shared || pages->rows[pages->first_rows[i] + page].file > 0)
+        FLAP_TRY(read_page(pages, i, page, pages->caches[0].page));
   }
   return FLAP_OK;
 }
 
-flap_status flap_state_pages_verify(const char *folder) {
+flap_status flap_state_pages_verify(const char *folder, bool shared) {
   flap_state_pages *pages = NULL;
   FLAP_TRY(flap_state_pages_open(folder, &pages));
-  const flap_status status = verify_pages(pages);
+  if (shared)
+    drop_cached(pages);
+  const flap_status status = verify_pages(pages, shared);
+  if (shared)
+    drop_cached(pages);
   flap_state_pages_close(pages);
   return status;
 }

@@ -101,7 +101,7 @@ START_TEST(state_pages_resume_in_any_placement) {
   rig_close(&rig);
   ck_assert_int_eq(scratch_exists("pages/optimizer-pages-0.bin"), !kept_pages.none_copied);
   ck_assert_int_eq(scratch_exists("pages/optimizer-pages-1.bin"), !kept_pages.all_copied);
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   for (uint32_t p = 0; p < RIG_PLACEMENTS; p++) {
     char name[16];
     if (!RIG_MEETS(_i, p))
@@ -210,7 +210,7 @@ START_TEST(state_pages_of_another_model_are_refused) {
   open_filled(&rig, 3, false, &rig_placements[0]);
   save_pages(&rig, "pages", NULL);
   ck_assert_int_eq(flap_state_pages_open(scratch_path(""), &pages), FLAP_NOT_FOUND);
-  ck_assert_int_eq(flap_state_pages_verify(scratch_path("")), FLAP_NOT_FOUND);
+  ck_assert_int_eq(flap_state_pages_verify(scratch_path(""), false), FLAP_NOT_FOUND);
   RIG_OK(flap_state_pages_open(scratch_path("pages"), &pages));
   ck_assert_int_eq(flap_state_pages_dtype(pages), FLAP_BF16);
   ck_assert_int_eq(flap_state_pages_optim(pages), FLAP_OPTIM_ADAMW_8BIT);
@@ -262,7 +262,7 @@ static void write_table(char *table, size_t bytes, bool repaired) {
 
 static void must_be_refused(const char *what, size_t place) {
   flap_error_clear();
-  const flap_status status = flap_state_pages_verify(scratch_path("pages"));
+  const flap_status status = flap_state_pages_verify(scratch_path("pages"), false);
   if (status != FLAP_CORRUPT && status != FLAP_INVALID && status != FLAP_UNSUPPORTED)
     ck_abort_msg("%s %zu: status %d: %s", what, place, (int)status, flap_error_message());
   if (strstr(flap_error_message(), "optimizer-pages") == NULL)
@@ -272,7 +272,7 @@ static void must_be_refused(const char *what, size_t place) {
 START_TEST(state_pages_every_changed_byte_of_a_table_is_found) {
   size_t bytes;
   char *table = save_small(3 * _i, &bytes);
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   for (size_t i = 0; i < bytes; i++) {
     table[i] = (char)(table[i] ^ 1 << i % 8);
     write_table(table, bytes, false);
@@ -286,7 +286,7 @@ START_TEST(state_pages_every_changed_byte_of_a_table_is_found) {
     must_be_refused("of so many bytes", left);
   }
   write_table(table, bytes, false);
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   free(table);
 }
 END_TEST
@@ -303,7 +303,7 @@ START_TEST(state_pages_every_wrong_number_of_a_table_is_found) {
       table[i] = (char)(table[i] ^ 1 << bit);
     }
   write_table(table, bytes, true);
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   free(table);
 }
 END_TEST
@@ -376,8 +376,8 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
     flap_error_clear();
     flap_state_pages *pages = NULL;
     const bool opens = cases[i].at == slice + 4; /* then its pages do not agree */
-    const flap_status status =
-        opens ? flap_state_pages_verify(scratch_path("pages")) : flap_state_pages_open(scratch_path("pages"), &pages);
+    const flap_status status = opens ? flap_state_pages_verify(scratch_path("pages"), false)
+                                     : flap_state_pages_open(scratch_path("pages"), &pages);
     ck_assert_msg(status == cases[i].status, "case %zu: status %d: %s", i, (int)status, flap_error_message());
   }
   free(hostile);
@@ -409,12 +409,12 @@ START_TEST(state_pages_changed_stale_and_misplaced_pages_are_found) {
     ck_assert_int_eq(fseek(file, -1, SEEK_CUR), 0);
     (void)fputc(was ^ 1 << i % 8, file);
     (void)fflush(file);
-    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, at);
+    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, at);
     ck_assert_int_eq(fseek(file, -1, SEEK_CUR), 0);
     (void)fputc(was, file);
     (void)fclose(file);
   }
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   /* Another writing of the page, and another page of the same length. */
   uint32_t swapped = 0;
   for (size_t i = 0; i + 1 < count; i++) {
@@ -423,7 +423,8 @@ START_TEST(state_pages_changed_stale_and_misplaced_pages_are_found) {
     if (number_at(row, 24, 4) != 0) {
       put(row, 20, number_at(row, 20, 4) - 1, 4);
       write_table(table, bytes, true);
-      RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, "states of", "not what was saved");
+      RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, "states of",
+                  "not what was saved");
       memcpy(row, keep, sizeof keep);
     }
     if (memcmp(row + 16, next + 16, 4) != 0)
@@ -456,11 +457,11 @@ START_TEST(state_pages_that_cannot_be_decoded_are_told) {
   ck_assert_int_eq(fseek(file, (long)number_at(table, row + 8, 8), SEEK_SET), 0);
   ck_assert_uint_eq(fwrite(noise, 1, stored, file), stored);
   (void)fclose(file);
-  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "not what was saved");
+  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, "not what was saved");
   const uint32_t region = (uint32_t)number_at(table, HEADER_BYTES + 4, 4);
   put(table, row, flap_block_checksum(noise, stored, region, page, number_at(table, row + 20, 4)), 8);
   write_table(table, bytes, true);
-  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "no page can be");
+  RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, "no page can be");
   free(table);
 }
 END_TEST
@@ -475,17 +476,17 @@ START_TEST(state_pages_short_and_missing_files_are_named) {
     (void)snprintf(aside, sizeof aside, "aside-%u", i);
     char *data = scratch_read(name, &whole);
     ck_assert_int_eq(truncate(scratch_path(name), (off_t)whole - 1), 0);
-    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "was saved with");
+    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, "was saved with");
     scratch_write(name, data, whole);
     ck_assert_int_eq(rename(scratch_path(name), scratch_path(aside)), 0);
-    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "missing");
+    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, "missing");
     ck_assert_int_eq(mkdir(scratch_path(name), 0777), 0);
-    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages")), FLAP_CORRUPT, name + 6, "was saved with");
+    RIG_REFUSED(flap_state_pages_verify(scratch_path("pages"), false), FLAP_CORRUPT, name + 6, "was saved with");
     ck_assert_int_eq(rmdir(scratch_path(name)), 0);
     ck_assert_int_eq(rename(scratch_path(aside), scratch_path(name)), 0);
     free(data);
   }
-  RIG_OK(flap_state_pages_verify(scratch_path("pages")));
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
 }
 END_TEST
 
@@ -584,7 +585,7 @@ START_TEST(state_pages_failed_saves_are_told) {
   ck_assert(!scratch_exists("end/optimizer-pages-0.bin") && !scratch_exists("end/" FLAP_STATE_PAGES_TABLE));
   (void)flap_system_replace(NULL);
   ck_assert_int_eq(save_again(&rig, "good"), FLAP_OK);
-  RIG_OK(flap_state_pages_verify(scratch_path("good")));
+  RIG_OK(flap_state_pages_verify(scratch_path("good"), false));
   rig_close(&rig);
 }
 END_TEST

@@ -158,7 +158,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   read_some(pages, table);
   free(table);
   flap_state_pages_close(pages);
-  const flap_status verified = flap_state_pages_verify(fuzz_path("in"));
+  const flap_status verified = flap_state_pages_verify(fuzz_path("in"), false);
   if (verified != FLAP_OK)
     fuzz_refused(verified, "in/optimizer-pages-");
   return 0;

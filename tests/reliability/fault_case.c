@@ -24,12 +24,12 @@
 typedef struct report {
   flap_status status;
   char message[1024], problem[600], phase[32];
-  uint64_t resumed_step, digest, rest;
+  uint64_t resumed_step, digest;
   bool fired;
 } report;
 
 static report *shared;
-static uint64_t wanted_digest, wanted_rest; /* rest: without the states */
+static uint64_t wanted_digest;
 
 static void fatal(const char *what, const char *why) {
   fprintf(stderr, "%s: %s\n", what, why);
@@ -83,7 +83,7 @@ static void keep(const tiny_run *run, flap_status status) {
   (void)snprintf(shared->message, sizeof shared->message, "%s", status == FLAP_OK ? "" : flap_error_message());
   (void)snprintf(shared->phase, sizeof shared->phase, "%s", run->phase);
   if (status == FLAP_OK && shared->problem[0] == '\0')
-    (void)snprintf(shared->problem, sizeof shared->problem, "%s", tiny_run_digest(run, &shared->digest, &shared->rest));
+    (void)snprintf(shared->problem, sizeof shared->problem, "%s", tiny_run_digest(run, &shared->digest));
 }
 
 /* BLAS starts its thread anew after a fork, when it is first used. A thread that was joined may be listed a moment
@@ -151,16 +151,7 @@ static bool ended_badly(const child_job *job, int wait_status, const char *when)
   return true;
 }
 
-/* A page of a checkpoint that shares it with the disk; all else is right. */
-static bool is_only_damaged(const child_job *job) {
-  return job->hooks->may_damage && shared->rest == wanted_rest && strstr(shared->problem, "/optimizer-pages-") != NULL;
-}
-
-static bool is_right(const child_job *job, const char *when, case_totals *totals) {
-  if (is_only_damaged(job)) {
-    totals->damaged++;
-    return true;
-  }
+static bool is_right(const child_job *job, const char *when) {
   if (shared->problem[0] != '\0')
     return complain(job, when, shared->problem);
   if (shared->digest != wanted_digest)
@@ -191,11 +182,7 @@ static bool was_killed(int wait_status) {
   return WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == FAULT_KILLED;
 }
 
-static bool says_what_is_damaged(void) {
-  return shared->status == FLAP_CORRUPT && strstr(shared->message, "/optimizer-pages-") != NULL;
-}
-
-static bool repair_is_right(const child_job *job, case_totals *totals) {
+static bool repair_is_right(const child_job *job) {
   char text[128];
   if (job->hooks->before_repair != NULL) {
     const int broken = case_fork(broken_repair, (void *)(uintptr_t)job, SECONDS_MAX);
@@ -208,17 +195,13 @@ static bool repair_is_right(const child_job *job, case_totals *totals) {
   const int wait_status = case_fork(repair, (void *)(uintptr_t)job, SECONDS_MAX);
   if (ended_badly(job, wait_status, "the repair"))
     return false;
-  if (job->hooks->may_damage && says_what_is_damaged()) {
-    totals->damaged++;
-    return true;
-  }
   if (shared->status != FLAP_OK)
     return complain(job, "it cannot be repaired: %s", shared->message);
   if (shared->resumed_step < saved_step) {
     (void)snprintf(text, sizeof text, "step %llu was saved, and lost", (unsigned long long)saved_step);
     return complain(job, "%s", text);
   }
-  return is_right(job, "after the repair: %s", totals);
+  return is_right(job, "after the repair: %s");
 }
 
 bool case_run(tiny_run *run, const case_hooks *hooks, const void *plan, case_totals *totals) {
@@ -230,17 +213,17 @@ bool case_run(tiny_run *run, const case_hooks *hooks, const void *plan, case_tot
   const int wait_status = case_fork(live, (void *)(uintptr_t)&job, SECONDS_MAX);
   if (hooks->may_end && was_killed(wait_status)) {
     totals->killed++;
-    return repair_is_right(&job, totals);
+    return repair_is_right(&job);
   }
   if (ended_badly(&job, wait_status, "the run"))
     return false;
   totals->not_reached += !shared->fired;
   if (shared->status == FLAP_OK) {
     totals->passed++;
-    return is_right(&job, "it passed, but: %s", totals);
+    return is_right(&job, "it passed, but: %s");
   }
   totals->refused++;
-  return is_clean(&job) && repair_is_right(&job, totals);
+  return is_clean(&job) && repair_is_right(&job);
 }
 
 /* ---- the reference ------------------------------------------------------------------------------------------- */
@@ -269,7 +252,6 @@ tiny_run *case_open(tiny_kind kind) {
   tiny_run_open(run, kind);
   reference(run, repair, "the run that nothing interrupts");
   wanted_digest = shared->digest;
-  wanted_rest = shared->rest;
   reference(run, live, "the run that is interrupted and resumed");
   if (shared->digest != wanted_digest)
     fatal("the run that is interrupted and resumed", "it ends with other bits");

@@ -19,14 +19,11 @@ typedef struct case_hooks {
   bool names_a_path;                         /* errors are of files: the record must hold a path in the folder */
   bool must_pass;                            /* nothing that may end the run */
   bool may_end;                              /* the process may end with FAULT_KILLED */
-  bool may_damage;                           /* what a disk was given and lost may be missing from a checkpoint that
-                                                shares its extents, and nothing else is wrong: who reads it is told, and
-                                                a repair trains nothing on it */
   const char *(*describe)(const void *plan); /* what to give to the test to make this case again */
 } case_hooks;
 
 typedef struct case_totals {
-  uint64_t cases, passed, refused, killed, not_reached, damaged;
+  uint64_t cases, passed, refused, killed, not_reached;
 } case_totals;
 
 /* Runs the life and the uninterrupted one without faults and keeps their digest, which must be one. Ends the process

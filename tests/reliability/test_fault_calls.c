@@ -116,7 +116,6 @@ static bool run_plan(tiny_run *run, const fault_row *row, const fault_plan *plan
                             .is_right_status = is_right_status,
                             .names_a_path = true,
                             .must_pass = whole,
-                            .may_damage = plan->kind == FAULT_LOSE && run->kind != TINY_COPIED,
                             .describe = describe};
   run->removals_fail = plan->call == FAULT_CALL_REMOVE && plan->for_ever;
   return case_run(run, &hooks, plan, totals);
@@ -163,12 +162,11 @@ static void run_rows(tiny_kind kind, const fault_row *from, size_t count) {
       calls += i < ROW_STRIDE || from[i].call != from[i - ROW_STRIDE].call ? counts[from[i].call] : 0;
     }
   case_close(run);
-  printf("seed %llu: %llu faults in %llu calls of a life: %llu passed, %llu refused and repaired, %llu with "
-         "a damaged checkpoint, %llu not reached, %u "
-         "bad\n",
+  printf("seed %llu: %llu faults in %llu calls of a life: %llu passed, %llu refused and repaired, %llu not "
+         "reached, %u bad\n",
          (unsigned long long)case_seed(), (unsigned long long)totals.cases, (unsigned long long)calls,
-         (unsigned long long)totals.passed, (unsigned long long)totals.refused, (unsigned long long)totals.damaged,
-         (unsigned long long)totals.not_reached, bad);
+         (unsigned long long)totals.passed, (unsigned long long)totals.refused, (unsigned long long)totals.not_reached,
+         bad);
   ck_assert_uint_eq(bad, 0);
   if (getenv("FLAP_FAULT") == NULL) {
     ck_assert_uint_gt(totals.cases, 0);

@@ -117,7 +117,7 @@ static void empty_scratch(void) {
   ck_assert_int_eq(nftw(scratch, remove_entry, 16, FTW_DEPTH | FTW_PHYS), 0);
 }
 
-static uint32_t record(tiny_kind kind, cut_mistake mistake) {
+static void start_record(tiny_kind kind, cut_mistake mistake) {
   run = case_open(kind);
   run->saved = note_saved;
   tiny_run_clear(run);
@@ -126,6 +126,10 @@ static uint32_t record(tiny_kind kind, cut_mistake mistake) {
   seen = calloc((size_t)1 << SEEN_BITS, sizeof *seen);
   ck_assert_ptr_nonnull(seen);
   cut_disk_start(run->folder, mistake);
+}
+
+static uint32_t record(tiny_kind kind, cut_mistake mistake) {
+  start_record(kind, mistake);
   ck_assert_msg(tiny_run_live(run) == FLAP_OK, "%s", flap_error_message());
   cut_disk_mark(MARK_EXPORTED);
   good_exported = digest_folder(join(run->folder, "exported"));
@@ -228,7 +232,7 @@ static void resume(void *context) {
     fprintf(stderr, "%s\n", flap_error_message());
     _exit(2);
   }
-  const char *missing = tiny_run_digest(&again, &digest, NULL);
+  const char *missing = tiny_run_digest(&again, &digest);
   if (missing[0] != '\0')
     fprintf(stderr, "%s\n", missing);
   _exit(missing[0] == '\0' && digest == case_wanted_digest() ? 0 : 3);
@@ -319,6 +323,18 @@ START_TEST(power_cut_at_any_moment_leaves_what_was_saved_whole) {
 }
 END_TEST
 
+/* One more canary, without a cut: updates write over what a checkpoint is about to name. What it shares is read back
+ * before. */
+START_TEST(overwritten_extents_are_found_before_a_checkpoint_has_its_name) {
+  start_record(TINY_ON_DISK, CUT_ONE_FILE);
+  ck_assert_int_eq(tiny_run_live(run), FLAP_CORRUPT);
+  ck_assert_msg(strstr(flap_error_message(), ".tmp/optimizer-pages-") != NULL, "%s", flap_error_message());
+  printf("canary, updates that write over what a checkpoint names: %s\n", flap_error_message());
+  (void)cut_disk_stop();
+  forget();
+}
+END_TEST
+
 /* The canaries: none of these programs may pass. */
 START_TEST(power_cut_finds_what_a_missing_or_late_sync_loses) {
   static const struct {
@@ -327,8 +343,7 @@ START_TEST(power_cut_finds_what_a_missing_or_late_sync_loses) {
   } canaries[CUT_MISTAKE_COUNT] = {[CUT_NO_FILE_SYNC] = {TINY_IN_RAM, "no fsync of files"},
                                    [CUT_NO_FOLDER_SYNC] = {TINY_IN_RAM, "no fsync of folders"},
                                    [CUT_RENAME_BEFORE_SYNC] = {TINY_IN_RAM, "fsync after the rename"},
-                                   [CUT_NO_EXTENT_SYNC] = {TINY_ON_DISK, "no fsync of extents"},
-                                   [CUT_ONE_FILE] = {TINY_ON_DISK, "updates that write over what a checkpoint names"}};
+                                   [CUT_NO_EXTENT_SYNC] = {TINY_ON_DISK, "no fsync of extents"}};
   uint64_t distinct;
   const uint32_t entries = record(canaries[_i].kind, (cut_mistake)_i);
   const uint64_t bad = cut_often(CANARY_CUTS, entries, &distinct);
@@ -343,7 +358,8 @@ int main(void) {
   TCase *tests = tcase_create("power_cut");
   tcase_set_timeout(tests, 0);
   tcase_add_loop_test(tests, power_cut_at_any_moment_leaves_what_was_saved_whole, TINY_IN_RAM, TINY_ON_DISK + 1);
-  tcase_add_loop_test(tests, power_cut_finds_what_a_missing_or_late_sync_loses, CUT_NO_MISTAKE + 1, CUT_MISTAKE_COUNT);
+  tcase_add_loop_test(tests, power_cut_finds_what_a_missing_or_late_sync_loses, CUT_NO_MISTAKE + 1, CUT_ONE_FILE);
+  tcase_add_test(tests, overwritten_extents_are_found_before_a_checkpoint_has_its_name);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);

@@ -348,7 +348,7 @@ static const char *add_states(const tiny_run *run, uint64_t *digest) {
   return problem[0] != '\0' ? problem : tiny_states_digest(path, digest);
 }
 
-const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out, uint64_t *rest_out) {
+const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out) {
   static const char *const names[] = {"tokens.bin",
                                       "out/checkpoint-4/config.json",
                                       "out/checkpoint-4/model.safetensors",
@@ -363,20 +363,12 @@ const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out, uint64_t 
                                       "exported/model.safetensors",
                                       "exported/tokenizer.json",
                                       "exported/tokenizer_config.json"};
-  uint64_t rest = 0;
   *digest_out = 0;
-  if (rest_out != NULL)
-    *rest_out = 0;
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-    const char *missing = add_file(run, names[i], i, &rest);
+    const char *missing = add_file(run, names[i], i, digest_out);
     if (missing[0] != '\0')
       return missing;
   }
-  const char *problem = add_metrics(run, &rest);
-  if (problem[0] != '\0')
-    return problem;
-  if (rest_out != NULL)
-    *rest_out = rest;
-  *digest_out = rest;
-  return add_states(run, digest_out);
+  const char *problem = add_metrics(run, digest_out);
+  return problem[0] != '\0' ? problem : add_states(run, digest_out);
 }

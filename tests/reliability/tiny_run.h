@@ -50,7 +50,7 @@ FLAP_CHECKED flap_status tiny_run_repair(tiny_run *run);
 /* All that must be the same to the bit at the end: the shard, every file of the last checkpoint but those of states,
  * the states however they are kept, the trained model, the exported model, and loss and norm of each step. The pages of
  * any checkpoint that is there must be what was saved. A text that names what is missing, or "" and the digest. Static
- * storage. *rest_out, unless NULL: of all but the states, even where the text says that these are damaged; else 0. */
-const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out, uint64_t *rest_out);
+ * storage. */
+const char *tiny_run_digest(const tiny_run *run, uint64_t *digest_out);
 
 #endif

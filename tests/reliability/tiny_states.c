@@ -95,7 +95,7 @@ bool tiny_states_are_pages(const char *folder, const char **problem_out) {
   (void)snprintf(path, sizeof path, "%s/%s", folder, FLAP_STATE_PAGES_TABLE);
   if (access(path, F_OK) != 0)
     return false;
-  if (flap_state_pages_verify(folder) != FLAP_OK)
+  if (flap_state_pages_verify(folder, false) != FLAP_OK)
     *problem_out = flap_error_message();
   return true;
 }

@@ -10,7 +10,7 @@ import subprocess
 import time
 import unittest
 
-from flap_rig import FLAP, SANITIZED, Rig, TEXT
+from flap_rig import FLAP, SANITIZED, Rig, TEXT, long_when_sanitized
 
 
 class Lives(Rig):
@@ -76,6 +76,7 @@ class Lives(Rig):
     def evaluated(self, folder="out"):
         return {line["step"]: line["eval_loss"] for line in self.metrics(folder) if "eval_loss" in line}
 
+    @long_when_sanitized
     def test_each_step_is_evaluated_once_whatever_lives_begin_with_it(self):
         common = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "eval_steps=2", "lr_scheduler_type=constant",
                   "max_steps=4"]
@@ -280,6 +281,7 @@ class Lives(Rig):
             error = self.refuse("out holds a run that ended after 10 steps, without a checkpoint", "train", *self.AUTO, *more)
             self.assertIn("overwrite_output_dir: true", error)
 
+    @long_when_sanitized
     def test_one_command_touches_no_results_of_others(self):
         os.mkdir(self.path("out"))
         for name, content in {"config.json": "{}", "model.safetensors": "theirs", "checkpoint-5/notes": "theirs"}.items():
@@ -421,6 +423,7 @@ class Lives(Rig):
         self.assertNotIn("weights only", done.stdout)  # the broken one has its states, too
         self.assertNotIn("BROKEN", self.accept("inspect", "--quick", "out"))  # of which nothing was read
 
+    @long_when_sanitized
     def test_a_flipped_bit_in_any_file_is_named_and_never_trained_on(self):
         tried = set()  # by another optimizer: there are more files of adamw_8bit, but most are of the same kind
         for optim in ("adamw", "adamw_8bit"):
@@ -450,6 +453,7 @@ class Lives(Rig):
                           "max_steps=9", "output_dir=other", f"resume_from_checkpoint={optim}/checkpoint-4"))
             self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
 
+    @long_when_sanitized
     def test_way_back_from_a_damaged_checkpoint_is_the_one_that_its_error_names(self):
         common = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none"]
         self.accept(*common)
@@ -485,6 +489,7 @@ class Lives(Rig):
                         f"resume_from_checkpoint={how}")
         self.assertEqual(self.checkpoints(), ["checkpoint-7", "checkpoint-8"])
 
+    @long_when_sanitized
     def test_checkpoint_of_another_folder_needs_a_folder_that_holds_no_other_run(self):
         saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "save_total_limit=1"]
         self.accept(*saving, "output_dir=first", "max_steps=4")
@@ -503,6 +508,7 @@ class Lives(Rig):
         self.accept(*saving, "output_dir=empty", "resume_from_checkpoint=first/checkpoint-4")
         self.assertEqual(self.losses("empty"), self.losses("used"))
 
+    @long_when_sanitized
     def test_what_a_run_reads_is_not_deleted_before_it_is_trained_on(self):
         saving = ["save_strategy=steps", "save_steps=4", "overwrite_output_dir=true"]
         self.accept("train", "run.yaml", *saving)
@@ -529,6 +535,7 @@ class Lives(Rig):
         self.accept("train", "run.yaml", *saving, "tokenizer=out", "max_steps=9", "resume_from_checkpoint=true")
         self.assertTrue(os.path.exists(self.path("out/kept/tokenizer.json")))
 
+    @long_when_sanitized
     def test_second_life_of_a_run_from_another_folder_is_told_how_to_go_on(self):
         saving = ["run.yaml", "save_strategy=steps", "save_steps=4"]
         self.accept("train", *saving, "output_dir=first", "max_steps=4")
@@ -554,6 +561,7 @@ class Lives(Rig):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("cannot be told", done.stderr)
 
+    @long_when_sanitized
     def test_resume_with_other_numerics_is_refused_field_by_field(self):
         saving = ["save_strategy=steps", "save_steps=4", "export=none"]
         self.accept("train", "run.yaml", *saving)
