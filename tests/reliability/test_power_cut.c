@@ -128,14 +128,18 @@ static void start_record(tiny_kind kind, cut_mistake mistake) {
   cut_disk_start(run->folder, mistake);
 }
 
-static uint32_t record(tiny_kind kind, cut_mistake mistake) {
-  start_record(kind, mistake);
-  ck_assert_msg(tiny_run_live(run) == FLAP_OK, "%s", flap_error_message());
+static uint32_t end_record(void) {
   cut_disk_mark(MARK_EXPORTED);
   good_exported = digest_folder(join(run->folder, "exported"));
   good_shard = digest_file(join(run->folder, "tokens.bin"), 1);
   good_model = digest_model(join(run->folder, "out"));
   return cut_disk_stop();
+}
+
+static uint32_t record(tiny_kind kind, cut_mistake mistake) {
+  start_record(kind, mistake);
+  ck_assert_msg(tiny_run_live(run) == FLAP_OK, "%s", flap_error_message());
+  return end_record();
 }
 
 static void forget(void) {
@@ -323,15 +327,22 @@ START_TEST(power_cut_at_any_moment_leaves_what_was_saved_whole) {
 }
 END_TEST
 
-/* One more canary, without a cut: updates write over what a checkpoint is about to name. What it shares is read back
- * before. */
-START_TEST(overwritten_extents_are_found_before_a_checkpoint_has_its_name) {
+/* One more canary: updates write over what a checkpoint names. What it shares is read back before that, which finds
+ * those that were made by then; and the others a cut. */
+START_TEST(extents_that_are_written_over_are_found) {
+  uint64_t distinct;
   start_record(TINY_ON_DISK, CUT_ONE_FILE);
-  ck_assert_int_eq(tiny_run_live(run), FLAP_CORRUPT);
-  ck_assert_msg(strstr(flap_error_message(), ".tmp/optimizer-pages-") != NULL, "%s", flap_error_message());
-  printf("canary, updates that write over what a checkpoint names: %s\n", flap_error_message());
-  (void)cut_disk_stop();
+  const flap_status status = tiny_run_live(run);
+  if (status == FLAP_OK) {
+    ck_assert_uint_gt(cut_often(CANARY_CUTS, end_record(), &distinct), 0);
+  } else {
+    (void)cut_disk_stop();
+    ck_assert_int_eq(status, FLAP_CORRUPT);
+    (void)snprintf(problem, sizeof problem, "%s", flap_error_message());
+  }
   forget();
+  ck_assert_msg(strstr(problem, "/optimizer-pages-") != NULL, "%s", problem);
+  printf("canary, updates that write over what a checkpoint names: %s\n", problem);
 }
 END_TEST
 
@@ -359,7 +370,7 @@ int main(void) {
   tcase_set_timeout(tests, 0);
   tcase_add_loop_test(tests, power_cut_at_any_moment_leaves_what_was_saved_whole, TINY_IN_RAM, TINY_ON_DISK + 1);
   tcase_add_loop_test(tests, power_cut_finds_what_a_missing_or_late_sync_loses, CUT_NO_MISTAKE + 1, CUT_ONE_FILE);
-  tcase_add_test(tests, overwritten_extents_are_found_before_a_checkpoint_has_its_name);
+  tcase_add_test(tests, extents_that_are_written_over_are_found);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
