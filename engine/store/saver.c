@@ -42,12 +42,10 @@ static void keep_room(const flap_saver *saver) {
 /* The file that the next checkpoint leaves to the run, in the place of one that was removed. Without it the next one is
  * a copy. */
 static void next_extents(const flap_saver *saver) {
-  flap_status status = FLAP_OK;
-  const uint64_t bytes = flap_pager_shared_bytes(saver->config.pager);
-  flap_room *room = saver->config.artifacts.piece.room;
-  status = flap_pager_next_file(saver->config.pager);
-  if (flap_room_helps(room, status, bytes))
-    status = flap_pager_next_file(saver->config.pager);
+  flap_pager *pager = saver->config.pager;
+  flap_status status = flap_pager_next_file(pager);
+  if (flap_room_helps(saver->config.artifacts.piece.room, status, flap_pager_shared_bytes(pager)))
+    status = flap_pager_next_file(pager);
   if (status == FLAP_OK)
     return;
   flap_log(FLAP_LOG_WARNING, "the next checkpoint will not share what is on the disk: %s", flap_error_message());

@@ -3,6 +3,7 @@
 
 #include "base/assert.h"
 #include "base/system.h"
+#include "base/units.h"
 #include "engine/store/state_pages_table.h"
 #include "io/block/checksum.h"
 
@@ -19,8 +20,7 @@ _Static_assert(FLAP_F32 == 0 && FLAP_BF16 == 1 && FLAP_F16 == 2, "types in the t
 _Static_assert(FLAP_OPTIM_ADAMW == 0 && FLAP_OPTIM_ADAMW_8BIT == 1, "optimizers in the table have these numbers");
 
 uint64_t flap_state_pages_region_bytes(const flap_state_format *format, uint64_t elements) {
-  const uint64_t bytes = flap_layout_state_bytes(format, elements);
-  return (bytes + FLAP_BLOCK_ALIGN - 1) / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN;
+  return flap_units_round_up(flap_layout_state_bytes(format, elements), FLAP_BLOCK_ALIGN);
 }
 
 uint64_t flap_state_pages_in(uint64_t region_bytes, uint64_t page_bytes) {
