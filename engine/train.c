@@ -582,11 +582,11 @@ flap_status trainer_save(trainer *t) {
 }
 
 /* The update may be pending: then the snapshot holds what the next program makes of the weights first of all. */
-flap_status trainer_begin_save(trainer *t) {
+flap_status trainer_begin_save(trainer *t, bool read_by_step) {
   FLAP_TRY(trainer_collect_save(t, true));
   const flap_trainer_state state = state_of(t);
   flap_pager_snapshot_begin(t->runtime.pager, t->pending ? flap_executor_update_leases(&t->runtime.executor) : 0);
-  flap_saver_start(&t->saver, &state);
+  flap_saver_start(&t->saver, &state, read_by_step);
   t->saved_ns = flap_units_now_ns();
   if (!t->pending)
     flap_saver_judge(&t->saver, true);
@@ -594,8 +594,11 @@ flap_status trainer_begin_save(trainer *t) {
 }
 
 void trainer_approve_save(trainer *t) {
-  if (flap_saver_is_busy(&t->saver) && !flap_saver_is_judged(&t->saver))
+  if (!flap_saver_is_busy(&t->saver))
+    return;
+  if (!flap_saver_is_judged(&t->saver))
     flap_saver_judge(&t->saver, true);
+  flap_saver_look(&t->saver);
 }
 
 flap_status trainer_collect_save(trainer *t, bool wait) {

@@ -59,11 +59,12 @@ typedef struct trainer {
 FLAP_CHECKED flap_status trainer_loop(trainer *t);
 /* At rest, with nothing pending: waits for the checkpoint. */
 FLAP_CHECKED flap_status trainer_save(trainer *t);
-/* Begins a checkpoint of the present step, between two programs: at rest, or with the next one queued. */
-FLAP_CHECKED flap_status trainer_begin_save(trainer *t);
+/* Begins a checkpoint of the present step, between two programs: at rest, or with the next one queued. `read_by_step`:
+ * a step reads all states as it has them before anybody waits for it. */
+FLAP_CHECKED flap_status trainer_begin_save(trainer *t, bool read_by_step);
 /* What came of a save that was begun, if it is over or `wait`. */
 FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
-/* The program that made the pending update ran well. */
+/* A program ran well: the one that makes the update that is saved, or one that reads what is. */
 void trainer_approve_save(trainer *t);
 /* Of the first step of this life: taken from metrics.jsonl where an earlier life made it. */
 FLAP_CHECKED flap_status trainer_evaluate_first(trainer *t);

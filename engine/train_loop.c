@@ -211,13 +211,18 @@ static flap_status bring_to_rest(trainer *t, bool queued, flap_setup_program nex
   return flap_pager_settle(t->runtime.pager);
 }
 
+/* Each step reads all states in its updates; where these are folded into the step behind it, that is one later. */
+static bool is_read_by_step(const trainer *t) {
+  return !flap_setup_folds(&t->prepared.setup) || !(rests_after(t, t->step + 1) || save_is_due(t, t->step + 1));
+}
+
 /* Between two steps, with the next one queued. */
 static flap_status look_after_saves(trainer *t) {
   FLAP_TRY(trainer_collect_save(t, false));
   look_at_the_clock(t, true);
   if (rests_for_saves(t))
     return FLAP_OK;
-  return save_is_due(t, t->step) && t->saved_step != t->step ? trainer_begin_save(t) : FLAP_OK;
+  return save_is_due(t, t->step) && t->saved_step != t->step ? trainer_begin_save(t, is_read_by_step(t)) : FLAP_OK;
 }
 
 /* Steps until one rests, or until the person wants to stop. */
@@ -270,7 +275,7 @@ flap_status trainer_loop(trainer *t) {
       FLAP_TRY(trainer_evaluate(t));
     look_at_the_clock(t, false);
     if (save_is_due(t, t->step) && t->saved_step != t->step)
-      FLAP_TRY(t->step < t->steps && !stop_asked(t) ? trainer_begin_save(t) : trainer_save(t));
+      FLAP_TRY(t->step < t->steps && !stop_asked(t) ? trainer_begin_save(t, is_read_by_step(t)) : trainer_save(t));
   }
   FLAP_TRY(trainer_collect_save(t, true));
   t->result->interrupted = t->step < t->steps;

@@ -138,7 +138,8 @@ void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing pac
       memmove(to, from, bytes);
     page[i].extent = page[0].extent + at / FLAP_BLOCK_ALIGN;
     page[i].stored_bytes = stored;
-    page[i].file = region->file;
+    page[i].file = region->file & PAGER_FILE_MASK;
+    page[i].compared = page[i].kept_unread = false;
     page[i].epoch++;
     page[i].checksum = flap_block_checksum(to, stored, buffer->region, buffer->first_page + i, page[i].epoch);
     at += stored;

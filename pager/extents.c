@@ -10,6 +10,9 @@
  *               └────────── flap_pager_next_file, once no page stands there ◄── left ◄─────┘
  *
  * A page that is on its way to the disk no longer needs what stands where it was.
+ *
+ * What was kept is what a drive said it has. Whether that is so is known once a page has been read again, which a step
+ * does with all of them, before it writes them anew: so pages that were kept are counted until then.
  */
 #include "pager/pager_internal.h"
 
@@ -27,13 +30,36 @@ static flap_status tell(flap_pager *pager, const flap_pager_extent *extents, uin
   return status;
 }
 
+static void note_kept(flap_pager *pager, pager_page *page) {
+  page->kept_unread = !page->compared;
+  pager->kept_unread += page->kept_unread;
+}
+
+void pager_extents_compared(flap_pager *pager, const pager_buffer *buffer) {
+  const pager_region *region = &pager->regions[buffer->region];
+  pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
+  for (uint32_t i = 0; region->shared && i < buffer->page_count; i++) {
+    pager->kept_unread -= page[i].kept_unread;
+    page[i].kept_unread = false;
+    page[i].compared = true;
+  }
+}
+
+bool flap_pager_kept_is_read(flap_pager *pager) {
+  pager_enter(pager);
+  const bool read = pager->kept_unread == 0;
+  pthread_mutex_unlock(&pager->lock);
+  return read;
+}
+
 flap_status pager_extents_tell(flap_pager *pager, uint32_t index, flap_pager_extent_fn extent, void *context) {
   const pager_region *region = &pager->regions[index];
-  const pager_page *page = pager_pages_of(pager, region);
+  pager_page *page = pager_pages_of(pager, region);
   flap_pager_extent extents[EXTENTS_AT_ONCE];
   uint32_t count = 0;
   for (uint32_t i = region->ram_pages; i < region->page_count; i++) {
     flap_assert(page[i].state == PAGE_IDLE && page[i].file > 0);
+    note_kept(pager, &page[i]);
     extents[count++] = (flap_pager_extent){.offset = i * pager->page_bytes,
                                            .bytes = (uint32_t)pager_chunk_bytes(pager, region, i, 1),
                                            .stored_bytes = page[i].stored_bytes,
@@ -71,15 +97,19 @@ flap_status pager_extents_open(flap_pager *pager, const flap_pager_config *confi
   return open_file(pager, 1);
 }
 
+/* And what was kept up to here is nobody's question any more. */
 static void find_needed(flap_pager *pager, bool needed[FLAP_BLOCK_FILES_MAX + 1]) {
   pager_enter(pager);
+  pager->kept_unread = 0;
   for (uint32_t i = 0; i < pager->region_count; i++) {
     const pager_region *region = &pager->regions[i];
     needed[region->file] = true;
     for (uint32_t j = region->ram_pages; region->shared && j < region->page_count; j++) {
-      const pager_page *page = pager_pages_of(pager, region) + j;
-      if (page->state == PAGE_IDLE)
-        needed[page->file] = true;
+      pager_page *page = pager_pages_of(pager, region) + j;
+      if (page->state != PAGE_IDLE)
+        continue;
+      needed[page->file] = true;
+      page->kept_unread = false;
     }
   }
   pthread_mutex_unlock(&pager->lock);

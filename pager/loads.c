@@ -189,6 +189,7 @@ void pager_loads_hand_over(flap_pager *pager, uint32_t index, uint32_t slot) {
 void pager_loads_verified(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   buffer->state = BUFFER_VERIFIED;
+  pager_extents_compared(pager, buffer);
   if (buffer->lease == PAGER_NONE)
     return; /* a drain will come for it */
   pager_lease *lease = &pager->leases[buffer->lease];

@@ -184,7 +184,7 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
       *entry = (pager_page){.extent = PAGER_NONE, .state = PAGE_IDLE};
       if (j < region->ram_pages)
         continue;
-      entry->file = region->file;
+      entry->file = region->file & PAGER_FILE_MASK;
       entry->extent = extents[region->shared];
       entry->stored_bytes = (uint32_t)pager_chunk_bytes(pager, region, j, 1);
       extents[region->shared] += entry->stored_bytes / FLAP_BLOCK_ALIGN;

@@ -32,6 +32,9 @@ typedef enum pager_page_state {
   PAGE_WRITING  /* its buffer is full: checksum, then disk write */
 } pager_page_state;
 
+#define PAGER_FILE_MASK 7u /* three bits */
+_Static_assert(FLAP_BLOCK_FILES_MAX <= PAGER_FILE_MASK, "every number of a file is in a page's bits");
+
 /* Per page of a streaming region. Whether there are bytes at all is the region's to know (`holds`). */
 typedef struct pager_page {
   uint64_t checksum;     /* of what the disk holds, seeded with region, page and epoch; disk pages only */
@@ -40,7 +43,9 @@ typedef struct pager_page {
   uint32_t stored_bytes; /* how long it is there; shorter than the page if it is encoded */
   uint16_t stores_left;  /* released leases whose bytes of this page are not home yet */
   uint8_t state;         /* pager_page_state */
-  uint8_t file;          /* in which extent is: 0, the linear space, or one of those that can be shared */
+  uint8_t file : 3;      /* in which extent is: 0, the linear space, or one of those that can be shared */
+  bool compared : 1;     /* what is there has been read since it was written, and was right */
+  bool kept_unread : 1;  /* it was kept, and has not been */
 } pager_page;
 
 typedef struct pager_region {
@@ -322,6 +327,7 @@ struct flap_pager {
   _Atomic uint32_t wanted;     /* calls of other threads that want the lock: the pump lets them in */
   pager_wait wait, drain_wait; /* the engine thread's; that of whoever drains a snapshot */
   pager_snapshot snapshot;
+  uint64_t kept_unread; /* pages that were kept and had not been read since they were written, less those read since */
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
   uint64_t order_next;
@@ -538,6 +544,8 @@ static inline flap_event pager_mark_event(const flap_pager *pager, uint32_t mark
 flap_status pager_extents_tell(flap_pager *pager, uint32_t region, flap_pager_extent_fn extent, void *context);
 /* What is written of the region from now on goes to the next file. Nothing of it is on its way. */
 void pager_extents_turn(flap_pager *pager, pager_region *region);
+/* The pages of a buffer were read, and are what was written. */
+void pager_extents_compared(flap_pager *pager, const pager_buffer *buffer);
 /* The file of the start. */
 flap_status pager_extents_open(flap_pager *pager, const flap_pager_config *config);
 

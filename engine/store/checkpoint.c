@@ -271,8 +271,8 @@ flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, con
   return status == FLAP_OK ? FLAP_OK : give_up(folder_out, status);
 }
 
-/* What is shared was written long ago, by others, and nobody has read it since. */
-static flap_status read_back(const char *folder) {
+/* What is shared was written long ago, by others. */
+static flap_status read_shared(const char *folder) {
   char temporary[FLAP_PATH_MAX], message[2048];
   if (snprintf(temporary, sizeof temporary, "%s.tmp", folder) >= (int)sizeof temporary)
     return flap_error_set(FLAP_INVALID, "%.200s: the path is too long", folder);
@@ -291,8 +291,9 @@ static flap_status read_back(const char *folder) {
       message);
 }
 
-flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step, uint32_t total_limit) {
-  flap_status status = read_back(folder);
+flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step, uint32_t total_limit,
+                                   bool read_back) {
+  flap_status status = read_back ? read_shared(folder) : FLAP_OK;
   if (status == FLAP_OK)
     status = flap_durable_commit_folder(folder, true);
   if (status != FLAP_OK)
@@ -310,7 +311,7 @@ flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, cons
                                  const flap_artifacts *artifacts, const flap_trainer_state *state, bool only_model,
                                  uint32_t total_limit, char folder_out[FLAP_PATH_MAX]) {
   FLAP_TRY(flap_checkpoint_write(output_dir, pager, layout, artifacts, state, only_model, folder_out));
-  return flap_checkpoint_commit(output_dir, folder_out, state->step, total_limit);
+  return flap_checkpoint_commit(output_dir, folder_out, state->step, total_limit, true);
 }
 
 /* ---- what is not as it was saved ----------------------------------------------------------------------------- */

@@ -53,13 +53,14 @@ FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager
                                               const flap_artifacts *artifacts, const flap_trainer_state *state,
                                               bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
 /* The same in two steps. Write makes all files under the temporary name; commit gives them the final one, which
- * `folder` is. The pager is at rest while they are written, or this is the thread that drains its snapshot. A failure
- * of either leaves everything as before, and so does abandon, instead of commit. */
+ * `folder` is; `read_back`: once what the checkpoint shares with the run has been read, and is what was written. The
+ * pager is at rest while they are written, or this is the thread that drains its snapshot. A failure of either leaves
+ * everything as before, and so does abandon, instead of commit. */
 FLAP_CHECKED flap_status flap_checkpoint_write(const char *output_dir, flap_pager *pager, const flap_layout *layout,
                                                const flap_artifacts *artifacts, const flap_trainer_state *state,
                                                bool only_model, char folder_out[FLAP_PATH_MAX]);
 FLAP_CHECKED flap_status flap_checkpoint_commit(const char *output_dir, const char *folder, uint64_t step,
-                                                uint32_t total_limit);
+                                                uint32_t total_limit, bool read_back);
 void flap_checkpoint_abandon(const char *folder);
 
 /* Resolves resume_from_checkpoint: "true" means the newest checkpoint with states in output_dir (recovering what a

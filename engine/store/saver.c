@@ -29,6 +29,19 @@ static flap_status wait_for_judgement(flap_saver *saver) {
   return good ? FLAP_OK : flap_error_set(FLAP_CLOSED, "the run ended with an error in the step that it follows");
 }
 
+/* What is shared was written long ago, and nobody has read it since: the next step does. It has nothing to wait for
+ * where nothing is shared. */
+static bool wait_for_reading(flap_saver *saver) {
+  pthread_mutex_lock(&saver->lock);
+  bool read = flap_pager_kept_is_read(saver->config.pager);
+  while (!read && saver->read_by_step && !saver->awaited) {
+    pthread_cond_wait(&saver->moved, &saver->lock);
+    read = flap_pager_kept_is_read(saver->config.pager);
+  }
+  pthread_mutex_unlock(&saver->lock);
+  return read;
+}
+
 /* For the next one, right when an old one was removed. What was saved is safe whether there is any or not. */
 static void keep_room(const flap_saver *saver) {
   const flap_saver_config *c = &saver->config;
@@ -56,7 +69,8 @@ static flap_status commit(flap_saver *saver) {
   const flap_saver_config *c = &saver->config;
   FLAP_TRY(flap_metrics_sync(c->metrics));
   FLAP_TRY(wait_for_judgement(saver));
-  FLAP_TRY(flap_checkpoint_commit(c->output_dir, saver->folder, saver->state.step, c->total_limit));
+  const bool read = wait_for_reading(saver);
+  FLAP_TRY(flap_checkpoint_commit(c->output_dir, saver->folder, saver->state.step, c->total_limit, !read));
   if (saver->state.step < saver->state.max_steps) {
     next_extents(saver);
     keep_room(saver);
@@ -146,12 +160,14 @@ void flap_saver_close(flap_saver *saver) {
 
 /* ---- the engine thread's side ----------------------------------------------------------------------------- */
 
-void flap_saver_start(flap_saver *saver, const flap_trainer_state *state) {
+void flap_saver_start(flap_saver *saver, const flap_trainer_state *state, bool read_by_step) {
   pthread_mutex_lock(&saver->lock);
   flap_assert(saver->phase == FLAP_SAVER_IDLE);
   saver->state = *state;
   saver->started_ns = flap_units_now_ns();
   saver->update = FLAP_SAVER_UNKNOWN;
+  saver->read_by_step = read_by_step;
+  saver->awaited = false;
   saver->phase = FLAP_SAVER_SAVING;
   pthread_cond_broadcast(&saver->moved);
   pthread_mutex_unlock(&saver->lock);
@@ -161,6 +177,12 @@ void flap_saver_judge(flap_saver *saver, bool good) {
   pthread_mutex_lock(&saver->lock);
   flap_assert(saver->phase != FLAP_SAVER_IDLE && saver->update == FLAP_SAVER_UNKNOWN);
   saver->update = good ? FLAP_SAVER_GOOD : FLAP_SAVER_BAD;
+  pthread_cond_broadcast(&saver->moved);
+  pthread_mutex_unlock(&saver->lock);
+}
+
+void flap_saver_look(flap_saver *saver) {
+  pthread_mutex_lock(&saver->lock);
   pthread_cond_broadcast(&saver->moved);
   pthread_mutex_unlock(&saver->lock);
 }
@@ -191,6 +213,8 @@ bool flap_saver_is_over(flap_saver *saver) {
 flap_status flap_saver_collect(flap_saver *saver) {
   pthread_mutex_lock(&saver->lock);
   flap_assert(saver->phase != FLAP_SAVER_IDLE && saver->update != FLAP_SAVER_UNKNOWN);
+  saver->awaited = true;
+  pthread_cond_broadcast(&saver->moved);
   while (saver->phase != FLAP_SAVER_OVER)
     pthread_cond_wait(&saver->moved, &saver->lock);
   saver->phase = FLAP_SAVER_IDLE;

@@ -2,7 +2,9 @@
  *
  * Folder-private. One checkpoint at a time. The engine thread opens the snapshot and starts the saver; it tells it that
  * the update in the snapshot is a good one, which is known only at the end of the program that makes it: until then the
- * checkpoint has no final name. The saver's error record is carried over to whoever collects what came of it.
+ * checkpoint has no final name. Nor has it before what it shares with the run has been read again: by the next step,
+ * or by the saver where none does that before somebody waits for the save. The saver's error record is carried over to
+ * whoever collects what came of it.
  *
  * Its thread is there from open to close. While it writes it takes memory for the tables and headers of files, none for
  * weights or states.
@@ -40,6 +42,7 @@ typedef struct flap_saver {
   pthread_mutex_t lock;
   pthread_cond_t moved;
   bool opened, stop;
+  bool read_by_step, awaited;
   enum { FLAP_SAVER_IDLE, FLAP_SAVER_SAVING, FLAP_SAVER_OVER } phase;
   enum { FLAP_SAVER_UNKNOWN, FLAP_SAVER_GOOD, FLAP_SAVER_BAD } update;
   flap_trainer_state state; /* of the step that is saved */
@@ -55,10 +58,14 @@ FLAP_CHECKED flap_status flap_saver_open(const flap_saver_config *config, flap_s
 /* With nothing under way. */
 void flap_saver_close(flap_saver *saver);
 
-/* The snapshot is open: the saver drains and ends it. `state` is that of its point. */
-void flap_saver_start(flap_saver *saver, const flap_trainer_state *state);
+/* The snapshot is open: the saver drains and ends it. `state` is that of its point. `read_by_step`: a step follows that
+ * reads all states as the snapshot has them, before collect. */
+void flap_saver_start(flap_saver *saver, const flap_trainer_state *state, bool read_by_step);
 /* Whether the update that the snapshot holds is good. Once for each save; a bad one is given up. */
 void flap_saver_judge(flap_saver *saver, bool good);
+
+/* A step has ended: what it has read may be what a save waits for. */
+void flap_saver_look(flap_saver *saver);
 
 /* Between start and collect. */
 bool flap_saver_is_busy(flap_saver *saver);

@@ -6,6 +6,8 @@
 
 #include "base/log.h"
 #include "base/system.h"
+#include "engine/store/state_pages.h"
+#include "io/block/block.h"
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
@@ -199,6 +201,7 @@ static void configure(const numbers *n, const place *p, const char *out) {
   config.vram = p->vram;
   config.ram = p->ram;
   config.expert.threads = 1;
+  config.expert.checkpoint_states = FLAP_RUN_STATES_COPIED; /* files can be compared then */
   config.expert.optimizer = p->optimizer;
   config.expert.clip = p->sweep ? FLAP_CLIP_SWEEP : FLAP_CLIP_AUTO;
   config.max_grad_norm = p->backward ? 0 : 1e9; /* none is as large: the bits are the same */
@@ -502,6 +505,46 @@ static void train_with(double learning_rate, size_t where) {
 
 /* The update of step 1 makes weights infinite. That is found out when the program that it is folded into ends, and the
  * loss of step 2 may tell before: by then all files of the checkpoint may be there. */
+/* ---- what is shared -------------------------------------------------------------------------------------------- */
+
+static uint32_t read_back; /* how many checkpoints the one that saves has read */
+
+flap_status __real_flap_state_pages_verify(const char *folder, bool shared);
+flap_status __wrap_flap_state_pages_verify(const char *folder, bool shared);
+
+flap_status __wrap_flap_state_pages_verify(const char *folder, bool shared) {
+  const flap_status status = __real_flap_state_pages_verify(folder, shared);
+  read_back += shared && status == FLAP_OK;
+  return status;
+}
+
+/* The update that a step leaves is read by the next one or, where it is folded into that, by the one behind it. Who
+ * cannot wait for that reads it, and so does who saves at rest. (A step that rests makes its own update too.) */
+START_TEST(background_save_is_read_by_a_step_where_one_follows) {
+  static const struct {
+    size_t place;
+    uint64_t save_steps, eval_steps;
+    uint32_t read_back;
+  } cases[] = {{2, 1, 0, STEPS - 1}, {2, 2, 0, 1}, {2, 3, 0, 1}, {2, 2, 3, 1}, {8, 1, 0, 1}, {8, 2, 0, 1}};
+  if (!flap_block_can_link(scratch_path(""), scratch_path("")))
+    return;
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    const place *p = &PLACES[cases[i].place];
+    configure(&NUMBERS[0], p, "out");
+    (void)snprintf(config.disk[0].path, sizeof config.disk[0].path, "%s", scratch_path(""));
+    config.expert.checkpoint_states = FLAP_RUN_STATES_AUTO;
+    config.save_steps = cases[i].save_steps;
+    config.eval_steps = cases[i].eval_steps;
+    read_back = 0;
+    must_train(p->name);
+    ck_assert_msg(read_back == cases[i].read_back, "%s, every %llu: %u were read back, not %u", p->name,
+                  (unsigned long long)cases[i].save_steps, read_back, cases[i].read_back);
+    for (uint64_t step = 1; step <= STEPS; step++)
+      ck_assert_uint_eq(seen.saved[step], step % cases[i].save_steps == 0);
+  }
+}
+END_TEST
+
 START_TEST(background_save_of_a_bad_update_is_given_up) {
   char path[PATHS];
   for (size_t i = 0; i < 3; i++) {
@@ -558,6 +601,7 @@ int main(void) {
   tcase_add_test(tests, background_save_of_the_step_that_is_stopped_at_is_the_only_one);
   tcase_add_loop_test(tests, background_save_of_a_mixed_plan_equals_one_at_rest_to_the_byte, 0, MIXED_COUNT);
   tcase_add_loop_test(tests, background_save_of_a_mixed_plan_goes_on_with_the_same_bits, 0, MIXED_COUNT);
+  tcase_add_test(tests, background_save_is_read_by_a_step_where_one_follows);
   tcase_add_test(tests, background_save_of_a_bad_update_is_given_up);
   tcase_add_test(tests, background_save_is_finished_when_the_next_step_fails);
   tcase_add_test(tests, background_save_that_cannot_be_written_ends_the_run_and_keeps_the_last);
