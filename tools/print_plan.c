@@ -172,6 +172,16 @@ void flap_print_knee(FILE *out, const flap_knee *knee) {
             flap_text_grouped(knee->tokens_per_step).text, knee->tried_max);
 }
 
+/* What of a checkpoint is on disk before it is saved. */
+static void print_sharing(FILE *out, const flap_plan *plan, const flap_run_config *config) {
+  const uint64_t on_disk = plan->checkpoint_bytes > 0 ? plan->classes[FLAP_CLASS_STATES].disk_bytes : 0;
+  if (plan->checkpoint_shared_bytes > 0)
+    fprintf(out, " (%s of it stay where they are)", flap_text_bytes(plan->checkpoint_shared_bytes).text);
+  else if (on_disk > 0 && !config->save_only_model && config->expert.checkpoint_states == FLAP_RUN_STATES_AUTO)
+    fprintf(out, " (%s of states on disk are copied: with one disk, on output_dir's file system, they would stay)",
+            flap_text_bytes(on_disk).text);
+}
+
 void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *plan) {
   print_model(out, plan);
   print_budgets(out, config, plan);
@@ -185,8 +195,7 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
           flap_print_bound_lane(plan));
   print_wear(out, plan);
   fprintf(out, "files     %s a checkpoint", flap_text_bytes(plan->checkpoint_bytes).text);
-  if (plan->checkpoint_shared_bytes > 0)
-    fprintf(out, " (%s of it stay where they are)", flap_text_bytes(plan->checkpoint_shared_bytes).text);
+  print_sharing(out, plan, config);
   if (plan->checkpoint_bytes > 0)
     fprintf(out, ", %s at once", flap_text_grouped(plan->checkpoints_at_once).text);
   fprintf(out, ", %s the trained model, in %s\n", flap_text_bytes(plan->export_bytes).text, config->output_dir);

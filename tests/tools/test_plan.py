@@ -260,6 +260,9 @@ machine: rtx4090-64g-1nvme
         self.assertGreater(copied["ssd_run_bytes"], plan["ssd_run_bytes"])
         shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
         self.assertRegex(shown, r"(?m)^files +\S+ MiB a checkpoint \(\S+ MiB of it stay where they are\), ")
+        os.mkdir(self.path("second"))
+        two = self.accept("plan", *common, "disk=[{path: ., size: 64MiB}, {path: second, size: 64MiB}]")
+        self.assertRegex(two, r"(?m)^files +\S+ KiB a checkpoint \(\S+ MiB of states on disk are copied: with one disk, ")
         self.assertRegex(shown, r"run +\S+ MiB written in 8 steps, 3 checkpoints of \S+ KiB, export \S+ KiB\n")
         self.assertRegex(shown, r"\S+% of the 0.001 TB that the drives bear\n +\S+% of ssd_budget, 477 MiB\n")
 
