@@ -5,7 +5,6 @@
  */
 #include "engine/train_internal.h"
 
-#include "base/assert.h"
 #include "base/log.h"
 #include "base/system.h"
 #include "base/units.h"
@@ -16,11 +15,7 @@
 #include "engine/store/weights.h"
 #include "io/formats/durable.h"
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define LINE_BYTES ((uint64_t)1 << 10) /* of metrics.jsonl, upwards */
 #define LINES_MORE 64                  /* evaluations */
@@ -29,236 +24,6 @@
 
 static const char *const EVAL_KEYS[EVAL_KEY_COUNT] = {"eval_loss", "eval_tokens", "eval_unigram_entropy",
                                                       "eval_seconds"};
-
-/* ---- output_dir ------------------------------------------------------------------------------------------ */
-
-/* What is read must not be deleted first. */
-static flap_status check_stays(const flap_run_config *config, const char *key, const char *path) {
-  bool taken = false;
-  if (path[0])
-    FLAP_TRY(flap_checkpoint_clear_takes(config->output_dir, path, &taken));
-  if (!taken)
-    return FLAP_OK;
-  return flap_error_set(FLAP_INVALID,
-                        "overwrite_output_dir: %s is in output_dir, and would be deleted: give another output_dir, or "
-                        "take it out of there (%s: %s)",
-                        path, key, path);
-}
-
-static flap_status check_data_stays(void *context, const char *path) {
-  return check_stays(context, "dataset", path);
-}
-
-static flap_status check_inputs_stay(const flap_run_config *config) {
-  FLAP_TRY(check_stays(config, "model_name_or_path", config->model_name_or_path));
-  if (strcmp(config->tokenizer, "bytes") != 0)
-    FLAP_TRY(check_stays(config, "tokenizer", config->tokenizer));
-  return flap_dataset_visit((const char *const *)config->dataset, config->dataset_count, check_data_stays,
-                            (void *)(uintptr_t)config);
-}
-
-/* Moments of one kind are not made into the other: the run would not be the one that was saved. */
-static flap_status find_checkpoint(trainer *t) {
-  const flap_run_config *config = t->config;
-  FLAP_TRY(flap_checkpoint_find(config->output_dir, config->resume_from_checkpoint, t->resume_folder, &t->state));
-  if (!t->resume_folder[0] || t->state.optim == config->optim)
-    return FLAP_OK;
-  const char *saved = flap_run_config_optim_name(t->state.optim);
-  return flap_error_set(FLAP_INVALID,
-                        "optim: %s was saved with optim: %s, and cannot go on with %s: set optim: %s, or give it as "
-                        "model_name_or_path to start anew from its weights",
-                        t->resume_folder, saved, flap_run_config_optim_name(config->optim), saved);
-}
-
-/* A folder, or nothing yet. */
-static flap_status check_folder(const char *path) {
-  struct stat info;
-  if (flap_system_stat(path, &info) == 0)
-    return S_ISDIR(info.st_mode) ? FLAP_OK : flap_error_set(FLAP_INVALID, "output_dir: %s is not a folder", path);
-  if (errno != ENOENT)
-    return flap_error_set_os(errno, "output_dir: %s cannot be made or looked at", path);
-  if (flap_system_lstat(path, &info) == 0)
-    return flap_error_set(FLAP_INVALID, "output_dir: %s is a link to what is not there: make that folder", path);
-  return FLAP_OK;
-}
-
-static bool is_auto(const flap_run_config *config) {
-  return strcmp(config->resume_from_checkpoint, "auto") == 0;
-}
-
-/* A run of so many steps has nothing left to do. */
-static bool is_complete(const trainer *t, uint64_t steps) {
-  return t->finished.steps > 0 && t->finished.steps == steps && (t->finished.has_model || !t->config->export_final);
-}
-
-/* A run that came to its end is left as it is, or goes on from its last checkpoint; it never begins anew. */
-static flap_status check_finished(trainer *t, uint64_t steps) {
-  t->result->complete = is_complete(t, steps);
-  if (t->result->complete)
-    t->result->steps = steps;
-  if (t->finished.steps == 0 || t->result->complete || t->resume_folder[0])
-    return FLAP_OK;
-  return flap_error_set(FLAP_INVALID,
-                        "output_dir: %s holds a run that ended after %llu steps, without a checkpoint from which this "
-                        "one of %llu could go on: name another folder, or set overwrite_output_dir: true and no "
-                        "resume_from_checkpoint to start anew",
-                        t->config->output_dir, (unsigned long long)t->finished.steps, (unsigned long long)steps);
-}
-
-/* The same command for every life of a run: on from the last checkpoint, or anew if there is nothing but what a life
- * leaves that ended before its first one. */
-static flap_status choose_start(trainer *t) {
-  const flap_run_config *config = t->config;
-  char what[FLAP_PATH_MAX];
-  FLAP_TRY(flap_finished_read(config->output_dir, &t->finished));
-  if (is_complete(t, config->max_steps))
-    return check_finished(t, config->max_steps);
-  FLAP_TRY(find_checkpoint(t));
-  if (t->resume_folder[0])
-    return FLAP_OK;
-  if (t->finished.steps > 0) /* epochs are steps when the data are known */
-    return config->max_steps > 0 ? check_finished(t, config->max_steps) : FLAP_OK;
-  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, false, what));
-  if (what[0] != '\0')
-    return flap_error_set(FLAP_INVALID,
-                          "output_dir: %s holds %s, but no checkpoint to go on from: name another folder, or set "
-                          "overwrite_output_dir: true and no resume_from_checkpoint to start anew",
-                          config->output_dir, what);
-  return FLAP_OK;
-}
-
-/* What output_dir holds is of the same run only where the checkpoint stands in there. Else it must be as for a start
- * from the first step. */
-static flap_status check_elsewhere(trainer *t, const char *what) {
-  const flap_run_config *config = t->config;
-  uint64_t checkpoints = 0;
-  if (what[0] == '\0')
-    return FLAP_OK;
-  FLAP_TRY(flap_checkpoint_count(config->output_dir, &checkpoints));
-  return flap_error_set(
-      FLAP_INVALID,
-      "output_dir: %s already holds %s, while resume_from_checkpoint names %s, which is not in there: "
-      "%sname another folder, or set overwrite_output_dir: true to delete what is there and go on "
-      "from that checkpoint",
-      config->output_dir, what, t->resume_folder,
-      checkpoints > 0 ? "to go on from the last checkpoint in output_dir set "
-                        "resume_from_checkpoint: true (or auto); else "
-                      : "");
-}
-
-/* What there is to go on from, and whether what output_dir holds goes first. */
-static flap_status find_start(trainer *t) {
-  const flap_run_config *config = t->config;
-  bool inside = false;
-  if (config->resume_from_checkpoint[0])
-    FLAP_TRY(is_auto(config) ? choose_start(t) : find_checkpoint(t));
-  if (t->resume_folder[0])
-    FLAP_TRY(flap_checkpoint_lies_in(t->resume_folder, config->output_dir, &inside));
-  t->goes_on_here = inside;
-  t->clears = config->overwrite_output_dir && !inside;
-  return FLAP_OK;
-}
-
-static flap_status check_output(trainer *t) {
-  const flap_run_config *config = t->config;
-  char what[FLAP_PATH_MAX];
-  FLAP_TRY(check_folder(config->output_dir));
-  FLAP_TRY(find_start(t));
-  if (t->clears)
-    return check_inputs_stay(config);
-  if (t->goes_on_here || is_auto(config))
-    return FLAP_OK;
-  FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
-  if (t->resume_folder[0])
-    return check_elsewhere(t, what);
-  if (what[0] != '\0')
-    return flap_error_set(FLAP_INVALID,
-                          "output_dir: %s already holds %s: name another folder, or set resume_from_checkpoint: auto "
-                          "to go on from the last checkpoint, or from the start if there is none, or "
-                          "overwrite_output_dir: true to start anew",
-                          config->output_dir, what);
-  return FLAP_OK;
-}
-
-/* Before anything in the folder is looked at, for what is half-written there may be another run's. */
-static flap_status lock_output(trainer *t) {
-  const flap_status status = flap_run_lock_take(t->config->output_dir, &t->lock);
-  return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "output_dir");
-}
-
-static flap_status check_and_lock_output(trainer *t) {
-  struct stat info;
-  if (flap_system_stat(t->config->output_dir, &info) == 0 && S_ISDIR(info.st_mode))
-    FLAP_TRY(lock_output(t));
-  return check_output(t);
-}
-
-/* Files of an earlier run that this one overwrites go before it writes any. */
-static flap_status look_at_space(const trainer *t, uint64_t *free_out, uint64_t *overwritten_out) {
-  *overwritten_out = 0;
-  FLAP_TRY(flap_block_space(t->config->output_dir, free_out));
-  if (t->clears)
-    FLAP_TRY(flap_checkpoint_clear_bytes(t->config->output_dir, overwritten_out));
-  return FLAP_OK;
-}
-
-/* For the trained model and so many checkpoints beside those that are there. */
-static flap_status check_space(trainer *t, uint64_t checkpoints) {
-  const flap_plan *plan = &t->prepared.plan;
-  const bool exports = plan->export_bytes > 0;
-  uint64_t free_bytes = 0, overwritten = 0;
-  char saved[96] = "", overwritable[64] = "";
-  if (plan->checkpoint_bytes == 0)
-    checkpoints = 0;
-  FLAP_TRY(look_at_space(t, &free_bytes, &overwritten));
-  const uint64_t needed = plan->export_bytes + checkpoints * plan->checkpoint_bytes;
-  if (free_bytes + overwritten >= needed)
-    return FLAP_OK;
-  if (checkpoints > 0)
-    (void)snprintf(saved, sizeof saved, "%s%llu checkpoint%s at once", exports ? " and " : "",
-                   (unsigned long long)checkpoints, checkpoints == 1 ? "" : "s");
-  if (overwritten > 0)
-    (void)snprintf(overwritable, sizeof overwritable, " and %llu to overwrite", (unsigned long long)overwritten);
-  return flap_error_set(
-      FLAP_NO_SPACE, "output_dir: %s has %llu bytes free%s, but %s%s take%s %llu: free some, or set %s%s%s",
-      t->config->output_dir, (unsigned long long)free_bytes, overwritable, exports ? "the trained model" : "", saved,
-      exports + checkpoints == 1 ? "s" : "", (unsigned long long)needed,
-      checkpoints > 0 ? "save_total_limit (one more is there while it is written), save_strategy: no" : "",
-      checkpoints > 0 && exports ? " or " : "", exports ? "export: none" : "");
-}
-
-/* Once it is known how many checkpoints the run writes. Where all of them are kept, somebody may take them elsewhere
- * meanwhile: then only two must have room. */
-static flap_status check_space_for_all(trainer *t) {
-  const flap_run_config *config = t->config;
-  const uint64_t written = t->prepared.plan.run_checkpoints;
-  uint64_t there = 0;
-  if (written == 0)
-    return FLAP_OK;
-  if (!t->clears)
-    FLAP_TRY(flap_checkpoint_count(config->output_dir, &there));
-  const uint64_t more = flap_wear_checkpoints_at_once(config, written, there) - there;
-  t->room_checkpoints = config->save_total_limit > 0 || more <= 2 ? more : 2;
-  FLAP_TRY(check_space(t, t->room_checkpoints));
-  if (t->room_checkpoints == more)
-    return FLAP_OK;
-  if (check_space(t, more) != FLAP_OK) {
-    flap_log(FLAP_LOG_WARNING, "%s", flap_error_message());
-    flap_error_clear();
-  }
-  return FLAP_OK;
-}
-
-static flap_status make_output(trainer *t) {
-  struct stat info;
-  t->made_output = flap_system_stat(t->config->output_dir, &info) != 0;
-  FLAP_TRY(flap_durable_make_folder(t->config->output_dir));
-  if (t->lock.fd < 0) { /* it was not there, and meanwhile another run may have made it, and trained */
-    FLAP_TRY(lock_output(t));
-    FLAP_TRY(check_output(t));
-  }
-  return t->finished.steps > 0 ? FLAP_OK : check_space(t, 1); /* it may have nothing to do */
-}
 
 /* ---- data ------------------------------------------------------------------------------------------------ */
 
@@ -277,7 +42,7 @@ static flap_status open_dataset(trainer *t) {
   t->sequences = flap_dataset_sequences(t->dataset);
   t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
   t->warmup = flap_schedule_warmup(config, t->steps);
-  FLAP_TRY(check_finished(t, t->steps));
+  FLAP_TRY(trainer_check_finished(t, t->steps));
   if (t->result->complete)
     return FLAP_OK;
   if (t->steps > t->state.step) {
@@ -287,28 +52,15 @@ static flap_status open_dataset(trainer *t) {
     flap_wear_describe(config, &run, &t->prepared.plan);
   }
   FLAP_TRY(flap_wear_check(config, &t->prepared.plan));
-  return check_space_for_all(t);
+  return trainer_check_space(t);
 }
 
 /* ---- the run --------------------------------------------------------------------------------------------- */
 
-static void numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]) {
-  const flap_plan *plan = &t->prepared.plan;
-  const flap_matmul_table *matmuls = &t->prepared.matmuls.table; /* an empty one is how products are without one */
-  char products[48] = "";
-  if (matmuls->count > 0)
-    (void)snprintf(products, sizeof products, "; products 0x%016llx",
-                   (unsigned long long)flap_matmul_table_digest(matmuls));
-  (void)snprintf(key, FLAP_NUMERICS_MAX, "%s; micro-batch %u x %u; weights %s; gradients %s; adamw %s%s",
-                 flap_ops_numerics(t->runtime.ops), t->config->per_device_train_batch_size, t->config->cutoff_len,
-                 flap_dtype_name(plan->dtype), flap_dtype_name(plan->gradient_dtype),
-                 plan->optim == FLAP_OPTIM_ADAMW_8BIT ? "8-bit, the embedding fp32" : "fp32", products);
-}
-
 /* A run that would compute other bits than the one that saved does not go on unless that is wanted. */
 static flap_status compare_numerics(const trainer *t) {
   char key[FLAP_NUMERICS_MAX], differences[2 * FLAP_NUMERICS_MAX];
-  numerics_key(t, key);
+  trainer_numerics_key(t, key);
   if (flap_numerics_key_differences(t->state.numerics, key, differences, sizeof differences) == 0)
     return FLAP_OK;
   if (!t->config->allow_numerics_change)
@@ -419,13 +171,6 @@ static flap_status open_companions(trainer *t) {
   return flap_companions_open(&from, &t->companions);
 }
 
-static flap_artifacts artifacts_of(trainer *t) {
-  return (flap_artifacts){.model = &t->prepared.model,
-                          .tokenizer = t->prepared.tokenizer,
-                          .companions = &t->companions,
-                          .piece = {&t->behind, &t->room}};
-}
-
 /* Some kilobytes for the lines of all steps that are logged; the first million is enough to see a disk fill up. */
 static uint64_t line_bytes(const trainer *t) {
   const uint64_t lines = (t->steps - t->step) / t->config->logging_steps + LINES_MORE;
@@ -506,7 +251,7 @@ static flap_status open_files(trainer *t) {
   char path[FLAP_DURABLE_PATH_MAX];
   if (t->clears)
     FLAP_TRY(flap_checkpoint_clear(t->config->output_dir));
-  if (!t->resume_folder[0] && is_auto(t->config))
+  if (!t->resume_folder[0] && trainer_is_auto(t->config))
     FLAP_TRY(clear_leftovers(t));
   FLAP_TRY(flap_durable_join(path, t->config->output_dir, "metrics.jsonl"));
   FLAP_TRY(flap_metrics_open(path, t->goes_on_here ? (int64_t)t->step : -1, &t->metrics));
@@ -520,109 +265,13 @@ static flap_status open_files(trainer *t) {
   const flap_saver_config saver = {.output_dir = t->config->output_dir,
                                    .pager = t->runtime.pager,
                                    .layout = &t->runtime.lists.layout,
-                                   .artifacts = artifacts_of(t),
+                                   .artifacts = trainer_artifacts(t),
                                    .metrics = t->metrics,
                                    .only_model = t->config->save_only_model,
                                    .total_limit = t->config->save_total_limit,
                                    .room_bytes = t->prepared.plan.export_bytes + t->prepared.plan.checkpoint_bytes -
                                                  flap_pager_shared_bytes(t->runtime.pager)};
   return flap_saver_open(&saver, &t->saver);
-}
-
-/* ---- saving ---------------------------------------------------------------------------------------------- */
-
-/* Of a checkpoint, beside what it shares with the run. */
-static uint64_t checkpoint_written_bytes(const trainer *t) {
-  return t->prepared.plan.checkpoint_bytes - t->shared_bytes;
-}
-
-/* By all lives of the run: so far, and for the checkpoint that is about to be written. */
-static uint64_t written_bytes(const trainer *t) {
-  const flap_plan *plan = &t->prepared.plan;
-  flap_pager_stats stats;
-  flap_pager_get_stats(t->runtime.pager, &stats);
-  return t->state.written_bytes + flap_wear_start_bytes(plan) + stats.disk_bytes[1] + t->result->saved_bytes +
-         checkpoint_written_bytes(t);
-}
-
-static flap_trainer_state state_of(trainer *t) {
-  t->shared_bytes = flap_pager_can_keep(t->runtime.pager) ? flap_pager_shared_bytes(t->runtime.pager) : 0;
-  flap_trainer_state state = {.step = t->step,
-                              .max_steps = t->steps,
-                              .cursor = t->cursor,
-                              .seed = t->config->seed,
-                              .optim = t->config->optim,
-                              .loss_scale = t->runtime.executor.loss_scale,
-                              .matmuls = &t->prepared.matmuls,
-                              .written_bytes = written_bytes(t),
-                              .dataset_digest = flap_dataset_digest(t->dataset)};
-  numerics_key(t, state.numerics);
-  return state;
-}
-
-static void note_saved(trainer *t, uint64_t step, double seconds) {
-  t->saved_step = step;
-  t->saved_ns = flap_units_now_ns();
-  t->result->saved_bytes += checkpoint_written_bytes(t);
-  if (t->observer.saved != NULL)
-    t->observer.saved(t->observer.context, t->result->checkpoint, seconds);
-}
-
-flap_status trainer_save(trainer *t) {
-  const flap_artifacts artifacts = artifacts_of(t);
-  FLAP_TRY(trainer_collect_save(t, true));
-  const flap_trainer_state state = state_of(t);
-  const uint64_t started_ns = flap_units_now_ns();
-  FLAP_TRY(flap_pager_settle(t->runtime.pager));
-  FLAP_TRY(flap_metrics_sync(t->metrics));
-  FLAP_TRY(flap_checkpoint_save(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts, &state,
-                                t->config->save_only_model, t->config->save_total_limit, t->result->checkpoint));
-  note_saved(t, t->step, (double)(flap_units_now_ns() - started_ns) * 1e-9);
-  return FLAP_OK;
-}
-
-/* The update may be pending: then the snapshot holds what the next program makes of the weights first of all. */
-flap_status trainer_begin_save(trainer *t, bool read_by_step) {
-  FLAP_TRY(trainer_collect_save(t, true));
-  const flap_trainer_state state = state_of(t);
-  flap_pager_snapshot_begin(t->runtime.pager, t->pending ? flap_executor_update_leases(&t->runtime.executor) : 0);
-  flap_saver_start(&t->saver, &state, read_by_step);
-  t->saved_ns = flap_units_now_ns();
-  if (!t->pending)
-    flap_saver_judge(&t->saver, true);
-  return FLAP_OK;
-}
-
-void trainer_approve_save(trainer *t) {
-  if (!flap_saver_is_busy(&t->saver))
-    return;
-  if (!flap_saver_is_judged(&t->saver))
-    flap_saver_judge(&t->saver, true);
-  flap_saver_look(&t->saver);
-}
-
-flap_status trainer_collect_save(trainer *t, bool wait) {
-  if (!flap_saver_is_busy(&t->saver) || (!wait && !flap_saver_is_over(&t->saver)))
-    return FLAP_OK;
-  FLAP_TRY(flap_saver_collect(&t->saver));
-  memcpy(t->result->checkpoint, t->saver.folder, sizeof t->result->checkpoint);
-  note_saved(t, t->saver.state.step, t->saver.seconds);
-  return FLAP_OK;
-}
-
-/* The run ends with an error. A checkpoint in the works is of an earlier step: if all of it is there and good it is
- * finished, and else given up. The error that counts is the run's. */
-static void end_save(trainer *t, flap_status status) {
-  char message[2048];
-  if (!flap_saver_is_busy(&t->saver))
-    return;
-  (void)snprintf(message, sizeof message, "%s", flap_error_message());
-  flap_pager_snapshot_cut_off(t->runtime.pager);
-  if (!flap_saver_is_judged(&t->saver))
-    flap_saver_judge(&t->saver, flap_executor_updates_are_good(&t->runtime.executor));
-  if (trainer_collect_save(t, true) != FLAP_OK)
-    flap_log(FLAP_LOG_DEBUG, "the checkpoint in the works was given up: %s", flap_error_message());
-  (void)flap_error_set(status, "%s", message);
 }
 
 flap_status trainer_evaluate_first(trainer *t) {
@@ -698,7 +347,7 @@ static void report_peaks(trainer *t) {
 }
 
 static flap_status export_model(trainer *t) {
-  const flap_artifacts artifacts = artifacts_of(t);
+  const flap_artifacts artifacts = trainer_artifacts(t);
   FLAP_TRY(flap_checkpoint_export(t->config->output_dir, t->runtime.pager, &t->runtime.lists.layout, &artifacts));
   t->result->exported = true;
   t->result->saved_bytes += t->prepared.plan.export_bytes;
@@ -743,7 +392,7 @@ static void close_all(trainer *t) {
 
 static flap_status run_to_end(trainer *t) {
   const flap_run_config *config = t->config;
-  FLAP_TRY(check_and_lock_output(t));
+  FLAP_TRY(trainer_take_output(t));
   if (t->result->complete)
     return FLAP_OK;
   FLAP_TRY(flap_prepare_open(config, false, &t->prepared));
@@ -753,7 +402,7 @@ static flap_status run_to_end(trainer *t) {
   FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
                              config->gradient_accumulation_steps, 0));
   FLAP_TRY(flap_pressure_check_here(&t->prepared));
-  FLAP_TRY(make_output(t));
+  FLAP_TRY(trainer_make_output(t));
   FLAP_TRY(open_dataset(t));
   if (t->result->complete)
     return FLAP_OK;
@@ -788,7 +437,7 @@ flap_status flap_engine_train(const flap_run_config *config, const flap_observer
     status = FLAP_OK;
   }
   if (status != FLAP_OK)
-    end_save(t, status);
+    trainer_end_save(t, status);
   close_all(t);
   return status;
 }

@@ -1,4 +1,4 @@
-/* Private to training: train.c (before and after), train_loop.c (the steps). */
+/* Private to training: a run, and what its files do for each other. */
 #ifndef FLAP_ENGINE_TRAIN_INTERNAL_H
 #define FLAP_ENGINE_TRAIN_INTERNAL_H
 
@@ -56,16 +56,41 @@ typedef struct trainer {
   uint64_t time_count;
 } trainer;
 
+/* ---- train_loop.c: the steps --------------------------------------------------------------------------------- */
+
 FLAP_CHECKED flap_status trainer_loop(trainer *t);
+
+/* ---- train_output.c: output_dir ------------------------------------------------------------------------------ */
+
+bool trainer_is_auto(const flap_run_config *config); /* resume_from_checkpoint: auto */
+/* Locks the folder, if it is there, and finds where the run starts: resume_folder, state, finished. Errors name the key
+ * and what to do. result->complete: there is nothing left to do. */
+FLAP_CHECKED flap_status trainer_take_output(trainer *t);
+/* Makes it, once the plan is known, with room for a checkpoint and the trained model. */
+FLAP_CHECKED flap_status trainer_make_output(trainer *t);
+/* A run of so many steps may have come to its end there: then result->complete, or FLAP_INVALID. */
+FLAP_CHECKED flap_status trainer_check_finished(trainer *t, uint64_t steps);
+/* Room for all checkpoints that are there at once, once it is known how many the run writes. */
+FLAP_CHECKED flap_status trainer_check_space(trainer *t);
+
+/* ---- train_saves.c: checkpoints ------------------------------------------------------------------------------ */
+
+void trainer_numerics_key(const trainer *t, char key[FLAP_NUMERICS_MAX]);
+flap_artifacts trainer_artifacts(trainer *t);
 /* At rest, with nothing pending: waits for the checkpoint. */
 FLAP_CHECKED flap_status trainer_save(trainer *t);
 /* Begins a checkpoint of the present step, between two programs: at rest, or with the next one queued. `read_by_step`:
  * a step reads all states as it has them before anybody waits for it. */
 FLAP_CHECKED flap_status trainer_begin_save(trainer *t, bool read_by_step);
-/* What came of a save that was begun, if it is over or `wait`. */
-FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
 /* A program ran well: the one that makes the update that is saved, or one that reads what is. */
 void trainer_approve_save(trainer *t);
+/* What came of a save that was begun, if it is over or `wait`. */
+FLAP_CHECKED flap_status trainer_collect_save(trainer *t, bool wait);
+/* The run ends with the error that is on record, and stays so: a checkpoint in the works is finished or given up. */
+void trainer_end_save(trainer *t, flap_status status);
+
+/* ---- train.c: what is before the steps and after them, and evaluations between them ------------------------------ */
+
 /* Of the first step of this life: taken from metrics.jsonl where an earlier life made it. */
 FLAP_CHECKED flap_status trainer_evaluate_first(trainer *t);
 /* Given up, without a trace, when the person wants to stop. */
