@@ -12,12 +12,17 @@
  * A page that is on its way to the disk no longer needs what stands where it was.
  *
  * What was kept is what a drive said it has. Whether that is so is known once a page has been read again, which a step
- * does with all of them, before it writes them anew: so pages that were kept are counted until then.
+ * does with all of them, before it writes them anew: so pages that were kept are counted until then. Where files are
+ * not read past the system's cache, what a step reads tells nothing of the drive, and all of them stay counted.
  */
 #include "pager/pager_internal.h"
 
 #include "base/assert.h"
 
+#include <time.h>
+
+#define REOPENS 24 /* for more than a second */
+#define REOPEN_NS 50000000
 #define EXTENTS_AT_ONCE 64u /* that are told without the lock */
 
 static flap_status tell(flap_pager *pager, const flap_pager_extent *extents, uint32_t count,
@@ -31,14 +36,18 @@ static flap_status tell(flap_pager *pager, const flap_pager_extent *extents, uin
 }
 
 static void note_kept(flap_pager *pager, pager_page *page) {
-  page->kept_unread = !page->compared;
-  pager->kept_unread += page->kept_unread;
+  if (page->compared || page->kept_unread)
+    return;
+  page->kept_unread = true;
+  pager->kept_unread++;
 }
 
 void pager_extents_compared(flap_pager *pager, const pager_buffer *buffer) {
   const pager_region *region = &pager->regions[buffer->region];
   pager_page *page = pager_pages_of(pager, region) + buffer->first_page;
-  for (uint32_t i = 0; region->shared && i < buffer->page_count; i++) {
+  if (!region->shared || !pager->files_direct)
+    return;
+  for (uint32_t i = 0; i < buffer->page_count; i++) {
     pager->kept_unread -= page[i].kept_unread;
     page[i].kept_unread = false;
     page[i].compared = true;
@@ -76,7 +85,7 @@ flap_status pager_extents_tell(flap_pager *pager, uint32_t index, flap_pager_ext
 }
 
 void pager_extents_turn(flap_pager *pager, pager_region *region) {
-  if (!region->shared || pager->next_file == 0)
+  if (!region->shared || pager->next_file == 0 || region->file == pager->next_file)
     pager_mistake(pager, "region %u is kept, but is not shared, or there is no file to go on in",
                   (uint32_t)(region - pager->regions));
   region->file = (uint8_t)pager->next_file;
@@ -94,7 +103,9 @@ flap_status pager_extents_open(flap_pager *pager, const flap_pager_config *confi
   if (pager->sizes.shared_bytes == 0)
     return FLAP_OK;
   pager->shared_folder = config->shared_folder;
-  return open_file(pager, 1);
+  FLAP_TRY(open_file(pager, 1));
+  pager->files_direct = flap_block_file_is_direct(pager->block, 1); /* as all that follow, in the same folder */
+  return FLAP_OK;
 }
 
 /* And what was kept up to here is nobody's question any more. */
@@ -139,7 +150,19 @@ flap_status flap_pager_link(flap_pager *pager, uint32_t file, const char *path) 
   return flap_block_file_link(pager->block, file, path);
 }
 
+/* Some kernels (Linux before 6.4) let go of a file that io_uring knew a second after it was closed. */
+static flap_status open_in_place(flap_pager *pager, uint32_t file, bool closed_some) {
+  flap_status status = open_file(pager, file);
+  for (uint32_t i = 0; i < REOPENS && closed_some && status == FLAP_NO_SPACE; i++) {
+    flap_error_clear();
+    (void)nanosleep(&(struct timespec){.tv_nsec = REOPEN_NS}, NULL);
+    status = open_file(pager, file);
+  }
+  return status;
+}
+
 flap_status flap_pager_next_file(flap_pager *pager) {
+  bool closed_some = false;
   bool needed[FLAP_BLOCK_FILES_MAX + 1] = {false};
   if (pager->sizes.shared_bytes == 0)
     return FLAP_OK;
@@ -152,13 +175,14 @@ flap_status flap_pager_next_file(flap_pager *pager) {
     if (pager->files_open[file] && !needed[file]) {
       flap_block_file_close(pager->block, file);
       pager->files_open[file] = false;
+      closed_some = true;
     }
     if (!pager->files_open[file])
       closed = file;
   }
   if (closed == 0)
     return FLAP_OK;
-  FLAP_TRY(open_file(pager, closed));
+  FLAP_TRY(open_in_place(pager, closed, closed_some));
   pager->next_file = closed;
   return FLAP_OK;
 }

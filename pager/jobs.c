@@ -105,6 +105,7 @@ static void finish(flap_pager *pager, const pager_job *job) {
     region->changes_released++;
     pager_set_holds(pager, region, pager_stores(what->mode));
     pager_snapshot_changed(pager, region);
+    pager_loads_came_home(pager, region);
     bytes += pager_job_bytes(what);
     pager->leases[index].state = LEASE_RELEASED;
   }

@@ -147,20 +147,34 @@ static uint32_t lease_at(const flap_pager *pager, uint64_t order, const flap_lea
   return PAGER_NONE; /* of a program that has ended */
 }
 
+static bool is_home_by_now(flap_pager *pager, pager_region *region, const pager_lease *lease, uint64_t order) {
+  const uint32_t first = lease->disk_next;
+  return region->changes_released == lease->change && region->holds &&
+         chunk_is_home(pager, region, first, pager_chunk_pages(pager, region, first), order);
+}
+
 /* A chunk of the lease, if it may be read by now. */
 static bool read_chunk_ahead(flap_pager *pager, uint32_t index, const flap_lease *what, uint64_t order) {
   pager_lease *lease = &pager->leases[index];
   pager_region *region = &pager->regions[what->region];
   if (lease->slot != PAGER_NONE || lease->state != LEASE_QUEUED || region->ring == FLAP_PAGER_RESIDENT ||
-      !pager_loads(what->mode) || lease->disk_next >= region->page_count || region->changes_released != lease->change ||
-      !region->holds)
+      !pager_loads(what->mode) || lease->disk_next >= region->page_count)
     return false;
-  uint32_t first = lease->disk_next, count = pager_chunk_pages(pager, region, first);
-  if (!chunk_is_home(pager, region, first, count, order))
+  if (!is_home_by_now(pager, region, lease, order)) {
+    region->passed = order < region->passed ? order : region->passed;
     return false;
+  }
+  const uint32_t first = lease->disk_next, count = pager_chunk_pages(pager, region, first);
   lease->disk_next += count;
   read_for(pager, index, what->region, first, count, order, true);
   return true;
+}
+
+/* Looks again from there on. */
+void pager_loads_came_home(flap_pager *pager, pager_region *region) {
+  if (region->passed < pager->ahead)
+    pager->ahead = region->passed;
+  region->passed = UINT64_MAX;
 }
 
 bool pager_loads_read_ahead(flap_pager *pager) {

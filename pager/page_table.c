@@ -175,7 +175,7 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
     if (region->ring == FLAP_PAGER_RESIDENT)
       continue;
     region->page_count = (uint32_t)((region->bytes + pager->page_bytes - 1) / pager->page_bytes);
-    region->wanted = UINT64_MAX;
+    region->wanted = region->passed = UINT64_MAX;
     region->ram_pages = (uint32_t)smaller(config->regions[i].ram_pages, region->page_count);
     region->overlay = region->ram_pages > 0 ? config->regions[i].overlay : 0;
     region->first_page = page;

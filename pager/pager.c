@@ -28,7 +28,8 @@
  * 11. What a snapshot keeps stays as it is at home until it is drained: of its region no store of a lease behind the
  *     point has begun, no such job, and where it is resident no such lease is pinned.
  * 12. A page of a shared region is written to its region's file, which a keep changes while nothing of the region is on
- *     its way. A file is closed when no page that is idle stands there, and no region writes there.
+ *     its way. A file is closed when no page that is idle stands there, and no region writes there (not asserted: which
+ *     are open is for the thread that keeps).
  * 13. Of an overlay one side at a time holds something, or has anything on its way home.
  * 14. After a failure nothing new starts; what is under way is collected.
  * 15. While a resident holds something, is pinned, or may still be used by the compute stream, nothing of it is lent.

@@ -268,7 +268,8 @@ bool flap_pager_can_keep(const flap_pager *pager);
 FLAP_CHECKED flap_status flap_pager_keep(flap_pager *pager, uint32_t region, flap_pager_drain_fn drain,
                                          flap_pager_extent_fn extent, void *context);
 /* Whether all pages that were kept since the last flap_pager_next_file, and stand on the disk, have been read since
- * they were written, and compared. The next program that changes the regions does that. From any thread. */
+ * they were written, and compared. The next program that changes the regions does
+ * that, but never where they are read through the system's cache. From any thread. */
 bool flap_pager_kept_is_read(flap_pager *pager);
 /* Makes a file durable in which extents stand, and names it; the name lasts with its folder's fsync. */
 FLAP_CHECKED flap_status flap_pager_link(flap_pager *pager, uint32_t file, const char *path);

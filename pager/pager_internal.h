@@ -59,6 +59,7 @@ typedef struct pager_region {
   uint32_t changes_started;  /* by jobs that were started and are not done */
   uint32_t loading;          /* H2D copies out of its home that are under way */
   uint64_t wanted;           /* the order of a lease that waits for its pages to come home; UINT64_MAX for none */
+  uint64_t passed;           /* of the first lease that reading ahead came to before its bytes were home; likewise */
   uint32_t kept_change;      /* changes at the point of the snapshot (wraps) */
   uint8_t mark;              /* of the snapshot, behind its last change; known once it is reached; residents only */
   uint32_t loan;             /* of a resident that lends */
@@ -318,6 +319,7 @@ struct flap_pager {
   const char *shared_folder;      /* of the files below; NULL: nothing is shared */
   uint32_t next_file;             /* that flap_pager_keep turns regions to; 0: none. Of the thread that keeps */
   bool files_open[FLAP_BLOCK_FILES_MAX + 1]; /* by number; 0 stays free. Likewise */
+  bool files_direct;                         /* flap_block_file_is_direct, of all */
   uint64_t disk_latency_ns;                  /* of a simulated disk: part of a request's time, but not of its lane's */
   bool has_bytes;
 
@@ -485,6 +487,8 @@ void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, u
 bool pager_loads_issue(flap_pager *pager);
 /* Reads from disk for leases that have no slot yet, into buffers that nobody with a slot wants. */
 bool pager_loads_read_ahead(flap_pager *pager);
+/* Bytes of the region are home that were not: reading ahead may have passed a lease of it. */
+void pager_loads_came_home(flap_pager *pager, pager_region *region);
 /* The lease has a slot now: what was read ahead for it is the slot's. */
 void pager_loads_hand_over(flap_pager *pager, uint32_t lease, uint32_t slot);
 void pager_loads_verified(flap_pager *pager, uint32_t buffer);

@@ -25,6 +25,8 @@ static bool chunk_is_idle(const flap_pager *pager, const pager_region *region, u
 static void move_pages(flap_pager *pager, uint32_t region, uint32_t first_page, uint32_t count, pager_page_state from,
                        pager_page_state to) {
   pager_page *page = pager_pages_of(pager, &pager->regions[region]) + first_page;
+  if (to == PAGE_IDLE)
+    pager_loads_came_home(pager, &pager->regions[region]);
   for (uint32_t i = 0; i < count; i++) {
     flap_assert(page[i].state == from);
     page[i].state = (uint8_t)to;

@@ -351,8 +351,13 @@ flap_status flap_block_file_open(flap_block *block, uint32_t file, const char *f
   flap_assert(block->files[index].fd < 0 && bytes > 0 && bytes % FLAP_BLOCK_ALIGN == 0);
   flap_assert(block->backend->has_files && block->config.disk_count == 1);
   FLAP_TRY(block_file_open_linkable(folder, bytes, &opened));
+  block->folder = folder;
   set_file(block, index, opened);
   return FLAP_OK;
+}
+
+bool flap_block_file_is_direct(const flap_block *block, uint32_t file) {
+  return block->files[block_file_index(file)].direct;
 }
 
 flap_status flap_block_file_link(flap_block *block, uint32_t file, const char *path) {
@@ -481,10 +486,12 @@ const char *flap_block_locate(const flap_block *block, uint64_t offset, uint64_t
 flap_status flap_block_explain(const flap_block *block, const flap_block_request *request) {
   if (request->status == FLAP_OK)
     return FLAP_OK;
-  const char *path = block->config.disks[request->disk].path;
+  const char *path = request->file > 0 ? block->folder : block->config.disks[request->disk].path;
   const char *verb = request->op == FLAP_BLOCK_READ ? "reading" : "writing";
-  const char *advice = request->status == FLAP_NO_SPACE ? "free some space there, or give this disk a smaller size"
-                                                        : "look at the system's log (dmesg) and check the drive";
+  const char *advice =
+      request->status == FLAP_NO_SPACE
+          ? request->file > 0 ? "free some space there" : "free some space there, or give this disk a smaller size"
+          : "look at the system's log (dmesg) and check the drive";
   char size[FLAP_UNITS_TEXT_MAX], text[128];
   flap_units_format_bytes(request->bytes, size, sizeof size);
   return flap_error_set(request->status, "disk %s: %s %s at byte %llu failed: %s; %s", path, verb, size,

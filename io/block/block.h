@@ -143,10 +143,13 @@ const char *flap_block_describe(const flap_block *block);
  * process left there of that is removed. */
 bool flap_block_can_link(const char *path, const char *folder);
 /* File `file` (1 to FLAP_BLOCK_FILES_MAX), which is closed: `bytes`, reserved, without a name, in `folder`. For one
- * disk that has files, and is on the same drive: its lanes serve both. FLAP_NO_SPACE and others name the folder. From
- * any thread, with no request for this file under way, as the next two. */
+ * disk that has files, and is on the same drive: its lanes serve both. FLAP_NO_SPACE and others name the folder, which
+ * is the same for all, and stays. From any thread, with no request for this file under way, as the next two. */
 FLAP_CHECKED flap_status flap_block_file_open(flap_block *block, uint32_t file, const char *folder, uint64_t bytes);
-/* Makes what was written to it durable, and gives it the name `path`, which lasts with the fsync of its folder. */
+/* Whether what is read of it comes from the drive, not from the system's cache. Of one that is open. */
+bool flap_block_file_is_direct(const flap_block *block, uint32_t file);
+/* Makes what was written to it durable, and gives it, unless all names that it had were removed, the name `path`, which
+ * lasts with the fsync of its folder. */
 FLAP_CHECKED flap_status flap_block_file_link(flap_block *block, uint32_t file, const char *path);
 /* Its space is free unless it has a name. Fine for one that is closed. */
 void flap_block_file_close(flap_block *block, uint32_t file);

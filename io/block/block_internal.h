@@ -117,6 +117,7 @@ struct flap_block {
   /* By disk; then those of flap_block_file_open, file n at FLAP_BLOCK_DISKS_MAX + n - 1, whose owner sees to it that
    * nobody uses one while it is opened or closed. */
   block_file files[BLOCK_FILES_MAX];
+  const char *folder;    /* of those of flap_block_file_open; the caller's */
   pthread_mutex_t mutex; /* for everything below */
   pthread_cond_t idle;   /* no request is active */
   block_lane lanes[FLAP_BLOCK_DISKS_MAX][2];

@@ -12,6 +12,7 @@
 
 #include <check.h>
 #include <dirent.h>
+#include <fcntl.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -518,6 +519,17 @@ flap_status __wrap_flap_state_pages_verify(const char *folder, bool shared) {
   return status;
 }
 
+/* Without that what a step reads proves nothing, and all are read back. */
+static bool reads_past_the_cache(const char *folder) {
+  char *page = aligned_alloc(FLAP_BLOCK_ALIGN, FLAP_BLOCK_ALIGN);
+  const int fd = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  ck_assert(page != NULL && fd >= 0 && ftruncate(fd, FLAP_BLOCK_ALIGN) == 0);
+  const bool works = fcntl(fd, F_SETFL, O_RDWR | O_DIRECT) == 0 && pread(fd, page, FLAP_BLOCK_ALIGN, 0) > 0;
+  close(fd);
+  free(page);
+  return works;
+}
+
 /* The update that a step leaves is read by the next one or, where it is folded into that, by the one behind it. Who
  * cannot wait for that reads it, and so does who saves at rest. (A step that rests makes its own update too.) */
 START_TEST(background_save_is_read_by_a_step_where_one_follows) {
@@ -526,7 +538,7 @@ START_TEST(background_save_is_read_by_a_step_where_one_follows) {
     uint64_t save_steps, eval_steps;
     uint32_t read_back;
   } cases[] = {{2, 1, 0, STEPS - 1}, {2, 2, 0, 1}, {2, 3, 0, 1}, {2, 2, 3, 1}, {8, 1, 0, 1}, {8, 2, 0, 1}};
-  if (!flap_block_can_link(scratch_path(""), scratch_path("")))
+  if (!flap_block_can_link(scratch_path(""), scratch_path("")) || !reads_past_the_cache(scratch_path("")))
     return;
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     const place *p = &PLACES[cases[i].place];

@@ -1,6 +1,6 @@
 /* When what was kept has been read again: once a program has, whatever it does with it, and not because something was
  * written since; and never where it is not what was written. */
-#include "pager/pager.h"
+#include "pager/pager_internal.h"
 
 #include "tests/formats/formats_scratch.h"
 
@@ -20,6 +20,8 @@ typedef struct rig {
   flap_pager *pager;
   char folder[256];
 } rig;
+
+static bool direct = true; /* whatever the file system of the test does */
 
 static bool rig_open(rig *r, uint32_t workers) {
   flap_pager_region regions[REGIONS];
@@ -47,6 +49,7 @@ static bool rig_open(rig *r, uint32_t workers) {
   config.disk = (flap_block_config){.disk_count = 1, .disks = {{.path = r->folder, .bytes = sizes.disk_bytes}}};
   ck_assert_int_eq(flap_arena_open(&r->arena, "ram", sizes.ram_bytes), FLAP_OK);
   ck_assert_msg(flap_pager_open(&config, &r->arena, &r->pager) == FLAP_OK, "%s", flap_error_message());
+  r->pager->files_direct = direct;
   return true;
 }
 
@@ -157,6 +160,20 @@ START_TEST(what_is_written_anew_was_not_read) {
 }
 END_TEST
 
+/* Through the system's cache nothing is read of a drive. */
+START_TEST(what_is_read_through_a_cache_was_not_read) {
+  rig r;
+  direct = false;
+  if (!rig_open(&r, 0))
+    return;
+  fill_all(&r);
+  (void)keep_all(&r);
+  ck_assert_int_eq(run(&r, 0, REGIONS, FLAP_LEASE_UPDATE), FLAP_OK);
+  ck_assert(!flap_pager_kept_is_read(r.pager));
+  rig_close(&r);
+}
+END_TEST
+
 /* As a drive does that says a write was made, and has it not. */
 START_TEST(what_is_not_there_is_never_read) {
   rig r;
@@ -185,6 +202,7 @@ int main(void) {
   tcase_add_loop_test(tests, what_was_kept_is_read_by_a_program, 0, 4);
   tcase_add_test(tests, what_was_read_before_need_not_be_read_again);
   tcase_add_test(tests, what_is_written_anew_was_not_read);
+  tcase_add_test(tests, what_is_read_through_a_cache_was_not_read);
   tcase_add_test(tests, what_is_not_there_is_never_read);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);

@@ -128,6 +128,32 @@ START_TEST(staging_what_is_needed_stands_behind_no_more_than_a_disk_works_on) {
 }
 END_TEST
 
+/* Reading ahead comes to the leases of the second half before those of the first have changed their regions; once these
+ * are home they are read all the same, while there is computing. */
+START_TEST(staging_what_was_passed_is_read_ahead_once_it_is_home) {
+  enum { COUNT = 200 };
+  rig r = {
+      .rings = {{.name = "long", .slot_bytes = PAGE, .slots = 1}, {.name = "burst", .slot_bytes = PAGE, .slots = 2}}};
+  add(&r, 0, 0, FLAP_LEASE_READ);
+  for (uint32_t i = 0; i < COUNT; i++)
+    add(&r, 1 + i, 1, FLAP_LEASE_UPDATE);
+  add(&r, 0, 0, FLAP_LEASE_READ);
+  for (uint32_t i = 0; i < COUNT; i++)
+    add(&r, 1 + i, 1, FLAP_LEASE_READ);
+  open_rig(&r, 2 * COUNT + 32);
+  (void)use(&r, 0, (uint64_t)2 * COUNT * DISK_NS); /* all that can be is read */
+  for (uint32_t i = 0; i < COUNT; i++)
+    (void)use(&r, 1 + i, 1);
+  (void)use(&r, COUNT + 1, (uint64_t)3 * COUNT * DISK_NS); /* it is written, and read again */
+  const uint64_t started_ns = flap_clock_now_ns(r.clock);
+  for (uint32_t i = 0; i < COUNT; i++)
+    (void)use(&r, COUNT + 2 + i, 1);
+  const uint64_t ns = flap_clock_now_ns(r.clock) - started_ns;
+  close_rig(&r);
+  ck_assert_msg(ns <= COUNT * (2 * COPY_NS + 2), "%llu ns", (unsigned long long)ns);
+}
+END_TEST
+
 /* ---- lists ------------------------------------------------------------------------------------------------ */
 
 START_TEST(heap_gives_what_is_needed_first) {
@@ -170,6 +196,7 @@ int main(void) {
   tcase_set_timeout(tcase, 60);
   tcase_add_test(tcase, staging_deep_buffers_hide_a_burst);
   tcase_add_test(tcase, staging_what_is_needed_stands_behind_no_more_than_a_disk_works_on);
+  tcase_add_test(tcase, staging_what_was_passed_is_read_ahead_once_it_is_home);
   tcase_add_test(tcase, heap_gives_what_is_needed_first);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
