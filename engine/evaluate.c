@@ -84,7 +84,7 @@ static flap_status choose_scratch(const flap_run_config *config, scratch *scratc
   if (config->disk_count > 0) {
     const flap_size size = config->disk[0].size;
     *scratch_out = (scratch){config->disk[0].path, size.kind == FLAP_SIZE_BYTES ? size.bytes : 0};
-    return FLAP_OK;
+    return flap_block_space(scratch_out->folder, &free_bytes); /* says what is wrong with the folder */
   }
   const bool is_given = given != NULL && given[0] != '\0';
   const bool has_var = flap_system_stat("/var/tmp", &about) == 0 && S_ISDIR(about.st_mode);

@@ -49,7 +49,12 @@ static flap_status encode_prompt(generation *g) {
 static flap_status plan(generation *g) {
   const uint32_t most = g->prepared.model.max_position_embeddings;
   g->new_tokens = g->options->max_new_tokens;
-  if (g->options->fewer_if_full && g->prompt.count < most && g->new_tokens > most - g->prompt.count)
+  if (g->prompt.count >= most)
+    return flap_error_set(FLAP_INVALID,
+                          "--prompt: its %llu tokens leave no room for another in the model's max_position_embeddings "
+                          "of %u: give a shorter one",
+                          (unsigned long long)g->prompt.count, most);
+  if (g->options->fewer_if_full && g->new_tokens > most - g->prompt.count)
     g->new_tokens = (uint32_t)(most - g->prompt.count);
   const uint64_t positions = g->prompt.count + g->new_tokens;
   if (positions > most)

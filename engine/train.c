@@ -191,7 +191,8 @@ static flap_status keep_room(trainer *t) {
     status = flap_room_keep(&t->room, bytes, FLAP_SAVER_SPARE_BYTES);
   flap_metrics_give_room(t->metrics, &t->line_room);
   if (status == FLAP_OK) {
-    (void)flap_room_give(&t->room, flap_pager_shared_bytes(t->runtime.pager));
+    if (t->step < t->steps)
+      (void)flap_room_give(&t->room, flap_pager_shared_bytes(t->runtime.pager));
     return FLAP_OK;
   }
   if (status != FLAP_UNSUPPORTED)
@@ -220,6 +221,11 @@ static uint64_t heldout_tokens(const trainer *t) {
   return flap_dataset_heldout(t->dataset) * t->config->cutoff_len;
 }
 
+/* The checkpoint was trained on the data of this life: what was evaluated then is of the same text. */
+static bool has_same_data(const trainer *t) {
+  return t->state.dataset_digest == flap_dataset_digest(t->dataset);
+}
+
 static flap_status read_evaluation(const char *path, int64_t step, flap_eval_report *report_out) {
   flap_metrics_line line;
   bool found = false;
@@ -241,7 +247,7 @@ static flap_status read_evaluations(trainer *t, const char *path) {
     return FLAP_OK;
   FLAP_TRY(read_evaluation(path, (int64_t)t->step, &t->on_record));
   FLAP_TRY(read_evaluation(path, -1, &first));
-  if (first.tokens == heldout_tokens(t))
+  if (first.tokens == heldout_tokens(t) && has_same_data(t))
     t->result->first_eval = first;
   return FLAP_OK;
 }
@@ -261,6 +267,8 @@ static flap_status open_files(trainer *t) {
   if (t->config->save_strategy == FLAP_STRATEGY_NO)
     return FLAP_OK;
   FLAP_TRY(keep_room(t));
+  if (t->step >= t->steps) /* what is left is the export */
+    return FLAP_OK;
   FLAP_TRY(flap_pager_next_file(t->runtime.pager));
   const flap_saver_config saver = {.output_dir = t->config->output_dir,
                                    .pager = t->runtime.pager,
@@ -275,7 +283,7 @@ static flap_status open_files(trainer *t) {
 }
 
 flap_status trainer_evaluate_first(trainer *t) {
-  if (t->on_record.tokens == 0 || t->on_record.tokens != heldout_tokens(t))
+  if (t->on_record.tokens == 0 || t->on_record.tokens != heldout_tokens(t) || !has_same_data(t))
     return trainer_evaluate(t);
   t->result->last_eval = t->on_record;
   return FLAP_OK;

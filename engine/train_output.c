@@ -127,6 +127,18 @@ static flap_status check_elsewhere(trainer *t, const char *what) {
                       : "");
 }
 
+/* Only what FLAP left there is deleted, and nothing else is written over. */
+static flap_status check_foreign(const flap_run_config *config) {
+  char what[FLAP_PATH_MAX];
+  FLAP_TRY(flap_checkpoint_foreign(config->output_dir, what));
+  if (what[0] == '\0')
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "overwrite_output_dir: %s is not known as FLAP's, so it is not deleted, and would be in the "
+                        "way: move it away, or name another output_dir",
+                        what);
+}
+
 /* What there is to go on from, and whether what output_dir holds goes first. */
 static flap_status find_start(trainer *t) {
   const flap_run_config *config = t->config;
@@ -145,8 +157,10 @@ static flap_status check_output(trainer *t) {
   char what[FLAP_PATH_MAX];
   FLAP_TRY(check_folder(config->output_dir));
   FLAP_TRY(find_start(t));
-  if (t->clears)
-    return check_inputs_stay(config);
+  if (t->clears) {
+    FLAP_TRY(check_inputs_stay(config));
+    return check_foreign(config);
+  }
   if (t->goes_on_here || trainer_is_auto(config))
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_occupied(config->output_dir, true, what));
@@ -238,5 +252,9 @@ flap_status trainer_make_output(trainer *t) {
     FLAP_TRY(lock_output(t));
     FLAP_TRY(check_output(t));
   }
-  return t->finished.steps > 0 ? FLAP_OK : check_space(t, 1); /* it may have nothing to do */
+  if (t->finished.steps > 0) /* it may have nothing to do */
+    return FLAP_OK;
+  const bool only_exports =
+      t->resume_folder[0] && t->config->max_steps > 0 && t->state.step >= (uint64_t)t->config->max_steps;
+  return check_space(t, only_exports ? 0 : 1);
 }

@@ -204,7 +204,6 @@ fail:
   return status;
 }
 
-/* The new checkpoint is safe already: what cannot be removed is said and left. */
 /* The list is of ours alone; `saved_step` (UINT64_MAX: none) is one whatever is in it. To be closed even after a
  * failure. */
 static flap_status list_ours(const char *output_dir, uint64_t saved_step, flap_output_steps *list) {
@@ -235,21 +234,23 @@ flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out) {
   return FLAP_OK;
 }
 
+/* The new checkpoint is safe already: what cannot be removed is said and left. */
 static void prune(const char *output_dir, uint64_t saved_step, uint32_t total_limit) {
   flap_output_steps list;
   char path[FLAP_PATH_MAX];
   flap_status status = list_ours(output_dir, saved_step, &list);
   size_t left = list.count;
+  if (status != FLAP_OK)
+    flap_log(FLAP_LOG_WARNING, "save_total_limit: old checkpoints stay: %s", flap_error_message());
   for (size_t i = 0; i < list.count && left > total_limit && status == FLAP_OK; i++) {
     if (list.steps[i] == saved_step)
       continue;
-    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK)
-      status = flap_durable_remove_folder(path);
+    if (flap_output_checkpoint_path(output_dir, list.steps[i], path) != FLAP_OK ||
+        flap_durable_remove_folder(path) != FLAP_OK)
+      flap_log(FLAP_LOG_WARNING, "save_total_limit: something of an old checkpoint stays: %s", flap_error_message());
     left--;
   }
-  if (status != FLAP_OK)
-    flap_log(FLAP_LOG_WARNING, "save_total_limit: an old checkpoint stays: %s", flap_error_message());
+  flap_error_clear();
   flap_output_steps_close(&list);
 }
 

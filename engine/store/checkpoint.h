@@ -48,7 +48,8 @@ typedef struct flap_artifacts {
 
 /* Writes `output_dir`/checkpoint-<step> (replacing one of the same name), then deletes the oldest of FLAP's checkpoints
  * beyond `total_limit` (0: none), never the new one; one that cannot be deleted is said in the log. With only_model no
- * states and no trainer_state.json are written. The pager must be at rest. On an error everything is as before. */
+ * states and no trainer_state.json are written. The pager must be at rest. On an error everything is as before, but if
+ * it is the sync of output_dir, last of all, that failed: then the new one is there too. */
 FLAP_CHECKED flap_status flap_checkpoint_save(const char *output_dir, flap_pager *pager, const flap_layout *layout,
                                               const flap_artifacts *artifacts, const flap_trainer_state *state,
                                               bool only_model, uint32_t total_limit, char folder_out[FLAP_PATH_MAX]);
@@ -87,6 +88,9 @@ FLAP_CHECKED flap_status flap_checkpoint_read_state(const char *folder, flap_tra
 /* Names something in output_dir that a new run would overwrite or mix with: config.json, weights, checkpoints; with
  * `lines` also a metrics.jsonl with steps, and without them one that is no file; "": there is nothing. */
 FLAP_CHECKED flap_status flap_checkpoint_occupied(const char *output_dir, bool lines, char what_out[FLAP_PATH_MAX]);
+/* Names something in output_dir that flap_checkpoint_clear leaves there, for it is not FLAP's, but a run would write
+ * over: a model, a checkpoint; "": there is nothing. */
+FLAP_CHECKED flap_status flap_checkpoint_foreign(const char *output_dir, char what_out[FLAP_PATH_MAX]);
 /* How many checkpoints of ours are in output_dir; none where there is no such folder. */
 FLAP_CHECKED flap_status flap_checkpoint_count(const char *output_dir, uint64_t *count_out);
 /* Deletes from output_dir what earlier runs of FLAP left there, and nothing else: for overwrite_output_dir. Models and

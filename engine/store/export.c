@@ -15,6 +15,7 @@ typedef struct export_job {
   /* `master`: what makes exact masters of the weights: their low halves (bf16) or the masters themselves (fp16). It is
    * not open where there is none, or none is wanted. */
   flap_weights_source weights, master;
+  flap_checksums checksums[2];      /* of their folder, if it is a checkpoint */
   flap_state_pages *pages;          /* that masters are in; NULL: none, or a file */
   flap_safetensors_dtype master_of; /* weights of this type */
   flap_dtype dtype;
@@ -164,7 +165,10 @@ static flap_status open_sources(export_job *job, const char *folder) {
   FLAP_TRY(flap_weights_list_open(&job->config, &job->list));
   FLAP_TRY(flap_weights_source_open(&job->config, &job->list, folder, FLAP_WANTED_ANY_FLOAT, FLAP_SAFETENSORS_F32,
                                     &job->weights));
+  FLAP_TRY(flap_weights_verify_model_begin(&job->weights, folder, &job->checksums[0]));
   FLAP_TRY(open_masters(job, folder));
+  if (job->pages == NULL && flap_weights_source_is_open(&job->master)) /* pages are compared one by one */
+    FLAP_TRY(flap_weights_verify_model_begin(&job->master, folder, &job->checksums[1]));
   job->halves = malloc(FLAP_WEIGHTS_CHUNK * sizeof *job->halves);
   return job->halves != NULL ? FLAP_OK : flap_error_set(FLAP_NO_MEMORY, "%s: no memory to export it", folder);
 }
@@ -196,6 +200,10 @@ static flap_status write_folder(export_job *job, const char *from_folder, const 
   if (status == FLAP_OK)
     status = write_weights(job, temporary, max_shard_bytes);
   if (status == FLAP_OK)
+    status = flap_weights_verify_model_end(&job->weights, from_folder);
+  if (status == FLAP_OK)
+    status = flap_weights_verify_model_end(&job->master, from_folder);
+  if (status == FLAP_OK)
     status = flap_durable_commit_folder(to_folder, false);
   if (status != FLAP_OK) {
     flap_weights_target_abort(&job->target);
@@ -222,6 +230,8 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   flap_weights_source_close(&job.master);
   flap_state_pages_close(job.pages);
   flap_weights_source_close(&job.weights);
+  flap_checksums_close(&job.checksums[0]);
+  flap_checksums_close(&job.checksums[1]);
   flap_weights_list_close(&job.list);
   return status;
 }

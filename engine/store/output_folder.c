@@ -5,6 +5,7 @@
  */
 #include "engine/store/output_folder_internal.h"
 
+#include "base/log.h"
 #include "base/system.h"
 #include "engine/store/finished.h"
 #include "engine/store/hf_config.h"
@@ -193,20 +194,40 @@ void flap_output_steps_close(flap_output_steps *steps) {
   *steps = (flap_output_steps){0};
 }
 
+static flap_status advise_leftover(flap_status status) {
+  char message[2048];
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  return flap_error_set(status, "%s: an earlier life left it unfinished; make it writable, or move it away", message);
+}
+
+/* What cannot be removed is in nobody's way where later steps were saved. */
+static flap_status recover_step(const char *output_dir, uint64_t step, const flap_output_steps *saved) {
+  char path[FLAP_PATH_MAX];
+  FLAP_TRY(flap_output_checkpoint_path(output_dir, step, path));
+  const flap_status status = flap_durable_recover_folder(path);
+  if (status == FLAP_OK)
+    return FLAP_OK;
+  if (saved->count == 0 || saved->steps[saved->count - 1] <= step)
+    return advise_leftover(status);
+  flap_log(FLAP_LOG_WARNING, "something of an old checkpoint stays: %s", flap_error_message());
+  flap_error_clear();
+  return FLAP_OK;
+}
+
 flap_status flap_output_recover(const char *output_dir) {
   char path[FLAP_PATH_MAX];
-  flap_output_steps list = {0};
-  FLAP_TRY(list_steps(output_dir, visit_interrupted, &list));
-  flap_status status = FLAP_OK;
-  for (size_t i = 0; i < list.count && status == FLAP_OK; i++) {
-    status = flap_output_checkpoint_path(output_dir, list.steps[i], path);
-    if (status == FLAP_OK)
-      status = flap_durable_recover_folder(path);
-  }
+  flap_output_steps list = {0}, saved = {0};
+  flap_status status = list_steps(output_dir, visit_interrupted, &list);
+  if (status == FLAP_OK)
+    status = flap_output_list(output_dir, &saved);
+  for (size_t i = 0; i < list.count && status == FLAP_OK; i++)
+    status = recover_step(output_dir, list.steps[i], &saved);
   flap_output_steps_close(&list);
+  flap_output_steps_close(&saved);
   FLAP_TRY(status);
   FLAP_TRY(flap_durable_join(path, output_dir, EXPORT_FOLDER));
-  return flap_durable_recover_folder(path);
+  status = flap_durable_recover_folder(path);
+  return status == FLAP_OK ? FLAP_OK : advise_leftover(status);
 }
 
 /* ---- occupied, clear ----------------------------------------------------------------------------------------- */
@@ -215,6 +236,11 @@ typedef struct occupied {
   bool lines; /* those of steps count */
   char first[256];
 } occupied;
+
+typedef struct foreign {
+  bool has_ours; /* weights */
+  char first[256];
+} foreign;
 
 /* metrics.jsonl of a life that did no step is worth nothing. One that is not even a file is not FLAP's. */
 static flap_status lines_count(const char *folder, bool lines, bool *count_out) {
@@ -245,6 +271,37 @@ flap_status flap_checkpoint_occupied(const char *output_dir, bool lines, char wh
   occupied found = {.lines = lines};
   what_out[0] = '\0';
   FLAP_TRY(walk(output_dir, visit_occupied, &found));
+  if (found.first[0] != '\0')
+    (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, found.first);
+  return FLAP_OK;
+}
+
+/* The part of output_dir's model that the name is of, or a checkpoint, by which somebody else's may be told. */
+static flap_status visit_foreign(void *context, const char *folder, const char *name) {
+  foreign *found = context;
+  char path[FLAP_PATH_MAX];
+  uint64_t step;
+  bool ours = false;
+  const bool model = is_weights(name) && strcmp(name, FLAP_SAFETENSORS_INDEX) != 0;
+  if (!model && !flap_output_parse_name(name, "", &step))
+    return FLAP_OK;
+  FLAP_TRY(flap_durable_join(path, folder, name));
+  FLAP_TRY(flap_output_is_ours(path, &ours));
+  found->has_ours |= model && ours;
+  if (!ours && (found->first[0] == '\0' || strcmp(name, found->first) < 0))
+    (void)snprintf(found->first, sizeof found->first, "%s", name);
+  return FLAP_OK;
+}
+
+/* config.json alone has no mark: where nothing else is of a run, it is somebody's model whose weights are not looked
+ * for. */
+flap_status flap_checkpoint_foreign(const char *output_dir, char what_out[FLAP_PATH_MAX]) {
+  foreign found = {.has_ours = false};
+  what_out[0] = '\0';
+  FLAP_TRY(walk(output_dir, visit_foreign, &found));
+  if (found.first[0] == '\0' && !found.has_ours && flap_output_is_there(output_dir, CONFIG_FILE) &&
+      !flap_output_is_there(output_dir, METRICS_FILE))
+    (void)snprintf(found.first, sizeof found.first, "%s", CONFIG_FILE);
   if (found.first[0] != '\0')
     (void)snprintf(what_out, FLAP_PATH_MAX, "%.3800s/%s", output_dir, found.first);
   return FLAP_OK;

@@ -37,12 +37,6 @@ bool flap_output_is_there(const char *folder, const char *name);
 /* Whether the folder has an entry of that name. */
 FLAP_CHECKED flap_status flap_output_look(const char *folder, const char *name, bool *there_out);
 
-/* A call that makes small files, or a folder, and may be made again: whenever it finds no space it gets twice as much
- * of what was kept. Nothing is given where there is space. */
-#define FLAP_WITH_ROOM(status, room, call) \
-  for (uint64_t bytes_ = FLAP_OUTPUT_ROOM_BYTES; flap_room_helps((room), (status) = (call), bytes_); bytes_ *= 2)
-#define FLAP_OUTPUT_ROOM_BYTES ((uint64_t)16 << 10)
-
 /* config.json, the tokenizer's files and the other companions. */
 FLAP_CHECKED flap_status flap_output_write_artifacts(const char *folder, const flap_artifacts *artifacts,
                                                      flap_dtype dtype);

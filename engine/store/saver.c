@@ -45,7 +45,8 @@ static bool wait_for_reading(flap_saver *saver) {
 /* For the next one, right when an old one was removed. What was saved is safe whether there is any or not. */
 static void keep_room(const flap_saver *saver) {
   const flap_saver_config *c = &saver->config;
-  if (flap_room_keep(c->artifacts.piece.room, c->room_bytes, FLAP_SAVER_SPARE_BYTES) == FLAP_OK)
+  const uint64_t copied = flap_pager_can_keep(c->pager) ? 0 : flap_pager_shared_bytes(c->pager);
+  if (flap_room_keep(c->artifacts.piece.room, c->room_bytes + copied, FLAP_SAVER_SPARE_BYTES) == FLAP_OK)
     return;
   flap_log(FLAP_LOG_WARNING, "output_dir: %s: the next checkpoint may find no room: %s", c->output_dir,
            flap_error_message());
@@ -59,8 +60,12 @@ static void next_extents(const flap_saver *saver) {
   flap_status status = flap_pager_next_file(pager);
   if (flap_room_helps(saver->config.artifacts.piece.room, status, flap_pager_shared_bytes(pager)))
     status = flap_pager_next_file(pager);
-  if (status == FLAP_OK)
+  if (status == FLAP_OK && (flap_pager_can_keep(pager) || flap_pager_shared_bytes(pager) == 0))
     return;
+  if (status == FLAP_OK) {
+    flap_log(FLAP_LOG_WARNING, "the next checkpoint will be a copy: all files of extents are in use");
+    return;
+  }
   flap_log(FLAP_LOG_WARNING, "the next checkpoint will not share what is on the disk: %s", flap_error_message());
   flap_error_clear();
 }

@@ -432,15 +432,19 @@ static flap_status load_master_run(void *context, uint64_t index, const flap_mod
 
 flap_status flap_weights_load(flap_pager *pager, const flap_layout *layout, const char *folder) {
   flap_weights_list list = {0};
+  flap_checksums checksums = {0};
   load_context load = {.dtype = layout->spec.shape.dtype};
   flap_status status;
   FLAP_TRY_GOTO(status, flap_weights_list_open(layout->spec.model, &list));
   FLAP_TRY_GOTO(status, flap_weights_source_open(layout->spec.model, &list, folder, FLAP_WANTED_ANY_FLOAT,
                                                  FLAP_SAFETENSORS_F32, &load.source));
+  FLAP_TRY_GOTO(status, flap_weights_verify_model_begin(&load.source, folder, &checksums));
   FLAP_TRY_GOTO(status, visit_weights(pager, layout, &list, true, load_weights_run, &load));
+  FLAP_TRY_GOTO(status, flap_weights_verify_model_end(&load.source, folder));
   FLAP_TRY_GOTO(status, start_states(pager, layout, &list, load_master_run, &load));
 fail:
   flap_weights_source_close(&load.source);
+  flap_checksums_close(&checksums);
   flap_weights_list_close(&list);
   return status;
 }

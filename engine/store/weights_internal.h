@@ -99,6 +99,12 @@ FLAP_CHECKED flap_status flap_weights_source_read(const flap_weights_source *sou
  * FLAP_CORRUPT names the file. A file without a checksum is FLAP_CORRUPT too. */
 FLAP_CHECKED flap_status flap_weights_verify_begin(flap_weights_source *source, const flap_checksums *checksums);
 FLAP_CHECKED flap_status flap_weights_verify_end(flap_weights_source *source);
+/* The same for a folder that somebody gives as a model: begin reads its checksums where it has any, as a checkpoint
+ * does, and end says what to do if a file was changed on purpose. `checksums` is {0} before, and closed after the
+ * source. */
+FLAP_CHECKED flap_status flap_weights_verify_model_begin(flap_weights_source *source, const char *folder,
+                                                         flap_checksums *checksums);
+FLAP_CHECKED flap_status flap_weights_verify_model_end(flap_weights_source *source, const char *folder);
 /* For the source itself: `bytes` at `data` are those of the tensor from `offset`; NULL is fine for close. */
 void flap_weights_verify_read(struct flap_weights_verify *verify, const flap_safetensors_tensor *tensor,
                               uint64_t offset, const void *data, uint64_t bytes);

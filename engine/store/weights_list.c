@@ -3,6 +3,7 @@
 
 #include "base/assert.h"
 #include "io/formats/durable.h"
+#include "io/formats/room.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -142,8 +143,10 @@ static flap_status write_index(const flap_weights_target *target) {
     return flap_error_set(FLAP_NO_MEMORY, "%s: no memory for the index of its shards", target->folder);
   for (uint64_t i = 0; i < count; i++)
     names[i] = target->list->tensors[i].name;
-  const flap_status status =
-      flap_safetensors_write_index(target->folder, names, target->shard_of, count, target->shards, target->total_bytes);
+  flap_status status = FLAP_OK;
+  FLAP_WITH_ROOM(status, target->piece.room,
+                 flap_safetensors_write_index(target->folder, names, target->shard_of, count, target->shards,
+                                              target->total_bytes));
   free(names);
   return status;
 }

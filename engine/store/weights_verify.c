@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 typedef struct verify_file {
@@ -114,6 +115,32 @@ flap_status flap_weights_verify_end(flap_weights_source *source) {
     if (verify->files[i].path != NULL)
       FLAP_TRY(check_file(verify, &verify->files[i]));
   return FLAP_OK;
+}
+
+flap_status flap_weights_verify_model_begin(flap_weights_source *source, const char *folder,
+                                            flap_checksums *checksums) {
+  struct stat about;
+  if (flap_system_stat(folder, &about) != 0 || !S_ISDIR(about.st_mode)) /* a file is a model too */
+    return FLAP_OK;
+  const flap_status status = flap_checksums_read(folder, checksums);
+  if (status == FLAP_OK)
+    return flap_weights_verify_begin(source, checksums);
+  if (status != FLAP_NOT_FOUND)
+    return status;
+  flap_error_clear();
+  return FLAP_OK;
+}
+
+flap_status flap_weights_verify_model_end(flap_weights_source *source, const char *folder) {
+  char message[2048];
+  const flap_status status = flap_weights_verify_end(source);
+  if (status != FLAP_CORRUPT)
+    return status;
+  (void)snprintf(message, sizeof message, "%s", flap_error_message());
+  return flap_error_set(status,
+                        "%s; take another checkpoint or a copy or, if it was changed on purpose, remove "
+                        "%s/" FLAP_CHECKSUMS_FILE,
+                        message, folder);
 }
 
 void flap_weights_verify_close(struct flap_weights_verify *verify) {

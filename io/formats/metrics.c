@@ -2,6 +2,7 @@
 #include "io/formats/metrics.h"
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/durable_internal.h"
@@ -46,12 +47,14 @@ static flap_status parse_line(const char *path, const char *text, size_t length,
   return FLAP_OK;
 }
 
-static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out) {
+static flap_status is_kept(const char *path, const char *text, size_t length, int64_t keep_to_step, bool *kept_out,
+                           bool *sound_out) {
   json_t *root;
   *kept_out = false;
   FLAP_TRY(parse_line(path, text, length, &root));
   const json_t *step = json_object_get(root, "step");
-  *kept_out = json_is_object(root) && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
+  *sound_out = json_is_object(root);
+  *kept_out = *sound_out && (!step || (json_is_integer(step) && json_integer_value(step) <= keep_to_step));
   json_decref(root);
   return FLAP_OK;
 }
@@ -64,13 +67,17 @@ static flap_status filter_lines(FILE *from, const char *path, int64_t keep_to_st
   ssize_t length;
   flap_status status = FLAP_OK;
   bool differs = false;
+  unsigned long number = 0;
   errno = 0;
   while (status == FLAP_OK && (length = getline(&line, &capacity, from)) > 0) {
     bool whole = line[length - 1] == '\n';
-    bool kept;
-    status = is_kept(path, line, (size_t)length, keep_to_step, &kept);
+    bool kept, sound;
+    number++;
+    status = is_kept(path, line, (size_t)length, keep_to_step, &kept, &sound);
     if (status != FLAP_OK)
       break;
+    if (to && whole && !sound) /* the last one may be torn */
+      flap_log(FLAP_LOG_WARNING, "%s:%lu: not a line of JSON any more: it is dropped", path, number);
     differs = differs || !whole || !kept;
     if (kept && to)
       status = flap_durable_append(to, line, (uint64_t)length);
@@ -282,14 +289,14 @@ static void append_key(flap_metrics *metrics, const char *key) {
   metrics->needs_comma = true;
 }
 
-static void append_real(flap_metrics *metrics, const char *key, int digits, double value) {
+static void append_real(flap_metrics *metrics, const char *key, double value) {
   char text[NUMBER_BYTES];
   append_key(metrics, key);
   if (!isfinite(value)) {
     append(metrics, "null", 4);
     return;
   }
-  int length = snprintf(text, sizeof text, "%.*g", digits, value);
+  int length = snprintf(text, sizeof text, "%.17g", value);
   /* A program that set a locale may have another decimal point. */
   for (char *at = text; *at; at++)
     if (!strchr("0123456789+-e", *at))
@@ -312,22 +319,13 @@ void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t va
   append(metrics, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)value));
 }
 
-void flap_metrics_add_float(flap_metrics *metrics, const char *key, float value) {
-  append_real(metrics, key, 9, (double)value);
-}
-
 void flap_metrics_add_number(flap_metrics *metrics, const char *key, double value) {
-  append_real(metrics, key, 17, value);
+  append_real(metrics, key, value);
 }
 
 void flap_metrics_add_bool(flap_metrics *metrics, const char *key, bool value) {
   append_key(metrics, key);
   append(metrics, value ? "true" : "false", value ? 4 : 5);
-}
-
-void flap_metrics_add_string(flap_metrics *metrics, const char *key, const char *value) {
-  append_key(metrics, key);
-  append_quoted(metrics, value);
 }
 
 void flap_metrics_open_object(flap_metrics *metrics, const char *key) {

@@ -2,13 +2,13 @@
  *
  *   flap_metrics_begin_line(metrics);
  *   flap_metrics_add_integer(metrics, "step", 12);
- *   flap_metrics_add_float(metrics, "loss", loss);
+ *   flap_metrics_add_number(metrics, "loss", loss);
  *   flap_metrics_open_object(metrics, "stall_seconds");
  *   flap_metrics_add_number(metrics, "h2d", 0.25);
  *   flap_metrics_close_object(metrics);
  *   FLAP_TRY(flap_metrics_end_line(metrics));
  *
- * Numbers read back to the same bits (%.9g for floats, %.17g for doubles); NaN and the infinities are null, which every
+ * Numbers read back to the same bits (%.17g); NaN and the infinities are null, which every
  * JSON reader takes. Lines are built in a buffer that open takes: after that nothing is allocated. A line is handed to
  * the system in one write, so a killed run leaves at most one torn line, which the next open drops.
  * Threading: one user.
@@ -53,10 +53,8 @@ FLAP_CHECKED flap_status flap_metrics_has_steps(const char *path, bool *has_out)
 /* Begin and end come in pairs, as do open and close of objects; keys are escaped if they need it. */
 void flap_metrics_begin_line(flap_metrics *metrics);
 void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t value);
-void flap_metrics_add_float(flap_metrics *metrics, const char *key, float value);
 void flap_metrics_add_number(flap_metrics *metrics, const char *key, double value);
 void flap_metrics_add_bool(flap_metrics *metrics, const char *key, bool value);
-void flap_metrics_add_string(flap_metrics *metrics, const char *key, const char *value); /* UTF-8 */
 void flap_metrics_open_object(flap_metrics *metrics, const char *key);
 void flap_metrics_close_object(flap_metrics *metrics);
 

@@ -34,6 +34,11 @@ FLAP_CHECKED flap_status flap_room_keep(flap_room *room, uint64_t bytes, uint64_
 bool flap_room_give(flap_room *room, uint64_t bytes);
 /* Whether a call that returned this may do better when it is made again: it found no space, and some was given back. */
 bool flap_room_helps(flap_room *room, flap_status status, uint64_t bytes);
+/* A call that makes small files, or a folder, and may be made again: whenever it finds no space it gets twice as much
+ * of what was kept. Nothing is given where there is space. */
+#define FLAP_WITH_ROOM(status, room, call) \
+  for (uint64_t bytes_ = FLAP_ROOM_SMALL_BYTES; flap_room_helps((room), (status) = (call), bytes_); bytes_ *= 2)
+#define FLAP_ROOM_SMALL_BYTES ((uint64_t)16 << 10)
 /* Gives back what is more than `bytes`. */
 void flap_room_leave(flap_room *room, uint64_t bytes);
 void flap_room_close(flap_room *room);

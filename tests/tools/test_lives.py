@@ -453,6 +453,73 @@ class Lives(Rig):
                           "max_steps=9", "output_dir=other", f"resume_from_checkpoint={optim}/checkpoint-4"))
             self.accept("train", *common, "max_steps=9", "resume_from_checkpoint=true")  # all was turned back
 
+    def test_a_flipped_bit_is_not_begun_from_nor_exported_nor_sampled(self):
+        self.accept("train", "run.yaml", "save_strategy=steps", "save_steps=8", "export=none", "save_total_limit=1",
+                    "expert.checkpoint_states=copied")
+        folder = "out/checkpoint-8"
+        uses = (["train", "run.yaml", "model=null", f"model_name_or_path={folder}", "output_dir=next", "overwrite_output_dir=true"],
+                ["export", folder, "exported"], ["sample", folder, "-n", "4"], ["eval", folder, "dataset=text.txt"])
+        self.flip(f"{folder}/model.safetensors")
+        for use in uses:
+            with self.subTest(use[0]):
+                error = self.refuse(f"{folder}/model.safetensors: is not what was saved", *use)
+                self.assertIn(f"if it was changed on purpose, remove {folder}/checksums.json", error)
+        self.flip(f"{folder}/model.safetensors")
+        self.flip(f"{folder}/optimizer-low.safetensors")
+        exact = ["export", folder, "exact", "--dtype", "float32"]
+        self.refuse(f"{folder}/optimizer-low.safetensors: is not what was saved", *exact)
+        self.accept(*uses[1])  # it does without
+        os.remove(self.path(f"{folder}/checksums.json"))
+        self.accept(*exact)
+
+    def test_what_others_left_in_output_dir_is_not_written_over(self):
+        self.accept("train", "run.yaml", "output_dir=mine")
+        anew = ["train", "run.yaml", "output_dir=mine", "save_strategy=steps", "save_steps=4", "overwrite_output_dir=true"]
+        self.accept(*anew)
+        os.mkdir(self.path("mine/checkpoint-4/deep"))
+        for name, content in (("mine/checkpoint-12/pytorch_model.bin", "somebody's"), ("theirs/model.safetensors", "somebody's"),
+                              ("bin/config.json", "{}"), ("bin/pytorch_model.bin", "somebody's")):
+            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+            self.write(name, content)
+        for folder, named in (("mine", "mine/checkpoint-12"), ("theirs", "theirs/model.safetensors"), ("bin", "bin/config.json")):
+            error = self.refuse(f"overwrite_output_dir: {named} is not known as FLAP's", *anew, f"output_dir={folder}")
+            self.assertIn("move it away, or name another output_dir", error)
+        os.rename(self.path("mine/checkpoint-12"), self.path("kept"))
+        self.accept(*anew)
+
+    def test_what_cannot_be_removed_stops_nobody_where_later_steps_were_saved(self):
+        saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none", "resume_from_checkpoint=auto"]
+        self.accept(*saving)
+        os.makedirs(self.path("out/checkpoint-4.tmp/a/b"))  # so deep is nothing of FLAP's
+        done = self.flap(*saving, "max_steps=9")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stderr, "warning: something of an old checkpoint stays: out/checkpoint-4.tmp/a")
+        os.rename(self.path("out/checkpoint-4.tmp"), self.path("out/checkpoint-12.tmp"))
+        error = self.refuse("out/checkpoint-12.tmp/a", *saving, "max_steps=12")
+        self.assertIn("an earlier life left it unfinished; make it writable, or move it away", error)
+
+    def test_a_damaged_line_of_metrics_is_told_before_it_goes(self):
+        saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none", "resume_from_checkpoint=auto"]
+        self.accept(*saving)
+        with open(self.path("out/metrics.jsonl")) as file:
+            lines = file.readlines()
+        self.write("out/metrics.jsonl", "".join([lines[0], lines[1], "xx\n", *lines[3:], "torn"]))
+        done = self.flap(*saving, "max_steps=9")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(re.findall(r"metrics.jsonl:(\d+): not a line of JSON", done.stderr), ["3"])
+
+    def test_evaluations_of_another_text_are_not_compared(self):
+        saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none"]
+        def before(*arguments):
+            out = self.accept(*saving, *arguments)
+            return re.search(r"held-out loss (\S+) before", out).group(1)
+        first = before()
+        self.write("other.txt", TEXT.upper())
+        self.assertEqual(before("max_steps=9", "resume_from_checkpoint=true"), first)
+        self.assertNotEqual(before("max_steps=10", "dataset=other.txt", "resume_from_checkpoint=true"), first)
+        steps = [line["step"] for line in self.metrics() if "eval_loss" in line]
+        self.assertEqual(steps, sorted(set(steps)))  # one line for each
+
     @long_when_sanitized
     def test_way_back_from_a_damaged_checkpoint_is_the_one_that_its_error_names(self):
         common = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none"]
