@@ -89,6 +89,8 @@ flap_status flap_error_set_os(int os_error, const char *format, ...) {
   char buffer[128];
   record_append(": ");
   record_append(strerror_r(os_error, buffer, sizeof buffer));
+  if (os_error == EMFILE)
+    record_append(" (raise the limit: ulimit -n)");
   return status_from_os(os_error);
 }
 

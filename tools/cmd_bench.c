@@ -1,4 +1,5 @@
 /* flap bench: what this machine can do, measured through FLAP's own code. */
+#include "base/pool.h"
 #include "base/units.h"
 #include "engine/engine.h"
 #include "io/block/measure.h"
@@ -63,7 +64,7 @@ static flap_status measure_disk_once(const flap_command *command, const flap_ben
   if (depth > BLOCKS_DEPTH_MAX)
     return flap_arguments_error(command, "--depth: %u is more than %u", depth, BLOCKS_DEPTH_MAX);
   if (bytes < request_bytes)
-    return flap_arguments_error(command, "--bytes must be at least one request");
+    return flap_arguments_error(command, "--bytes must be at least one request, of 4 MiB unless --request says less");
   if (options->path_count > 1)
     return flap_arguments_error(command, "one measurement (--bytes, --request, --depth) takes one folder");
   bytes = bytes / request_bytes * request_bytes;
@@ -237,6 +238,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return FLAP_OK;
   if (count == 0)
     return flap_arguments_error(command, "measure what? disk, pcie, host, gpu, all or machine");
+  if (bench.threads > FLAP_POOL_THREADS_MAX)
+    return flap_arguments_error(command, "--threads: %u is more than %d", bench.threads, FLAP_POOL_THREADS_MAX);
   if (path)
     bench.paths[bench.path_count++] = path;
   FLAP_TRY(take_words(command, rest, count, &device, &bench));

@@ -147,7 +147,8 @@ static const flap_config_key keys[] = {
     PLAIN("save_only_model", BOOL, save_only_model,
           "Checkpoints hold the weights only: smaller, but no resuming from them."),
     PLAIN("output_dir", PATH, output_dir, "Ends as a Hugging Face folder, with checkpoints and metrics beside."),
-    PLAIN("overwrite_output_dir", BOOL, overwrite_output_dir, "Start anew in an output_dir that holds an earlier run."),
+    PLAIN("overwrite_output_dir", BOOL, overwrite_output_dir,
+          "Start anew in an output_dir that holds an earlier run. Beside resume_from_checkpoint: true it has no say."),
     CUSTOM(
         "resume_from_checkpoint", flap_config_set_resume, "true, auto, latest, false or a checkpoint folder", "false",
         "Continue from a checkpoint, bit for bit; true (or latest) takes the newest in output_dir. auto does that too, "

@@ -60,23 +60,37 @@ static void on_prepared(void *context, uint64_t train_tokens, uint64_t heldout_t
   (void)fflush(progress->out);
 }
 
-static void on_stepped(void *context, const flap_step_report *report) {
-  flap_progress *progress = context;
-  if (!progress->terminal && !report->logged)
-    return;
-  char line[LINE_BYTES], scale[48] = "";
+/* `less` of it: without the learning rate, then the norm, then the share of the bound. */
+static int format_step(const flap_step_report *report, int less, char line[LINE_BYTES]) {
+  char scale[48] = "", norm[32] = "", rate[32] = "", share[48] = "";
   if (report->loss_scale > 0)
     (void)snprintf(scale, sizeof scale, "  scale %.9g%s", report->loss_scale, report->skipped ? ": skipped" : "");
-  /* Neither is below 0; the sign of a NaN, in a step that is skipped, would say nothing. */
-  int length = snprintf(
-      line, sizeof line, "step %llu/%llu  loss %.4f  norm %.3g  lr %.3g%s  %s tok/s  %s of bound  ETA %s",
-      (unsigned long long)report->step, (unsigned long long)report->max_steps, fabs(report->loss),
-      fabs(report->grad_norm), report->learning_rate, scale, flap_text_rate(report->tokens_per_second).text,
-      flap_text_percent(report->bound_seconds, report->step_seconds).text, flap_text_seconds(report->eta_seconds).text);
+  if (less < 1)
+    (void)snprintf(rate, sizeof rate, "  lr %.3g", report->learning_rate);
+  if (less < 2)
+    (void)snprintf(norm, sizeof norm, "  norm %.3g", fabs(report->grad_norm));
+  if (less < 3)
+    (void)snprintf(share, sizeof share, "  %s of bound",
+                   flap_text_percent(report->bound_seconds, report->step_seconds).text);
+  /* Neither loss nor norm is below 0; the sign of a NaN, in a step that is skipped, would say nothing. */
+  return snprintf(line, LINE_BYTES, "step %llu/%llu  loss %.4f%s%s%s  %s tok/s%s  ETA %s",
+                  (unsigned long long)report->step, (unsigned long long)report->max_steps, fabs(report->loss), norm,
+                  rate, scale, flap_text_rate(report->tokens_per_second).text, share,
+                  flap_text_seconds(report->eta_seconds).text);
+}
+
+static void on_stepped(void *context, const flap_step_report *report) {
+  flap_progress *progress = context;
+  char line[LINE_BYTES];
+  if (!progress->terminal && !report->logged)
+    return;
+  int length = format_step(report, 0, line);
   if (!progress->terminal) {
     fprintf(progress->out, "%s\n", line);
   } else {
-    int columns = terminal_columns(progress->out) - 1; /* a line that wraps cannot be rewritten */
+    const int columns = terminal_columns(progress->out) - 1; /* a line that wraps cannot be rewritten */
+    for (int less = 1; length > columns && less <= 3; less++)
+      length = format_step(report, less, line);
     if (length > columns && columns >= 0)
       line[columns < LINE_BYTES ? columns : LINE_BYTES - 1] = '\0';
     fprintf(progress->out, "\r%s\033[K", line);
