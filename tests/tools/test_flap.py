@@ -30,6 +30,7 @@ class Flap(Rig):
         self.assertEqual(sample[0], sample[1])
         self.accept("sample", "run.yaml")  # 64 positions are fewer than the 128 tokens of the default
         self.refuse("more than the model's max_position_embeddings of 64", "sample", "run.yaml", "-n", "128")
+        self.refuse("--prompt: its 64 tokens leave no room", "sample", "run.yaml", "--prompt", "x" * 64)
         on_text = ["eval", "out", "dataset=text.txt", "--json"]  # all 64 positions, fewer than the default cutoff_len
         by_default, given = (json.loads(self.accept(*on_text, *more)) for more in ([], ["cutoff_len=64"]))
         self.assertEqual((by_default["loss"], by_default["tokens"]), (given["loss"], given["tokens"]))

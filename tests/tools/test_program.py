@@ -179,11 +179,11 @@ class Program(unittest.TestCase):
         self.assertIn("`flap bench machine`", text)
         self.assertNotIn("no step can be faster", self.accept("train", "run.yaml"))
 
-    def test_train_on_a_terminal_rewrites_its_line(self):
+    def lines_on_a_terminal(self, columns):
         leader, follower = pty.openpty()
         import fcntl
         import termios
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         process = subprocess.Popen([PROGRAM, "train", "run.yaml"], cwd=self.folder.name, stdout=follower,
                                    stderr=subprocess.PIPE)
         os.close(follower)
@@ -197,9 +197,19 @@ class Program(unittest.TestCase):
         self.assertEqual(process.wait(timeout=60), 0)
         process.stderr.close()
         self.assertEqual(text.count(b"\rstep "), 20)
-        for line in text.split(b"\r"):
-            if line.startswith(b"step "):
-                self.assertLessEqual(len(line.split(b"\x1b")[0]), 39)
+        return [line.split(b"\x1b")[0].decode() for line in text.split(b"\r") if line.startswith(b"step ")]
+
+    def test_train_on_a_terminal_rewrites_its_line(self):
+        for line in self.lines_on_a_terminal(40):
+            self.assertLessEqual(len(line), 39)
+
+    def test_train_on_a_narrow_terminal_leaves_out_what_matters_least(self):
+        for columns, words in ((140, ["loss", "norm", "lr", "tok/s", "of bound", "ETA"]), (80, ["loss", "tok/s", "of bound", "ETA"]),
+                               (60, ["loss", "tok/s", "ETA"])):
+            for line in self.lines_on_a_terminal(columns):
+                self.assertLess(len(line), columns)
+                for word in words:
+                    self.assertIn(f" {word} ", line + " ")
 
     def test_train_error_is_one_line_after_the_progress(self):
         done = self.refuse("step 3: the loss is not finite", "train", "run.yaml", fake="nan")
