@@ -3,12 +3,15 @@
 #include "engine/store/weights.h"
 
 #include "base/philox.h"
+#include "base/system.h"
 #include "engine/store/weights_internal.h"
 #include "io/formats/safetensors.h"
 #include "tests/engine/weights_rig.h"
 #include "tests/formats/formats_scratch.h"
 
 #include <check.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -369,6 +372,46 @@ START_TEST(weights_sizes_are_those_of_the_files) {
 }
 END_TEST
 
+/* No space for an index, unless somebody gives some back meanwhile. */
+static flap_system full_for_indexes;
+static unsigned refused, refuse_most;
+
+static int open_or_refuse(int folder, const char *path, int flags, mode_t mode) {
+  if ((flags & O_CREAT) != 0 && strstr(path, FLAP_SAFETENSORS_INDEX) != NULL && refused < refuse_most) {
+    refused++;
+    errno = ENOSPC;
+    return -1;
+  }
+  return flap_system_default()->open(folder, path, flags, mode);
+}
+
+/* As every file of a checkpoint: what was kept for it is there when a disk is full. */
+START_TEST(weights_index_of_shards_takes_room_that_was_kept) {
+  weights_rig rig;
+  flap_model_config config;
+  flap_room room = FLAP_ROOM_NONE;
+  rig_model(false, true, &config);
+  rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
+  RIG_OK(flap_weights_init(rig.pager, &rig.layout, 1));
+  full_for_indexes = *flap_system_default();
+  full_for_indexes.open = open_or_refuse;
+  (void)flap_system_replace(&full_for_indexes);
+  refuse_most = 2;
+  RIG_REFUSED(flap_weights_save(rig.pager, &rig.layout, folder_path("none"), 30000, (flap_file_piece){0}, NULL),
+              FLAP_NO_SPACE, FLAP_SAFETENSORS_INDEX, "");
+  refused = 0;
+  RIG_OK(flap_room_open(scratch_path(""), &room));
+  const flap_status kept = flap_room_keep(&room, (uint64_t)1 << 20, 0);
+  if (kept == FLAP_OK)
+    RIG_OK(
+        flap_weights_save(rig.pager, &rig.layout, folder_path("some"), 30000, (flap_file_piece){.room = &room}, NULL));
+  ck_assert(kept != FLAP_OK || refused == 2);
+  flap_room_close(&room);
+  (void)flap_system_replace(NULL);
+  rig_close(&rig);
+}
+END_TEST
+
 START_TEST(weights_shards_hold_the_same_tensors) {
   flap_model_config config;
   weights_rig rig;
@@ -452,6 +495,7 @@ int main(void) {
   tcase_add_test(tests, weights_resume_refuses_codes_that_do_not_fit);
   tcase_add_test(tests, weights_resume_refuses_an_embedding_with_8_bit_moments);
   tcase_add_loop_test(tests, weights_sizes_are_those_of_the_files, 0, FORMATS);
+  tcase_add_test(tests, weights_index_of_shards_takes_room_that_was_kept);
   tcase_add_test(tests, weights_shards_hold_the_same_tensors);
   tcase_add_test(tests, weights_failed_saves_leave_no_file_behind);
   suite_add_tcase(suite, tests);
