@@ -1,9 +1,10 @@
 #!/bin/bash
 # Installs, builds and checks everything that needs no GPU.
-# Usage: tools/check.sh [--no-install] [--with-torch] [--quick]
+# Usage: tools/check.sh [--no-install] [--with-torch] [--quick] [--coverage]
 #   --no-install   leave packages alone (they must be there)
 #   --with-torch   also put PyTorch and transformers into .venv, for the tests that compare with them (gigabytes)
 #   --quick        the gcc build and its tests only: no clang, no sanitizers
+#   --coverage     also what tools/coverage.sh reports, at least 95% of lines and 85% of branches: a quarter of an hour more
 # Random cases come from one fixed seed, so that a red run is the change's own doing; FLAP_TEST_SEED=$RANDOM tools/check.sh looks
 # for more, and so does every test that is run by itself.
 # Ends with one line: N passed, N failed, N skipped. Exit status 0 only if nothing failed.
@@ -11,12 +12,13 @@
 set -u
 cd "$(dirname "$0")/.."
 
-install=yes torch=no quick=no
+install=yes torch=no quick=no coverage=no
 for argument in "$@"; do
   case "$argument" in
     --no-install) install=no ;;
     --with-torch) torch=yes ;;
     --quick) quick=yes ;;
+    --coverage) coverage=yes ;;
     -h | --help) sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "check.sh: error: unknown option $argument; see tools/check.sh --help" >&2; exit 1 ;;
   esac
@@ -41,6 +43,10 @@ step() {
        tail -n 25 "$logs/$name.log" | sed 's/^/    /' ;;
   esac
   return $status
+}
+
+check_coverage() {
+  tools/coverage.sh | awk '{ print } $1 == "total" { enough = $3 + 0 >= 95 && $5 + 0 >= 85 } END { exit !enough }'
 }
 
 # tests <name> <folder> [more arguments for ctest]: every test counts as one check.
@@ -131,6 +137,10 @@ if [ $quick = no ]; then
     "${sanitized[@]}"; then
     for folder in base block pager; do tests tests-tsan-$folder build-tsan/tests/$folder -LE "slow|pure"; done
   fi
+fi
+if [ $coverage = yes ]; then
+  step coverage check_coverage
+  tail -n 1 "$logs/coverage.log"
 fi
 step nothing-left check_nothing_left
 
