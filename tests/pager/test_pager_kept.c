@@ -90,7 +90,7 @@ static uint32_t keep_all(rig *r) {
 }
 
 static flap_status run(rig *r, uint32_t first, uint32_t count, flap_lease_mode mode) {
-  flap_lease leases[REGIONS];
+  flap_lease leases[REGIONS] = {0};
   for (uint32_t i = 0; i < count; i++)
     leases[i] = (flap_lease){.region = first + i, .mode = mode};
   FLAP_TRY(flap_pager_begin(r->pager, leases, count));
