@@ -3,6 +3,7 @@
 #include "base/philox.h"
 
 #include <check.h>
+#include <errno.h>
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,7 +36,7 @@ void harness_init(block_harness *harness, flap_block_backend backend, const char
   config->stripe_bytes = stripe_bytes;
   for (uint32_t d = 0; d < disk_count; d++) {
     snprintf(harness->folders[d], sizeof harness->folders[d], "%s/flap-test-XXXXXX", parent);
-    ck_assert_ptr_nonnull(mkdtemp(harness->folders[d]));
+    ck_assert_msg(mkdtemp(harness->folders[d]) != NULL, "%s: %s", harness->folders[d], strerror(errno));
     config->disks[d] = (flap_block_disk){
         .path = harness->folders[d], .bytes = stripes[d] * stripe_bytes, .weight = disk_count % 2 ? 3 * d + 1 : 0};
     config->bytes += stripes[d] * stripe_bytes;
