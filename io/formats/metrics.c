@@ -289,21 +289,6 @@ static void append_key(flap_metrics *metrics, const char *key) {
   metrics->needs_comma = true;
 }
 
-static void append_real(flap_metrics *metrics, const char *key, double value) {
-  char text[NUMBER_BYTES];
-  append_key(metrics, key);
-  if (!isfinite(value)) {
-    append(metrics, "null", 4);
-    return;
-  }
-  int length = snprintf(text, sizeof text, "%.17g", value);
-  /* A program that set a locale may have another decimal point. */
-  for (char *at = text; *at; at++)
-    if (!strchr("0123456789+-e", *at))
-      *at = '.';
-  append(metrics, text, (size_t)length);
-}
-
 void flap_metrics_begin_line(flap_metrics *metrics) {
   flap_assert(metrics->depth == 0);
   metrics->used = 0;
@@ -320,7 +305,18 @@ void flap_metrics_add_integer(flap_metrics *metrics, const char *key, int64_t va
 }
 
 void flap_metrics_add_number(flap_metrics *metrics, const char *key, double value) {
-  append_real(metrics, key, value);
+  char text[NUMBER_BYTES];
+  append_key(metrics, key);
+  if (!isfinite(value)) {
+    append(metrics, "null", 4);
+    return;
+  }
+  int length = snprintf(text, sizeof text, "%.17g", value);
+  /* A program that set a locale may have another decimal point. */
+  for (char *at = text; *at; at++)
+    if (!strchr("0123456789+-e", *at))
+      *at = '.';
+  append(metrics, text, (size_t)length);
 }
 
 void flap_metrics_add_bool(flap_metrics *metrics, const char *key, bool value) {
