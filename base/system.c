@@ -10,16 +10,36 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #define NAME_TRIES_MAX 100
+#define BLOCK_BYTES 512u /* of st_blocks */
 #define NAME_CHARACTERS 6u
 
 static int system_open(int folder, const char *path, int flags, mode_t mode) {
   return openat(folder, path, flags, mode);
 }
 
+/* Whether a file may come to be of so many bytes. What it has counts as there already. */
+static bool has_space(int fd, off_t bytes) {
+  struct statvfs system;
+  struct stat file;
+  uint64_t space = 0;
+  if (fstatvfs(fd, &system) != 0 || fstat(fd, &file) != 0 || system.f_blocks == 0) /* no limit, or none that is told */
+    return true;
+  return !flap_units_mul(system.f_bavail, system.f_frsize, &space) ||
+         !flap_units_add(space, (uint64_t)file.st_blocks * BLOCK_BYTES, &space) || (uint64_t)bytes <= space;
+}
+
+/* Some file systems (ext4) take all there is before they find that it is not enough, and whoever else wants some of it
+ * at that moment finds none. */
 static int system_allocate(int fd, off_t bytes) {
+  if (bytes > 0 && !has_space(fd, bytes)) {
+    errno = ENOSPC;
+    return -1;
+  }
   return fallocate(fd, 0, 0, bytes);
 }
 

@@ -34,7 +34,7 @@ typedef struct flap_system {
   ssize_t (*pwrite)(int fd, const void *data, size_t bytes, off_t offset);
   int (*sync)(int fd); /* fsync */
   int (*truncate)(int fd, off_t bytes);
-  int (*allocate)(int fd, off_t bytes);                            /* fallocate from 0, which sets the size */
+  int (*allocate)(int fd, off_t bytes);                            /* fallocate from 0; sets the size; all or nothing */
   int (*rename)(const char *from, const char *to, unsigned flags); /* renameat2 */
   int (*link)(int fd, const char *path);                           /* linkat: a name for an open file */
   int (*remove)(int folder, const char *path, int flags);          /* unlinkat */

@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 static flap_system table;
@@ -55,6 +57,28 @@ static int open_scratch(char path[64]) {
   ck_assert_int_ge(fd, 0);
   return fd;
 }
+
+/* Other programs, and tests beside this one, would find none for a moment. */
+START_TEST(system_space_that_is_not_there_is_not_taken_for_a_moment) {
+  char path[64];
+  struct statvfs system;
+  struct stat file;
+  const int fd = open_scratch(path);
+  ck_assert_int_eq(fstatvfs(fd, &system), 0);
+  const off_t more = (off_t)(system.f_blocks * system.f_frsize) + ((off_t)1 << 20);
+  ck_assert_int_eq(flap_system_fallocate(fd, more), -1);
+  ck_assert_int_eq(errno, ENOSPC);
+  ck_assert_int_eq(fstat(fd, &file), 0);
+  ck_assert_int_eq(file.st_size, 0);
+  ck_assert_int_eq(file.st_blocks, 0); /* ext4 would keep what it found */
+  ck_assert_int_eq(flap_system_fallocate(fd, 8192), 0);
+  ck_assert_int_eq(flap_system_fallocate(fd, 16384), 0);
+  ck_assert_int_eq(fstat(fd, &file), 0);
+  ck_assert_int_eq(file.st_size, 16384);
+  ck_assert_int_eq(close(fd), 0);
+  ck_assert_int_eq(unlink(path), 0);
+}
+END_TEST
 
 START_TEST(system_interrupted_call_is_made_again) {
   char path[64], byte = 0;
@@ -218,6 +242,7 @@ int main(void) {
   Suite *suite = suite_create("base");
   TCase *tests = tcase_create("system");
   tcase_add_checked_fixture(tests, setup, teardown);
+  tcase_add_test(tests, system_space_that_is_not_there_is_not_taken_for_a_moment);
   tcase_add_test(tests, system_interrupted_call_is_made_again);
   tcase_add_test(tests, system_interrupted_for_ever_is_an_error);
   tcase_add_test(tests, system_failed_sync_is_not_made_again);
