@@ -48,9 +48,9 @@ bool flap_matmul_key_valid(const flap_matmul_key *key) {
   const bool sizes = key->m > 0 && key->n > 0 && key->k > 0 && key->transpose <= FLAP_TN;
   return sizes && key->lda >= (key->transpose == FLAP_TN ? key->m : key->k) &&
          key->ldb >= (key->transpose == FLAP_NT ? key->k : key->n) && key->ldc >= key->n && is_float(key->dtype) &&
-         is_float(key->c_dtype) && key->added <= 2 && (key->added != 1 || key->c_dtype == FLAP_F32) &&
-         (key->bias == 0 || is_alignment(key->bias)) && is_alignment(key->align_a) && is_alignment(key->align_b) &&
-         is_alignment(key->align_c);
+         (key->c_dtype == FLAP_F32 || key->c_dtype == key->dtype) && key->added <= 2 &&
+         (key->added != 1 || key->c_dtype == FLAP_F32) && (key->bias == 0 || is_alignment(key->bias)) &&
+         is_alignment(key->align_a) && is_alignment(key->align_b) && is_alignment(key->align_c);
 }
 
 const char *flap_matmul_key_text(const flap_matmul_key *key, char text_out[FLAP_MATMUL_TEXT_MAX]) {

@@ -109,6 +109,7 @@ void flap_ops_matmul(flap_ops *ops, const flap_matmul *matmul) {
   flap_assert(x->m > 0 && x->n > 0 && x->k > 0);
   flap_assert(x->lda >= (x->transpose == FLAP_TN ? x->m : x->k));
   flap_assert(x->ldb >= (x->transpose == FLAP_NT ? x->k : x->n));
+  flap_assert(x->c_dtype == FLAP_F32 || x->c_dtype == x->dtype);
   flap_assert(x->ldc >= x->n && (!x->accumulate || (x->c_dtype == FLAP_F32 && x->residual == NULL)));
   flap_assert(x->residual == NULL || x->residual != x->c);
   uint64_t started_ns = begin(ops);

@@ -66,10 +66,10 @@ typedef enum flap_transpose { FLAP_NN, FLAP_NT, FLAP_TN } flap_transpose;
  *   FLAP_NT: a (M, K), b (N, K)   the forward, y = x Wᵀ, W in the Hugging Face layout (out, in)
  *   FLAP_NN: a (M, K), b (K, N)   the input gradient, dx = dy W
  *   FLAP_TN: a (K, M), b (K, N)   the weight gradient, dW = dyᵀ x
- * a and b are of `dtype`; c is of `c_dtype`. With `accumulate`, c is fp32 and is added to. bias (N) of dtype or NULL.
- * residual (M, N) of c_dtype with c's row stride, or NULL: added before the one rounding. It must not be c: products
- * of 16-bit types in its place had other bits on a GPU. lda, ldb, ldc
- * are row strides in elements. */
+ * a and b are of `dtype`; c is of `c_dtype`, which is the same or fp32. With `accumulate`, c is fp32 and is added to.
+ * bias (N) of dtype or NULL. residual (M, N) of c_dtype with c's row stride, or NULL: added before the one rounding. It
+ * must not be c: products of 16-bit types in its place had other bits on a GPU. lda, ldb, ldc are row strides in
+ * elements. */
 typedef struct flap_matmul {
   flap_transpose transpose;
   uint32_t m, n, k;

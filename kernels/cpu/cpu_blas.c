@@ -14,6 +14,7 @@
 #define BUFFER_BYTES ((uint64_t)130 << 20)
 #define CORE_VARIABLE "OPENBLAS_CORETYPE"
 #define THREADS_VARIABLE "OPENBLAS_NUM_THREADS"
+#define OPENMP_VARIABLE "OMP_NUM_THREADS" /* read by the OpenMP of the OpenBLAS that uses one */
 
 typedef struct library {
   void *handle;
@@ -79,11 +80,14 @@ static bool find(const library *l, const char *name, void *function_out) {
 /* It starts no threads: the device's pool is the only runtime that runs any. `core` NULL: as it finds best. */
 static flap_status load(const char *core, library *l) {
   char *const threads_before = copy_of(THREADS_VARIABLE), *const core_before = copy_of(CORE_VARIABLE);
+  char *const openmp_before = copy_of(OPENMP_VARIABLE);
   (void)setenv(THREADS_VARIABLE, "1", 1);
+  (void)setenv(OPENMP_VARIABLE, "1", 1);
   if (core != NULL)
     (void)setenv(CORE_VARIABLE, core, 1);
   l->handle = dlopen(LIBRARY, RTLD_NOW | RTLD_LOCAL);
   put_back(CORE_VARIABLE, core_before);
+  put_back(OPENMP_VARIABLE, openmp_before);
   put_back(THREADS_VARIABLE, threads_before);
   if (l->handle == NULL)
     return not_there(dlerror());

@@ -103,8 +103,21 @@ static bool find(const cuda_blas *blas, const char *name, void *function_out) {
   return symbol != NULL;
 }
 
+/* Variables by which a user changes what products of fp32 are computed with, behind the numerics key. */
+static void ignore_variables(void) {
+  static const char *const names[] = {"NVIDIA_TF32_OVERRIDE", "CUBLAS_EMULATE_SINGLE_PRECISION",
+                                      "CUBLAS_EMULATION_STRATEGY"};
+  for (size_t i = 0; i < sizeof names / sizeof *names; ++i) {
+    if (getenv(names[i]) == NULL)
+      continue;
+    flap_log(FLAP_LOG_WARNING, "%s is ignored: products of fp32 are computed in fp32", names[i]);
+    (void)unsetenv(names[i]);
+  }
+}
+
 static flap_status load(cuda_blas *blas) {
   static const char *const places[] = {LIBRARY, FLAP_CUDA_LIBRARIES "/" LIBRARY, "/usr/local/cuda/lib64/" LIBRARY};
+  ignore_variables();
   for (size_t i = 0; i < sizeof places / sizeof *places && blas->library == NULL; ++i)
     blas->library = dlopen(places[i], RTLD_NOW | RTLD_LOCAL);
   if (blas->library == NULL)

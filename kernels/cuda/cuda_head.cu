@@ -55,9 +55,11 @@ template <typename T> __device__ inline softmax_sum row_sum(const T *row, uint32
       mine.sum *= exponential<T>(mine.maximum - maximum);
       mine.maximum = maximum;
     }
+    /* Nothing is finite so far: each counts as 0, as to the cpu, where the difference would not be a number. */
+    const float base = mine.maximum == -INFINITY ? 0.0f : mine.maximum;
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      mine.sum += i < valid ? exponential<T>(x[i] - mine.maximum) : 0.0f;
+      mine.sum += i < valid ? exponential<T>(x[i] - base) : 0.0f;
   }
   return mine;
 }

@@ -12,6 +12,7 @@
 
 #define CORE "OPENBLAS_CORETYPE"
 #define THREADS "OPENBLAS_NUM_THREADS"
+#define OPENMP "OMP_NUM_THREADS"
 
 static bool has_fma(void) {
 #ifdef __x86_64__
@@ -43,12 +44,22 @@ static bool multiplies(const flap_cpu_blas *blas) {
   return c[0] == 19 && c[1] == 22 && c[2] == 43 && c[3] == 50;
 }
 
+/* Large enough that a library with threads would use them. */
+static bool starts_no_threads(const flap_cpu_blas *blas) {
+  enum { N = 512 };
+  static float a[N * N], c[N * N];
+  const uint32_t threads = count_threads();
+  blas->sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, N, N, N, 1, a, N, a, N, 0, c, N);
+  return count_threads() == threads;
+}
+
 static void run(bool (*is_right)(void)) {
   const pid_t child = fork();
   ck_assert_int_ge(child, 0);
   if (child == 0) {
     (void)unsetenv(CORE);
     (void)unsetenv(THREADS);
+    (void)unsetenv(OPENMP);
     _exit(is_right() ? 0 : 1);
   }
   int status = -1;
@@ -61,8 +72,8 @@ static bool is_wide_here(void) {
   const uint32_t threads = count_threads();
   return flap_cpu_blas_find(&blas) == FLAP_OK && flap_cpu_blas_find(&again) == FLAP_OK && again == blas &&
          strncmp(blas->name, "openblas-", strlen("openblas-")) == 0 && multiplies(blas) &&
-         (!has_fma() || flap_cpu_blas_better_core(strrchr(blas->name, '-') + 1) == NULL) &&
-         count_threads() == threads && getenv(CORE) == NULL && getenv(THREADS) == NULL;
+         (!has_fma() || flap_cpu_blas_better_core(strrchr(blas->name, '-') + 1) == NULL) && starts_no_threads(blas) &&
+         count_threads() == threads && getenv(CORE) == NULL && getenv(THREADS) == NULL && getenv(OPENMP) == NULL;
 }
 
 START_TEST(library_computes_as_well_as_the_processor_can_and_leaves_no_trace) {
@@ -74,8 +85,10 @@ static bool is_what_was_asked_for(void) {
   const flap_cpu_blas *blas;
   (void)setenv(CORE, "Nehalem", 1); /* code that every processor of 64 bits in use has */
   (void)setenv(THREADS, "3", 1);
+  (void)setenv(OPENMP, "3", 1);
   return flap_cpu_blas_find(&blas) == FLAP_OK && ends_with(blas->name, "-Nehalem") && multiplies(blas) &&
-         strcmp(getenv(CORE), "Nehalem") == 0 && strcmp(getenv(THREADS), "3") == 0;
+         starts_no_threads(blas) && strcmp(getenv(CORE), "Nehalem") == 0 && strcmp(getenv(THREADS), "3") == 0 &&
+         strcmp(getenv(OPENMP), "3") == 0;
 }
 
 START_TEST(variable_of_the_user_has_the_last_word) {

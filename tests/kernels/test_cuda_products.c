@@ -355,6 +355,38 @@ START_TEST(head_loss_any_shape_matches_the_cpu) {
 }
 END_TEST
 
+static void put(flap_dtype dtype, void *values, uint64_t at, float value) {
+  if (dtype == FLAP_F32)
+    ((float *)values)[at] = value;
+  else
+    ((uint16_t *)values)[at] = dtype == FLAP_BF16 ? flap_f32_to_bf16(value) : flap_f32_to_f16(value);
+}
+
+/* In fp16 they become -infinity: their tokens have no chance then, and the others the loss they had. */
+static void head_far_logits(gpu_rig *g, rig_random *random) {
+  enum { VOCABULARY = 64, FAR = 24 };
+  const int32_t id = VOCABULARY - 1;
+  unsigned char x_values[4], weights[VOCABULARY * 4];
+  (void)random;
+  put(g->dtype, x_values, 0, 30000);
+  for (uint64_t i = 0; i < VOCABULARY; ++i)
+    put(g->dtype, weights, i, i < FAR ? -30000 : 0);
+  operand targets = operand_of(g, FLAP_I32, &id, 1), x = operand_of(g, g->dtype, x_values, 1);
+  operand weight = operand_of(g, g->dtype, weights, VOCABULARY), losses = operand_empty(g, FLAP_F32, 1, 0);
+  flap_ops_head_loss(g->ops, g->dtype, losses.gpu, NULL, NULL, false, x.gpu, weight.gpu, targets.gpu, 1, 1, 1,
+                     VOCABULARY);
+  flap_ops_head_loss(g->cpu.ops, g->dtype, losses.cpu, NULL, NULL, false, x.cpu, weight.cpu, targets.cpu, 1, 1, 1,
+                     VOCABULARY);
+  ck_assert_double_eq_tol(rig_at(FLAP_F32, losses.cpu, 0), log(VOCABULARY - FAR), 1e-5);
+  operand_near("losses", &losses, 1e-5, 1e-5);
+  operand_free(&targets), operand_free(&x), operand_free(&weight), operand_free(&losses);
+}
+
+START_TEST(head_loss_with_logits_out_of_range_matches_the_cpu) {
+  with_rig(_i, head_far_logits);
+}
+END_TEST
+
 START_TEST(head_loss_large_vocabulary_takes_several_chunks) {
   flap_ops_limits limits = {.dtype = dtypes[_i], .batch_max = 1, .sequence_max = 700, .tokens_max = 700};
   limits.hidden = limits.intermediate = 16;
@@ -385,6 +417,7 @@ int main(void) {
   tcase_add_loop_test(tests, matmul_tuned_products_match_the_cpu_and_keep_their_bits, 0, 3);
   tcase_add_test(tests, matmul_table_with_what_is_not_possible_is_refused);
   tcase_add_loop_test(tests, head_loss_any_shape_matches_the_cpu, 0, 3);
+  tcase_add_loop_test(tests, head_loss_with_logits_out_of_range_matches_the_cpu, 0, 3);
   tcase_add_loop_test(tests, head_loss_large_vocabulary_takes_several_chunks, 0, 3);
   suite_add_tcase(suite, tests);
   return gpu_rig_main(suite);

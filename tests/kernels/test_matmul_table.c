@@ -64,7 +64,7 @@ END_TEST
 START_TEST(key_valid_refuses_what_no_product_has) {
   const flap_matmul_key good = key_of(64);
   ck_assert(flap_matmul_key_valid(&good));
-  flap_matmul_key bad[18];
+  flap_matmul_key bad[19];
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
     bad[i] = good;
   bad[0].m = 0, bad[1].n = 0, bad[2].k = 0, bad[3].lda = 31, bad[4].ldb = 31, bad[5].ldc = 47;
@@ -72,6 +72,7 @@ START_TEST(key_valid_refuses_what_no_product_has) {
   bad[11].bias = 3, bad[12].bias = 32, bad[13].align_a = 0, bad[14].align_b = 32, bad[15].align_c = 12;
   bad[16].transpose = FLAP_TN, bad[16].lda = 63; /* rows of a are M long */
   bad[17].c_dtype = FLAP_BF16, bad[17].added = 1;
+  bad[18].dtype = FLAP_F16, bad[18].c_dtype = FLAP_BF16;
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
     ck_assert_msg(!flap_matmul_key_valid(&bad[i]), "key %zu", i);
 }
