@@ -146,8 +146,8 @@ typedef struct flap_step_report {
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
-  double eta_seconds;
-  bool logged; /* a logging step, or a skipped one: also a line in metrics.jsonl */
+  double eta_seconds;     /* by what steps took of late */
+  bool logged;            /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
 
 typedef struct flap_eval_report {

@@ -34,8 +34,8 @@ void flap_run_config_defaults(flap_run_config *config) {
   memset(config, 0, sizeof *config);
   config->cutoff_len = 2048;
 
-  /* Where Hugging Face's TrainingArguments have a default, it is this one; logging_steps is the exception, since people
-   * who watch a run want to see something before step 500. */
+  /* Where Hugging Face's TrainingArguments have a default, it is this one, but for two: logging_steps, since people
+   * who watch a run want to see something before step 500, and bf16, which every card here has. */
   config->per_device_train_batch_size = 8;
   config->gradient_accumulation_steps = 1;
   config->num_train_epochs = 3.0;

@@ -40,7 +40,7 @@ static flap_status open_dataset(trainer *t) {
                                        .stop = t->stop};
   FLAP_TRY(flap_dataset_open(&dataset, &t->dataset));
   t->sequences = flap_dataset_sequences(t->dataset);
-  t->steps = flap_schedule_steps(config, t->sequences, t->step_sequences);
+  t->steps = flap_schedule_steps_from(config, t->sequences, t->step_sequences, t->state.step, t->state.cursor);
   t->warmup = flap_schedule_warmup(config, t->steps);
   FLAP_TRY(trainer_check_finished(t, t->steps));
   if (t->result->complete)
@@ -100,6 +100,12 @@ static void compare_data(const trainer *t) {
   if (t->state.dataset_digest != flap_dataset_digest(t->dataset))
     flap_log(FLAP_LOG_WARNING, "the data are not those that %s was trained on: sequences may come again, or not at all",
              t->resume_folder);
+  if (t->state.cursor != t->state.step * t->step_sequences)
+    flap_log(FLAP_LOG_WARNING,
+             "the %llu steps before %s took %llu sequences, and those to come take %llu each "
+             "(per_device_train_batch_size, gradient_accumulation_steps): epochs are counted by sequences",
+             (unsigned long long)t->state.step, t->resume_folder, (unsigned long long)t->state.cursor,
+             (unsigned long long)t->step_sequences);
   if (t->state.seed != t->config->seed)
     flap_log(FLAP_LOG_WARNING, "seed: %s was saved with %llu: the order of the data changes", t->resume_folder,
              (unsigned long long)t->state.seed);
@@ -370,7 +376,8 @@ static flap_status finish(trainer *t) {
   flap_room_leave(&t->room, t->prepared.plan.export_bytes); /* no checkpoint follows */
   flap_room_close(&t->line_room);
   t->result->steps = t->step;
-  if (t->step == 0 && t->result->interrupted) /* nothing to go on from: the same run may start here again */
+  /* Nothing new to go on from: the same run may start here again. */
+  if (t->result->interrupted && t->step == t->state.step && !t->goes_on_here)
     return flap_checkpoint_clear(t->config->output_dir);
   t->result->skipped_steps = t->runtime.executor.loss_scale.skipped;
   FLAP_TRY(flap_metrics_sync(t->metrics));

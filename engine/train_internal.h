@@ -54,6 +54,7 @@ typedef struct trainer {
   uint64_t predicted[FLAP_SETUP_PROGRAM_COUNT][FLAP_LANE_COUNT];
   double times[TRAINER_TIMES_MAX];
   uint64_t time_count;
+  double usual_seconds; /* of a step, of late */
 } trainer;
 
 /* ---- train_loop.c: the steps --------------------------------------------------------------------------------- */

@@ -20,8 +20,9 @@ static bool stop_asked(const trainer *t) {
   return t->stop != NULL && *t->stop != 0;
 }
 
+/* By what was read, for earlier lives may have taken more or fewer sequences a step. */
 static uint64_t epochs_done(const trainer *t, uint64_t step) {
-  return step * t->step_sequences / t->sequences;
+  return (t->cursor + step * t->step_sequences - t->step * t->step_sequences) / t->sequences;
 }
 
 /* Where one step makes the updates of two, some folded and some in its backward, there is no moment between them at
@@ -133,6 +134,12 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   return flap_metrics_end_line(m);
 }
 
+/* One step that waits, for a checkpoint or the disk, says little about those to come. */
+static double eta(trainer *t, double seconds) {
+  t->usual_seconds = t->usual_seconds > 0 ? 0.9 * t->usual_seconds + 0.1 * seconds : seconds;
+  return t->usual_seconds * (double)(t->steps - t->step);
+}
+
 static flap_status report_step(trainer *t, const flap_executor_result *result, double learning_rate, double seconds,
                                const flap_pager_stats *before) {
   const flap_plan *plan = &t->prepared.plan;
@@ -152,7 +159,7 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
                              .tokens_per_second = (double)plan->tokens_per_step / seconds,
                              .mfu = model_flops(t) / seconds / rate,
                              .bound_seconds = plan->bound_seconds,
-                             .eta_seconds = seconds * (double)(t->steps - t->step)};
+                             .eta_seconds = eta(t, seconds)};
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
     report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
     report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
@@ -279,7 +286,8 @@ flap_status trainer_loop(trainer *t) {
   }
   FLAP_TRY(trainer_collect_save(t, true));
   t->result->interrupted = t->step < t->steps;
-  if (t->result->interrupted && t->saved_step != t->step && t->config->save_strategy != FLAP_STRATEGY_NO)
+  if (t->result->interrupted && t->step > t->state.step && t->saved_step != t->step &&
+      t->config->save_strategy != FLAP_STRATEGY_NO)
     FLAP_TRY(trainer_save(t));
   find_median(t);
   return FLAP_OK;

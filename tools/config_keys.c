@@ -78,7 +78,8 @@ static const flap_config_key keys[] = {
            "Text (.txt), JSON lines with a `text` key (.jsonl), or llm.c token shards (.bin). A file that is "
            "named twice is read once."),
     PLAIN("val_size", NUMBER, val_size,
-          "Held out for evaluation: below 1 a share of the sequences, otherwise a number of them; 0 for none."),
+          "Held out for evaluation: below 1 a share of the sequences, otherwise a number of them; 0 for none. They are "
+          "the last of the text, its files in the order of their paths."),
     PLAIN("cutoff_len", U32, cutoff_len,
           "Tokens per sequence. flap eval: by default no more than the model has positions."),
     CUSTOM(
@@ -101,11 +102,11 @@ static const flap_config_key keys[] = {
     PLAIN("warmup_steps", U64, warmup_steps,
           "Steps over which the learning rate rises from 0; wins over warmup_ratio."),
     PLAIN("warmup_ratio", NUMBER, warmup_ratio, "The same as a share of all steps."),
-    CUSTOM(
-        "optim", flap_config_set_optim, "adamw or adamw_8bit", "adamw",
-        "`adamw` (`adamw_torch` is the same) keeps moments in fp32; `adamw_8bit` (`adamw_bnb_8bit` is the same) in "
-        "8 bits, a little more than 2 bytes for each weight instead of 8, but the embedding's in fp32. Master weights "
-        "stay fp32 in both."),
+    CUSTOM("optim", flap_config_set_optim, "adamw or adamw_8bit", "adamw",
+           "`adamw` (`adamw_torch` is the same) keeps moments in fp32; `adamw_8bit` (`adamw_bnb_8bit` is taken as it) "
+           "in 8 bits, norms' and biases' too, a little more than 2 bytes for each weight instead of 8, but the "
+           "embedding's in fp32. Master weights "
+           "stay fp32 in both."),
     PLAIN("weight_decay", NUMBER, weight_decay, "Decoupled weight decay; not on norms and biases."),
     PLAIN("adam_beta1", NUMBER, adam_beta1, "Decay of the first moment."),
     PLAIN("adam_beta2", NUMBER, adam_beta2, "Decay of the second moment."),
@@ -132,7 +133,8 @@ static const flap_config_key keys[] = {
     PLAIN("seed", U64, seed, "Of the initial weights and of the order of the data."),
 
     SECTION("Reporting and saving"),
-    PLAIN("logging_steps", U64, logging_steps, "A line of metrics.jsonl every so many steps."),
+    PLAIN("logging_steps", U64, logging_steps,
+          "A line of metrics.jsonl every so many steps; its loss and times are of that step alone, no means."),
     CUSTOM("eval_strategy", flap_config_set_eval, "no or steps", "no",
            "`steps` evaluates every eval_steps steps, `no` at the start and the end only."),
     CUSTOM("evaluation_strategy", flap_config_set_eval, "no or steps", "no", "The older name of eval_strategy."),

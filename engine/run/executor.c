@@ -207,11 +207,16 @@ static bool all_finite(const void *memory, flap_dtype dtype, uint64_t elements) 
   return true;
 }
 
+static flap_status search_losses(flap_executor *x, uint32_t micro_batch) {
+  const uint64_t tokens = tokens_of(x), first = micro_batch * tokens;
+  FLAP_TRY(flap_device_download(flap_ops_device(x->ops), x->host.losses, x->device.losses + first, tokens * 4));
+  return all_finite(x->host.losses, FLAP_F32, tokens) ? FLAP_OK : not_finite(x, "the loss", x->layout->part_count - 1);
+}
+
 /* Looks at what an operation of the forward has just written. */
 static flap_status search(flap_executor *x, const flap_op *op) {
-  const uint32_t last = x->layout->part_count - 1;
-  if (op->kind == FLAP_OP_HEAD)
-    return not_finite(x, "the loss", last); /* every hidden state was finite */
+  if (op->kind == FLAP_OP_HEAD) /* every hidden state of this micro-batch was finite; others may still follow */
+    return search_losses(x, op->micro_batch);
   const uint32_t part = op->kind == FLAP_OP_EMBED ? 0 : flap_layout_layer_part(op->index);
   const flap_operand out = op->kind == FLAP_OP_EMBED ? op->operand[1] : op->operand[3];
   if (op->kind != FLAP_OP_EMBED && op->kind != FLAP_OP_LAYER_FORWARD)
@@ -251,15 +256,19 @@ bool flap_executor_updates_are_good(flap_executor *x) {
   return look_for_fault(x, &found) == FLAP_OK && !found;
 }
 
-static flap_status check_fault(flap_executor *x) {
+/* Of the updates that a run made, those of step `first`, or of that and the one behind it, `last`. From 1. */
+static flap_status check_fault(flap_executor *x, uint64_t first, uint64_t last) {
   bool found = false;
+  char or_last[32] = "";
   FLAP_TRY(look_for_fault(x, &found));
   if (!found)
     return FLAP_OK;
+  if (last > first)
+    (void)snprintf(or_last, sizeof or_last, " or %llu", (unsigned long long)last);
   return flap_error_set(FLAP_NUMERIC,
-                        "step %llu: the optimizer would make a weight infinite or NaN%s: lower learning_rate, or set "
+                        "step %llu%s: the optimizer would make a weight infinite or NaN%s: lower learning_rate, or set "
                         "max_grad_norm",
-                        (unsigned long long)x->input->step + 1,
+                        (unsigned long long)first, or_last,
                         x->run.shape.dtype == FLAP_F16 ? " (in float16, which ends at 65504)" : "");
 }
 
@@ -271,6 +280,7 @@ static bool is_finite(const flap_executor_result *result) {
  * nothing of this step's has changed a weight. */
 static flap_status losses(flap_executor *x, flap_executor_result *result) {
   FLAP_TRY(sum_losses(x, result));
+  x->update_step = x->input->step + 1;
   x->has_update = true;
   x->skips = false;
   if (x->config == NULL || !isfinite(result->loss_sum))
@@ -290,6 +300,7 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
     squares += (double)x->host.block_squares[i];
   result->grad_norm = sqrt(squares) / scale_of(x);
   result->loss_scale = x->loss_scale.scale;
+  x->update_step = x->input->step + 1;
   x->has_update = true;
   x->skips = false;
   if (x->config == NULL || x->layout->spec.backward_parts > 0)
@@ -537,6 +548,7 @@ flap_status flap_executor_begin(flap_executor *x, flap_setup_program program) {
 flap_status flap_executor_run(flap_executor *x, const flap_executor_input *input, flap_executor_result *result_out) {
   flap_assert(x->queued > 0);
   const flap_setup_program which = x->queue[0];
+  const uint64_t first = x->has_update ? x->update_step : input->step + 1;
   x->input = input;
   x->mode = FLAP_EXECUTE;
   *result_out = (flap_executor_result){.logits = x->host.logits};
@@ -547,7 +559,7 @@ flap_status flap_executor_run(flap_executor *x, const flap_executor_input *input
   if (which == FLAP_SETUP_FORWARD)
     FLAP_TRY(sum_losses(x, result_out));
   if (sweeps(which) || steps(which))
-    FLAP_TRY(check_fault(x));
+    FLAP_TRY(check_fault(x, first, sweeps(which) || x->layout->spec.backward_parts > 0 ? x->update_step : first));
   if (sweeps(which))
     x->has_update = false;
   return FLAP_OK;
@@ -560,7 +572,7 @@ flap_status flap_executor_run_update(flap_executor *x) {
   x->mode = FLAP_EXECUTE_UPDATE;
   FLAP_TRY(run_ops(x, x->queue[0], &ignored));
   x->has_update = false;
-  return check_fault(x);
+  return check_fault(x, x->update_step, x->update_step);
 }
 
 uint32_t flap_executor_update_leases(const flap_executor *x) {

@@ -21,6 +21,18 @@ uint64_t flap_schedule_steps(const flap_run_config *config, uint64_t sequences, 
   return steps > 0 ? steps : 1;
 }
 
+uint64_t flap_schedule_steps_from(const flap_run_config *config, uint64_t sequences, uint64_t sequences_per_step,
+                                  uint64_t done, uint64_t seen) {
+  const uint64_t steps = flap_schedule_steps(config, sequences, sequences_per_step);
+  if (config->max_steps > 0 || seen == done * sequences_per_step)
+    return steps;
+  const uint64_t wanted = count_up(config->num_train_epochs * (double)sequences);
+  if (seen < wanted)
+    return done + (wanted - seen - 1) / sequences_per_step + 1;
+  const uint64_t more = (seen - wanted) / sequences_per_step;
+  return done > more ? done - more : 1;
+}
+
 uint64_t flap_schedule_warmup(const flap_run_config *config, uint64_t steps) {
   return config->warmup_steps > 0 ? config->warmup_steps : count_up((double)steps * config->warmup_ratio);
 }

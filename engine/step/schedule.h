@@ -17,6 +17,10 @@ extern "C" {
  * least 1. The Trainer rounds up per epoch, because its last step of an epoch may be a short one. Our data has no seam
  * between epochs and every step is full, so the rounding happens once, at the end of the run. */
 uint64_t flap_schedule_steps(const flap_run_config *config, uint64_t sequences, uint64_t sequences_per_step);
+/* The same of a run that goes on after `done` steps, which took `seen` sequences, however many each of them took then.
+ * Less than `done`: it has gone on for longer than that. */
+uint64_t flap_schedule_steps_from(const flap_run_config *config, uint64_t sequences, uint64_t sequences_per_step,
+                                  uint64_t done, uint64_t seen);
 /* warmup_steps if given, else ceil(warmup_ratio * steps). May be more than `steps`: then the run ends warming up. */
 uint64_t flap_schedule_warmup(const flap_run_config *config, uint64_t steps);
 /* The learning rate of step `step` (from 0) of `steps`, as transformers.get_scheduler gives it for lr_scheduler_type.

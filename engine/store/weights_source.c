@@ -13,6 +13,7 @@
 #define PREFIX_BYTES (sizeof PREFIX - 1)
 /* Buffers that older versions of transformers stored; they follow from config.json. */
 #define ROTARY_BUFFER "rotary_emb.inv_freq"
+#define PROJECTION "lm_head.weight"
 
 static const char *show_shape(const uint64_t *shape, uint32_t rank, char shown[SHAPE_BYTES]) {
   size_t used = (size_t)snprintf(shown, SHAPE_BYTES, "[");
@@ -120,6 +121,41 @@ static flap_status refuse_strangers(const flap_weights_source *source, const fla
                         flap_model_family_name(config->family));
 }
 
+static const flap_safetensors_tensor *find_part(const flap_weights_source *source, const flap_model_config *config,
+                                                flap_part part, const char *name) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  const uint32_t count = flap_model_tensors(config, part, 0, tensors);
+  for (uint32_t i = 0; i < count; i++)
+    if (name == NULL || strcmp(tensors[i].name, name) == 0)
+      return find(source, FLAP_WANTED_ANY_FLOAT, tensors[i].name);
+  return NULL;
+}
+
+/* What stands in a tied model's file as its output projection must be the embedding, or it is of another model, which
+ * transformers does not tie either. */
+static flap_status check_tied(const flap_weights_source *source, const flap_model_config *config) {
+  flap_model_config untied = *config;
+  untied.tie_word_embeddings = false;
+  const flap_safetensors_tensor *embedding = find_part(source, config, FLAP_PART_EMBEDDING, NULL);
+  const flap_safetensors_tensor *projection = find_part(source, &untied, FLAP_PART_HEAD, PROJECTION);
+  if (!config->tie_word_embeddings || embedding == NULL || projection == NULL)
+    return FLAP_OK;
+  const uint64_t chunk = FLAP_WEIGHTS_CHUNK * sizeof *source->raw;
+  bool same = embedding->dtype == projection->dtype && embedding->bytes == projection->bytes;
+  for (uint64_t at = 0; same && at < embedding->bytes; at += chunk) {
+    const uint64_t bytes = embedding->bytes - at < chunk ? embedding->bytes - at : chunk;
+    FLAP_TRY(flap_safetensors_read(source->reader, embedding, at, bytes, source->raw));
+    FLAP_TRY(flap_safetensors_read(source->reader, projection, at, bytes, source->values));
+    same = memcmp(source->raw, source->values, bytes) == 0;
+  }
+  if (same)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "%s: tensor %.120s is not the embedding, though config.json says so: set "
+                        "tie_word_embeddings: false there to train both, or remove that tensor",
+                        flap_safetensors_tensor_path(source->reader, projection), projection->name);
+}
+
 flap_status flap_weights_source_open(const flap_model_config *config, const flap_weights_list *list, const char *path,
                                      flap_weights_wanted wanted, flap_safetensors_dtype dtype,
                                      flap_weights_source *source_out) {
@@ -135,6 +171,8 @@ flap_status flap_weights_source_open(const flap_model_config *config, const flap
   }
   FLAP_TRY_GOTO(status, match(source_out, wanted, dtype));
   FLAP_TRY_GOTO(status, refuse_strangers(source_out, config, wanted));
+  if (wanted == FLAP_WANTED_ANY_FLOAT)
+    FLAP_TRY_GOTO(status, check_tied(source_out, config));
   return FLAP_OK;
 fail:
   flap_weights_source_close(source_out);

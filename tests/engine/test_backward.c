@@ -222,6 +222,21 @@ static void set_tensor(engine_rig *rig, uint32_t layer, const char *name, float 
   free(weights);
 }
 
+/* Of the token of id 0, which nothing but this row is about: no other token has it afterwards. */
+static void set_rare_token(engine_rig *rig, rig_model *model, float value) {
+  const uint64_t hidden = model->config.hidden_size;
+  const uint64_t count = (uint64_t)model->shape.batch * model->shape.sequence * model->micro_batches * 2;
+  uint16_t *weights = read_weights(rig, 0);
+  for (uint64_t i = 0; i < hidden; i++)
+    weights[i] = flap_f32_to_bf16(i % 2 ? value : -value);
+  piece copy = {.memory = (unsigned char *)weights};
+  MUST(flap_pager_fill(rig->runtime.pager, rig->runtime.executor.layout->parts[0].weights, give_piece, &copy));
+  free(weights);
+  for (uint64_t i = 0; i < count; i++) /* of two steps */
+    if (model->tokens[i] == 0)
+      model->tokens[i] = 1;
+}
+
 /* The device is this host, and everything is in its memory: whether it still holds a part's weights as they were. */
 static bool holds(const engine_rig *rig, const uint16_t *weights, uint32_t part) {
   uint64_t bytes = 0;
@@ -277,6 +292,69 @@ START_TEST(gradients_that_are_not_finite_end_the_run) {
 }
 END_TEST
 
+/* A micro-batch passes the head before the next one's last layer is computed. */
+START_TEST(layer_at_fault_is_named_though_another_micro_batch_was_done) {
+  rig_model model;
+  engine_rig rig;
+  flap_executor_result result;
+  make_model(&model);
+  flap_choice choice = in_backward(rig_choice_resident(&model), false);
+  rig_begin(&rig, &model, &(rig_place){.threads = 2});
+  rig_open_choice(&rig, &choice);
+  set_rare_token(&rig, &model, 3.38e38f);
+  set_tensor(&rig, LAYERS - 1, "o_proj", 1e37f);
+  const flap_executor_input input = input_of(&model, 0);
+  model.tokens[(uint64_t)model.shape.batch * model.shape.sequence * model.micro_batches - 1] = 0;
+  MUST(flap_executor_begin(&rig.runtime.executor, FLAP_SETUP_SINGLE));
+  ck_assert_int_eq(flap_executor_run(&rig.runtime.executor, &input, &result), FLAP_NUMERIC);
+  ck_assert_msg(strstr(flap_error_message(), "step 1: the loss is not finite") != NULL &&
+                    strstr(flap_error_message(), "first in layer 2:") != NULL,
+                "%s", flap_error_message());
+  rig_close(&rig);
+  rig_model_close(&model);
+}
+END_TEST
+
+/* A weight that its decay makes too large, wherever the update of the first step is made. */
+START_TEST(update_at_fault_is_named_by_its_step) {
+  static const struct {
+    flap_setup_program first, second;
+    bool stops; /* the second is not made, but for the update */
+    const char *text;
+  } ways[] = {{FLAP_SETUP_SINGLE, FLAP_SETUP_SINGLE, false, "step 1: the optimizer"},
+              {FLAP_SETUP_FIRST, FLAP_SETUP_STEADY, false, "step 1: the optimizer"},
+              {FLAP_SETUP_FIRST, FLAP_SETUP_LAST, false, "step 1 or 2: the optimizer"},
+              {FLAP_SETUP_FIRST, FLAP_SETUP_STEADY, true, "step 1: the optimizer"}};
+  rig_model model;
+  engine_rig rig;
+  flap_executor_result result;
+  flap_status status;
+  make_model(&model);
+  model.options.weight_decay = 300; /* at a rate of 0.01: twice as large, and negative */
+  flap_choice choice = rig_choice_streaming(&model, false);
+  choice.segment_layers = 1;
+  rig_begin(&rig, &model, &(rig_place){.threads = 2});
+  rig_open_choice(&rig, &choice);
+  flap_executor *x = &rig.runtime.executor;
+  set_rare_token(&rig, &model, 3e38f);
+  MUST(flap_executor_begin(x, ways[_i].first));
+  {
+    const flap_executor_input input = input_of(&model, 0);
+    if (ways[_i].first == FLAP_SETUP_FIRST)
+      MUST(flap_executor_begin(x, ways[_i].second));
+    status = flap_executor_run(x, &input, &result);
+  }
+  ck_assert_int_eq(status, ways[_i].first == FLAP_SETUP_FIRST ? FLAP_OK : FLAP_NUMERIC);
+  const flap_executor_input input = input_of(&model, 1);
+  if (status == FLAP_OK)
+    ck_assert_int_eq(ways[_i].stops ? flap_executor_run_update(x) : flap_executor_run(x, &input, &result),
+                     FLAP_NUMERIC);
+  ck_assert_msg(strstr(flap_error_message(), ways[_i].text) != NULL, "%s", flap_error_message());
+  rig_close(&rig);
+  rig_model_close(&model);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("backward");
   TCase *tests = tcase_create("updates");
@@ -287,6 +365,8 @@ int main(void) {
   tcase_add_loop_test(tests, step_that_is_not_made_changes_nothing, 0, 4);
   tcase_add_test(tests, loss_that_is_not_finite_leaves_all_weights);
   tcase_add_test(tests, gradients_that_are_not_finite_end_the_run);
+  tcase_add_test(tests, layer_at_fault_is_named_though_another_micro_batch_was_done);
+  tcase_add_loop_test(tests, update_at_fault_is_named_by_its_step, 0, 4);
   suite_add_tcase(suite, tests);
   return rig_main(suite);
 }

@@ -106,6 +106,24 @@ START_TEST(steps_follow_max_steps_then_epochs) {
 }
 END_TEST
 
+/* A run that goes on with more or fewer sequences a step ends where its epochs do. */
+START_TEST(steps_of_a_run_that_goes_on_count_what_it_has_seen) {
+  flap_run_config config = config_with(FLAP_SCHEDULER_LINEAR);
+  config.num_train_epochs = 3;
+  for (uint64_t done = 0; done < 60; done++)
+    ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 8, done, 8 * done), 38);
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 16, 20, 160), 29); /* 140 of 300 left */
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 4, 20, 160), 55);
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 4, 37, 296), 38);
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 4, 38, 304), 37); /* one more than 300 needed */
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 8, 25, 300), 25);
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 1, 38, 304), 34);
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 1, 3, 400), 1);
+  config.max_steps = 7;
+  ck_assert_uint_eq(flap_schedule_steps_from(&config, 100, 4, 5, 40), 7);
+}
+END_TEST
+
 START_TEST(warmup_steps_win_over_the_ratio) {
   /* math.ceil(steps * ratio) in Python. */
   static const struct {
@@ -172,6 +190,7 @@ int main(void) {
   tcase_add_test(tests, learning_rate_equals_transformers);
   tcase_add_test(tests, learning_rate_never_leaves_its_range);
   tcase_add_test(tests, steps_follow_max_steps_then_epochs);
+  tcase_add_test(tests, steps_of_a_run_that_goes_on_count_what_it_has_seen);
   tcase_add_test(tests, warmup_steps_win_over_the_ratio);
   tcase_add_test(tests, clip_scales_only_what_is_too_long);
   tcase_add_test(tests, adamw_scalars_are_rounded_once);

@@ -174,6 +174,8 @@ START_TEST(load_other_names_and_known_extras_are_fine) {
   rig_open(&rig, &config, FLAP_BF16, FLAP_MODE_TRAIN, &rig_placements[1], scratch_path(""));
   for (uint64_t i = 0; i < p->count; i++)
     memcpy(bare->values[i], p->values[i], elements_of(&p->entries[i]) * sizeof(float));
+  const uint64_t embedding = index_of(bare, "embed_tokens.weight"), projection = index_of(bare, "lm_head.weight");
+  memcpy(bare->values[projection], bare->values[embedding], elements_of(&bare->entries[embedding]) * sizeof(float));
   RIG_OK(flap_weights_load(rig.pager, &rig.layout, write_plan(bare, "bare.safetensors")));
   check_masters(&rig, p);
   rig_close(&rig);
@@ -226,6 +228,14 @@ START_TEST(load_what_does_not_fit_the_model_is_refused) {
   p = plan_of(&config, bf16);
   config.tie_word_embeddings = false;
   refuse(&config, p, FLAP_INVALID, "has no tensor lm_head.weight", "configuration needs");
+
+  config.tie_word_embeddings = true; /* and untied ones for a tied model */
+  p = plan_of(&config, bf16);
+  add(p, "lm_head.weight", bf16, 2, config.vocab_size, config.hidden_size);
+  const uint64_t embedding = index_of(p, "model.embed_tokens.weight"), projection = index_of(p, "lm_head.weight");
+  memcpy(p->values[projection], p->values[embedding], elements_of(&p->entries[embedding]) * sizeof(float));
+  p->values[projection][elements_of(&p->entries[embedding]) - 1] += 1;
+  refuse(&config, p, FLAP_INVALID, "lm_head.weight is not the embedding", "tie_word_embeddings: false");
 
   RIG_REFUSED(flap_weights_check(&config, scratch_path("nowhere")), FLAP_NOT_FOUND, "nowhere", "No such file");
   RIG_REFUSED(flap_weights_check(&config, scratch_path("")), FLAP_NOT_FOUND, "model.safetensors", "neither");

@@ -62,6 +62,34 @@ class Lives(Rig):
         self.assertNotIn("held-out after", out)
         self.assertFalse(os.path.exists(self.path("out")))
 
+    def test_stop_before_a_step_beyond_a_checkpoint_of_another_folder_leaves_nothing_either(self):
+        self.write("long.txt", TEXT * 20)
+        self.accept("train", "run.yaml", *self.LONG, "dataset=text.txt", "output_dir=first", "max_steps=1", "save_steps=1")
+        again = [*self.LONG, "resume_from_checkpoint=first/checkpoint-1"]
+        out = self.stop_at("data: ", *again, "val_size=4000", wait=0.3)
+        self.assertIn("nothing was saved, for no step was done: the same command starts again", out)
+        self.assertNotIn("saved out", out)
+        self.assertFalse(os.path.exists(self.path("out")))
+        self.accept("train", "run.yaml", *again, "dataset=text.txt", "max_steps=2")
+
+    def test_epochs_end_where_they_do_with_other_numbers_of_micro_batches(self):
+        self.write("text.txt", TEXT[:32 * 45])  # 44 sequences, 4 of them held out
+        common = ["train", "run.yaml", "max_steps=-1", "num_train_epochs=1", "save_strategy=steps", "save_steps=5"]
+        self.accept(*common)
+        self.assertEqual(self.metrics()[-1]["step"], 10)
+        for micro_batches, end in (1, 15), (2, 10), (4, 8), (8, 7):
+            folder = f"with-{micro_batches}"
+            done = self.flap(*common, f"output_dir={folder}", "resume_from_checkpoint=out/checkpoint-5",
+                             f"gradient_accumulation_steps={micro_batches}")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            said = f"the 5 steps before out/checkpoint-5 took 20 sequences, and those to come take {2 * micro_batches} each"
+            self.assertEqual(said in done.stderr, micro_batches != 2, done.stderr)
+            last = [line for line in self.metrics(folder) if "grad_norm" in line][-1]
+            self.assertEqual(last["step"], end)
+            self.assertGreaterEqual(last["epoch"], 1)
+            self.assertLess(last["epoch"] - 2 * micro_batches / 40, 1)
+        self.assertEqual(self.weights("with-2"), self.weights())
+
     def test_stop_where_an_evaluation_is_due_saves_without_it(self):
         self.write("long.txt", TEXT * (1 if SANITIZED else 4))  # so that the signal comes while it evaluates
         common = [*self.LONG, f"val_size={100 if SANITIZED else 400}", "eval_steps=2", "max_steps=4", "resume_from_checkpoint=auto"]
