@@ -32,6 +32,20 @@ static bool chunk_is_home(const flap_pager *pager, pager_region *region, uint32_
   return true;
 }
 
+/* What a slot wants is counted, so that whoever looks for something to issue need not pass all slots that want nothing:
+ * there are thousands, each waits for its bytes most of the time, and somebody looks at every event. */
+void pager_loads_look(flap_pager *pager, uint32_t slot) {
+  pager_slot *s = &pager->slots[slot];
+  const pager_region *region = &pager->regions[s->region];
+  const bool loads = s->state == SLOT_LOADING;
+  const bool disk = loads && s->disk_next < region->page_count;
+  const bool lane = loads && (s->ready != PAGER_NONE || s->ram_next < region->ram_pages);
+  pager->wants_disk += (uint32_t)disk - (uint32_t)s->wants_disk;
+  pager->wants_lane += (uint32_t)lane - (uint32_t)s->wants_lane;
+  s->wants_disk = disk;
+  s->wants_lane = lane;
+}
+
 /* Before the copy, so that whoever sees pages_left at 0 finds the event recorded: the last one records it. */
 static void enqueue(flap_pager *pager, uint32_t slot, uint32_t buffer, uint32_t first_page, uint32_t count,
                     const void *from) {
@@ -112,14 +126,17 @@ static bool load_from_disk(flap_pager *pager, uint32_t slot) {
 
 bool pager_loads_issue(flap_pager *pager) {
   bool progress = false;
+  uint32_t disk_left = pager->wants_disk, lane_left = pager->wants_lane; /* of the slots that were not passed */
   for (uint32_t slot = pager->loading.head, next; slot != PAGER_NONE; slot = next) {
     pager_slot *s = &pager->slots[slot];
     next = s->next; /* a slot that becomes loaded leaves the list */
-    bool lane = pager_lane_has_room(&pager->h2d);
-    if (!lane && pager->read_free == 0)
+    const bool disk = disk_left > 0 && pager->read_free > 0;
+    if (!disk && !(lane_left > 0 && pager_lane_has_room(&pager->h2d)))
       break;
+    disk_left -= s->wants_disk;
+    lane_left -= s->wants_lane;
     const pager_region *region = &pager->regions[s->region];
-    if (region->changes_released != s->change)
+    if (region->changes_released != s->change || !(s->wants_disk || s->wants_lane))
       continue;
     if (!region->holds)
       pager_mistake(pager,
@@ -129,6 +146,7 @@ bool pager_loads_issue(flap_pager *pager) {
     progress |= load_from_buffers(pager, slot);
     if (s->state == SLOT_LOADING)
       progress |= load_from_ram(pager, slot);
+    pager_loads_look(pager, slot);
   }
   return progress;
 }
@@ -210,6 +228,8 @@ void pager_loads_verified(flap_pager *pager, uint32_t index) {
   uint32_t *ready = lease->slot != PAGER_NONE ? &pager->slots[lease->slot].ready : &lease->ready;
   buffer->next = *ready;
   *ready = index;
+  if (lease->slot != PAGER_NONE)
+    pager_loads_look(pager, lease->slot);
   flap_assert(lease->asked > 0);
   lease->asked--;
 }

@@ -99,15 +99,16 @@ typedef struct pager_slot {
   uint64_t order; /* of the lease, counted over all programs: smaller is needed earlier */
   uint32_t ring;
   uint32_t region;
-  uint32_t change;         /* the region's changes that must be released before the load starts */
-  uint32_t ram_next;       /* the next RAM page to enqueue, in either direction */
-  uint32_t disk_next;      /* the next disk page to ask for, in either direction */
-  uint32_t pages_left;     /* of a load: pages whose H2D copy is not enqueued */
-  uint32_t copies_left;    /* enqueued and not retired */
-  uint32_t ready;          /* verified buffers that wait for their H2D copy: head of a list */
-  uint32_t previous, next; /* in the one list that it is on */
-  uint32_t lease;          /* in pager->leases, until it is unpinned */
-  uint32_t loan;           /* whose memory it is; or PAGER_NONE: its own */
+  uint32_t change;             /* the region's changes that must be released before the load starts */
+  uint32_t ram_next;           /* the next RAM page to enqueue, in either direction */
+  uint32_t disk_next;          /* the next disk page to ask for, in either direction */
+  uint32_t pages_left;         /* of a load: pages whose H2D copy is not enqueued */
+  uint32_t copies_left;        /* enqueued and not retired */
+  uint32_t ready;              /* verified buffers that wait for their H2D copy: head of a list */
+  uint32_t previous, next;     /* in the one list that it is on */
+  uint32_t lease;              /* in pager->leases, until it is unpinned */
+  uint32_t loan;               /* whose memory it is; or PAGER_NONE: its own */
+  bool wants_disk, wants_lane; /* while it loads: of its pages some are to be asked for; some are there to be copied */
   bool keeps; /* of a ring that keeps, and it was loaded: in this program, its bytes are those after `change` changes */
   uint8_t state; /* pager_slot_state */
   uint8_t mode;  /* flap_lease_mode */
@@ -333,14 +334,15 @@ struct flap_pager {
   pager_program programs[PAGER_PROGRAMS_MAX];
   uint32_t program_first, program_count;
   uint64_t order_next;
-  uint64_t ahead;        /* the first lease, counted as orders are, that reading ahead has not looked at */
-  pager_list loading;    /* by order */
-  pager_list released;   /* by unpin */
-  uint32_t storing_ram;  /* of the slots that are storing, have pages of RAM left */
-  pager_list storing;    /* by unpin */
-  pager_list used;       /* of loans, by unpin */
-  pager_list offered;    /* of loans, by when they are needed: the last one first */
-  uint64_t lender_order; /* of the lease that waits for a resident to be given back; UINT64_MAX for none */
+  uint64_t ahead;                  /* the first lease, counted as orders are, that reading ahead has not looked at */
+  pager_list loading;              /* by order */
+  uint32_t wants_disk, wants_lane; /* of the slots that are loading, those that do */
+  pager_list released;             /* by unpin */
+  uint32_t storing_ram;            /* of the slots that are storing, have pages of RAM left */
+  pager_list storing;              /* by unpin */
+  pager_list used;                 /* of loans, by unpin */
+  pager_list offered;              /* of loans, by when they are needed: the last one first */
+  uint64_t lender_order;           /* of the lease that waits for a resident to be given back; UINT64_MAX for none */
   uint32_t read_free, write_free;
   uint32_t free_heads[2];      /* of the lists of free buffers: read, write */
   uint32_t reading, writing;   /* buffers at the disk, those of snapshots too */
@@ -485,6 +487,8 @@ void pager_lane_traced(void *context, flap_stream stream, uint64_t started_ns, u
 /* ---- loads.c, stores.c --------------------------------------------------------------------------------- */
 
 bool pager_loads_issue(flap_pager *pager);
+/* What the slot wants may have changed. */
+void pager_loads_look(flap_pager *pager, uint32_t slot);
 /* Reads from disk for leases that have no slot yet, into buffers that nobody with a slot wants. */
 bool pager_loads_read_ahead(flap_pager *pager);
 /* Bytes of the region are home that were not: reading ahead may have passed a lease of it. */

@@ -208,6 +208,17 @@ static void assert_slots(const flap_pager *pager) {
   for (uint32_t i = pager->storing.head; i != PAGER_NONE; i = pager->slots[i].next)
     storing_ram += pager->slots[i].ram_next < pager->regions[pager->slots[i].region].ram_pages;
   flap_assert(storing_ram == pager->storing_ram);
+  uint32_t wants_disk = 0, wants_lane = 0;
+  for (uint32_t i = 0; i < pager->slot_count; i++) {
+    const pager_slot *slot = &pager->slots[i];
+    const pager_region *region = &pager->regions[slot->region];
+    const bool loads = slot->state == SLOT_LOADING;
+    flap_assert(slot->wants_disk == (loads && slot->disk_next < region->page_count));
+    flap_assert(slot->wants_lane == (loads && (slot->ready != PAGER_NONE || slot->ram_next < region->ram_pages)));
+    wants_disk += slot->wants_disk;
+    wants_lane += slot->wants_lane;
+  }
+  flap_assert(wants_disk == pager->wants_disk && wants_lane == pager->wants_lane);
   for (uint32_t i = pager->loading.head; i != PAGER_NONE; i = pager->slots[i].next)
     flap_assert(pager->slots[i].next == PAGER_NONE || pager->slots[i].order < pager->slots[pager->slots[i].next].order);
 }

@@ -113,6 +113,7 @@ static void assign(flap_pager *pager, pager_ring *ring, uint32_t slot) {
     s->pages_left = region->page_count;
     s->state = SLOT_LOADING;
     pager_list_insert_by_order(pager, &pager->loading, slot);
+    pager_loads_look(pager, slot);
   } else {
     s->pages_left = 0;
     s->state = SLOT_LOADED;

@@ -13,10 +13,11 @@
 #define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
 #define PLANNER_SLICES_MAX 24
 #define PLANNER_PAGES_MAX 12
-#define PLANNER_WORTH_SIMULATING 1.25 /* an estimate is not that far off */
-#define PLANNER_TRANSFERS_MAX 200000  /* of simulated steps: no further contender is simulated after so many */
-#define PLANNER_TRANSFERS_COARSE 5000 /* of a step: with more, sizes of slices and pages are as budgets suggest */
-#define PLANNER_CONTENDERS 36         /* that are remembered */
+#define PLANNER_WORTH_SIMULATING 1.25  /* an estimate is not that far off */
+#define PLANNER_TRANSFERS_MAX 200000   /* of simulated steps: no further one of a list is simulated after so many */
+#define PLANNER_TRANSFERS_ALL 24000000 /* the same of all lists: what a core simulates in a minute, for people wait */
+#define PLANNER_TRANSFERS_COARSE 5000  /* of a step: with more, sizes of slices and pages are as budgets suggest */
+#define PLANNER_CONTENDERS 36          /* that are remembered */
 #define PLANNER_ALIKE 12          /* of these, with segments of the same length: estimates favour one or the other */
 #define PLANNER_SIMULATED 12      /* that are simulated, and half of them with segments of any one length */
 #define PLANNER_NOTHING_AHEAD 1.1 /* rings without a slot to run ahead wait for each lease: estimates do not see it */
@@ -107,6 +108,7 @@ typedef struct planner_outlook {
 
 /* What was looked at, what was simulated, and what that teaches about estimates. */
 typedef struct planner_memory {
+  uint64_t transfers; /* that were simulated */
   uint32_t count;
   struct {
     planner_contender contender;

@@ -518,8 +518,9 @@ flap_status planner_refine(const flap_planner *planner, const planner_candidates
     planner_contender other = helped[0];
     flap_plan_costs other_costs = {0};
     FLAP_TRY(planner_simulate_list(planner, c, budgets, helped, helped_count, PLANNER_SIMULATED, &other, &other_costs));
-    FLAP_TRY(refine_kinds(planner, c, budgets, cuts, &other, &other_costs));
-    if (other_costs.step_seconds < costs->step_seconds * 0.9999) {
+    if (other_costs.step_seconds > 0) /* or there was no time left to simulate any */
+      FLAP_TRY(refine_kinds(planner, c, budgets, cuts, &other, &other_costs));
+    if (other_costs.step_seconds > 0 && other_costs.step_seconds < costs->step_seconds * 0.9999) {
       *best = other;
       *costs = other_costs;
     }

@@ -80,11 +80,23 @@ static uint64_t count_transfers(const simulation *s) {
   return transfers;
 }
 
+/* Whoever plans has waited long enough: the best so far is the plan. */
+static bool is_over(const flap_planner *planner) {
+  return planner->memory != NULL && planner->memory->transfers >= PLANNER_TRANSFERS_ALL;
+}
+
 /* The first of them that is not simulated, after so many transfers before. */
 static uint32_t cut_wave(const wave *w, uint64_t *transfers_io) {
+  planner_memory *memory = w->planner->memory;
   uint32_t end = 0;
-  for (; end < w->count && *transfers_io < PLANNER_TRANSFERS_MAX; end++)
-    *transfers_io += w->of[end].is_settled ? count_transfers(&w->of[end]) : 0;
+  for (; end < w->count && *transfers_io < PLANNER_TRANSFERS_MAX; end++) {
+    const uint64_t more = w->of[end].is_settled ? count_transfers(&w->of[end]) : 0;
+    if (is_over(w->planner))
+      break;
+    *transfers_io += more;
+    if (memory != NULL)
+      memory->transfers += more;
+  }
   return end;
 }
 
@@ -135,7 +147,7 @@ flap_status planner_simulate_list(const flap_planner *planner, const planner_can
   const uint32_t threads = planner->pool != NULL ? flap_pool_threads(planner->pool) : 1;
   uint64_t transfers = 0;
   flap_assert(threads <= PLANNER_THREADS_MAX);
-  for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX;) {
+  for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX && !is_over(planner);) {
     wave w = {.planner = planner, .candidates = c, .budgets = budgets};
     for (; i < count && w.count < threads; i++) {
       simulation *s = &w.of[w.count++];
