@@ -4,6 +4,9 @@
 # before Ampere (8.0), which drive a display perhaps, do not count.
 set -eu
 cd "$(dirname "$0")/.."
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set -eu/{/^set -eu/d;s/^# \{0,1\}//;p}' tools/build.sh; exit 0 ;;
+esac
 cards=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^([89]|[0-9]{2})\.[0-9]$' | tr -d . | sort -u |
   sed 's/$/-real/' | paste -sd ';' - || true)
 # What tools/check.sh has asked of that folder, two generations and nothing optimised, is no release.

@@ -28,5 +28,7 @@ for test in "$build"/tests/*/test_*cuda*; do
   printf '%-8s %-24s %7s s  %s\n' "$verdict" "$name" "$seconds" "$checks"
   [ $verdict = FAILED ] && grep -E ':[EF]:|[Aa]ssert|rror|signal' "$logs/$name.log" | head -n 20 | cut -c 1-240 | sed 's/^/    /'
 done
+[ $((passed + failed + skipped)) -gt 0 ] ||
+  echo "check-gpu.sh: error: no tests of the cuda device in $build: built without CUDA, or only flap was built (ninja -C $build)" >&2
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ] && [ $passed -gt 0 ]
