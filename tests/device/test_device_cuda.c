@@ -425,9 +425,9 @@ static void run_program(flap_device *device, unsigned char *host, uint64_t seed)
 }
 
 START_TEST(random_programs_equal_the_sequential_model) {
-  const char *given = getenv("FLAP_SEED");
+  const char *given = getenv("FLAP_TEST_SEED");
   uint64_t seed = given ? strtoull(given, NULL, 10) : flap_units_now_ns() % 1000000;
-  printf("seed %llu (FLAP_SEED repeats it)\n", (unsigned long long)seed);
+  printf("FLAP_TEST_SEED=%llu\n", (unsigned long long)seed);
   flap_device *device = open_device(VRAM, EVENTS);
   unsigned char *host = pinned(device, 16 * MIB);
   for (uint64_t i = 0; i < 40; i++)

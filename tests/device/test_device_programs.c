@@ -165,9 +165,9 @@ static void run_program(uint64_t seed) {
 }
 
 START_TEST(random_programs_equal_the_sequential_model) {
-  const char *given = getenv("FLAP_SEED");
+  const char *given = getenv("FLAP_TEST_SEED");
   uint64_t seed = given ? strtoull(given, NULL, 10) : flap_units_now_ns() % 1000000;
-  printf("seed %llu (FLAP_SEED repeats it)\n", (unsigned long long)seed);
+  printf("FLAP_TEST_SEED=%llu\n", (unsigned long long)seed);
   fflush(stdout);
   for (uint64_t i = 0; i < 60; i++)
     run_program(seed + i);

@@ -42,9 +42,9 @@ static const char *library_python(void) {
 static unsigned test_seed(void) {
   static unsigned seed;
   if (seed == 0) {
-    const char *text = getenv("FLAP_SEED");
+    const char *text = getenv("FLAP_TEST_SEED");
     seed = text != NULL ? (unsigned)strtoul(text, NULL, 10) : (unsigned)time(NULL);
-    printf("FLAP_SEED=%u\n", seed);
+    printf("FLAP_TEST_SEED=%u\n", seed);
   }
   return seed;
 }
