@@ -221,10 +221,15 @@ typedef struct flap_adamw {
   float gradient_scale; /* the clip coefficient over the loss scale; 1 when nothing is clipped or scaled */
 } flap_adamw;
 
-/* AdamW (Loshchilov and Hutter 2019), in place, per element, in this order and nothing contracted but the fma's
- * written: g = grad * gradient_scale m = fma(one_minus_beta1, g, beta1 * m);  v = fma(one_minus_beta2 * g, g, beta2 *
- * v) |m|, |v| below 2^-100 become 0 denom = fma(sqrt(v), inverse_sqrt_bias2, epsilon) w = decays ? w * decay : w;   w =
- * fma(-learning_rate, (m * inverse_bias1) / denom, w). The fp32 master weight w is in `weight` and `master`:
+/* AdamW (Loshchilov and Hutter 2019), in place, per element, in this order and contracted only where an fma is written:
+ *   g = grad * gradient_scale
+ *   m = fma(one_minus_beta1, g, beta1 * m)
+ *   v = fma(one_minus_beta2 * g, g, beta2 * v)
+ *   m = 0 where |m| < 2^-100; v = 0 where |v| < 2^-100
+ *   denom = fma(sqrt(v), inverse_sqrt_bias2, epsilon)
+ *   w = w * decay, where decays
+ *   w = fma(-learning_rate, (m * inverse_bias1) / denom, w)
+ * The fp32 master weight w is in `weight` and `master`:
  *   weight_dtype FLAP_F32    `weight` is the master, `master` is NULL.
  *   weight_dtype FLAP_BF16   `weight` is the high and `master` (int16) the low half of the master:
  *                            hi = (bits + 0x8000) >> 16, lo = (int16)(bits - (hi << 16)).
