@@ -115,7 +115,7 @@ typedef struct flap_pager_config {
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
-                                lives on    disk */
+                                lives on disk */
   /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
    * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
   const char *shared_folder;
