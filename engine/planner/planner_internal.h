@@ -1,4 +1,5 @@
-/* Private to the planner: candidates (candidates.c), choosing (planner.c), the least budgets (least.c), placement
+/* Private to the planner: candidates (candidates.c), choosing (planner.c), the list of the best (contenders.c),
+ * simulating them (simulations.c) and making them better (refine.c), the least budgets (least.c), placement
  * (placement.c), prices (pricing.c). */
 #ifndef FLAP_ENGINE_PLANNER_PLANNER_INTERNAL_H
 #define FLAP_ENGINE_PLANNER_PLANNER_INTERNAL_H
