@@ -1,8 +1,8 @@
 /* The table of configuration keys: name, kind, place in flap_run_config, meaning.
  *
- * Role: the one list that reading, the nearest-key search and `flap train --help-config` share. A key is added here
- * (and in engine/run_config.h), and nowhere else. Keys whose value needs more than a place to be stored have a setter
- * in config_set.c.
+ * Role: the one list that reading, the nearest-key search and `flap train --help-config` share. A key is a row
+ * of the table in config_keys.c and a member of flap_run_config (engine/run_config.h), whose default and range are in
+ * engine/run_config.c. Keys whose value needs more than a place to be stored have a setter in config_set.c.
  */
 #ifndef FLAP_TOOLS_CONFIG_KEYS_H
 #define FLAP_TOOLS_CONFIG_KEYS_H
