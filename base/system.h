@@ -1,8 +1,13 @@
 /* The system calls on files, through one table that tests may replace.
  *
- * Role: everything below `tools/` that opens, reads, writes, syncs, renames or removes a file calls it by these names.
- * So a test can make any of these calls fail, keep a record of them, or end the process at one, in the code that people
- * run. Nothing else replaces the table: there is no option and no environment variable.
+ * Role: everything below `tools/` that opens, closes, reads, writes, syncs, sizes, renames, links, removes or looks at
+ * (stat) a file, or makes a folder, calls it by these names. So a test can make any of these calls fail, keep a record
+ * of them, or end the process at one, in the code that people run. Nothing else replaces the table: there is no option
+ * and no environment variable.
+ *
+ * What changes no file goes round it: lists of folders (readdir, scandir, glob), access, statvfs, realpath, locks
+ * (flock), flags and places of descriptors (fcntl, lseek), advice on caches, and reading by streams (FILE: /proc, /sys,
+ * metrics.jsonl once it is open). So do transfers by io_uring; what became of one is told by `transferred`.
  *
  * The functions return what the system's return, with errno; they differ in one thing. A call that a signal interrupted
  * is made again, up to FLAP_SYSTEM_TRIES_MAX times in a row, so that callers need no loops of their own, and a system
