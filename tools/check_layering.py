@@ -4,7 +4,8 @@
 Usage: tools/check_layering.py [root]     prints one line per violation; exit status 1 if there is any
 
 1. A file includes only headers of its own library, of the libraries that the table below names, and of the system.
-2. *_internal.h belongs to its library (and to that library's tests).
+2. *_internal.h belongs to its library (and to that library's tests). A header whose first comment says Folder-private
+   belongs to its library, those of engine/ to all of it, and to tests.
 3. Names of source files are unique in the repository.
 4. Every folder of the table has a README.md, of at most 150 lines.
 5. exit() and abort() are for tools/, tests/, bench/ and base/assert.c.
@@ -75,7 +76,18 @@ def list_files(root):
             yield name if relative == "." else os.path.join(relative, name)
 
 
-def check_include(path, line, header, files):
+def is_folder_private(text):
+    """Whether the comment at the head of a file says so."""
+    comment = re.match(r"\s*/\*.*?\*/", text, re.S)
+    return comment is not None and "Folder-private" in comment.group()
+
+
+def owner_of(library):
+    """What a Folder-private header of the library is for: the parts of engine/ are one here."""
+    return "engine" if library.startswith("engine/") else library
+
+
+def check_include(path, line, header, files, private):
     own, target = library_of(path), library_of(header)
     place = f"{path}:{line}"
     if header not in files:
@@ -86,6 +98,8 @@ def check_include(path, line, header, files):
         tested = path.split("/")[1] if own == "tests" and path.count("/") > 1 else None
         if TESTED.get(tested, tested) not in (target, target.split("/")[0]):
             return f"{place}: \"{header}\" is private to {target}"
+    if header in private and own != "tests" and owner_of(own) != owner_of(target):
+        return f"{place}: \"{header}\" is private to {owner_of(target)}"
     if own == target or target == "base" or own in PROGRAMS:
         if target in PROGRAMS and own != target and own != "tests":
             return f"{place}: {own} must not know {target}"
@@ -95,14 +109,14 @@ def check_include(path, line, header, files):
     return None
 
 
-def check_source(path, text, files):
+def check_source(path, text, files, private):
     found = []
     lines = text.splitlines()
     if len(lines) > LINES_MAX and not path.endswith("_table.h"):
         found.append(f"{path}: {len(lines)} lines are more than {LINES_MAX}")
     for number, line in enumerate(lines, 1):
         match = INCLUDE.match(line)
-        violation = match and check_include(path, number, match.group(1), files)
+        violation = match and check_include(path, number, match.group(1), files, private)
         if violation:
             found.append(violation)
     if not MAY_EXIT.match(path):
@@ -148,10 +162,14 @@ def check(root):
     files = list(list_files(root))
     known = set(files)
     found = check_names(files) + check_readmes(root, known)
+    texts = {}
     for path in files:
         if path.endswith(SOURCES) and library_of(path):
             with open(os.path.join(root, path), encoding="utf-8") as file:
-                found += check_source(path, file.read(), known)
+                texts[path] = file.read()
+    private = {path for path, text in texts.items() if is_folder_private(text)}
+    for path, text in texts.items():
+        found += check_source(path, text, known, private)
     return sorted(found), len(files)
 
 

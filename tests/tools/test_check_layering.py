@@ -16,6 +16,8 @@ CLEAN = {
     "io/block/README.md": "block\n",
     "io/block/block.h": '#include "base/status.h"\n#include <stdio.h>\n',
     "io/block/block_internal.h": '#include "io/block/block.h"\n',
+    "io/block/lanes.h": "/* Lanes. Folder-private. */\n",
+    "io/block/lanes.c": '#include "io/block/lanes.h"\n',
     "io/block/block.c": '#include "io/block/block_internal.h"\n/* never exit(1) */\nint atexit(int);\n'
                         'const char *text = "abort()";\n',
     "io/block/calls.c": "int f(int fd) {\n  return backend->open(fd) + flap_system_fsync(fd);\n}\n",
@@ -24,7 +26,7 @@ CLEAN = {
     "tools/README.md": "tools\n",
     "tools/main.c": '#include "io/block/block.h"\nint main(void) { exit(1); }\n',
     "tests/README.md": "tests\n",
-    "tests/block/test_block.c": '#include "io/block/block_internal.h"\n',
+    "tests/block/test_block.c": '#include "io/block/block_internal.h"\n#include "io/block/lanes.h"\n',
 }
 
 # What is added to the clean tree, and what the check must say.
@@ -39,6 +41,10 @@ CANARIES = [
     ({"pager/peek.c": '#include "io/block/block_internal.h"\n'}, "is private to io/block"),
     ({"tools/peek.c": '#include "io/block/block_internal.h"\n'}, "is private to io/block"),
     ({"tests/pager/peek.c": '#include "io/block/block_internal.h"\n'}, "is private to io/block"),
+    ({"pager/peek.c": '#include "io/block/lanes.h"\n'}, "is private to io/block"),
+    ({"tools/peek.c": '#include "engine/step/choice.h"\n', "engine/step/choice.h": "/* A choice.\n *\n * Folder-private. */\n",
+      "engine/store/use.c": '#include "engine/step/choice.h"\n', "engine/step/README.md": "", "engine/store/README.md": "", "engine/README.md": ""},
+     "is private to engine"),
     ({"pager/local.c": '#include "pager_list.h"\n', "pager/pager_list.h": ""}, "not a path from the root"),
     ({"pager/block.c": ""}, "names of files are unique"),
     ({"model/llama.c": ""}, "model: has no README.md"),
