@@ -111,6 +111,21 @@ static void compare_data(const trainer *t) {
              (unsigned long long)t->state.seed);
 }
 
+/* A schedule is a function of all steps: where their number changes, the rate goes on from elsewhere. */
+static void compare_schedule(const trainer *t) {
+  const flap_run_config *config = t->config;
+  const uint64_t before = t->state.max_steps, next = t->state.step - t->state.loss_scale.skipped;
+  if (before == 0 || before == t->steps || t->state.step >= t->steps)
+    return;
+  const double was = flap_schedule_learning_rate(config, flap_schedule_warmup(config, before), before, next);
+  const double is = flap_schedule_learning_rate(config, t->warmup, t->steps, next);
+  if (was != is)
+    flap_log(FLAP_LOG_WARNING,
+             "the run of %s had %llu steps, and this one has %llu: its next learning rate is %.3g, where that one's "
+             "would have been %.3g",
+             t->resume_folder, (unsigned long long)before, (unsigned long long)t->steps, is, was);
+}
+
 static flap_status fill_regions(trainer *t) {
   flap_pager *pager = t->runtime.pager;
   const flap_layout *layout = &t->runtime.lists.layout;
@@ -119,6 +134,7 @@ static flap_status fill_regions(trainer *t) {
                                     : flap_weights_load(pager, layout, t->config->model_name_or_path);
   FLAP_TRY(compare_numerics(t));
   compare_data(t);
+  compare_schedule(t);
   t->step = t->state.step;
   t->cursor = t->state.cursor;
   /* At the last step all the same: what a crash after the last checkpoint left undone is the export. */

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* What is read must not be deleted first. */
 static flap_status check_stays(const flap_run_config *config, const char *key, const char *path) {
@@ -86,6 +87,17 @@ flap_status trainer_check_finished(trainer *t, uint64_t steps) {
                         t->config->output_dir, (unsigned long long)t->finished.steps, (unsigned long long)steps);
 }
 
+/* Started in another folder than before, say by a service, a run would begin a second time. */
+static void say_begins(const char *folder) {
+  char here[FLAP_PATH_MAX];
+  struct stat info;
+  if (flap_system_stat(folder, &info) == 0)
+    return;
+  const bool is_relative = folder[0] != '/' && getcwd(here, sizeof here) != NULL;
+  flap_log(FLAP_LOG_INFO, "resume_from_checkpoint: auto: there is no %s%s%s yet, so the run begins",
+           is_relative ? here : "", is_relative ? "/" : "", folder);
+}
+
 /* The same command for every life of a run: on from the last checkpoint, or anew if there is nothing but what a life
  * leaves that ended before its first one. */
 static flap_status choose_start(trainer *t) {
@@ -105,6 +117,7 @@ static flap_status choose_start(trainer *t) {
                           "output_dir: %s holds %s, but no checkpoint to go on from: name another folder, or set "
                           "overwrite_output_dir: true and no resume_from_checkpoint to start anew",
                           config->output_dir, what);
+  say_begins(config->output_dir);
   return FLAP_OK;
 }
 

@@ -25,7 +25,7 @@ extern "C" {
 /* trainer_state.json, all that a resumed run must know beside weights and states. */
 typedef struct flap_trainer_state {
   uint64_t step;          /* done; less those that were skipped, AdamW's t */
-  uint64_t max_steps;     /* of the run that saved; for people */
+  uint64_t max_steps;     /* of the run that saved: where that is another number now, its schedule is another one */
   uint64_t cursor;        /* training sequences consumed */
   uint64_t written_bytes; /* to drives by all lives of the run up to here, this checkpoint included; 0 where a version
                              saved that did not count */

@@ -7,6 +7,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* In the numerics text: another one whenever a change of kernels changes bits, so that no run goes on with other ones
+ * unnoticed. */
+#define CPU_KERNELS "kernels 1"
+
 static uint64_t max_of(uint64_t a, uint64_t b) {
   return a > b ? a : b;
 }
@@ -66,7 +70,7 @@ static flap_status cpu_open(flap_ops *ops) {
   cpu->shared = cpu->workers + limits->threads * cpu->worker_bytes;
   cpu->shared_bytes = shared_bytes(limits);
   ops->state = cpu;
-  (void)snprintf(ops->numerics, sizeof ops->numerics, "cpu %s %s", cpu->vector->name, blas->name);
+  (void)snprintf(ops->numerics, sizeof ops->numerics, "cpu " CPU_KERNELS " %s %s", cpu->vector->name, blas->name);
   return FLAP_OK;
 }
 

@@ -260,7 +260,9 @@ class Lives(Rig):
 
     def test_one_command_for_every_life_ends_with_the_bits_of_a_run_that_nothing_disturbed(self):
         steps = "max_steps=60"  # so that none ends before it is killed
-        self.accept("train", *self.AUTO, "output_dir=whole", steps)
+        done = self.flap("train", *self.AUTO, "output_dir=whole", steps)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"auto: there is no {os.path.realpath(self.folder)}/whole yet, so the run begins", done.stderr)
         self.assertNotEqual(self.train(*self.AUTO, steps, files=6)[1], 0)
         self.assertEqual(self.train(*self.AUTO, "save_steps=50", steps, until="step 2/")[1], -9)
         self.assertFalse(self.checkpoints())
@@ -294,8 +296,10 @@ class Lives(Rig):
     def test_run_that_is_complete_goes_on_to_more_steps_from_its_checkpoint_alone(self):
         self.accept("train", *self.AUTO, "output_dir=whole", "max_steps=10", "lr_scheduler_type=constant")
         self.accept("train", *self.AUTO, "lr_scheduler_type=constant")
-        out = self.accept("train", *self.AUTO, "max_steps=10", "lr_scheduler_type=constant")
-        self.assertIn("continuing after step 8\n", out)
+        done = self.flap("train", *self.AUTO, "max_steps=10", "lr_scheduler_type=constant")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("continuing after step 8\n", done.stdout)
+        self.assertNotIn("learning rate", done.stderr)
         self.assertEqual(self.weights(), self.weights("whole"))
         self.refuse("is at step 10 already", "train", *self.AUTO)
         self.assertIn("complete: 10 steps", self.accept("train", *self.AUTO, "max_steps=10"))
@@ -308,6 +312,13 @@ class Lives(Rig):
         for more in ["max_steps=12"], ["max_steps=-1", "num_train_epochs=1"]:
             error = self.refuse("out holds a run that ended after 10 steps, without a checkpoint", "train", *self.AUTO, *more)
             self.assertIn("overwrite_output_dir: true", error)
+
+    def test_a_schedule_that_goes_on_elsewhere_is_told(self):
+        self.accept("train", *self.AUTO, "max_steps=4")
+        done = self.flap("train", *self.AUTO, "max_steps=8")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("out/checkpoint-4 had 4 steps, and this one has 8: its next learning rate is 0.005, where that one's "
+                      "would have been 0\n", done.stderr)
 
     @long_when_sanitized
     def test_one_command_touches_no_results_of_others(self):
