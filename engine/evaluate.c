@@ -120,7 +120,8 @@ static flap_status open_dataset(const flap_prepared *p, flap_dataset **dataset_o
                                        .sequence_length = sequence_length(p),
                                        .val_size = config->val_size,
                                        .seed = config->seed,
-                                       .heldout_all = config->val_size == 0};
+                                       .heldout_all = config->val_size == 0,
+                                       .begin_tokens = true};
   return explain_scratch(config, &where, flap_dataset_open(&dataset, dataset_out));
 }
 

@@ -37,6 +37,7 @@ static flap_status open_dataset(trainer *t) {
                                        .sequence_length = config->cutoff_len,
                                        .val_size = config->val_size,
                                        .seed = config->seed,
+                                       .begin_tokens = true,
                                        .stop = t->stop};
   FLAP_TRY(flap_dataset_open(&dataset, &t->dataset));
   t->sequences = flap_dataset_sequences(t->dataset);

@@ -22,8 +22,11 @@ static flap_status print_ids(flap_tokenizer *tokenizer, const char *text) {
 }
 
 static flap_status write_shard(flap_tokenizer *tokenizer, const char *const *files, size_t count, const char *out) {
-  const flap_dataset_config config = {
-      .paths = files, .path_count = (uint32_t)count, .tokenizer = tokenizer, .stop = &flap_interrupt_flag};
+  const flap_dataset_config config = {.paths = files,
+                                      .path_count = (uint32_t)count,
+                                      .tokenizer = tokenizer,
+                                      .begin_tokens = true,
+                                      .stop = &flap_interrupt_flag};
   uint64_t tokens = 0;
   flap_interrupt_install(NULL);
   FLAP_TRY(flap_dataset_write_shard(&config, out, &tokens));
@@ -64,7 +67,9 @@ const flap_command flap_command_tokenize = {
     .name = "tokenize",
     .usage = "<tokenizer> (<file or glob> ... -o out.bin | --text TEXT)",
     .summary = "Turn text into token ids: a shard to train on, or ids to read.",
-    .details = "The tokenizer is `bytes`, a tokenizer.json, or a folder with one. Files are .txt or .jsonl; of\n"
-               "shards (.bin) the tokens are taken as they are.",
+    .details =
+        "The tokenizer is `bytes`, a tokenizer.json, or a folder with one. Files are .txt or .jsonl: each\n"
+        "document is put between the tokenizer's begin token (if its post-processor has one) and its end token;\n"
+        "of shards (.bin) the tokens are taken as they are.",
     .run = run,
 };

@@ -82,9 +82,10 @@ static const flap_config_key keys[] = {
           "the last of the text, its files in the order of their paths."),
     PLAIN("cutoff_len", U32, cutoff_len,
           "Tokens per sequence. flap eval: by default no more than the model has positions."),
-    CUSTOM(
-        "packing", flap_config_set_packing, "true", "true",
-        "Documents are joined by the end token and cut into full sequences; attention crosses them. The only way yet."),
+    CUSTOM("packing", flap_config_set_packing, "true", "true",
+           "Documents, each with the tokenizer's begin token (if its post-processor has one) and end token, are joined "
+           "and "
+           "cut into full sequences; attention crosses them. The only way yet."),
     CUSTOM("neat_packing", flap_config_set_packing, "false", "false",
            "true (attention stays within a document) is not supported yet."),
     CUSTOM("template", flap_config_set_template, "none", "none",

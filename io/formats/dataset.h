@@ -5,7 +5,8 @@
  *   .jsonl  one document per line: the string `text` of a JSON object; blank lines are skipped
  *   .bin    tokens as llm.c writes them: 256 int32 of header (magic, version, token count), then uint16 (magic
  *           20240520, version 1) or uint32 (magic 20240801, version 7), little endian
- * Every document of text that is not empty is followed by the tokenizer's end token; .bin shards hold their own.
+ * Every document of text that is not empty is followed by the tokenizer's end token, and with begin_tokens preceded by
+ * what the post-processor puts before a text, as run_clm.py of transformers does; .bin shards hold their own.
  * Text is tokenised once, at open, to a scratch file that is unlinked as soon as it is made.
  *
  * A sequence is a window of S+1 tokens, stride S: S inputs and the S tokens that follow each of them. The held-out

@@ -8,7 +8,7 @@ import struct
 import unittest
 import unittest.mock
 
-from flap_rig import Rig
+from flap_rig import TEXT, Rig
 
 
 class Flap(Rig):
@@ -79,6 +79,25 @@ class Flap(Rig):
         text = self.accept("sample", "out", "-n", "30", "--prompt", "mer\n", "-t", "0")
         self.assertIn("été à la mer\nété", text)
         self.assertNotIn("\ufffd", text)
+
+    def test_documents_begin_with_the_begin_token_however_they_are_read(self):
+        source = os.path.join(os.path.dirname(__file__), "..", "formats", "data", "tokenizer_llama3.json")
+        with open(source, "rb") as file:
+            self.write("tokenizer.json", file.read())
+        self.write("text.jsonl", "".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
+        self.accept("tokenize", "tokenizer.json", "text.jsonl", "-o", "text.bin")
+        begin = 1200  # <|begin_of_text|>
+        with open(self.path("text.bin"), "rb") as file:
+            ids = struct.unpack("<" + "H" * (os.path.getsize(self.path("text.bin")) // 2 - 512), file.read()[1024:])
+        self.assertEqual(ids[0], begin)
+        self.assertEqual(ids.count(begin), len(TEXT.splitlines()))
+        with_tokenizer = ["run.yaml", "tokenizer=tokenizer.json"]
+        for kind in "jsonl", "bin":  # training and evaluation see the stream that was written
+            self.accept("train", *with_tokenizer, f"dataset=text.{kind}", f"output_dir={kind}")
+        self.assertEqual(self.losses("jsonl"), self.losses("bin"))
+        evaluated = [json.loads(self.accept("eval", "bin", f"dataset=text.{kind}", "--json")) for kind in ("jsonl", "bin")]
+        self.assertEqual(evaluated[0]["tokens"], evaluated[1]["tokens"])
+        self.assertEqual(evaluated[0]["loss"], evaluated[1]["loss"])
 
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
