@@ -531,6 +531,49 @@ static flap_status read_numbered(const flap_tokenizer *tokenizer, const flap_jso
   return FLAP_OK;
 }
 
+/* Tokens that transformers adds to those of tokenizer.json, and that are words like others here. */
+typedef struct unknown_tokens {
+  const char *key, *content; /* of the first */
+  uint32_t count;
+} unknown_tokens;
+
+static void look_at_token(const flap_tokenizer *tokenizer, const char *key, const json_t *value,
+                          unknown_tokens *unknown) {
+  if (json_is_object(value))
+    value = json_object_get(value, "content");
+  const char *content = json_string_value(value);
+  if (content == NULL || content[0] == '\0' || flap_tokenizer_find(tokenizer, content) >= 0)
+    return;
+  if (unknown->count++ == 0) {
+    unknown->key = key;
+    unknown->content = content;
+  }
+}
+
+static void warn_of_unknown_tokens(const flap_tokenizer *tokenizer, const flap_json_object *root) {
+  static const char *const keys[] = {"pad_token", "unk_token", "sep_token", "cls_token", "mask_token"};
+  static const char *const lists[] = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"};
+  unknown_tokens unknown = {0};
+  char shown[FLAP_UTF8_SHOWN_BYTES];
+  for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
+    json_t *list = json_object_get(root->json, lists[i]), *value;
+    const char *name;
+    json_object_foreach(list, name, value) {
+      look_at_token(tokenizer, lists[i], value, &unknown);
+    }
+    for (size_t at = 0; at < json_array_size(list); at++)
+      look_at_token(tokenizer, lists[i], json_array_get(list, at), &unknown);
+  }
+  for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+    look_at_token(tokenizer, keys[i], json_object_get(root->json, keys[i]), &unknown);
+  if (unknown.count > 0)
+    flap_log(
+        FLAP_LOG_WARNING,
+        "%s: %s: the token \"%s\" is not in tokenizer.json (%u such in all): AutoTokenizer of transformers adds it, "
+        "FLAP cuts it into pieces like other text; its save_pretrained writes a tokenizer.json that has it",
+        root->file, unknown.key, flap_utf8_show(unknown.content, shown), unknown.count);
+}
+
 static flap_status read_beside(flap_tokenizer *tokenizer, const char *path, bool numbered, bool settled[2]) {
   json_t *json;
   flap_status status = flap_json_load_file(path, FLAP_JSON_BYTES_MAX, &json);
@@ -547,6 +590,7 @@ static flap_status read_beside(flap_tokenizer *tokenizer, const char *path, bool
   } else {
     FLAP_TRY_GOTO(status, read_named(tokenizer, &root, "eos_token", &settled[0], &tokenizer->end));
     FLAP_TRY_GOTO(status, read_named(tokenizer, &root, "bos_token", &settled[1], &tokenizer->begin));
+    warn_of_unknown_tokens(tokenizer, &root);
   }
 fail:
   json_decref(json);

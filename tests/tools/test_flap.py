@@ -99,6 +99,23 @@ class Flap(Rig):
         self.assertEqual(evaluated[0]["tokens"], evaluated[1]["tokens"])
         self.assertEqual(evaluated[0]["loss"], evaluated[1]["loss"])
 
+    def test_tokens_that_only_transformers_would_add_are_named(self):
+        source = os.path.join(os.path.dirname(__file__), "..", "formats", "data", "tokenizer_qwen2.json")
+        os.mkdir(self.path("tok"))
+        with open(source, "rb") as file:
+            self.write("tok/tokenizer.json", file.read())
+        for config, wanted in (({"additional_special_tokens": ["<|endoftext|>"], "pad_token": {"content": "<|endoftext|>"}}, None),
+                               ({"added_tokens_decoder": {"7": {"content": "<|think|>"}, "8": {"content": ""}}},
+                                'added_tokens_decoder: the token "<|think|>" is not in tokenizer.json (1 such in all)'),
+                               ({"additional_special_tokens": ["<|endoftext|>", "<a>", {"content": "<b>"}], "pad_token": "<pad>"},
+                                'additional_special_tokens: the token "<a>" is not in tokenizer.json (3 such in all)')):
+            self.write("tok/tokenizer_config.json", json.dumps(config))
+            done = self.flap("tokenize", "tok", "--text", "a")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            if wanted:
+                self.assertIn("tok/tokenizer_config.json: " + wanted, done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1 if wanted else 0, done.stderr)
+
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
         os.mkdir(self.path("disk2"))
