@@ -795,6 +795,6 @@ static void llama_logits(const flap_model_run *run, const void *head, const void
 const flap_family flap_model_llama =
     LLAMA_FAMILY("llama", "LlamaForCausalLM", flap_llama_keys, flap_llama_finish_config);
 const flap_family flap_model_mistral =
-    LLAMA_FAMILY("mistral", "MistralForCausalLM", flap_mistral_keys, flap_llama_finish_config);
+    LLAMA_FAMILY("mistral", "MistralForCausalLM", flap_mistral_keys, flap_mistral_finish_config);
 const flap_family flap_model_qwen2 =
     LLAMA_FAMILY("qwen2", "Qwen2ForCausalLM", flap_qwen2_keys, flap_qwen2_finish_config);

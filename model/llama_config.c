@@ -17,6 +17,8 @@
 #define LLAMA_LAYERS_MAX (1u << 16)
 #define LLAMA_POSITIONS_MAX (1u << 30)
 #define QWEN2_KEY_VALUE_HEADS 32 /* what an absent num_key_value_heads means there, whatever the query heads */
+#define MISTRAL_KEY_VALUE_HEADS 8
+#define MISTRAL_SLIDING_WINDOW 4096
 
 #define FIELD(name) offsetof(flap_model_config, name)
 #define COUNT_KEY(key) \
@@ -31,6 +33,8 @@
   { key, FLAP_KEY_MUST_BE, 0, false, 0, text }
 #define ALL_MUST_BE_KEY(key, text) \
   { key, FLAP_KEY_ALL_MUST_BE, 0, false, 0, text }
+#define MUST_BE_KEY_NOT_ABSENT(key, text, absent) \
+  { key, FLAP_KEY_MUST_BE, 0, false, absent, text }
 #define IGNORED_KEY(key) \
   { key, FLAP_KEY_IGNORED, 0, false, 0, NULL }
 
@@ -65,9 +69,9 @@ static const flap_model_key LLAMA_KEYS[] = {
 
 static const flap_model_key MISTRAL_KEYS[] = {
     LLAMA_COMMON_KEYS,
-    COUNT_KEY_OR(num_key_value_heads, NAN),
+    COUNT_KEY_OR(num_key_value_heads, MISTRAL_KEY_VALUE_HEADS),
     COUNT_KEY_OR(max_position_embeddings, 131072),
-    MUST_BE_KEY("sliding_window", "null"),
+    MUST_BE_KEY_NOT_ABSENT("sliding_window", "null", MISTRAL_SLIDING_WINDOW),
     LLAMA_IGNORED_KEYS,
 };
 
@@ -160,15 +164,24 @@ flap_status flap_llama_finish_config(flap_model_config *config) {
   return check_all(config);
 }
 
+/* Most small models would fail on the fallback, which the general message could not tell from a key. */
+static flap_status check_fallback_heads(const flap_model_config *config, const char *family, uint32_t fallback) {
+  if (config->num_key_value_heads != fallback || config->num_attention_heads % fallback == 0)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID,
+                        "num_key_value_heads is %u, which is also what %s takes it to be when it is absent; it "
+                        "must divide num_attention_heads, which is %u: say how many there are",
+                        config->num_key_value_heads, family, config->num_attention_heads);
+}
+
+flap_status flap_mistral_finish_config(flap_model_config *config) {
+  FLAP_TRY(check_fallback_heads(config, "mistral", MISTRAL_KEY_VALUE_HEADS));
+  return flap_llama_finish_config(config);
+}
+
 flap_status flap_qwen2_finish_config(flap_model_config *config) {
   config->attention_bias = true;
   config->output_bias = false;
-  /* Most small models would fail on the fallback, which the general message could not tell from a key. */
-  if (config->num_key_value_heads == QWEN2_KEY_VALUE_HEADS && config->num_attention_heads > 0 &&
-      config->num_attention_heads % QWEN2_KEY_VALUE_HEADS != 0)
-    return flap_error_set(FLAP_INVALID,
-                          "num_key_value_heads is %u, which is also what qwen2 takes it to be when it is absent; it "
-                          "must divide num_attention_heads, which is %u: say how many there are",
-                          config->num_key_value_heads, config->num_attention_heads);
+  FLAP_TRY(check_fallback_heads(config, "qwen2", QWEN2_KEY_VALUE_HEADS));
   return check_all(config);
 }

@@ -15,7 +15,8 @@ const flap_model_key *flap_qwen2_keys(uint32_t *count_out);
 
 /* For flap_family.finish_config: sets output_bias (and for qwen2 attention_bias), derives what was absent, and checks
  * everything. */
-FLAP_CHECKED flap_status flap_llama_finish_config(flap_model_config *config); /* mistral's too */
+FLAP_CHECKED flap_status flap_llama_finish_config(flap_model_config *config);
+FLAP_CHECKED flap_status flap_mistral_finish_config(flap_model_config *config);
 FLAP_CHECKED flap_status flap_qwen2_finish_config(flap_model_config *config);
 
 #endif

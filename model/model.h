@@ -57,7 +57,8 @@ typedef struct flap_model_key {
   size_t offset; /* of the field in flap_model_config */
   bool required;
   double fallback; /* for absent keys that are not required; NAN: stored as NAN (a count as 0), and
-                      flap_model_finish_config derives it */
+                      flap_model_finish_config derives it. Of FLAP_KEY_MUST_BE: what the key is taken to be by
+                      transformers, if that is something else, so that a config.json has to have it; 0: the same */
   const char *must_be;
 } flap_model_key;
 

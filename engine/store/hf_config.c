@@ -58,6 +58,17 @@ static const json_t *value_at(const flap_model_key *key, const json_t *value, si
   return index == 0 ? value : NULL;
 }
 
+/* A model folder's config.json is read by transformers too, which may take an absent key to be what is refused here. */
+static flap_status check_not_absent(const flap_json_object *object, const flap_model_key *key) {
+  if (key->kind != FLAP_KEY_MUST_BE || key->fallback == 0 || json_object_get(object->json, key->name) != NULL)
+    return FLAP_OK;
+  (void)flap_json_error(object, key->name,
+                        "is missing, which means %.9g to transformers, but only %s is supported: set "
+                        "it to %s if that is what the model has",
+                        key->fallback, key->must_be, key->must_be);
+  return FLAP_UNSUPPORTED;
+}
+
 static flap_status check_must_be(const flap_json_object *object, const flap_model_key *key) {
   const json_t *value = json_object_get(object->json, key->name);
   if (value == NULL || json_is_null(value))
@@ -238,8 +249,11 @@ flap_status flap_hf_config_parse(const struct json_t *object, const char *source
     FLAP_TRY(refuse_unknown(&root, config_out->family));
   uint32_t count = 0;
   const flap_model_key *keys = flap_model_keys(config_out->family, &count);
-  for (uint32_t i = 0; i < count; i++)
+  for (uint32_t i = 0; i < count; i++) {
+    if (!strict)
+      FLAP_TRY(check_not_absent(&root, &keys[i]));
     FLAP_TRY(read_key(&root, &keys[i], fallback_vocabulary, config_out));
+  }
   const flap_status status = flap_model_finish_config(config_out);
   return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "%s", source);
 }

@@ -79,10 +79,11 @@ START_TEST(config_fallbacks_are_those_of_transformers) {
   ck_assert_int_eq(config.rope.kind, FLAP_ROPE_DEFAULT);
   ck_assert(!config.tie_word_embeddings && !config.attention_bias);
   RIG_OK(parse("{\"model_type\": \"mistral\", \"vocab_size\": 9.0, \"hidden_size\": 32, \"intermediate_size\": 64, "
-               "\"num_hidden_layers\": 2, \"num_attention_heads\": 4, \"attention_dropout\": 0}",
+               "\"num_hidden_layers\": 2, \"num_attention_heads\": 16, \"attention_dropout\": 0}",
                true, 0, &config));
   ck_assert_uint_eq(config.vocab_size, 9);
   ck_assert_uint_eq(config.max_position_embeddings, 131072);
+  ck_assert_uint_eq(config.num_key_value_heads, 8);
 }
 END_TEST
 
@@ -253,6 +254,30 @@ START_TEST(config_text_of_qwen2_is_what_transformers_wants) {
 }
 END_TEST
 
+START_TEST(config_of_mistral_in_a_folder_says_that_it_has_no_window) {
+  static const char mistral[] = "\"model_type\": \"mistral\", \"vocab_size\": 9, \"hidden_size\": 32, "
+                                "\"intermediate_size\": 64, \"num_hidden_layers\": 2";
+  flap_model_config config;
+  char text[512];
+  (void)snprintf(text, sizeof text, "{%s, \"num_attention_heads\": 8}", mistral);
+  scratch_text("config.json", text);
+  RIG_REFUSED(flap_hf_config_read(scratch_path(""), &config), FLAP_UNSUPPORTED,
+              "/config.json: sliding_window: is missing, which means 4096 to transformers", "set it to null");
+  RIG_OK(parse(text, true, 0, &config)); /* run.yaml: there it means none */
+  (void)snprintf(text, sizeof text, "{%s, \"num_attention_heads\": 8, \"sliding_window\": 4096}", mistral);
+  scratch_text("config.json", text);
+  RIG_REFUSED(flap_hf_config_read(scratch_path(""), &config), FLAP_UNSUPPORTED, "sliding_window: is 4096", "only null");
+  (void)snprintf(text, sizeof text, "{%s, \"num_attention_heads\": 8, \"sliding_window\": null}", mistral);
+  scratch_text("config.json", text);
+  RIG_OK(flap_hf_config_read(scratch_path(""), &config));
+  ck_assert_uint_eq(config.num_key_value_heads, 8);
+  (void)snprintf(text, sizeof text, "{%s, \"num_attention_heads\": 4, \"sliding_window\": null}", mistral);
+  scratch_text("config.json", text);
+  RIG_REFUSED(flap_hf_config_read(scratch_path(""), &config), FLAP_INVALID,
+              "num_key_value_heads is 8, which is also what mistral takes it to be when it is absent", "which is 4");
+}
+END_TEST
+
 START_TEST(config_files_may_hold_keys_of_others) {
   flap_model_config config;
   RIG_REFUSED(flap_hf_config_read(scratch_path(""), &config), FLAP_NOT_FOUND, "is not a model folder", "config.json");
@@ -271,7 +296,8 @@ START_TEST(config_text_is_what_transformers_wants) {
   char *text = NULL;
   json_t *root = NULL;
   RIG_OK(parse("{\"model_type\": \"mistral\", \"vocab_size\": 9, \"hidden_size\": 32, \"intermediate_size\": 64, "
-               "\"num_hidden_layers\": 2, \"num_attention_heads\": 4, \"tie_word_embeddings\": true, "
+               "\"num_hidden_layers\": 2, \"num_attention_heads\": 4, \"num_key_value_heads\": 4, "
+               "\"tie_word_embeddings\": true, "
                "\"rms_norm_eps\": 1e-5, \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8.0, "
                "\"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 8192}}",
                true, 0, &config));
@@ -310,6 +336,7 @@ int main(void) {
   tcase_add_test(tests, config_vocabulary_may_come_from_the_tokenizer);
   tcase_add_test(tests, config_rope_mappings_of_both_kinds);
   tcase_add_loop_test(tests, config_what_is_wrong_is_named, 0, 26);
+  tcase_add_test(tests, config_of_mistral_in_a_folder_says_that_it_has_no_window);
   tcase_add_test(tests, config_files_may_hold_keys_of_others);
   tcase_add_test(tests, config_text_is_what_transformers_wants);
   suite_add_tcase(suite, tests);
