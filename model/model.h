@@ -49,8 +49,8 @@ typedef enum flap_key_kind {
 /* One config.json key that a family reads; the reader of JSON lives elsewhere and fills the struct by this table, in
  * its order. A null counts as absent. A FLAP_KEY_ROPE mapping may hold `rope_type` (or `type`: "default", "llama3",
  * "linear"), `rope_theta`, `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`; it
- * sets the fields that it holds, leaves the others as they are, and anything else in it is an error. Absent, it changes
- * nothing. */
+ * sets the fields that it holds, leaves the others as they are, and anything else in it is an error, as are keys that
+ * its type does not use. Absent, it changes nothing. */
 typedef struct flap_model_key {
   const char *name;
   flap_key_kind kind;

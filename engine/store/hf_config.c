@@ -146,6 +146,31 @@ static flap_status check_rope_keys(const flap_family *family, const flap_json_ob
   return FLAP_OK;
 }
 
+/* A key that says nothing would be taken for a scaling that is there. */
+static flap_status check_rope_keys_of_type(const flap_json_object *mapping, flap_rope_kind kind) {
+  static const struct {
+    const char *name;
+    bool of_linear;
+  } keys[] = {{"factor", true},
+              {"low_freq_factor", false},
+              {"high_freq_factor", false},
+              {"original_max_position_embeddings", false}};
+  const bool typed = flap_json_has(mapping, "rope_type") || flap_json_has(mapping, "type");
+  for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+    const bool used = typed && (kind == FLAP_ROPE_LLAMA3 || (kind == FLAP_ROPE_LINEAR && keys[i].of_linear));
+    if (used || !flap_json_has(mapping, keys[i].name))
+      continue;
+    if (!typed)
+      return flap_json_error(mapping, keys[i].name,
+                             "is of no effect without a rope_type: say which (%s), or leave it out",
+                             keys[i].of_linear ? "linear or llama3" : "llama3");
+    return flap_json_error(
+        mapping, keys[i].name, "is not used by rope_type %s: leave it out, or set the rope_type that uses it (%s)",
+        kind == FLAP_ROPE_LINEAR ? "linear" : "default", keys[i].of_linear ? "linear or llama3" : "llama3");
+  }
+  return FLAP_OK;
+}
+
 static flap_status read_rope(const flap_family *family, const flap_json_object *object, const char *key,
                              flap_rope *rope) {
   if (!flap_json_has(object, key))
@@ -154,6 +179,7 @@ static flap_status read_rope(const flap_family *family, const flap_json_object *
   FLAP_TRY(flap_json_get_object(object, key, &mapping));
   FLAP_TRY(check_rope_keys(family, &mapping));
   FLAP_TRY(read_rope_type(&mapping, rope));
+  FLAP_TRY(check_rope_keys_of_type(&mapping, rope->kind));
   FLAP_TRY(flap_json_opt_number(&mapping, "rope_theta", -DBL_MAX, DBL_MAX, rope->theta, &rope->theta));
   FLAP_TRY(flap_json_opt_number(&mapping, "factor", -DBL_MAX, DBL_MAX, rope->factor, &rope->factor));
   FLAP_TRY(flap_json_opt_number(&mapping, "low_freq_factor", -DBL_MAX, DBL_MAX, rope->low_freq_factor,

@@ -210,6 +210,14 @@ START_TEST(config_what_is_wrong_is_named) {
       {"{" BASE ", \"rope_scaling\": {\"rope_type\": \"linear\", \"factr\": 2}}", FLAP_UNSUPPORTED,
        "rope_scaling.factr: unknown key", "did you mean factor?"},
       {"{" BASE ", \"rope_scaling\": {\"rope_type\": \"linear\"}}", FLAP_INVALID, "rope_scaling.factor is 0", ""},
+      {"{" BASE ", \"rope_scaling\": {\"factor\": 2.0}}", FLAP_INVALID,
+       "rope_scaling.factor: is of no effect without a rope_type", "linear or llama3"},
+      {"{" BASE ", \"rope_parameters\": {\"rope_theta\": 5.0, \"low_freq_factor\": 1}}", FLAP_INVALID,
+       "rope_parameters.low_freq_factor: is of no effect without a rope_type", "llama3"},
+      {"{" BASE ", \"rope_scaling\": {\"type\": \"linear\", \"factor\": 2, \"high_freq_factor\": 4}}", FLAP_INVALID,
+       "rope_scaling.high_freq_factor: is not used by rope_type linear", "leave it out"},
+      {"{" BASE ", \"rope_scaling\": {\"rope_type\": \"default\", \"factor\": 2}}", FLAP_INVALID,
+       "rope_scaling.factor: is not used by rope_type default", "linear or llama3"},
       {"{" BASE ", \"rope_parameters\": {\"partial_rotary_factor\": 0.5}}", FLAP_UNSUPPORTED,
        "rope_parameters.partial_rotary_factor: is 0.5", "only 1.0"},
       {"{" BASE ", \"rope_scaling\": {\"rope_type\": \"llama3\", \"original_max_position_embeddings\": -1}}",
@@ -335,7 +343,7 @@ int main(void) {
   tcase_add_test(tests, config_text_of_qwen2_is_what_transformers_wants);
   tcase_add_test(tests, config_vocabulary_may_come_from_the_tokenizer);
   tcase_add_test(tests, config_rope_mappings_of_both_kinds);
-  tcase_add_loop_test(tests, config_what_is_wrong_is_named, 0, 26);
+  tcase_add_loop_test(tests, config_what_is_wrong_is_named, 0, 40);
   tcase_add_test(tests, config_of_mistral_in_a_folder_says_that_it_has_no_window);
   tcase_add_test(tests, config_files_may_hold_keys_of_others);
   tcase_add_test(tests, config_text_is_what_transformers_wants);
