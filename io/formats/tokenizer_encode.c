@@ -119,10 +119,11 @@ static const flap_added *find_added(const flap_added_set *set, const char *text,
   return NULL;
 }
 
-static uint64_t spaces_before(const char *text, uint64_t at) {
+/* Not past `least`, where a character begins: what is before it was looked at, and would be again for every token. */
+static uint64_t spaces_before(const char *text, uint64_t least, uint64_t at) {
   uint32_t code;
   unsigned length;
-  while ((length = flap_utf8_decode_before(text, at, &code)) > 0 && flap_utf8_is_space(code))
+  while (at > least && (length = flap_utf8_decode_before(text, at, &code)) > 0 && flap_utf8_is_space(code))
     at -= length;
   return at;
 }
@@ -143,7 +144,7 @@ static flap_status encode_section(flap_tokenizer *tokenizer, int kind, const cha
 static flap_status cut_added(flap_tokenizer *tokenizer, int kind, const char *text, uint64_t bytes, unsigned flags,
                              flap_ids *ids) {
   const flap_added_set *set = &tokenizer->added[kind];
-  uint64_t done = 0;
+  uint64_t done = 0, spaces_end = 0; /* of the white space that a token has taken last */
   for (uint64_t at = 0; at < bytes && set->count > 0;) {
     const flap_added *added = find_added(set, text + at, bytes - at);
     if (added == NULL) {
@@ -154,12 +155,10 @@ static flap_status cut_added(flap_tokenizer *tokenizer, int kind, const char *te
     at = end;
     if (added->special && (flags & FLAP_TOKENIZER_LITERAL))
       continue;
-    if (added->lstrip) {
-      uint64_t stripped = spaces_before(text, start);
-      start = stripped > done ? stripped : done;
-    }
+    if (added->lstrip)
+      start = start > done ? spaces_before(text, done, start) : done;
     if (added->rstrip)
-      end = spaces_after(text, end, bytes);
+      end = spaces_end = end < spaces_end ? spaces_end : spaces_after(text, end, bytes);
     if (start > done)
       FLAP_TRY(encode_section(tokenizer, kind, text + done, start - done, done == 0 ? flags : flags & LATER, ids));
     /* Nothing is left of a token of white space that the one before has stripped away. */

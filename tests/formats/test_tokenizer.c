@@ -388,6 +388,30 @@ START_TEST(tokenizer_with_byte_fallback_cuts_where_nothing_joins) {
 }
 END_TEST
 
+/* 1 MB of white space, each character of it a token that takes all of what is beside it. */
+START_TEST(tokenizer_tokens_that_strip_take_linear_time) {
+  enum { BYTES = 1 << 20 };
+  static const char *const sides[] = {"lstrip", "rstrip"};
+  char json[512], *text = malloc(BYTES);
+  memset(text, '\n', BYTES);
+  for (size_t i = 0; i < sizeof sides / sizeof sides[0]; i++) {
+    (void)snprintf(json, sizeof json,
+                   "{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": []}, \"pre_tokenizer\": {\"type\": \"ByteLevel\"}, "
+                   "\"added_tokens\": [{\"id\": 1, \"content\": \"\\n\", \"%s\": true, \"special\": true}]}",
+                   sides[i]);
+    scratch_text("tokenizer.json", json);
+    flap_tokenizer *tokenizer;
+    flap_ids ids = {0};
+    ck_assert_msg(flap_tokenizer_open(scratch_path(""), &tokenizer) == FLAP_OK, "%s", flap_error_message());
+    encode(tokenizer, text, BYTES, 0, &ids);
+    ck_assert_uint_eq(ids.count, BYTES);
+    flap_ids_free(&ids);
+    flap_tokenizer_close(tokenizer);
+  }
+  free(text);
+}
+END_TEST
+
 /* Words of 1 MB in a few seconds, even under a sanitizer: a quadratic merge would take hours. */
 START_TEST(tokenizer_long_words_take_linear_time) {
   enum { BYTES = 1 << 20 };
@@ -500,6 +524,7 @@ int main(void) {
   tcase_add_test(cases, tokenizer_added_tokens_that_strip_take_white_space_along);
   tcase_add_test(cases, tokenizer_cut_prefers_lines_then_words_then_characters);
   tcase_add_test(cases, tokenizer_with_byte_fallback_cuts_where_nothing_joins);
+  tcase_add_test(cases, tokenizer_tokens_that_strip_take_linear_time);
   tcase_add_loop_test(cases, tokenizer_long_words_take_linear_time, 0, FAMILIES);
   tcase_add_test(cases, tokenizer_saved_bytes_open_as_the_same_tokenizer);
   tcase_add_test(cases, tokenizer_saved_is_what_was_opened_even_when_the_files_are_gone);
