@@ -92,7 +92,8 @@ FLAP_CHECKED flap_status flap_tokenizer_encode(flap_tokenizer *tokenizer, const 
  * Byte-level: a line cut is between a newline that follows a character that is no white space and a character that is
  * none; a word cut is before a space that stands between two ASCII letters. There the published GPT-2, Llama-3 and
  * Qwen2 patterns always split, and NFC and added tokens never join (cuts that would tear an added token are passed
- * over). With the last two kinds, and with other patterns, ids at the cut may differ from those of the whole.
+ * over, as are line cuts where add_prefix_space may put a space). With the last two kinds, and with other patterns, ids
+ * at the cut may differ from those of the whole.
  *
  * With byte_fallback both kinds are one: after a character that is no white space and not U+2581, where no merge of the
  * vocabulary joins it to the next one and no added token begins, ends or goes on. There the ids are those of the whole

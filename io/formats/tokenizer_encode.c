@@ -91,7 +91,7 @@ static flap_status encode_metaspace(flap_tokenizer *tokenizer, const char *text,
   return flap_metaspace_encode(tokenizer->metaspace, tokenizer->bpe, text, bytes, wanted, ids);
 }
 
-/* Depth is bounded by FLAP_TOKENIZER_SPLITS_MAX. `continues`: only matters where ByteLevel sees the text's start. */
+/* Depth is bounded by FLAP_TOKENIZER_SPLITS_MAX. `continues`: no prefix space before what the text begins with. */
 static flap_status pre_tokenize(flap_tokenizer *tokenizer, uint32_t stage, const char *text, uint64_t bytes,
                                 bool continues, flap_ids *ids) {
   if (stage == tokenizer->split_count)
@@ -102,7 +102,8 @@ static flap_status pre_tokenize(flap_tokenizer *tokenizer, uint32_t stage, const
     FLAP_TRY(flap_split_next(tokenizer->splits[stage], &cursor));
     if (cursor.piece_bytes == 0)
       return FLAP_OK;
-    FLAP_TRY(pre_tokenize(tokenizer, stage + 1, cursor.piece, cursor.piece_bytes, false, ids));
+    const bool first = cursor.piece == text; /* or what was before it is removed */
+    FLAP_TRY(pre_tokenize(tokenizer, stage + 1, cursor.piece, cursor.piece_bytes, continues && first, ids));
   }
 }
 
@@ -240,6 +241,25 @@ static bool tears_added(const flap_tokenizer *tokenizer, const char *text, uint6
   return false;
 }
 
+/* Whether the text before `at` ends with an added token. */
+static bool ends_with_added(const flap_tokenizer *tokenizer, const char *text, uint64_t at) {
+  for (int kind = 0; kind < 2; kind++) {
+    for (uint32_t i = 0; i < tokenizer->added[kind].count; i++) {
+      const flap_added *added = &tokenizer->added[kind].items[i];
+      if (added->bytes <= at && memcmp(text + at - added->bytes, added->content, added->bytes) == 0)
+        return true;
+    }
+  }
+  return false;
+}
+
+/* What follows a line cut gets no prefix space. It has one in the whole if the stages split there, which takes the
+ * whole to know, and if an added token before the newline has taken that along; and where such a token leaves the
+ * newline, that itself has a prefix space, and is split from it only by what follows. */
+static bool needs_prefix_space(const flap_tokenizer *tokenizer, const char *text, uint64_t at) {
+  return tokenizer->add_prefix_space && (tokenizer->split_count > 0 || ends_with_added(tokenizer, text, at - 1));
+}
+
 static bool is_letter(char c) {
   return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
 }
@@ -252,7 +272,7 @@ static bool is_line_cut(const flap_tokenizer *tokenizer, const char *text, uint6
   if (flap_utf8_decode_before(text, at - 1, &before) == 0 || flap_utf8_is_space(before) ||
       flap_utf8_decode(text + at, bytes - at, &after) == 0 || flap_utf8_is_space(after))
     return false;
-  return !tears_added(tokenizer, text, bytes, at);
+  return !tears_added(tokenizer, text, bytes, at) && !needs_prefix_space(tokenizer, text, at);
 }
 
 /* Before a space that stands alone between two ASCII letters. */

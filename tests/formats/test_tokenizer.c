@@ -341,6 +341,34 @@ START_TEST(tokenizer_added_tokens_that_strip_take_white_space_along) {
 }
 END_TEST
 
+/* A cut puts no space where the whole has none, and takes none away. */
+START_TEST(tokenizer_cuts_with_a_prefix_space_give_the_ids_of_the_whole) {
+  static const char *const stages[] = {
+      "{\"type\": \"ByteLevel\", \"add_prefix_space\": true}",
+      "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Digits\"}, {\"type\": \"ByteLevel\"}]}",
+      "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\s+|\\\\S+\"}, "
+      "\"behavior\": \"Isolated\"}, {\"type\": \"ByteLevel\"}]}"};
+  static const char text[] = "aa\nbb aa\nbb1\na2 bb<r>\naa bb\naa<n>\nbb aa\nb 12\n12 aa\nbb\n<r>\n<n>aa\n<n>\nbb bb";
+  char json[1024];
+  (void)snprintf(
+      json, sizeof json,
+      "{\"model\": {\"vocab\": {\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u010a\": 3, \"1\": 4, \"2\": 5, "
+      "\"\\u0120\\u010a\": 6}, \"merges\": [\"\\u0120 \\u010a\"]}, \"pre_tokenizer\": %s, \"added_tokens\": ["
+      "{\"id\": 7, \"content\": \"<n>\"}, {\"id\": 8, \"content\": \"<r>\", \"rstrip\": true}]}",
+      stages[_i]);
+  scratch_text("tokenizer.json", json);
+  flap_tokenizer *tokenizer;
+  ck_assert_msg(flap_tokenizer_open(scratch_path(""), &tokenizer) == FLAP_OK, "%s", flap_error_message());
+  for (uint64_t piece = 1; piece < sizeof text; piece++)
+    assert_pieces_equal_whole(tokenizer, text, sizeof text - 1, piece);
+  flap_ids ids = {0};
+  encode(tokenizer, "ab", 2, FLAP_TOKENIZER_CONTINUE, &ids);
+  ck_assert_uint_eq(ids.count, 2);
+  flap_ids_free(&ids);
+  flap_tokenizer_close(tokenizer);
+}
+END_TEST
+
 START_TEST(tokenizer_cut_prefers_lines_then_words_then_characters) {
   flap_tokenizer *tokenizer;
   ck_assert_int_eq(flap_tokenizer_open_bytes(&tokenizer), FLAP_OK);
@@ -522,6 +550,7 @@ int main(void) {
   tcase_add_test(cases, tokenizer_names_of_tokens_are_found);
   tcase_add_loop_test(cases, tokenizer_pieces_give_the_ids_of_the_whole, 0, FAMILIES);
   tcase_add_test(cases, tokenizer_added_tokens_that_strip_take_white_space_along);
+  tcase_add_loop_test(cases, tokenizer_cuts_with_a_prefix_space_give_the_ids_of_the_whole, 0, 3);
   tcase_add_test(cases, tokenizer_cut_prefers_lines_then_words_then_characters);
   tcase_add_test(cases, tokenizer_with_byte_fallback_cuts_where_nothing_joins);
   tcase_add_test(cases, tokenizer_tokens_that_strip_take_linear_time);
