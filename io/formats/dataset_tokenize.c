@@ -126,8 +126,8 @@ static flap_status put_line(context *c, const char *line, uint64_t bytes, uint64
   if (object == NULL && flap_json_no_memory())
     return flap_error_set(FLAP_NO_MEMORY, "%s:%llu: no memory for the line", c->file->path, (unsigned long long)number);
   if (object == NULL)
-    return flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON: %s", c->file->path, (unsigned long long)number,
-                          error.text);
+    return flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON: %s%s", c->file->path, (unsigned long long)number,
+                          error.text, flap_json_hint(error.text));
   const json_t *text = json_object_get(object, "text"); /* NULL too if it is no object */
   flap_status status;
   if (!json_is_object(object))

@@ -22,9 +22,10 @@
 /* ---- loading ------------------------------------------------------------------------------------------- */
 
 /* Python writes these by default; people then ask why a file that Python reads is refused. */
-static bool is_about_nan(const char *text) {
-  return strstr(text, "near 'NaN") || strstr(text, "near 'Infinity") || strstr(text, "near '-Infinity") ||
-         strstr(text, "near '-'");
+const char *flap_json_hint(const char *text) {
+  const bool is_about_nan = strstr(text, "near 'NaN") || strstr(text, "near 'Infinity") ||
+                            strstr(text, "near '-Infinity") || strstr(text, "near '-'");
+  return is_about_nan ? " (NaN and Infinity are not JSON: write null or a number)" : "";
 }
 
 /* Jansson's requests for memory come here, and what it does when one is refused was read in its source (2.14). It looks
@@ -159,7 +160,7 @@ flap_status flap_json_load_text(const char *name, const char *text, size_t bytes
     if (flap_json_no_memory())
       return flap_error_set(FLAP_NO_MEMORY, "%s: no memory to parse %zu bytes of JSON", name, bytes);
     return flap_error_set(FLAP_INVALID, "%s:%d:%d: %s%s", name, error.line, error.column, error.text,
-                          is_about_nan(error.text) ? " (NaN and Infinity are not JSON: write null or a number)" : "");
+                          flap_json_hint(error.text));
   }
   *root_out = root;
   return FLAP_OK;

@@ -85,6 +85,8 @@ FLAP_CHECKED flap_status flap_json_get_integers(const flap_json_object *object, 
  * mistake in it. The caller frees what dumps returns. */
 json_t *flap_json_parse(const char *text, size_t bytes, size_t flags, json_error_t *error_out);
 char *flap_json_dumps(const json_t *root, size_t flags);
+/* What to add to the text of an error: what to do about NaN, or "". */
+const char *flap_json_hint(const char *error_text);
 /* Of this thread's newest flap_json_parse or flap_json_dumps. */
 bool flap_json_no_memory(void);
 

@@ -593,6 +593,8 @@ START_TEST(dataset_bad_lines_are_named) {
       {"{\"text\":\"a\"}\n{\"text\":\"a\n", "a.jsonl:2:", "not a line of JSON"},
       {"{\"text\":\"a\"} {\"text\":\"b\"}\n", "a.jsonl:1:", "not a line of JSON"},
       {"{\"text\":\"\\ud800\"}\n", "a.jsonl:1:", "not a line of JSON"},
+      {"{\"text\":\"a\", \"score\": NaN}\n", "a.jsonl:1:", "NaN and Infinity are not JSON"},
+      {"{\"text\":\"a\", \"score\": -Infinity}\n", "a.jsonl:1:", "NaN and Infinity are not JSON"},
   };
   paths[0] = scratch_path("a.jsonl");
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
