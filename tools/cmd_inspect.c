@@ -86,7 +86,13 @@ static flap_status inspect_tokenizer(const char *path) {
 /* The entries of a JSON object that are short: config.json and the like. */
 static flap_status inspect_json(const char *path) {
   json_t *root = NULL;
+  flap_json_object object;
   FLAP_TRY(flap_json_load_file(path, FLAP_JSON_BYTES_MAX, &root));
+  const flap_status status = flap_json_root(root, path, &object);
+  if (status != FLAP_OK) {
+    json_decref(root);
+    return status;
+  }
   printf("%s\n", path);
   const char *key = NULL;
   json_t *value = NULL;
@@ -124,6 +130,10 @@ static void add_metrics_line(metrics_summary *summary, const json_t *object) {
   summary->last_rate = number_of(object, "tokens_per_second");
 }
 
+static bool is_blank(const char *line) {
+  return line[strspn(line, " \t\r\n")] == '\0';
+}
+
 static flap_status inspect_metrics(const char *path) {
   FILE *file = fopen(path, "r");
   if (!file)
@@ -133,13 +143,17 @@ static flap_status inspect_metrics(const char *path) {
   char *line = NULL;
   size_t capacity = 0;
   ssize_t length = 0;
+  uint64_t number = 0;
   while (status == FLAP_OK && (length = getline(&line, &capacity, file)) > 0) {
     json_t *object = NULL;
+    number++;
     if (line[length - 1] != '\n')
       break; /* torn by a kill; the run that continues drops it too */
+    if (is_blank(line) && strlen(line) == (size_t)length)
+      continue;
     status = flap_json_load_text(path, line, (size_t)length, &object);
     if (status == FLAP_INVALID)
-      status = flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON", path, (unsigned long long)summary.lines + 1);
+      status = flap_error_set(FLAP_INVALID, "%s:%llu: not a line of JSON", path, (unsigned long long)number);
     if (status == FLAP_OK)
       add_metrics_line(&summary, object);
     json_decref(object);
@@ -222,9 +236,11 @@ static flap_status inspect_folder(const char *folder, bool verify) {
   static const struct {
     const char *name;
     flap_status (*show)(const char *path);
-  } parts[] = {{"config.json", inspect_json},      {"tokenizer.json", inspect_tokenizer},
-               {"metrics.jsonl", inspect_metrics}, {"trace.json", inspect_trace},
-               {"state.json", inspect_json},       {"trainer_state.json", inspect_json}};
+  } parts[] = {{"config.json", inspect_json},
+               {"tokenizer.json", inspect_tokenizer},
+               {"metrics.jsonl", inspect_metrics},
+               {"trace.json", inspect_trace},
+               {"trainer_state.json", inspect_json}};
   char path[FLAP_DURABLE_PATH_MAX];
   uint32_t found = 0, checkpoints = 0;
   checkpoint_list list = {0};

@@ -193,8 +193,11 @@ class Flap(Rig):
         save = ["train", "run.yaml", "save_strategy=steps", "save_steps=4"]
         self.accept(*save)
         with open(self.path("out/metrics.jsonl"), "a") as file:
-            file.write("{}\nbroken\n")
-        self.refuse("out/metrics.jsonl:12: not a line of JSON", "inspect", "out/metrics.jsonl")
+            file.write("{}\n\n \t\n")
+        self.assertIn("11 lines, loss ", self.accept("inspect", "out/metrics.jsonl"))
+        with open(self.path("out/metrics.jsonl"), "a") as file:
+            file.write("broken\n")
+        self.refuse("out/metrics.jsonl:14: not a line of JSON", "inspect", "out/metrics.jsonl")
         for make in os.mkfifo, lambda path: os.symlink("/dev/zero", path):
             os.remove(self.path("out/metrics.jsonl"))
             make(self.path("out/metrics.jsonl"))

@@ -380,6 +380,9 @@ class Program(unittest.TestCase):
         self.assertIn("2 tensors", self.accept("inspect", "m/model.safetensors"))
         self.refuse("nothing: ", "inspect", "nothing")
         self.refuse("neither a model, a checkpoint", "inspect", "m/checkpoint-10")
+        for text, kind in ("[1, 2]", "an array"), ('"text"', "a string"):
+            self.write("other.json", text)
+            self.refuse(f"other.json: must hold an object, not {kind}", "inspect", "other.json")
         self.write("broken.safetensors", "x")
         self.refuse("broken.safetensors", "inspect", "broken.safetensors")
 
