@@ -8,6 +8,7 @@
 #include "engine/store/hf_config.h"
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/nearest.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_file.h"
@@ -284,6 +285,16 @@ flap_status flap_hf_config_parse(const struct json_t *object, const char *source
   return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "%s", source);
 }
 
+/* Code in the folder may compute something else than the family that model_type names. */
+static void warn_of_own_code(const json_t *root, const char *path, const flap_model_config *config) {
+  const char *code = json_string_value(json_object_get(json_object_get(root, "auto_map"), "AutoModelForCausalLM"));
+  if (code != NULL)
+    flap_log(FLAP_LOG_WARNING,
+             "%s: auto_map: with trust_remote_code transformers would run the model's own code (AutoModelForCausalLM), "
+             "which FLAP does not look at: it is taken for a %s model, as model_type says",
+             path, flap_model_family_name(config->family));
+}
+
 flap_status flap_hf_config_read(const char *folder, flap_model_config *config_out) {
   char path[FLAP_DURABLE_PATH_MAX];
   json_t *root = NULL;
@@ -293,6 +304,8 @@ flap_status flap_hf_config_read(const char *folder, flap_model_config *config_ou
     return flap_error_prefix(status, "%s is not a model folder", folder);
   FLAP_TRY(status);
   status = flap_hf_config_parse(root, path, false, 0, config_out);
+  if (status == FLAP_OK)
+    warn_of_own_code(root, path, config_out);
   json_decref(root);
   return status;
 }

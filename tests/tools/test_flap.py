@@ -116,6 +116,18 @@ class Flap(Rig):
                 self.assertIn("tok/tokenizer_config.json: " + wanted, done.stderr)
             self.assertEqual(len(done.stderr.splitlines()), 1 if wanted else 0, done.stderr)
 
+    def test_a_model_with_code_of_its_own_is_named_once(self):
+        self.accept("train", "run.yaml", "max_steps=1")
+        with open(self.path("out/config.json")) as file:
+            config = json.load(file)
+        for name, warnings in (("AutoConfig", 0), ("AutoModelForCausalLM", 1)):
+            self.write("out/config.json", json.dumps({**config, "auto_map": {name: "modeling_own.Own"}}))
+            for command in (["sample", "out", "-n", "1"],
+                            ["train", "run.yaml", "model=null", "model_name_or_path=out", "output_dir=" + name, "max_steps=1"]):
+                done = self.flap(*command)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(done.stderr.count("out/config.json: auto_map: "), warnings, done.stderr)
+
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
         os.mkdir(self.path("disk2"))
