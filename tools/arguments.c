@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define OPTIONS_MAX 32u
 
@@ -27,6 +28,13 @@ flap_status flap_arguments_check_ending(const flap_command *command, const char 
   if (length > ending_length && strcmp(path + length - ending_length, ending) == 0)
     return FLAP_OK;
   return flap_arguments_error(command, "%s: %.200s must end in %s", option, path, ending);
+}
+
+flap_status flap_arguments_check_new(const char *option, const char *path, bool force) {
+  if (force || access(path, F_OK) != 0)
+    return FLAP_OK;
+  return flap_error_set(FLAP_INVALID, "%s: %.3000s is there already: remove it, name another, or give --force", option,
+                        path);
 }
 
 static void print_help(const flap_command *command, const flap_option *options, size_t count) {

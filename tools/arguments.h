@@ -56,6 +56,9 @@ flap_status flap_arguments_error(const flap_command *command, const char *format
 FLAP_CHECKED flap_status flap_arguments_check_ending(const flap_command *command, const char *option, const char *path,
                                                      const char *ending);
 
+/* FLAP_INVALID if `path`, which `option` gives, is there already, unless that is wanted (`force`). */
+FLAP_CHECKED flap_status flap_arguments_check_new(const char *option, const char *path, bool force);
+
 /* argv[0] of the program, for commands that are printed to be typed again. */
 const char *flap_program_name(void);
 

@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 typedef struct bench_run {
   const flap_bench_options *options;
@@ -29,9 +28,7 @@ typedef struct bench_run {
 /* An output is refused now, and not after a minute. */
 static flap_status check_output(const char *option, const char *path, bool force) {
   flap_durable_file file;
-  if (!force && access(path, F_OK) == 0)
-    return flap_error_set(FLAP_INVALID, "%s: %s is there already: remove it, name another, or give --force", option,
-                          path);
+  FLAP_TRY(flap_arguments_check_new(option, path, force));
   const flap_status status = flap_durable_begin_file(&file, path);
   if (status != FLAP_OK)
     return flap_error_prefix(status, "%s", option);

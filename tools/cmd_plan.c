@@ -1,5 +1,6 @@
 /* flap plan: what a run would take and how long a step would be, without starting it or reading its data. */
 #include "engine/engine.h"
+#include "io/formats/trace.h"
 #include "tools/arguments.h"
 #include "tools/config_yaml.h"
 #include "tools/machine_file.h"
@@ -28,7 +29,7 @@ static flap_status find_knee(const flap_run_config *config, flap_knee *knee) {
 static flap_status run(const flap_command *command, int argc, char **argv) {
   static flap_run_config config;
   static flap_plan plan;
-  bool json = false, list = false, knee = false, help = false;
+  bool json = false, list = false, knee = false, force = false, help = false;
   const char *trace = NULL;
   flap_knee found;
   const flap_option options[] = {
@@ -37,6 +38,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
        "Also: from how many tokens a step on compute hides all else (a few plans more, of longer steps)."},
       {"--trace", 0, FLAP_OPTION_TEXT, &trace,
        "Also: write the expected timeline of a step to this .json, for Perfetto, like trace.json of a run."},
+      {"--force", 0, FLAP_OPTION_FLAG, &force, "Replace the file of --trace even if it is no timeline of FLAP's."},
       {"--list-machines", 0, FLAP_OPTION_FLAG, &list, "The machines that `machine` knows by name, and nothing else."}};
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
@@ -51,6 +53,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "which configuration? name a run.yaml");
   if (trace)
     FLAP_TRY(flap_arguments_check_ending(command, "--trace", trace, ".json"));
+  if (trace)
+    FLAP_TRY(flap_arguments_check_new("--trace", trace, force || flap_trace_is_one(trace)));
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_PLAN, &config));
   flap_status status = flap_engine_plan(&config, trace, &plan);
   if (status == FLAP_OK && knee)

@@ -36,9 +36,10 @@ static flap_status write_shard(flap_tokenizer *tokenizer, const char *const *fil
 
 static flap_status run(const flap_command *command, int argc, char **argv) {
   const char *text = NULL, *out = NULL;
-  bool help = false;
+  bool force = false, help = false;
   const flap_option options[] = {
       {"--output", 'o', FLAP_OPTION_TEXT, &out, "The .bin shard to write."},
+      {"--force", 0, FLAP_OPTION_FLAG, &force, "Replace the shard if it is there."},
       {"--text", 0, FLAP_OPTION_TEXT, &text, "Print the ids of this text instead."},
   };
   static const char *rest[ARGUMENTS_MAX];
@@ -55,6 +56,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "wanted either files and -o out.bin, or --text TEXT");
   if (out)
     FLAP_TRY(flap_arguments_check_ending(command, "--output", out, ".bin"));
+  if (out)
+    FLAP_TRY(flap_arguments_check_new("--output", out, force));
   flap_tokenizer *tokenizer = NULL;
   FLAP_TRY(strcmp(rest[0], "bytes") == 0 ? flap_tokenizer_open_bytes(&tokenizer)
                                          : flap_tokenizer_open(rest[0], &tokenizer));

@@ -7,9 +7,11 @@
 #include "io/formats/trace.h"
 
 #include "base/assert.h"
+#include "base/system.h"
 #include "io/formats/durable.h"
 #include "io/formats/json_escape.h"
 
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -20,6 +22,7 @@
 #define OUT_BYTES 32768u
 #define EVENT_TEXT_BYTES 1024u
 #define NAME_TEXT_BYTES 512u
+#define BEGINNING "{\"displayTimeUnit\":\"ms\",\"otherData\":{\"events\":"
 
 typedef struct trace_event {
   const char *name;
@@ -244,8 +247,8 @@ static void put_all(trace_out *out, flap_trace *trace) {
   for (uint64_t i = 0; i < count; i++)
     if (trace->events[trace->order[i]].start_ns < first_ns)
       first_ns = trace->events[trace->order[i]].start_ns;
-  put(out, "{\"displayTimeUnit\":\"ms\",\"otherData\":{\"events\":%llu,\"dropped_events\":%llu},\"traceEvents\":[",
-      (unsigned long long)count, (unsigned long long)flap_trace_dropped(trace));
+  put(out, BEGINNING "%llu,\"dropped_events\":%llu},\"traceEvents\":[", (unsigned long long)count,
+      (unsigned long long)flap_trace_dropped(trace));
   put_separator(out);
   put(out, "{\"ph\":\"M\",\"pid\":1,\"name\":\"process_name\",\"args\":{\"name\":\"flap\"}}");
   for (uint32_t lane = 0; lane < FLAP_TRACE_LANE_COUNT; lane++)
@@ -266,4 +269,15 @@ flap_status flap_trace_write(flap_trace *trace, const char *path) {
     return out.status;
   }
   return flap_durable_commit_file(&out.file);
+}
+
+bool flap_trace_is_one(const char *path) {
+  char text[sizeof BEGINNING - 1];
+  const int fd = flap_system_open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
+  if (fd < 0)
+    return false;
+  const bool is_one =
+      flap_system_read(fd, text, sizeof text) == (ssize_t)sizeof text && memcmp(text, BEGINNING, sizeof text) == 0;
+  (void)flap_system_close(fd);
+  return is_one;
 }

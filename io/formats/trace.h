@@ -10,6 +10,7 @@
 #include "base/arena.h"
 #include "base/status.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -53,6 +54,8 @@ void flap_trace_reset(flap_trace *trace);
 /* Writes what is complete by now as JSON, durably; times are relative to the first event. One writer at a time; adding
  * may go on. */
 FLAP_CHECKED flap_status flap_trace_write(flap_trace *trace, const char *path);
+/* Whether the file begins like one that flap_trace_write has written. */
+bool flap_trace_is_one(const char *path);
 
 #ifdef __cplusplus
 }

@@ -151,6 +151,11 @@ machine: rtx4090-64g-1nvme
         self.assertTrue(any(event["name"].startswith("waits for disk") for event in steps))
         span = max(event["ts"] + event["dur"] for event in steps) - min(event["ts"] for event in steps)
         self.assertAlmostEqual(span / 1e6, plan["step_seconds"], delta=0.1 * plan["step_seconds"])
+        self.accept(*slow, "--trace", "step.json")  # a newer one of the same kind
+        self.refuse("--trace: slow.json is there already: remove it, name another, or give --force", *slow, "--trace", "slow.json")
+        self.write("other.json", "{}")
+        self.accept(*slow, "--trace", "other.json", "--force")
+        self.assertGreater(os.path.getsize(self.path("other.json")), 1000)
         self.refuse("no/such/folder", *slow, "--trace", "no/such/folder/step.json")
         self.refuse("--trace: text.txt must end in .json", *slow, "--trace", "text.txt")
         self.refuse("--output: text.txt must end in .bin", "tokenize", "bytes", "text.txt", "-o", "text.txt")

@@ -362,6 +362,9 @@ class Program(unittest.TestCase):
             data = file.read()
         self.assertEqual(struct.unpack("<3i", data[:12]), (20240520, 1, 10))
         self.assertEqual(struct.unpack("<10H", data[1024:]), (104, 101, 108, 108, 111, 256, 121, 111, 117, 256))
+        self.refuse("--output: out.bin is there already: remove it, name another, or give --force", "tokenize", "bytes", "b.jsonl",
+                    "-o", "out.bin")
+        self.assertIn("4 tokens", self.accept("tokenize", "bytes", "b.jsonl", "-o", "out.bin", "--force"))
         self.refuse("either files and -o", "tokenize", "bytes", "a.txt")
         self.refuse("none.json", "tokenize", "none.json", "--text", "a")
 
