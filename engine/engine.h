@@ -231,6 +231,8 @@ FLAP_CHECKED flap_status flap_engine_sample(const flap_run_config *config, const
  * non-zero. */
 FLAP_CHECKED flap_status flap_engine_export(const char *from_folder, const char *to_folder, flap_dtype dtype,
                                             uint64_t max_shard_bytes, const volatile sig_atomic_t *stop);
+/* The type of a folder's weights, float32 where they have several: exported in it, none of them loses anything. */
+FLAP_CHECKED flap_status flap_engine_weights_dtype(const char *folder, flap_dtype *dtype_out);
 
 /* ---- checkpoints of a run ---------------------------------------------------------------------------------- */
 

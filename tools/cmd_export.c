@@ -24,11 +24,11 @@ static flap_status parse_dtype(const flap_command *command, const char *text, fl
 }
 
 static flap_status run(const flap_command *command, int argc, char **argv) {
-  const char *dtype_text = "bfloat16";
+  const char *dtype_text = NULL;
   uint64_t shard_bytes = FLAP_SAFETENSORS_SHARD_BYTES;
   bool help = false;
   const flap_option options[] = {
-      {"--dtype", 0, FLAP_OPTION_TEXT, &dtype_text, "bfloat16 (default), float16 or float32."},
+      {"--dtype", 0, FLAP_OPTION_TEXT, &dtype_text, "bfloat16, float16 or float32 (default: as in the folder)."},
       {"--max-shard-size", 0, FLAP_OPTION_BYTES, &shard_bytes, "Largest file of weights (default: 5GB)."},
   };
   const char *rest[ARGUMENTS_MAX];
@@ -43,7 +43,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return flap_arguments_error(command, "wanted a checkpoint folder and a folder to make");
   if (shard_bytes == 0)
     return flap_arguments_error(command, "--max-shard-size must be more than 0");
-  FLAP_TRY(parse_dtype(command, dtype_text, &dtype));
+  FLAP_TRY(dtype_text != NULL ? parse_dtype(command, dtype_text, &dtype) : flap_engine_weights_dtype(rest[0], &dtype));
   flap_interrupt_install(NULL);
   FLAP_TRY(flap_engine_export(rest[0], rest[1], dtype, shard_bytes, &flap_interrupt_flag));
   printf("exported %s to %s (%s)\n", rest[0], rest[1], flap_dtype_name(dtype));

@@ -235,3 +235,24 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   flap_weights_list_close(&job.list);
   return status;
 }
+
+flap_status flap_engine_weights_dtype(const char *folder, flap_dtype *dtype_out) {
+  flap_model_config config;
+  flap_weights_list list = {0};
+  flap_weights_source weights = {0};
+  flap_status status;
+  *dtype_out = FLAP_F32;
+  FLAP_TRY(flap_hf_config_read(folder, &config));
+  FLAP_TRY(flap_weights_list_open(&config, &list));
+  FLAP_TRY_GOTO(
+      status, flap_weights_source_open(&config, &list, folder, FLAP_WANTED_ANY_FLOAT, FLAP_SAFETENSORS_F32, &weights));
+  for (uint64_t i = 0; i < list.count; i++) {
+    flap_dtype dtype = FLAP_F32;
+    (void)flap_safetensors_to_flap_dtype(weights.tensors[i]->dtype, &dtype);
+    *dtype_out = i == 0 || dtype == *dtype_out ? dtype : FLAP_F32;
+  }
+  flap_weights_source_close(&weights);
+fail:
+  flap_weights_list_close(&list);
+  return status;
+}

@@ -189,6 +189,12 @@ flap_status flap_engine_export(const char *from_folder, const char *to_folder, f
   return flap_error_set(FLAP_INVALID, "%s: is there already", to_folder);
 }
 
+flap_status flap_engine_weights_dtype(const char *folder, flap_dtype *dtype_out) {
+  (void)folder;
+  *dtype_out = FLAP_BF16;
+  return FLAP_OK;
+}
+
 flap_status flap_engine_machine(const flap_machine_query *query, flap_machine *machine_out) {
   if (query->device == FLAP_RUN_DEVICE_CUDA)
     return flap_error_set(FLAP_UNSUPPORTED, "device: cuda: this build has no CUDA");

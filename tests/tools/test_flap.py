@@ -39,6 +39,11 @@ class Flap(Rig):
         self.assertEqual(json.loads(self.accept("eval", "out", "dataset=short.txt", "--json"))["tokens"], 5)
         self.accept("export", "out", "exported", "--dtype", "float32")
         self.refuse("exported", "export", "out", "exported")
+        for source, given, dtype in (("exported", [], "float32"), ("out", [], "bfloat16"), ("out", ["--dtype", "fp16"], "float16"),
+                                     ("out-float16", [], "float16")):
+            target = f"{source}-{dtype}"
+            self.assertIn(f"exported {source} to {target} ({dtype})", self.accept("export", source, target, *given))
+        self.assertEqual(self.weights("exported-float32"), self.weights("exported"))  # nothing is lost unasked
         shown = self.accept("inspect", "exported")
         self.assertIn("model.layers.2.mlp.down_proj.weight", shown)
         self.assertIn("F32", shown)
