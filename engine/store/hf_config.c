@@ -285,14 +285,17 @@ flap_status flap_hf_config_parse(const struct json_t *object, const char *source
   return status == FLAP_OK ? FLAP_OK : flap_error_prefix(status, "%s", source);
 }
 
-/* Code in the folder may compute something else than the family that model_type names. */
+/* Code in the folder may compute something else than the family that model_type names. Said once by a process, which
+ * may read the file several times. */
 static void warn_of_own_code(const json_t *root, const char *path, const flap_model_config *config) {
-  const char *code = json_string_value(json_object_get(json_object_get(root, "auto_map"), "AutoModelForCausalLM"));
-  if (code != NULL)
-    flap_log(FLAP_LOG_WARNING,
-             "%s: auto_map: with trust_remote_code transformers would run the model's own code (AutoModelForCausalLM), "
-             "which FLAP does not look at: it is taken for a %s model, as model_type says",
-             path, flap_model_family_name(config->family));
+  static bool told = false;
+  if (told || !json_is_string(json_object_get(json_object_get(root, "auto_map"), "AutoModelForCausalLM")))
+    return;
+  told = true;
+  flap_log(FLAP_LOG_WARNING,
+           "%s: auto_map: with trust_remote_code transformers would run the model's own code (AutoModelForCausalLM), "
+           "which FLAP does not look at: it is taken for a %s model, as model_type says",
+           path, flap_model_family_name(config->family));
 }
 
 flap_status flap_hf_config_read(const char *folder, flap_model_config *config_out) {

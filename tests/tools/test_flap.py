@@ -127,7 +127,7 @@ class Flap(Rig):
             config = json.load(file)
         for name, warnings in (("AutoConfig", 0), ("AutoModelForCausalLM", 1)):
             self.write("out/config.json", json.dumps({**config, "auto_map": {name: "modeling_own.Own"}}))
-            for command in (["sample", "out", "-n", "1"],
+            for command in (["sample", "out", "-n", "1"], ["export", "out", "exported-" + name],
                             ["train", "run.yaml", "model=null", "model_name_or_path=out", "output_dir=" + name, "max_steps=1"]):
                 done = self.flap(*command)
                 self.assertEqual(done.returncode, 0, done.stderr)
