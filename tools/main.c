@@ -46,21 +46,35 @@ static flap_status unknown_command(const char *name) {
   return flap_error_set(FLAP_INVALID, "unknown subcommand %.64s; flap --help lists them", name);
 }
 
-static flap_status run(int argc, char **argv) {
-  if (argc < 2)
-    return flap_error_set(FLAP_INVALID, "no subcommand; flap --help lists them");
-  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+static const flap_command *find_command(const char *name) {
+  for (size_t i = 0; i < COMMANDS; i++)
+    if (strcmp(name, commands[i]->name) == 0)
+      return commands[i];
+  return NULL;
+}
+
+/* `flap help train` is `flap train --help`. */
+static flap_status help(int argc, char **argv) {
+  static char option[] = "--help";
+  if (argc <= 2) {
     print_help();
     return FLAP_OK;
   }
+  const flap_command *command = find_command(argv[2]);
+  return command != NULL ? command->run(command, 2, (char *[]){argv[2], option, NULL}) : unknown_command(argv[2]);
+}
+
+static flap_status run(int argc, char **argv) {
+  if (argc < 2)
+    return flap_error_set(FLAP_INVALID, "no subcommand; flap --help lists them");
+  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)
+    return help(argc, argv);
   if (strcmp(argv[1], "--version") == 0) {
     puts("flap " FLAP_VERSION);
     return FLAP_OK;
   }
-  for (size_t i = 0; i < COMMANDS; i++)
-    if (strcmp(argv[1], commands[i]->name) == 0)
-      return commands[i]->run(commands[i], argc - 1, argv + 1);
-  return unknown_command(argv[1]);
+  const flap_command *command = find_command(argv[1]);
+  return command != NULL ? command->run(command, argc - 1, argv + 1) : unknown_command(argv[1]);
 }
 
 /* Where the caller closed one of the first three descriptors, the next file that is opened would get its number, and

@@ -62,6 +62,11 @@ class Program(unittest.TestCase):
             self.assertTrue(own.startswith(f"usage: flap {name} "), own)
             self.assertIn("--help", own)
 
+    def test_help_of_a_subcommand_is_its_own(self):
+        self.assertEqual(self.accept("help", "train"), self.accept("train", "--help"))
+        self.assertEqual(self.accept("help"), self.accept("--help"))
+        self.refuse("unknown subcommand trian; did you mean flap train?", "help", "trian")
+
     def test_version(self):
         self.assertRegex(self.accept("--version"), r"^flap \d+\.\d+\.\d+\n$")
 
