@@ -2,6 +2,7 @@
 
 #include "base/nearest.h"
 #include "base/units.h"
+#include "tools/config_keys.h"
 
 #include <errno.h>
 #include <math.h>
@@ -64,14 +65,30 @@ static const flap_option *find(const flap_option *options, size_t count, const c
   return NULL;
 }
 
+/* A key of run.yaml that was written as an option: "--max-steps" is max_steps. */
+static bool is_key(const flap_command *command, const char *name, char key_out[64]) {
+  if (strstr(command->usage, "key=value") == NULL || strncmp(name, "--", 2) != 0)
+    return false;
+  (void)snprintf(key_out, 64, "%s", name + 2);
+  for (char *at = key_out; *at != '\0'; at++)
+    *at = *at == '-' ? '_' : *at;
+  return flap_config_key_find(key_out) != SIZE_MAX;
+}
+
+/* `next` may be its value. */
 static flap_status unknown(const flap_command *command, const flap_option *options, size_t count, const char *argument,
-                           size_t name_bytes) {
+                           size_t name_bytes, const char *next) {
   const char *names[OPTIONS_MAX + 1];
-  char name[64];
+  char name[64], key[64];
   for (size_t i = 0; i < count; i++)
     names[i] = options[i].name;
   names[count] = "--help";
   (void)snprintf(name, sizeof name, "%.*s", (int)name_bytes, argument);
+  if (is_key(command, name, key)) {
+    const char *value = argument[name_bytes] == '=' ? argument + name_bytes + 1 : next;
+    return flap_arguments_error(command, "unknown option %s: keys are written %s=%.100s", name, key,
+                                value != NULL && strncmp(value, "--", 2) != 0 ? value : "...");
+  }
   const char *nearest = flap_nearest_word(name, names, count + 1);
   return nearest ? flap_arguments_error(command, "unknown option %s (did you mean %s?)", name, nearest)
                  : flap_arguments_error(command, "unknown option %s", name);
@@ -140,7 +157,7 @@ flap_status flap_arguments_parse(const flap_command *command, const flap_option 
     size_t name_bytes = equals ? (size_t)(equals - argument) : strlen(argument);
     const flap_option *option = find(options, option_count, argument, name_bytes);
     if (!option)
-      return unknown(command, options, option_count, argument, name_bytes);
+      return unknown(command, options, option_count, argument, name_bytes, i + 1 < argc ? argv[i + 1] : NULL);
     if (option->kind == FLAP_OPTION_FLAG) {
       if (equals)
         return flap_arguments_error(command, "%s takes no value", option->name);

@@ -6,6 +6,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define ARGUMENTS_MAX 16
 
@@ -34,6 +35,7 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
   const char *rest[ARGUMENTS_MAX];
   size_t count = 0;
   flap_dtype dtype = FLAP_BF16;
+  struct stat info;
   if (argc > ARGUMENTS_MAX)
     return flap_arguments_error(command, "more than %d arguments", ARGUMENTS_MAX);
   FLAP_TRY(flap_arguments_parse(command, options, sizeof options / sizeof options[0], argc, argv, rest, &count, &help));
@@ -41,6 +43,9 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     return FLAP_OK;
   if (count != 2)
     return flap_arguments_error(command, "wanted a checkpoint folder and a folder to make");
+  if (stat(rest[0], &info) == 0 && S_ISREG(info.st_mode))
+    return flap_arguments_error(command, "%.200s is a file: name a folder: a checkpoint, or an output_dir with a model",
+                                rest[0]);
   if (shard_bytes == 0)
     return flap_arguments_error(command, "--max-shard-size must be more than 0");
   FLAP_TRY(dtype_text != NULL ? parse_dtype(command, dtype_text, &dtype) : flap_engine_weights_dtype(rest[0], &dtype));

@@ -56,8 +56,21 @@ static flap_status read_tree(flap_config_reader *reader, const flap_yaml_node *r
   return FLAP_OK;
 }
 
+static bool is_data(const char *name) {
+  static const char *const endings[] = {".txt", ".jsonl", ".bin"};
+  const size_t length = strlen(name);
+  for (size_t i = 0; i < sizeof endings / sizeof endings[0]; i++)
+    if (length > strlen(endings[i]) && strcmp(name + length - strlen(endings[i]), endings[i]) == 0)
+      return strchr(name, '=') == NULL;
+  return false;
+}
+
 static flap_status read_override(flap_config_reader *reader, const char *text) {
   flap_yaml_node *tree = NULL;
+  flap_yaml_quote quote;
+  if (is_data(text))
+    return flap_error_set(FLAP_INVALID, "command line: %s: not an override: write dataset=%.200s",
+                          flap_yaml_quote_text(text, &quote), text);
   flap_status status = flap_yaml_from_override(text, &tree);
   if (status != FLAP_OK)
     return flap_error_prefix(status, "command line");
@@ -212,13 +225,32 @@ static flap_status load(const char *name, flap_yaml_node *root, bool is_folder, 
   return status;
 }
 
+/* "max_steps=3", where a file is wanted. */
+static bool is_override(const char *path) {
+  char name[64];
+  const size_t bytes = strcspn(path, "=");
+  if (path[bytes] == '\0' || bytes >= sizeof name)
+    return false;
+  memcpy(name, path, bytes);
+  name[bytes] = '\0';
+  return flap_config_key_find(name) != SIZE_MAX;
+}
+
+static flap_status load_file(const char *path, flap_yaml_node **root_out) {
+  const flap_status status = flap_yaml_load(path, root_out);
+  if (status != FLAP_NOT_FOUND || !is_override(path))
+    return status;
+  return flap_error_set(FLAP_INVALID, "%.200s: there is no such file: the configuration comes first, then key=value",
+                        path);
+}
+
 flap_status flap_config_load(const char *path, const char *const *overrides, size_t override_count,
                              flap_config_purpose purpose, flap_run_config *config_out) {
   struct stat info;
   bool is_folder = purpose == FLAP_CONFIG_USE && stat(path, &info) == 0 && S_ISDIR(info.st_mode);
   flap_yaml_node *root = NULL;
   if (!is_folder)
-    FLAP_TRY(flap_yaml_load(path, &root));
+    FLAP_TRY(load_file(path, &root));
   return load(path, root, is_folder, overrides, override_count, purpose, config_out);
 }
 

@@ -67,6 +67,16 @@ class Program(unittest.TestCase):
         self.assertEqual(self.accept("help"), self.accept("--help"))
         self.refuse("unknown subcommand trian; did you mean flap train?", "help", "trian")
 
+    def test_what_is_written_in_another_way_names_the_next_step(self):
+        for written in (["--max_steps", "3"], ["--max-steps=3"]):
+            self.refuse("keys are written max_steps=3; see flap train --help", "train", "run.yaml", *written)
+        self.refuse("unknown option --vram: keys are written vram=...", "plan", "run.yaml", "--vram")
+        self.refuse("unknown option --vram: keys are written vram=...", "plan", "run.yaml", "--vram", "--json")
+        self.refuse("max_steps=3: there is no such file: the configuration comes first", "train", "max_steps=3", "run.yaml")
+        for text in "data.txt", "a/b.jsonl":
+            self.refuse(f"command line: {text}: not an override: write dataset={text}", "eval", "run.yaml", text)
+        self.refuse("run.yaml is a file: name a folder: a checkpoint", "export", "run.yaml", "out")
+
     def test_version(self):
         self.assertRegex(self.accept("--version"), r"^flap \d+\.\d+\.\d+\n$")
 
