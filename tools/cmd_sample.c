@@ -6,16 +6,33 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #define ARGUMENTS_MAX 256
 #define NEW_TOKENS 128u
 #define NOT_GIVEN UINT32_MAX
 
+typedef struct output {
+  FILE *file;
+  bool terminal;
+  unsigned char last; /* byte of the text */
+} output;
+
+/* Whether a terminal could take it for a command: C0 but for newline and tab, DEL, and the second byte of C1. */
+static bool is_control(unsigned char last, unsigned char byte) {
+  return (byte < 0x20 && byte != '\n' && byte != '\t') || byte == 0x7f || (last == 0xc2 && byte >= 0x80 && byte < 0xa0);
+}
+
 static flap_status print_token(void *context, const char *bytes, uint64_t byte_count) {
-  FILE *out = context;
+  output *out = context;
   if (flap_interrupt_flag)
     return FLAP_INTERRUPTED;
-  if (fwrite(bytes, 1, byte_count, out) != byte_count || fflush(out) != 0)
+  for (uint64_t i = 0; i < byte_count; i++) {
+    const unsigned char byte = (unsigned char)bytes[i];
+    (void)putc(out->terminal && is_control(out->last, byte) ? '?' : byte, out->file);
+    out->last = byte;
+  }
+  if (fflush(out->file) != 0 || ferror(out->file))
     return flap_error_set(FLAP_IO, "standard output cannot be written");
   return FLAP_OK;
 }
@@ -59,7 +76,8 @@ static flap_status run(const flap_command *command, int argc, char **argv) {
     sample.max_new_tokens = NEW_TOKENS;
   FLAP_TRY(flap_config_load(rest[0], rest + 1, count - 1, FLAP_CONFIG_USE, &config));
   flap_interrupt_install(NULL);
-  flap_status status = flap_engine_sample(&config, &sample, print_token, stdout);
+  output out = {.file = stdout, .terminal = isatty(STDOUT_FILENO) == 1};
+  flap_status status = flap_engine_sample(&config, &sample, print_token, &out);
   if (status == FLAP_OK || status == FLAP_INTERRUPTED)
     fputc('\n', stdout);
   flap_run_config_close(&config);

@@ -77,6 +77,18 @@ class Program(unittest.TestCase):
             self.refuse(f"command line: {text}: not an override: write dataset={text}", "eval", "run.yaml", text)
         self.refuse("run.yaml is a file: name a folder: a checkpoint", "export", "run.yaml", "out")
 
+    def test_a_sample_cannot_command_a_terminal(self):
+        prompt = "a\x1b[31m\tb\nc\x7f\u009b2Jd\u00e9"
+        self.assertIn(prompt, self.accept("sample", "run.yaml", "--prompt", prompt))
+        leader, follower = pty.openpty()
+        done = subprocess.run([PROGRAM, "sample", "run.yaml", "--prompt", prompt], cwd=self.folder.name, stdout=follower,
+                              timeout=60)
+        os.close(follower)
+        self.assertEqual(done.returncode, 0)
+        text = os.read(leader, 65536)
+        os.close(leader)
+        self.assertIn(b"a?[31m\tb\r\nc?\xc2?2Jd\xc3\xa9", text)
+
     def test_version(self):
         self.assertRegex(self.accept("--version"), r"^flap \d+\.\d+\.\d+\n$")
 
