@@ -186,6 +186,18 @@ static flap_status open_run(trainer *t) {
   return FLAP_OK;
 }
 
+/* What is exported says how its tokenizer is to be read, but not everybody looks. */
+static void warn_of_other_tokenizer(const trainer *t) {
+  if (t->prepared.tokenizer == NULL || strcmp(flap_model_family_name(t->prepared.model.family), "qwen2") != 0 ||
+      flap_tokenizer_is_nfc_byte_level(t->prepared.tokenizer))
+    return;
+  flap_log(
+      FLAP_LOG_WARNING,
+      "tokenizer: %s is not like Qwen2's (byte-level, NFC): of a qwen2 model AutoTokenizer of transformers 5 makes "
+      "one like Qwen2's all the same, with other ids; load it with PreTrainedTokenizerFast.from_pretrained",
+      flap_tokenizer_name(t->prepared.tokenizer));
+}
+
 static flap_status open_companions(trainer *t) {
   const flap_companions_source from = {.model = t->config->model_name_or_path,
                                        .checkpoint = t->resume_folder,
@@ -430,6 +442,7 @@ static flap_status run_to_end(trainer *t) {
   FLAP_TRY(flap_prepare_open(config, false, &t->prepared));
   t->prepared.resume_folder = t->resume_folder;
   FLAP_TRY(compare_models(t));
+  warn_of_other_tokenizer(t);
   FLAP_TRY(open_companions(t));
   FLAP_TRY(flap_prepare_plan(&t->prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
                              config->gradient_accumulation_steps, 0));

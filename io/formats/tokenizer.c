@@ -224,6 +224,10 @@ int32_t flap_tokenizer_find(const flap_tokenizer *tokenizer, const char *token) 
   return bytes > UINT32_MAX ? -1 : flap_text_map_get(&tokenizer->by_raw, token, (uint32_t)bytes);
 }
 
+bool flap_tokenizer_is_nfc_byte_level(const flap_tokenizer *tokenizer) {
+  return tokenizer->nfc && tokenizer->metaspace == NULL;
+}
+
 bool flap_tokenizer_is_special(const flap_tokenizer *tokenizer, int32_t id) {
   return id >= 0 && (uint32_t)id < tokenizer->id_count && tokenizer->tokens[id].special;
 }

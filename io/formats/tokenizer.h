@@ -12,8 +12,9 @@
  * Metaspace, then ByteFallback, Fuse, and Strip at the start, any of which may be missing.
  *
  * White space is Unicode's; letters and digits are what PCRE2's version of Unicode says, so a character that is newer
- * than that may be split off its word where the library, with newer tables, does not. truncation and padding are
- * ignored, as they are by default in transformers.
+ * than that may be split off its word where the library, with newer tables, does not. NFC is that of Unicode 14, and
+ * the library's may be of an older one: marks that came in between are put in order here, and there not. truncation and
+ * padding are ignored, as they are by default in transformers.
  *
  * It knows nothing of models or devices. Threading: one thread at a time per tokenizer (encode keeps a word
  * cache); the functions that take a const tokenizer may run on several threads at once while nobody encodes.
@@ -68,6 +69,10 @@ int32_t flap_tokenizer_find(const flap_tokenizer *tokenizer, const char *token);
 
 /* Whether the token is marked special in added_tokens: to be hidden from readers of generated text. */
 bool flap_tokenizer_is_special(const flap_tokenizer *tokenizer, int32_t id);
+
+/* Whether it is byte-level behind NFC, which is what transformers 5 makes of a model_type that it has a tokenizer class
+ * for (qwen2), whatever tokenizer.json says. */
+bool flap_tokenizer_is_nfc_byte_level(const flap_tokenizer *tokenizer);
 
 typedef enum flap_tokenizer_flags {
   FLAP_TOKENIZER_BEGIN = 1,    /* first what the post-processor's template puts before a text */

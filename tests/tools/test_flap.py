@@ -133,6 +133,15 @@ class Flap(Rig):
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertEqual(done.stderr.count("out/config.json: auto_map: "), warnings, done.stderr)
 
+    def test_a_qwen2_model_with_another_tokenizer_is_told_how_to_load_it(self):
+        data = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "formats", "data"))
+        for family, tokenizer, told in (("qwen2", "bytes", 1), ("qwen2", f"{data}/tokenizer_llama3.json", 1),
+                                        ("qwen2", f"{data}/tokenizer_qwen2.json", 0), ("llama", "bytes", 0)):
+            done = self.flap("train", "run.yaml", f"model.model_type={family}", "model.num_key_value_heads=2", "vram=1GiB",
+                             f"tokenizer={tokenizer}", "max_steps=1", "overwrite_output_dir=true")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(done.stderr.count("load it with PreTrainedTokenizerFast.from_pretrained"), told, done.stderr)
+
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
         os.mkdir(self.path("disk2"))
