@@ -346,8 +346,9 @@ START_TEST(tokenizer_cuts_with_a_prefix_space_give_the_ids_of_the_whole) {
   static const char *const stages[] = {
       "{\"type\": \"ByteLevel\", \"add_prefix_space\": true}",
       "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Digits\"}, {\"type\": \"ByteLevel\"}]}",
-      "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\s+|\\\\S+\"}, "
-      "\"behavior\": \"Isolated\"}, {\"type\": \"ByteLevel\"}]}"};
+      ("{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": "
+       "\"\\\\s+|\\\\S+\"}, "
+       "\"behavior\": \"Isolated\"}, {\"type\": \"ByteLevel\"}]}")};
   static const char text[] = "aa\nbb aa\nbb1\na2 bb<r>\naa bb\naa<n>\nbb aa\nb 12\n12 aa\nbb\n<r>\n<n>aa\n<n>\nbb bb";
   char json[1024];
   (void)snprintf(
