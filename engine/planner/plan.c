@@ -259,6 +259,7 @@ flap_status flap_engine_plan(const flap_run_config *config, const char *trace_pa
                                          config->cutoff_len, config->gradient_accumulation_steps, 0);
   if (status == FLAP_OK) {
     warn_of(flap_pressure_check_here(&prepared));
+    warn_of(flap_pressure_check_disks(&prepared));
     flap_pressure_warn_of_buffers(&prepared);
     if (config->max_steps > 0) /* else the data say, which are not read */
       flap_wear_describe(config, &(flap_wear_run){.end = config->max_steps}, &prepared.plan);

@@ -420,8 +420,7 @@ static flap_status give_times(flap_prepared *p) {
   return flap_op_times_from_rates(&of, &p->machine, &p->times);
 }
 
-/* How many bytes lie on each disk of the configuration. */
-static void share_of_disks(const flap_prepared *p, uint64_t bytes_out[FLAP_RUN_DISKS_MAX]) {
+void flap_prepare_share_of_disks(const flap_prepared *p, uint64_t bytes_out[FLAP_RUN_DISKS_MAX]) {
   flap_block_config config;
   uint64_t bytes[FLAP_BLOCK_DISKS_MAX];
   flap_setup_block_config(&p->setup, &config);
@@ -440,7 +439,7 @@ static flap_status plan_anew(flap_prepared *p) {
   uint64_t bytes[FLAP_RUN_DISKS_MAX];
   if (p->disks.count < 2 || p->setup.sizes.disk_bytes == 0)
     return FLAP_OK;
-  share_of_disks(p, bytes);
+  flap_prepare_share_of_disks(p, bytes);
   give_disk_rates(p, bytes);
   if (p->machine.disk_read_bytes > RATES_ALIKE * before.disk_read_bytes &&
       p->machine.disk_write_bytes > RATES_ALIKE * before.disk_write_bytes)

@@ -49,6 +49,8 @@ uint32_t flap_prepare_micro_batches_max(const flap_model_config *model);
 /* Budgets, then the best setup and its plan. `cache_positions`: sample mode. */
 FLAP_CHECKED flap_status flap_prepare_plan(flap_prepared *prepared, flap_run_mode mode, uint32_t batch,
                                            uint32_t sequence, uint32_t micro_batches, uint32_t cache_positions);
+/* How many bytes of the setup lie on each disk of the configuration. */
+void flap_prepare_share_of_disks(const flap_prepared *prepared, uint64_t bytes_out[FLAP_RUN_DISKS_MAX]);
 /* The setup as people see it. */
 FLAP_CHECKED flap_status flap_plan_describe(const flap_prepared *prepared, flap_plan *plan_out);
 void flap_prepare_close(flap_prepared *prepared);

@@ -2,10 +2,13 @@
 
 #include "base/assert.h"
 #include "base/units.h"
+#include "engine/machine/machine_profile.h"
 #include "engine/planner/budgets.h"
+#include "io/block/block.h"
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #define LIMIT_BYTES 320
 
@@ -86,6 +89,54 @@ flap_status flap_pressure_check_here(const flap_prepared *p) {
     return FLAP_OK;
   flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
   return flap_pressure_check(p, &memory);
+}
+
+/* ---- disks ------------------------------------------------------------------------------------------------- */
+
+static flap_status refuse_disk(const char *path, uint64_t wanted_bytes, const char *there_is, uint64_t there_bytes,
+                               const char *what_to_do) {
+  char wanted[FLAP_UNITS_TEXT_MAX], there[FLAP_UNITS_TEXT_MAX];
+  return flap_error_set(FLAP_NO_SPACE, "disk %s: a run would take %s there, but %s %s: %s", path,
+                        flap_units_format_bytes(wanted_bytes, wanted, sizeof wanted), there_is,
+                        flap_units_format_bytes(there_bytes, there, sizeof there), what_to_do);
+}
+
+/* What one process may write into a file, which is what each disk has. */
+static uint64_t file_bytes_max(const flap_prepared *p) {
+  struct rlimit limit;
+  if (p->config->profile != NULL || getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY)
+    return UINT64_MAX;
+  return limit.rlim_cur;
+}
+
+flap_status flap_pressure_check_disks(const flap_prepared *p) {
+  const flap_machine_profile *profile = p->config->profile;
+  const uint64_t file_max = file_bytes_max(p);
+  uint64_t share[FLAP_RUN_DISKS_MAX], on_drive[FLAP_RUN_DISKS_MAX] = {0};
+  flap_assert(p->has_setup);
+  if (p->setup.sizes.disk_bytes == 0)
+    return FLAP_OK;
+  flap_prepare_share_of_disks(p, share);
+  for (uint32_t i = 0; i < p->disks.count; i++) {
+    const char *path = p->planner.spec.disk_paths[i];
+    uint64_t *wanted = &on_drive[p->disks.disks[i].drive], there = 0;
+    *wanted += share[i];
+    if (share[i] == 0)
+      continue;
+    if (share[i] > file_max)
+      return refuse_disk(path, share[i], "files may not be larger than", file_max, "raise the limit (ulimit -f)");
+    if (profile != NULL)
+      there = profile->disks[i].bytes;
+    else
+      FLAP_TRY(flap_block_space(path, &there));
+    if (*wanted > there)
+      return refuse_disk(path, *wanted,
+                         profile != NULL       ? "that machine's disk has"
+                         : *wanted == share[i] ? "what is free is"
+                                               : "what is free on that drive, for all disks there, is",
+                         there, "free some, give vram or ram more, or add another disk");
+  }
+  return FLAP_OK;
 }
 
 void flap_pressure_warn_of_buffers(const flap_prepared *p) {

@@ -1,4 +1,4 @@
-/* Whether this host can give what a plan takes, found before anything is taken: the OOM killer is no answer.
+/* Whether a machine can give what a plan takes, found before anything is taken: the OOM killer is no answer.
  *
  * Folder-private.
  */
@@ -19,6 +19,11 @@ FLAP_CHECKED flap_status flap_pressure_check(const flap_prepared *prepared, cons
 /* The same for this host as it is now. A machine that is described instead is not checked. */
 FLAP_CHECKED flap_status flap_pressure_check_here(const flap_prepared *prepared);
 
+/* Of a plan that is not to run: FLAP_NO_SPACE names the disk that has no room for what would lie there, alone or with
+ * the others on its drive, or no file so large (`ulimit -f`). A machine that is described has the disks of its
+ * description.
+ */
+FLAP_CHECKED flap_status flap_pressure_check_disks(const flap_prepared *prepared);
 /* Of a plan that is not to run: what a run would say in the log if this host does not let its staging buffers be
  * registered (`ulimit -l`). */
 void flap_pressure_warn_of_buffers(const flap_prepared *prepared);

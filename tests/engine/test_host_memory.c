@@ -176,7 +176,7 @@ END_TEST
 static flap_run_config config;
 static flap_prepared prepared;
 
-static void prepare(void) {
+static void describe(void) {
   flap_run_config_defaults(&config);
   config.model =
       json_pack("{s:s, s:i, s:i, s:i, s:i, s:i}", "model_type", "llama", "hidden_size", 64, "intermediate_size", 128,
@@ -187,6 +187,9 @@ static void prepare(void) {
   config.per_device_train_batch_size = 1;
   config.expert.threads = 1;
   config.vram = config.ram = (flap_size){FLAP_SIZE_BYTES, 64 * MIB};
+}
+
+static void prepare(void) {
   const flap_status opened = flap_prepare_open(&config, false, &prepared);
   ck_assert_msg(opened == FLAP_OK, "%s", flap_error_message());
   const flap_status planned = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, 1, 32, 1, 0);
@@ -202,6 +205,7 @@ static uint64_t advised(const char *key) {
 
 START_TEST(pressure_names_the_limit_and_budgets_that_work) {
   const uint64_t process = 96 * MIB; /* what is left beside budgets */
+  describe();
   prepare();
   const uint64_t needs = prepared.setup.vram_bytes + prepared.setup.ram_bytes;
   flap_host_memory host = {.total_bytes = 1024 * MIB,
@@ -250,6 +254,47 @@ START_TEST(pressure_names_the_limit_and_budgets_that_work) {
 }
 END_TEST
 
+/* ---- disks that are smaller than they were said to be ------------------------------------------------------ */
+
+static uint64_t free_bytes;
+flap_status __wrap_flap_block_space(const char *path, uint64_t *free_bytes_out);
+flap_status __wrap_flap_block_space(const char *path, uint64_t *free_bytes_out) {
+  (void)path;
+  *free_bytes_out = free_bytes;
+  return FLAP_OK;
+}
+
+START_TEST(pressure_counts_the_disks_of_a_drive_together) {
+  static const char *const names[] = {"one", "two"};
+  free_bytes = 1024 * MIB;
+  describe();
+  config.ram.bytes = MIB;
+  config.vram.bytes = 3 * MIB / 2;
+  config.disk_count = 2;
+  for (uint32_t i = 0; i < 2; i++) {
+    ck_assert_int_eq(flap_durable_make_folder(scratch_path(names[i])), FLAP_OK);
+    (void)snprintf(config.disk[i].path, sizeof config.disk[i].path, "%s", scratch_path(names[i]));
+    config.disk[i].size = (flap_size){FLAP_SIZE_BYTES, 1 << 30};
+  }
+  prepare();
+  uint64_t share[FLAP_RUN_DISKS_MAX];
+  flap_prepare_share_of_disks(&prepared, share);
+  ck_assert(share[0] > 0 && share[1] > 0);
+  free_bytes = share[0] + share[1];
+  ck_assert_msg(flap_pressure_check_disks(&prepared) == FLAP_OK, "%s", flap_error_message());
+  free_bytes--;
+  ck_assert_int_eq(flap_pressure_check_disks(&prepared), FLAP_NO_SPACE);
+  ck_assert(scratch_error_has("two"));
+  ck_assert(scratch_error_has("for all disks there"));
+  free_bytes = share[0] - 1;
+  ck_assert_int_eq(flap_pressure_check_disks(&prepared), FLAP_NO_SPACE);
+  ck_assert(scratch_error_has("one"));
+  ck_assert(scratch_error_has("what is free is"));
+  flap_prepare_close(&prepared);
+  flap_run_config_close(&config);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("host_memory");
   TCase *tests = tcase_create("all");
@@ -263,6 +308,7 @@ int main(void) {
   tcase_add_test(tests, host_memory_nonsense_limits_nothing);
   tcase_add_test(tests, host_memory_of_wsl_may_be_pinned_by_half);
   tcase_add_test(tests, pressure_names_the_limit_and_budgets_that_work);
+  tcase_add_test(tests, pressure_counts_the_disks_of_a_drive_together);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);

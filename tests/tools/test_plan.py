@@ -160,6 +160,31 @@ machine: rtx4090-64g-1nvme
         self.refuse("--trace: text.txt must end in .json", *slow, "--trace", "text.txt")
         self.refuse("--output: text.txt must end in .bin", "tokenize", "bytes", "text.txt", "-o", "text.txt")
 
+    def test_disks_that_are_not_there_are_warned_of(self):
+        """What a run would be refused for, or a machine does not have."""
+        common = ["plan", "run.yaml", "vram=1MiB", "ram=700KiB"]
+        os.mkdir(self.path("disk2"))
+        wanted = json.loads(self.accept(*common, "--json"))["disk_bytes"]
+
+        def plan(*more, limit=None):
+            done = subprocess.run([FLAP, *common, *more], cwd=self.folder, capture_output=True, timeout=120, text=True,
+                                  preexec_fn=limit)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return [line for line in done.stderr.splitlines() if line.startswith("flap: warning: disk ")]
+        self.assertEqual(plan(), [])
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (wanted * 3 // 4, wanted * 3 // 4))
+        self.assertRegex(plan(limit=limit)[0], "disk disk: a run would take .*, but files may not be larger than .*ulimit -f")
+        two = "disk=[{path: disk, size: 16MiB}, {path: disk2, size: 16MiB}]"
+        self.assertEqual(plan(two), [])
+        self.assertEqual(plan(two, limit=limit), [])  # a file each
+
+        small = self.SLOW.replace("4000000000", str(wanted // 2))
+        self.write("small.json", small)
+        self.assertRegex(plan("machine=small.json", "disk=[{path: /x, size: min}]")[0],
+                         "disk /x: a run would take .*, but that machine's disk has ")
+
     def test_bench_writes_what_plan_reads(self):
         self.write("here.json", self.accept("bench", "machine", "--json", "--path", "disk", "--threads", "1"))
         plan = json.loads(self.accept("plan", "run.yaml", "--json", "machine=here.json", "disk=null"))
