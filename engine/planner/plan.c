@@ -264,6 +264,7 @@ flap_status flap_engine_plan(const flap_run_config *config, const char *trace_pa
     if (config->max_steps > 0) /* else the data say, which are not read */
       flap_wear_describe(config, &(flap_wear_run){.end = config->max_steps}, &prepared.plan);
     warn_of(flap_wear_check(config, &prepared.plan));
+    warn_of(flap_wear_check_space(config, &prepared.plan));
   }
   if (status == FLAP_OK)
     status = describe_least(&prepared, &prepared.plan);

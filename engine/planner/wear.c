@@ -3,6 +3,7 @@
 #include "base/assert.h"
 #include "base/system.h"
 #include "base/units.h"
+#include "io/block/block.h"
 
 #include <errno.h>
 #include <math.h>
@@ -63,11 +64,9 @@ static uint64_t written_bytes(const flap_plan *plan) {
 }
 
 /* A folder that is not there yet will be on the file system of what is to be above it. */
-static bool is_on(const char *path, dev_t device) {
-  char above[FLAP_PATH_MAX];
-  struct stat about;
-  (void)snprintf(above, sizeof above, "%s", path);
-  while (flap_system_stat(above, &about) != 0) {
+static bool find_above(const char *path, char above[FLAP_PATH_MAX], struct stat *about_out) {
+  (void)snprintf(above, FLAP_PATH_MAX, "%s", path);
+  while (flap_system_stat(above, about_out) != 0) {
     char *slash = strrchr(above, '/');
     if (errno != ENOENT || strcmp(above, ".") == 0 || strcmp(above, "/") == 0)
       return false;
@@ -76,14 +75,15 @@ static bool is_on(const char *path, dev_t device) {
     else
       slash[slash == above ? 1 : 0] = '\0';
   }
-  return about.st_dev == device;
+  return true;
 }
 
 bool flap_wear_shares(const flap_run_config *config, const char *disk_path) {
-  struct stat about;
+  char above[FLAP_PATH_MAX];
+  struct stat about, output;
   return config->save_strategy != FLAP_STRATEGY_NO && !config->save_only_model && config->profile == NULL &&
          config->expert.checkpoint_states == FLAP_RUN_STATES_AUTO && flap_system_stat(disk_path, &about) == 0 &&
-         is_on(config->output_dir, about.st_dev);
+         find_above(config->output_dir, above, &output) && output.st_dev == about.st_dev;
 }
 
 static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) {
@@ -136,4 +136,30 @@ flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan
                         run, before, budget, (unsigned long long)plan->run_steps, step,
                         (unsigned long long)plan->run_checkpoints, saved, (unsigned long long)steps_within(plan),
                         before[0] ? "more " : "", (unsigned long long)all);
+}
+
+flap_status flap_wear_check_space(const flap_run_config *config, const flap_plan *plan) {
+  char above[FLAP_PATH_MAX], wanted[FLAP_UNITS_TEXT_MAX], there[FLAP_UNITS_TEXT_MAX];
+  char saved[64] = "";
+  struct stat about;
+  const uint64_t at_once = plan->checkpoints_at_once;
+  const uint64_t checkpoints = config->save_total_limit > 0 || at_once < 2 ? at_once : 2;
+  const uint64_t needed = plan->export_bytes + checkpoints * plan->checkpoint_bytes;
+  uint64_t free_bytes = 0;
+  if (config->profile != NULL || config->overwrite_output_dir || config->resume_from_checkpoint[0])
+    return FLAP_OK;
+  if (!find_above(config->output_dir, above, &about) || flap_block_space(above, &free_bytes) != FLAP_OK) {
+    flap_error_clear();
+    return FLAP_OK;
+  }
+  if (needed <= free_bytes)
+    return FLAP_OK;
+  if (checkpoints > 0)
+    (void)snprintf(saved, sizeof saved, ", with %llu checkpoint%s at once", (unsigned long long)checkpoints,
+                   checkpoints == 1 ? "" : "s");
+  return flap_error_set(FLAP_NO_SPACE,
+                        "output_dir: %s would take %s%s, but what is free there is %s: free some, or set "
+                        "save_total_limit, save_strategy: no or export: none",
+                        config->output_dir, flap_units_format_bytes(needed, wanted, sizeof wanted), saved,
+                        flap_units_format_bytes(free_bytes, there, sizeof there));
 }

@@ -1,4 +1,4 @@
-/* What a run writes to drives in all, and whether that is within ssd_budget.
+/* What a run writes to drives in all, and whether that is within ssd_budget, and output_dir has room for it.
  *
  * Folder-private. Counted are the states that are laid down at the start, what each step writes, every checkpoint and
  * the export; output_dir may be on another drive than `disk`, but both wear. A run that goes on counts from its
@@ -26,6 +26,11 @@ void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run,
 /* FLAP_BUDGET when a described run, with what it wrote before, writes more than ssd_budget; says how many steps would
  * not. */
 FLAP_CHECKED flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan);
+
+/* Of a plan that is not to run: FLAP_NO_SPACE when output_dir has no room for what a new run writes there, two of its
+ * checkpoints where it keeps all. Not of a described machine, nor of a run that finds its folder full: only that knows
+ * what it has there. */
+FLAP_CHECKED flap_status flap_wear_check_space(const flap_run_config *config, const flap_plan *plan);
 
 /* The most checkpoints that are in output_dir at once, of so many that this run writes (0: not known) beside so many
  * that are there already. */

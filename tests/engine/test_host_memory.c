@@ -4,6 +4,7 @@
 
 #include "engine/planner/planner.h"
 #include "engine/planner/pressure.h"
+#include "engine/planner/wear.h"
 #include "io/formats/durable.h"
 #include "tests/formats/formats_scratch.h"
 
@@ -295,6 +296,34 @@ START_TEST(pressure_counts_the_disks_of_a_drive_together) {
 }
 END_TEST
 
+START_TEST(room_for_checkpoints_is_looked_for_above_what_is_not_there) {
+  describe();
+  config.save_strategy = FLAP_STRATEGY_STEPS;
+  config.save_steps = 10;
+  config.export_final = true;
+  (void)snprintf(config.output_dir, sizeof config.output_dir, "%s", scratch_path("not/there"));
+  prepare();
+  flap_plan *plan = &prepared.plan;
+  flap_wear_describe(&config, &(flap_wear_run){.end = 50}, plan);
+  ck_assert_uint_gt(plan->checkpoint_bytes, 0);
+  free_bytes = plan->export_bytes + 2 * plan->checkpoint_bytes; /* of the five, all of which are kept */
+  ck_assert_int_eq(flap_wear_check_space(&config, plan), FLAP_OK);
+  free_bytes--;
+  ck_assert_int_eq(flap_wear_check_space(&config, plan), FLAP_NO_SPACE);
+  ck_assert(scratch_error_has("output_dir: "));
+  config.save_total_limit = 3;
+  flap_wear_describe(&config, &(flap_wear_run){.end = 50}, plan);
+  free_bytes = plan->export_bytes + 4 * plan->checkpoint_bytes;
+  ck_assert_int_eq(flap_wear_check_space(&config, plan), FLAP_OK);
+  free_bytes--;
+  ck_assert_int_eq(flap_wear_check_space(&config, plan), FLAP_NO_SPACE);
+  strcpy(config.resume_from_checkpoint, "auto");
+  ck_assert_int_eq(flap_wear_check_space(&config, plan), FLAP_OK);
+  flap_prepare_close(&prepared);
+  flap_run_config_close(&config);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("host_memory");
   TCase *tests = tcase_create("all");
@@ -309,6 +338,7 @@ int main(void) {
   tcase_add_test(tests, host_memory_of_wsl_may_be_pinned_by_half);
   tcase_add_test(tests, pressure_names_the_limit_and_budgets_that_work);
   tcase_add_test(tests, pressure_counts_the_disks_of_a_drive_together);
+  tcase_add_test(tests, room_for_checkpoints_is_looked_for_above_what_is_not_there);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);
