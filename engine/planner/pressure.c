@@ -26,7 +26,7 @@ static uint64_t room_in(const flap_prepared *p, const flap_host_memory *memory) 
   if (!is_card(p)) /* pinned memory is never swapped */
     with_swap.available_bytes += memory->swap_bytes;
   const uint64_t left = flap_host_memory_left(&with_swap, is_card(p));
-  const uint64_t process = flap_budgets_process_more(&p->machine, false);
+  const uint64_t process = flap_budgets_process_more(&p->machine, p->config->profile != NULL);
   return left > process ? left - process : 0;
 }
 
@@ -66,6 +66,13 @@ static void find_budgets(const flap_prepared *p, uint64_t room, char text[LIMIT_
                    (unsigned long long)trial.ram_bytes);
 }
 
+static const char *limit_name(const flap_prepared *p, const flap_host_memory *memory, char text[LIMIT_BYTES]) {
+  if (p->config->profile == NULL)
+    return flap_host_memory_limit_name(memory, is_card(p), text, LIMIT_BYTES);
+  (void)snprintf(text, LIMIT_BYTES, "the machine \"%s\"", p->machine.name);
+  return text;
+}
+
 flap_status flap_pressure_check(const flap_prepared *p, const flap_host_memory *memory) {
   const uint64_t room = room_in(p, memory), wanted = taken(p, &p->setup);
   char limit[LIMIT_BYTES], budgets[LIMIT_BYTES], wanted_text[FLAP_UNITS_TEXT_MAX], room_text[FLAP_UNITS_TEXT_MAX];
@@ -76,18 +83,19 @@ flap_status flap_pressure_check(const flap_prepared *p, const flap_host_memory *
   (void)flap_units_format_bytes(wanted, wanted_text, sizeof wanted_text);
   (void)flap_units_format_bytes(room, room_text, sizeof room_text);
   return flap_error_set(FLAP_BUDGET, "%s: this run takes %s of the host's memory, but %s leaves %s: %s",
-                        is_card(p) ? "ram" : "vram and ram", wanted_text,
-                        flap_host_memory_limit_name(memory, is_card(p), limit, sizeof limit), room_text,
+                        is_card(p) ? "ram" : "vram and ram", wanted_text, limit_name(p, memory, limit), room_text,
                         budgets[0] ? budgets
                                    : "no budgets work there: end other programs, raise that limit, or take "
                                      "more from disk (vram: min, ram: min) or a smaller micro-batch");
 }
 
 flap_status flap_pressure_check_here(const flap_prepared *p) {
-  flap_host_memory memory;
+  flap_host_memory memory = {
+      .group_bytes = FLAP_HOST_UNLIMITED, .address_bytes = FLAP_HOST_UNLIMITED, .pinned_bytes = FLAP_HOST_UNLIMITED};
   if (p->config->profile != NULL)
-    return FLAP_OK;
-  flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
+    memory.total_bytes = memory.available_bytes = p->config->profile->ram_bytes;
+  else
+    flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
   return flap_pressure_check(p, &memory);
 }
 

@@ -16,7 +16,7 @@ extern "C" {
  * there, or says that none do. On the cpu device both tiers come out of the host's memory, and free swap counts beside
  * what the machine has free. */
 FLAP_CHECKED flap_status flap_pressure_check(const flap_prepared *prepared, const flap_host_memory *memory);
-/* The same for this host as it is now. A machine that is described instead is not checked. */
+/* The same for this host as it is now, or for the memory of the machine that is described instead. */
 FLAP_CHECKED flap_status flap_pressure_check_here(const flap_prepared *prepared);
 
 /* Of a plan that is not to run: FLAP_NO_SPACE names the disk that has no room for what would lie there, alone or with

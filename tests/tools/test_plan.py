@@ -160,6 +160,18 @@ machine: rtx4090-64g-1nvme
         self.refuse("--trace: text.txt must end in .json", *slow, "--trace", "text.txt")
         self.refuse("--output: text.txt must end in .bin", "tokenize", "bytes", "text.txt", "-o", "text.txt")
 
+    def test_memory_that_a_described_machine_does_not_have_is_warned_of(self):
+        """Each budget is less than its memory, both and what the process takes are more."""
+        def plan(name, mib, *more):
+            self.write("box.json", self.SLOW.replace("1073741824", str(mib << 20)).replace('"slow"', f'"{name}"'))
+            done = self.flap("plan", "run.yaml", "machine=box.json", "disk=[]", *more)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stderr
+        budgets = ["vram=3MiB", "ram=3MiB"]
+        self.assertNotIn("warning: ", plan("large", 120, *budgets))
+        self.assertRegex(plan("small", 97, *budgets),
+                         'flap: warning: vram and ram: this run takes .* of the host\'s memory, but the machine "small" leaves')
+
     def test_disks_that_are_not_there_are_warned_of(self):
         """What a run would be refused for, or a machine does not have."""
         common = ["plan", "run.yaml", "vram=1MiB", "ram=700KiB"]
