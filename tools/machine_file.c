@@ -32,38 +32,39 @@ typedef struct field {
   field_kind kind;
   size_t offset;
   bool required;
+  double least; /* of a rate; one that may be missing may be 0 as well */
 } field;
 
 #define OF_MACHINE(member) (offsetof(flap_machine_profile, machine) + offsetof(flap_machine, member))
 
 static const field machine_fields[] = {
-    {"name", FIELD_NAME, OF_MACHINE(name), true},
-    {"device", FIELD_DEVICE, offsetof(flap_machine_profile, device), true},
-    {"vram_bytes", FIELD_SIZE, offsetof(flap_machine_profile, vram_bytes), false},
-    {"ram_bytes", FIELD_SIZE, offsetof(flap_machine_profile, ram_bytes), true},
-    {"threads", FIELD_COUNT, offsetof(flap_machine_profile, threads), false},
-    {"flops_bf16", FIELD_RATE, OF_MACHINE(flops_bf16), true},
-    {"flops_f32", FIELD_RATE, OF_MACHINE(flops_f32), true},
-    {"device_bytes", FIELD_RATE, OF_MACHINE(device_bytes), true},
-    {"h2d_bytes", FIELD_RATE, OF_MACHINE(h2d_bytes), true},
-    {"d2h_bytes", FIELD_RATE, OF_MACHINE(d2h_bytes), true},
-    {"h2d_both_bytes", FIELD_RATE, OF_MACHINE(h2d_both_bytes), false},
-    {"d2h_both_bytes", FIELD_RATE, OF_MACHINE(d2h_both_bytes), false},
-    {"host_bytes", FIELD_RATE, OF_MACHINE(host_bytes), true},
-    {"launch_ns", FIELD_NS, OF_MACHINE(launch_ns), false},
-    {"copy_ns", FIELD_NS, OF_MACHINE(copy_ns), false},
-    {"disk_ns", FIELD_NS, OF_MACHINE(disk_ns), false},
-    {"synchronous", FIELD_BOOL, OF_MACHINE(synchronous), false},
-    {"shared_cores", FIELD_COUNT, OF_MACHINE(shared_cores), false},
-    {"overhead_bytes", FIELD_SIZE, OF_MACHINE(overhead_bytes), false},
-    {"process_bytes", FIELD_SIZE, OF_MACHINE(process_bytes), false},
+    {"name", FIELD_NAME, OF_MACHINE(name), true, 0},
+    {"device", FIELD_DEVICE, offsetof(flap_machine_profile, device), true, 0},
+    {"vram_bytes", FIELD_SIZE, offsetof(flap_machine_profile, vram_bytes), false, 0},
+    {"ram_bytes", FIELD_SIZE, offsetof(flap_machine_profile, ram_bytes), true, 0},
+    {"threads", FIELD_COUNT, offsetof(flap_machine_profile, threads), false, 0},
+    {"flops_bf16", FIELD_RATE, OF_MACHINE(flops_bf16), true, FLAP_MACHINE_FLOPS_MIN},
+    {"flops_f32", FIELD_RATE, OF_MACHINE(flops_f32), true, FLAP_MACHINE_FLOPS_MIN},
+    {"device_bytes", FIELD_RATE, OF_MACHINE(device_bytes), true, FLAP_MACHINE_MEMORY_MIN},
+    {"h2d_bytes", FIELD_RATE, OF_MACHINE(h2d_bytes), true, FLAP_MACHINE_MEMORY_MIN},
+    {"d2h_bytes", FIELD_RATE, OF_MACHINE(d2h_bytes), true, FLAP_MACHINE_MEMORY_MIN},
+    {"h2d_both_bytes", FIELD_RATE, OF_MACHINE(h2d_both_bytes), false, FLAP_MACHINE_MEMORY_MIN},
+    {"d2h_both_bytes", FIELD_RATE, OF_MACHINE(d2h_both_bytes), false, FLAP_MACHINE_MEMORY_MIN},
+    {"host_bytes", FIELD_RATE, OF_MACHINE(host_bytes), true, FLAP_MACHINE_MEMORY_MIN},
+    {"launch_ns", FIELD_NS, OF_MACHINE(launch_ns), false, 0},
+    {"copy_ns", FIELD_NS, OF_MACHINE(copy_ns), false, 0},
+    {"disk_ns", FIELD_NS, OF_MACHINE(disk_ns), false, 0},
+    {"synchronous", FIELD_BOOL, OF_MACHINE(synchronous), false, 0},
+    {"shared_cores", FIELD_COUNT, OF_MACHINE(shared_cores), false, 0},
+    {"overhead_bytes", FIELD_SIZE, OF_MACHINE(overhead_bytes), false, 0},
+    {"process_bytes", FIELD_SIZE, OF_MACHINE(process_bytes), false, 0},
 };
 static const field disk_fields[] = {
-    {"size_bytes", FIELD_SIZE, offsetof(flap_profile_disk, bytes), true},
-    {"read_bytes", FIELD_RATE, offsetof(flap_profile_disk, read_bytes), true},
-    {"write_bytes", FIELD_RATE, offsetof(flap_profile_disk, write_bytes), true},
-    {"both_bytes", FIELD_RATE, offsetof(flap_profile_disk, both_bytes), false},
-    {"tbw_bytes", FIELD_SIZE, offsetof(flap_profile_disk, tbw_bytes), false},
+    {"size_bytes", FIELD_SIZE, offsetof(flap_profile_disk, bytes), true, 0},
+    {"read_bytes", FIELD_RATE, offsetof(flap_profile_disk, read_bytes), true, FLAP_MACHINE_DISK_MIN},
+    {"write_bytes", FIELD_RATE, offsetof(flap_profile_disk, write_bytes), true, FLAP_MACHINE_DISK_MIN},
+    {"both_bytes", FIELD_RATE, offsetof(flap_profile_disk, both_bytes), false, FLAP_MACHINE_DISK_MIN},
+    {"tbw_bytes", FIELD_SIZE, offsetof(flap_profile_disk, tbw_bytes), false, 0},
 };
 #define MACHINE_FIELDS (sizeof machine_fields / sizeof machine_fields[0])
 #define DISK_FIELDS (sizeof disk_fields / sizeof disk_fields[0])
@@ -87,17 +88,25 @@ static flap_status read_device(const char *file, const flap_yaml_node *node, fla
   return FLAP_OK;
 }
 
+static flap_status read_rate(const char *file, const flap_yaml_node *node, const field *f, double *rate_out) {
+  char wanted[96];
+  double rate = 0;
+  const bool is_number = flap_yaml_is_number(node, &rate);
+  if (is_number && ((rate >= f->least && rate <= RATE_MAX) || (rate == 0 && !f->required))) {
+    *rate_out = rate;
+    return FLAP_OK;
+  }
+  (void)snprintf(wanted, sizeof wanted, "a rate per second of at least %.0e, such as 165e12", f->least);
+  return wrong(file, node, f->key, wanted);
+}
+
 static flap_status read_field(const char *file, const flap_yaml_node *node, const field *f, void *base) {
   char *to = (char *)base + f->offset;
-  double number = 0;
   int64_t integer = 0;
   uint64_t bytes = 0;
   switch (f->kind) {
   case FIELD_RATE:
-    if (!flap_yaml_is_number(node, &number) || !(number >= 0 && number <= RATE_MAX) || (f->required && number < 1))
-      return wrong(file, node, f->key, "a rate per second, such as 165e12");
-    memcpy(to, &number, sizeof number);
-    return FLAP_OK;
+    return read_rate(file, node, f, (double *)(void *)to);
   case FIELD_SIZE:
     if (node->kind != FLAP_YAML_SCALAR || flap_units_parse_bytes(node->text, &bytes) != FLAP_OK ||
         bytes > SIZE_MAX_BYTES || (f->required && bytes == 0))

@@ -97,17 +97,26 @@ static flap_status read_key(const flap_json_object *entry, entry_key *key_out) {
   return flap_json_opt_integer(entry, "threads", 1, FLAP_POOL_THREADS_MAX, 0, &key_out->threads);
 }
 
+/* Of both ways at once; 0: not known. */
+static flap_status read_both(const flap_json_object *object, const char *key, double least, double *rate_out) {
+  FLAP_TRY(flap_json_opt_number(object, key, 0, RATE_MAX, 0, rate_out));
+  return *rate_out == 0 ? FLAP_OK : flap_json_get_number(object, key, least, RATE_MAX, rate_out);
+}
+
 static flap_status read_rates(const flap_json_object *entry, flap_machine *machine) {
   const struct {
     const char *name;
-    double *rate;
-  } rates[] = {{"flops_bf16", &machine->flops_bf16},     {"flops_f32", &machine->flops_f32},
-               {"device_bytes", &machine->device_bytes}, {"h2d_bytes", &machine->h2d_bytes},
-               {"d2h_bytes", &machine->d2h_bytes},       {"host_bytes", &machine->host_bytes}};
+    double least, *rate;
+  } rates[] = {{"flops_bf16", FLAP_MACHINE_FLOPS_MIN, &machine->flops_bf16},
+               {"flops_f32", FLAP_MACHINE_FLOPS_MIN, &machine->flops_f32},
+               {"device_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->device_bytes},
+               {"h2d_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->h2d_bytes},
+               {"d2h_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->d2h_bytes},
+               {"host_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->host_bytes}};
   for (size_t i = 0; i < sizeof rates / sizeof *rates; i++)
-    FLAP_TRY(flap_json_get_number(entry, rates[i].name, 1, RATE_MAX, rates[i].rate));
-  FLAP_TRY(flap_json_opt_number(entry, "h2d_both_bytes", 0, RATE_MAX, 0, &machine->h2d_both_bytes));
-  return flap_json_opt_number(entry, "d2h_both_bytes", 0, RATE_MAX, 0, &machine->d2h_both_bytes);
+    FLAP_TRY(flap_json_get_number(entry, rates[i].name, rates[i].least, RATE_MAX, rates[i].rate));
+  FLAP_TRY(read_both(entry, "h2d_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->h2d_both_bytes));
+  return read_both(entry, "d2h_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->d2h_both_bytes);
 }
 
 static flap_status read_machine(const flap_json_object *entry, flap_machine *machine_out) {
@@ -147,9 +156,9 @@ static flap_status read_disk_rates(const flap_json_object *object, bool required
   *rates_out = (disk_rates){0};
   if (!required && !flap_json_has(object, "disk_read_bytes") && !flap_json_has(object, "disk_write_bytes"))
     return FLAP_OK;
-  FLAP_TRY(flap_json_get_number(object, "disk_read_bytes", 1, RATE_MAX, &rates_out->read));
-  FLAP_TRY(flap_json_get_number(object, "disk_write_bytes", 1, RATE_MAX, &rates_out->write));
-  return flap_json_opt_number(object, "disk_both_bytes", 0, RATE_MAX, 0, &rates_out->both);
+  FLAP_TRY(flap_json_get_number(object, "disk_read_bytes", FLAP_MACHINE_DISK_MIN, RATE_MAX, &rates_out->read));
+  FLAP_TRY(flap_json_get_number(object, "disk_write_bytes", FLAP_MACHINE_DISK_MIN, RATE_MAX, &rates_out->write));
+  return read_both(object, "disk_both_bytes", FLAP_MACHINE_DISK_MIN, &rates_out->both);
 }
 
 /* The rates that an entry holds for a disk (NULL: for every path); 0 if none. Reads all disks, so that a file is either

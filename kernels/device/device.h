@@ -50,6 +50,12 @@ typedef struct flap_machine {
                               libraries; 0: not known */
 } flap_machine;
 
+/* What no machine is slower than, in a file that describes one: below that, steps of large models come to more time
+ * than a clock of 64 bits has, in nanoseconds. */
+#define FLAP_MACHINE_FLOPS_MIN 1e8
+#define FLAP_MACHINE_MEMORY_MIN 1e6 /* bytes per second, of copies and kernels */
+#define FLAP_MACHINE_DISK_MIN 1e4   /* likewise */
+
 /* Typical rates for a kind, before anything was measured. */
 void flap_device_default_machine(flap_device_kind kind, flap_machine *machine_out);
 

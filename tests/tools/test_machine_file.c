@@ -132,6 +132,10 @@ START_TEST(a_file_that_is_wrong_is_refused_with_its_line) {
   refuse_text("name: mine\ndevice: cpu\nram_bytes: 0\n", "m.yaml:3: ram_bytes: wanted a size");
   refuse_text("name: mine\ndevice: cpu\nram_bytes: 9000TiB\n", "m.yaml:3: ram_bytes: wanted a size");
   refuse_text("name: mine\ndevice: cpu\nflops_bf16: 0\n", "m.yaml:3: flops_bf16: wanted a rate");
+  refuse_text("name: mine\ndevice: cpu\nflops_bf16: 9e7\n",
+              "m.yaml:3: flops_bf16: wanted a rate per second of at least 1e+08");
+  refuse_text("name: mine\ndevice: cpu\nhost_bytes: 1\n", "m.yaml:3: host_bytes: wanted a rate");
+  refuse_text("name: mine\ndevice: cpu\nh2d_both_bytes: 1\n", "m.yaml:3: h2d_both_bytes: wanted a rate");
   refuse_text("name: mine\ndevice: cpu\nh2d_bytes: .nan\n", "m.yaml:3: h2d_bytes: wanted a rate");
   refuse_text("name: mine\ndevice: cpu\nh2d_bytes: [1]\n", "m.yaml:3: h2d_bytes: wanted a rate");
   refuse_text("name: mine\ndevice: cpu\nlaunch_ns: -1\n", "m.yaml:3: launch_ns: wanted a whole number");
@@ -142,6 +146,8 @@ START_TEST(a_file_that_is_wrong_is_refused_with_its_line) {
   refuse_text(FILE_TEXT "disks: 3\n", "m.yaml:11: disks: wanted a list");
   refuse_text(FILE_TEXT "disks: [1]\n", "m.yaml:11: machine: wanted lines");
   refuse_text(FILE_TEXT "disks:\n- {size_bytes: 1TB, read_bytes: 1e9}\n", "m.yaml:12: write_bytes: missing");
+  refuse_text(FILE_TEXT "disks:\n- {size_bytes: 1TB, read_bytes: 1e9, write_bytes: 1}\n",
+              "m.yaml:12: write_bytes: wanted a");
   refuse_text(FILE_TEXT "disks:\n- {size_bytes: 1TB, read_byte: 1e9}\n", "did you mean read_bytes");
 }
 END_TEST
