@@ -27,18 +27,37 @@ static FILE *open_proc(const flap_host_roots *roots, const char *file) {
   return length > 0 && (size_t)length < sizeof path ? fopen(path, "re") : NULL;
 }
 
-uint64_t flap_host_memory_kib(const flap_host_roots *roots, const char *name, const char *key) {
+static bool find_kib(const flap_host_roots *roots, const char *name, const char *key, uint64_t *bytes_out) {
   FILE *file = open_proc(roots, name);
   char line[LINE_BYTES];
   unsigned long long kib = 0;
+  bool found = false;
   const size_t length = strlen(key);
   if (file == NULL)
-    return 0;
-  while (fgets(line, sizeof line, file) != NULL)
-    if (strncmp(line, key, length) == 0 && sscanf(line + length, " %llu", &kib) == 1)
-      break;
+    return false;
+  while (!found && fgets(line, sizeof line, file) != NULL)
+    found = strncmp(line, key, length) == 0 && sscanf(line + length, " %llu", &kib) == 1;
   (void)fclose(file);
-  return kib * 1024;
+  if (found)
+    *bytes_out = kib * 1024;
+  return found;
+}
+
+uint64_t flap_host_memory_kib(const flap_host_roots *roots, const char *name, const char *key) {
+  uint64_t bytes = 0;
+  (void)find_kib(roots, name, key, &bytes);
+  return bytes;
+}
+
+/* Emulated kernels do without MemAvailable. */
+static uint64_t available(const flap_host_roots *roots) {
+  uint64_t bytes = 0, cached = 0;
+  if (find_kib(roots, "meminfo", "MemAvailable:", &bytes))
+    return bytes;
+  if (!find_kib(roots, "meminfo", "MemFree:", &bytes))
+    return FLAP_HOST_UNLIMITED;
+  (void)find_kib(roots, "meminfo", "Cached:", &cached);
+  return bytes + cached;
 }
 
 /* WSL's kernel names its maker; it lets half of the memory be pinned. */
@@ -163,6 +182,18 @@ static bool has_word(const char *list, const char *word) {
   return false;
 }
 
+/* Blanks, line ends and backslashes are three octal digits behind a backslash in mountinfo. */
+static void decode(char *path) {
+  char *to = path;
+  for (const char *from = path; *from != '\0'; to++) {
+    const bool is_code = from[0] == '\\' && from[1] >= '0' && from[1] <= '3' && from[2] >= '0' && from[2] <= '7' &&
+                         from[3] >= '0' && from[3] <= '7';
+    *to = is_code ? (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0')) : *from;
+    from += is_code ? 4 : 1;
+  }
+  *to = '\0';
+}
+
 /* "31 23 0:28 <root> <mount> <options> ... - <type> <source> <options>" */
 static bool is_mount_of(char *line, hierarchy *h) {
   char root[LINE_BYTES], mount[LINE_BYTES], type[64], options[LINE_BYTES];
@@ -172,30 +203,23 @@ static bool is_mount_of(char *line, hierarchy *h) {
     return false;
   if (strcmp(type, h->unified ? "cgroup2" : "cgroup") != 0 || (!h->unified && !has_word(options, "memory")))
     return false;
+  decode(root);
+  decode(mount);
   strcpy(h->root, root);
   strcpy(h->mount, mount);
   return true;
 }
 
-static bool find_mount(const flap_host_roots *roots, hierarchy *h) {
-  FILE *file = open_proc(roots, "self/mountinfo");
-  char line[LINE_BYTES];
-  bool found = false;
-  if (file == NULL)
-    return false;
-  while (!found && fgets(line, sizeof line, file) != NULL)
-    found = is_mount_of(line, h);
-  (void)fclose(file);
-  return found;
+static bool is_above(const hierarchy *h) {
+  const size_t root = strcmp(h->root, "/") == 0 ? 0 : strlen(h->root);
+  return strncmp(h->group, h->root, root) == 0 && (h->group[root] == '/' || h->group[root] == '\0');
 }
 
 /* The group's path below the mount: a container may see its own group mounted as the root of all, under the path that
  * it has outside, or with a namespace under "/". "/.." leads to groups that cannot be seen from here. */
 static const char *below_mount(const hierarchy *h) {
   const size_t root = strcmp(h->root, "/") == 0 ? 0 : strlen(h->root);
-  if (strncmp(h->group, h->root, root) == 0 && (h->group[root] == '/' || h->group[root] == '\0'))
-    return strstr(h->group, "/..") == NULL ? h->group + root : "";
-  return "";
+  return is_above(h) && strstr(h->group, "/..") == NULL ? h->group + root : "";
 }
 
 /* From our group up to the mount, the one that leaves least. */
@@ -220,13 +244,30 @@ static void look_up_the_path(const flap_host_roots *roots, const hierarchy *h, f
   }
 }
 
+/* A hierarchy may be mounted in several places, each with another group as its root. */
+static bool look_in_mounts(const flap_host_roots *roots, hierarchy *h, bool of_others, flap_host_memory *memory) {
+  FILE *file = open_proc(roots, "self/mountinfo");
+  char line[LINE_BYTES];
+  bool found = false;
+  if (file == NULL)
+    return false;
+  while (fgets(line, sizeof line, file) != NULL) {
+    if (!is_mount_of(line, h) || (!is_above(h) && !of_others))
+      continue;
+    look_up_the_path(roots, h, memory);
+    found = true;
+  }
+  (void)fclose(file);
+  return found;
+}
+
 static void read_groups(const flap_host_roots *roots, flap_host_memory *memory) {
   static hierarchy h; /* long paths; the engine has one thread */
   for (int unified = 0; unified < 2; unified++) {
     memset(&h, 0, sizeof h);
     h.unified = unified == 1;
-    if (find_group(roots, &h) && find_mount(roots, &h))
-      look_up_the_path(roots, &h, memory);
+    if (find_group(roots, &h) && !look_in_mounts(roots, &h, false, memory))
+      (void)look_in_mounts(roots, &h, true, memory); /* ours under a name that is not known here */
   }
 }
 
@@ -234,13 +275,13 @@ static void read_groups(const flap_host_roots *roots, flap_host_memory *memory) 
 
 void flap_host_memory_read(const flap_host_roots *roots, flap_host_memory *memory_out) {
   *memory_out = (flap_host_memory){.total_bytes = flap_host_memory_kib(roots, "meminfo", "MemTotal:"),
-                                   .available_bytes = flap_host_memory_kib(roots, "meminfo", "MemAvailable:"),
+                                   .available_bytes = available(roots),
                                    .swap_bytes = flap_host_memory_kib(roots, "meminfo", "SwapFree:"),
                                    .group_bytes = FLAP_HOST_UNLIMITED,
                                    .address_bytes = address_left(roots),
                                    .pinned_bytes = FLAP_HOST_UNLIMITED};
   read_groups(roots, memory_out);
-  if (is_wsl(roots))
+  if (memory_out->total_bytes > 0 && is_wsl(roots))
     memory_out->pinned_bytes = memory_out->total_bytes / 2;
 }
 

@@ -25,7 +25,7 @@ extern const flap_host_roots FLAP_HOST_ROOTS; /* /proc and /sys */
 #define FLAP_HOST_UNLIMITED UINT64_MAX
 
 typedef struct flap_host_memory {
-  uint64_t total_bytes;     /* of the machine */
+  uint64_t total_bytes;     /* of the machine; 0: not known */
   uint64_t available_bytes; /* that programs may take now without swapping, as Linux estimates it */
   uint64_t swap_bytes;      /* free */
   uint64_t group_bytes;     /* that the tightest control group leaves */

@@ -34,6 +34,9 @@ static flap_status available_memory(const flap_run_config *config, const flap_ma
   if (config->profile == NULL)
     flap_host_memory_read(&FLAP_HOST_ROOTS, &memory);
   available = config->profile != NULL ? config->profile->ram_bytes : flap_host_memory_left(&memory, pinned);
+  if (available == FLAP_HOST_UNLIMITED)
+    return flap_error_set(FLAP_BUDGET, "%s: max: this system does not say how much memory is free: give a size",
+                          pinned || config->vram.kind != FLAP_SIZE_MAX ? "ram" : "vram");
   const uint64_t tenth = available / 10, quarter = available / 4;
   const uint64_t others = quarter < 512 * FLAP_MIB ? quarter : 512 * FLAP_MIB;
   const uint64_t reserve =

@@ -23,8 +23,9 @@ static uint64_t taken(const flap_prepared *p, const flap_setup *setup) {
 /* What a run may take here, less what the process takes beside its budgets. */
 static uint64_t room_in(const flap_prepared *p, const flap_host_memory *memory) {
   flap_host_memory with_swap = *memory;
-  if (!is_card(p)) /* pinned memory is never swapped */
-    with_swap.available_bytes += memory->swap_bytes;
+  if (!is_card(p) && /* pinned memory is never swapped */
+      !flap_units_add(memory->available_bytes, memory->swap_bytes, &with_swap.available_bytes))
+    with_swap.available_bytes = FLAP_HOST_UNLIMITED;
   const uint64_t left = flap_host_memory_left(&with_swap, is_card(p));
   const uint64_t process = flap_budgets_process_more(&p->machine, p->config->profile != NULL);
   return left > process ? left - process : 0;

@@ -145,6 +145,49 @@ START_TEST(host_memory_container_sees_its_group_as_the_root) {
 }
 END_TEST
 
+/* Blanks in mountinfo are codes. */
+START_TEST(host_memory_mounts_with_blanks_are_found) {
+  put("proc/self/mountinfo", "35 31 0:32 /a\\040b /sys/fs/cgroup/the\\040mount\\134 rw - cgroup cgroup rw,memory\n");
+  put("proc/self/cgroup", "4:memory:/a b/c\n");
+  put("sys/fs/cgroup/the mount\\/c/memory.limit_in_bytes", "%llu\n", (unsigned long long)(3 * MIB));
+  ck_assert_uint_eq(left(), 3 * MIB);
+  ck_assert_str_eq(memory.group, "/c");
+}
+END_TEST
+
+/* Somebody else's group may be mounted too, and before ours. */
+START_TEST(host_memory_looks_in_all_mounts_that_are_above_the_group) {
+  put("proc/self/mountinfo",
+      "34 31 0:32 /other /sys/fs/cgroup/others rw - cgroup cgroup rw,memory\n" V1_MOUNTS
+      "36 31 0:32 /x /sys/fs/cgroup/ours rw - cgroup cgroup rw,memory\n",
+      "/");
+  put("proc/self/cgroup", "4:memory:/x\n");
+  put("sys/fs/cgroup/others/memory.limit_in_bytes", "%llu\n", (unsigned long long)MIB);
+  ck_assert_uint_eq(left(), 8 * MIB);
+  put("sys/fs/cgroup/memory/x/memory.limit_in_bytes", "%llu\n", (unsigned long long)(4 * MIB));
+  ck_assert_uint_eq(left(), 4 * MIB);
+  put("sys/fs/cgroup/ours/memory.limit_in_bytes", "%llu\n", (unsigned long long)(3 * MIB));
+  ck_assert_uint_eq(left(), 3 * MIB);
+}
+END_TEST
+
+START_TEST(host_memory_that_is_not_told_limits_nothing) {
+  char text[128];
+  put("proc/meminfo", "MemTotal: 16384 kB\nMemFree: 1024 kB\nBuffers: 1 kB\nCached: 2048 kB\n");
+  ck_assert_uint_eq(left(), 3 * MIB);
+  put("proc/meminfo", "MemAvailable: 0 kB\nMemFree: 1024 kB\n");
+  ck_assert_uint_eq(left(), 0);
+  put("proc/meminfo", "nothing\n");
+  put("proc/sys/kernel/osrelease", "6.6.87.2-microsoft-standard-WSL2\n");
+  ck_assert_uint_eq(left(), FLAP_HOST_UNLIMITED);
+  ck_assert_uint_eq(flap_host_memory_left(&memory, true), FLAP_HOST_UNLIMITED);
+  in_v2("/", "/a");
+  group2("/a", "6", 1, 0);
+  ck_assert_uint_eq(left(), 5 * MIB);
+  ck_assert_ptr_nonnull(strstr(flap_host_memory_limit_name(&memory, false, text, sizeof text), "/a"));
+}
+END_TEST
+
 START_TEST(host_memory_nonsense_limits_nothing) {
   in_v2("/", "/a");
   static const char *const nonsense[] = {"", "\n", "-1\n", "12x\n", "99999999999999999999999\n", "abc\n"};
@@ -219,6 +262,8 @@ START_TEST(pressure_names_the_limit_and_budgets_that_work) {
   ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_BUDGET);
   ck_assert(scratch_error_has("this machine leaves"));
   host.swap_bytes = 1;
+  ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_OK);
+  host.available_bytes = FLAP_HOST_UNLIMITED;
   ck_assert_int_eq(flap_pressure_check(&prepared, &host), FLAP_OK);
 
   /* The container leaves three quarters: what is advised has a plan, and that fits. */
@@ -334,6 +379,9 @@ int main(void) {
   tcase_add_test(tests, host_memory_cache_that_lies_idle_is_free);
   tcase_add_test(tests, host_memory_version_1_is_read_too);
   tcase_add_test(tests, host_memory_container_sees_its_group_as_the_root);
+  tcase_add_test(tests, host_memory_mounts_with_blanks_are_found);
+  tcase_add_test(tests, host_memory_looks_in_all_mounts_that_are_above_the_group);
+  tcase_add_test(tests, host_memory_that_is_not_told_limits_nothing);
   tcase_add_test(tests, host_memory_nonsense_limits_nothing);
   tcase_add_test(tests, host_memory_of_wsl_may_be_pinned_by_half);
   tcase_add_test(tests, pressure_names_the_limit_and_budgets_that_work);
