@@ -276,6 +276,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
     if (wanted[i].layers > p->model.num_hidden_layers)
       return flap_error_set(FLAP_INVALID, "expert.%s: %u is more than the %u layers of the model", wanted[i].key,
                             wanted[i].layers, p->model.num_hidden_layers);
+  FLAP_TRY(flap_setup_check_model(spec));
   FLAP_TRY(check_saved(p));
   FLAP_TRY(choose_device(p));
   if (config->profile == NULL)

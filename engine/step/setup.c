@@ -68,6 +68,37 @@ static flap_status build_layout(flap_setup *setup) {
   return FLAP_OK;
 }
 
+/* What any layout keeps of a part for good; gradients that are not needed for a norm may be used up where they come. */
+static double kept_bytes(const flap_setup_spec *spec, flap_part kind, uint64_t elements) {
+  const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, kind);
+  const bool training = spec->mode == FLAP_MODE_TRAIN, gradients = training && !spec->needs_no_norm;
+  return (double)elements *
+             (double)(flap_dtype_bytes(spec->shape.dtype) + (gradients ? flap_dtype_bytes(spec->gradient_dtype) : 0)) +
+         (training ? (double)flap_layout_state_bytes(&format, elements) : 0);
+}
+
+flap_status flap_setup_check_model(const flap_setup_spec *spec) {
+  char text[FLAP_UNITS_TEXT_MAX];
+  double bytes = 0;
+  for (int kind = 0; kind < FLAP_PART_COUNT; kind++) {
+    const uint64_t elements = flap_model_part_elements(spec->model, (flap_part)kind);
+    const double count = kind == FLAP_PART_LAYER ? spec->model->num_hidden_layers : 1;
+    bytes +=
+        elements > REGION_BYTES_MAX ? (double)elements * count : kept_bytes(spec, (flap_part)kind, elements) * count;
+  }
+  if (bytes <= (double)REGION_BYTES_MAX)
+    return FLAP_OK;
+  return flap_error_set(
+      FLAP_INVALID,
+      "model: %llu parameters are %s of %s, more than the %llu TiB that can be planned with: "
+      "make it smaller%s",
+      (unsigned long long)flap_model_parameters(spec->model),
+      flap_units_format_bytes(bytes < 0x1p63 ? (uint64_t)bytes : (uint64_t)1 << 63, text, sizeof text),
+      spec->mode == FLAP_MODE_TRAIN ? "weights, states and gradients" : "weights",
+      (unsigned long long)(REGION_BYTES_MAX >> 40),
+      spec->mode == FLAP_MODE_TRAIN && spec->optim != FLAP_OPTIM_ADAMW_8BIT ? ", or set optim: adamw_8bit" : "");
+}
+
 static flap_status check_regions(const flap_layout *layout) {
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < layout->region_count; i++)

@@ -219,6 +219,16 @@ machine: rtx4090-64g-1nvme
         for wanted in ["h100-80g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
             self.assertIn(wanted, listed)
 
+    def test_model_that_is_more_than_can_be_planned_with_is_named(self):
+        """The pager numbers 8 TiB; no budget helps."""
+        self.write("large.yaml", self.LARGE)
+        wide = ["model.hidden_size=16384", "model.intermediate_size=65536", "model.num_attention_heads=128"]
+        told = self.refuse("more than the 8 TiB that can be planned with: make it smaller, or set optim: adamw_8bit", "plan",
+                           "large.yaml", *wide, "model.num_hidden_layers=200")
+        self.assertRegex(told, r"model: [0-9]+ parameters are [0-9.]+ TiB of weights, states and gradients")
+        self.refuse("more than the 8 TiB that can be planned with", "plan", "large.yaml", "model.hidden_size=1048576",
+                    "model.intermediate_size=1048576", "model.num_attention_heads=8192", "model.num_hidden_layers=1000")
+
     def test_limit_on_addresses_is_found_before_the_start(self):
         if SANITIZED:
             self.skipTest("a sanitizer takes terabytes of addresses")
