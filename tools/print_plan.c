@@ -203,8 +203,9 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
 
 /* ---- JSON ------------------------------------------------------------------------------------------------ */
 
+/* JSON's have a sign. */
 static void set_integer(json_t *object, const char *key, uint64_t value) {
-  (void)json_object_set_new(object, key, json_integer((json_int_t)value));
+  (void)json_object_set_new(object, key, json_integer(value < INT64_MAX ? (json_int_t)value : INT64_MAX));
 }
 
 static void set_number(json_t *object, const char *key, double value) {

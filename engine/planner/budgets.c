@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define PROCESS_BYTES (96 * FLAP_MIB) /* without a device's driver */
+#define DISK_MOST ((uint64_t)1 << 53) /* more than the pager can number; sums of all disks stay far from 2^64 */
 #define DISK_UNIT (4 * FLAP_MIB)      /* the largest stripe: several disks that share what is needed get whole ones */
 
 uint64_t flap_budgets_resident(void) {
@@ -125,6 +126,8 @@ static flap_status resolve_disk(const flap_run_config *config, flap_disk_set *di
   *bytes_out = size->kind == FLAP_SIZE_BYTES ? size->bytes : FLAP_BUDGET_PLENTY;
   if (size->kind == FLAP_SIZE_MAX)
     *bytes_out = share_of_max(config, disks, index, free_bytes);
+  if (*bytes_out > DISK_MOST)
+    *bytes_out = DISK_MOST;
   if (*bytes_out == 0)
     disks->disks[index].full = true;
   if (disks->disks[index].full)

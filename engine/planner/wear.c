@@ -11,6 +11,23 @@
 #include <string.h>
 #include <sys/stat.h>
 
+__extension__ typedef unsigned __int128 uint128;
+
+/* Sums and products stay at the most that 64 bits hold: what is said to be so much is over any budget. */
+static uint64_t sum_of(uint64_t a, uint64_t b) {
+  uint64_t sum;
+  return flap_units_add(a, b, &sum) ? sum : UINT64_MAX;
+}
+static uint64_t product_of(uint64_t a, uint64_t b) {
+  uint64_t product;
+  return flap_units_mul(a, b, &product) ? product : UINT64_MAX;
+}
+
+/* Epochs that so many steps come to; none is shorter than a step. */
+static uint64_t epochs_in(uint64_t steps, const flap_wear_run *run) {
+  return (uint64_t)((uint128)steps * run->step_sequences / run->sequences);
+}
+
 /* After each step that ends an epoch, and after the last. */
 static uint64_t count_by_epochs(const flap_run_config *config, const flap_wear_run *run) {
   const uint64_t of_step = run->step_sequences, of_epoch = run->sequences;
@@ -18,8 +35,8 @@ static uint64_t count_by_epochs(const flap_run_config *config, const flap_wear_r
     return (uint64_t)ceil(config->num_train_epochs);
   if (of_step >= of_epoch)
     return run->end - run->start;
-  const uint64_t done = run->end * of_step / of_epoch;
-  return done - run->start * of_step / of_epoch + (done == (run->end - 1) * of_step / of_epoch);
+  const uint64_t done = epochs_in(run->end, run);
+  return done - epochs_in(run->start, run) + (done == epochs_in(run->end - 1, run));
 }
 
 /* Those by steps or epochs, and one at the end; between them as many as the clock wants at the speed of the plan. */
@@ -91,23 +108,23 @@ static uint64_t budget_of(const flap_run_config *config, const flap_plan *plan) 
                                       : config->ssd_budget;
 }
 
-/* Of steps in the millions no sum passes 64 bits: 2^64 bytes are 18 exabytes. */
 void flap_wear_describe(const flap_run_config *config, const flap_wear_run *run, flap_plan *plan) {
   const uint64_t steps = run->end - run->start;
   flap_assert(steps > 0);
   plan->run_steps = steps;
   plan->run_checkpoints = count_checkpoints(config, run, plan->step_seconds);
   plan->checkpoints_at_once = flap_wear_checkpoints_at_once(config, plan->run_checkpoints, 0);
-  plan->ssd_run_bytes = flap_wear_start_bytes(plan) + steps * plan->ssd_step_bytes +
-                        plan->run_checkpoints * written_bytes(plan) + plan->export_bytes;
+  plan->ssd_run_bytes =
+      sum_of(flap_wear_start_bytes(plan) + plan->export_bytes,
+             sum_of(product_of(steps, plan->ssd_step_bytes), product_of(plan->run_checkpoints, written_bytes(plan))));
   plan->ssd_budget_bytes = budget_of(config, plan);
 }
 
 /* The most steps that stay within the budget, with checkpoints as often as now; 0 when not even one does. */
 static uint64_t steps_within(const flap_plan *plan) {
   const double once = (double)flap_wear_start_bytes(plan) + (double)plan->export_bytes;
-  const double each =
-      (double)plan->ssd_step_bytes + (double)(plan->run_checkpoints * written_bytes(plan)) / (double)plan->run_steps;
+  const double each = (double)plan->ssd_step_bytes +
+                      (double)plan->run_checkpoints * (double)written_bytes(plan) / (double)plan->run_steps;
   const double left = (double)plan->ssd_budget_bytes - (double)plan->ssd_before_bytes - once;
   return left > 0 && each > 0 ? (uint64_t)(left / each) : 0;
 }
@@ -115,7 +132,7 @@ static uint64_t steps_within(const flap_plan *plan) {
 flap_status flap_wear_check(const flap_run_config *config, const flap_plan *plan) {
   char run[FLAP_UNITS_TEXT_MAX], budget[FLAP_UNITS_TEXT_MAX], step[FLAP_UNITS_TEXT_MAX], saved[FLAP_UNITS_TEXT_MAX];
   char before[FLAP_UNITS_TEXT_MAX + 32] = "";
-  const uint64_t all = plan->ssd_before_bytes + plan->ssd_run_bytes;
+  const uint64_t all = sum_of(plan->ssd_before_bytes, plan->ssd_run_bytes);
   if (config->ssd_budget_share > 0 && plan->ssd_tbw_bytes == 0)
     return flap_error_set(FLAP_INVALID, "ssd_budget: a share of what? give ssd_tbw, from the drive's data sheet");
   if (plan->ssd_budget_bytes == 0 || all <= plan->ssd_budget_bytes)
@@ -144,7 +161,7 @@ flap_status flap_wear_check_space(const flap_run_config *config, const flap_plan
   struct stat about;
   const uint64_t at_once = plan->checkpoints_at_once;
   const uint64_t checkpoints = config->save_total_limit > 0 || at_once < 2 ? at_once : 2;
-  const uint64_t needed = plan->export_bytes + checkpoints * plan->checkpoint_bytes;
+  const uint64_t needed = sum_of(plan->export_bytes, product_of(checkpoints, plan->checkpoint_bytes));
   uint64_t free_bytes = 0;
   if (config->profile != NULL || config->overwrite_output_dir || config->resume_from_checkpoint[0])
     return FLAP_OK;

@@ -172,6 +172,18 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(plan("small", 97, *budgets),
                          'flap: warning: vram and ram: this run takes .* of the host\'s memory, but the machine "small" leaves')
 
+    def test_sizes_of_disks_beyond_all_numbers_add_up(self):
+        folders = ["disk", "disk2", "disk3", "disk4"]
+        for folder in folders[1:]:
+            os.mkdir(self.path(folder))
+        disks = ", ".join(f"{{path: {folder}, size: {1 << 62}}}" for folder in folders)  # 2^64 in all
+        plan = json.loads(self.accept("plan", "run.yaml", "--json", "vram=1MiB", "ram=700KiB", f"disk=[{disks}]"))
+        self.assertGreater(plan["disk_bytes"], 0)
+        self.assertEqual(plan["disk_budget"], 4 << 53)
+        done = self.flap("plan", "run.yaml", "--json", "vram=1MiB", "ram=700KiB", "max_steps=1000000000000000", "ssd_budget=1TB")
+        self.assertEqual(json.loads(done.stdout)["ssd_run_bytes"], (1 << 63) - 1)
+        self.assertIn("flap: warning: ssd_budget: this run would write", done.stderr)
+
     def test_disks_that_are_not_there_are_warned_of(self):
         """What a run would be refused for, or a machine does not have."""
         common = ["plan", "run.yaml", "vram=1MiB", "ram=700KiB"]
