@@ -15,6 +15,10 @@
 #define LONG_BATCH_NS ((uint64_t)24000000)
 #define SHORT_BATCH_NS ((uint64_t)3000000)
 #define CPU_BATCH_NS ((uint64_t)1000000)
+/* Rates say how many tokens are timed on the cpu. Where operations take longer than they say, the clock ends the
+ * rounds; the first run of what takes so long counts as one, for what it loads is little of it. */
+#define CPU_NS_MAX ((uint64_t)3000000000)
+#define CPU_LONG_NS ((uint64_t)10000000)
 #define BATCH_MAX 1024u
 /* The first rounds warm a card up: as it gets hot it draws more power, and its clocks follow, by 2 or 3% within some
  * seconds. */
@@ -249,8 +253,9 @@ typedef struct timing {
   void (*run)(bench *b);
   bool saves, fresh;
   uint32_t mask;
-  uint32_t batch; /* runs at a time */
-  uint64_t batch_ns[ROUNDS];
+  uint32_t batch;  /* runs at a time */
+  uint32_t rounds; /* that were timed */
+  uint64_t batch_ns[ROUNDS + 1];
 } timing;
 
 #define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 16)
@@ -301,6 +306,11 @@ static bool is_card(const bench *b) {
 static flap_status choose_batch(bench *b, timing *t) {
   uint64_t once_ns = 0;
   FLAP_TRY(time_batch(b, t, 1, &once_ns)); /* loads code, and tunes products */
+  if (!is_card(b) && once_ns >= CPU_LONG_NS) {
+    t->batch = 1;
+    t->batch_ns[t->rounds++] = once_ns;
+    return FLAP_OK;
+  }
   FLAP_TRY(time_batch(b, t, 1, &once_ns));
   const uint64_t batch_ns = !is_card(b) ? CPU_BATCH_NS : once_ns >= LONG_NS ? LONG_BATCH_NS : SHORT_BATCH_NS;
   const uint64_t batch = once_ns > 0 ? batch_ns / once_ns + 1 : BATCH_MAX;
@@ -308,22 +318,43 @@ static flap_status choose_batch(bench *b, timing *t) {
   return FLAP_OK;
 }
 
-static flap_status time_round(bench *b, timings *all, uint32_t round) {
-  for (uint32_t i = 0; i < all->count; i++)
-    FLAP_TRY(time_batch(b, &all->list[i], all->list[i].batch, &all->list[i].batch_ns[round]));
+static flap_status time_round(bench *b, timings *all, bool only_new) {
+  for (uint32_t i = 0; i < all->count; i++) {
+    timing *t = &all->list[i];
+    if (only_new && t->rounds > 0)
+      continue;
+    FLAP_TRY(time_batch(b, t, t->batch, &t->batch_ns[t->rounds]));
+    t->rounds++;
+  }
+  return FLAP_OK;
+}
+
+static flap_status warm_up(bench *b, timings *all, uint64_t warm_ns) {
+  const uint64_t started_ns = flap_units_now_ns();
+  for (uint32_t round = 0; round < WARM_ROUNDS || flap_units_now_ns() - started_ns < warm_ns; round++) {
+    FLAP_TRY(time_round(b, all, false));
+    for (uint32_t i = 0; i < all->count; i++)
+      all->list[i].rounds = 0;
+  }
   return FLAP_OK;
 }
 
 /* In rounds over all operations, because a card's clocks follow what it has been doing for the last seconds: an
  * operation that is timed by itself, after a pause, is some percent faster than in a step. */
 static flap_status time_rounds(bench *b, timings *all, uint64_t warm_ns) {
+  const uint64_t started_ns = flap_units_now_ns();
+  uint64_t round_ns = started_ns; /* when the last one began */
   for (uint32_t i = 0; i < all->count; i++)
     FLAP_TRY(choose_batch(b, &all->list[i]));
-  const uint64_t started_ns = flap_units_now_ns();
-  for (uint32_t round = 0; is_card(b) && (round < WARM_ROUNDS || flap_units_now_ns() - started_ns < warm_ns); round++)
-    FLAP_TRY(time_round(b, all, 0));
-  for (uint32_t round = 0; round < ROUNDS; round++)
-    FLAP_TRY(time_round(b, all, round));
+  if (is_card(b))
+    FLAP_TRY(warm_up(b, all, warm_ns));
+  for (uint32_t round = 0; round < ROUNDS; round++) {
+    const uint64_t now_ns = flap_units_now_ns();
+    if (!is_card(b) && now_ns - started_ns + (now_ns - round_ns) > CPU_NS_MAX)
+      return time_round(b, all, true);
+    round_ns = now_ns;
+    FLAP_TRY(time_round(b, all, false));
+  }
   return FLAP_OK;
 }
 
@@ -341,8 +372,9 @@ static uint64_t ns_of(bench *b, timing *t) {
     t->run(b);
     return flap_device_busy_ns(b->device, FLAP_STREAM_COMPUTE) - before_ns;
   }
-  qsort(t->batch_ns, ROUNDS, sizeof *t->batch_ns, compare_ns);
-  return t->batch_ns[is_card(b) ? ROUNDS / 2 : 0] / t->batch;
+  flap_assert(t->rounds > 0);
+  qsort(t->batch_ns, t->rounds, sizeof *t->batch_ns, compare_ns);
+  return t->batch_ns[is_card(b) ? t->rounds / 2 : 0] / t->batch;
 }
 
 static uint64_t without(uint64_t ns, uint64_t part_ns) {

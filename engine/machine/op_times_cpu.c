@@ -7,7 +7,7 @@
 #include "base/pool.h"
 #include "engine/machine/op_times_internal.h"
 
-#define ROUND_NS_MAX ((uint64_t)300000000) /* by rates; seven of them are run */
+#define ROUND_NS_MAX ((uint64_t)300000000) /* by rates; seven of them are run, or fewer where rates are wrong */
 #define SEQUENCE_LEAST 64u
 
 /* A forward before what reads activations, and each operation once. */

@@ -7,6 +7,7 @@
 #include <check.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Memory and launches cost nothing, so only arithmetic counts: 1e9 operations a second. */
 static const flap_machine arithmetic = {.name = "arithmetic",
@@ -156,6 +157,39 @@ START_TEST(measured_on_the_cpu_with_fewer_tokens_counts_for_all) {
 }
 END_TEST
 
+static uint64_t forward_ns; /* that a forward takes longer than it does */
+static uint32_t forwards;
+void __real_flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                                     const flap_model_saved *saved, void *x_out);
+void __wrap_flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                                     const flap_model_saved *saved, void *x_out);
+void __wrap_flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
+                                     const flap_model_saved *saved, void *x_out) {
+  const struct timespec pause = {.tv_nsec = (long)forward_ns};
+  forwards++;
+  if (forward_ns > 0)
+    (void)nanosleep(&pause, NULL);
+  __real_flap_model_layer_forward(run, weights, x_in, saved, x_out);
+}
+
+/* By rates there is time for seven rounds; by the clock for one. */
+START_TEST(measured_on_the_cpu_in_fewer_rounds_where_rates_are_wrong) {
+  const flap_model_config config = model(false);
+  const flap_op_times_spec spec = spec_of(&config);
+  flap_machine fast = arithmetic;
+  flap_op_times times;
+  fast.flops_bf16 = fast.flops_f32 = 1e15;
+  forward_ns = 150000000;
+  forwards = 0;
+  ck_assert_int_eq(flap_op_times_measure_cpu(&spec, &fast, MEMORY, &times), FLAP_OK);
+  ck_assert(times.measured);
+  ck_assert_uint_ge(times.forward_ns, 140000000);
+  ck_assert_uint_lt(forwards, 40); /* of 80 or so; each operation was timed */
+  ck_assert_uint_gt(times.head_ns, 0);
+  forward_ns = 0;
+}
+END_TEST
+
 START_TEST(not_measured_on_the_cpu_without_time_or_memory) {
   const flap_model_config config = model(false);
   const flap_op_times_spec spec = spec_of(&config);
@@ -272,11 +306,13 @@ END_TEST
 int main(void) {
   Suite *suite = suite_create("op_times");
   TCase *tests = tcase_create("op_times");
+  tcase_set_timeout(tests, 60);
   tcase_add_loop_test(tests, from_rates_arithmetic_decides, 0, 2);
   tcase_add_test(tests, from_rates_first_sums_cost_less);
   tcase_add_loop_test(tests, measured_on_the_cpu_is_what_operations_take, 0, 2);
   tcase_add_test(tests, measured_on_the_cpu_with_fewer_tokens_counts_for_all);
   tcase_add_test(tests, not_measured_on_the_cpu_without_time_or_memory);
+  tcase_add_test(tests, measured_on_the_cpu_in_fewer_rounds_where_rates_are_wrong);
   tcase_add_test(tests, of_an_operation_follows_its_kind_and_size);
   tcase_add_loop_test(tests, simulated_step_is_charged_with_given_times, 0, 2);
   suite_add_tcase(suite, tests);
