@@ -27,7 +27,7 @@ int main(int argc, char **argv) {
     return EXIT_FAILURE;
   }
   flap_block_rates rates;
-  if (flap_block_measure_rates(folder, bytes, (uint32_t)request_bytes, (uint32_t)depth,
+  if (flap_block_measure_rates(folder, bytes, (uint32_t)request_bytes, (uint32_t)depth, 0,
                                threads ? FLAP_BLOCK_THREADS : FLAP_BLOCK_URING, &rates) != FLAP_OK) {
     (void)fprintf(stderr, "bench_disk: %s\n", flap_error_message());
     return EXIT_FAILURE;

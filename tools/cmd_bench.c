@@ -70,7 +70,7 @@ static flap_status measure_disk_once(const flap_command *command, const flap_ben
   bytes = bytes / request_bytes * request_bytes;
   const char *path = options->path_count > 0 ? options->paths[0] : ".";
   flap_block_rates rates;
-  FLAP_TRY(flap_block_measure_rates(path, bytes, (uint32_t)request_bytes, depth, options->backend, &rates));
+  FLAP_TRY(flap_block_measure_rates(path, bytes, (uint32_t)request_bytes, depth, 0, options->backend, &rates));
   if (options->json)
     return print_disk_json(path, bytes, request_bytes, depth, &rates);
   printf("%s: %s in requests of %s\n", path, flap_text_bytes(bytes).text, flap_text_bytes(request_bytes).text);

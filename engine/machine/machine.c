@@ -35,7 +35,7 @@
 #define DISK_SPAN_MAX (2 * FLAP_GIB)
 #define DISK_SPAN_SHARE 8u
 #define DISK_SECONDS 0.9     /* of the four passes together, over a small extent */
-#define DISK_SECONDS_MAX 4.0 /* over a large one */
+#define DISK_SECONDS_MAX 3.0 /* over a large one after it */
 
 /* ---- matmul ---------------------------------------------------------------------------------------------- */
 
@@ -132,20 +132,28 @@ static uint64_t span_of(uint64_t disk_bytes) {
   return span < DISK_SPAN_MIN ? DISK_SPAN_MIN : span < DISK_SPAN_MAX ? span : DISK_SPAN_MAX;
 }
 
-/* A small extent tells how large a one the time allows. */
+/* How many bytes the four passes move in so many seconds. */
+static uint64_t bytes_in(double seconds, const flap_block_rates *rates, uint64_t bytes_max, uint64_t unit) {
+  const double allowed = seconds / (2 / rates->write_bytes + 1 / rates->read_bytes + 1 / rates->both_bytes);
+  const uint64_t bytes = allowed < (double)bytes_max ? (uint64_t)allowed : bytes_max;
+  return bytes - bytes % unit;
+}
+
+/* A small extent tells how large a one the time allows, as far as it can: what is beyond a cache may be slower by far,
+ * so the clock has the last word. */
 static flap_status measure_disk(const char *path, uint64_t span_bytes, flap_machine *machine) {
   uint64_t free_bytes;
   flap_block_rates rates;
   FLAP_TRY(flap_block_space(path, &free_bytes));
-  FLAP_TRY(flap_block_measure_rates(path, DISK_PROBE_BYTES, DISK_REQUEST_BYTES, 0, FLAP_BLOCK_AUTO, &rates));
-  const double seconds = span_bytes > DISK_SPAN_MIN ? DISK_SECONDS_MAX : DISK_SECONDS;
-  double allowed = seconds / (2 / rates.write_bytes + 1 / rates.read_bytes + 1 / rates.both_bytes);
-  uint64_t bytes = allowed < (double)span_bytes ? (uint64_t)allowed : span_bytes;
-  bytes = bytes < free_bytes / 2 ? bytes : free_bytes / 2;
-  const uint64_t request = span_bytes > DISK_SPAN_MIN ? DISK_REQUEST_BYTES_LARGE : DISK_REQUEST_BYTES;
-  bytes -= bytes % (request > DISK_PROBE_BYTES ? request : DISK_PROBE_BYTES);
+  FLAP_TRY(flap_block_measure_rates(path, DISK_PROBE_BYTES, DISK_REQUEST_BYTES, 0, 0, FLAP_BLOCK_AUTO, &rates));
+  const uint64_t most = span_bytes < free_bytes / 2 ? span_bytes : free_bytes / 2;
+  uint64_t bytes = bytes_in(DISK_SECONDS, &rates, most < DISK_SPAN_MIN ? most : DISK_SPAN_MIN, DISK_PROBE_BYTES);
   if (bytes > DISK_PROBE_BYTES)
-    FLAP_TRY(flap_block_measure_rates(path, bytes, (uint32_t)request, 0, FLAP_BLOCK_AUTO, &rates));
+    FLAP_TRY(flap_block_measure_rates(path, bytes, DISK_REQUEST_BYTES, 0, DISK_SECONDS, FLAP_BLOCK_AUTO, &rates));
+  bytes = bytes_in(DISK_SECONDS_MAX, &rates, most, DISK_REQUEST_BYTES_LARGE);
+  if (span_bytes > DISK_SPAN_MIN && bytes > DISK_PROBE_BYTES)
+    FLAP_TRY(
+        flap_block_measure_rates(path, bytes, DISK_REQUEST_BYTES_LARGE, 0, DISK_SECONDS_MAX, FLAP_BLOCK_AUTO, &rates));
   machine->disk_read_bytes = rates.read_bytes;
   machine->disk_write_bytes = rates.write_bytes;
   machine->disk_both_bytes = rates.both_bytes;

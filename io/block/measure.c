@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/vfs.h>
 
+#define PASSES 4
 #define DEPTH_DEFAULT 16u
 #define DEPTH_MAX 1024u
 
@@ -27,6 +28,8 @@ struct rate_meter {
   uint32_t request_count, request_bytes;
   uint64_t bytes; /* on each disk */
   pass_kind kind;
+  uint64_t until_ns;   /* no turn begins later; 0: all do */
+  uint64_t turns_done; /* of the last run */
   /* Says what the request does at this turn, and where. */
   void (*place)(const rate_meter *meter, uint64_t turn, flap_block_request *request);
 };
@@ -60,7 +63,11 @@ static void submit_turn(rate_meter *meter, uint64_t turn, flap_block_request *re
   flap_block_submit(meter->block, request);
 }
 
-/* So many turns, with every request in use. After a failure it only drains. */
+static bool is_over(const rate_meter *meter) {
+  return meter->until_ns > 0 && flap_units_now_ns() >= meter->until_ns;
+}
+
+/* So many turns, or as many as there is time for, with every request in use. After a failure it only drains. */
 static flap_status run_turns(rate_meter *meter, uint64_t turns) {
   flap_status status = FLAP_OK;
   uint64_t turn = 0;
@@ -75,7 +82,7 @@ static flap_status run_turns(rate_meter *meter, uint64_t turns) {
       active--;
       if (request->status != FLAP_OK && status == FLAP_OK)
         status = flap_block_explain(meter->block, request);
-      if (status == FLAP_OK && turn < turns) {
+      if (status == FLAP_OK && turn < turns && !is_over(meter)) {
         submit_turn(meter, turn++, request);
         active++;
         submitted = true;
@@ -84,6 +91,7 @@ static flap_status run_turns(rate_meter *meter, uint64_t turns) {
     if (submitted)
       flap_block_flush(meter->block);
   }
+  meter->turns_done = turn;
   return status;
 }
 
@@ -136,25 +144,30 @@ static void place_in_order(const rate_meter *meter, uint64_t turn, flap_block_re
   request->offset = (meter->kind != PASS_BOTH ? turn : turn / 2 + (writes ? half : 0)) * meter->request_bytes;
 }
 
-/* Moves all bytes once. */
-static flap_status run_pass(rate_meter *meter, pass_kind kind, double *bytes_per_second_out) {
+/* Moves all bytes once, or as many as there is time for. */
+static flap_status run_pass(rate_meter *meter, pass_kind kind, double seconds, double *bytes_per_second_out) {
   meter->kind = kind;
   const uint64_t start_ns = flap_units_now_ns();
+  meter->until_ns = seconds > 0 ? start_ns + (uint64_t)(seconds * 1e9) : 0;
   const flap_status status = run_turns(meter, meter->bytes / meter->request_bytes);
-  *bytes_per_second_out = (double)meter->bytes / ((double)(flap_units_now_ns() - start_ns) * 1e-9);
+  const double bytes = (double)(meter->turns_done * meter->request_bytes);
+  *bytes_per_second_out = bytes / ((double)(flap_units_now_ns() - start_ns) * 1e-9);
   return status;
 }
 
-static flap_status run_passes(rate_meter *meter, flap_block_rates *rates) {
+/* What the first has no time to write does not count from then on. */
+static flap_status run_passes(rate_meter *meter, double seconds, flap_block_rates *rates) {
+  const double each = seconds / PASSES;
   double unwritten = 0;
-  FLAP_TRY(run_pass(meter, PASS_WRITE, &unwritten));
-  FLAP_TRY(run_pass(meter, PASS_WRITE, &rates->write_bytes));
-  FLAP_TRY(run_pass(meter, PASS_READ, &rates->read_bytes));
-  return run_pass(meter, PASS_BOTH, &rates->both_bytes);
+  FLAP_TRY(run_pass(meter, PASS_WRITE, each, &unwritten));
+  meter->bytes = meter->turns_done * meter->request_bytes;
+  FLAP_TRY(run_pass(meter, PASS_WRITE, each, &rates->write_bytes));
+  FLAP_TRY(run_pass(meter, PASS_READ, each, &rates->read_bytes));
+  return run_pass(meter, PASS_BOTH, each, &rates->both_bytes);
 }
 
-static flap_status measure_with(rate_meter *meter, const char *path, uint32_t depth, flap_block_backend backend,
-                                flap_arena *arena, flap_block_rates *rates) {
+static flap_status measure_with(rate_meter *meter, const char *path, uint32_t depth, double seconds,
+                                flap_block_backend backend, flap_arena *arena, flap_block_rates *rates) {
   const uint64_t memory_bytes = (uint64_t)meter->request_count * meter->request_bytes;
   unsigned char *memory = NULL;
   FLAP_TRY(take_memory(meter, arena, memory_bytes, meter->request_count, &memory));
@@ -170,7 +183,7 @@ static flap_status measure_with(rate_meter *meter, const char *path, uint32_t de
                               .memory_bytes = memory_bytes};
   flap_status status = open_block(meter, &config);
   if (status == FLAP_OK)
-    status = run_passes(meter, rates);
+    status = run_passes(meter, seconds, rates);
   flap_block_close(meter->block);
   flap_arena_close(arena);
   return status;
@@ -187,7 +200,7 @@ static void meter_destroy(rate_meter *meter) {
 }
 
 flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t request_bytes, uint32_t depth,
-                                     flap_block_backend backend, flap_block_rates *rates_out) {
+                                     double seconds, flap_block_backend backend, flap_block_rates *rates_out) {
   *rates_out = (flap_block_rates){0};
   if (request_bytes == 0 || request_bytes > FLAP_BLOCK_REQUEST_BYTES_MAX || request_bytes % FLAP_BLOCK_ALIGN != 0)
     return flap_error_set(FLAP_INVALID, "disk measurement: requests must be multiples of %u bytes, at most %u",
@@ -207,7 +220,7 @@ flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t 
                       .place = place_in_order};
   flap_arena arena;
   meter_init(&meter);
-  flap_status status = measure_with(&meter, path, depth, backend, &arena, rates_out);
+  flap_status status = measure_with(&meter, path, depth, seconds, backend, &arena, rates_out);
   meter_destroy(&meter);
   return status;
 }

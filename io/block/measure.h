@@ -21,11 +21,12 @@ typedef struct flap_block_rates {
 /* Bytes per second of sequential requests of `request_bytes`, `depth` in flight (0: the default), over an extent of
  * `bytes` (a multiple of request_bytes) in the folder `path`. The extent is written once before anything is timed,
  * because space that was only reserved reads and writes at other rates than space that holds data; then it is written
- * and read once each, and then read in its first half while its second is written, request by request. Takes about 5/4
- * x depth x request_bytes of memory. Where the file system does not do O_DIRECT these are the rates of the page cache,
- * and a warning says so. */
+ * and read once each, and then read in its first half while its second is written, request by request. Each of these
+ * four passes ends after a quarter of `seconds` (0: when all has been moved), and they go over what the first has
+ * written by then. Takes about 5/4 x depth x request_bytes of memory. Where the file system does not do O_DIRECT these
+ * are the rates of the page cache, and a warning says so. */
 FLAP_CHECKED flap_status flap_block_measure_rates(const char *path, uint64_t bytes, uint32_t request_bytes,
-                                                  uint32_t depth, flap_block_backend backend,
+                                                  uint32_t depth, double seconds, flap_block_backend backend,
                                                   flap_block_rates *rates_out);
 
 /* ---- probes ---------------------------------------------------------------------------------------------- */

@@ -18,7 +18,7 @@ START_TEST(measure_rates_are_finite_and_nothing_is_left) {
   char folder[] = "/tmp/flap-test-XXXXXX";
   ck_assert_ptr_nonnull(mkdtemp(folder));
   flap_block_rates rates = {0};
-  flap_status status = flap_block_measure_rates(folder, 24 * MIB, 65536, 4, backends[_i], &rates);
+  flap_status status = flap_block_measure_rates(folder, 24 * MIB, 65536, 4, 0, backends[_i], &rates);
   ck_assert_msg(status == FLAP_OK, "%s", flap_error_message());
   ck_assert(isfinite(rates.read_bytes) && rates.read_bytes > 1e6);
   ck_assert(isfinite(rates.write_bytes) && rates.write_bytes > 1e6);
@@ -27,20 +27,47 @@ START_TEST(measure_rates_are_finite_and_nothing_is_left) {
 }
 END_TEST
 
+static uint64_t pause_ns, submits;
+uint64_t __real_flap_units_now_ns(void);
+uint64_t __wrap_flap_units_now_ns(void);
+uint64_t __wrap_flap_units_now_ns(void) { /* at each look at the clock so much more has gone by */
+  static uint64_t paused_ns;
+  return __real_flap_units_now_ns() + __atomic_add_fetch(&paused_ns, pause_ns, __ATOMIC_RELAXED);
+}
+void __real_flap_block_submit(flap_block *block, flap_block_request *request);
+void __wrap_flap_block_submit(flap_block *block, flap_block_request *request);
+void __wrap_flap_block_submit(flap_block *block, flap_block_request *request) {
+  submits++;
+  __real_flap_block_submit(block, request);
+}
+
+START_TEST(measure_ends_in_the_time_that_it_has) {
+  flap_block_rates rates = {0};
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", 24 * MIB, 65536, 4, 1e6, FLAP_BLOCK_SIM, &rates), FLAP_OK);
+  ck_assert_uint_eq(submits, 4 * 24 * MIB / 65536);
+  submits = 0;
+  pause_ns = 10000000;
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", 24 * MIB, 65536, 4, 0.4, FLAP_BLOCK_SIM, &rates), FLAP_OK);
+  pause_ns = 0;
+  ck_assert_uint_le(submits, 4 * 16); /* of each pass the first ones, and ten */
+  ck_assert(rates.read_bytes > 0 && rates.write_bytes > 0 && rates.both_bytes > 0);
+}
+END_TEST
+
 START_TEST(measure_extent_smaller_than_the_queue_works) {
   flap_block_rates rates = {0};
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 0, FLAP_BLOCK_AUTO, &rates), FLAP_OK);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 0, 0, FLAP_BLOCK_AUTO, &rates), FLAP_OK);
   ck_assert(rates.read_bytes > 0 && rates.write_bytes > 0 && rates.both_bytes > 0);
 }
 END_TEST
 
 START_TEST(measure_nonsense_is_refused) {
   flap_block_rates rates = {1, 1, 1};
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 0, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 1000, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", 3 * MIB, 2 * MIB, 4, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 5000, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
-  ck_assert_int_eq(flap_block_measure_rates("/nowhere", MIB, MIB, 4, FLAP_BLOCK_AUTO, &rates), FLAP_NOT_FOUND);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 0, 4, 0, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, 1000, 4, 0, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", 3 * MIB, 2 * MIB, 4, 0, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/tmp", MIB, MIB, 5000, 0, FLAP_BLOCK_AUTO, &rates), FLAP_INVALID);
+  ck_assert_int_eq(flap_block_measure_rates("/nowhere", MIB, MIB, 4, 0, FLAP_BLOCK_AUTO, &rates), FLAP_NOT_FOUND);
   ck_assert(rates.read_bytes == 0 && rates.write_bytes == 0 && rates.both_bytes == 0);
 }
 END_TEST
@@ -129,6 +156,7 @@ int main(void) {
   tcase_set_timeout(tests, 60);
   tcase_add_loop_test(tests, measure_rates_are_finite_and_nothing_is_left, 0, 4);
   tcase_add_test(tests, measure_extent_smaller_than_the_queue_works);
+  tcase_add_test(tests, measure_ends_in_the_time_that_it_has);
   tcase_add_test(tests, measure_nonsense_is_refused);
   tcase_add_loop_test(tests, probe_measures_every_mix_size_and_depth, 0, 8);
   tcase_add_test(tests, probe_nonsense_is_refused);
