@@ -143,6 +143,21 @@ static uint64_t bytes_of_disk(const flap_run_config *config, uint32_t disk) {
   return config->disk[disk].size.kind == FLAP_SIZE_MAX ? UINT64_MAX : config->disk[disk].size.bytes;
 }
 
+/* Entries on one drive share its rates, which the one that may hold most asks for. Folders that are not there are found
+ * later. */
+static uint64_t bytes_on_drive(const flap_run_config *config, uint32_t disk) {
+  uint64_t most = bytes_of_disk(config, disk);
+  struct stat here, there;
+  if (disk >= config->disk_count || flap_system_stat(config->disk[disk].path, &here) != 0)
+    return most;
+  for (uint32_t i = 0; i < config->disk_count; i++) {
+    const uint64_t bytes = bytes_of_disk(config, i);
+    if (bytes > most && flap_system_stat(config->disk[i].path, &there) == 0 && there.st_dev == here.st_dev)
+      most = bytes;
+  }
+  return most;
+}
+
 /* What is asked of this machine for a run, with one of its disks if it has any. */
 static flap_machine_query query_of(const flap_prepared *p, flap_run_device device, uint32_t disk) {
   const flap_run_config *config = p->config;
@@ -150,7 +165,7 @@ static flap_machine_query query_of(const flap_prepared *p, flap_run_device devic
                               .threads = p->planner.spec.threads,
                               .vram_bytes = config->vram.kind == FLAP_SIZE_BYTES ? config->vram.bytes : 0,
                               .disk_path = disk < config->disk_count ? config->disk[disk].path : NULL,
-                              .disk_bytes = bytes_of_disk(config, disk)};
+                              .disk_bytes = bytes_on_drive(config, disk)};
 }
 
 /* auto: a GPU that FLAP can use, else the CPU. */

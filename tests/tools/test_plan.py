@@ -172,6 +172,18 @@ machine: rtx4090-64g-1nvme
         self.assertRegex(plan("small", 97, *budgets),
                          'flap: warning: vram and ram: this run takes .* of the host\'s memory, but the machine "small" leaves')
 
+    @long_when_sanitized
+    def test_drive_is_measured_for_the_folder_that_may_hold_most(self):
+        environment = {**os.environ, "XDG_CACHE_HOME": self.path("cache")}
+        environment.pop("FLAP_MACHINE", None)
+        os.mkdir(self.path("disk2"))
+        done = subprocess.run([FLAP, "plan", "run.yaml", "disk=[{path: disk, size: 16MiB}, {path: disk2, size: 2GiB}]"],
+                              cwd=self.folder, capture_output=True, timeout=120, text=True, env=environment)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with open(self.path("cache/flap/machine.json")) as file:
+            disks = json.load(file)["machines"][0]["disks"]
+        self.assertEqual([disk["span_bytes"] for disk in disks], [(2 << 30) // 8])  # an eighth, of the drive once
+
     def test_sizes_of_disks_beyond_all_numbers_add_up(self):
         folders = ["disk", "disk2", "disk3", "disk4"]
         for folder in folders[1:]:
