@@ -188,7 +188,9 @@ static void decode(char *path) {
   for (const char *from = path; *from != '\0'; to++) {
     const bool is_code = from[0] == '\\' && from[1] >= '0' && from[1] <= '3' && from[2] >= '0' && from[2] <= '7' &&
                          from[3] >= '0' && from[3] <= '7';
-    *to = is_code ? (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0')) : *from;
+    *to = *from;
+    if (is_code)
+      *to = (char)((from[1] - '0') * 64 + (from[2] - '0') * 8 + (from[3] - '0'));
     from += is_code ? 4 : 1;
   }
   *to = '\0';
