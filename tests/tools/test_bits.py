@@ -116,7 +116,7 @@ FEW = ["both", "half compressed, 3 threads", "both 3 disks", "both segments of 3
        "both sweep", "half evaluated between"]
 if SANITIZED:  # what differs in code, once for each type; test_executor_bits has the rest of the corners
     FEW = ["both 3 disks", "half offload all but the mlp"]
-    CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 16 == 0 or name in FEW}
+    CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 32 == 0 or name in FEW}
     BACKWARD = {name: BACKWARD[name] for name in list(BACKWARD)[::3] if "backward" in name}
 # Where a plan must show what a case asked for.
 SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual",
@@ -382,6 +382,7 @@ class Bits(unittest.TestCase):
             self.assertLess(plans[1]["lane_bytes"][lane], 0.85 * plans[0]["lane_bytes"][lane], lane)
             self.assertLess(plans[1]["bound_bytes"][lane], 0.7 * plans[0]["bound_bytes"][lane], lane)
 
+    @unittest.skipIf(SANITIZED, "takes too long under a sanitizer")
     def test_checkpoints_of_another_optimizer_are_refused(self):
         for saved, wanted in (("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")):
             out, checkpoint = f"optim-{saved}", f"optim-{saved}/checkpoint-3"

@@ -184,6 +184,7 @@ machine: rtx4090-64g-1nvme
             disks = json.load(file)["machines"][0]["disks"]
         self.assertEqual([disk["span_bytes"] for disk in disks], [(2 << 30) // 8])  # an eighth, of the drive once
 
+    @long_when_sanitized
     def test_sizes_of_disks_beyond_all_numbers_add_up(self):
         folders = ["disk", "disk2", "disk3", "disk4"]
         for folder in folders[1:]:
@@ -385,6 +386,7 @@ machine: rtx4090-64g-1nvme
         self.accept("train", *more, f"ssd_budget={budget}")
         self.assertAlmostEqual(self.written_bytes(8) / written[1], 2, delta=0.1)
 
+    @long_when_sanitized
     def test_checkpoints_of_a_run_that_goes_on_are_counted_as_they_are_written(self):
         self.write("short.txt", TEXT[:330])  # ten sequences; a step has four
         common = ["run.yaml", "vram=min", "ram=min", "val_size=0", "dataset=short.txt", "export=none"]
@@ -409,6 +411,7 @@ machine: rtx4090-64g-1nvme
         self.refuse("disk: ", "train", "run.yaml", f"vram={plan['vram_bytes']}", f"ram={plan['ram_bytes']}",
                     "disk={path: disk, size: 64KiB}")
 
+    @long_when_sanitized
     def test_least_budgets_beside_a_small_one_work(self):
         common = ["run.yaml", "model.model_type=qwen2", "model.hidden_size=96", "model.intermediate_size=256",
                   "model.num_hidden_layers=4", "model.num_attention_heads=6", "model.num_key_value_heads=2",
