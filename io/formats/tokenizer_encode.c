@@ -254,10 +254,11 @@ static bool ends_with_added(const flap_tokenizer *tokenizer, const char *text, u
 }
 
 /* What follows a line cut gets no prefix space. It has one in the whole if the stages split there, which takes the
- * whole to know, and if an added token before the newline has taken that along; and where such a token leaves the
- * newline, that itself has a prefix space, and is split from it only by what follows. */
+ * whole to know, and if an added token before the newline has taken that along, or is the newline; and where such a
+ * token leaves the newline, that itself has a prefix space, and is split from it only by what follows. */
 static bool needs_prefix_space(const flap_tokenizer *tokenizer, const char *text, uint64_t at) {
-  return tokenizer->add_prefix_space && (tokenizer->split_count > 0 || ends_with_added(tokenizer, text, at - 1));
+  return tokenizer->add_prefix_space && (tokenizer->split_count > 0 || ends_with_added(tokenizer, text, at) ||
+                                         ends_with_added(tokenizer, text, at - 1));
 }
 
 static bool is_letter(char c) {
