@@ -17,9 +17,9 @@
 
 #define CHUNKS 8
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CASES_PER_CHUNK 2u /* several times slower */
+#define CASES_PER_CHUNK 1u /* several times slower */
 #else
-#define CASES_PER_CHUNK 12u
+#define CASES_PER_CHUNK 9u
 #endif
 #define STEPS 4u
 #define VOCABULARY_MAX 300u

@@ -11,7 +11,7 @@
 /* Sanitizers make everything several times slower: then a placement meets a third of the numerics, and all placements
  * together every one often. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define NUMERICS_STRIDE 6 /* several times slower */
+#define NUMERICS_STRIDE 9 /* several times slower */
 #else
 #define NUMERICS_STRIDE 2
 #endif

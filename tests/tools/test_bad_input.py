@@ -26,6 +26,7 @@ if not os.path.isfile(FLAP):
 with open(FLAP, "rb") as program:
     SANITIZED = re.search(rb"__[at]san_init", program.read()) is not None
 SECONDS_MAX = 60 if SANITIZED else 5
+long_when_sanitized = unittest.skipIf(SANITIZED, "takes long under a sanitizer; test_planner_least has the rest there")
 ONLY = os.environ.get("FLAP_TEST_ROW", "")
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 64, 2, 257
@@ -452,11 +453,13 @@ class Budgets(Case):
     def test_ram_too_small_names_the_smallest_that_works(self):
         self.check_memory("ram", "vram=min")
 
+    @long_when_sanitized
     def test_min_of_one_tier_does_not_hide_that_another_is_too_small(self):
         self.check_memory("vram", "ram=min")
         self.check_memory("ram", "vram=min", "disk=null")
         self.refuse(["train", *self.BASE, "vram=64KiB", "ram=64KiB"], [r"\b(vram|ram)\b", SIZE + "|min"])
 
+    @long_when_sanitized
     def test_disk_too_small_or_absent_is_named(self):
         least = self.plan("vram=min", "ram=min")
         self.assertGreater(least["disk_bytes"], 1 << 20)
@@ -484,6 +487,7 @@ class Budgets(Case):
         for other in "link-to-disk", "disk/", "./disk":
             self.refuse(["plan", "run.yaml", f"disk=[disk, {other}]"], [f"disk: disk and {other} are the same folder"])
 
+    @long_when_sanitized
     def test_steps_too_long_to_plan_are_refused_at_once(self):
         layers = 3
         most = 65536 // layers

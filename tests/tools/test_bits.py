@@ -115,9 +115,9 @@ BACKWARD = {  # where nothing is clipped
 FEW = ["both", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp",
        "both sweep", "half evaluated between"]
 if SANITIZED:  # what differs in code, once for each type; test_executor_bits has the rest of the corners
-    FEW = ["both 3 disks", "half offload all but the mlp"]
-    CASES = {name: CASES[name] for number, name in enumerate(CASES) if number % 32 == 0 or name in FEW}
-    BACKWARD = {name: BACKWARD[name] for name in list(BACKWARD)[::3] if "backward" in name}
+    CASES = {name: CASES[name] for name in ("device", "both 3 disks", "half offload all but the mlp")}
+    FEW = ["both 3 disks"]
+    BACKWARD = {name: BACKWARD[name] for name in ("both backward, half by the host", "half backward, deep staging, 3 disks")}
 # Where a plan must show what a case asked for.
 SAVED = {"attention": "attention, lse", "all_but_mlp": "qkv, attention, lse, rstd, residual",
          "everything": "qkv, attention, lse, rstd, residual, gate_up, normalized_input, normalized_residual, inner"}
@@ -336,7 +336,7 @@ class Bits(unittest.TestCase):
     @unittest.skipIf(SANITIZED, "takes too long under a sanitizer")
     def test_gradients_in_fp32(self):
         common = ["gradient_dtype=fp32"]
-        reference = self.suite("fp32", common, list(CASES)[::3])
+        reference = self.suite("fp32", common, list(CASES)[::5])
         self.check_resume("fp32", common, reference)
 
     def test_nothing_is_clipped(self):

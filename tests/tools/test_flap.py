@@ -8,7 +8,7 @@ import struct
 import unittest
 import unittest.mock
 
-from flap_rig import TEXT, Rig
+from flap_rig import TEXT, Rig, long_when_sanitized
 
 
 class Flap(Rig):
@@ -142,6 +142,7 @@ class Flap(Rig):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(done.stderr.count("load it with PreTrainedTokenizerFast.from_pretrained"), told, done.stderr)
 
+    @long_when_sanitized
     def test_budgets_disks_and_io_do_not_change_the_numbers(self):
         self.accept("train", "run.yaml", "output_dir=a", "vram=1GiB", "ram=1GiB")
         os.mkdir(self.path("disk2"))

@@ -72,6 +72,7 @@ class Lives(Rig):
         self.assertFalse(os.path.exists(self.path("out")))
         self.accept("train", "run.yaml", *again, "dataset=text.txt", "max_steps=2")
 
+    @long_when_sanitized
     def test_epochs_end_where_they_do_with_other_numbers_of_micro_batches(self):
         self.write("text.txt", TEXT[:32 * 45])  # 44 sequences, 4 of them held out
         common = ["train", "run.yaml", "max_steps=-1", "num_train_epochs=1", "save_strategy=steps", "save_steps=5"]
@@ -280,6 +281,7 @@ class Lives(Rig):
         self.assertEqual(self.weights(), self.weights("whole"))
         self.assertEqual(sorted(set(os.listdir(self.path("out"))) ^ set(os.listdir(self.path("whole")))), ["notes.txt"])
 
+    @long_when_sanitized
     def test_run_that_is_complete_is_left_as_it_is(self):
         self.write("short.txt", TEXT[:2000])
         for name, more in {"steps": [], "epochs": ["max_steps=-1", "num_train_epochs=1", "dataset=short.txt"],
@@ -293,6 +295,7 @@ class Lives(Rig):
                 self.assertRegex(out, rf"^this run is complete: \d+ steps.* in {name}; nothing was done\n$")
                 self.assertEqual(self.contents(name), before)
 
+    @long_when_sanitized
     def test_run_that_is_complete_goes_on_to_more_steps_from_its_checkpoint_alone(self):
         self.accept("train", *self.AUTO, "output_dir=whole", "max_steps=10", "lr_scheduler_type=constant")
         self.accept("train", *self.AUTO, "lr_scheduler_type=constant")
@@ -401,6 +404,7 @@ class Lives(Rig):
         self.assertIn("8 steps", out)
         self.assertFalse(os.path.exists(self.path("out/run.lock")))
 
+    @long_when_sanitized
     def test_what_is_made_is_its_owners_alone(self):
         old = os.umask(0)
         try:
@@ -511,6 +515,7 @@ class Lives(Rig):
         os.remove(self.path(f"{folder}/checksums.json"))
         self.accept(*exact)
 
+    @long_when_sanitized
     def test_what_others_left_in_output_dir_is_not_written_over(self):
         self.accept("train", "run.yaml", "output_dir=mine")
         anew = ["train", "run.yaml", "output_dir=mine", "save_strategy=steps", "save_steps=4", "overwrite_output_dir=true"]
@@ -547,6 +552,7 @@ class Lives(Rig):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(re.findall(r"metrics.jsonl:(\d+): not a line of JSON", done.stderr), ["3"])
 
+    @long_when_sanitized
     def test_evaluations_of_another_text_are_not_compared(self):
         saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=4", "export=none"]
         def before(*arguments):
@@ -575,6 +581,7 @@ class Lives(Rig):
             self.assertIn("continuing after step 4\n", self.accept(*common, "max_steps=9", f"output_dir={folder}", how))
         self.assertEqual(self.lasting("out/checkpoint-8/model.safetensors"), self.lasting("copy/checkpoint-8/model.safetensors"))
 
+    @long_when_sanitized
     def test_going_back_beside_later_checkpoints_is_refused_for_they_would_win(self):
         saving = ["train", "run.yaml", "save_strategy=steps", "save_steps=2", "export=none"]
         back = [*saving, "learning_rate=1e-3"]
@@ -716,6 +723,7 @@ class Lives(Rig):
         for tier, share in peaks:  # of the budget, as measured
             self.assertLessEqual(float(share.rstrip("%")), 100, (tier, out))
 
+    @long_when_sanitized
     def test_save_minutes_saves_by_the_clock_and_changes_no_number(self):
         common = ["max_steps=9", "save_strategy=steps", "save_steps=1000"]
         self.accept("train", "run.yaml", "output_dir=whole", *common)

@@ -228,6 +228,7 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(plan["device"], "cpu")
         self.assertGreater(plan["machine"]["disk_both_bytes"], 0)
 
+    @long_when_sanitized
     def test_machine_refusals(self):
         self.write("large.yaml", self.LARGE)
         self.refuse("large.yaml:10: machine: rtx4090-64g-1nvme is a machine to plan for, and only flap plan does",
