@@ -96,7 +96,7 @@ def main():
     if options.every < 3:
         parser.error("--every: a checkpoint costs time in two steps, and a third must be free of it")
     flaps = {"flap": os.path.abspath(options.flap), **({"base": os.path.abspath(options.base)} if options.base else {})}
-    library = os.path.abspath(os.path.join(os.path.dirname(options.flap), "../bench/libslow_writes.so"))
+    library = os.path.abspath(os.path.join(os.path.dirname(options.flap), "../bench/libslow_disk.so"))
     slow = {"LD_PRELOAD": library, "SLOW_WRITES": str(options.write_rate)} if options.write_rate > 0 else {}
     hidden, layers, mlp = map(int, options.model.split())
     folder = tempfile.mkdtemp(prefix="flap-save-cost-", dir=options.folder)

@@ -56,6 +56,8 @@ ROWS = {
     "8b-24-8k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 1 max_grad_norm=0",
     "8b-24-65k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 8 max_grad_norm=0",
     "8b-24-32k-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4 max_grad_norm=0",
+    "8b-24-16k-8bit-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 2 max_grad_norm=0 optim=adamw_8bit",
+    "8b-24-32k-8bit-noclip": f"{EIGHT_B} --vram 24GiB --batch 4 --micro-batches 4 max_grad_norm=0 optim=adamw_8bit",
     "13b-24-8bit": "llama2-13b --batch 4 --sequence 2048 --micro-batches 16 --steps 5 --vram 24GiB --ram 112GiB optim=adamw_8bit",
     "13b-24-disk": "llama2-13b --batch 4 --sequence 2048 --micro-batches 4 --steps 4 --vram 24GiB --ram 112GiB --disk DISK "
                    "--disk-size 56GB",
