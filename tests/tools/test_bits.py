@@ -112,8 +112,7 @@ BACKWARD = {  # where nothing is clipped
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
-FEW = ["both", "half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp",
-       "both sweep", "half evaluated between"]
+FEW = ["half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp", "both sweep"]
 if SANITIZED:  # what differs in code, once for each type; test_executor_bits has the rest of the corners
     CASES = {name: CASES[name] for name in ("device", "both 3 disks", "half offload all but the mlp")}
     FEW = ["both 3 disks"]
