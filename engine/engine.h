@@ -91,6 +91,7 @@ typedef struct flap_plan {
   double bound_lane_seconds[FLAP_LANE_COUNT];
   double bound_compute_seconds;
   double bound_copies_seconds, bound_disks_seconds; /* both ways at once; 0 where the rates are not known */
+  double bound_update_seconds;                      /* of an update that waits for the norm, before any backward */
   double tokens_per_second;
 
   /* what training (without checkpoints and exports) writes to the disks, and how long they bear it */
@@ -143,6 +144,7 @@ typedef struct flap_step_report {
   uint64_t tokens;
   double step_seconds, tokens_per_second, mfu; /* mfu: of the machine's matmul rate */
   double bound_seconds;
+  bool defers_update; /* to the next step: it took less than steps take, even less than the bound perhaps */
   double stall_seconds[FLAP_LANE_COUNT];
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */

@@ -5,6 +5,8 @@
 
 #include <jansson.h>
 
+#define CLIPPING_TOLD_BELOW 0.9 /* of a step is computing */
+
 /* ---- the table ------------------------------------------------------------------------------------------- */
 
 static const char *device_kind_name(flap_device_kind kind) {
@@ -26,6 +28,10 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
   if (plan->bound_disks_seconds > longest) {
     longest = plan->bound_disks_seconds;
     name = "disk_read and disk_write together";
+  }
+  if (plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3 > longest) {
+    longest = plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3;
+    name = "updates that wait for the norm, and the backward behind them";
   }
   /* On lanes that share cores the bound is more than each of them: the cores themselves are what is busy. */
   return plan->bound_seconds > longest * 1.0001 ? "the cores that all lanes share" : name;
@@ -182,6 +188,15 @@ static void print_sharing(FILE *out, const flap_plan *plan, const flap_run_confi
             flap_text_bytes(on_disk).text);
 }
 
+/* Where a step waits for its updates, and would not have to. */
+static void print_clipping(FILE *out, const flap_run_config *config, const flap_plan *plan) {
+  if (config->max_grad_norm > 0 && !config->fp16 && flap_run_config_update(&config->expert) == FLAP_UPDATE_AUTO &&
+      plan->lane_bytes[FLAP_LANE_H2D] > 0 && plan->compute_seconds < CLIPPING_TOLD_BELOW * plan->step_seconds)
+    fputs("clipping  holds back all updates until the norm is known; without it (max_grad_norm=0) they begin in the "
+          "backward:\n          flap plan says how long a step takes then\n",
+          out);
+}
+
 void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *plan) {
   print_model(out, plan);
   print_budgets(out, config, plan);
@@ -193,6 +208,7 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
           flap_text_percent(plan->bound_seconds, plan->step_seconds).text);
   fprintf(out, "bound     %s a step, set by %s\n", flap_text_seconds(plan->bound_seconds).text,
           flap_print_bound_lane(plan));
+  print_clipping(out, config, plan);
   print_wear(out, plan);
   fprintf(out, "files     %s a checkpoint", flap_text_bytes(plan->checkpoint_bytes).text);
   print_sharing(out, plan, config);
@@ -353,6 +369,7 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_number(object, "bound_compute_seconds", plan->bound_compute_seconds);
   set_number(object, "bound_copies_seconds", plan->bound_copies_seconds);
   set_number(object, "bound_disks_seconds", plan->bound_disks_seconds);
+  set_number(object, "bound_update_seconds", plan->bound_update_seconds);
   set_number(object, "tokens_per_second", plan->tokens_per_second);
   set_integer(object, "vram_min", plan->vram_min);
   set_integer(object, "ram_min", plan->ram_min);

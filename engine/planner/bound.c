@@ -5,6 +5,7 @@
 #include "base/units.h"
 
 #include <math.h>
+#include <string.h>
 
 /* Of 256 elements: the fp32 master weights (in bf16 their two halves), in fp16 the weights beside them, two moments
  * each, and the gradient. Moments are fp32, or a byte, beside an fp32 number that the 256 share. */
@@ -63,27 +64,33 @@ static uint64_t share_of(double share, uint64_t bytes) {
   return (uint64_t)(share * (double)bytes);
 }
 
+/* What the driver takes holds nothing. */
+static uint64_t vram_of(const flap_bound_spec *spec) {
+  return beyond(spec->vram_bytes, spec->machine->overhead_bytes);
+}
+
 /* `host`: the share of all that the host's cores update. */
-static void compute_lanes(const flap_bound_spec *spec, const step_bytes *bytes, double host, flap_bound *bound) {
-  const flap_machine *machine = spec->machine;
-  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
-                                         [FLAP_LANE_D2H] = machine->d2h_bytes,
-                                         [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
-                                         [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes,
-                                         [FLAP_LANE_HOST] = machine->host_bytes};
-  const uint64_t vram = beyond(spec->vram_bytes, machine->overhead_bytes); /* what the driver takes holds nothing */
+static void compute_bytes(const flap_bound_spec *spec, const step_bytes *bytes, double host, flap_bound *bound) {
+  const uint64_t vram = vram_of(spec);
   const uint64_t outside = beyond(bytes->live, vram), on_disk = beyond(outside, spec->ram_bytes);
   const uint64_t streaming = beyond(bytes->live - share_of(host, bytes->live), vram);
   bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(host, bytes->weights);
   bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(host, bytes->gradients);
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
   bound->lane_bytes[FLAP_LANE_HOST] = share_of(host, 2 * bytes->state + bytes->gradients);
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
-    if (bound->lane_bytes[lane] > 0)
-      bound->lane_seconds[lane] = rates[lane] > 0 ? (double)bound->lane_bytes[lane] / rates[lane] : (double)INFINITY;
 }
 
-static void compute_pairs(const flap_machine *machine, flap_bound *bound) {
+/* For how long lanes are busy with so many bytes, and the longest of it. */
+typedef struct lane_times {
+  double lane_seconds[FLAP_LANE_COUNT], copies_seconds, disks_seconds, seconds;
+} lane_times;
+
+static lane_times times_of(const flap_machine *machine, const uint64_t bytes[FLAP_LANE_COUNT]) {
+  const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
+                                         [FLAP_LANE_D2H] = machine->d2h_bytes,
+                                         [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,
+                                         [FLAP_LANE_DISK_WRITE] = machine->disk_write_bytes,
+                                         [FLAP_LANE_HOST] = machine->host_bytes};
   const bool known = machine->h2d_both_bytes > 0 && machine->d2h_both_bytes > 0;
   const flap_duplex bus = {.alone_bytes = machine->h2d_bytes,
                            .other_alone_bytes = machine->d2h_bytes,
@@ -91,10 +98,30 @@ static void compute_pairs(const flap_machine *machine, flap_bound *bound) {
   const flap_duplex disk = {.alone_bytes = machine->disk_read_bytes,
                             .other_alone_bytes = machine->disk_write_bytes,
                             .both_bytes = machine->disk_both_bytes};
-  bound->copies_seconds = flap_duplex_least_seconds((double)bound->lane_bytes[FLAP_LANE_H2D],
-                                                    (double)bound->lane_bytes[FLAP_LANE_D2H], &bus);
-  bound->disks_seconds = flap_duplex_least_seconds((double)bound->lane_bytes[FLAP_LANE_DISK_READ],
-                                                   (double)bound->lane_bytes[FLAP_LANE_DISK_WRITE], &disk);
+  lane_times times = {
+      .copies_seconds = flap_duplex_least_seconds((double)bytes[FLAP_LANE_H2D], (double)bytes[FLAP_LANE_D2H], &bus),
+      .disks_seconds =
+          flap_duplex_least_seconds((double)bytes[FLAP_LANE_DISK_READ], (double)bytes[FLAP_LANE_DISK_WRITE], &disk)};
+  times.seconds = fmax(times.copies_seconds, times.disks_seconds);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    if (bytes[lane] > 0)
+      times.lane_seconds[lane] = rates[lane] > 0 ? (double)bytes[lane] / rates[lane] : (double)INFINITY;
+    times.seconds = fmax(times.seconds, times.lane_seconds[lane]);
+  }
+  return times;
+}
+
+/* Between the moment when the norm is known and the first backward behind it. The host's gradients may have gone out
+ * before, and those of the others go nowhere. */
+static double update_seconds(const flap_bound_spec *spec, const step_bytes *bytes, double host,
+                             const flap_bound *bound) {
+  uint64_t moved[FLAP_LANE_COUNT];
+  if (spec->needs_no_norm)
+    return 0;
+  memcpy(moved, bound->lane_bytes, sizeof moved);
+  moved[FLAP_LANE_D2H] = beyond(bytes->state - share_of(host, bytes->state), vram_of(spec));
+  moved[FLAP_LANE_DISK_WRITE] = beyond(beyond(bytes->state, vram_of(spec)), spec->ram_bytes);
+  return times_of(spec->machine, moved).seconds;
 }
 
 /* Seconds of one core for a copy: the cheaper of the two prices. */
@@ -108,22 +135,24 @@ static flap_bound bound_with(const flap_bound_spec *spec, const step_bytes *byte
   const double flops = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
   flap_bound bound = {0};
   bound.compute_seconds = 3 * forward_flops(spec) * spec->micro_batches / flops;
-  compute_lanes(spec, bytes, host, &bound);
-  compute_pairs(machine, &bound);
+  compute_bytes(spec, bytes, host, &bound);
+  const lane_times times = times_of(machine, bound.lane_bytes);
+  memcpy(bound.lane_seconds, times.lane_seconds, sizeof bound.lane_seconds);
+  bound.copies_seconds = times.copies_seconds;
+  bound.disks_seconds = times.disks_seconds;
+  bound.update_seconds = update_seconds(spec, bytes, host, &bound);
   if (machine->shared_cores > 0) {
     double copies = copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_H2D], machine->h2d_bytes) +
                     copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_D2H], machine->d2h_bytes);
     bound.shared_seconds = bound.compute_seconds + copies / machine->shared_cores;
   }
-  bound.seconds = fmax(bound.compute_seconds, bound.shared_seconds);
-  bound.seconds = fmax(bound.seconds, fmax(bound.copies_seconds, bound.disks_seconds));
-  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
-    bound.seconds = fmax(bound.seconds, bound.lane_seconds[lane]);
+  bound.seconds = fmax(fmax(bound.compute_seconds, bound.shared_seconds), times.seconds);
+  bound.seconds = fmax(bound.seconds, bound.compute_seconds * 2 / 3 + bound.update_seconds);
   return bound;
 }
 
 /* The share of the host's cores that makes the bound least, and of those the smallest. Each lane's time is a convex
- * function of the share, so their maximum is one. */
+ * function of the share, and so is that of updates, so their maximum is one. */
 static double best_share(const flap_bound_spec *spec, const step_bytes *bytes) {
   double low = 0, high = 1;
   if (spec->machine->shared_cores > 0 || !(spec->machine->host_bytes > 0))

@@ -18,6 +18,12 @@
  * Where no norm is waited for (nothing is clipped or scaled) a gradient may be gone before the next one is complete.
  * Then take the moment at which a step begins: only the state exists, and the same holds of it without gradients.
  *
+ * Waiting for the norm. Where it is, no update begins before that moment, and no backward before a forward went through
+ * all layers, with their new weights. So between that moment and the next backward all bytes that lie outside come in
+ * (and are read); of the state, every byte of which has changed, what VRAM (and RAM) cannot hold goes out (is written);
+ * and the host updates its share. The longest of these is update_seconds. The backward, two thirds of compute, is all
+ * behind it; of the forward everything may be beside it.
+ *
  * The host's cores may update a share of it all instead, where they are not the device. Then that share of states is no
  * matter of the bus: only its weights come in (H2D) and its gradients go out (D2H), and the host reads and writes its
  * states and reads its gradients. The share is the one with which the step can be shortest, so that no plan beats the
@@ -54,11 +60,13 @@ typedef struct flap_bound_spec {
 } flap_bound_spec;
 
 typedef struct flap_bound {
-  double seconds; /* the largest of all below; infinite when bytes must go to a disk that the machine has not */
+  double seconds; /* the largest of those below, and of update_seconds with the backward; infinite when bytes must go to
+                     a disk that the machine has not */
   double compute_seconds;
   double lane_seconds[FLAP_LANE_COUNT];
   double copies_seconds, disks_seconds; /* both ways of the bus, and of the disks; 0 where the rates are not known */
   double shared_seconds;                /* cpu device: the CPU work of compute and copies over the cores; else 0 */
+  double update_seconds;                /* that no backward is beside; 0 where no norm is waited for */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
 } flap_bound;
 

@@ -158,6 +158,7 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
   plan->bound_compute_seconds = bound.compute_seconds;
   plan->bound_copies_seconds = bound.copies_seconds;
   plan->bound_disks_seconds = bound.disks_seconds;
+  plan->bound_update_seconds = bound.update_seconds;
   memcpy(plan->bound_bytes, bound.lane_bytes, sizeof plan->bound_bytes);
   memcpy(plan->bound_lane_seconds, bound.lane_seconds, sizeof plan->bound_lane_seconds);
 }

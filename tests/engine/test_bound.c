@@ -191,6 +191,37 @@ START_TEST(both_ways_at_once_take_what_both_can_do) {
 }
 END_TEST
 
+START_TEST(updates_that_wait_for_the_norm_have_no_backward_beside_them) {
+  flap_model_config config = model();
+  const uint64_t vram = 14 * ELEMENTS - 1000000, changed = 1000000 - 2 * ELEMENTS; /* the gradients go nowhere */
+  flap_machine machine = gpu;
+  machine.d2h_bytes = 8e6;
+  const double compute = 3 * FORWARD * 4 / 2e9;
+  flap_bound bound = bound_of(&config, FLAP_BF16, vram, 1000000, &machine);
+  near(bound.update_seconds, 1000000 / 4e6);
+  near(bound.seconds, 1000000 / 4e6 + compute * 2 / 3);
+  machine.d2h_bytes = 1e6; /* out of VRAM goes what has changed */
+  near(bound_of(&config, FLAP_BF16, vram, 1000000, &machine).update_seconds, (double)changed / 1e6);
+  bound = bound_of(&config, FLAP_BF16, vram, 400000, &machine); /* and to the disk what RAM cannot hold of it */
+  near(bound.update_seconds, fmax((double)changed / 1e6, (double)(changed - 400000) / 5e5));
+  machine.d2h_bytes = 8e6;
+  machine.flops_bf16 = 1e8; /* all of it fits beside the forward */
+  ck_assert_double_lt(bound_of(&config, FLAP_BF16, vram, 1000000, &machine).update_seconds, compute * 20 / 3);
+  near(bound_of(&config, FLAP_BF16, vram, 1000000, &machine).seconds, compute * 20);
+  flap_bound_spec spec = {.model = &config,
+                          .shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 32},
+                          .micro_batches = 4,
+                          .gradient_dtype = FLAP_BF16,
+                          .needs_no_norm = true,
+                          .vram_bytes = vram,
+                          .ram_bytes = 1000000,
+                          .machine = &gpu};
+  flap_bound_compute(&spec, &bound);
+  ck_assert_double_eq(bound.update_seconds, 0);
+  near(bound.seconds, (double)changed / 2e6);
+}
+END_TEST
+
 START_TEST(bounds_never_rise_with_a_budget) {
   flap_model_config config = model();
   double before = INFINITY;
@@ -351,11 +382,12 @@ END_TEST
 /* Then bus and host are busy for equally long, and less long than the bus alone. */
 START_TEST(host_shares_the_update) {
   const flap_model_config config = model();
-  flap_machine machine = helped();
+  flap_machine machine = helped(), slow = gpu;
+  machine.flops_bf16 = slow.flops_bf16 = 1e15; /* so that no backward is seen */
   flap_bound_spec spec = outside(&config, &machine);
   flap_bound bound, alone;
   flap_bound_compute(&spec, &bound);
-  spec.machine = &gpu;
+  spec.machine = &slow;
   flap_bound_compute(&spec, &alone);
   ck_assert(bound.seconds < alone.seconds);
   about(bound.lane_seconds[FLAP_LANE_HOST], bound.lane_seconds[FLAP_LANE_D2H]);
@@ -430,6 +462,7 @@ int main(void) {
   tcase_add_test(tests, both_ways_at_once_take_what_both_can_do);
   tcase_add_test(tests, host_shares_the_update);
   tcase_add_test(tests, gradients_that_wait_for_nothing_need_not_cross);
+  tcase_add_test(tests, updates_that_wait_for_the_norm_have_no_backward_beside_them);
   tcase_add_test(tests, bounds_never_rise_with_a_budget);
   tcase_add_test(tests, no_program_moves_less_than_the_bound);
   suite_add_tcase(suite, tests);

@@ -282,6 +282,20 @@ machine: rtx4090-64g-1nvme
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertRegex(done.stderr, "flap: error: vram: max: ulimit -v leaves .*raise that limit")
 
+    def test_what_clipping_holds_back_is_told(self):
+        self.write("bus.json", self.SLOW.replace('"h2d_bytes": 1e8, "d2h_bytes": 1e8', '"h2d_bytes": 1e6, "d2h_bytes": 1e6'))
+        common = ["plan", "run.yaml", "machine=bus.json", "ram=64MiB", "disk=null"]
+        for more, told in ((["vram=min"], True), (["vram=min", "max_grad_norm=0"], False), (["vram=min", "fp16=true"], False),
+                           (["vram=min", "expert.update=fold"], False), (["vram=4MiB"], False)):
+            self.assertEqual("clipping  holds back all updates" in self.accept(*common, *more), told, more)
+        clipped, free = (json.loads(self.accept(*common, "vram=min", f"max_grad_norm={norm}", "--json")) for norm in (1, 0))
+        self.assertIn("set by updates that wait for the norm", self.accept(*common, "vram=min"))
+        self.assertGreaterEqual(clipped["bound_seconds"],
+                                clipped["bound_update_seconds"] + clipped["bound_compute_seconds"] * 2 / 3 * (1 - 1e-9))
+        self.assertEqual(free["bound_update_seconds"], 0)
+        for plan in clipped, free:
+            self.assertGreaterEqual(plan["step_seconds"], plan["bound_seconds"])
+
     @long_when_sanitized
     def test_operations_that_pass_the_rates_raise_them(self):
         """Rates that were measured beside somebody else's work would make a bound that a run passes."""
