@@ -134,14 +134,22 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   return flap_metrics_end_line(m);
 }
 
-/* One step that waits, for a checkpoint or the disk, says little about those to come. */
-static double eta(trainer *t, double seconds) {
-  t->usual_seconds = t->usual_seconds > 0 ? 0.9 * t->usual_seconds + 0.1 * seconds : seconds;
-  return t->usual_seconds * (double)(t->steps - t->step);
+/* One step that waits, for a checkpoint or the disk, says little about those to come, and one that leaves its update to
+ * them nothing. */
+static double eta(trainer *t, double seconds, bool defers) {
+  if (!defers)
+    t->usual_seconds = t->usual_seconds > 0 ? 0.9 * t->usual_seconds + 0.1 * seconds : seconds;
+  return (t->usual_seconds > 0 ? t->usual_seconds : t->prepared.plan.step_seconds) * (double)(t->steps - t->step);
+}
+
+/* The first step of a life, or behind a rest, where updates are folded: it has none to make, and leaves its own. */
+static bool defers_update(const trainer *t, flap_setup_program program) {
+  const flap_program_spec *spec = &t->prepared.setup.programs[program].spec;
+  return flap_setup_folds(&t->prepared.setup) && !spec->pending && !spec->sweep;
 }
 
 static flap_status report_step(trainer *t, const flap_executor_result *result, double learning_rate, double seconds,
-                               const flap_pager_stats *before) {
+                               bool defers, const flap_pager_stats *before) {
   const flap_plan *plan = &t->prepared.plan;
   const double rate = plan->dtype == FLAP_F32 ? plan->machine.flops_f32 : plan->machine.flops_bf16;
   flap_pager_stats after;
@@ -159,7 +167,8 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
                              .tokens_per_second = (double)plan->tokens_per_step / seconds,
                              .mfu = model_flops(t) / seconds / rate,
                              .bound_seconds = plan->bound_seconds,
-                             .eta_seconds = eta(t, seconds)};
+                             .defers_update = defers,
+                             .eta_seconds = eta(t, seconds, defers)};
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
     report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
     report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
@@ -198,7 +207,7 @@ static flap_status run_step(trainer *t, flap_setup_program program, bool rests, 
   t->step++;
   t->cursor += t->step_sequences;
   trainer_approve_save(t);
-  return report_step(t, &result, input.learning_rate, seconds, &before);
+  return report_step(t, &result, input.learning_rate, seconds, defers_update(t, program), &before);
 }
 
 /* The person wants to stop: the update that is pending is made, by the program that is queued or by one of its own. */

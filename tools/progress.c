@@ -69,7 +69,7 @@ static int format_step(const flap_step_report *report, int less, char line[LINE_
     (void)snprintf(rate, sizeof rate, "  lr %.3g", report->learning_rate);
   if (less < 2)
     (void)snprintf(norm, sizeof norm, "  norm %.3g", fabs(report->grad_norm));
-  if (less < 3)
+  if (less < 3 && !report->defers_update)
     (void)snprintf(share, sizeof share, "  %s of bound",
                    flap_text_percent(report->bound_seconds, report->step_seconds).text);
   /* Neither loss nor norm is below 0; the sign of a NaN, in a step that is skipped, would say nothing. */

@@ -4,6 +4,7 @@ What a person does: train, evaluate, sample, export; and what they do wrong: eve
 mistake is one line on stderr, exit status 1, within seconds, and leaves nothing behind."""
 import json
 import os
+import re
 import struct
 import unittest
 import unittest.mock
@@ -48,6 +49,14 @@ class Flap(Rig):
         self.assertIn("model.layers.2.mlp.down_proj.weight", shown)
         self.assertIn("F32", shown)
         self.assertIn("model_type", shown)
+
+    def test_a_step_that_leaves_its_update_to_the_next_is_compared_with_no_bound(self):
+        for more, compared in ((["expert.update=fold"], ["2", "3"]), (["expert.update=sweep"], ["1", "2", "3"]),
+                               (["max_grad_norm=0", "expert.update=backward"], ["1", "2", "3"])):
+            out = self.accept("train", "run.yaml", "overwrite_output_dir=true", "max_steps=3", "vram=min", *more)
+            steps = re.findall(r"^step (\d)/3 .*$", out, re.M)
+            self.assertEqual(steps, ["1", "2", "3"], out)
+            self.assertEqual(re.findall(r"^step (\d)/3 .* of bound  ETA ", out, re.M), compared, more)
 
     def test_eval_keeps_tokens_where_there_is_room_for_them(self):
         self.accept("train", "run.yaml")
