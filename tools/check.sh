@@ -53,7 +53,7 @@ check_coverage() {
 tests() {
   local name=$1 folder=$2 start=$SECONDS junit="$PWD/$logs/$1.xml" counts
   shift 2
-  ctest --test-dir "$folder" -j 2 --output-on-failure --output-junit "$junit" "$@" >"$logs/$name.log" 2>&1
+  ctest --test-dir "$folder" -j 3 --output-on-failure --output-junit "$junit" "$@" >"$logs/$name.log" 2>&1
   counts=$(python3 -c 'import sys, xml.etree.ElementTree as tree
 suite = tree.parse(sys.argv[1]).getroot()
 total, bad, skip = (int(suite.get(key) or 0) for key in ("tests", "failures", "skipped"))
@@ -90,6 +90,23 @@ build() { # <folder> <targets> [cmake arguments]
   cmake -S . -B "$folder" -G Ninja "$@" && ninja -C "$folder" $targets
 }
 
+# For its warnings: what gcc compiled, once each, and nothing is made of it.
+check_clang() {
+  cmake -S . -B build-clang -G Ninja -DCMAKE_C_COMPILER=clang -DFLAP_CUDA=OFF -DCMAKE_BUILD_TYPE=None \
+    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON && python3 - build-clang/compile_commands.json <<'END'
+import concurrent.futures, json, shlex, subprocess, sys
+checks = {}
+for entry in json.load(open(sys.argv[1])):
+    words = shlex.split(entry["command"])
+    at = words.index("-o")
+    checks[(*words[:at], *words[at + 2:], "-fsyntax-only")] = entry["directory"]
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    failed = sum(pool.map(lambda words: subprocess.run(words, cwd=checks[words]).returncode != 0, checks))
+print(f"{len(checks)} files, {failed} with errors")
+sys.exit(failed > 0 or not checks)
+END
+}
+
 # Python packages that tests compare with; the tests skip what is not there.
 make_venv() {
   [ -x .venv/bin/python ] || python3 -m venv .venv || return 1
@@ -101,6 +118,14 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 END
   .venv/bin/pip install -q --disable-pip-version-check $packages || { echo "no package index: tests that compare are skipped"; return 77; }
+}
+
+finish_venv() {
+  local status
+  wait "$venv"
+  status=$?
+  cat "$logs/venv-begun.log"
+  return $status
 }
 
 tree_state() { git status --porcelain 2>/dev/null; }
@@ -115,7 +140,8 @@ check_nothing_left() {
 }
 
 [ $install = no ] || step install tools/install.sh
-step venv make_venv
+make_venv >"$logs/venv-begun.log" 2>&1 & # which waits for the network more than it computes
+venv=$!
 step layering python3 tools/check_layering.py
 step format check_format
 step leftovers check_leftovers
@@ -123,10 +149,12 @@ step leftovers check_leftovers
 # of it is run there. The other builds do without.
 cuda="-O3" generations="80-real;90-real"
 [ -e /dev/nvidiactl ] || cuda="-Xcicc -O0" generations=80-real
-if step build-gcc build build all "-DCMAKE_CUDA_ARCHITECTURES=$generations" "-DCMAKE_CUDA_FLAGS=$cuda"; then tests tests-gcc build; fi
+built=no
+step build-gcc build build all "-DCMAKE_CUDA_ARCHITECTURES=$generations" "-DCMAKE_CUDA_FLAGS=$cuda" && built=yes
+step venv finish_venv
+[ $built = no ] || tests tests-gcc build
 if [ $quick = no ]; then
-  # For its warnings: nothing of it is run, so nothing is optimised but what its own folder says.
-  step build-clang build build-clang all -DCMAKE_C_COMPILER=clang -DFLAP_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O0
+  step clang check_clang
   # Under sanitizers -O2 takes half as long again to build, and its tests run no faster. -g1 has what a stack trace shows.
   sanitized=(-DFLAP_BENCH=OFF -DCMAKE_BUILD_TYPE=None "-DCMAKE_C_FLAGS=-O1 -g1")
   export CK_FORK=no UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
