@@ -1,8 +1,10 @@
 #include "engine/machine/host_times.h"
 
+#include "base/arena.h"
 #include "base/assert.h"
 #include "base/units.h"
 #include "engine/step/update.h"
+#include "kernels/device/measure_memory.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -11,7 +13,14 @@
 #include <time.h>
 
 #define SLICE_ELEMENTS ((uint64_t)1 << 22)
-#define SLICES 12u /* 0.7 GB with bf16: more than a server's caches */
+/* Slices are updated in turn, so that caches hold none of the next ones; but they do not forget in turn, and of a few
+ * times as much as they hold a part is found there. */
+#define SLICES_MIN 12u /* 0.7 GB with bf16 */
+#define SLICES_MAX 48u
+#define CACHES 6u
+#define PINNED_BYTES_MIN (256 * FLAP_MIB)
+#define PINNED_BYTES_MAX FLAP_GIB
+#define PINNED_CACHES 4u
 #define ROUNDS 5
 #define SETTLE_NS 20000000
 #define COPIES_NS 100000000
@@ -24,32 +33,45 @@ typedef struct slices {
   flap_state_format format;
   flap_update update; /* but for where its bytes are */
   uint64_t states_bytes, weights_bytes, slice_bytes;
+  uint32_t count;
+  flap_arena arena; /* pages as large as those of a run's memory */
   unsigned char *memory;
   uint8_t *decay;
   int32_t fault;
 } slices;
+
+static uint64_t between(uint64_t least, uint64_t wanted, uint64_t most) {
+  return wanted < least ? least : wanted > most ? most : wanted;
+}
 
 static void size_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
   s->format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
   s->states_bytes = flap_units_round_up(flap_layout_state_bytes(&s->format, SLICE_ELEMENTS), 4096);
   s->weights_bytes = SLICE_ELEMENTS * flap_dtype_bytes(spec->shape.dtype);
   s->slice_bytes = s->states_bytes + s->weights_bytes + SLICE_ELEMENTS * flap_dtype_bytes(spec->gradient_dtype);
+  s->count = (uint32_t)between(SLICES_MIN, CACHES * flap_measure_cache_bytes() / s->slice_bytes, SLICES_MAX);
+}
+
+uint64_t flap_host_times_pinned_bytes(void) {
+  const uint64_t wanted = between(PINNED_BYTES_MIN, PINNED_CACHES * flap_measure_cache_bytes(), PINNED_BYTES_MAX);
+  return flap_units_round_up(wanted, FLAP_HOST_TIMES_VRAM_BYTES);
 }
 
 /* The embedding's states are never of fewer bytes than a layer's. */
 uint64_t flap_host_times_bytes(const flap_op_times_spec *spec) {
   slices s;
   size_slices(spec, FLAP_PART_EMBEDDING, &s);
-  return SLICES * s.slice_bytes + FLAP_HOST_TIMES_PINNED_BYTES;
+  return s.count * s.slice_bytes + flap_host_times_pinned_bytes();
 }
 
 static flap_status open_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
   size_slices(spec, part, s);
-  s->memory = aligned_alloc(4096, SLICES * s->slice_bytes);
   s->decay = calloc(SLICE_ELEMENTS / FLAP_OPS_BLOCK / 8, 1);
-  if (s->memory == NULL || s->decay == NULL)
+  if (s->decay == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
-  memset(s->memory, 0, SLICES * s->slice_bytes);
+  FLAP_TRY(flap_arena_open(&s->arena, "measuring the host", s->count * s->slice_bytes));
+  s->memory = flap_arena_take(&s->arena, s->count * s->slice_bytes, 4096);
+  memset(s->memory, 0, s->count * s->slice_bytes);
   s->update = (flap_update){.weight_dtype = spec->shape.dtype,
                             .gradient_dtype = spec->gradient_dtype,
                             .format = &s->format,
@@ -60,12 +82,13 @@ static flap_status open_slices(const flap_op_times_spec *spec, flap_part part, s
 }
 
 static void close_slices(slices *s) {
-  free(s->memory);
+  if (s->memory != NULL)
+    flap_arena_close(&s->arena);
   free(s->decay);
 }
 
 static void update_all(flap_host_optimizer *optimizer, slices *s) {
-  for (uint32_t i = 0; i < SLICES; i++) {
+  for (uint32_t i = 0; i < s->count; i++) {
     unsigned char *slice = s->memory + i * s->slice_bytes;
     s->update.states = slice;
     s->update.weights = slice + s->states_bytes;
@@ -86,7 +109,7 @@ static double time_updates(flap_host_optimizer *optimizer, slices *s) {
       times_ns[at] = times_ns[at - 1];
     times_ns[at] = ns;
   }
-  return (double)times_ns[ROUNDS / 2] / (double)(SLICES * SLICE_ELEMENTS);
+  return (double)times_ns[ROUNDS / 2] / (double)(s->count * SLICE_ELEMENTS);
 }
 
 static void sleep_ns(long ns) {
@@ -107,7 +130,7 @@ typedef struct traffic {
 /* Up out of one half of what is pinned, down into the other. */
 static void *copy_both_ways(void *context) {
   traffic *t = context;
-  const uint64_t bytes = FLAP_HOST_TIMES_VRAM_BYTES / 2, half = FLAP_HOST_TIMES_PINNED_BYTES / 2;
+  const uint64_t bytes = FLAP_HOST_TIMES_VRAM_BYTES / 2, half = flap_host_times_pinned_bytes() / 2;
   for (uint64_t n = 0; !atomic_load(&t->stop); n++) {
     const flap_event up = (flap_event)(n % WINDOW * 2), down = up + 1;
     if (n >= WINDOW) {
@@ -200,4 +223,8 @@ void flap_host_times_from_rate(const flap_op_times_spec *spec, double bytes_per_
   times->host.alone = times->host.beside_copies = host_bytes(spec, FLAP_PART_LAYER) / bytes_per_second * 1e9;
   times->host_embedding.alone = times->host_embedding.beside_copies =
       host_bytes(spec, FLAP_PART_EMBEDDING) / bytes_per_second * 1e9;
+}
+
+double flap_host_times_rate(const flap_op_times_spec *spec, double ns_an_element) {
+  return host_bytes(spec, FLAP_PART_LAYER) / ns_an_element * 1e9;
 }

@@ -3,7 +3,7 @@
 #include "base/arena.h"
 #include "base/units.h"
 #include "engine/machine/host_memory.h"
-#include "kernels/device/measure_machine.h"
+#include "kernels/device/measure_memory.h"
 #include "kernels/measure_ops.h"
 
 #include <math.h>
@@ -19,6 +19,9 @@
 #define ROUND_NS (4u * 1000 * 1000) /* some twenty products in bf16, one or two in fp32 */
 #define COPY_BYTES (64 * FLAP_MIB)
 #define COPIES 8
+#define HOST_UNIT (2 * FLAP_MIB)
+#define HOST_BYTES_MIN (64 * FLAP_MIB)
+#define HOST_ROUND_NS (10u * 1000 * 1000)
 #define OVERHEAD_MARGIN (32 * FLAP_MIB) /* the driver's own figure moves a little from run to run */
 
 /* Of a card that is small or in use, all that is free: that is enough, or else the measurements say so. */
@@ -130,14 +133,18 @@ static flap_status measure_bus(uint64_t vram_bytes, flap_machine *machine) {
 
 /* ---- all ------------------------------------------------------------------------------------------------- */
 
+/* As an optimizer uses it: read, changed and written. In more memory than caches hold, where there is so much. */
 static flap_status measure_host(uint32_t threads, flap_machine *machine) {
-  flap_machine host;
+  const flap_rate_effort effort = {.rounds = ROUNDS, .round_ns = HOST_ROUND_NS};
+  const uint64_t wanted = flap_measure_host_bytes(), free_bytes = flap_host_memory_free(false) / 4;
+  const uint64_t bytes = wanted < free_bytes ? wanted : free_bytes / HOST_UNIT * HOST_UNIT;
+  flap_rate rates[FLAP_MEMORY_PATTERNS];
   flap_pool *pool;
-  flap_device_default_machine(FLAP_DEVICE_CPU, &host);
   FLAP_TRY(flap_pool_open(threads, &pool));
-  const flap_status status = flap_device_measure_host(pool, &host);
+  const flap_status status =
+      flap_measure_host_memory(pool, bytes < HOST_BYTES_MIN ? HOST_BYTES_MIN : bytes, &effort, rates);
   flap_pool_close(pool);
-  machine->host_bytes = host.host_bytes;
+  machine->host_bytes = rates[FLAP_MEMORY_MODIFY].median;
   return status;
 }
 

@@ -14,9 +14,9 @@ extern "C" {
  */
 #define FLAP_MACHINE_CUDA_VRAM ((uint64_t)1536 << 20)
 
-/* All but the disk rates, in about a second; `threads` of the host for host_bytes. Takes at most FLAP_MACHINE_CUDA_VRAM
- * of the card, and of a budget that is less (0: none) no more than that, as long as it holds the smallest operands that
- * tell anything: no run fits a budget that is much less. */
+/* All but the disk rates, in a second or two; `threads` of the host for host_bytes. Takes at most
+ * FLAP_MACHINE_CUDA_VRAM of the card, and of a budget that is less (0: none) no more than that, as long as it holds the
+ * smallest operands that tell anything: no run fits a budget that is much less. */
 FLAP_CHECKED flap_status flap_machine_measure_cuda(uint32_t threads, uint64_t vram_bytes, flap_machine *machine_out);
 
 #ifdef __cplusplus

@@ -541,11 +541,12 @@ uint64_t op_times_bytes(const flap_op_times_spec *spec, op_times_parts parts, fl
 
 /* Copies pass through the memory of what was timed before. */
 static flap_status time_host(bench *b, void *vram, void **pinned_out, flap_op_times *times) {
-  *pinned_out = aligned_alloc(4096, FLAP_HOST_TIMES_PINNED_BYTES);
+  const uint64_t bytes = flap_host_times_pinned_bytes();
+  *pinned_out = aligned_alloc(4096, bytes);
   if (*pinned_out == NULL)
     return flap_error_set(FLAP_NO_MEMORY, "no memory to measure the host");
-  memset(*pinned_out, 0, FLAP_HOST_TIMES_PINNED_BYTES);
-  FLAP_TRY(flap_device_pin_host(b->device, *pinned_out, FLAP_HOST_TIMES_PINNED_BYTES));
+  memset(*pinned_out, 0, bytes);
+  FLAP_TRY(flap_device_pin_host(b->device, *pinned_out, bytes));
   return flap_host_times_measure(b->spec, b->device, vram, *pinned_out, times);
 }
 

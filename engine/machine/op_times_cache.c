@@ -12,7 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define FORMAT "flap times 1"
+#define FORMAT "flap times 2"
 #define FILE_BYTES_MAX ((uint64_t)1 << 16)
 #define NS_MAX ((int64_t)1 << 40)
 #define ELEMENT_NS_MAX 1e9

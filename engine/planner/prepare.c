@@ -12,6 +12,7 @@
 #include "engine/store/hf_config.h"
 #include "engine/store/weights.h"
 
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
@@ -388,6 +389,8 @@ static void raise_rates(const flap_op_times_spec *of, const flap_op_times *times
       flap_model_forward_flops(of->model, &of->shape, FLAP_PART_LAYER) / (double)times->forward_ns * 1e9;
   if (times->forward_ns > 0 && reached > *rate)
     *rate = reached;
+  if (machine->shared_cores == 0 && of->training && times->host.alone > 0)
+    machine->host_bytes = fmax(machine->host_bytes, flap_host_times_rate(of, times->host.alone));
 }
 
 /* What was timed for such a run before, or else now. */

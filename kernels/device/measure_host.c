@@ -103,9 +103,13 @@ flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, const flap
   return status;
 }
 
-uint64_t flap_measure_host_bytes(void) {
+uint64_t flap_measure_cache_bytes(void) {
   const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  const uint64_t wanted = cache > 0 ? CACHES * (uint64_t)cache : 0;
+  return cache > 0 ? (uint64_t)cache : 0;
+}
+
+uint64_t flap_measure_host_bytes(void) {
+  const uint64_t wanted = CACHES * flap_measure_cache_bytes();
   const uint64_t bytes = wanted < BYTES_MIN ? BYTES_MIN : wanted > BYTES_MAX ? BYTES_MAX : wanted;
   return flap_units_round_up(bytes, 2 * PIECE_BYTES);
 }

@@ -30,6 +30,8 @@ typedef enum flap_memory_pattern {
 FLAP_CHECKED flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, const flap_rate_effort *effort,
                                                   flap_rate *rates_out);
 
+/* Of this host's last cache; 0 where it is not known. */
+uint64_t flap_measure_cache_bytes(void);
 /* A size beyond the caches of this host: four times its last cache, 64 MiB to 1 GiB. */
 uint64_t flap_measure_host_bytes(void);
 

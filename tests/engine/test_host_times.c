@@ -23,7 +23,7 @@ START_TEST(host_is_timed_alone_and_beside_copies) {
   flap_device *device = NULL;
   flap_op_times times = {.measured = false};
   ck_assert_int_eq(flap_device_open(&config, &device), FLAP_OK);
-  void *pinned = calloc(1, FLAP_HOST_TIMES_PINNED_BYTES), *vram = flap_device_arena(device, NULL);
+  void *pinned = calloc(1, flap_host_times_pinned_bytes()), *vram = flap_device_arena(device, NULL);
   ck_assert_int_eq(flap_host_times_measure(&spec, device, vram, pinned, &times), FLAP_OK);
   printf("ns per element: %.3f, beside copies %.3f, which take %.2f times as long\n", times.host.alone,
          times.host.beside_copies, times.copies_beside_host);
@@ -46,6 +46,7 @@ START_TEST(host_times_follow_the_rate_of_memory) {
   ck_assert_double_eq_tol(times.host.beside_copies, 1, 1e-9);
   ck_assert_double_eq_tol(times.host_embedding.alone, 1, 1e-9);
   ck_assert_double_eq_tol(times.copies_beside_host, 1, 1e-9);
+  ck_assert_double_eq_tol(flap_host_times_rate(&spec, times.host.alone), 26e9, 1);
 }
 END_TEST
 

@@ -168,7 +168,7 @@ static void damage(const char *text, const char *from, const char *to) {
 }
 
 START_TEST(bad_files_are_as_if_they_were_not_there) {
-  static const char *const changes[][2] = {{"flap times 1", "flap times 0"},
+  static const char *const changes[][2] = {{"flap times 2", "flap times 0"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": -2"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": \"2\""},
                                            {"\"forward_ns\"", "\"forwards_ns\""},
