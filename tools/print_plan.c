@@ -5,7 +5,7 @@
 
 #include <jansson.h>
 
-#define CLIPPING_TOLD_BELOW 0.9 /* of a step is computing */
+#define CLIPPING_TOLD_BELOW 0.97
 
 /* ---- the table ------------------------------------------------------------------------------------------- */
 
@@ -31,7 +31,7 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
   }
   if (plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3 > longest) {
     longest = plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3;
-    name = "updates that wait for the norm, and the backward behind them";
+    name = "updates behind the norm, then the backward";
   }
   /* On lanes that share cores the bound is more than each of them: the cores themselves are what is busy. */
   return plan->bound_seconds > longest * 1.0001 ? "the cores that all lanes share" : name;
@@ -189,12 +189,12 @@ static void print_sharing(FILE *out, const flap_plan *plan, const flap_run_confi
 }
 
 /* Where a step waits for its updates, and would not have to. */
-static void print_clipping(FILE *out, const flap_run_config *config, const flap_plan *plan) {
-  if (config->max_grad_norm > 0 && !config->fp16 && flap_run_config_update(&config->expert) == FLAP_UPDATE_AUTO &&
-      plan->lane_bytes[FLAP_LANE_H2D] > 0 && plan->compute_seconds < CLIPPING_TOLD_BELOW * plan->step_seconds)
-    fputs("clipping  holds back all updates until the norm is known; without it (max_grad_norm=0) they begin in the "
-          "backward:\n          flap plan says how long a step takes then\n",
-          out);
+static void print_clipping(FILE *out, const flap_plan *plan) {
+  if (plan->unclipped_step_seconds > 0 && plan->unclipped_step_seconds < CLIPPING_TOLD_BELOW * plan->step_seconds)
+    fprintf(out,
+            "clipping  updates wait for the norm of all gradients: with max_grad_norm=0, which trains\n"
+            "          differently, a step would take %s\n",
+            flap_text_seconds(plan->unclipped_step_seconds).text);
 }
 
 void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *plan) {
@@ -208,7 +208,7 @@ void flap_print_plan(FILE *out, const flap_run_config *config, const flap_plan *
           flap_text_percent(plan->bound_seconds, plan->step_seconds).text);
   fprintf(out, "bound     %s a step, set by %s\n", flap_text_seconds(plan->bound_seconds).text,
           flap_print_bound_lane(plan));
-  print_clipping(out, config, plan);
+  print_clipping(out, plan);
   print_wear(out, plan);
   fprintf(out, "files     %s a checkpoint", flap_text_bytes(plan->checkpoint_bytes).text);
   print_sharing(out, plan, config);
@@ -370,6 +370,7 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_number(object, "bound_copies_seconds", plan->bound_copies_seconds);
   set_number(object, "bound_disks_seconds", plan->bound_disks_seconds);
   set_number(object, "bound_update_seconds", plan->bound_update_seconds);
+  set_number(object, "unclipped_step_seconds", plan->unclipped_step_seconds);
   set_number(object, "tokens_per_second", plan->tokens_per_second);
   set_integer(object, "vram_min", plan->vram_min);
   set_integer(object, "ram_min", plan->ram_min);

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define TRACE_EVENTS (1u << 20)
+#define WAITS_FOR_NOTHING 0.95 /* of a step is computing */
 
 static void describe_model(const flap_prepared *p, flap_plan *plan) {
   const flap_setup_spec *spec = &p->planner.spec;
@@ -253,6 +254,27 @@ static flap_status write_trace(flap_prepared *p, const char *path) {
   return status;
 }
 
+/* Clipping holds back all updates until the norm is known, which costs nothing where a step computes all the time. */
+static void plan_without_clipping(const flap_run_config *config, flap_plan *plan) {
+  flap_run_config other = *config;
+  flap_prepared prepared;
+  other.max_grad_norm = 0;
+  if (!flap_run_config_needs_norm(config) || flap_run_config_needs_norm(&other) ||
+      flap_run_config_update(&config->expert) != FLAP_UPDATE_AUTO ||
+      plan->compute_seconds > WAITS_FOR_NOTHING * plan->step_seconds)
+    return;
+  flap_status status = flap_prepare_open(&other, true, &prepared);
+  if (status == FLAP_OK) {
+    status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size, config->cutoff_len,
+                               config->gradient_accumulation_steps, 0);
+    if (status == FLAP_OK)
+      plan->unclipped_step_seconds = prepared.plan.step_seconds;
+    flap_prepare_close(&prepared);
+  }
+  if (status != FLAP_OK)
+    flap_error_clear();
+}
+
 flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out) {
   flap_prepared prepared;
   FLAP_TRY(flap_prepare_open(config, false, &prepared));
@@ -273,5 +295,7 @@ flap_status flap_engine_plan(const flap_run_config *config, const char *trace_pa
     status = write_trace(&prepared, trace_path);
   *plan_out = prepared.plan;
   flap_prepare_close(&prepared);
+  if (status == FLAP_OK)
+    plan_without_clipping(config, plan_out);
   return status;
 }
