@@ -8,10 +8,10 @@
 #include <math.h>
 #include <string.h>
 
-/* Sanitizers make everything several times slower: then a placement meets a third of the numerics, and all placements
- * together every one often. */
+/* A placement meets half of the numerics that it can, and all placements together every one often. Sanitizers make
+ * everything several times slower: then one or two of them. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define NUMERICS_STRIDE 9 /* several times slower */
+#define NUMERICS_STRIDE 7
 #else
 #define NUMERICS_STRIDE 2
 #endif
@@ -343,16 +343,25 @@ static void forget_references(void) {
 
 /* ---- tests ----------------------------------------------------------------------------------------------- */
 
+/* Updates in the backward are what is not clipped for. */
+static bool goes_with(const placement *p, int placement_number, const numerics *n) {
+  return p->backward > 0 ? n->clips_nothing : !n->clips_nothing || placement_number % 4 == 0;
+}
+
 START_TEST(every_placement_gives_the_same_bits) {
   const placement *p = &PLACEMENTS[_i];
   rig_place place = p->place;
+  int fitting[NUMERICS_COUNT], count = 0;
   if (place.threads == 0)
     place.threads = 2;
-  for (int i = _i % NUMERICS_STRIDE; i < NUMERICS_COUNT; i += NUMERICS_STRIDE) {
+  for (int i = 0; i < NUMERICS_COUNT; i++)
+    if (goes_with(p, _i, &NUMERICS[i]))
+      fitting[count++] = i;
+  ck_assert_int_gt(count, 0);
+  for (int at = _i % (NUMERICS_STRIDE < count ? NUMERICS_STRIDE : count); at < count; at += NUMERICS_STRIDE) {
+    const int i = fitting[at];
     rig_result got;
     const flap_choice choice = choice_of(&models[i], p);
-    if (p->backward > 0 ? !NUMERICS[i].clips_nothing : NUMERICS[i].clips_nothing && _i % 4 > 0)
-      continue; /* updates in the backward are what is not clipped for */
     rig_run_choice(&models[i], &place, &choice, p->ending, &got);
     const char *difference = rig_difference(&models[i], &references[i], &got);
     ck_assert_msg(*difference == 0, "%s: %s: not the same: %s", p->name, NUMERICS[i].name, difference);
