@@ -122,6 +122,8 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   flap_metrics_add_number(m, "mfu", report->mfu);
   flap_metrics_add_number(m, "step_seconds", report->step_seconds);
   flap_metrics_add_number(m, "bound_seconds", report->bound_seconds);
+  if (report->defers_update)
+    flap_metrics_add_bool(m, "defers_update", true);
   flap_metrics_open_object(m, "stall_seconds");
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     flap_metrics_add_number(m, flap_pager_lane_name((flap_lane)lane), report->stall_seconds[lane]);
@@ -134,10 +136,10 @@ static flap_status write_metrics(trainer *t, const flap_step_report *report) {
   return flap_metrics_end_line(m);
 }
 
-/* One step that waits, for a checkpoint or the disk, says little about those to come, and one that leaves its update to
- * them nothing. */
+/* One step that waits, for a checkpoint or the disk, says little about those to come, and the first of a life nothing
+ * where it leaves its update to them. */
 static double eta(trainer *t, double seconds, bool defers) {
-  if (!defers)
+  if (!defers || t->usual_seconds > 0)
     t->usual_seconds = t->usual_seconds > 0 ? 0.9 * t->usual_seconds + 0.1 * seconds : seconds;
   return (t->usual_seconds > 0 ? t->usual_seconds : t->prepared.plan.step_seconds) * (double)(t->steps - t->step);
 }
