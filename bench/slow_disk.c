@@ -1,10 +1,11 @@
 /* A disk as slow as one likes, under any program: LD_PRELOAD=libslow_disk.so SLOW_WRITES=<bytes a second>
  * [SLOW_READS=<bytes a second>].
  *
- * Large writes by pwrite take their turns at that rate, whatever thread they come from, and are as they were otherwise.
- * So a disk can be made as slow as a step is short, and nothing else on the machine changes. With SLOW_READS large
- * reads by pread take turns of their own, and the system refuses io_uring, so that a program which has another way
- * takes that: a disk whose rates do not change from one minute to the next.
+ * Writes of 4 KiB and more by pwrite take their turns at that rate, whatever thread they come from, and are as they
+ * were otherwise. So a disk can be made as slow as a step is short, and nothing else on the machine changes. io_uring
+ * goes past it, unless there is SLOW_READS: then such reads by pread take turns of their own, and the system refuses
+ * io_uring, so that a program which has another way takes that: a disk whose rates do not change from one minute to the
+ * next.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,7 +19,7 @@
 #include <sys/types.h>
 #include <time.h>
 
-#define LARGE_BYTES 65536u
+#define LARGE_BYTES 4096u
 
 ssize_t pread(int fd, void *data, size_t bytes, off_t offset);
 ssize_t pwrite(int fd, const void *data, size_t bytes, off_t offset);
@@ -39,22 +40,24 @@ static double now(void) {
 }
 
 static double reserve(turns *of, size_t bytes) {
-  const char *rate = getenv(of->variable);
-  if (rate == NULL || bytes < LARGE_BYTES)
+  const char *text = getenv(of->variable);
+  const double rate = text != NULL ? atof(text) : 0;
+  if (!(rate > 0) || bytes < LARGE_BYTES)
     return 0;
   pthread_mutex_lock(&of->lock);
-  const double started = now() > of->busy_until ? now() : of->busy_until, until = started + (double)bytes / atof(rate);
+  const double started = now() > of->busy_until ? now() : of->busy_until, until = started + (double)bytes / rate;
   of->busy_until = until;
   pthread_mutex_unlock(&of->lock);
   return until;
 }
 
 static void wait_until(double until) {
-  const double left = until - now();
-  if (left <= 0)
-    return;
-  const struct timespec t = {(time_t)left, (long)((left - (double)(time_t)left) * 1e9)};
-  (void)nanosleep(&t, NULL);
+  const int error = errno; /* the call's own */
+  for (double left; (left = until - now()) > 0;) {
+    const struct timespec t = {(time_t)left, (long)((left - (double)(time_t)left) * 1e9)};
+    (void)nanosleep(&t, NULL);
+  }
+  errno = error;
 }
 
 ssize_t pread(int fd, void *data, size_t bytes, off_t offset) {
