@@ -14,7 +14,8 @@
 #include <string.h>
 
 #define TRACE_EVENTS (1u << 20)
-#define WAITS_FOR_NOTHING 0.95 /* of a step is computing */
+#define WAITS_FOR_NOTHING 0.95          /* of a step is computing */
+#define TRANSFERS_PLANNED_TWICE 200000u /* of a step, at most: steps of more take half a minute to plan */
 
 static void describe_model(const flap_prepared *p, flap_plan *plan) {
   const flap_setup_spec *spec = &p->planner.spec;
@@ -258,10 +259,13 @@ static flap_status write_trace(flap_prepared *p, const char *path) {
 static void plan_without_clipping(const flap_run_config *config, flap_plan *plan) {
   flap_run_config other = *config;
   flap_prepared prepared;
+  uint64_t transfers = 0;
   other.max_grad_norm = 0;
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+    transfers += plan->lane_bytes[lane] / plan->transfer_bytes;
   if (!flap_run_config_needs_norm(config) || flap_run_config_needs_norm(&other) ||
       flap_run_config_update(&config->expert) != FLAP_UPDATE_AUTO ||
-      plan->compute_seconds > WAITS_FOR_NOTHING * plan->step_seconds)
+      plan->compute_seconds > WAITS_FOR_NOTHING * plan->step_seconds || transfers > TRANSFERS_PLANNED_TWICE)
     return;
   flap_status status = flap_prepare_open(&other, true, &prepared);
   if (status == FLAP_OK) {
