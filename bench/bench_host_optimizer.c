@@ -94,7 +94,7 @@ static flap_status measure_round(states *s, flap_pool *pool, flap_host_optimizer
       values[rate][round] = update(s, optimizer, rate == ADAMW_8BIT);
       continue;
     }
-    FLAP_TRY(flap_measure_host_memory(pool, flap_measure_host_bytes(), &effort, memory));
+    FLAP_TRY(flap_measure_host_memory(pool, flap_measure_host_bytes(), 1u << FLAP_MEMORY_MODIFY, &effort, memory));
     values[rate][round] = memory[FLAP_MEMORY_MODIFY].median;
   }
   return FLAP_OK;

@@ -28,7 +28,7 @@ static flap_status measure_adamw(flap_limits *limits, flap_pool *pool, flap_rate
 static flap_status measure_threads(flap_limits *limits, uint32_t threads, uint64_t bytes, flap_rate *cells) {
   flap_pool *pool;
   FLAP_TRY(flap_pool_open(threads, &pool));
-  flap_status status = flap_measure_host_memory(pool, bytes, &limits->effort, cells);
+  flap_status status = flap_measure_host_memory(pool, bytes, FLAP_MEMORY_ALL, &limits->effort, cells);
   if (status == FLAP_OK)
     status = measure_adamw(limits, pool, cells + FLAP_MEMORY_PATTERNS);
   flap_pool_close(pool);

@@ -19,8 +19,6 @@
 #define SLICES_MAX 48u
 #define CACHES 6u
 #define PINNED_BYTES_MIN (256 * FLAP_MIB)
-#define PINNED_BYTES_MAX FLAP_GIB
-#define PINNED_CACHES 4u
 #define ROUNDS 5
 #define SETTLE_NS 20000000
 #define COPIES_NS 100000000
@@ -40,21 +38,18 @@ typedef struct slices {
   int32_t fault;
 } slices;
 
-static uint64_t between(uint64_t least, uint64_t wanted, uint64_t most) {
-  return wanted < least ? least : wanted > most ? most : wanted;
-}
-
 static void size_slices(const flap_op_times_spec *spec, flap_part part, slices *s) {
   s->format = flap_layout_state_format(spec->shape.dtype, spec->optim, part);
   s->states_bytes = flap_units_round_up(flap_layout_state_bytes(&s->format, SLICE_ELEMENTS), 4096);
   s->weights_bytes = SLICE_ELEMENTS * flap_dtype_bytes(spec->shape.dtype);
   s->slice_bytes = s->states_bytes + s->weights_bytes + SLICE_ELEMENTS * flap_dtype_bytes(spec->gradient_dtype);
-  s->count = (uint32_t)between(SLICES_MIN, CACHES * flap_measure_cache_bytes() / s->slice_bytes, SLICES_MAX);
+  const uint64_t wanted = CACHES * flap_measure_cache_bytes() / s->slice_bytes;
+  s->count = wanted < SLICES_MIN ? SLICES_MIN : wanted < SLICES_MAX ? (uint32_t)wanted : SLICES_MAX;
 }
 
 uint64_t flap_host_times_pinned_bytes(void) {
-  const uint64_t wanted = between(PINNED_BYTES_MIN, PINNED_CACHES * flap_measure_cache_bytes(), PINNED_BYTES_MAX);
-  return flap_units_round_up(wanted, FLAP_HOST_TIMES_VRAM_BYTES);
+  const uint64_t beyond_caches = flap_units_round_up(flap_measure_host_bytes(), FLAP_HOST_TIMES_VRAM_BYTES);
+  return beyond_caches < PINNED_BYTES_MIN ? PINNED_BYTES_MIN : beyond_caches;
 }
 
 /* The embedding's states are never of fewer bytes than a layer's. */

@@ -141,8 +141,8 @@ static flap_status measure_host(uint32_t threads, flap_machine *machine) {
   flap_rate rates[FLAP_MEMORY_PATTERNS];
   flap_pool *pool;
   FLAP_TRY(flap_pool_open(threads, &pool));
-  const flap_status status =
-      flap_measure_host_memory(pool, bytes < HOST_BYTES_MIN ? HOST_BYTES_MIN : bytes, &effort, rates);
+  const flap_status status = flap_measure_host_memory(pool, bytes < HOST_BYTES_MIN ? HOST_BYTES_MIN : bytes,
+                                                      1u << FLAP_MEMORY_MODIFY, &effort, rates);
   flap_pool_close(pool);
   machine->host_bytes = rates[FLAP_MEMORY_MODIFY].median;
   return status;

@@ -75,7 +75,7 @@ static flap_status run_passes(void *context, uint64_t units) {
   return FLAP_OK;
 }
 
-flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, const flap_rate_effort *effort,
+flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, uint32_t wanted, const flap_rate_effort *effort,
                                      flap_rate *rates_out) {
   static const struct {
     flap_pool_fn piece;
@@ -95,6 +95,8 @@ flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, const flap
   meter.pieces = bytes / PIECE_BYTES;
   flap_status status = run_passes(&meter, 1);
   for (uint32_t i = 0; i < FLAP_MEMORY_PATTERNS && status == FLAP_OK; i++) {
+    if ((wanted >> i & 1) == 0)
+      continue;
     meter.piece = patterns[i].piece;
     meter.pieces = bytes / PIECE_BYTES / (patterns[i].halves ? 2 : 1);
     status = flap_rate_measure(effort, run_passes, &meter, (double)bytes * patterns[i].moves, &rates_out[i]);

@@ -25,10 +25,11 @@ typedef enum flap_memory_pattern {
 } flap_memory_pattern;
 
 /* Bytes per second of all threads of the pool over `bytes` of memory (a multiple of 2 MiB; beyond the caches if it is
- * to be memory's rate), pieces of 1 MiB at a time. rates_out[FLAP_MEMORY_PATTERNS]. Takes `bytes` of memory, gives them
- * back. FLAP_NO_MEMORY. */
-FLAP_CHECKED flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, const flap_rate_effort *effort,
-                                                  flap_rate *rates_out);
+ * to be memory's rate), pieces of 1 MiB at a time: of the patterns whose bits are in `wanted`, the others are all 0.
+ * rates_out[FLAP_MEMORY_PATTERNS]. Takes `bytes` of memory, gives them back. FLAP_NO_MEMORY. */
+#define FLAP_MEMORY_ALL ((1u << FLAP_MEMORY_PATTERNS) - 1)
+FLAP_CHECKED flap_status flap_measure_host_memory(flap_pool *pool, uint64_t bytes, uint32_t wanted,
+                                                  const flap_rate_effort *effort, flap_rate *rates_out);
 
 /* Of this host's last cache; 0 where it is not known. */
 uint64_t flap_measure_cache_bytes(void);

@@ -20,9 +20,15 @@ START_TEST(host_memory_has_a_rate_for_every_pattern) {
   flap_rate rates[FLAP_MEMORY_PATTERNS];
   const flap_rate_effort effort = EFFORT;
   ck_assert_int_eq(flap_pool_open((uint32_t)_i + 1, &pool), FLAP_OK);
-  ck_assert_int_eq(flap_measure_host_memory(pool, 8 * FLAP_MIB, &effort, rates), FLAP_OK);
+  ck_assert_int_eq(flap_measure_host_memory(pool, 8 * FLAP_MIB, FLAP_MEMORY_ALL, &effort, rates), FLAP_OK);
   for (int i = 0; i < FLAP_MEMORY_PATTERNS; i++)
     check_rate(&rates[i], "a pattern");
+  ck_assert_int_eq(flap_measure_host_memory(pool, 8 * FLAP_MIB, 1u << FLAP_MEMORY_MODIFY, &effort, rates), FLAP_OK);
+  for (int i = 0; i < FLAP_MEMORY_PATTERNS; i++)
+    if (i == FLAP_MEMORY_MODIFY)
+      check_rate(&rates[i], "the pattern");
+    else
+      ck_assert_uint_eq(rates[i].rounds, 0);
   flap_pool_close(pool);
 }
 END_TEST
