@@ -18,6 +18,7 @@
  */
 #include "kernels/device/device_cuda.h"
 #include "kernels/device/device_cuda_internal.h"
+#include "kernels/device/device_cuda_move.h"
 #include "kernels/device/device_internal.h"
 
 #include "base/assert.h"
@@ -32,7 +33,7 @@
 #include <time.h>
 
 #define RING_SLOTS 2048u /* more than the contract's 1024, for the intervals of the compute stream */
-#define STAGES 8u        /* pinned buffers that uploads pass through */
+#define STAGES 8u        /* pinned buffers that uploads and downloads pass through */
 #define STAGE_BYTES ((uint64_t)256 << 10)
 #define CAPABILITY_MIN 80u
 #define MARKS_MAX 32u /* slots of the compute stream that are not over, where its thread limits itself */
@@ -418,7 +419,7 @@ static flap_status cuda_open(flap_device *base) {
     FLAP_TRY_GOTO(status, status_of("cannot make an event",
                                     cudaEventCreateWithFlags(&device->events[i], cudaEventDisableTiming)));
   void *stages = NULL;
-  FLAP_TRY_GOTO(status, status_of("cannot pin memory for uploads",
+  FLAP_TRY_GOTO(status, status_of("cannot pin memory for small transfers",
                                   cudaHostAlloc(&stages, STAGES * STAGE_BYTES, cudaHostAllocDefault)));
   device->stages = stages;
   for (uint32_t i = 0; i < STAGES; i++)
@@ -562,19 +563,26 @@ static flap_status cuda_upload(flap_device *base, void *to, const void *from, ui
     check(device, "an upload", cudaEventSynchronize(device->stage_free[stage]));
     unsigned char *buffer = device->stages + stage * STAGE_BYTES;
     memcpy(buffer, (const unsigned char *)from + at, piece);
-    check(device, "an upload", cudaMemcpyAsync((unsigned char *)to + at, buffer, piece, cudaMemcpyHostToDevice, cuda));
+    check(device, "an upload", flap_cuda_move((unsigned char *)to + at, buffer, piece, cuda));
     check(device, "an upload", cudaEventRecord(device->stage_free[stage], cuda));
   }
   return failure_of(device);
 }
 
+/* As many pieces at a time as there are buffers. What was uploaded from these is behind what comes, in the same stream.
+ */
 static flap_status cuda_download(flap_device *base, void *to, const void *from, uint64_t bytes) {
   cuda_device *device = self(base);
   FLAP_TRY(failure_of(device));
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
   compute_mark(device, false);
-  if (check(device, "a download", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, l->cuda)))
-    check(device, "a download", cudaStreamSynchronize(l->cuda));
+  for (uint64_t at = 0; at < bytes; at += STAGES * STAGE_BYTES) {
+    const uint64_t some = bytes - at < STAGES * STAGE_BYTES ? bytes - at : STAGES * STAGE_BYTES;
+    if (!check(device, "a download", flap_cuda_move(device->stages, (const unsigned char *)from + at, some, l->cuda)) ||
+        !check(device, "a download", cudaStreamSynchronize(l->cuda)))
+      break;
+    memcpy((unsigned char *)to + at, device->stages, some);
+  }
   return failure_of(device);
 }
 
