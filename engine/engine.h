@@ -63,6 +63,7 @@ typedef struct flap_plan {
   bool saved_whole;                /* which is all there is */
   bool saved_resident;             /* the saved activations stay in VRAM */
   uint32_t backward_parts;         /* that are updated in the backward of their own step; the others: */
+  bool backward_twice;             /* once more, behind one that is for the norm alone */
   bool sweep;                      /* else the update is folded into the next forward */
   uint64_t page_bytes, transfer_bytes, slice_bytes;
   uint32_t read_buffers, write_buffers, workers;

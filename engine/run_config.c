@@ -207,17 +207,7 @@ static flap_status check_update(const flap_run_config *config) {
   if (clip != FLAP_UPDATE_AUTO && expert->update != FLAP_UPDATE_AUTO && clip != expert->update)
     return flap_error_set(FLAP_INVALID,
                           "expert.clip: contradicts expert.update, which is about the same: leave it out");
-  if (expert->update != FLAP_UPDATE_BACKWARD || !flap_run_config_needs_norm(config))
-    return FLAP_OK;
-  if (config->fp16)
-    return flap_error_set(FLAP_INVALID,
-                          "expert.update: backward contradicts fp16, whose steps are skipped where any gradient "
-                          "overflows: no part can be updated before all are known; use bf16, or leave it out");
-  return flap_error_set(
-      FLAP_INVALID,
-      "expert.update: backward contradicts max_grad_norm: %g, for which the norm of all gradients must "
-      "be known before any part is updated: set max_grad_norm: 0, or leave it out",
-      config->max_grad_norm);
+  return FLAP_OK;
 }
 
 static flap_status check_machine(const flap_run_config *config) {

@@ -56,7 +56,7 @@ typedef enum flap_run_saved {
 } flap_run_saved;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 /* When a part is updated: in the next forward, right before it is used; behind the whole backward; or in the backward,
- * once its gradient is complete, where no norm of all gradients is needed. */
+ * once its gradient is complete. Where the norm of all gradients is needed first, that is a second backward. */
 typedef enum flap_update_when {
   FLAP_UPDATE_AUTO,
   FLAP_UPDATE_FOLD,

@@ -202,7 +202,8 @@ static const flap_config_key keys[] = {
     WORD("expert.saved", expert.saved, saved_words,
          "Which activations a layer saves that saves any: attention's result, all but the MLP's, or all."),
     WORD("expert.update", expert.update, update_words,
-         "Update folded into the next forward, swept after the backward, or (max_grad_norm: 0) in the backward."),
+         "Update folded into the next forward, swept after the backward, or in the backward: a second one, where "
+         "gradients are clipped or scaled."),
     WORD("expert.clip", expert.clip, clip_words, "The same as expert.update: fold or sweep."),
     WORD("expert.optimizer", expert.optimizer, optimizer_words,
          "Where weights are updated: on the device, by the host's cores, or each of them half."),

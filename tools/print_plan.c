@@ -84,11 +84,13 @@ static void print_choices(FILE *out, const flap_plan *plan) {
     fprintf(out, ",\n   of which %s; the others are recomputed", plan->saved_tensors);
   fputc('\n', out);
   const char *late = plan->sweep ? "in a sweep after the backward" : "folded into the next forward";
+  const char *early = plan->backward_twice ? "in a second backward" : "in the backward";
+  if (plan->backward_twice)
+    fputs("the first backward of a step is for the norm of its gradients alone, and none of them is stored\n", out);
   if (plan->backward_parts > 0 && plan->backward_parts < plan->part_count)
-    fprintf(out, "update of %u of %u parts in the backward, of the others %s", plan->backward_parts, plan->part_count,
-            late);
+    fprintf(out, "update of %u of %u parts %s, of the others %s", plan->backward_parts, plan->part_count, early, late);
   else
-    fprintf(out, "update %s", plan->backward_parts > 0 ? "in the backward" : late);
+    fprintf(out, "update %s", plan->backward_parts > 0 ? early : late);
   if (plan->host_parts > 0)
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
@@ -324,6 +326,7 @@ static void add_choices(json_t *object, const flap_plan *plan) {
   set_bool(object, "saved_resident", plan->saved_resident);
   set_bool(object, "sweep", plan->sweep);
   set_integer(object, "backward_parts", plan->backward_parts);
+  set_bool(object, "backward_twice", plan->backward_twice);
   set_integer(object, "page_bytes", plan->page_bytes);
   set_integer(object, "transfer_bytes", plan->transfer_bytes);
   set_integer(object, "slice_bytes", plan->slice_bytes);

@@ -42,23 +42,45 @@ static uint64_t beyond(uint64_t bytes, uint64_t room) {
   return bytes > room ? bytes - room : 0;
 }
 
-/* What a step's bytes are made of, in all parts. */
-typedef struct step_bytes {
-  uint64_t live, state; /* state and gradients that wait; state alone */
-  uint64_t weights, gradients;
-} step_bytes;
+/* What a step's bytes and operations are, in all parts. */
+typedef struct step_work {
+  uint64_t state, weights, gradients;
+  double forward_flops;
+  double product_flops; /* of the gradients of all matrices but the embedding, once more; those of other tensors come */
+  double product_share; /* for nothing, and these are such a share of all gradients */
+} step_work;
 
-static step_bytes count_bytes(const flap_bound_spec *spec) {
+static uint64_t matrix_elements(const flap_model_config *model, flap_part part) {
+  flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
+  const uint32_t count = flap_model_tensors(model, part, 0, tensors);
+  uint64_t elements = 0;
+  for (uint32_t i = 0; i < count; i++)
+    elements += tensors[i].rank > 1 ? tensors[i].elements : 0;
+  return elements;
+}
+
+static step_work count_work(const flap_bound_spec *spec) {
   const flap_model_config *model = spec->model;
   const uint64_t elements = flap_model_part_elements(model, FLAP_PART_LAYER) * model->num_hidden_layers +
                             flap_model_part_elements(model, FLAP_PART_HEAD) +
                             flap_model_part_elements(model, FLAP_PART_EMBEDDING);
+  const double matrices = (double)matrix_elements(model, FLAP_PART_LAYER) * model->num_hidden_layers +
+                          (double)matrix_elements(model, FLAP_PART_HEAD);
+  const double tokens = (double)spec->shape.batch * spec->shape.sequence * spec->micro_batches;
   const uint64_t live = count_live(spec), gradients = elements * flap_dtype_bytes(spec->gradient_dtype);
-  return (step_bytes){.live = live,
-                      .state = spec->needs_no_norm ? live : live - gradients,
-                      .weights = elements * flap_dtype_bytes(spec->shape.dtype),
-                      .gradients = gradients};
+  return (step_work){.state = spec->needs_no_norm ? live : live - gradients,
+                     .weights = elements * flap_dtype_bytes(spec->shape.dtype),
+                     .gradients = gradients,
+                     .forward_flops = forward_flops(spec) * spec->micro_batches,
+                     .product_flops = 2 * tokens * matrices,
+                     .product_share = matrices / (double)elements};
 }
+
+/* What may be chosen: the share that the host's cores update, and the share of gradients that do not wait for the norm:
+ * they are computed once more behind it. */
+typedef struct shares {
+  double host, again;
+} shares;
 
 static uint64_t share_of(double share, uint64_t bytes) {
   return (uint64_t)(share * (double)bytes);
@@ -69,15 +91,23 @@ static uint64_t vram_of(const flap_bound_spec *spec) {
   return beyond(spec->vram_bytes, spec->machine->overhead_bytes);
 }
 
-/* `host`: the share of all that the host's cores update. */
-static void compute_bytes(const flap_bound_spec *spec, const step_bytes *bytes, double host, flap_bound *bound) {
-  const uint64_t vram = vram_of(spec);
-  const uint64_t outside = beyond(bytes->live, vram), on_disk = beyond(outside, spec->ram_bytes);
-  const uint64_t streaming = beyond(bytes->live - share_of(host, bytes->live), vram);
-  bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(host, bytes->weights);
-  bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(host, bytes->gradients);
+/* Of the gradients that are computed again those may be that the device consumes, or the host. */
+static void compute_bytes(const flap_bound_spec *spec, const step_work *work, shares of, flap_bound *bound) {
+  const uint64_t vram = vram_of(spec), gradients = spec->needs_no_norm ? 0 : work->gradients;
+  const uint64_t again = (uint64_t)ceil(of.again * (double)gradients);
+  const uint64_t outside = beyond(work->state + gradients - again, vram), on_disk = beyond(outside, spec->ram_bytes);
+  const uint64_t streaming = beyond(work->state - share_of(of.host, work->state) +
+                                        beyond(gradients - share_of(of.host, gradients), again),
+                                    vram);
+  bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(of.host, work->weights);
+  bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(of.host, work->gradients);
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
-  bound->lane_bytes[FLAP_LANE_HOST] = share_of(host, 2 * bytes->state + bytes->gradients);
+  bound->lane_bytes[FLAP_LANE_HOST] = share_of(of.host, 2 * work->state + work->gradients);
+}
+
+static double flops_again(const step_work *work, double again) {
+  const double products = again - (1 - work->product_share);
+  return products > 0 ? products / work->product_share * work->product_flops : 0;
 }
 
 /* For how long lanes are busy with so many bytes, and the longest of it. */
@@ -113,14 +143,13 @@ static lane_times times_of(const flap_machine *machine, const uint64_t bytes[FLA
 
 /* Between the moment when the norm is known and the first backward behind it. The host's gradients may have gone out
  * before, and those of the others go nowhere. */
-static double update_seconds(const flap_bound_spec *spec, const step_bytes *bytes, double host,
-                             const flap_bound *bound) {
+static double update_seconds(const flap_bound_spec *spec, const step_work *work, shares of, const flap_bound *bound) {
   uint64_t moved[FLAP_LANE_COUNT];
   if (spec->needs_no_norm)
     return 0;
   memcpy(moved, bound->lane_bytes, sizeof moved);
-  moved[FLAP_LANE_D2H] = beyond(bytes->state - share_of(host, bytes->state), vram_of(spec));
-  moved[FLAP_LANE_DISK_WRITE] = beyond(beyond(bytes->state, vram_of(spec)), spec->ram_bytes);
+  moved[FLAP_LANE_D2H] = beyond(work->state - share_of(of.host, work->state), vram_of(spec));
+  moved[FLAP_LANE_DISK_WRITE] = beyond(beyond(work->state, vram_of(spec)), spec->ram_bytes);
   return times_of(spec->machine, moved).seconds;
 }
 
@@ -130,55 +159,80 @@ static double copy_core_seconds(const flap_machine *machine, uint64_t bytes, dou
   return (double)bytes / fmax(alone_bytes, together_bytes);
 }
 
-static flap_bound bound_with(const flap_bound_spec *spec, const step_bytes *bytes, double host) {
+static flap_bound bound_with(const flap_bound_spec *spec, const step_work *work, shares of) {
   const flap_machine *machine = spec->machine;
   const double flops = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
   flap_bound bound = {0};
-  bound.compute_seconds = 3 * forward_flops(spec) * spec->micro_batches / flops;
-  compute_bytes(spec, bytes, host, &bound);
+  bound.compute_seconds = (3 * work->forward_flops + flops_again(work, of.again)) / flops;
+  compute_bytes(spec, work, of, &bound);
   const lane_times times = times_of(machine, bound.lane_bytes);
   memcpy(bound.lane_seconds, times.lane_seconds, sizeof bound.lane_seconds);
   bound.copies_seconds = times.copies_seconds;
   bound.disks_seconds = times.disks_seconds;
-  bound.update_seconds = update_seconds(spec, bytes, host, &bound);
+  bound.update_seconds = update_seconds(spec, work, of, &bound);
   if (machine->shared_cores > 0) {
     double copies = copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_H2D], machine->h2d_bytes) +
                     copy_core_seconds(machine, bound.lane_bytes[FLAP_LANE_D2H], machine->d2h_bytes);
     bound.shared_seconds = bound.compute_seconds + copies / machine->shared_cores;
   }
   bound.seconds = fmax(fmax(bound.compute_seconds, bound.shared_seconds), times.seconds);
-  bound.seconds = fmax(bound.seconds, bound.compute_seconds * 2 / 3 + bound.update_seconds);
+  bound.seconds = fmax(bound.seconds, 2 * work->forward_flops / flops + bound.update_seconds);
   return bound;
 }
 
-/* The share of the host's cores that makes the bound least, and of those the smallest. Each lane's time is a convex
- * function of the share, and so is that of updates, so their maximum is one. */
-static double best_share(const flap_bound_spec *spec, const step_bytes *bytes) {
+typedef struct search {
+  const flap_bound_spec *spec;
+  const step_work *work;
+  double again; /* where the host's share is looked for */
+} search;
+
+/* The share that makes a step shortest, and of those the smallest. Each lane's time is a convex function of both shares,
+ * and so is that of updates, so their maximum is one. */
+static double least_at(const search *s, double (*seconds)(const search *s, double share)) {
   double low = 0, high = 1;
-  if (spec->machine->shared_cores > 0 || !(spec->machine->host_bytes > 0))
-    return 0;
-  for (int i = 0; i < 100; i++) {
+  for (int i = 0; i < 60; i++) {
     const double left = low + (high - low) / 3, right = high - (high - low) / 3;
-    if (bound_with(spec, bytes, left).seconds <= bound_with(spec, bytes, right).seconds)
+    const double at_left = seconds(s, left), at_right = seconds(s, right);
+    if (at_left <= at_right && isfinite(at_left))
       high = right;
     else
-      low = left;
+      low = left; /* where nothing is finite, more of what spares bytes may be */
   }
-  const double least = bound_with(spec, bytes, high).seconds * (1 + 1e-9);
+  const double least = seconds(s, high) * (1 + 1e-9);
+  if (seconds(s, 0) <= least)
+    return 0;
   for (low = 0; high - low > 1e-9;) {
     const double middle = (low + high) / 2;
-    if (bound_with(spec, bytes, middle).seconds <= least)
+    if (seconds(s, middle) <= least)
       high = middle;
     else
       low = middle;
   }
-  return bound_with(spec, bytes, 0).seconds <= least ? 0 : high;
+  return high;
+}
+
+static double seconds_of_host(const search *s, double host) {
+  return bound_with(s->spec, s->work, (shares){.host = host, .again = s->again}).seconds;
+}
+
+static shares with_best_host(const search *s, double again) {
+  const flap_machine *machine = s->spec->machine;
+  const search here = {.spec = s->spec, .work = s->work, .again = again};
+  const bool helps = machine->shared_cores == 0 && machine->host_bytes > 0;
+  return (shares){.host = helps ? least_at(&here, seconds_of_host) : 0, .again = again};
+}
+
+static double seconds_of_again(const search *s, double again) {
+  return bound_with(s->spec, s->work, with_best_host(s, again)).seconds;
 }
 
 void flap_bound_compute(const flap_bound_spec *spec, flap_bound *bound_out) {
   const flap_machine *machine = spec->machine;
-  const step_bytes bytes = count_bytes(spec);
+  const step_work work = count_work(spec);
+  const search s = {.spec = spec, .work = &work};
   flap_assert((spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16) > 0);
   flap_assert(machine->h2d_bytes > 0 && machine->d2h_bytes > 0);
-  *bound_out = bound_with(spec, &bytes, best_share(spec, &bytes));
+  *bound_out = bound_with(spec, &work, with_best_host(&s, 0));
+  if (!spec->needs_no_norm && bound_out->seconds > bound_out->compute_seconds)
+    *bound_out = bound_with(spec, &work, with_best_host(&s, least_at(&s, seconds_of_again)));
 }

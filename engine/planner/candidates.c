@@ -41,7 +41,9 @@ static void add_tails(const flap_planner *planner, planner_candidates *c) {
     c->tails[c->tail_count++] = usual[i];
 }
 
-static void add_groups(const flap_planner *planner, planner_candidates *c) {
+/* A second backward finds what the forward left where all micro-batches are one group; else it takes another forward.
+ */
+static void add_groups(const flap_planner *planner, bool twice, planner_candidates *c) {
   const uint32_t n = planner->spec.micro_batches;
   if (planner->expert.group_micro_batches > 0 && planner->spec.mode == FLAP_MODE_TRAIN) {
     c->groups[c->group_count++] = planner->expert.group_micro_batches < n ? planner->expert.group_micro_batches : n;
@@ -49,7 +51,7 @@ static void add_groups(const flap_planner *planner, planner_candidates *c) {
   }
   for (uint32_t group = n; c->group_count < PLANNER_GROUPS_MAX; group = (group + 1) / 2) {
     c->groups[c->group_count++] = group;
-    if (group == 1)
+    if (group == 1 || twice)
       break;
   }
 }
@@ -117,7 +119,7 @@ static void add_slices(const flap_planner *planner, planner_candidates *c) {
 }
 
 /* The host's cores help where the device's memory is another one; where they are the device they have no time. */
-static void add_hosts(const flap_planner *planner, planner_candidates *c) {
+static void add_hosts(const flap_planner *planner, bool twice, planner_candidates *c) {
   const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
   if (planner->spec.mode != FLAP_MODE_TRAIN)
     return;
@@ -133,27 +135,29 @@ static void add_hosts(const flap_planner *planner, planner_candidates *c) {
   case FLAP_OPTIMIZER_AUTO:
     for (uint32_t share = 1; share <= PLANNER_HOST_SHARES && planner->spec.device == FLAP_DEVICE_CUDA; share++)
       c->other_hosts[c->other_host_count++] = (parts * share + PLANNER_HOST_SHARES - 1) / PLANNER_HOST_SHARES;
-    if (planner->spec.device == FLAP_DEVICE_CUDA && planner->spec.needs_no_norm)
+    if (planner->spec.device == FLAP_DEVICE_CUDA && (planner->spec.needs_no_norm || twice))
       c->other_hosts[c->other_host_count++] = parts - 1; /* all but the embedding, whose update nothing would hide */
     break;
   }
 }
 
 /* In the backward states have most of the step to pass the bus in, and gradients none to pass. Where that is not enough
- * the next forward helps: with parts that the host updates, whose gradients go home in any case, or with all kinds. */
-static void add_updates(const flap_planner *planner, planner_candidates *c) {
+ * the next forward helps: with parts that the host updates, whose gradients go home in any case, or with all kinds, the
+ * last of which is nothing in the backward. */
+static void add_updates(const flap_planner *planner, bool twice, planner_candidates *c) {
   const uint32_t parts = planner->spec.model->num_hidden_layers + 2;
   const planner_backward others[] = {{parts, parts * 3 / 4},         {parts, parts / 2},
                                      {parts * 7 / 8, parts * 7 / 8}, {parts * 3 / 4, parts * 3 / 4},
                                      {parts / 2, parts / 2},         {0, 0}};
   const flap_update_when wanted = flap_run_config_update(&planner->expert);
   c->sweep = wanted == FLAP_UPDATE_SWEEP;
-  if (planner->spec.mode != FLAP_MODE_TRAIN || !planner->spec.needs_no_norm || wanted == FLAP_UPDATE_FOLD || c->sweep)
+  if (planner->spec.mode != FLAP_MODE_TRAIN || !(planner->spec.needs_no_norm || twice) || wanted == FLAP_UPDATE_FOLD ||
+      c->sweep)
     return;
   c->backward = (planner_backward){parts, parts};
   if (wanted == FLAP_UPDATE_BACKWARD)
     return;
-  c->other_backward_count = sizeof others / sizeof *others;
+  c->other_backward_count = sizeof others / sizeof *others - (twice ? 1 : 0);
   memcpy(c->other_backwards, others, sizeof others);
 }
 
@@ -166,14 +170,26 @@ static void add_pages(const flap_planner *planner, planner_candidates *c) {
     c->pages[c->page_count++] = bytes;
 }
 
-void planner_list(const flap_planner *planner, planner_candidates *c) {
+/* `twice`: of steps with two backwards. */
+static void list(const flap_planner *planner, bool twice, planner_candidates *c) {
   memset(c, 0, sizeof *c);
   add_segments(planner, c);
-  add_groups(planner, c);
+  add_groups(planner, twice, c);
   add_tails(planner, c);
   add_saved(planner, c);
   add_slices(planner, c);
   add_pages(planner, c);
-  add_hosts(planner, c);
-  add_updates(planner, c);
+  add_hosts(planner, twice, c);
+  add_updates(planner, twice, c);
+}
+
+uint32_t planner_list(const flap_planner *planner, planner_candidates lists[PLANNER_LISTS_MAX]) {
+  const flap_update_when wanted = flap_run_config_update(&planner->expert);
+  const bool waits = planner->spec.mode == FLAP_MODE_TRAIN && !planner->spec.needs_no_norm;
+  uint32_t count = 0;
+  if (!waits || wanted != FLAP_UPDATE_BACKWARD)
+    list(planner, false, &lists[count++]);
+  if (waits && (wanted == FLAP_UPDATE_AUTO || wanted == FLAP_UPDATE_BACKWARD))
+    list(planner, true, &lists[count++]);
+  return count;
 }

@@ -141,8 +141,7 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
                               search *found) {
   const bool vram = found->which[0] == LEVER_VRAM;
   const planner_saving last = c->saved.of[c->saved.count - 1];
-  for (uint32_t i = 0; i < found->count; i++)
-    found->least[i] = UINT64_MAX;
+  found->exact = false;
   for (uint32_t i = 0; i < c->segment_count && !(vram && found->exact); i++)
     for (uint32_t g = 0; g < c->group_count; g = g + 1 < c->group_count ? c->group_count - 1 : c->group_count) {
       planner_skeleton s = {.segment = c->segments[i],
@@ -186,13 +185,16 @@ static flap_status look_for_least(const flap_planner *given, const flap_budgets 
   planner.memory = NULL; /* which is of other budgets */
   planner.pool = NULL;
   flap_op_times times;
-  planner_candidates c;
+  planner_candidates lists[PLANNER_LISTS_MAX];
   if (found->which[0] == LEVER_DISK && planner.spec.disk_count == 0) {
     planner.spec.disk_count = 1;
     planner.spec.disk_paths[0] = "disk";
   }
-  planner_list(&planner, &c);
-  FLAP_TRY(find_least(&planner, budgets, &c, found));
+  const uint32_t list_count = planner_list(&planner, lists);
+  for (uint32_t i = 0; i < found->count; i++)
+    found->least[i] = UINT64_MAX;
+  for (uint32_t i = 0; i < list_count; i++)
+    FLAP_TRY(find_least(&planner, budgets, &lists[i], found));
   for (uint32_t i = 0; i < found->count; i++) {
     if (found->least[i] < UINT64_MAX)
       continue;
@@ -200,7 +202,8 @@ static flap_status look_for_least(const flap_planner *given, const flap_budgets 
       FLAP_TRY(planner_times(&planner, &times));
       planner.times = &times;
     }
-    FLAP_TRY(find_among_all(&planner, budgets, &c, found->which[i], &found->least[i], reach));
+    for (uint32_t j = 0; j < list_count; j++)
+      FLAP_TRY(find_among_all(&planner, budgets, &lists[j], found->which[i], &found->least[i], reach));
     if (found->least[i] == UINT64_MAX)
       return flap_error_set(FLAP_BUDGET, "no plan fits");
   }

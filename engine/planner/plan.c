@@ -79,6 +79,7 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   plan->sweep = choice->sweep;
   for (uint32_t part = 0; part < plan->part_count && setup->spec.mode == FLAP_MODE_TRAIN; part++)
     plan->backward_parts += flap_layout_in_backward(&setup->layout, part);
+  plan->backward_twice = setup->layout.spec.backward_twice;
 
   plan->page_bytes = choice->page_bytes;
   plan->transfer_bytes = choice->transfer_bytes;

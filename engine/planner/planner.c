@@ -256,8 +256,10 @@ double planner_least_seconds(const flap_planner *planner, const flap_budgets *bu
   const double gain_ns = saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, false));
   const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns - gain_ns;
   const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns - gain_ns;
-  const double forward_ns = layers * (double)t->forward_ns + recompute_ns(planner, s);
-  const double computing = (n * forward_ns + fresh_ns + (n - 1) * adding_ns) * 1e-9;
+  const double backward_ns = n * recompute_ns(planner, s) + fresh_ns + (n - 1) * adding_ns;
+  const bool twice = s.backward.device > 0 && !spec->needs_no_norm;
+  const double again_ns = backward_ns + n * (s.group < n ? layers : s.tail) * (double)t->forward_ns;
+  const double computing = (n * layers * (double)t->forward_ns + backward_ns + (twice ? again_ns : 0)) * 1e-9;
   const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
   const double travels = sums > (double)budgets->vram_bytes ? sums - (double)budgets->vram_bytes : 0;
   const double moving = (groups - 1) * travels / planner->machine->h2d_bytes;
@@ -270,16 +272,20 @@ typedef struct waiting {
   planner_skeleton of[PLANNER_AHEAD];
 } waiting;
 
-static bool cannot_win(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s,
-                       const planner_contender *list, uint32_t count) {
-  return count > 0 && planner_least_seconds(planner, budgets, s) > list[0].estimate * PLANNER_WORTH_SIMULATING;
+static bool cannot_win(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                       planner_skeleton s, const planner_contender *list, uint32_t count) {
+  if (count == 0 && c->limit_seconds <= 0)
+    return false;
+  const double least = planner_least_seconds(planner, budgets, s);
+  return (count > 0 && least > list[0].estimate * PLANNER_WORTH_SIMULATING) ||
+         (c->limit_seconds > 0 && least >= c->limit_seconds);
 }
 
 static flap_status enter_waiting(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                  waiting *w, planner_contender *list, uint32_t *count, planner_reach *reach) {
   planner_look_ahead(planner, c, budgets, w->of, w->count);
   for (uint32_t i = 0; i < w->count; i++) {
-    if (cannot_win(planner, budgets, w->of[i], list, *count))
+    if (cannot_win(planner, c, budgets, w->of[i], list, *count))
       continue;
     const flap_status status = planner_enter_skeleton(planner, c, budgets, w->of[i], list, count, reach);
     if (status != FLAP_OK && status != FLAP_BUDGET)
@@ -312,7 +318,7 @@ flap_status planner_shortlist(const flap_planner *planner, const planner_candida
                                       .host = host,
                                       .backward = c->backward,
                                       .staging = planner->expert.staging_bytes};
-          if (planner_is_double(planner, &c->saved, s) || cannot_win(planner, budgets, s, list, *count))
+          if (planner_is_double(planner, &c->saved, s) || cannot_win(planner, c, budgets, s, list, *count))
             continue;
           w.of[w.count++] = s;
           if (w.count == most)
@@ -327,21 +333,51 @@ bool planner_is_better(const planner_contender *one, const flap_plan_costs *cost
   return best_costs->step_seconds <= 0 || costs->step_seconds < best_costs->step_seconds * wanted;
 }
 
+/* The best of one list, of no seconds if nothing of it fits, or can win. */
+static flap_status best_of_list(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                planner_contender *best, flap_plan_costs *costs, planner_reach *reach) {
+  planner_contender list[PLANNER_CONTENDERS + 1];
+  uint32_t count = 0;
+  *best = (planner_contender){.depth = 0};
+  *costs = (flap_plan_costs){0};
+  FLAP_TRY(planner_shortlist(planner, c, budgets, c->host_parts, list, &count, reach));
+  if (count == 0 || (c->limit_seconds > 0 && list[0].estimate > c->limit_seconds * PLANNER_WORTH_SIMULATING))
+    return FLAP_OK;
+  FLAP_TRY(planner_simulate_list(planner, c, budgets, list, count, PLANNER_SIMULATED, best, costs));
+  return costs->step_seconds > 0 ? planner_refine(planner, c, budgets, list, count, best, costs) : FLAP_OK;
+}
+
+/* A second backward takes weights over the bus once more where gradients would have gone: it spares disks alone. */
+static bool needs_disk(const flap_plan_costs *costs) {
+  return costs->lane_bytes[FLAP_LANE_DISK_READ] > 0 || costs->lane_bytes[FLAP_LANE_DISK_WRITE] > 0;
+}
+
 static flap_status choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
                           flap_plan_costs *costs_out) {
-  planner_candidates c;
-  planner_contender list[PLANNER_CONTENDERS + 1];
+  planner_candidates lists[PLANNER_LISTS_MAX];
   planner_contender best = {.depth = 0};
-  uint32_t count = 0;
   planner_reach reach = PLANNER_NO_VRAM;
-  planner_list(planner, &c);
-  FLAP_TRY(planner_shortlist(planner, &c, budgets, c.host_parts, list, &count, &reach));
-  if (count == 0)
-    return planner_refuse(planner, budgets, reach);
+  const uint32_t count = planner_list(planner, lists);
+  const planner_candidates *of = NULL;
   *costs_out = (flap_plan_costs){0};
-  FLAP_TRY(planner_simulate_list(planner, &c, budgets, list, count, PLANNER_SIMULATED, &best, costs_out));
-  FLAP_TRY(planner_refine(planner, &c, budgets, list, count, &best, costs_out));
-  FLAP_TRY(planner_settle(planner, &c, best.s, budgets, best.depth, setup_out, &reach));
+  for (uint32_t i = 0; i < count && (of == NULL || needs_disk(costs_out)); i++) {
+    planner_contender found;
+    flap_plan_costs costs;
+    const uint64_t transfers = planner->memory->transfers;
+    memset(planner->memory, 0, sizeof *planner->memory); /* of other candidates */
+    planner->memory->transfers = transfers;
+    planner->memory->transfers_max = PLANNER_TRANSFERS_ALL / count * (i + 1);
+    lists[i].limit_seconds = costs_out->step_seconds;
+    FLAP_TRY(best_of_list(planner, &lists[i], budgets, &found, &costs, &reach));
+    if (costs.step_seconds <= 0 || (of != NULL && costs.step_seconds >= costs_out->step_seconds * PLANNER_TWICE_GAIN))
+      continue;
+    of = &lists[i];
+    best = found;
+    *costs_out = costs;
+  }
+  if (of == NULL)
+    return planner_refuse(planner, budgets, reach);
+  FLAP_TRY(planner_settle(planner, of, best.s, budgets, best.depth, setup_out, &reach));
   const flap_status status = flap_setup_list_programs(setup_out);
   if (status != FLAP_OK)
     flap_setup_close(setup_out);

@@ -37,6 +37,7 @@
 #define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.995    /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_TWICE_GAIN 0.99    /* by this factor at least, for a second backward takes power */
 #define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
 #define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
@@ -45,6 +46,8 @@
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
 #define PLANNER_RAM_PART 64 /* the least ram is looked for to such a part of it */
+
+#define PLANNER_LISTS_MAX 2
 
 /* So many layers, or their share of all layers' micro-batches, save the tensors of a mask. */
 typedef struct planner_saving {
@@ -75,6 +78,7 @@ typedef struct planner_candidates {
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   uint32_t least_slices; /* of them, up to PLANNER_SLICE_BYTES: what the least budgets are looked for with */
   bool sweep;
+  double limit_seconds; /* what computes for longer cannot win; 0: there is nothing to win against yet */
 } planner_candidates;
 
 /* A way to cut the step, and what is tried first of what is settled with the budgets. */
@@ -109,7 +113,7 @@ typedef struct planner_outlook {
 
 /* What was looked at, what was simulated, and what that teaches about estimates. */
 typedef struct planner_memory {
-  uint64_t transfers; /* that were simulated */
+  uint64_t transfers, transfers_max; /* that were simulated; and may be, for whoever plans waits */
   uint32_t count;
   struct {
     planner_contender contender;
@@ -126,8 +130,9 @@ typedef struct planner_memory {
   } corrections[PLANNER_CORRECTIONS_MAX];
 } planner_memory;
 
-/* candidates.c. */
-void planner_list(const flap_planner *planner, planner_candidates *candidates_out);
+/* candidates.c. One list; or, where updates wait for a norm, one of those that wait until the next forward or behind the
+ * backward, and one of those that happen in a second backward. Returns how many. */
+uint32_t planner_list(const flap_planner *planner, planner_candidates lists_out[PLANNER_LISTS_MAX]);
 /* Layers of the tail: as many as are wanted, or the next number that leaves whole segments. */
 uint32_t planner_tail(const flap_planner *planner, uint32_t segment, uint32_t wanted);
 /* Of a block of FLAP_OPS_BLOCK elements of a layer, the least that a slice can be. The embedding's slices are no

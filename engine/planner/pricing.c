@@ -104,6 +104,7 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
       turns = (op->kind == FLAP_OP_HEAD) != backward;
       backward = op->kind == FLAP_OP_HEAD;
     }
+    turns = turns || (op->kind == FLAP_OP_NORM && i < last); /* all updates are behind it */
     if (turns) {
       const window over = closed(&w);
       seconds += window_seconds(planner, setup, &over);

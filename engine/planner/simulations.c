@@ -82,7 +82,7 @@ static uint64_t count_transfers(const simulation *s) {
 
 /* Whoever plans has waited long enough: the best so far is the plan. */
 static bool is_over(const flap_planner *planner) {
-  return planner->memory != NULL && planner->memory->transfers >= PLANNER_TRANSFERS_ALL;
+  return planner->memory != NULL && planner->memory->transfers >= planner->memory->transfers_max;
 }
 
 /* The first of them that is not simulated, after so many transfers before. */

@@ -76,7 +76,7 @@ static void backward(flap_executor *x, const flap_op *op) {
 
 /* What losses are multiplied by, and gradients with them. */
 static double scale_of(const flap_executor *x) {
-  return x->loss_scale.scale > 0 ? x->loss_scale.scale : 1;
+  return x->scale > 0 ? x->scale : 1;
 }
 
 static void head(flap_executor *x, const flap_op *op) {
@@ -299,11 +299,11 @@ static flap_status norm(flap_executor *x, flap_executor_result *result) {
   for (uint64_t i = 0; i < x->layout->block_count; i++)
     squares += (double)x->host.block_squares[i];
   result->grad_norm = sqrt(squares) / scale_of(x);
-  result->loss_scale = x->loss_scale.scale;
+  result->loss_scale = x->scale;
   x->update_step = x->input->step + 1;
   x->has_update = true;
   x->skips = false;
-  if (x->config == NULL || x->layout->spec.backward_parts > 0)
+  if (x->config == NULL || (x->layout->spec.backward_parts > 0 && !x->layout->spec.backward_twice))
     return FLAP_OK; /* a simulation; or the scalars are those that losses() gave, and jobs use them */
   if (!is_finite(result))
     return FLAP_OK; /* there is no update to scale: the caller skips it, or stops the run */
@@ -449,7 +449,8 @@ static flap_status overflowed(flap_executor *x, flap_executor_result *result) {
 }
 
 static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_result *result) {
-  if (x->mode == FLAP_EXECUTE_UPDATE && op->kind == FLAP_OP_LOSSES)
+  const bool looks = op->kind == FLAP_OP_NORM || op->kind == FLAP_OP_LOSSES;
+  if (x->mode == FLAP_EXECUTE_UPDATE && looks)
     x->mode = FLAP_EXECUTE_NOTHING; /* updates from here on would be those of a step that does not happen */
   if (x->mode == FLAP_EXECUTE_NOTHING || (x->mode == FLAP_EXECUTE_UPDATE && op->kind != FLAP_OP_ADAMW))
     return FLAP_OK;
@@ -465,7 +466,6 @@ static flap_status execute(flap_executor *x, const flap_op *op, flap_executor_re
   FLAP_TRY(perform(x, op, result));
   if (x->timed)
     flap_executor_trace(x->trace, label_of(x, op), started_ns, flap_units_now_ns());
-  const bool looks = op->kind == FLAP_OP_NORM || op->kind == FLAP_OP_LOSSES;
   return looks && !is_finite(result) ? overflowed(x, result) : FLAP_OK;
 }
 
@@ -550,6 +550,7 @@ flap_status flap_executor_run(flap_executor *x, const flap_executor_input *input
   const flap_setup_program which = x->queue[0];
   const uint64_t first = x->has_update ? x->update_step : input->step + 1;
   x->input = input;
+  x->scale = x->loss_scale.scale;
   x->mode = FLAP_EXECUTE;
   *result_out = (flap_executor_result){.logits = x->host.logits};
   FLAP_TRY(upload(x, which));

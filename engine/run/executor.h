@@ -61,6 +61,7 @@ typedef struct flap_executor {
   uint32_t queued;
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* as of the last stall that was traced */
   const flap_executor_input *input;   /* during a run */
+  double scale;                       /* likewise: its loss scale, which a second backward needs behind the norm */
   flap_adamw adamw;                   /* of the update that is pending */
   uint64_t update_step;               /* whose update that is, from 1 */
   int32_t host_fault;                 /* as device.fault, of the host's updates */

@@ -35,6 +35,7 @@ typedef struct flap_layout_spec {
   uint32_t backward_parts; /* of the parts that the device updates this share in all parts is updated in the backward,
                             see flap_layout_in_backward; */
   uint32_t host_backward_parts; /* of those that the host updates */
+  bool backward_twice;          /* these wait for a norm, so the backward happens once for it and once for them */
   bool spread; /* and those of a segment while the next one is passed: then all of them are rounded at once */
   uint64_t slice_elements;  /* of layers and head; a multiple of FLAP_OPS_BLOCK, at most FLAP_OPS_ADAMW_BLOCKS_MAX
                                of them. The embedding's slices have about as many bytes. */
@@ -153,8 +154,8 @@ static inline uint32_t flap_layout_layer_part(uint32_t layer) {
  * wanted, embedding and first layer come last: their gradients are complete when the next forward is about to begin
  * with them. */
 bool flap_layout_is_host(const flap_layout *layout, uint32_t part);
-/* Whether a part is updated in the backward of the step, once its gradient is complete, and not folded into the next
- * forward or swept: of the parts that the host updates, and of the others, a share at even distances. */
+/* Whether a part is updated in the backward of the step, the last one, once its gradient is complete, and not folded
+ * into the next forward or swept: of the parts that the host updates, and of the others, a share at even distances. */
 bool flap_layout_in_backward(const flap_layout *layout, uint32_t part);
 /* Layers [first, end) of a segment. */
 void flap_layout_segment(const flap_layout *layout, uint32_t segment, uint32_t *first_out, uint32_t *end_out);

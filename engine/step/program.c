@@ -256,7 +256,7 @@ static void leave_projection(program_builder *b, const tail_leases *t) {
 /* The head has been of use for the last micro-batch, and its gradient is complete. */
 static void finish_head(program_builder *b, const tail_leases *t) {
   leave_projection(b, t);
-  if (b->layout->spec.backward_parts > 0)
+  if (b->layout->spec.backward_parts > 0 && !b->layout->spec.backward_twice)
     OP(b, FLAP_OP_LOSSES, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
   program_rounded_begin(b);
   program_finish_part(b, program_head_part(b), t->sums, t->head);
@@ -269,6 +269,10 @@ static void leave_tail(program_builder *b, uint32_t first, uint32_t end, const t
     program_unpin(b, t->sums);
   program_unpin(b, t->head);
   leave_layers(b, first, end, false);
+}
+
+static flap_lease_mode last_use(const program_builder *b) {
+  return b->keeps_inputs ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
 }
 
 /* The last segment, final norm, logits and loss; in a step also their backward. Each micro-batch goes there and back at
@@ -284,7 +288,7 @@ static void tail(program_builder *b, micro_batch_range range, bool update) {
   const bool finishes = step && range.last_group;
   for (uint32_t i = range.first; i < range.end; i++) {
     const bool fresh = range.first_group && i == range.first, last = finishes && i + 1 == range.end;
-    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
+    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), last_use(b));
     const flap_operand x_out = program_pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_SCRATCH);
     pin_saved(b, segment, i, FLAP_LEASE_SCRATCH);
     forward_layers(b, segment, i, x_in, x_out, step);
@@ -311,15 +315,16 @@ static void backward_segment(program_builder *b, uint32_t segment, micro_batch_r
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
-    const bool updates = range.last_group && program_in_backward(b, part) && !flap_layout_is_host(b->layout, part);
+    const bool updates = range.last_group && !b->measures && program_in_backward(b, part) &&
+                         !flap_layout_is_host(b->layout, part);
     b->weights[layer - first] =
         program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
     b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = program_pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
-    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), FLAP_LEASE_CONSUME);
-    pin_saved(b, segment, i, FLAP_LEASE_CONSUME);
+    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), last_use(b));
+    pin_saved(b, segment, i, last_use(b));
     if (b->saved[0] == NONE) /* segments save as a whole */
       forward_layers(b, segment, i, x_in, NONE, true);
     backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, false, false);
@@ -344,7 +349,7 @@ static void embed_backward(program_builder *b) {
     program_unpin(b, dx);
     program_rounded_share(b, i, b->layout->spec.micro_batches);
   }
-  const bool updates = program_in_backward(b, 0) && !flap_layout_is_host(b->layout, 0);
+  const bool updates = !b->measures && program_in_backward(b, 0) && !flap_layout_is_host(b->layout, 0);
   program_finish_part(b, 0, sums, updates ? program_pin(b, program_part_of(b, 0)->weights, FLAP_LEASE_UPDATE) : NONE);
 }
 
@@ -357,24 +362,44 @@ static void sweep(program_builder *b) {
 
 /* ---- whole programs -------------------------------------------------------------------------------------- */
 
-static void build_step(program_builder *b) {
-  const flap_layout *layout = b->layout;
-  const uint32_t n = layout->spec.micro_batches, group = layout->spec.group_micro_batches;
-  const uint32_t last = layout->segment_count - 1;
-  if (b->spec->pending)
-    program_update_on_host(b);
+/* All groups there and back. `begun`: the forward's results are still there. */
+static void pass_groups(program_builder *b, bool pending, bool begun) {
+  const uint32_t n = b->layout->spec.micro_batches, group = b->layout->spec.group_micro_batches;
   for (uint32_t first = 0; first < n; first += group) {
     micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     range.first_group = first == 0;
     range.last_group = b->last_group = range.end == n;
-    const bool update = b->spec->pending && range.first_group;
-    forward(b, range, update);
+    const bool update = pending && range.first_group;
+    if (!begun)
+      forward(b, range, update);
     tail(b, range, update);
-    for (uint32_t segment = last; segment-- > 0;)
+    for (uint32_t segment = b->layout->segment_count - 1; segment-- > 0;)
       backward_segment(b, segment, range);
   }
   embed_backward(b);
+}
+
+static void find_norm(program_builder *b) {
   OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+}
+
+/* What the forward left for the first of two backwards serves the second, where it is there for all micro-batches. */
+static void build_step(program_builder *b) {
+  const flap_layout_spec *spec = &b->layout->spec;
+  const bool one_group = spec->group_micro_batches == spec->micro_batches;
+  if (b->spec->pending)
+    program_update_on_host(b);
+  if (spec->backward_twice) {
+    b->measures = true;
+    b->keeps_inputs = one_group;
+    pass_groups(b, b->spec->pending, false);
+    find_norm(b);
+    b->measures = b->keeps_inputs = false;
+    pass_groups(b, false, one_group);
+  } else {
+    pass_groups(b, b->spec->pending, false);
+    find_norm(b);
+  }
   b->program->before_sweep = b->program->lease_count;
   if (b->spec->sweep)
     sweep(b);

@@ -26,7 +26,7 @@ typedef enum flap_op_kind {
   FLAP_OP_STORE_GRADIENT,  /* sums, gradient; `index` is the slice */
   FLAP_OP_ADAMW,           /* weights, states, gradient; `index` is the slice */
   FLAP_OP_HOST_ADAMW,      /* states, gradient, weights: three leases in a row of a job of the host; likewise */
-  FLAP_OP_LOSSES,          /* the losses of all micro-batches are complete, and updates in the backward begin */
+  FLAP_OP_LOSSES,          /* the losses of all micro-batches are complete, and updates in the only backward begin */
   FLAP_OP_NORM,            /* the norms of all gradients are complete: collect them, with the losses */
   FLAP_OP_LAYER_DECODE,    /* weights, x, cache, scratch; `index` is the layer */
   FLAP_OP_LOGITS,          /* head, projection holder, x */

@@ -35,7 +35,9 @@ typedef struct program_builder {
    * order: at most as many as there are places for rounded gradients. */
   program_rounded *rounded;
   uint32_t rounded_count, rounded_done;
-  bool last_group; /* of micro-batches, in work */
+  bool last_group;   /* of micro-batches, in work */
+  bool measures;     /* the first of two backwards is listed: gradients are there for their norm alone */
+  bool keeps_inputs; /* and what the forward left for it is needed once more */
   uint32_t hidden_buffers;
 } program_builder;
 

@@ -73,7 +73,8 @@ static flap_operand pin_part(program_builder *b, uint32_t part, bool update) {
       part == program_head_part(b) ||
       (part > 0 && flap_layout_segment_of(layout, program_part_of(b, part)->layer) + 1 == layout->segment_count);
   const bool changes =
-      program_folds(b, part) ? update : step && stays && b->last_group && !flap_layout_is_host(layout, part);
+      program_folds(b, part) ? update
+                             : step && stays && b->last_group && !b->measures && !flap_layout_is_host(layout, part);
   return program_pin(b, program_part_of(b, part)->weights, changes ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
 }
 
@@ -151,7 +152,21 @@ void program_rounded_begin(program_builder *b) {
   b->rounded_count = b->rounded_done = 0;
 }
 
+/* Rounds it for its norm, and leaves nothing. */
+static void measure_part(program_builder *b, uint32_t part, flap_operand sums, flap_operand weights) {
+  const flap_layout_part *p = program_part_of(b, part);
+  for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++)
+    program_unpin(b, round_slice(b, i, sums));
+  program_unpin(b, sums);
+  if (weights != NONE)
+    program_unpin(b, weights);
+}
+
 void program_finish_part(program_builder *b, uint32_t part, flap_operand sums, flap_operand weights) {
+  if (b->measures) {
+    measure_part(b, part, sums, weights);
+    return;
+  }
   const flap_layout_part *p = program_part_of(b, part);
   const bool host = flap_layout_is_host(b->layout, part), updates = program_in_backward(b, part) && !host;
   const bool later = updates && b->layout->spec.spread && part > 0; /* behind the embedding there is no segment */

@@ -53,6 +53,7 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .host_spares_first = choice->host_spares_first,
                             .backward_parts = choice->backward_parts,
                             .host_backward_parts = choice->host_backward_parts,
+                            .backward_twice = choice->backward_parts > 0 && !spec->needs_no_norm,
                             .spread = choice->backward_parts > 0 && choice->spread,
                             .slice_elements = choice->slice_elements,
                             .cache_positions = spec->cache_positions};
@@ -385,7 +386,6 @@ flap_status flap_setup_sketch(const flap_setup_spec *spec, const flap_choice *ch
   memset(setup_out, 0, sizeof *setup_out);
   setup_out->spec = *spec;
   setup_out->choice = *choice;
-  flap_assert(choice->backward_parts == 0 || spec->needs_no_norm);
   flap_status status = FLAP_OK;
   FLAP_TRY_GOTO(status, build_layout(setup_out));
   FLAP_TRY_GOTO(status, check_regions(&setup_out->layout));

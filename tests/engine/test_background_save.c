@@ -53,6 +53,7 @@ typedef struct place {
   const char *name;
   flap_size vram, ram;
   bool disk, sweep, backward;
+  bool twice; /* the backward */
   flap_optimizer_place optimizer;
   uint64_t eval_steps;
   bool only_model;
@@ -80,6 +81,12 @@ static const place PLACES[] = {
      .ram = ROOMY,
      .backward = true,
      .optimizer = FLAP_OPTIMIZER_SPLIT},
+    {.name = "on disk, updated in a second backward",
+     .vram = LEAST,
+     .ram = LEAST,
+     .disk = true,
+     .backward = true,
+     .twice = true},
     {.name = "in ram, evaluated between", .vram = LEAST, .ram = ROOMY, .eval_steps = 2},
     {.name = "weights alone", .vram = LEAST, .ram = LEAST, .disk = true, .only_model = true},
 };
@@ -206,10 +213,8 @@ static void configure(const numbers *n, const place *p, const char *out) {
   config.expert.threads = 1;
   config.expert.checkpoint_states = FLAP_RUN_STATES_COPIED; /* files can be compared then */
   config.expert.optimizer = p->optimizer;
-  config.expert.clip = p->sweep ? FLAP_CLIP_SWEEP : FLAP_CLIP_AUTO;
-  config.max_grad_norm = p->backward ? 0 : 1e9; /* none is as large: the bits are the same */
-  if (p->backward && !n->fp16)
-    config.expert.update = FLAP_UPDATE_BACKWARD;
+  config.expert.update = p->sweep ? FLAP_UPDATE_SWEEP : p->backward ? FLAP_UPDATE_BACKWARD : FLAP_UPDATE_FOLD;
+  config.max_grad_norm = p->backward && !p->twice ? 0 : 1e9; /* none is as large: the bits are the same */
   (void)snprintf(config.output_dir, sizeof config.output_dir, "%s", scratch_path(out));
   if (!p->disk)
     return;
@@ -400,7 +405,7 @@ static place mixed = {.name = "mixed", .ram = ROOMY, .backward = true, .optimize
 
 static void configure_mixed(const numbers *n, const char *out, uint64_t save_steps) {
   configure(n, &mixed, out);
-  config.expert.update = FLAP_UPDATE_AUTO;
+  config.expert.update = FLAP_UPDATE_AUTO; /* so that some of the parts may be folded */
   config.save_steps = save_steps;
 }
 

@@ -63,7 +63,7 @@ typedef struct placement {
   uint32_t mask;           /* of the tensors that they save; 0: all */
   bool saved_resident;
   bool sweep;
-  uint32_t backward; /* parts, of LAYERS + 2, that are updated in the backward; where anything is clipped none are */
+  uint32_t backward; /* parts, of LAYERS + 2, that are updated in the backward, the second where anything is clipped */
   bool spread;
   uint32_t host;          /* parts */
   bool spares_first;      /* of them */
@@ -343,9 +343,10 @@ static void forget_references(void) {
 
 /* ---- tests ----------------------------------------------------------------------------------------------- */
 
-/* Updates in the backward are what is not clipped for. */
+/* Updates in the backward are of most interest where nothing is clipped, and where a backward goes before it for the
+ * norm; others where updates wait. */
 static bool goes_with(const placement *p, int placement_number, const numerics *n) {
-  return p->backward > 0 ? n->clips_nothing : !n->clips_nothing || placement_number % 4 == 0;
+  return p->backward > 0 || !n->clips_nothing || placement_number % 4 == 0;
 }
 
 START_TEST(every_placement_gives_the_same_bits) {

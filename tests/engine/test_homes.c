@@ -73,7 +73,7 @@ static void open_trial(uint64_t seed, trial *t) {
   const uint32_t tail = flap_layout_least_tail(layers, t->choice.segment_layers);
   t->choice.tail_layers = tail + below(&s, (layers - tail) / t->choice.segment_layers + 1) * t->choice.segment_layers;
   t->choice.saved_layers = below(&s, 2) * below(&s, layers / t->choice.segment_layers + 1) * t->choice.segment_layers;
-  if (t->spec.needs_no_norm && below(&s, 2) == 1) {
+  if (below(&s, 2) == 1) {
     t->choice.backward_parts = below(&s, parts + 1);
     t->choice.host_backward_parts = t->choice.backward_parts > 0 ? below(&s, parts + 1) : 0;
   }

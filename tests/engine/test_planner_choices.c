@@ -124,9 +124,9 @@ close:
 static void try_updates(brute *b, flap_choice choice) {
   const uint32_t parts = b->trial->model.num_hidden_layers + 2;
   try_cut(b, choice);
-  if (!b->trial->planner.spec.needs_no_norm)
-    return;
-  for (choice.backward_parts = 1; choice.backward_parts <= parts; choice.backward_parts++)
+  /* A second backward for some parts alone costs as much, and gains less. */
+  const uint32_t least = b->trial->planner.spec.needs_no_norm ? 1 : parts;
+  for (choice.backward_parts = least; choice.backward_parts <= parts; choice.backward_parts++)
     for (choice.host_backward_parts = 0; choice.host_backward_parts <= (choice.host_parts > 0 ? parts : 0);
          choice.host_backward_parts++)
       for (int keeps = 0; keeps < 2; keeps++) {
@@ -153,7 +153,9 @@ static void try_all(brute *b) {
   const uint32_t layers = b->trial->model.num_hidden_layers, n = b->trial->planner.spec.micro_batches;
   uint32_t set_count = 0;
   const flap_saved_set *sets = flap_model_saved_sets(&b->trial->model, &set_count);
-  planner_list(&b->trial->planner, &b->candidates);
+  planner_candidates lists[PLANNER_LISTS_MAX];
+  (void)planner_list(&b->trial->planner, lists);
+  b->candidates = lists[0]; /* of slices and pages, the same in all */
   for (uint32_t segment = 1; segment <= layers; segment++)
     for (uint32_t group = 1; group <= n; group++) {
       const uint32_t least = flap_layout_least_tail(layers, segment);
