@@ -96,9 +96,8 @@ static void compute_bytes(const flap_bound_spec *spec, const step_work *work, sh
   const uint64_t vram = vram_of(spec), gradients = spec->needs_no_norm ? 0 : work->gradients;
   const uint64_t again = (uint64_t)ceil(of.again * (double)gradients);
   const uint64_t outside = beyond(work->state + gradients - again, vram), on_disk = beyond(outside, spec->ram_bytes);
-  const uint64_t streaming = beyond(work->state - share_of(of.host, work->state) +
-                                        beyond(gradients - share_of(of.host, gradients), again),
-                                    vram);
+  const uint64_t streaming = beyond(
+      work->state - share_of(of.host, work->state) + beyond(gradients - share_of(of.host, gradients), again), vram);
   bound->lane_bytes[FLAP_LANE_H2D] = streaming + share_of(of.host, work->weights);
   bound->lane_bytes[FLAP_LANE_D2H] = streaming + share_of(of.host, work->gradients);
   bound->lane_bytes[FLAP_LANE_DISK_READ] = bound->lane_bytes[FLAP_LANE_DISK_WRITE] = on_disk;
@@ -186,8 +185,8 @@ typedef struct search {
   double again; /* where the host's share is looked for */
 } search;
 
-/* The share that makes a step shortest, and of those the smallest. Each lane's time is a convex function of both shares,
- * and so is that of updates, so their maximum is one. */
+/* The share that makes a step shortest, and of those the smallest. Each lane's time is a convex function of both
+ * shares, and so is that of updates, so their maximum is one. */
 static double least_at(const search *s, double (*seconds)(const search *s, double share)) {
   double low = 0, high = 1;
   for (int i = 0; i < 60; i++) {

@@ -315,8 +315,8 @@ static void backward_segment(program_builder *b, uint32_t segment, micro_batch_r
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
-    const bool updates = range.last_group && !b->measures && program_in_backward(b, part) &&
-                         !flap_layout_is_host(b->layout, part);
+    const bool updates =
+        range.last_group && !b->measures && program_in_backward(b, part) && !flap_layout_is_host(b->layout, part);
     b->weights[layer - first] =
         program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
     b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);

@@ -72,9 +72,9 @@ static flap_operand pin_part(program_builder *b, uint32_t part, bool update) {
   const bool stays =
       part == program_head_part(b) ||
       (part > 0 && flap_layout_segment_of(layout, program_part_of(b, part)->layer) + 1 == layout->segment_count);
-  const bool changes =
-      program_folds(b, part) ? update
-                             : step && stays && b->last_group && !b->measures && !flap_layout_is_host(layout, part);
+  const bool changes = program_folds(b, part)
+                           ? update
+                           : step && stays && b->last_group && !b->measures && !flap_layout_is_host(layout, part);
   return program_pin(b, program_part_of(b, part)->weights, changes ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
 }
 

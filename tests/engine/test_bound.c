@@ -232,7 +232,8 @@ START_TEST(updates_that_wait_for_the_norm_have_no_backward_beside_them) {
   near(bound.seconds, 1000000 / 4e6 + compute * 2 / 3);
   machine.d2h_bytes = 1e6; /* out of VRAM goes what has changed */
   near(bound_when(&config, FLAP_BF16, false, vram, 1000000, &machine).update_seconds, 1000000 / 1e6);
-  bound = bound_when(&config, FLAP_BF16, false, vram, 400000, &machine); /* and to the disk what RAM cannot hold of it */
+  bound =
+      bound_when(&config, FLAP_BF16, false, vram, 400000, &machine); /* and to the disk what RAM cannot hold of it */
   near(bound.update_seconds, fmax(1000000 / 1e6, 600000 / 5e5));
   machine.d2h_bytes = 8e6;
   machine.flops_bf16 = 1e8; /* all of it fits beside the forward */

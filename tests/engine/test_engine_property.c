@@ -111,7 +111,7 @@ static void draw_choices(trial *t) {
   e->tail_layers = one_in(r, 2) ? between(r, 1, m->config.num_hidden_layers) : 0;
   e->group_micro_batches = one_in(r, 2) ? between(r, 1, m->micro_batches) : 0;
   e->clip = one_in(r, 3) ? FLAP_CLIP_SWEEP : one_in(r, 2) ? FLAP_CLIP_FOLD : FLAP_CLIP_AUTO;
-  if (m->options.max_grad_norm <= 0 && m->shape.dtype != FLAP_F16 && one_in(r, 2)) {
+  if (one_in(r, 3)) {
     e->clip = FLAP_CLIP_AUTO;
     e->update = FLAP_UPDATE_BACKWARD;
   }
