@@ -142,9 +142,18 @@ static flap_status narrow(search *s, point low, point high, flap_knee *knee) {
 
 flap_status flap_engine_knee(const flap_run_config *config, void (*trying)(void *context, uint32_t micro_batches),
                              void *context, flap_knee *knee_out) {
-  search s = {.config = config, .trying = trying, .context = context};
+  flap_run_config once = *config;
+  search s = {.config = &once, .trying = trying, .context = context};
   *knee_out = (flap_knee){.tried_max = 1};
-  FLAP_TRY(plan_with(&s, 1));
+  if (flap_run_config_needs_norm(config) && flap_run_config_update(&config->expert) == FLAP_UPDATE_AUTO)
+    once.expert.update = FLAP_UPDATE_FOLD; /* what a second backward computes hides the disk, but is for nothing else */
+  flap_status status = plan_with(&s, 1);
+  if (status == FLAP_BUDGET && once.expert.update != config->expert.update) {
+    flap_error_clear();
+    s.config = config; /* for lack of room it takes two */
+    status = plan_with(&s, 1);
+  }
+  FLAP_TRY(status);
   note(&s.plan, knee_out);
   if (is_hidden(&s.plan)) {
     knee_out->micro_batches = 1;

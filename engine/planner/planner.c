@@ -256,10 +256,13 @@ double planner_least_seconds(const flap_planner *planner, const flap_budgets *bu
   const double gain_ns = saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, false));
   const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns - gain_ns;
   const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns - gain_ns;
-  const double backward_ns = n * recompute_ns(planner, s) + fresh_ns + (n - 1) * adding_ns;
+  const double forward_ns = n * layers * (double)t->forward_ns, sums_ns = fresh_ns + (n - 1) * adding_ns;
+  planner_skeleton unsaved = s; /* what is saved serves one backward */
+  unsaved.saved.layers = 0;
+  const double again_ns = n * (recompute_ns(planner, unsaved) + s.tail * (double)t->forward_ns) + sums_ns;
   const bool twice = s.backward.device > 0 && !spec->needs_no_norm;
-  const double again_ns = backward_ns + n * (s.group < n ? layers : s.tail) * (double)t->forward_ns;
-  const double computing = (n * layers * (double)t->forward_ns + backward_ns + (twice ? again_ns : 0)) * 1e-9;
+  const double once_ns = forward_ns + n * recompute_ns(planner, s) + sums_ns;
+  const double computing = (once_ns + (twice ? again_ns : 0)) * 1e-9;
   const double groups = ceil(n / s.group), sums = 4.0 * (double)flap_model_parameters(spec->model);
   const double travels = sums > (double)budgets->vram_bytes ? sums - (double)budgets->vram_bytes : 0;
   const double moving = (groups - 1) * travels / planner->machine->h2d_bytes;

@@ -193,7 +193,7 @@ static void forward(program_builder *b, micro_batch_range range, bool update) {
     forward_segment(b, segment, range, update, NONE);
 }
 
-/* `fresh`: the scratch memory holds what the segment's last layer left there in the forward. `finishes`: this is the
+/* `fresh`: the scratch memory holds what the segment's last layer left there right before. `finishes`: this is the
  * last micro-batch, and each layer's gradient goes home while those before it compute. */
 static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in,
                             flap_operand dx, bool first_sums, bool fresh, bool finishes) {
@@ -309,6 +309,15 @@ static void tail(program_builder *b, micro_batch_range range, bool update) {
     leave_tail(b, first, end, &t);
 }
 
+/* A backward uses up what was saved for it. Where there is another one, layers save once more, as those of the tail do,
+ * into the same places; and what they hand on, the next segment's input, has been of use. */
+static void save_again(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in) {
+  const flap_operand x_out =
+      program_pin(b, flap_layout_boundary(b->layout, segment + 1, micro_batch), FLAP_LEASE_SCRATCH);
+  forward_layers(b, segment, micro_batch, x_in, x_out, true);
+  program_unpin(b, x_out);
+}
+
 /* Backward of a segment but the last, micro-batch by micro-batch. */
 static void backward_segment(program_builder *b, uint32_t segment, micro_batch_range range) {
   uint32_t first, end;
@@ -324,10 +333,13 @@ static void backward_segment(program_builder *b, uint32_t segment, micro_batch_r
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = program_pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
     const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), last_use(b));
-    pin_saved(b, segment, i, last_use(b));
-    if (b->saved[0] == NONE) /* segments save as a whole */
+    pin_saved(b, segment, i, b->begins_anew ? FLAP_LEASE_SCRATCH : FLAP_LEASE_CONSUME);
+    const bool again = b->begins_anew && b->saved[0] != NONE; /* segments save as a whole */
+    if (again)
+      save_again(b, segment, i, x_in);
+    else if (b->saved[0] == NONE)
       forward_layers(b, segment, i, x_in, NONE, true);
-    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, false, false);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, again, false);
     unpin_saved(b, segment);
     program_unpin(b, x_in);
     program_unpin(b, dx);
@@ -383,7 +395,8 @@ static void find_norm(program_builder *b) {
   OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
 }
 
-/* What the forward left for the first of two backwards serves the second, where it is there for all micro-batches. */
+/* Inputs of segments that the forward left for the first of two backwards serve the second, where all micro-batches
+ * have theirs. */
 static void build_step(program_builder *b) {
   const flap_layout_spec *spec = &b->layout->spec;
   const bool one_group = spec->group_micro_batches == spec->micro_batches;
@@ -395,6 +408,7 @@ static void build_step(program_builder *b) {
     pass_groups(b, b->spec->pending, false);
     find_norm(b);
     b->measures = b->keeps_inputs = false;
+    b->begins_anew = one_group;
     pass_groups(b, false, one_group);
   } else {
     pass_groups(b, b->spec->pending, false);

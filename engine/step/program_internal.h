@@ -37,7 +37,8 @@ typedef struct program_builder {
   uint32_t rounded_count, rounded_done;
   bool last_group;   /* of micro-batches, in work */
   bool measures;     /* the first of two backwards is listed: gradients are there for their norm alone */
-  bool keeps_inputs; /* and what the forward left for it is needed once more */
+  bool keeps_inputs; /* and inputs of segments are needed once more */
+  bool begins_anew;  /* the second is listed: of what the forward left only they are there */
   uint32_t hidden_buffers;
 } program_builder;
 

@@ -70,6 +70,48 @@ START_TEST(gradients_do_not_pass_the_bus) {
 }
 END_TEST
 
+/* Nor where a norm is needed first; then weights are loaded once more instead. */
+START_TEST(a_second_backward_stores_no_gradient_either) {
+  rig_model model;
+  flap_setup folded, setup;
+  make_model(&model);
+  model.options.max_grad_norm = 1;
+  flap_choice choice = rig_choice_streaming(&model, false);
+  choice.segment_layers = 1;
+  choice.slice_elements = 2 * FLAP_OPS_BLOCK;
+  build(&model, &choice, &folded);
+  choice = in_backward(choice, _i == 1);
+  build(&model, &choice, &setup);
+  ck_assert(!folded.layout.spec.backward_twice && setup.layout.spec.backward_twice);
+  ck_assert(flap_setup_folds(&folded) && !flap_setup_folds(&setup));
+  ck_assert_uint_eq(setup.classes[FLAP_CLASS_GRADIENTS].bytes, 0);
+  ck_assert_double_eq(setup.traffic[FLAP_CLASS_STATES], folded.traffic[FLAP_CLASS_STATES]);
+  /* A forward, a backward, and an update there and back; the tail's forward is that of its backward. */
+  ck_assert_double_eq_tol(setup.traffic[FLAP_CLASS_WEIGHTS], (4.0 * (LAYERS - 1) + 3) / LAYERS, 1e-9);
+  const flap_program *single = &setup.programs[setup.steady];
+  uint32_t rounded[2] = {0}, backwards[2] = {0}, updates = 0, norms = 0;
+  for (uint32_t i = 0; i < single->op_count; i++) {
+    const uint8_t kind = single->ops[i].kind;
+    ck_assert_uint_ne(kind, FLAP_OP_LOSSES);
+    rounded[norms] += kind == FLAP_OP_STORE_GRADIENT;
+    backwards[norms] += kind == FLAP_OP_LAYER_BACKWARD;
+    ck_assert(kind != FLAP_OP_ADAMW || norms == 1);
+    updates += kind == FLAP_OP_ADAMW;
+    norms += kind == FLAP_OP_NORM;
+    ck_assert_uint_le(norms, 1);
+  }
+  ck_assert_uint_eq(norms, 1);
+  for (int i = 0; i < 2; i++) {
+    ck_assert_uint_eq(rounded[i], setup.layout.slice_count);
+    ck_assert_uint_eq(backwards[i], LAYERS * model.micro_batches);
+  }
+  ck_assert_uint_eq(updates, setup.layout.slice_count);
+  flap_setup_close(&folded);
+  flap_setup_close(&setup);
+  rig_model_close(&model);
+}
+END_TEST
+
 /* One place where each slice is updated at once; else as many as the slices of a segment, of the last one with the
  * head's, and those of a segment have places of their own. */
 START_TEST(slices_that_wait_have_places_of_their_own) {
@@ -360,6 +402,7 @@ int main(void) {
   TCase *tests = tcase_create("updates");
   tcase_set_timeout(tests, 60);
   tcase_add_loop_test(tests, gradients_do_not_pass_the_bus, 0, 2);
+  tcase_add_loop_test(tests, a_second_backward_stores_no_gradient_either, 0, 2);
   tcase_add_test(tests, slices_that_wait_have_places_of_their_own);
   tcase_add_test(tests, shares_are_of_both_kinds);
   tcase_add_loop_test(tests, step_that_is_not_made_changes_nothing, 0, 4);

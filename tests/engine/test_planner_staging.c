@@ -1,5 +1,6 @@
-/* How deep staging is where states live on disk and are updated in bursts: plans against the same ones with a few
- * buffers, which `expert.staging_bytes` forces. */
+/* Plans where states live on disk. How deep staging is where they are updated in bursts: against a few buffers, which
+ * `expert.staging_bytes` forces. And when a second backward goes against gradients that are stored, which
+ * `expert.update` forces. */
 #include "base/units.h"
 #include "engine/planner/planner.h"
 
@@ -118,12 +119,59 @@ START_TEST(staging_never_keeps_a_plan_from_fitting) {
 }
 END_TEST
 
+/* ---- gradients that are stored, or computed again ---------------------------------------------------------------- */
+
+/* Clipped, and with few tokens, so that the disk is what a step waits for. */
+static void plan_clipped(flap_update_when update, uint32_t micro_batches, uint64_t ram_bytes, outcome *o,
+                         bool *twice_out) {
+  trial t;
+  flap_setup setup;
+  open_trial(&t, 0);
+  t.planner.spec.needs_no_norm = false;
+  t.planner.spec.micro_batches = micro_batches;
+  t.planner.expert = (flap_expert){.optimizer = FLAP_OPTIMIZER_GPU, .segment_layers = 1, .update = update};
+  t.budgets.vram_bytes = (uint64_t)4 * FLAP_GIB;
+  t.budgets.ram_bytes = ram_bytes;
+  MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &o->costs));
+  o->choice = setup.choice;
+  *twice_out = setup.layout.spec.backward_twice;
+  flap_setup_close(&setup);
+}
+
+static uint64_t on_disk(const outcome *o) {
+  return o->costs.lane_bytes[FLAP_LANE_DISK_WRITE];
+}
+
+START_TEST(gradients_are_computed_again_where_that_spares_the_disk) {
+  const uint64_t small = (uint64_t)7500 * FLAP_MIB, enough = (uint64_t)16 * FLAP_GIB;
+  outcome chosen, stored, again;
+  bool twice, is_twice;
+  plan_clipped(FLAP_UPDATE_AUTO, 2, small, &chosen, &twice);
+  plan_clipped(FLAP_UPDATE_FOLD, 2, small, &stored, &is_twice);
+  ck_assert(twice && !is_twice);
+  ck_assert_double_lt(chosen.costs.step_seconds, 0.9 * stored.costs.step_seconds);
+  ck_assert_uint_lt(on_disk(&chosen), on_disk(&stored));
+  ck_assert_double_gt(chosen.costs.compute_seconds, 1.4 * stored.costs.compute_seconds);
+  /* Where computing is what a step waits for, and where no disk is needed, it would take longer. */
+  plan_clipped(FLAP_UPDATE_AUTO, 64, small, &chosen, &twice);
+  plan_clipped(FLAP_UPDATE_BACKWARD, 64, small, &again, &is_twice);
+  ck_assert(!twice && is_twice);
+  ck_assert_double_lt(chosen.costs.step_seconds, again.costs.step_seconds);
+  plan_clipped(FLAP_UPDATE_AUTO, 2, enough, &chosen, &twice);
+  ck_assert_uint_eq(on_disk(&chosen), 0);
+  plan_clipped(FLAP_UPDATE_BACKWARD, 2, enough, &again, &is_twice);
+  ck_assert(!twice && is_twice);
+  ck_assert_double_lt(chosen.costs.step_seconds, again.costs.step_seconds);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tcase = tcase_create("planner staging");
   tcase_set_timeout(tcase, 120);
   tcase_add_test(tcase, staging_is_deep_where_updates_come_in_bursts);
   tcase_add_test(tcase, staging_never_keeps_a_plan_from_fitting);
+  tcase_add_test(tcase, gradients_are_computed_again_where_that_spares_the_disk);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);

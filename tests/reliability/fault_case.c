@@ -242,7 +242,8 @@ static void check_sharing(const tiny_run *run) {
   char path[TINY_PATH_MAX + 32];
   const char *problem;
   (void)snprintf(path, sizeof path, "%s/out/checkpoint-%u", run->folder, TINY_STEPS);
-  if (tiny_states_are_pages(path, &problem) != (run->kind == TINY_ON_DISK || run->kind == TINY_ON_URING))
+  if (tiny_states_are_pages(path, &problem) !=
+      (run->kind == TINY_ON_DISK || run->kind == TINY_TWICE || run->kind == TINY_ON_URING))
     fatal(path, "its states are shared with the disk, and should not be, or the other way round");
 }
 

@@ -275,7 +275,7 @@ static cut cut_number(uint64_t number, uint32_t entries) {
                .seed = case_seed() + number};
 }
 
-static const char *const kind_names[] = {[TINY_IN_RAM] = "ram", [TINY_ON_DISK] = "disk"};
+static const char *const kind_names[] = {[TINY_IN_RAM] = "ram", [TINY_ON_DISK] = "disk", [TINY_TWICE] = "twice"};
 
 static bool read_named(cut *at) {
   const char *named = getenv("FLAP_POWER_CUT");
@@ -368,7 +368,7 @@ int main(void) {
   Suite *suite = suite_create("reliability");
   TCase *tests = tcase_create("power_cut");
   tcase_set_timeout(tests, 0);
-  tcase_add_loop_test(tests, power_cut_at_any_moment_leaves_what_was_saved_whole, TINY_IN_RAM, TINY_ON_DISK + 1);
+  tcase_add_loop_test(tests, power_cut_at_any_moment_leaves_what_was_saved_whole, TINY_IN_RAM, TINY_TWICE + 1);
   tcase_add_loop_test(tests, power_cut_finds_what_a_missing_or_late_sync_loses, CUT_NO_MISTAKE + 1, CUT_ONE_FILE);
   tcase_add_test(tests, extents_that_are_written_over_are_found);
   suite_add_tcase(suite, tests);

@@ -133,6 +133,7 @@ static void fill_config(const tiny_run *run, flap_run_config *config) {
   if (run->kind == TINY_IN_RAM)
     return;
   config->vram.kind = config->ram.kind = FLAP_SIZE_MIN;
+  config->expert.update = run->kind == TINY_TWICE ? FLAP_UPDATE_BACKWARD : FLAP_UPDATE_FOLD;
   config->disk_count = 1;
   path_of(run, "disk", config->disk[0].path);
   config->disk[0].size = (flap_size){.kind = FLAP_SIZE_BYTES, .bytes = DISK_BYTES};

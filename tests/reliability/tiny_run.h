@@ -19,7 +19,8 @@
 typedef enum tiny_kind {
   TINY_IN_RAM,  /* all data stay in RAM: most system calls are those of files that must last */
   TINY_ON_DISK, /* with the least vram and ram that works, so nearly all data stream from extent files, by threads;
-                   checkpoints share those of the states */
+                   checkpoints share those of the states, and updates are folded into the next step */
+  TINY_TWICE,   /* the same, but updates happen in a second backward */
   TINY_COPIED,  /* the same, but checkpoints are copies, as where the disk is on another file system */
   TINY_ON_URING /* as TINY_ON_DISK by io_uring, where the system allows it, and else by threads */
 } tiny_kind;

@@ -437,8 +437,8 @@ class Budgets(Case):
         return max(named.items())
 
     def check_memory(self, key, *others):
-        line = self.refuse(["train", *self.BASE, f"{key}=64KiB", *others], [rf"\b{key}\b"])
-        size, text = self.smallest(line, 64 << 10)
+        line = self.refuse(["train", *self.BASE, f"{key}=16KiB", *others], [rf"\b{key}\b"])
+        size, text = self.smallest(line, 16 << 10)
         plan = self.plan(f"{key}={text}", *others)
         self.assertLessEqual(plan[f"{key}_bytes"], size)
         # The planner does not try every candidate for the least, so in KiB a little less of ram may work as well.

@@ -94,6 +94,11 @@ CASES = {
     "half compressed, 3 threads": ["compression=lz4", "expert.page_bytes=16KiB", "expert.threads=3"],
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
+    "both a second backward": ["expert.update=backward"],
+    "half a second backward, evaluated between": ["expert.update=backward", "eval_strategy=steps", "eval_steps=3"],
+    "device a second backward, half by the host": ["expert.update=backward", "expert.optimizer=split"],
+    "both a second backward, groups of 2, segments of 2": ["expert.update=backward", "expert.group_micro_batches=2",
+                                                           "expert.segment_layers=2"],
 }
 BACKWARD = {  # where nothing is clipped
     "roomy": [], "both": [], "half": [], "device": [],
@@ -112,7 +117,8 @@ BACKWARD = {  # where nothing is clipped
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
-FEW = ["half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp", "both sweep"]
+FEW = ["half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp", "both sweep",
+       "both a second backward"]
 if SANITIZED:  # by hand, for the checks leave it out there: what differs in code, once for each type
     CASES = {name: CASES[name] for name in ("device", "both 3 disks", "half offload all but the mlp")}
     FEW = ["both 3 disks"]
@@ -219,6 +225,7 @@ class Bits(unittest.TestCase):
             elif key in ("expert.clip", "expert.update"):
                 self.assertEqual(plan["sweep"], value == "sweep", override)
                 self.assertEqual(plan["backward_parts"], plan["part_count"] if value == "backward" else 0, override)
+                self.assertEqual(plan["backward_twice"], value == "backward" and "max_grad_norm=0" not in overrides)
             elif override == "activations=keep":
                 self.assertEqual((plan["saved_layers"], plan["saved_resident"]), (LAYERS, True))
             elif key == "expert.saved":
