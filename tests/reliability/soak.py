@@ -122,7 +122,7 @@ class Soak:
             "expert.page_bytes": chosen.choice((None, *scale["pages"])),
             "expert.slice_bytes": chosen.choice((None, None, *scale["slices"])),
             "expert.segment_layers": chosen.choice((None, None, "1", "2", "3")),
-            "expert.clip": chosen.choice(("auto", "auto", "fold", "sweep")),
+            "expert.update": chosen.choice(("auto", "auto", "fold", "sweep", "backward")),
             "expert.io": chosen.choice(("auto", "auto", "threads")),
             "expert.threads": chosen.choice(("1", "2")),
             "activations": chosen.choice(("auto", "auto", "offload", "recompute")),
