@@ -1,7 +1,7 @@
 """PyTorch's own way to train what does not fit: FSDP2 with states in the host's memory and Adam on the CPU, one GPU.
 
   python3 bench/peers/torch_fsdp2_offload.py 3b [--batch 4] [--sequence 2048] [--micro-batches 4] [--steps 3]
-          [--then 16] [--vram 18GiB] [--keep-weights] [--keep-gradients] [--reduce bf16] [--adam fused|foreach]
+          [--then 16] [--vram 18GiB] [--keep-weights] [--keep-gradients] [--reduce bf16] [--adam fused|foreach|plain]
           [--no-checkpointing] [--clip 1.0] [--json FILE] [--device cpu]
 
 fully_shard over a mesh of one device, CPUOffloadPolicy with pinned memory, fp32 weights and moments on the host, bf16 for
@@ -79,11 +79,11 @@ def make(options, mesh):
 
 def adam(options, model):
     """(optimizer, which one): Adam on the host's tensors, fused where this PyTorch can."""
-    kinds = ["fused", "foreach"] if options.adam == "fused" else ["foreach"]
+    kinds = {"fused": ["fused", "foreach"], "foreach": ["foreach"], "plain": ["plain"]}[options.adam]
     for kind in kinds:
         try:
             return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                                     **{kind: True}), kind
+                                     **({} if kind == "plain" else {kind: True})), kind
         except (RuntimeError, ValueError) as error:
             print(f"no {kind} AdamW for these tensors: {error}")
     sys.exit("torch_fsdp2_offload: PyTorch has no AdamW for tensors of the host")
@@ -141,7 +141,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     torch_model.add_shape_arguments(parser, batch=4, sequence=2048, micro_batches=4, steps=3)
     torch_model.add_offload_arguments(parser)
-    parser.add_argument("--adam", choices=("fused", "foreach"), default="fused")
+    parser.add_argument("--adam", choices=("fused", "foreach", "plain"), default="fused",
+                        help="plain: what PyTorch takes if nobody asks")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--keep-gradients", action="store_true")
     parser.add_argument("--keep-weights", action="store_true")

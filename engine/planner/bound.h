@@ -4,8 +4,8 @@
  * planner or pager, so that a poor plan cannot flatter itself.
  *
  * Compute. Forward and backward of all micro-batches: 3 times the forward's operations (a backward makes two products
- * for each of the forward's), at the matmul rate of the dtype. Recomputing activations, element-wise kernels and launches
- * are choices or details, so they count nothing.
+ * for each of the forward's), at the matmul rate of the dtype. Recomputing activations, element-wise kernels and
+ * launches are choices or details, so they count nothing.
  *
  * Bytes. Take the moment of a step when the norm is known. Every gradient is complete and rounded, and waits for
  * the clip coefficient; no state (weight or moment) has been updated yet. So state + gradients exist at once, and what
@@ -18,15 +18,15 @@
  * Where no norm is waited for (nothing is clipped or scaled) a gradient may be gone before the next one is complete.
  * Then take the moment at which a step begins: only the state exists, and the same holds of it without gradients.
  *
- * Nor need a gradient wait if it is computed again once the norm is known. Then it counts no bytes, but operations: of a
- * matrix at least one product more, as many as its forward has; of the embedding, norms and biases none. The share of
+ * Nor need a gradient wait if it is computed again once the norm is known. Then it counts no bytes, but operations: of
+ * a matrix at least one product more, as many as its forward has; of the embedding, norms and biases none. The share of
  * gradients that do so is the one with which the step can be shortest.
  *
  * Waiting for the norm. Where it is, no update begins before that moment, and no backward of the next step before a
  * forward went through all layers, with their new weights. So between that moment and the next backward all bytes that
- * lie outside come in (and are read); of the state, every byte of which has changed, what VRAM (and RAM) cannot hold goes
- * out (is written); and the host updates its share. The longest of these is update_seconds. The backward before that
- * moment, two thirds of compute, is all in front of it; the forward and what is computed again may be beside it.
+ * lie outside come in (and are read); of the state, every byte of which has changed, what VRAM (and RAM) cannot hold
+ * goes out (is written); and the host updates its share. The longest of these is update_seconds. The backward before
+ * that moment, two thirds of compute, is all in front of it; the forward and what is computed again may be beside it.
  *
  * The host's cores may update a share of it all instead, where they are not the device. Then that share of states is no
  * matter of the bus: only its weights come in (H2D) and its gradients go out (D2H), and the host reads and writes its

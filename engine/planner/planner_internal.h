@@ -130,8 +130,8 @@ typedef struct planner_memory {
   } corrections[PLANNER_CORRECTIONS_MAX];
 } planner_memory;
 
-/* candidates.c. One list; or, where updates wait for a norm, one of those that wait until the next forward or behind the
- * backward, and one of those that happen in a second backward. Returns how many. */
+/* candidates.c. One list; or, where updates wait for a norm, one of those that wait until the next forward or behind
+ * the backward, and one of those that happen in a second backward. Returns how many. */
 uint32_t planner_list(const flap_planner *planner, planner_candidates lists_out[PLANNER_LISTS_MAX]);
 /* Layers of the tail: as many as are wanted, or the next number that leaves whole segments. */
 uint32_t planner_tail(const flap_planner *planner, uint32_t segment, uint32_t wanted);
