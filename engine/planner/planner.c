@@ -344,15 +344,10 @@ static flap_status best_of_list(const flap_planner *planner, const planner_candi
   *best = (planner_contender){.depth = 0};
   *costs = (flap_plan_costs){0};
   FLAP_TRY(planner_shortlist(planner, c, budgets, c->host_parts, list, &count, reach));
-  if (count == 0 || (c->limit_seconds > 0 && list[0].estimate > c->limit_seconds * PLANNER_WORTH_SIMULATING))
+  if (count == 0)
     return FLAP_OK;
   FLAP_TRY(planner_simulate_list(planner, c, budgets, list, count, PLANNER_SIMULATED, best, costs));
   return costs->step_seconds > 0 ? planner_refine(planner, c, budgets, list, count, best, costs) : FLAP_OK;
-}
-
-/* A second backward takes weights over the bus once more where gradients would have gone: it spares disks alone. */
-static bool needs_disk(const flap_plan_costs *costs) {
-  return costs->lane_bytes[FLAP_LANE_DISK_READ] > 0 || costs->lane_bytes[FLAP_LANE_DISK_WRITE] > 0;
 }
 
 static flap_status choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
@@ -363,7 +358,7 @@ static flap_status choose(const flap_planner *planner, const flap_budgets *budge
   const uint32_t count = planner_list(planner, lists);
   const planner_candidates *of = NULL;
   *costs_out = (flap_plan_costs){0};
-  for (uint32_t i = 0; i < count && (of == NULL || needs_disk(costs_out)); i++) {
+  for (uint32_t i = 0; i < count; i++) {
     planner_contender found;
     flap_plan_costs costs;
     const uint64_t transfers = planner->memory->transfers;
