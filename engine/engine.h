@@ -90,9 +90,10 @@ typedef struct flap_plan {
   double bound_seconds;                  /* machine bound, independent of the plan */
   uint64_t bound_bytes[FLAP_LANE_COUNT]; /* least bytes at these budgets */
   double bound_lane_seconds[FLAP_LANE_COUNT];
-  double bound_compute_seconds;
+  double bound_compute_seconds;                     /* with what it computes again rather than have it stored */
+  double bound_backward_seconds;                    /* of these, a backward: two thirds of what is computed once */
   double bound_copies_seconds, bound_disks_seconds; /* both ways at once; 0 where the rates are not known */
-  double bound_update_seconds;                      /* of an update that waits for the norm, before any backward */
+  double bound_update_seconds;                      /* of an update that waits for the norm, before the next step */
   double tokens_per_second;
   double unclipped_step_seconds; /* expected with max_grad_norm 0; 0: not planned, for it would hardly be another, or
                                     take long */
@@ -117,7 +118,8 @@ typedef struct flap_plan {
  * works. `trace_path` (or NULL): the file where the expected timeline of a step goes, in the form of trace.json. */
 FLAP_CHECKED flap_status flap_engine_plan(const flap_run_config *config, const char *trace_path, flap_plan *plan_out);
 
-/* From how many tokens a step on compute hides everything else. */
+/* From how many tokens a step on compute hides everything else: what a step with one backward computes, where that
+ * fits. */
 #define FLAP_KNEE_SHARE 0.9 /* of the step is then compute */
 #define FLAP_KNEE_MICRO_BATCHES_MAX 1024
 typedef struct flap_knee {

@@ -301,9 +301,9 @@ void flap_plot_roofline(FILE *out, const flap_machine *machine, const flap_plan 
   const uint32_t count = list_lanes(machine, plan, lanes);
   const bool f32 = plan != NULL && plan->dtype == FLAP_F32;
   const double peak = f32 ? machine->flops_f32 : machine->flops_bf16;
-  /* The products of the step: what the bound counts, at the rate that it counts with. */
-  const double work =
-      plan != NULL ? plan->bound_compute_seconds * (f32 ? plan->machine.flops_f32 : plan->machine.flops_bf16) : 0;
+  /* The products of the step, each once: what the bound counts, at the rate that it counts with. */
+  const double once_seconds = plan != NULL ? 1.5 * plan->bound_backward_seconds : 0;
+  const double work = plan != NULL ? once_seconds * (f32 ? plan->machine.flops_f32 : plan->machine.flops_bf16) : 0;
   const double reached = plan != NULL && plan->step_seconds > 0 ? work / plan->step_seconds : 0;
   double x_least = INFINITY, x_most = 0;
   for (uint32_t i = 0; i < count; i++) {

@@ -29,8 +29,8 @@ const char *flap_print_bound_lane(const flap_plan *plan) {
     longest = plan->bound_disks_seconds;
     name = "disk_read and disk_write together";
   }
-  if (plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3 > longest) {
-    longest = plan->bound_update_seconds + plan->bound_compute_seconds * 2 / 3;
+  if (plan->bound_update_seconds > 0 && plan->bound_update_seconds + plan->bound_backward_seconds > longest) {
+    longest = plan->bound_update_seconds + plan->bound_backward_seconds;
     name = "updates behind the norm, then the backward";
   }
   /* On lanes that share cores the bound is more than each of them: the cores themselves are what is busy. */
@@ -86,7 +86,8 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   const char *late = plan->sweep ? "in a sweep after the backward" : "folded into the next forward";
   const char *early = plan->backward_twice ? "in a second backward" : "in the backward";
   if (plan->backward_twice)
-    fputs("the first backward of a step is for the norm of its gradients alone, and none of them is stored\n", out);
+    fputs("the first backward of a step is for the norm of its gradients alone, which are computed again, not stored\n",
+          out);
   if (plan->backward_parts > 0 && plan->backward_parts < plan->part_count)
     fprintf(out, "update of %u of %u parts %s, of the others %s", plan->backward_parts, plan->part_count, early, late);
   else
@@ -372,6 +373,7 @@ static void add_costs(json_t *object, const flap_plan *plan) {
   set_number(object, "bound_compute_seconds", plan->bound_compute_seconds);
   set_number(object, "bound_copies_seconds", plan->bound_copies_seconds);
   set_number(object, "bound_disks_seconds", plan->bound_disks_seconds);
+  set_number(object, "bound_backward_seconds", plan->bound_backward_seconds);
   set_number(object, "bound_update_seconds", plan->bound_update_seconds);
   set_number(object, "unclipped_step_seconds", plan->unclipped_step_seconds);
   set_number(object, "tokens_per_second", plan->tokens_per_second);

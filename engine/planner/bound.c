@@ -140,8 +140,8 @@ static lane_times times_of(const flap_machine *machine, const uint64_t bytes[FLA
   return times;
 }
 
-/* Between the moment when the norm is known and the first backward behind it. The host's gradients may have gone out
- * before, and those of the others go nowhere. */
+/* Between the moment when the norm is known and the first backward of the next step. The host's gradients may have gone
+ * out before, and those of the others go nowhere. */
 static double update_seconds(const flap_bound_spec *spec, const step_work *work, shares of, const flap_bound *bound) {
   uint64_t moved[FLAP_LANE_COUNT];
   if (spec->needs_no_norm)
@@ -162,6 +162,7 @@ static flap_bound bound_with(const flap_bound_spec *spec, const step_work *work,
   const flap_machine *machine = spec->machine;
   const double flops = spec->shape.dtype == FLAP_F32 ? machine->flops_f32 : machine->flops_bf16;
   flap_bound bound = {0};
+  bound.backward_seconds = 2 * work->forward_flops / flops;
   bound.compute_seconds = (3 * work->forward_flops + flops_again(work, of.again)) / flops;
   compute_bytes(spec, work, of, &bound);
   const lane_times times = times_of(machine, bound.lane_bytes);
@@ -175,7 +176,7 @@ static flap_bound bound_with(const flap_bound_spec *spec, const step_work *work,
     bound.shared_seconds = bound.compute_seconds + copies / machine->shared_cores;
   }
   bound.seconds = fmax(fmax(bound.compute_seconds, bound.shared_seconds), times.seconds);
-  bound.seconds = fmax(bound.seconds, 2 * work->forward_flops / flops + bound.update_seconds);
+  bound.seconds = fmax(bound.seconds, bound.backward_seconds + bound.update_seconds);
   return bound;
 }
 

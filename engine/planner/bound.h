@@ -4,8 +4,8 @@
  * planner or pager, so that a poor plan cannot flatter itself.
  *
  * Compute. Forward and backward of all micro-batches: 3 times the forward's operations (a backward makes two products
- * for each of the forward's), at the matmul rate of the dtype. Recomputing activations, element-wise kernels and
- * launches are choices or details, so they count nothing.
+ * for each of the forward's), at the matmul rate of the dtype; and what is computed again, see below. Recomputing
+ * activations, element-wise kernels and launches are choices or details, so they count nothing.
  *
  * Bytes. Take the moment of a step when the norm is known. Every gradient is complete and rounded, and waits for
  * the clip coefficient; no state (weight or moment) has been updated yet. So state + gradients exist at once, and what
@@ -23,7 +23,7 @@
  * gradients that do so is the one with which the step can be shortest.
  *
  * Waiting for the norm. Where it is, no update begins before that moment, and no backward of the next step before a
- * forward went through all layers, with their new weights. So between that moment and the next backward all bytes that
+ * forward went through all layers, with their new weights. So between that moment and that backward all bytes that
  * lie outside come in (and are read); of the state, every byte of which has changed, what VRAM (and RAM) cannot hold
  * goes out (is written); and the host updates its share. The longest of these is update_seconds. The backward before
  * that moment, two thirds of compute, is all in front of it; the forward and what is computed again may be beside it.
@@ -64,9 +64,10 @@ typedef struct flap_bound_spec {
 } flap_bound_spec;
 
 typedef struct flap_bound {
-  double seconds; /* the largest of those below, and of update_seconds with the backward; infinite when bytes must go to
-                     a disk that the machine has not */
-  double compute_seconds;
+  double seconds; /* the largest of those below, and of backward_seconds and update_seconds together; infinite when
+                     bytes must go to a disk that the machine has not */
+  double compute_seconds;  /* what is computed again included */
+  double backward_seconds; /* of these, a backward; one and a half times as long takes what is computed once */
   double lane_seconds[FLAP_LANE_COUNT];
   double copies_seconds, disks_seconds; /* both ways of the bus, and of the disks; 0 where the rates are not known */
   double shared_seconds;                /* cpu device: the CPU work of compute and copies over the cores; else 0 */

@@ -15,27 +15,35 @@ typedef struct point {
 } point;
 
 typedef struct search {
-  const flap_run_config *config;
+  const flap_run_config *config, *given; /* with one backward alone; as the person gave it */
   void (*trying)(void *context, uint32_t micro_batches);
   void *context;
   uint32_t tries, most; /* micro-batches that can be planned with */
   flap_plan plan;       /* of the last try */
 } search;
 
-/* Plans a step of so many micro-batches. FLAP_BUDGET: they do not fit. */
-static flap_status plan_with(search *s, uint32_t micro_batches) {
+static flap_status plan_as(search *s, const flap_run_config *config, uint32_t micro_batches) {
   flap_prepared prepared;
-  s->tries++;
-  if (s->trying != NULL)
-    s->trying(s->context, micro_batches);
-  FLAP_TRY(flap_prepare_open(s->config, true, &prepared)); /* flap_engine_plan has told what there is to tell */
+  FLAP_TRY(flap_prepare_open(config, true, &prepared)); /* flap_engine_plan has told what there is to tell */
   const uint32_t most = flap_prepare_micro_batches_max(&prepared.model);
   s->most = most < FLAP_KNEE_MICRO_BATCHES_MAX ? most : FLAP_KNEE_MICRO_BATCHES_MAX;
-  const flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, s->config->per_device_train_batch_size,
-                                               s->config->cutoff_len, micro_batches, 0);
+  const flap_status status = flap_prepare_plan(&prepared, FLAP_MODE_TRAIN, config->per_device_train_batch_size,
+                                               config->cutoff_len, micro_batches, 0);
   s->plan = prepared.plan;
   flap_prepare_close(&prepared);
   return status;
+}
+
+/* Plans a step of so many micro-batches; for lack of room, with two backwards. FLAP_BUDGET: they do not fit. */
+static flap_status plan_with(search *s, uint32_t micro_batches) {
+  s->tries++;
+  if (s->trying != NULL)
+    s->trying(s->context, micro_batches);
+  const flap_status status = plan_as(s, s->config, micro_batches);
+  if (status != FLAP_BUDGET || s->config == s->given)
+    return status;
+  flap_error_clear();
+  return plan_as(s, s->given, micro_batches);
 }
 
 static bool is_hidden(const flap_plan *plan) {
@@ -143,17 +151,13 @@ static flap_status narrow(search *s, point low, point high, flap_knee *knee) {
 flap_status flap_engine_knee(const flap_run_config *config, void (*trying)(void *context, uint32_t micro_batches),
                              void *context, flap_knee *knee_out) {
   flap_run_config once = *config;
-  search s = {.config = &once, .trying = trying, .context = context};
+  search s = {.config = config, .given = config, .trying = trying, .context = context};
   *knee_out = (flap_knee){.tried_max = 1};
-  if (flap_run_config_needs_norm(config) && flap_run_config_update(&config->expert) == FLAP_UPDATE_AUTO)
+  if (flap_run_config_needs_norm(config) && flap_run_config_update(&config->expert) == FLAP_UPDATE_AUTO) {
     once.expert.update = FLAP_UPDATE_FOLD; /* what a second backward computes hides the disk, but is for nothing else */
-  flap_status status = plan_with(&s, 1);
-  if (status == FLAP_BUDGET && once.expert.update != config->expert.update) {
-    flap_error_clear();
-    s.config = config; /* for lack of room it takes two */
-    status = plan_with(&s, 1);
+    s.config = &once;
   }
-  FLAP_TRY(status);
+  FLAP_TRY(plan_with(&s, 1));
   note(&s.plan, knee_out);
   if (is_hidden(&s.plan)) {
     knee_out->micro_batches = 1;

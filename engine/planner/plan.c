@@ -159,6 +159,7 @@ static void describe_costs(const flap_prepared *p, flap_plan *plan) {
   plan->tokens_per_second = plan->step_seconds > 0 ? (double)plan->tokens_per_step / plan->step_seconds : 0;
   plan->bound_seconds = bound.seconds;
   plan->bound_compute_seconds = bound.compute_seconds;
+  plan->bound_backward_seconds = bound.backward_seconds;
   plan->bound_copies_seconds = bound.copies_seconds;
   plan->bound_disks_seconds = bound.disks_seconds;
   plan->bound_update_seconds = bound.update_seconds;
@@ -256,7 +257,8 @@ static flap_status write_trace(flap_prepared *p, const char *path) {
   return status;
 }
 
-/* Clipping holds back all updates until the norm is known, which costs nothing where a step computes all the time. */
+/* Clipping holds back all updates until the norm is known, which costs nothing where a step computes all the time what
+ * it would without, too. */
 static void plan_without_clipping(const flap_run_config *config, flap_plan *plan) {
   flap_run_config other = *config;
   flap_prepared prepared;
@@ -266,7 +268,8 @@ static void plan_without_clipping(const flap_run_config *config, flap_plan *plan
     transfers += plan->lane_bytes[lane] / plan->transfer_bytes;
   if (!flap_run_config_needs_norm(config) || flap_run_config_needs_norm(&other) ||
       flap_run_config_update(&config->expert) != FLAP_UPDATE_AUTO ||
-      plan->compute_seconds > WAITS_FOR_NOTHING * plan->step_seconds || transfers > TRANSFERS_PLANNED_TWICE)
+      (!plan->backward_twice && plan->compute_seconds > WAITS_FOR_NOTHING * plan->step_seconds) ||
+      transfers > TRANSFERS_PLANNED_TWICE)
     return;
   flap_status status = flap_prepare_open(&other, true, &prepared);
   if (status == FLAP_OK) {

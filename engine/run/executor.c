@@ -292,6 +292,7 @@ static flap_status losses(flap_executor *x, flap_executor_result *result) {
 
 /* The gradients are complete: their norm, the clip coefficient, and the scalars of the update. */
 static flap_status norm(flap_executor *x, flap_executor_result *result) {
+  x->knows_norm = true;
   FLAP_TRY(sum_losses(x, result));
   FLAP_TRY(flap_device_download(flap_ops_device(x->ops), x->host.block_squares, x->device.block_squares,
                                 x->layout->block_count * 4));
@@ -421,7 +422,8 @@ static uint64_t label_of(const flap_executor *x, const flap_op *op) {
   if (x->timed || (!stores && op->kind != FLAP_OP_ADAMW))
     return ((uint64_t)op->kind + 1) << 32 | op->index;
   const uint32_t part = x->layout->slices[op->index].part;
-  const bool updates = stores && flap_layout_in_backward(x->layout, part) && !flap_layout_is_host(x->layout, part);
+  const bool updates = stores && flap_layout_in_backward(x->layout, part) && !flap_layout_is_host(x->layout, part) &&
+                       (x->knows_norm || !x->layout->spec.backward_twice);
   return ((uint64_t)(updates ? FLAP_OP_ADAMW : op->kind) + 1) << 32 | part;
 }
 
@@ -551,6 +553,7 @@ flap_status flap_executor_run(flap_executor *x, const flap_executor_input *input
   const uint64_t first = x->has_update ? x->update_step : input->step + 1;
   x->input = input;
   x->scale = x->loss_scale.scale;
+  x->knows_norm = false;
   x->mode = FLAP_EXECUTE;
   *result_out = (flap_executor_result){.logits = x->host.logits};
   FLAP_TRY(upload(x, which));

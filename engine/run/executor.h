@@ -66,6 +66,7 @@ typedef struct flap_executor {
   uint64_t update_step;               /* whose update that is, from 1 */
   int32_t host_fault;                 /* as device.fault, of the host's updates */
   bool has_update, skips;             /* skips: the pending update is a skipped step's */
+  bool knows_norm;                    /* of the step in work */
   enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH, FLAP_EXECUTE_UPDATE } mode;
 } flap_executor;
 

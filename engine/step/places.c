@@ -39,9 +39,9 @@ static void enter_streaming(setup_class *c, const flap_layout_region *region) {
   c->slot_bytes = region->bytes > c->slot_bytes ? region->bytes : c->slot_bytes;
 }
 
-/* Residents that hold nothing for a part of a step: gradient sums in the forward, activations from their backward until
- * the next forward comes to them. Meanwhile their memory is for states that pass (pager.h, rings that borrow): those
- * that a forward begins with are loaded while the backward before it ends. */
+/* Residents that hold nothing for a part of a step: gradient sums in the forward, activations from their last
+ * backward until the next forward comes to them. Meanwhile their memory is for states that pass (pager.h, rings that
+ * borrow): those that a forward begins with are loaded while the backward before it ends. */
 static bool may_lend(int klass) {
   switch (klass) {
   case FLAP_CLASS_GRADIENT_SUMS:

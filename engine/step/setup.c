@@ -69,13 +69,11 @@ static flap_status build_layout(flap_setup *setup) {
   return FLAP_OK;
 }
 
-/* What any layout keeps of a part for good; gradients that are not needed for a norm may be used up where they come. */
+/* What any layout keeps of a part for good; gradients may be used up where they come. */
 static double kept_bytes(const flap_setup_spec *spec, flap_part kind, uint64_t elements) {
   const flap_state_format format = flap_layout_state_format(spec->shape.dtype, spec->optim, kind);
-  const bool training = spec->mode == FLAP_MODE_TRAIN, gradients = training && !spec->needs_no_norm;
-  return (double)elements *
-             (double)(flap_dtype_bytes(spec->shape.dtype) + (gradients ? flap_dtype_bytes(spec->gradient_dtype) : 0)) +
-         (training ? (double)flap_layout_state_bytes(&format, elements) : 0);
+  return (double)elements * (double)flap_dtype_bytes(spec->shape.dtype) +
+         (spec->mode == FLAP_MODE_TRAIN ? (double)flap_layout_state_bytes(&format, elements) : 0);
 }
 
 flap_status flap_setup_check_model(const flap_setup_spec *spec) {
@@ -95,8 +93,7 @@ flap_status flap_setup_check_model(const flap_setup_spec *spec) {
       "make it smaller%s",
       (unsigned long long)flap_model_parameters(spec->model),
       flap_units_format_bytes(bytes < 0x1p63 ? (uint64_t)bytes : (uint64_t)1 << 63, text, sizeof text),
-      spec->mode == FLAP_MODE_TRAIN ? "weights, states and gradients" : "weights",
-      (unsigned long long)(REGION_BYTES_MAX >> 40),
+      spec->mode == FLAP_MODE_TRAIN ? "weights and states" : "weights", (unsigned long long)(REGION_BYTES_MAX >> 40),
       spec->mode == FLAP_MODE_TRAIN && spec->optim != FLAP_OPTIM_ADAMW_8BIT ? ", or set optim: adamw_8bit" : "");
 }
 

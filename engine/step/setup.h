@@ -104,8 +104,8 @@ typedef struct flap_setup {
   uint64_t disk_bytes;                 /* rounded up to whole stripes */
 } flap_setup;
 
-/* FLAP_INVALID for a model whose weights, states and gradients alone are more than can be planned with. Uses model,
- * shape, mode, optim, gradient_dtype and needs_no_norm. */
+/* FLAP_INVALID for a model whose weights and states alone are more than can be planned with. Uses model, shape, mode
+ * and optim. */
 FLAP_CHECKED flap_status flap_setup_check_model(const flap_setup_spec *spec);
 /* FLAP_NO_MEMORY, or FLAP_BUDGET for more bytes than any budget could hold. After a failure there is nothing to close.
  */

@@ -77,6 +77,7 @@ static void fill_plan(const flap_run_config *config, flap_plan *plan) {
   }
   plan->compute_seconds = 0.5;
   plan->bound_compute_seconds = 0.45;
+  plan->bound_backward_seconds = 0.3;
   plan->bound_seconds = 0.45;
   plan->step_seconds = 0.5;
   plan->tokens_per_second = 4096;

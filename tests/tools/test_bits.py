@@ -95,10 +95,8 @@ CASES = {
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
     "both a second backward": ["expert.update=backward"],
-    "half a second backward, evaluated between": ["expert.update=backward", "eval_strategy=steps", "eval_steps=3"],
-    "device a second backward, half by the host": ["expert.update=backward", "expert.optimizer=split"],
-    "both a second backward, groups of 2, segments of 2": ["expert.update=backward", "expert.group_micro_batches=2",
-                                                           "expert.segment_layers=2"],
+    "half a second backward, half by the host, evaluated between": ["expert.update=backward", "expert.optimizer=split",
+                                                                    "eval_strategy=steps", "eval_steps=3"],
 }
 BACKWARD = {  # where nothing is clipped
     "roomy": [], "both": [], "half": [], "device": [],
