@@ -95,8 +95,8 @@ CASES = {
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
     "both a second backward": ["expert.update=backward"],
-    "half a second backward, half by the host, evaluated between": ["expert.update=backward", "expert.optimizer=split",
-                                                                    "eval_strategy=steps", "eval_steps=3"],
+    "device a second backward, half by the host, evaluated between": ["expert.update=backward", "expert.optimizer=split",
+                                                                      "eval_strategy=steps", "eval_steps=3"],
 }
 BACKWARD = {  # where nothing is clipped
     "roomy": [], "both": [], "half": [], "device": [],

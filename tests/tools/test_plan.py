@@ -38,8 +38,8 @@ machine: rtx4090-64g-1nvme
     def test_plan_for_a_machine_that_is_not_here(self):
         self.write("large.yaml", self.LARGE)
         start = time.monotonic()
-        plan = json.loads(self.accept("plan", "large.yaml", "--json"))
-        self.assertLess(time.monotonic() - start, 60)  # two seconds on an idle machine; sanitizers take longer
+        plan = json.loads(self.accept("plan", "large.yaml", "expert.update=fold", "--json"))  # one way: the others are planned elsewhere
+        self.assertLess(time.monotonic() - start, 60)  # a few seconds on an idle machine; sanitizers take longer
         self.assertEqual(plan["device"], "cuda")
         self.assertEqual(plan["device_name"], "RTX 4090 24 GB, 64 GiB RAM, 1 NVMe")
         self.assertGreater(plan["parameters"], 13e9)
