@@ -271,8 +271,14 @@ static void leave_tail(program_builder *b, uint32_t first, uint32_t end, const t
   leave_layers(b, first, end, false);
 }
 
-static flap_lease_mode last_use(const program_builder *b) {
-  return b->keeps_inputs ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
+/* Inputs of segments that the forward left for the first of two backwards serve the second, where all micro-batches
+ * have theirs; else that takes another forward. */
+static bool shares_inputs(const program_builder *b) {
+  return b->layout->spec.group_micro_batches == b->layout->spec.micro_batches;
+}
+
+static flap_lease_mode input_mode(const program_builder *b) {
+  return b->backward == PROGRAM_BACKWARD_FIRST && shares_inputs(b) ? FLAP_LEASE_READ : FLAP_LEASE_CONSUME;
 }
 
 /* The last segment, final norm, logits and loss; in a step also their backward. Each micro-batch goes there and back at
@@ -288,7 +294,7 @@ static void tail(program_builder *b, micro_batch_range range, bool update) {
   const bool finishes = step && range.last_group;
   for (uint32_t i = range.first; i < range.end; i++) {
     const bool fresh = range.first_group && i == range.first, last = finishes && i + 1 == range.end;
-    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), last_use(b));
+    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), input_mode(b));
     const flap_operand x_out = program_pin(b, flap_layout_boundary(b->layout, segment + 1, i), FLAP_LEASE_SCRATCH);
     pin_saved(b, segment, i, FLAP_LEASE_SCRATCH);
     forward_layers(b, segment, i, x_in, x_out, step);
@@ -320,21 +326,21 @@ static void save_again(program_builder *b, uint32_t segment, uint32_t micro_batc
 
 /* Backward of a segment but the last, micro-batch by micro-batch. */
 static void backward_segment(program_builder *b, uint32_t segment, micro_batch_range range) {
+  const bool anew = b->backward == PROGRAM_BACKWARD_SECOND && shares_inputs(b);
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
-    const bool updates =
-        range.last_group && !b->measures && program_in_backward(b, part) && !flap_layout_is_host(b->layout, part);
+    const bool updates = range.last_group && program_pass_updates(b, part);
     b->weights[layer - first] =
         program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
     b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = program_pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
-    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), last_use(b));
-    pin_saved(b, segment, i, b->begins_anew ? FLAP_LEASE_SCRATCH : FLAP_LEASE_CONSUME);
-    const bool again = b->begins_anew && b->saved[0] != NONE; /* segments save as a whole */
+    const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), input_mode(b));
+    pin_saved(b, segment, i, anew ? FLAP_LEASE_SCRATCH : FLAP_LEASE_CONSUME);
+    const bool again = anew && b->saved[0] != NONE; /* segments save as a whole */
     if (again)
       save_again(b, segment, i, x_in);
     else if (b->saved[0] == NONE)
@@ -361,8 +367,9 @@ static void embed_backward(program_builder *b) {
     program_unpin(b, dx);
     program_rounded_share(b, i, b->layout->spec.micro_batches);
   }
-  const bool updates = !b->measures && program_in_backward(b, 0) && !flap_layout_is_host(b->layout, 0);
-  program_finish_part(b, 0, sums, updates ? program_pin(b, program_part_of(b, 0)->weights, FLAP_LEASE_UPDATE) : NONE);
+  program_finish_part(b, 0, sums,
+                      program_pass_updates(b, 0) ? program_pin(b, program_part_of(b, 0)->weights, FLAP_LEASE_UPDATE)
+                                                 : NONE);
 }
 
 static void sweep(program_builder *b) {
@@ -374,15 +381,15 @@ static void sweep(program_builder *b) {
 
 /* ---- whole programs -------------------------------------------------------------------------------------- */
 
-/* All groups there and back. `begun`: the forward's results are still there. */
-static void pass_groups(program_builder *b, bool pending, bool begun) {
+/* All groups there and back. */
+static void pass_groups(program_builder *b, bool pending) {
   const uint32_t n = b->layout->spec.micro_batches, group = b->layout->spec.group_micro_batches;
   for (uint32_t first = 0; first < n; first += group) {
     micro_batch_range range = {.first = first, .end = first + group < n ? first + group : n};
     range.first_group = first == 0;
     range.last_group = b->last_group = range.end == n;
     const bool update = pending && range.first_group;
-    if (!begun)
+    if (b->backward != PROGRAM_BACKWARD_SECOND || !shares_inputs(b))
       forward(b, range, update);
     tail(b, range, update);
     for (uint32_t segment = b->layout->segment_count - 1; segment-- > 0;)
@@ -391,28 +398,16 @@ static void pass_groups(program_builder *b, bool pending, bool begun) {
   embed_backward(b);
 }
 
-static void find_norm(program_builder *b) {
-  OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
-}
-
-/* Inputs of segments that the forward left for the first of two backwards serve the second, where all micro-batches
- * have theirs. */
 static void build_step(program_builder *b) {
-  const flap_layout_spec *spec = &b->layout->spec;
-  const bool one_group = spec->group_micro_batches == spec->micro_batches;
+  const bool twice = b->layout->spec.backward_twice;
   if (b->spec->pending)
     program_update_on_host(b);
-  if (spec->backward_twice) {
-    b->measures = true;
-    b->keeps_inputs = one_group;
-    pass_groups(b, b->spec->pending, false);
-    find_norm(b);
-    b->measures = b->keeps_inputs = false;
-    b->begins_anew = one_group;
-    pass_groups(b, false, one_group);
-  } else {
-    pass_groups(b, b->spec->pending, false);
-    find_norm(b);
+  b->backward = twice ? PROGRAM_BACKWARD_FIRST : PROGRAM_BACKWARD_ONLY;
+  pass_groups(b, b->spec->pending);
+  OP(b, FLAP_OP_NORM, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE);
+  if (twice) {
+    b->backward = PROGRAM_BACKWARD_SECOND;
+    pass_groups(b, false);
   }
   b->program->before_sweep = b->program->lease_count;
   if (b->spec->sweep)

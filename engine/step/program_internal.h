@@ -35,10 +35,11 @@ typedef struct program_builder {
    * order: at most as many as there are places for rounded gradients. */
   program_rounded *rounded;
   uint32_t rounded_count, rounded_done;
-  bool last_group;   /* of micro-batches, in work */
-  bool measures;     /* the first of two backwards is listed: gradients are there for their norm alone */
-  bool keeps_inputs; /* and inputs of segments are needed once more */
-  bool begins_anew;  /* the second is listed: of what the forward left only they are there */
+  bool last_group; /* of micro-batches, in work */
+  /* The backward in work: the only one; the first of two, whose gradients are there for their norm alone; or the
+   * second.
+   */
+  enum { PROGRAM_BACKWARD_ONLY, PROGRAM_BACKWARD_FIRST, PROGRAM_BACKWARD_SECOND } backward;
   uint32_t hidden_buffers;
 } program_builder;
 
@@ -70,6 +71,8 @@ static inline uint32_t program_head_part(const program_builder *b) {
   return b->layout->part_count - 1;
 }
 bool program_in_backward(const program_builder *b, uint32_t part);
+/* By the device, and in the backward in work. */
+bool program_pass_updates(const program_builder *b, uint32_t part);
 /* On the device, in the forward of the next step. */
 bool program_folds(const program_builder *b, uint32_t part);
 /* A segment's parts, one behind the other: its layers, and with the last segment the head. */

@@ -6,6 +6,10 @@ bool program_in_backward(const program_builder *b, uint32_t part) {
   return flap_layout_in_backward(b->layout, part);
 }
 
+bool program_pass_updates(const program_builder *b, uint32_t part) {
+  return b->backward != PROGRAM_BACKWARD_FIRST && program_in_backward(b, part) && !flap_layout_is_host(b->layout, part);
+}
+
 bool program_folds(const program_builder *b, uint32_t part) {
   return !flap_layout_is_host(b->layout, part) && !program_in_backward(b, part);
 }
@@ -72,9 +76,8 @@ static flap_operand pin_part(program_builder *b, uint32_t part, bool update) {
   const bool stays =
       part == program_head_part(b) ||
       (part > 0 && flap_layout_segment_of(layout, program_part_of(b, part)->layer) + 1 == layout->segment_count);
-  const bool changes = program_folds(b, part)
-                           ? update
-                           : step && stays && b->last_group && !b->measures && !flap_layout_is_host(layout, part);
+  const bool changes =
+      program_folds(b, part) ? update : step && stays && b->last_group && program_pass_updates(b, part);
   return program_pin(b, program_part_of(b, part)->weights, changes ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
 }
 
@@ -163,12 +166,12 @@ static void measure_part(program_builder *b, uint32_t part, flap_operand sums, f
 }
 
 void program_finish_part(program_builder *b, uint32_t part, flap_operand sums, flap_operand weights) {
-  if (b->measures) {
+  if (b->backward == PROGRAM_BACKWARD_FIRST) {
     measure_part(b, part, sums, weights);
     return;
   }
   const flap_layout_part *p = program_part_of(b, part);
-  const bool host = flap_layout_is_host(b->layout, part), updates = program_in_backward(b, part) && !host;
+  const bool host = flap_layout_is_host(b->layout, part), updates = program_pass_updates(b, part);
   const bool later = updates && b->layout->spec.spread && part > 0; /* behind the embedding there is no segment */
   if (!updates)
     store_part(b, part, sums);

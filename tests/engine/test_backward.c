@@ -39,6 +39,18 @@ static void build(const rig_model *model, const flap_choice *choice, flap_setup 
   rig_close(&rig);
 }
 
+/* The same model, its parts updated in the next forward, and in the backward. */
+static void build_both(const rig_model *model, bool spread, flap_setup *folded_out, flap_setup *setup_out) {
+  flap_choice choice = rig_choice_streaming(model, false);
+  choice.segment_layers = 1;
+  choice.slice_elements = 2 * FLAP_OPS_BLOCK;
+  build(model, &choice, folded_out);
+  choice = in_backward(choice, spread);
+  build(model, &choice, setup_out);
+  ck_assert(flap_setup_folds(folded_out) && !flap_setup_folds(setup_out));
+  ck_assert_uint_eq(setup_out->classes[FLAP_CLASS_GRADIENTS].bytes, 0);
+}
+
 /* No gradient goes home, so that a step moves just that much less than a folded one; weights once more, for the
  * embedding, whose gradient is complete long after its weights were of use. */
 START_TEST(gradients_do_not_pass_the_bus) {
@@ -46,16 +58,9 @@ START_TEST(gradients_do_not_pass_the_bus) {
   flap_setup folded, setup;
   uint64_t before[FLAP_LANE_COUNT], moved[FLAP_LANE_COUNT], gradients = 0;
   make_model(&model);
-  flap_choice choice = rig_choice_streaming(&model, false);
-  choice.segment_layers = 1;
-  choice.slice_elements = 2 * FLAP_OPS_BLOCK;
-  build(&model, &choice, &folded);
-  choice = in_backward(choice, _i == 1);
-  build(&model, &choice, &setup);
-  ck_assert(flap_setup_folds(&folded) && !flap_setup_folds(&setup));
+  build_both(&model, _i == 1, &folded, &setup);
   ck_assert_int_eq(setup.steady, FLAP_SETUP_SINGLE);
   ck_assert_double_gt(folded.traffic[FLAP_CLASS_GRADIENTS], 0);
-  ck_assert_uint_eq(setup.classes[FLAP_CLASS_GRADIENTS].bytes, 0);
   const flap_program *steady = &folded.programs[folded.steady], *single = &setup.programs[setup.steady];
   flap_pager_predict(&folded.pager, steady->leases, steady->lease_count, before);
   flap_pager_predict(&setup.pager, single->leases, single->lease_count, moved);
@@ -76,15 +81,8 @@ START_TEST(a_second_backward_stores_no_gradient_either) {
   flap_setup folded, setup;
   make_model(&model);
   model.options.max_grad_norm = 1;
-  flap_choice choice = rig_choice_streaming(&model, false);
-  choice.segment_layers = 1;
-  choice.slice_elements = 2 * FLAP_OPS_BLOCK;
-  build(&model, &choice, &folded);
-  choice = in_backward(choice, _i == 1);
-  build(&model, &choice, &setup);
+  build_both(&model, _i == 1, &folded, &setup);
   ck_assert(!folded.layout.spec.backward_twice && setup.layout.spec.backward_twice);
-  ck_assert(flap_setup_folds(&folded) && !flap_setup_folds(&setup));
-  ck_assert_uint_eq(setup.classes[FLAP_CLASS_GRADIENTS].bytes, 0);
   ck_assert_double_eq(setup.traffic[FLAP_CLASS_STATES], folded.traffic[FLAP_CLASS_STATES]);
   /* A forward, a backward, and an update there and back; the tail's forward is that of its backward. */
   ck_assert_double_eq_tol(setup.traffic[FLAP_CLASS_WEIGHTS], (4.0 * (LAYERS - 1) + 3) / LAYERS, 1e-9);
