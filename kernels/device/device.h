@@ -120,8 +120,8 @@ void flap_device_sim_kernel(flap_device *device, double flops, double bytes, boo
 void flap_device_sim_work(flap_device *device, uint64_t ns);
 /* sim: copies that are enqueued from here on take so many times as long; 1: as long. */
 void flap_device_sim_slow_copies(flap_device *device, double times);
-/* Busy time of a stream so far, ns: virtual in sim, measured elsewhere (for cpu compute: as told by
- * flap_device_note_compute). */
+/* Busy time of a stream so far, ns: virtual in sim, measured elsewhere (cpu compute: as told by
+ * flap_device_note_compute; cuda compute: of what bears a label). */
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);
 void flap_device_note_compute(flap_device *device, uint64_t ns);
 

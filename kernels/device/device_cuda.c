@@ -2,17 +2,18 @@
  * end.
  *
  * 1. What is launched goes straight into CUDA's streams; CUDA's events order them. A flap_event is one CUDA event,
- * whose rules are the same: recording it again moves it, waits that were asked for earlier stay.
- * 2. What somebody wants to hear of (a copy's times, a notify, how long the compute stream was busy) takes a slot in
- * the stream's lane, with timing events of its own. The lane's thread sleeps until each slot's end event is complete,
- * in order, and reports it. It only reports: no stream ever waits for it.
+ *    whose rules are the same: recording it again moves it, waits that were asked for earlier stay.
+ * 2. What somebody wants to hear of (a copy's times, a notify, when labelled work ran) takes a slot in the stream's
+ *    lane, with events of its own. The lane's thread waits until each slot's end event is complete, in order, and
+ *    reports it. It only reports: no stream ever waits for it.
  * 3. A lane's lock is never held during a CUDA call, a notify or a trace.
- * 4. The compute stream's busy time is the sum of intervals. An interval opens with the first launch after the last one
- *    was closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
- *    when the label changes.
+ * 4. Labelled work of the compute stream is timed in intervals. One opens with the first launch after the last one was
+ *    closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
+ *    when the label changes. Other work is not timed, for that would take longer than to launch what a slice needs.
  * 5. Of events by which threads can sleep (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of
  *    launches 1,001; the next record or launch blocks its thread until the stream moves on, which is milliseconds. So
- * only the ends of slots are such events, and flap_device_limit_ahead keeps both far from that.
+ *    only ends of slots are such events, of the compute stream's at most SLEEPERS_MAX at a time: its thread looks at
+ *    others every POLL_NS. flap_device_limit_ahead keeps all that stands there far from the other number.
  * 6. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
@@ -36,13 +37,16 @@
 #define STAGES 8u        /* pinned buffers that uploads and downloads pass through */
 #define STAGE_BYTES ((uint64_t)256 << 10)
 #define CAPABILITY_MIN 80u
-#define MARKS_MAX 32u /* slots of the compute stream that are not over, where its thread limits itself */
-#define POLL_NS 20000 /* an event that nobody sleeps by is looked at so often */
+#define SLEEPERS_MAX 24u /* slots of the compute stream that are not over and whose end wakes the lane's thread */
+#define MARKED_MAX 16u   /* things on the compute stream behind its last slot, where its thread limits itself */
+#define POLL_NS 20000    /* an event that nobody sleeps by is looked at so often */
 
 typedef struct slot {
-  cudaEvent_t start, end; /* start: only where `timed` */
-  uint64_t bytes;         /* of a copy; of the compute stream the label */
-  uint64_t things;        /* of the compute stream: how many stood on it in all up to here */
+  cudaEvent_t start;   /* only where `timed` */
+  cudaEvent_t ends[2]; /* a thread can sleep by the second */
+  bool sleeps;         /* which of them is recorded */
+  uint64_t bytes;      /* of a copy; of the compute stream the label */
+  uint64_t things;     /* of the compute stream: how many stood on it in all up to here */
   bool timed, notify;
 } slot;
 
@@ -61,6 +65,7 @@ typedef struct lane {
   uint64_t launched;    /* under lock; slot n is at n % RING_SLOTS */
   uint64_t completed;   /* under lock */
   uint64_t things_over; /* under lock; of the compute stream: those up to the last slot that completed */
+  uint64_t sleepers;    /* under lock; slots that are not over by whose end the thread sleeps */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
   slot *copying;        /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
@@ -146,6 +151,15 @@ static slot *lane_take(lane *l) {
   return s;
 }
 
+/* Of the compute stream all but a few are only looked at. */
+static void record_end(lane *l, slot *s) {
+  pthread_mutex_lock(&l->lock);
+  s->sleeps = l->stream != FLAP_STREAM_COMPUTE || l->sleepers < SLEEPERS_MAX;
+  l->sleepers += s->sleeps;
+  pthread_mutex_unlock(&l->lock);
+  check(l->device, "cannot record an event", cudaEventRecord(s->ends[s->sleeps], l->cuda));
+}
+
 static void lane_put(lane *l) {
   pthread_mutex_lock(&l->lock);
   l->launched++;
@@ -161,6 +175,10 @@ static void lane_drain(lane *l) {
   pthread_mutex_unlock(&l->lock);
 }
 
+static cudaEvent_t end_of(const slot *s) {
+  return s->ends[s->sleeps];
+}
+
 static uint64_t elapsed_ns(cudaEvent_t from, cudaEvent_t to) {
   float milliseconds = 0;
   if (cudaEventElapsedTime(&milliseconds, from, to) != cudaSuccess || !(milliseconds > 0))
@@ -172,9 +190,9 @@ static uint64_t elapsed_ns(cudaEvent_t from, cudaEvent_t to) {
  * good for short ones: a slot that the thread had to wait for ended now, one that it found complete is measured from
  * the one before. */
 static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
-  uint64_t now = flap_units_now_ns(), ended = now, took = elapsed_ns(s->start, s->end);
+  uint64_t now = flap_units_now_ns(), ended = now, took = elapsed_ns(s->start, end_of(s));
   if (!waited && l->last_timed != 0 && l->last_timed + 1 == number) {
-    uint64_t by_distance = l->ended_ns + elapsed_ns(l->ring[l->last_timed % RING_SLOTS].end, s->end);
+    uint64_t by_distance = l->ended_ns + elapsed_ns(end_of(&l->ring[l->last_timed % RING_SLOTS]), end_of(s));
     ended = by_distance < now ? by_distance : now;
   }
   uint64_t started = ended - (took < ended ? took : ended);
@@ -191,10 +209,19 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
   }
 }
 
+static cudaError_t wait_for_end(const slot *s) {
+  const struct timespec pause = {.tv_nsec = POLL_NS};
+  if (s->sleeps)
+    return cudaEventSynchronize(end_of(s));
+  cudaError_t error;
+  while ((error = cudaEventQuery(end_of(s))) == cudaErrorNotReady)
+    (void)nanosleep(&pause, NULL);
+  return error;
+}
+
 static void report(lane *l, uint64_t number, const slot *s) {
-  bool waited = cudaEventQuery(s->end) == cudaErrorNotReady;
-  if (check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", cudaEventSynchronize(s->end)) &&
-      s->timed)
+  const bool waited = s->timed && cudaEventQuery(end_of(s)) == cudaErrorNotReady;
+  if (check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", wait_for_end(s)) && s->timed)
     report_times(l, number, s, waited);
   if (s->notify)
     l->device->base.config.notify(l->device->base.config.notify_context);
@@ -215,6 +242,7 @@ static void *lane_main(void *context) {
     pthread_mutex_lock(&l->lock);
     l->completed = number;
     l->things_over = s->things;
+    l->sleepers -= s->sleeps;
     pthread_cond_broadcast(&l->moved);
   }
   pthread_mutex_unlock(&l->lock);
@@ -228,7 +256,8 @@ static flap_status lane_open(cuda_device *device, flap_stream stream) {
   FLAP_TRY(status_of("cannot make a stream", cudaStreamCreateWithFlags(&l->cuda, cudaStreamNonBlocking)));
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
     FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventDefault)));
-    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].end, cudaEventBlockingSync)));
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[0], cudaEventDefault)));
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[1], cudaEventBlockingSync)));
   }
   int error = pthread_mutex_init(&l->lock, NULL);
   l->lock_made = error == 0;
@@ -266,8 +295,9 @@ static void lane_close(lane *l) {
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
     if (l->ring[i].start)
       (void)cudaEventDestroy(l->ring[i].start);
-    if (l->ring[i].end)
-      (void)cudaEventDestroy(l->ring[i].end);
+    for (int k = 0; k < 2; k++)
+      if (l->ring[i].ends[k])
+        (void)cudaEventDestroy(l->ring[i].ends[k]);
   }
   if (l->cuda)
     (void)cudaStreamDestroy(l->cuda);
@@ -280,8 +310,9 @@ void *flap_device_cuda_compute(flap_device *base) {
   cuda_device *device = self(base);
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
   device->things++;
-  if (!device->interval_open) {
+  if (!device->interval_open && device->label != 0) {
     device->interval_open = true;
+    device->things++;
     check(device, "cannot record an event", cudaEventRecord(lane_take(l)->start, l->cuda));
   }
   return l->cuda;
@@ -296,7 +327,7 @@ static void put_mark(cuda_device *device, bool notify) {
   s->bytes = device->label;
   s->things = device->things_marked = ++device->things;
   device->interval_open = false;
-  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  record_end(l, s);
   lane_put(l);
 }
 
@@ -315,15 +346,14 @@ static void cuda_label_compute(flap_device *base, uint64_t label) {
 
 /* Whether more than so many quarters of what may stand on the compute stream do. Under the lane's lock. */
 static bool is_ahead(const cuda_device *device, const lane *l, uint64_t quarters) {
-  return device->things - l->things_over > FLAP_DEVICE_AHEAD_MAX / 4 * quarters ||
-         l->launched - l->completed > MARKS_MAX / 4 * quarters;
+  return device->things - l->things_over > FLAP_DEVICE_AHEAD_MAX / 4 * quarters;
 }
 
 /* How far the stream has come is known at its marks: some are made for this where there are none. */
 static void cuda_limit_ahead(flap_device *base) {
   cuda_device *device = self(base);
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
-  if (device->things - device->things_marked > FLAP_DEVICE_AHEAD_MAX / MARKS_MAX)
+  if (device->things - device->things_marked > MARKED_MAX)
     put_mark(device, false);
   pthread_mutex_lock(&l->lock);
   if (is_ahead(device, l, 4))
@@ -467,7 +497,7 @@ static bool end_copy(lane *l, bool notify) {
     return false;
   l->copying = NULL;
   s->notify = notify;
-  check(l->device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  record_end(l, s);
   lane_put(l);
   return true;
 }
@@ -503,7 +533,7 @@ static void cuda_event_record(flap_device *base, flap_event event, flap_stream s
   slot *s = lane_take(l);
   s->timed = false;
   s->notify = true;
-  check(device, "cannot record an event", cudaEventRecord(s->end, l->cuda));
+  record_end(l, s);
   lane_put(l);
 }
 

@@ -235,6 +235,33 @@ START_TEST(whoever_limits_himself_is_never_far_ahead) {
 }
 END_TEST
 
+/* The slices of an optimizer, say, launched while a layer is computed before them: with a notify behind each, more than
+ * CUDA lets wait by which threads can sleep. */
+START_TEST(slices_are_launched_while_what_is_before_them_runs) {
+  enum { LONG = 64, SLICES = 100 };
+  flap_device *device = open_device(VRAM, LONG + SLICES);
+  unsigned char *arena = flap_device_arena(device, NULL);
+  for (uint32_t round = 0; round < 3; round++) {
+    const uint32_t before = atomic_load(&notifies);
+    synchronize(device);
+    for (uint32_t i = 0; i < LONG; i++) { /* 0.2 ms each */
+      flap_device_limit_ahead(device);
+      flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 256 * MIB, arena, 256 * MIB);
+    }
+    flap_device_event_record(device, 0, FLAP_STREAM_COMPUTE, false);
+    for (uint32_t i = 0; i < SLICES; i++) {
+      flap_device_limit_ahead(device);
+      flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + i * MIB, arena + 256 * MIB, MIB);
+      flap_device_event_record(device, 1 + i, FLAP_STREAM_COMPUTE, true);
+    }
+    ck_assert(!flap_device_event_done(device, 0));
+    synchronize(device);
+    ck_assert_uint_eq(atomic_load(&notifies) - before, SLICES);
+  }
+  flap_device_close(device);
+}
+END_TEST
+
 START_TEST(trace_hears_of_every_copy_at_plausible_times) {
   flap_device *device = open_device(VRAM, 2);
   unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 256 * MIB);
@@ -259,9 +286,13 @@ START_TEST(trace_hears_of_every_copy_at_plausible_times) {
 }
 END_TEST
 
-START_TEST(compute_busy_time_leaves_out_what_it_waits_for) {
+START_TEST(compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_for) {
   flap_device *device = open_device(VRAM, 4);
   unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 512 * MIB);
+  flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 600 * MIB, arena, MIB);
+  synchronize(device);
+  ck_assert_uint_eq(flap_device_busy_ns(device, FLAP_STREAM_COMPUTE), 0);
+  flap_device_label_compute(device, 1);
   for (uint32_t i = 0; i < 4; i++) {
     flap_device_copy(device, FLAP_STREAM_H2D, arena, host, 512 * MIB); /* milliseconds */
     flap_device_event_record(device, i, FLAP_STREAM_H2D, false);
@@ -466,8 +497,9 @@ int main(void) {
   tcase_add_test(tests, notify_comes_once_for_each_recording_after_its_event);
   tcase_add_test(tests, ring_end_blocks_and_loses_nothing);
   tcase_add_test(tests, whoever_limits_himself_is_never_far_ahead);
+  tcase_add_test(tests, slices_are_launched_while_what_is_before_them_runs);
   tcase_add_test(tests, trace_hears_of_every_copy_at_plausible_times);
-  tcase_add_test(tests, compute_busy_time_leaves_out_what_it_waits_for);
+  tcase_add_test(tests, compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_for);
   tcase_add_test(tests, error_sticks_and_nobody_waits_for_ever);
   tcase_add_test(tests, random_programs_equal_the_sequential_model);
   suite_add_tcase(suite, tests);
