@@ -1,6 +1,7 @@
 #include "engine/planner/planner.h"
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/pool.h"
 #include "base/units.h"
 #include "engine/planner/planner_internal.h"
@@ -350,32 +351,97 @@ static flap_status best_of_list(const flap_planner *planner, const planner_candi
   return costs->step_seconds > 0 ? planner_refine(planner, c, budgets, list, count, best, costs) : FLAP_OK;
 }
 
-static flap_status choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
-                          flap_plan_costs *costs_out) {
-  planner_candidates lists[PLANNER_LISTS_MAX];
-  planner_contender best = {.depth = 0};
-  planner_reach reach = PLANNER_NO_VRAM;
-  const uint32_t count = planner_list(planner, lists);
-  const planner_candidates *of = NULL;
-  *costs_out = (flap_plan_costs){0};
+flap_status planner_search(const flap_planner *planner, planner_candidates *lists, uint32_t count,
+                           const flap_budgets *budgets, double limit_seconds, planner_found *found_out,
+                           planner_reach *reach) {
+  *found_out = (planner_found){.list = NULL};
   for (uint32_t i = 0; i < count; i++) {
-    planner_contender found;
-    flap_plan_costs costs;
+    planner_found one = {.list = &lists[i]};
     const uint64_t transfers = planner->memory->transfers;
     memset(planner->memory, 0, sizeof *planner->memory); /* of other candidates */
     planner->memory->transfers = transfers;
     planner->memory->transfers_max = PLANNER_TRANSFERS_ALL / count * (i + 1);
-    lists[i].limit_seconds = costs_out->step_seconds;
-    FLAP_TRY(best_of_list(planner, &lists[i], budgets, &found, &costs, &reach));
-    if (costs.step_seconds <= 0 || (of != NULL && costs.step_seconds >= costs_out->step_seconds * PLANNER_TWICE_GAIN))
-      continue;
-    of = &lists[i];
-    best = found;
-    *costs_out = costs;
+    lists[i].limit_seconds = found_out->list != NULL ? found_out->costs.step_seconds : limit_seconds;
+    FLAP_TRY(best_of_list(planner, &lists[i], budgets, &one.contender, &one.costs, reach));
+    if (one.costs.step_seconds > 0 &&
+        (found_out->list == NULL || one.costs.step_seconds < found_out->costs.step_seconds * PLANNER_TWICE_GAIN))
+      *found_out = one;
   }
-  if (of == NULL)
+  return FLAP_OK;
+}
+
+/* Rates of lanes, and what a plan comes to with each. */
+typedef struct rated {
+  flap_machine machine;
+  flap_op_times times;
+  flap_plan_costs costs;
+} rated;
+
+#define RATED 3 /* as they are, and less by half of the reserve and by all of it */
+
+static flap_status simulate_rated(const flap_planner *planner, const flap_budgets *budgets, const planner_found *found,
+                                  rated rates[RATED], double *seconds_out) {
+  flap_setup setup;
+  planner_reach reach = PLANNER_NO_VRAM;
+  flap_status status = FLAP_OK;
+  *seconds_out = 0;
+  FLAP_TRY(planner_settle(planner, found->list, found->contender.s, budgets, found->contender.depth, &setup, &reach));
+  for (int i = 0; i < RATED && status == FLAP_OK; i++) {
+    flap_planner other = *planner;
+    other.machine = &rates[i].machine;
+    other.times = &rates[i].times;
+    status = planner_simulate(&other, budgets, &setup, &rates[i].costs);
+    *seconds_out += rates[i].costs.step_seconds / RATED;
+  }
+  flap_setup_close(&setup);
+  return status;
+}
+
+/* Searches once more, for slower lanes. What that finds is the plan if it is better on average. */
+static flap_status search_with_reserve(const flap_planner *planner, planner_candidates *lists, uint32_t count,
+                                       const flap_budgets *budgets, planner_found *best) {
+  rated rates[RATED];
+  planner_found found;
+  planner_reach reach = PLANNER_NO_VRAM;
+  double best_seconds, found_seconds;
+  for (int i = 0; i < RATED; i++)
+    planner_hold_back(planner->machine, planner->times, 1 - PLANNER_RESERVE * i / (RATED - 1), &rates[i].machine,
+                      &rates[i].times);
+  FLAP_TRY(simulate_rated(planner, budgets, best, rates, &best_seconds));
+  if (rates[RATED - 1].costs.step_seconds < best->costs.step_seconds * PLANNER_RESERVE_WORTH)
+    return FLAP_OK;
+  flap_planner slower = *planner;
+  slower.machine = &rates[RATED - 1].machine;
+  slower.times = &rates[RATED - 1].times;
+  slower.memory->transfers = 0;
+  FLAP_TRY(planner_search(&slower, lists, count, budgets, rates[RATED - 1].costs.step_seconds, &found, &reach));
+  if (found.list == NULL)
+    return FLAP_OK;
+  FLAP_TRY(simulate_rated(planner, budgets, &found, rates, &found_seconds));
+  flap_log(FLAP_LOG_DEBUG, "plan: with lanes that vary %.4f s, and one for slower lanes %.4f s", best_seconds,
+           found_seconds);
+  if (found_seconds < best_seconds) {
+    *best = found;
+    best->costs = rates[0].costs;
+  }
+  return FLAP_OK;
+}
+
+static flap_status choose(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup_out,
+                          flap_plan_costs *costs_out) {
+  planner_candidates lists[PLANNER_LISTS_MAX];
+  planner_found best;
+  planner_reach reach = PLANNER_NO_VRAM;
+  const uint32_t count = planner_list(planner, lists);
+  FLAP_TRY(planner_search(planner, lists, count, budgets, 0, &best, &reach));
+  if (best.list == NULL)
     return planner_refuse(planner, budgets, reach);
-  FLAP_TRY(planner_settle(planner, of, best.s, budgets, best.depth, setup_out, &reach));
+  /* What a disk does varies by more than any reserve. */
+  if (planner->machine->shared_cores == 0 && best.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 &&
+      planner->memory->transfers <= PLANNER_TRANSFERS_RESERVE)
+    FLAP_TRY(search_with_reserve(planner, lists, count, budgets, &best));
+  *costs_out = best.costs;
+  FLAP_TRY(planner_settle(planner, best.list, best.contender.s, budgets, best.contender.depth, setup_out, &reach));
   const flap_status status = flap_setup_list_programs(setup_out);
   if (status != FLAP_OK)
     flap_setup_close(setup_out);

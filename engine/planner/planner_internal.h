@@ -36,10 +36,13 @@
 #define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
 #define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
-#define PLANNER_HOST_GAIN 0.995    /* by this factor at least: the host's memory is the least steady of all lanes */
-#define PLANNER_TWICE_GAIN 0.99    /* by this factor at least, for a second backward takes power */
-#define PLANNER_TABLE_SLICES 65536 /* about as many slices as a run has at most */
-#define PLANNER_SLICE_SHARE 48     /* a slice of states is at most about this part of vram, to begin with */
+#define PLANNER_HOST_GAIN 0.995 /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_RESERVE 0.05    /* of the rates of bus, disks and host, which vary, is missing in a second search, */
+#define PLANNER_RESERVE_WORTH 1.005         /* if what the first one found takes so many times as long without it, */
+#define PLANNER_TRANSFERS_RESERVE 8000000   /* and the first one simulated no more: that takes a core 20 seconds */
+#define PLANNER_TWICE_GAIN 0.99             /* by this factor at least, for a second backward takes power */
+#define PLANNER_TABLE_SLICES 65536          /* about as many slices as a run has at most */
+#define PLANNER_SLICE_SHARE 48              /* a slice of states is at most about this part of vram, to begin with */
 #define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
 #define PLANNER_STAGING_GAIN 0.99           /* by this factor at least, for what is staged makes disks write more */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
@@ -185,6 +188,17 @@ FLAP_CHECKED flap_status planner_shortlist(const flap_planner *planner, const pl
                                            const flap_budgets *budgets, uint32_t host, planner_contender *list,
                                            uint32_t *count_io, planner_reach *reach_io);
 
+/* The best of the lists, with the rates that the planner has; `list` NULL: nothing fits, or what does computes for
+ * longer than `limit_seconds` (0: no limit). The planner has its times and a memory. */
+typedef struct planner_found {
+  const planner_candidates *list;
+  planner_contender contender;
+  flap_plan_costs costs;
+} planner_found;
+FLAP_CHECKED flap_status planner_search(const flap_planner *planner, planner_candidates *lists, uint32_t count,
+                                        const flap_budgets *budgets, double limit_seconds, planner_found *found_out,
+                                        planner_reach *reach_io);
+
 /* Looks at skeletons, as many at a time as there are threads, and remembers what it saw; with one thread, not at all.
  * It is nothing but time that this saves: what is entered, and in what order, is entering's. */
 void planner_look_ahead(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
@@ -221,6 +235,10 @@ FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_
 
 /* pricing.c. Planners here have their times. */
 FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_times *times_out);
+/* A machine whose bus, disks and host have a share of the rates of another one; the same where lanes share the device's
+ * cores. */
+void planner_hold_back(const flap_machine *machine, const flap_op_times *times, double share, flap_machine *machine_out,
+                       flap_op_times *times_out);
 double planner_estimate(const flap_planner *planner, const flap_setup *setup);
 FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                           flap_plan_costs *costs_out);

@@ -19,6 +19,24 @@ flap_status planner_times(const flap_planner *planner, flap_op_times *times_out)
   return flap_op_times_from_rates(&of, planner->machine, times_out);
 }
 
+void planner_hold_back(const flap_machine *machine, const flap_op_times *times, double share, flap_machine *machine_out,
+                       flap_op_times *times_out) {
+  *machine_out = *machine;
+  *times_out = *times;
+  if (machine->shared_cores > 0)
+    return;
+  double *const rates[] = {&machine_out->h2d_bytes,       &machine_out->d2h_bytes,       &machine_out->h2d_both_bytes,
+                           &machine_out->d2h_both_bytes,  &machine_out->disk_read_bytes, &machine_out->disk_write_bytes,
+                           &machine_out->disk_both_bytes, &machine_out->host_bytes};
+  flap_host_ns *const host[] = {&times_out->host, &times_out->host_embedding};
+  for (size_t i = 0; i < sizeof rates / sizeof rates[0]; i++)
+    *rates[i] *= share;
+  for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) {
+    host[i]->alone /= share;
+    host[i]->beside_copies /= share;
+  }
+}
+
 /* What one window of a program costs: operations and leases [first, end) of the list. */
 typedef struct window {
   double seconds; /* of computing */
