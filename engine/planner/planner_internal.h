@@ -39,7 +39,7 @@
 #define PLANNER_HOST_GAIN 0.995 /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_RESERVE 0.05    /* of the rates of bus, disks and host, which vary, is missing in a second search, */
 #define PLANNER_RESERVE_WORTH 1.005         /* if what the first one found takes so many times as long without it, */
-#define PLANNER_TRANSFERS_RESERVE 8000000   /* and the first one simulated no more: that takes a core 20 seconds */
+#define PLANNER_TRANSFERS_RESERVE 10000000  /* and the first one simulated no more: that takes a core 25 seconds */
 #define PLANNER_TWICE_GAIN 0.99             /* by this factor at least, for a second backward takes power */
 #define PLANNER_TABLE_SLICES 65536          /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48              /* a slice of states is at most about this part of vram, to begin with */

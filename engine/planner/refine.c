@@ -445,6 +445,19 @@ static flap_status refine_saved_and_tail(const flap_planner *planner, const plan
   return FLAP_OK;
 }
 
+/* How much the host updates, and where that changes what is saved and the tail once more. */
+static flap_status refine_host_and_tail(const flap_planner *planner, const planner_candidates *c,
+                                        const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
+  for (int round = 0; round < PLANNER_ROUNDS; round++) {
+    const double before = costs->step_seconds;
+    FLAP_TRY(refine_host_of_best(planner, c, budgets, best, costs));
+    if (costs->step_seconds >= before)
+      break;
+    FLAP_TRY(refine_saved_and_tail(planner, c, budgets, best, costs));
+  }
+  return FLAP_OK;
+}
+
 static bool same_start(planner_skeleton a, planner_skeleton b) {
   return same_cut(a, b) && (a.host > 0) == (b.host > 0);
 }
@@ -527,7 +540,7 @@ flap_status planner_refine(const flap_planner *planner, const planner_candidates
   }
   FLAP_TRY(refine_cut(planner, c, budgets, best, costs));
   FLAP_TRY(refine_starts(planner, c, budgets, best, costs));
-  FLAP_TRY(refine_host_of_best(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_host_and_tail(planner, c, budgets, best, costs));
   FLAP_TRY(refine_saved_and_slices(planner, c, budgets, best, costs));
   FLAP_TRY(refine_spare(planner, c, budgets, best, costs));
   FLAP_TRY(refine_staging(planner, c, budgets, best, costs));
