@@ -437,7 +437,7 @@ static flap_status choose(const flap_planner *planner, const flap_budgets *budge
   if (best.list == NULL)
     return planner_refuse(planner, budgets, reach);
   /* What a disk does varies by more than any reserve. */
-  if (planner->machine->shared_cores == 0 && best.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 &&
+  if (!planner->quick && planner->machine->shared_cores == 0 && best.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 &&
       planner->memory->transfers <= PLANNER_TRANSFERS_RESERVE)
     FLAP_TRY(search_with_reserve(planner, lists, count, budgets, &best));
   *costs_out = best.costs;

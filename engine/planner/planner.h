@@ -31,6 +31,7 @@ typedef struct flap_planner {
   flap_activations activations;
   const flap_machine *machine;
   const flap_op_times *times;    /* NULL: from the machine's rates */
+  bool quick;                    /* only looked at: one search, for lanes as they are */
   struct planner_memory *memory; /* of flap_planner_choose; NULL: none */
   struct flap_pool *pool;        /* likewise; NULL: one thread */
 } flap_planner;

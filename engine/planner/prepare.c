@@ -284,6 +284,7 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   p->planner.expert = config->expert;
   p->planner.activations = config->activations;
   p->planner.machine = &p->machine;
+  p->planner.quick = p->quiet;
   const struct {
     const char *key;
     uint32_t layers;

@@ -35,7 +35,9 @@ static uint64_t room_in(const flap_prepared *p, const flap_host_memory *memory) 
 static bool works(const flap_prepared *p, const flap_budgets *trial, uint64_t room) {
   flap_setup setup;
   flap_plan_costs costs;
-  if (flap_planner_choose(&p->planner, trial, &setup, &costs) != FLAP_OK) {
+  flap_planner planner = p->planner;
+  planner.quick = true;
+  if (flap_planner_choose(&planner, trial, &setup, &costs) != FLAP_OK) {
     flap_error_clear();
     return false;
   }
