@@ -354,13 +354,14 @@ static flap_status best_of_list(const flap_planner *planner, const planner_candi
 flap_status planner_search(const flap_planner *planner, planner_candidates *lists, uint32_t count,
                            const flap_budgets *budgets, double limit_seconds, planner_found *found_out,
                            planner_reach *reach) {
+  const uint64_t before = planner->memory->transfers;
   *found_out = (planner_found){.list = NULL};
   for (uint32_t i = 0; i < count; i++) {
     planner_found one = {.list = &lists[i]};
     const uint64_t transfers = planner->memory->transfers;
     memset(planner->memory, 0, sizeof *planner->memory); /* of other candidates */
     planner->memory->transfers = transfers;
-    planner->memory->transfers_max = PLANNER_TRANSFERS_ALL / count * (i + 1);
+    planner->memory->transfers_max = before + (PLANNER_TRANSFERS_ALL - before) / count * (i + 1);
     lists[i].limit_seconds = found_out->list != NULL ? found_out->costs.step_seconds : limit_seconds;
     FLAP_TRY(best_of_list(planner, &lists[i], budgets, &one.contender, &one.costs, reach));
     if (one.costs.step_seconds > 0 &&
@@ -377,53 +378,67 @@ typedef struct rated {
   flap_plan_costs costs;
 } rated;
 
-#define RATED 3 /* as they are, and less by half of the reserve and by all of it */
+/* Faster than they are by half of the reserve, as they are, slower by half, and slower by all of it. */
+enum { FASTER, AS_MEASURED, SLOWER, SLOWEST, RATED };
 
 static flap_status simulate_rated(const flap_planner *planner, const flap_budgets *budgets, const planner_found *found,
-                                  rated rates[RATED], double *seconds_out) {
+                                  rated rates[RATED], double *average_out) {
   flap_setup setup;
   planner_reach reach = PLANNER_NO_VRAM;
   flap_status status = FLAP_OK;
-  *seconds_out = 0;
+  *average_out = 0;
   FLAP_TRY(planner_settle(planner, found->list, found->contender.s, budgets, found->contender.depth, &setup, &reach));
   for (int i = 0; i < RATED && status == FLAP_OK; i++) {
     flap_planner other = *planner;
     other.machine = &rates[i].machine;
     other.times = &rates[i].times;
     status = planner_simulate(&other, budgets, &setup, &rates[i].costs);
-    *seconds_out += rates[i].costs.step_seconds / RATED;
+    *average_out += rates[i].costs.step_seconds / RATED;
   }
   flap_setup_close(&setup);
   return status;
 }
 
-/* Searches once more, for slower lanes. What that finds is the plan if it is better on average. */
+/* What one plan must be of another one, on average over all rates, to take its place: shorter by more where the host
+ * helps with more, or where the backward happens twice. */
+static double wanted_of(const planner_found *found, const planner_found *best) {
+  const double host = found->contender.s.host > best->contender.s.host ? PLANNER_HOST_GAIN : 1;
+  const double twice = found->list > best->list ? PLANNER_TWICE_GAIN : 1;
+  return PLANNER_RESERVE_GAIN * host * twice;
+}
+
+/* Searches once more, for slower lanes. What that finds is the plan if it is better on average, and hardly worse with
+ * lanes as they are. */
 static flap_status search_with_reserve(const flap_planner *planner, planner_candidates *lists, uint32_t count,
                                        const flap_budgets *budgets, planner_found *best) {
   rated rates[RATED];
   planner_found found;
   planner_reach reach = PLANNER_NO_VRAM;
-  double best_seconds, found_seconds;
+  double best_average, found_average;
   for (int i = 0; i < RATED; i++)
-    planner_hold_back(planner->machine, planner->times, 1 - PLANNER_RESERVE * i / (RATED - 1), &rates[i].machine,
-                      &rates[i].times);
-  FLAP_TRY(simulate_rated(planner, budgets, best, rates, &best_seconds));
-  if (rates[RATED - 1].costs.step_seconds < best->costs.step_seconds * PLANNER_RESERVE_WORTH)
+    planner_slow_lanes(planner->machine, planner->times, 1 - PLANNER_RESERVE / 2 * (i - AS_MEASURED), &rates[i].machine,
+                       &rates[i].times);
+  FLAP_TRY(simulate_rated(planner, budgets, best, rates, &best_average));
+  const double slowest = rates[SLOWEST].costs.step_seconds;
+  if (slowest < best->costs.step_seconds * PLANNER_RESERVE_WORTH)
     return FLAP_OK;
+  flap_log(FLAP_LOG_DEBUG, "plan: %.4f s, and %.4f s with slower lanes, for which what follows is searched",
+           best->costs.step_seconds, slowest);
   flap_planner slower = *planner;
-  slower.machine = &rates[RATED - 1].machine;
-  slower.times = &rates[RATED - 1].times;
-  slower.memory->transfers = 0;
-  FLAP_TRY(planner_search(&slower, lists, count, budgets, rates[RATED - 1].costs.step_seconds, &found, &reach));
+  slower.machine = &rates[SLOWEST].machine;
+  slower.times = &rates[SLOWEST].times;
+  FLAP_TRY(planner_search(&slower, lists, count, budgets, slowest, &found, &reach));
   if (found.list == NULL)
     return FLAP_OK;
-  FLAP_TRY(simulate_rated(planner, budgets, &found, rates, &found_seconds));
-  flap_log(FLAP_LOG_DEBUG, "plan: with lanes that vary %.4f s, and one for slower lanes %.4f s", best_seconds,
-           found_seconds);
-  if (found_seconds < best_seconds) {
+  FLAP_TRY(simulate_rated(planner, budgets, &found, rates, &found_average));
+  found.costs = rates[AS_MEASURED].costs;
+  flap_log(FLAP_LOG_DEBUG,
+           "plan: lanes as they are, and on average over faster and slower ones: %.4f and %.4f s; of "
+           "the search for slower ones %.4f and %.4f s",
+           best->costs.step_seconds, best_average, found.costs.step_seconds, found_average);
+  if (found.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 && found_average < best_average * wanted_of(&found, best) &&
+      found.costs.step_seconds < best->costs.step_seconds * PLANNER_RESERVE_PRICE)
     *best = found;
-    best->costs = rates[0].costs;
-  }
   return FLAP_OK;
 }
 
@@ -437,8 +452,8 @@ static flap_status choose(const flap_planner *planner, const flap_budgets *budge
   if (best.list == NULL)
     return planner_refuse(planner, budgets, reach);
   /* What a disk does varies by more than any reserve. */
-  if (!planner->quick && planner->machine->shared_cores == 0 && best.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 &&
-      planner->memory->transfers <= PLANNER_TRANSFERS_RESERVE)
+  if (!planner->quick && planner->spec.mode == FLAP_MODE_TRAIN && planner->machine->shared_cores == 0 &&
+      best.costs.lane_bytes[FLAP_LANE_DISK_READ] == 0 && planner->memory->transfers <= PLANNER_TRANSFERS_RESERVE)
     FLAP_TRY(search_with_reserve(planner, lists, count, budgets, &best));
   *costs_out = best.costs;
   FLAP_TRY(planner_settle(planner, best.list, best.contender.s, budgets, best.contender.depth, setup_out, &reach));

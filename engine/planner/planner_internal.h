@@ -36,10 +36,12 @@
 #define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
 #define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
-#define PLANNER_HOST_GAIN 0.995 /* by this factor at least: the host's memory is the least steady of all lanes */
-#define PLANNER_RESERVE 0.05    /* of the rates of bus, disks and host, which vary, is missing in a second search, */
-#define PLANNER_RESERVE_WORTH 1.005         /* if what the first one found takes so many times as long without it, */
-#define PLANNER_TRANSFERS_RESERVE 10000000  /* and the first one simulated no more: that takes a core 25 seconds */
+#define PLANNER_HOST_GAIN 0.995     /* by this factor at least: the host's memory is the least steady of all lanes */
+#define PLANNER_RESERVE 0.05        /* of the rates of lanes, which vary: so much is missing in a second search, */
+#define PLANNER_RESERVE_WORTH 1.005 /* if that makes the step of the first one's plan so many times as long, */
+#define PLANNER_TRANSFERS_RESERVE 10000000  /* and the first one simulated no more: that takes a core 25 seconds; */
+#define PLANNER_RESERVE_GAIN 0.998          /* what it finds must be better by this factor at least, on average, */
+#define PLANNER_RESERVE_PRICE 1.01          /* and at most so much worse with lanes as they are */
 #define PLANNER_TWICE_GAIN 0.99             /* by this factor at least, for a second backward takes power */
 #define PLANNER_TABLE_SLICES 65536          /* about as many slices as a run has at most */
 #define PLANNER_SLICE_SHARE 48              /* a slice of states is at most about this part of vram, to begin with */
@@ -237,8 +239,8 @@ FLAP_CHECKED flap_status planner_refuse(const flap_planner *planner, const flap_
 FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_times *times_out);
 /* A machine whose bus, disks and host have a share of the rates of another one; the same where lanes share the device's
  * cores. */
-void planner_hold_back(const flap_machine *machine, const flap_op_times *times, double share, flap_machine *machine_out,
-                       flap_op_times *times_out);
+void planner_slow_lanes(const flap_machine *machine, const flap_op_times *times, double share,
+                        flap_machine *machine_out, flap_op_times *times_out);
 double planner_estimate(const flap_planner *planner, const flap_setup *setup);
 FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                           flap_plan_costs *costs_out);

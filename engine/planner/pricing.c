@@ -19,8 +19,8 @@ flap_status planner_times(const flap_planner *planner, flap_op_times *times_out)
   return flap_op_times_from_rates(&of, planner->machine, times_out);
 }
 
-void planner_hold_back(const flap_machine *machine, const flap_op_times *times, double share, flap_machine *machine_out,
-                       flap_op_times *times_out) {
+void planner_slow_lanes(const flap_machine *machine, const flap_op_times *times, double share,
+                        flap_machine *machine_out, flap_op_times *times_out) {
   *machine_out = *machine;
   *times_out = *times;
   if (machine->shared_cores > 0)

@@ -445,7 +445,8 @@ static flap_status refine_saved_and_tail(const flap_planner *planner, const plan
   return FLAP_OK;
 }
 
-/* How much the host updates, and where that changes what is saved and the tail once more. */
+/* How much the host updates; where another share is better, what is saved and the tail are refined once more, and so
+ * on. */
 static flap_status refine_host_and_tail(const flap_planner *planner, const planner_candidates *c,
                                         const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
   for (int round = 0; round < PLANNER_ROUNDS; round++) {

@@ -12,8 +12,9 @@
  *    when the label changes. Other work is not timed, for that would take longer than to launch what a slice needs.
  * 5. Of events by which threads can sleep (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of
  *    launches 1,001; the next record or launch blocks its thread until the stream moves on, which is milliseconds. So
- *    only ends of slots are such events, of the compute stream's at most SLEEPERS_MAX at a time: its thread looks at
- *    others every POLL_NS. flap_device_limit_ahead keeps all that stands there far from the other number.
+ *    only ends of slots are such events, of the compute stream's at most SLEEPERS_MAX at a time, and those of STAGES:
+ *    its thread looks at other ends every POLL_NS. flap_device_limit_ahead keeps all things that stand there (launches,
+ *    records, waits) far from the other number.
  * 6. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
@@ -31,6 +32,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #define RING_SLOTS 2048u /* more than the contract's 1024, for the intervals of the compute stream */
@@ -38,12 +40,12 @@
 #define STAGE_BYTES ((uint64_t)256 << 10)
 #define CAPABILITY_MIN 80u
 #define SLEEPERS_MAX 24u /* slots of the compute stream that are not over and whose end wakes the lane's thread */
-#define MARKED_MAX 16u   /* things on the compute stream behind its last slot, where its thread limits itself */
+#define UNMARKED_MAX 16u /* things on the compute stream behind its last slot, where its thread limits itself */
 #define POLL_NS 20000    /* an event that nobody sleeps by is looked at so often */
 
 typedef struct slot {
   cudaEvent_t start;   /* only where `timed` */
-  cudaEvent_t ends[2]; /* a thread can sleep by the second */
+  cudaEvent_t ends[2]; /* a thread can sleep by the second; the first: of the compute stream */
   bool sleeps;         /* which of them is recorded */
   uint64_t bytes;      /* of a copy; of the compute stream the label */
   uint64_t things;     /* of the compute stream: how many stood on it in all up to here */
@@ -202,8 +204,8 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
   l->last_timed = number;
   if (l->stream == FLAP_STREAM_COMPUTE) {
     atomic_fetch_add_explicit(&l->device->base.busy_ns[l->stream], took, memory_order_relaxed);
-    if (s->bytes != 0)
-      flap_device_observe(&l->device->base, l->stream, started, ended, s->bytes);
+    flap_assert(s->bytes != 0); /* nothing else is timed */
+    flap_device_observe(&l->device->base, l->stream, started, ended, s->bytes);
   } else {
     flap_device_copied(&l->device->base, l->stream, started, ended, s->bytes);
   }
@@ -229,6 +231,7 @@ static void report(lane *l, uint64_t number, const slot *s) {
 
 static void *lane_main(void *context) {
   flap_thread_prefer_latency();
+  (void)prctl(PR_SET_TIMERSLACK, 1000UL); /* nanoseconds by which it may sleep longer; else 50,000 */
   lane *l = context;
   pthread_mutex_lock(&l->lock);
   for (uint64_t number = 1;; number++) {
@@ -256,7 +259,8 @@ static flap_status lane_open(cuda_device *device, flap_stream stream) {
   FLAP_TRY(status_of("cannot make a stream", cudaStreamCreateWithFlags(&l->cuda, cudaStreamNonBlocking)));
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
     FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventDefault)));
-    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[0], cudaEventDefault)));
+    if (stream == FLAP_STREAM_COMPUTE)
+      FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[0], cudaEventDefault)));
     FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[1], cudaEventBlockingSync)));
   }
   int error = pthread_mutex_init(&l->lock, NULL);
@@ -353,7 +357,7 @@ static bool is_ahead(const cuda_device *device, const lane *l, uint64_t quarters
 static void cuda_limit_ahead(flap_device *base) {
   cuda_device *device = self(base);
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
-  if (device->things - device->things_marked > MARKED_MAX)
+  if (device->things - device->things_marked > UNMARKED_MAX)
     put_mark(device, false);
   pthread_mutex_lock(&l->lock);
   if (is_ahead(device, l, 4))

@@ -241,7 +241,8 @@ START_TEST(slices_are_launched_while_what_is_before_them_runs) {
   enum { LONG = 64, SLICES = 100 };
   flap_device *device = open_device(VRAM, LONG + SLICES);
   unsigned char *arena = flap_device_arena(device, NULL);
-  for (uint32_t round = 0; round < 3; round++) {
+  uint32_t ahead = 0; /* rounds in which it was; this thread may be held up in others */
+  for (uint32_t round = 0; round < 5; round++) {
     const uint32_t before = atomic_load(&notifies);
     synchronize(device);
     for (uint32_t i = 0; i < LONG; i++) { /* 0.2 ms each */
@@ -254,10 +255,11 @@ START_TEST(slices_are_launched_while_what_is_before_them_runs) {
       flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + i * MIB, arena + 256 * MIB, MIB);
       flap_device_event_record(device, 1 + i, FLAP_STREAM_COMPUTE, true);
     }
-    ck_assert(!flap_device_event_done(device, 0));
+    ahead += !flap_device_event_done(device, 0);
     synchronize(device);
     ck_assert_uint_eq(atomic_load(&notifies) - before, SLICES);
   }
+  ck_assert_uint_gt(ahead, 0);
   flap_device_close(device);
 }
 END_TEST
