@@ -392,7 +392,7 @@ static flap_status simulate_rated(const flap_planner *planner, const flap_budget
     flap_planner other = *planner;
     other.machine = &rates[i].machine;
     other.times = &rates[i].times;
-    status = planner_simulate(&other, budgets, &setup, &rates[i].costs);
+    status = planner_simulate(&other, budgets, &setup, 0, &rates[i].costs);
     *average_out += rates[i].costs.step_seconds / RATED;
   }
   flap_setup_close(&setup);

@@ -30,11 +30,12 @@
 #define PLANNER_MEMORY 512    /* simulations that are remembered, */
 #define PLANNER_OUTLOOKS 2048 /* and skeletons */
 #define PLANNER_DEPTHS 3
-#define PLANNER_THREADS_MAX 8u   /* each with a setup of its own */
-#define PLANNER_AHEAD 64         /* skeletons that are looked at side by side, before they are entered in order */
-#define PLANNER_STARTS 3         /* that are refined in the end, */
-#define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
-#define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_THREADS_MAX 8u /* each with a setup of its own */
+#define PLANNER_AHEAD 64       /* skeletons that are looked at side by side, before they are entered in order */
+#define PLANNER_STARTS 3       /* that are refined in the end, */
+#define PLANNER_START_WORTH \
+  1.05 /* if they take no more than so many times as long as the best: others are not simulated to the end */
+#define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.995     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_RESERVE 0.05        /* of the rates of lanes, which vary: so much is missing in a second search, */
@@ -242,7 +243,8 @@ FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_time
 void planner_slow_lanes(const flap_machine *machine, const flap_op_times *times, double share,
                         flap_machine *machine_out, flap_op_times *times_out);
 double planner_estimate(const flap_planner *planner, const flap_setup *setup);
+/* Of a step that takes longer than `limit_seconds` (0: none does) the costs are about right. */
 FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
-                                          flap_plan_costs *costs_out);
+                                          double limit_seconds, flap_plan_costs *costs_out);
 
 #endif

@@ -138,7 +138,10 @@ double planner_estimate(const flap_planner *planner, const flap_setup *setup) {
   return seconds + window_seconds(planner, setup, &w);
 }
 
-static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, flap_plan_costs *costs) {
+/* Where the first steady step takes longer than `limit_seconds` (0: however long), it is the one that counts, and the
+ * last; what the pager has begun of the next one is left to its end. */
+static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, double limit_seconds,
+                             flap_plan_costs *costs) {
   flap_executor *x = &runtime->executor;
   flap_executor_result result;
   const flap_executor_input input = {
@@ -146,7 +149,7 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
   uint64_t moved = 0;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     moved += costs->lane_bytes[lane];
-  const int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
+  int steps = moved / setup->choice.transfer_bytes > MANY_TRANSFERS ? 2 : STEPS_MAX;
   const int all = runtime->lists.trace != NULL ? steps + 1 : steps; /* what is traced has one behind it, as usual */
   flap_setup_program sequence[STEPS_MAX + 1];
   uint64_t ended_ns[STEPS_MAX + 1], busy_ns[STEPS_MAX + 1];
@@ -156,7 +159,8 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
   if (setup->steady == FLAP_SETUP_STEADY)
     sequence[0] = FLAP_SETUP_FIRST;
   FLAP_TRY(flap_executor_begin(x, sequence[0]));
-  for (int i = 0; i < all; i++) {
+  bool is_far = false;
+  for (int i = 0; i < all && !is_far; i++) {
     if (i + 1 < all)
       FLAP_TRY(flap_executor_begin(x, sequence[i + 1]));
     if (i == all - 2 && all > steps)
@@ -167,17 +171,19 @@ static flap_status run_steps(flap_runtime *runtime, const flap_setup *setup, fla
     ended_ns[i] = flap_clock_now_ns(runtime->clock);
     busy_ns[i] = flap_device_busy_ns(flap_pager_device(runtime->pager), FLAP_STREAM_COMPUTE);
     flap_pager_get_stats(runtime->pager, &stats[i]);
+    is_far = i == 1 && all > 2 && limit_seconds > 0 && (double)(ended_ns[1] - ended_ns[0]) * 1e-9 > limit_seconds;
+    steps = is_far ? 2 : steps;
   }
   costs->step_seconds = (double)(ended_ns[steps - 1] - ended_ns[steps - 2]) * 1e-9;
   costs->compute_seconds = (double)(busy_ns[steps - 1] - busy_ns[steps - 2]) * 1e-9;
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
     costs->lane_seconds[lane] = (double)(stats[steps - 1].busy_ns[lane] - stats[steps - 2].busy_ns[lane]) * 1e-9;
-  return flap_pager_settle(runtime->pager);
+  return is_far ? FLAP_OK : flap_pager_settle(runtime->pager);
 }
 
 /* `trace`: of the last step, or NULL. */
 static flap_status simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
-                            struct flap_trace *trace, flap_plan_costs *costs_out) {
+                            double limit_seconds, struct flap_trace *trace, flap_plan_costs *costs_out) {
   const flap_runtime_config config = {
       .vram_bytes = budgets->vram_bytes, .machine = planner->machine, .times = planner->times, .trace = trace};
   flap_runtime runtime;
@@ -187,18 +193,18 @@ static flap_status simulate(const flap_planner *planner, const flap_budgets *bud
     FLAP_TRY(flap_setup_list_program(setup, FLAP_SETUP_FIRST)); /* which goes before it */
   flap_pager_predict(&setup->pager, program->leases, program->lease_count, costs_out->lane_bytes);
   FLAP_TRY(flap_runtime_open_simulated(setup, &config, &runtime));
-  const flap_status status = run_steps(&runtime, setup, costs_out);
+  const flap_status status = run_steps(&runtime, setup, limit_seconds, costs_out);
   flap_runtime_close(&runtime);
   return status;
 }
 
 flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
-                             flap_plan_costs *costs_out) {
-  return simulate(planner, budgets, setup, NULL, costs_out);
+                             double limit_seconds, flap_plan_costs *costs_out) {
+  return simulate(planner, budgets, setup, limit_seconds, NULL, costs_out);
 }
 
 flap_status flap_planner_trace(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                struct flap_trace *trace) {
   flap_plan_costs costs;
-  return simulate(planner, budgets, setup, trace, &costs);
+  return simulate(planner, budgets, setup, 0, trace, &costs);
 }

@@ -35,6 +35,7 @@ typedef struct wave {
   const flap_planner *planner;
   const planner_candidates *candidates;
   const flap_budgets *budgets;
+  double limit_seconds; /* what takes longer is far from the best that there was before the list */
   uint32_t count;
   simulation of[PLANNER_THREADS_MAX];
 } wave;
@@ -61,7 +62,7 @@ static void simulate_one(void *context, uint64_t item, uint32_t worker) {
   simulation *s = &w->of[item];
   (void)worker;
   if (s->is_settled)
-    keep_status(s, planner_simulate(w->planner, w->budgets, &s->setup, &s->costs));
+    keep_status(s, planner_simulate(w->planner, w->budgets, &s->setup, w->limit_seconds, &s->costs));
 }
 
 static void run_wave(wave *w, flap_pool_fn fn) {
@@ -145,10 +146,11 @@ flap_status planner_simulate_list(const flap_planner *planner, const planner_can
   planner_contender list[PLANNER_SIMULATED];
   const uint32_t count = planner_pick(all, all_count, most, list);
   const uint32_t threads = planner->pool != NULL ? flap_pool_threads(planner->pool) : 1;
+  const double limit_seconds = costs->step_seconds * PLANNER_START_WORTH;
   uint64_t transfers = 0;
   flap_assert(threads <= PLANNER_THREADS_MAX);
   for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX && !is_over(planner);) {
-    wave w = {.planner = planner, .candidates = c, .budgets = budgets};
+    wave w = {.planner = planner, .candidates = c, .budgets = budgets, .limit_seconds = limit_seconds};
     for (; i < count && w.count < threads; i++) {
       simulation *s = &w.of[w.count++];
       const flap_plan_costs *known = planner_recall(planner, &list[i]);

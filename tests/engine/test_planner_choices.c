@@ -74,7 +74,7 @@ static void try_placed(brute *b, flap_setup *setup, uint32_t depth) {
   b->placed++;
   if (least_of(b, setup) >= b->best_seconds)
     return;
-  MUST(planner_simulate(&b->trial->planner, &b->trial->budgets, setup, &costs));
+  MUST(planner_simulate(&b->trial->planner, &b->trial->budgets, setup, 0, &costs));
   b->simulated++;
   if (costs.step_seconds >= b->best_seconds)
     return;

@@ -80,7 +80,7 @@ static outcome simulate(const trial *t, flap_setup *setup) {
     planner_slow_lanes(&t->machine, &t->times, shares[i], &machine, &times);
     planner.machine = &machine;
     planner.times = &times;
-    MUST(planner_simulate(&planner, &t->budgets, setup, &costs));
+    MUST(planner_simulate(&planner, &t->budgets, setup, 0, &costs));
     o.as_measured = i == 1 ? costs.step_seconds : o.as_measured;
     o.average += costs.step_seconds / SHARES;
   }
