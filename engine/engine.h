@@ -95,8 +95,8 @@ typedef struct flap_plan {
   double bound_copies_seconds, bound_disks_seconds; /* both ways at once; 0 where the rates are not known */
   double bound_update_seconds;                      /* of an update that waits for the norm, before the next step */
   double tokens_per_second;
-  double unclipped_step_seconds; /* expected with max_grad_norm 0; 0: not planned, for it would hardly be another, or
-                                    take long */
+  double unclipped_step_seconds; /* expected with max_grad_norm 0, after one search; 0: not planned, for it would hardly
+                                    be another, or take long */
 
   /* what training (without checkpoints and exports) writes to the disks, and how long they bear it */
   uint64_t ssd_step_bytes; /* a step */

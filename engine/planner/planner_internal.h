@@ -30,17 +30,17 @@
 #define PLANNER_MEMORY 512    /* simulations that are remembered, */
 #define PLANNER_OUTLOOKS 2048 /* and skeletons */
 #define PLANNER_DEPTHS 3
-#define PLANNER_THREADS_MAX 8u /* each with a setup of its own */
-#define PLANNER_AHEAD 64       /* skeletons that are looked at side by side, before they are entered in order */
-#define PLANNER_STARTS 3       /* that are refined in the end, */
-#define PLANNER_START_WORTH \
-  1.05 /* if they take no more than so many times as long as the best: others are not simulated to the end */
-#define PLANNER_HOST_SHARES 8 /* of the parts are updated by the host's cores: so many parts of so many, or none */
+#define PLANNER_THREADS_MAX 8u   /* each with a setup of its own */
+#define PLANNER_AHEAD 64         /* skeletons that are looked at side by side, before they are entered in order */
+#define PLANNER_STARTS 3         /* that are refined in the end, */
+#define PLANNER_START_WORTH 1.05 /* if they take no more than so many times as long as the best */
+#define PLANNER_FAR 1.15         /* what takes so many times as long is not simulated to a steady state */
+#define PLANNER_HOST_SHARES 8    /* of the parts are updated by the host's cores: so many parts of so many, or none */
 #define PLANNER_BACKWARDS_MAX 8
 #define PLANNER_HOST_GAIN 0.995     /* by this factor at least: the host's memory is the least steady of all lanes */
 #define PLANNER_RESERVE 0.05        /* of the rates of lanes, which vary: so much is missing in a second search, */
 #define PLANNER_RESERVE_WORTH 1.005 /* if that makes the step of the first one's plan so many times as long, */
-#define PLANNER_TRANSFERS_RESERVE 10000000  /* and the first one simulated no more: that takes a core 25 seconds; */
+#define PLANNER_TRANSFERS_RESERVE 10000000  /* and the first one simulated no more: at most 25 seconds of a core; */
 #define PLANNER_RESERVE_GAIN 0.998          /* what it finds must be better by this factor at least, on average, */
 #define PLANNER_RESERVE_PRICE 1.01          /* and at most so much worse with lanes as they are */
 #define PLANNER_TWICE_GAIN 0.99             /* by this factor at least, for a second backward takes power */
@@ -243,7 +243,7 @@ FLAP_CHECKED flap_status planner_times(const flap_planner *planner, flap_op_time
 void planner_slow_lanes(const flap_machine *machine, const flap_op_times *times, double share,
                         flap_machine *machine_out, flap_op_times *times_out);
 double planner_estimate(const flap_planner *planner, const flap_setup *setup);
-/* Of a step that takes longer than `limit_seconds` (0: none does) the costs are about right. */
+/* Of a step that takes longer than `limit_seconds` (0: none does) the costs are up to a tenth too high. */
 FLAP_CHECKED flap_status planner_simulate(const flap_planner *planner, const flap_budgets *budgets, flap_setup *setup,
                                           double limit_seconds, flap_plan_costs *costs_out);
 

@@ -146,7 +146,7 @@ flap_status planner_simulate_list(const flap_planner *planner, const planner_can
   planner_contender list[PLANNER_SIMULATED];
   const uint32_t count = planner_pick(all, all_count, most, list);
   const uint32_t threads = planner->pool != NULL ? flap_pool_threads(planner->pool) : 1;
-  const double limit_seconds = costs->step_seconds * PLANNER_START_WORTH;
+  const double limit_seconds = costs->step_seconds * PLANNER_FAR;
   uint64_t transfers = 0;
   flap_assert(threads <= PLANNER_THREADS_MAX);
   for (uint32_t i = 0; i < count && transfers < PLANNER_TRANSFERS_MAX && !is_over(planner);) {

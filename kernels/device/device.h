@@ -127,7 +127,8 @@ void flap_device_note_compute(flap_device *device, uint64_t ns);
 
 /* Blocks while so much stands on the compute stream that CUDA might block the next launch or record there, and with it
  * whoever needs a lock that the caller holds, for as long as what runs now takes. For whoever launches there, before
- * such a lock is taken. At most FLAP_DEVICE_AHEAD_MAX launches and records stand there then. Nothing to do elsewhere.
+ * such a lock is taken. At most FLAP_DEVICE_AHEAD_MAX launches, records and waits stand there then. Nothing to do
+ * elsewhere.
  */
 #define FLAP_DEVICE_AHEAD_MAX 512u
 void flap_device_limit_ahead(flap_device *device);

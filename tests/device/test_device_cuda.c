@@ -259,7 +259,8 @@ START_TEST(slices_are_launched_while_what_is_before_them_runs) {
     synchronize(device);
     ck_assert_uint_eq(atomic_load(&notifies) - before, SLICES);
   }
-  ck_assert_uint_gt(ahead, 0);
+  printf("ahead in %u of 5 rounds\n", ahead);
+  ck_assert_uint_ge(ahead, 2);
   flap_device_close(device);
 }
 END_TEST

@@ -96,8 +96,9 @@ static void plan(const planner_trial *trial, uint32_t threads, outcome *out) {
 }
 
 static void compare(const planner_trial *trial, const outcome *one, const outcome *many) {
-  ck_assert_msg(strcmp(one->log, many->log) == 0, "%s: with one thread\n%s\nwith several\n%s", trial->words, one->log,
-                many->log);
+  if (strcmp(one->log, many->log) != 0) /* too long for a message of Check's */
+    printf("with one thread\n%s\nwith several\n%s\n", one->log, many->log);
+  ck_assert_msg(strcmp(one->log, many->log) == 0, "%s: others were simulated", trial->words);
   ck_assert_int_eq(one->status, many->status);
   ck_assert_str_eq(one->message, many->message);
   ck_assert_mem_eq(&one->costs, &many->costs, sizeof one->costs);
