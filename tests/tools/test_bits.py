@@ -91,7 +91,7 @@ CASES = {
     "both 3 threads": ["expert.threads=3"],
     "roomy 3 threads": ["expert.threads=3"],
     "both compressed, 3 disks, io threads": ["compression=lz4", "expert.page_bytes=64KiB", "DISKS=3", "expert.io=threads"],
-    "half compressed, 3 threads": ["compression=lz4", "expert.page_bytes=16KiB", "expert.threads=3"],
+    "both compressed, 3 threads": ["compression=lz4", "expert.page_bytes=16KiB", "expert.threads=3"],
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
     "both a second backward": ["expert.update=backward"],
@@ -116,7 +116,7 @@ BACKWARD = {  # where nothing is clipped
     "both fold": ["expert.update=fold"],
     "half sweep": ["expert.update=sweep"],
 }
-FEW = ["half compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp", "both sweep",
+FEW = ["both compressed, 3 threads", "both 3 disks", "both segments of 3", "half offload all but the mlp", "both sweep",
        "both a second backward"]
 if SANITIZED:  # by hand, for the checks leave it out there: what differs in code, once for each type
     CASES = {name: CASES[name] for name in ("device", "both 3 disks", "half offload all but the mlp")}
