@@ -1,6 +1,6 @@
 /* Plans whose lanes may be slower than they were measured, beside what a search finds that knows no other rates. */
 #include "base/units.h"
-#include "engine/planner/planner_internal.h"
+#include "tests/engine/planner_trials.h"
 
 #include <check.h>
 #include <stdio.h>
@@ -14,17 +14,9 @@
 #define KINDS 3
 #endif
 
-typedef struct trial {
-  flap_model_config model;
-  flap_machine machine;
-  flap_op_times times;
-  flap_planner planner;
-  flap_budgets budgets;
-} trial;
-
 /* Small steps of eight wide layers on a large card, whose bus and host are busy for about as long as it computes; with
  * the last kind for far less. */
-static void open_trial(trial *t, int kind) {
+static void open_trial(planner_trial *t, int kind) {
   memset(t, 0, sizeof *t);
   t->model = (flap_model_config){.family = flap_model_find_family("llama"),
                                  .vocab_size = 32000,
@@ -68,7 +60,7 @@ typedef struct outcome {
   double as_measured, average;
 } outcome;
 
-static outcome simulate(const trial *t, flap_setup *setup) {
+static outcome simulate(const planner_trial *t, flap_setup *setup) {
   static const double shares[] = {1 + PLANNER_RESERVE / 2, 1, 1 - PLANNER_RESERVE / 2, 1 - PLANNER_RESERVE};
   enum { SHARES = sizeof shares / sizeof shares[0] };
   outcome o = {0};
@@ -88,7 +80,7 @@ static outcome simulate(const trial *t, flap_setup *setup) {
 }
 
 /* Of the search that knows no other rates. */
-static outcome search_once(const trial *t) {
+static outcome search_once(const planner_trial *t) {
   planner_candidates lists[PLANNER_LISTS_MAX];
   planner_found found;
   planner_reach reach = PLANNER_NO_VRAM;
@@ -110,7 +102,7 @@ static outcome search_once(const trial *t) {
 START_TEST(plans_bear_slower_lanes) {
   uint32_t better = 0;
   for (int kind = 0; kind < KINDS; kind++) {
-    trial t;
+    planner_trial t;
     flap_setup setup;
     flap_plan_costs costs;
     open_trial(&t, kind);
