@@ -123,7 +123,7 @@ static void run_bias(bench *b) {
   flap_ops_bias_backward(b->ops, b->dtype, f32(b, 6), b->buffers[0], TOKENS, 6144, 6144);
 }
 static void run_store(bench *b) {
-  flap_ops_gradient_store(b->ops, FLAP_BF16, b->buffers[0], f32(b, 6), f32(b, 1), ELEMENTS);
+  flap_ops_gradient_store(b->ops, FLAP_BF16, b->buffers[0], f32(b, 6), FLAP_F32, f32(b, 1), ELEMENTS);
 }
 static void run_embedding(bench *b) {
   flap_ops_embedding(b->ops, b->dtype, b->buffers[0], (int32_t *)(void *)b->buffers[5], b->buffers[7], TOKENS, HIDDEN);

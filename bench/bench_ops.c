@@ -195,8 +195,8 @@ static void run_head(bench *b) {
                      true, b->buffers[3], b->buffers[4], targets, 1.0f / TOKENS, TOKENS, HIDDEN, VOCABULARY);
 }
 static void run_gradient_store(bench *b) {
-  flap_ops_gradient_store(b->ops, FLAP_BF16, b->buffers[0], (float *)(void *)b->buffers[1],
-                          (float *)(void *)b->buffers[6], ELEMENTS);
+  flap_ops_gradient_store(b->ops, FLAP_BF16, b->buffers[0], (float *)(void *)b->buffers[1], FLAP_F32, b->buffers[6],
+                          ELEMENTS);
 }
 
 /* Ordinary values: speed must not depend on NaN or denormal numbers. */

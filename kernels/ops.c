@@ -240,11 +240,13 @@ void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx
   end(ops, started_ns);
 }
 
-void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                             uint64_t elements) {
+void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares,
+                             flap_dtype sum_dtype, const void *sum, uint64_t elements) {
   flap_assert(elements % FLAP_OPS_BLOCK == 0);
+  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+  flap_assert(sum_dtype == FLAP_F32 || sum_dtype == grad_dtype);
   uint64_t started_ns = begin(ops);
-  ops->table->gradient_store(ops, grad_dtype, grad, block_squares, sum, elements);
+  ops->table->gradient_store(ops, grad_dtype, grad, block_squares, sum_dtype, sum, elements);
   end(ops, started_ns);
 }
 

@@ -202,11 +202,12 @@ void flap_ops_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx
 
 /* ---- optimizer ------------------------------------------------------------------------------------------ */
 
-/* Gradient sums to their stored form: grad (elements) of grad_dtype (FLAP_BF16 or FLAP_F32) = sum (fp32), rounded once;
- * block_squares (elements / FLAP_OPS_BLOCK) fp32 = the sum of squares of each block of the rounded values. elements is
- * a multiple of FLAP_OPS_BLOCK. grad NULL: the rounded values are only measured (same bits). */
-void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                             uint64_t elements);
+/* Gradient sums to their stored form: grad (elements) of grad_dtype (FLAP_BF16 or FLAP_F32) = sum, rounded once;
+ * block_squares (elements / FLAP_OPS_BLOCK) fp32 = the sum of squares of each block of the rounded values. sum is fp32,
+ * or of grad_dtype already, and then not rounded again. elements is a multiple of FLAP_OPS_BLOCK. grad NULL: the
+ * rounded values are only measured (same bits). block_squares NULL: they are not. */
+void flap_ops_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares,
+                             flap_dtype sum_dtype, const void *sum, uint64_t elements);
 
 #define FLAP_OPS_ADAMW_BLOCKS_MAX 8192u
 

@@ -226,9 +226,11 @@ void flap_model_layer_recompute(const flap_model_run *run, const void *weights, 
 }
 
 void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
-                               const flap_model_saved *saved, void *dx, float *dweights, bool accumulate) {
+                               const flap_model_saved *saved, void *dx, const flap_model_gradient *dweights) {
   flap_assert(dx != x_in);
-  family_of(run)->layer_backward(run, weights, x_in, saved, dx, dweights, accumulate);
+  flap_assert(dweights->dtype == FLAP_F32 ||
+              (dweights->dtype == FLAP_BF16 && run->shape.dtype == FLAP_BF16 && !dweights->accumulate));
+  family_of(run)->layer_backward(run, weights, x_in, saved, dx, dweights);
 }
 
 void flap_model_head_loss(const flap_model_run *run, const void *head, const void *projection, const void *x_in,

@@ -38,7 +38,7 @@ struct flap_family {
   void (*layer_recompute)(const flap_model_run *run, const void *weights, const void *x_in,
                           const flap_model_saved *saved);
   void (*layer_backward)(const flap_model_run *run, const void *weights, const void *x_in,
-                         const flap_model_saved *saved, void *dx, float *dweights, bool accumulate);
+                         const flap_model_saved *saved, void *dx, const flap_model_gradient *dweights);
   void (*head_loss)(const flap_model_run *run, const void *head, const void *projection, const void *x_in,
                     const int32_t *targets, float loss_scale, float *losses, void *dx, float *dhead, float *dprojection,
                     bool accumulate);

@@ -16,6 +16,7 @@
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
  *      shapes: each one's size is a multiple of FLAP_OPS_BLOCK elements. Their biases are then put side by side in the
  *      workspace, which changes no value: a bias is added in fp32, before the one rounding, either way.
+ *   5. Gradients of norms and biases are summed in fp32, in the workspace where those of matrices are written in bf16.
  */
 #include "model/llama_internal.h"
 
@@ -23,236 +24,6 @@
 #include "base/units.h"
 
 #include <stddef.h>
-#include <stdio.h>
-
-/* ---- tensors --------------------------------------------------------------------------------------------- */
-
-typedef enum llama_role {
-  LLAMA_INPUT_NORM,
-  LLAMA_Q,
-  LLAMA_K,
-  LLAMA_V,
-  LLAMA_O,
-  LLAMA_Q_BIAS,
-  LLAMA_K_BIAS,
-  LLAMA_V_BIAS,
-  LLAMA_O_BIAS,
-  LLAMA_POST_NORM,
-  LLAMA_GATE,
-  LLAMA_UP,
-  LLAMA_DOWN,
-  LLAMA_ROLES
-} llama_role;
-#define LLAMA_BIAS_OF (LLAMA_Q_BIAS - LLAMA_Q) /* from a projection's role to its bias's */
-
-static const char *const LAYER_NAMES[LLAMA_ROLES] = {
-    [LLAMA_INPUT_NORM] = "input_layernorm.weight", [LLAMA_Q] = "self_attn.q_proj.weight",
-    [LLAMA_K] = "self_attn.k_proj.weight",         [LLAMA_V] = "self_attn.v_proj.weight",
-    [LLAMA_O] = "self_attn.o_proj.weight",         [LLAMA_Q_BIAS] = "self_attn.q_proj.bias",
-    [LLAMA_K_BIAS] = "self_attn.k_proj.bias",      [LLAMA_V_BIAS] = "self_attn.v_proj.bias",
-    [LLAMA_O_BIAS] = "self_attn.o_proj.bias",      [LLAMA_POST_NORM] = "post_attention_layernorm.weight",
-    [LLAMA_GATE] = "mlp.gate_proj.weight",         [LLAMA_UP] = "mlp.up_proj.weight",
-    [LLAMA_DOWN] = "mlp.down_proj.weight",
-};
-
-/* Widths that everything else is made of. */
-typedef struct llama_dims {
-  uint32_t d, f;  /* hidden, intermediate */
-  uint32_t q, kv; /* all query heads, all key heads: heads · head_dim */
-  uint32_t qkv;   /* a row of queries, keys and values */
-  uint32_t hd, hq, hkv;
-} llama_dims;
-
-static llama_dims dims_of(const flap_model_config *config) {
-  llama_dims dims = {.d = config->hidden_size,
-                     .f = config->intermediate_size,
-                     .hd = config->head_dim,
-                     .hq = config->num_attention_heads,
-                     .hkv = config->num_key_value_heads};
-  dims.q = dims.hq * dims.hd;
-  dims.kv = dims.hkv * dims.hd;
-  dims.qkv = dims.q + 2 * dims.kv;
-  return dims;
-}
-
-/* Output and input width of a projection; norms and biases have their width as outputs and no inputs. */
-static void role_shape(const llama_dims *dims, llama_role role, uint32_t *outputs_out, uint32_t *inputs_out) {
-  static const uint32_t none = 0;
-  const uint32_t *const shapes[LLAMA_ROLES][2] = {
-      [LLAMA_INPUT_NORM] = {&dims->d, &none}, [LLAMA_Q] = {&dims->q, &dims->d},    [LLAMA_K] = {&dims->kv, &dims->d},
-      [LLAMA_V] = {&dims->kv, &dims->d},      [LLAMA_O] = {&dims->d, &dims->q},    [LLAMA_Q_BIAS] = {&dims->q, &none},
-      [LLAMA_K_BIAS] = {&dims->kv, &none},    [LLAMA_V_BIAS] = {&dims->kv, &none}, [LLAMA_O_BIAS] = {&dims->d, &none},
-      [LLAMA_POST_NORM] = {&dims->d, &none},  [LLAMA_GATE] = {&dims->f, &dims->d}, [LLAMA_UP] = {&dims->f, &dims->d},
-      [LLAMA_DOWN] = {&dims->d, &dims->f},
-  };
-  *outputs_out = *shapes[role][0];
-  *inputs_out = *shapes[role][1];
-}
-
-static bool has_role(const flap_model_config *config, llama_role role) {
-  if (role >= LLAMA_Q_BIAS && role <= LLAMA_V_BIAS)
-    return config->attention_bias;
-  return role != LLAMA_O_BIAS || config->output_bias;
-}
-
-static void fill_tensor(flap_model_tensor *tensor, uint64_t rows, uint64_t columns, flap_init init) {
-  tensor->rank = columns ? 2 : 1;
-  tensor->shape[0] = rows;
-  tensor->shape[1] = columns;
-  tensor->init = init;
-  tensor->decays = tensor->rank == 2;
-}
-
-static uint32_t layer_tensors(const flap_model_config *config, uint32_t layer, flap_model_tensor *tensors_out) {
-  llama_dims dims = dims_of(config);
-  uint32_t count = 0;
-  for (llama_role role = 0; role < LLAMA_ROLES; role++) {
-    if (!has_role(config, role))
-      continue;
-    flap_model_tensor *tensor = &tensors_out[count++];
-    uint32_t outputs, inputs;
-    role_shape(&dims, role, &outputs, &inputs);
-    bool norm = role == LLAMA_INPUT_NORM || role == LLAMA_POST_NORM;
-    fill_tensor(tensor, outputs, inputs, norm ? FLAP_INIT_ONES : inputs ? FLAP_INIT_NORMAL : FLAP_INIT_ZEROS);
-    snprintf(tensor->name, sizeof tensor->name, "model.layers.%u.%s", layer, LAYER_NAMES[role]);
-  }
-  return count;
-}
-
-static uint32_t llama_tensors(const flap_model_config *config, flap_part part, uint32_t layer,
-                              flap_model_tensor *tensors_out) {
-  if (part == FLAP_PART_LAYER)
-    return layer_tensors(config, layer, tensors_out);
-
-  if (part == FLAP_PART_EMBEDDING) {
-    snprintf(tensors_out->name, sizeof tensors_out->name, "model.embed_tokens.weight");
-    fill_tensor(tensors_out, config->vocab_size, config->hidden_size, FLAP_INIT_NORMAL);
-    return 1;
-  }
-  snprintf(tensors_out->name, sizeof tensors_out->name, "model.norm.weight");
-  fill_tensor(tensors_out, config->hidden_size, 0, FLAP_INIT_ONES);
-  if (config->tie_word_embeddings)
-    return 1;
-  snprintf(tensors_out[1].name, sizeof tensors_out[1].name, "lm_head.weight");
-  fill_tensor(&tensors_out[1], config->vocab_size, config->hidden_size, FLAP_INIT_NORMAL);
-  return 2;
-}
-
-/* ---- sizes and costs ------------------------------------------------------------------------------------- */
-
-typedef enum llama_saved {
-  LLAMA_QKV,
-  LLAMA_ATTENTION,
-  LLAMA_LSE,
-  LLAMA_RSTD,
-  LLAMA_RESIDUAL,
-  LLAMA_GATE_UP,
-  LLAMA_NORMALIZED_INPUT,
-  LLAMA_NORMALIZED_RESIDUAL,
-  LLAMA_INNER,
-  LLAMA_SAVED_COUNT
-} llama_saved;
-
-/* Per byte of its 16-bit result a product costs as many operations as the hidden size, whichever it is; attention costs
- * the sequence's length, and a GPU does it at a third of the rate. So attention is worth keeping first where sequences
- * are long. All but gate and up is about half of the bytes: a step between nothing and everything. */
-#define LLAMA_SAVED_ATTENTION (1u << LLAMA_ATTENTION | 1u << LLAMA_LSE)
-#define LLAMA_SAVED_BUT_MLP (LLAMA_SAVED_ATTENTION | 1u << LLAMA_QKV | 1u << LLAMA_RSTD | 1u << LLAMA_RESIDUAL)
-static const flap_saved_set LLAMA_SAVED_SETS[] = {
-    {"attention", LLAMA_SAVED_ATTENTION},
-    {"all_but_mlp", LLAMA_SAVED_BUT_MLP},
-    {"all", LLAMA_SAVED_BUT_MLP | 1u << LLAMA_GATE_UP},
-    {"everything", FLAP_MODEL_SAVED_ALL},
-};
-
-static double matmul_flops(uint64_t m, uint64_t n, uint64_t k) {
-  return 2.0 * (double)m * (double)n * (double)k;
-}
-
-/* Scores and their product with the values, for the lower half of each S×S square. */
-static double attention_flops(const flap_model_config *config, const flap_model_shape *shape) {
-  llama_dims dims = dims_of(config);
-  return matmul_flops((uint64_t)shape->batch * shape->sequence, shape->sequence, dims.q);
-}
-
-static uint32_t llama_saved_tensors(const flap_model_config *config, const flap_model_shape *shape,
-                                    flap_saved_tensor *out) {
-  llama_dims dims = dims_of(config);
-  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
-  uint64_t element = flap_dtype_bytes(shape->dtype);
-  out[LLAMA_QKV] = (flap_saved_tensor){.name = "qkv",
-                                       .bytes = tokens * dims.qkv * element, // (T, HQ·HD + 2·HKV·HD), rotated
-                                       .recompute_flops = matmul_flops(tokens, dims.qkv, dims.d)};
-  out[LLAMA_ATTENTION] = (flap_saved_tensor){.name = "attention",
-                                             .bytes = tokens * dims.q * element, // (T, HQ·HD)
-                                             .recompute_flops = attention_flops(config, shape)};
-  /* The statistics come out of the same kernel as `attention`, and those of a norm out of a pass: they cost no more. */
-  out[LLAMA_LSE] = (flap_saved_tensor){.name = "lse", .bytes = tokens * dims.hq * sizeof(float)}; // (B, HQ, S)
-  out[LLAMA_RSTD] = (flap_saved_tensor){.name = "rstd", .bytes = 2 * tokens * sizeof(float)}; // of both norms, (2, T)
-  out[LLAMA_RESIDUAL] = (flap_saved_tensor){.name = "residual",
-                                            .bytes = tokens * dims.d * element, // (T, D)
-                                            .recompute_flops = matmul_flops(tokens, dims.d, dims.q)};
-  out[LLAMA_GATE_UP] = (flap_saved_tensor){.name = "gate_up",
-                                           .bytes = tokens * 2 * dims.f * element, // (T, 2·F)
-                                           .recompute_flops = matmul_flops(tokens, 2 * (uint64_t)dims.f, dims.d)};
-  const flap_saved_tensor normalized = {.bytes = tokens * dims.d * element, .spare = true}; // (T, D)
-  out[LLAMA_NORMALIZED_INPUT] = out[LLAMA_NORMALIZED_RESIDUAL] = normalized;
-  out[LLAMA_NORMALIZED_INPUT].name = "normalized_input";
-  out[LLAMA_NORMALIZED_RESIDUAL].name = "normalized_residual";
-  out[LLAMA_INNER] =
-      (flap_saved_tensor){.name = "inner", .bytes = tokens * dims.f * element, .spare = true}; // (T, F): silu(gate)·up
-  return LLAMA_SAVED_COUNT;
-}
-
-static double llama_forward_flops(const flap_model_config *config, const flap_model_shape *shape, flap_part part) {
-  llama_dims dims = dims_of(config);
-  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
-  if (part == FLAP_PART_EMBEDDING)
-    return 0;
-  if (part == FLAP_PART_HEAD)
-    return matmul_flops(tokens, config->vocab_size, dims.d);
-  return matmul_flops(tokens, (uint64_t)dims.qkv + dims.q, dims.d) + attention_flops(config, shape) +
-         matmul_flops(tokens, 3 * (uint64_t)dims.f, dims.d);
-}
-
-/* Byte offsets in the workspace. `first` holds, one after the other, everything of one row per token that dies before
- * the next comes: normalised inputs, silu(gate)·up and its gradient, the gradient of attention. */
-typedef struct llama_workspace {
-  uint64_t rstd;   /* (T) fp32: the final norm's; a layer's where they are kept and come once more */
-  uint64_t bias;   /* (qkv), where q, k and v have biases: these side by side, as one product wants them */
-  uint64_t first;  /* (T, max(D, F, HQ·HD)) */
-  uint64_t second; /* (T, D), while `first` holds no more than that */
-  uint64_t dqkv;   /* (T, qkv), beside `first` and `second`; unused where the saved gate and up are wide enough */
-  uint64_t bytes;
-} llama_workspace;
-
-static bool dqkv_fits_saved(const llama_dims *dims) {
-  return dims->qkv <= 2 * (uint64_t)dims->f;
-}
-
-static llama_workspace workspace_of(const flap_model_config *config, const flap_model_shape *shape) {
-  llama_dims dims = dims_of(config);
-  uint64_t tokens = (uint64_t)shape->batch * shape->sequence;
-  uint64_t row = tokens * flap_dtype_bytes(shape->dtype); /* bytes of one column of activations */
-  uint64_t hidden = flap_units_round_up(row * dims.d, FLAP_MODEL_ALIGN);
-  uint64_t inner = flap_units_round_up(row * dims.f, FLAP_MODEL_ALIGN);
-  uint64_t heads = flap_units_round_up(row * dims.q, FLAP_MODEL_ALIGN);
-  uint64_t bias = config->attention_bias ? dims.qkv * flap_dtype_bytes(shape->dtype) : 0;
-  llama_workspace space = {.rstd = 0, .bias = flap_units_round_up(tokens * sizeof(float), FLAP_MODEL_ALIGN)};
-  space.first = space.bias + flap_units_round_up(bias, FLAP_MODEL_ALIGN);
-  space.second = space.first + hidden;
-  space.dqkv = space.first + (2 * hidden > heads ? 2 * hidden : heads);
-  space.bytes = space.dqkv;
-  if (!dqkv_fits_saved(&dims))
-    space.bytes += row * dims.qkv;
-  if (space.first + inner > space.bytes)
-    space.bytes = space.first + inner;
-  return space;
-}
-
-static uint64_t llama_workspace_bytes(const flap_model_config *config, const flap_model_shape *shape) {
-  return workspace_of(config, shape).bytes;
-}
 
 /* ---- projections ----------------------------------------------------------------------------------------- */
 
@@ -264,9 +35,9 @@ typedef struct llama_layer {
   uint32_t tokens;
   llama_dims dims;
   const char *weights;
-  float *dweights;
-  bool accumulate;              /* dweights += */
+  flap_model_gradient dweights;
   uint64_t offset[LLAMA_ROLES]; /* of each tensor, in elements; UINT64_MAX for absent ones */
+  float *vectors[LLAMA_ROLES];  /* fp32 sums of each norm's and bias's gradient, among dweights or in the workspace */
   void *first, *second, *dqkv;  /* workspace */
   char *bias;                   /* workspace too */
   float *spare_rstd;            /* and this */
@@ -301,31 +72,41 @@ static void place_saved(llama_layer *layer, const flap_model_saved *saved) {
   layer->inner = keeps(layer, LLAMA_INNER) ? place[LLAMA_INNER] : layer->first;
 }
 
-static llama_layer open_layer(const flap_model_run *run, const void *weights, const flap_model_saved *saved,
-                              float *dweights) {
+/* Where vectors are summed: among the others, if these are fp32 sums too. */
+static void place_vectors(llama_layer *layer, float *workspace) {
+  for (llama_role role = 0; role < LLAMA_ROLES; role++) {
+    const uint64_t elements = llama_vector_elements(layer->run->config, role);
+    if (elements == 0)
+      continue;
+    layer->vectors[role] =
+        layer->dweights.dtype == FLAP_F32 ? (float *)layer->dweights.sums + layer->offset[role] : workspace;
+    workspace += elements;
+  }
+}
+
+static llama_layer open_layer(const flap_model_run *run, const void *weights, const flap_model_saved *saved) {
   const flap_model_config *config = run->config;
   llama_layer layer = {.run = run,
                        .ops = run->ops,
                        .dtype = run->shape.dtype,
                        .tokens = run->shape.batch * run->shape.sequence,
-                       .dims = dims_of(config),
-                       .weights = weights,
-                       .dweights = dweights};
+                       .dims = llama_dims_of(config),
+                       .weights = weights};
 
   flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
   (void)flap_model_tensors(config, FLAP_PART_LAYER, 0, tensors);
   uint32_t index = 0;
   for (llama_role role = 0; role < LLAMA_ROLES; role++)
-    layer.offset[role] = has_role(config, role) ? tensors[index++].offset : UINT64_MAX;
+    layer.offset[role] = llama_has_role(config, role) ? tensors[index++].offset : UINT64_MAX;
 
-  llama_workspace space = workspace_of(config, &run->shape);
+  llama_workspace space = llama_workspace_of(config, &run->shape);
   char *workspace = run->workspace;
   layer.spare_rstd = (float *)(void *)(workspace + space.rstd);
   layer.bias = workspace + space.bias;
   layer.first = workspace + space.first;
   layer.second = workspace + space.second;
   place_saved(&layer, saved);
-  layer.dqkv = dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
+  layer.dqkv = llama_dqkv_fits_saved(&layer.dims) ? layer.gate_up : workspace + space.dqkv;
   return layer;
 }
 
@@ -333,8 +114,8 @@ static const void *weight_of(const llama_layer *layer, llama_role role) {
   return layer->weights + layer->offset[role] * flap_dtype_bytes(layer->dtype);
 }
 
-static float *gradient_of(const llama_layer *layer, llama_role role) {
-  return layer->dweights + layer->offset[role];
+static void *gradient_at(const llama_layer *layer, uint64_t element) {
+  return (char *)layer->dweights.sums + element * flap_dtype_bytes(layer->dweights.dtype);
 }
 
 static bool has_bias(const llama_layer *layer, llama_role role) {
@@ -358,7 +139,7 @@ static llama_group open_group(const llama_layer *layer, llama_role first, uint32
   llama_group group = {.role = first, .count = count, .fused = true};
   for (uint32_t i = 0; i < count; i++) {
     uint32_t outputs;
-    role_shape(&layer->dims, first + i, &outputs, &group.inputs);
+    llama_role_shape(&layer->dims, first + i, &outputs, &group.inputs);
     if (i + 1 < count && layer->offset[first + i] + (uint64_t)outputs * group.inputs != layer->offset[first + i + 1])
       group.fused = false;
     group.outputs += outputs;
@@ -379,7 +160,7 @@ static llama_member projection_of(const llama_layer *layer, const llama_group *g
     uint32_t inputs;
     member.column += member.outputs;
     member.role = group->role + i;
-    role_shape(&layer->dims, member.role, &member.outputs, &inputs);
+    llama_role_shape(&layer->dims, member.role, &member.outputs, &inputs);
   }
   return member;
 }
@@ -448,7 +229,7 @@ static void group_bias_gradient(const llama_layer *layer, const llama_group *gro
   for (uint32_t i = 0; i < group->count; i++) {
     llama_member member = projection_of(layer, group, i);
     if (has_bias(layer, member.role))
-      flap_ops_bias_backward(layer->ops, layer->dtype, gradient_of(layer, member.role + LLAMA_BIAS_OF),
+      flap_ops_bias_backward(layer->ops, layer->dtype, layer->vectors[member.role + LLAMA_BIAS_OF],
                              column(layer, dy, member.column), layer->tokens, member.outputs, group->outputs);
   }
 }
@@ -463,13 +244,13 @@ static void group_weight_gradient(const llama_layer *layer, const llama_group *g
                           .k = layer->tokens,
                           .a = column(layer, dy, member.column),
                           .b = x,
-                          .c = gradient_of(layer, member.role),
+                          .c = gradient_at(layer, layer->offset[member.role]),
                           .lda = group->outputs,
                           .ldb = group->inputs,
                           .ldc = group->inputs,
                           .dtype = layer->dtype,
-                          .c_dtype = FLAP_F32,
-                          .accumulate = layer->accumulate};
+                          .c_dtype = layer->dweights.dtype,
+                          .accumulate = layer->dweights.accumulate};
     flap_ops_matmul(layer->ops, &matmul);
   }
   group_bias_gradient(layer, group, dy);
@@ -587,7 +368,7 @@ static void attend(const llama_layer *layer) {
 
 static void llama_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
                                 const flap_model_saved *saved, void *x_out) {
-  llama_layer layer = open_layer(run, weights, saved, NULL);
+  llama_layer layer = open_layer(run, weights, saved);
   normalize(&layer, layer.normalized_input, x_in, LLAMA_INPUT_NORM, layer.tokens); // (T, D)
   project_qkv(&layer);
   attend(&layer);
@@ -598,7 +379,7 @@ static void llama_layer_forward(const flap_model_run *run, const void *weights, 
  * is projected from it. */
 static void llama_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
                                   const flap_model_saved *saved) {
-  llama_layer layer = open_layer(run, weights, saved, NULL);
+  llama_layer layer = open_layer(run, weights, saved);
   const bool first_norm = !keeps(&layer, LLAMA_QKV) && !keeps(&layer, LLAMA_NORMALIZED_INPUT);
   const bool second_norm = !keeps(&layer, LLAMA_GATE_UP) && !keeps(&layer, LLAMA_NORMALIZED_RESIDUAL);
   if (first_norm || !keeps(&layer, LLAMA_RSTD))
@@ -618,7 +399,7 @@ static void llama_layer_recompute(const flap_model_run *run, const void *weights
 /* dx: on through the norm of x, from dy in `first`, where the normalised x is then once more if it is not kept. */
 static void normalize_backward(const llama_layer *layer, void *dx, void *normalized, const void *x, llama_role norm) {
   void *dy = layer->first;
-  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, gradient_of(layer, norm), normalized == dy ? dy : NULL, dy, x,
+  flap_ops_rmsnorm_backward(layer->ops, layer->dtype, dx, layer->vectors[norm], normalized == dy ? dy : NULL, dy, x,
                             weight_of(layer, norm), rstd_of(layer, norm), dx, layer->tokens, layer->dims.d);
 }
 
@@ -656,30 +437,49 @@ static void attention_backward(const llama_layer *layer, const void *x_in, void 
   group_weight_gradient(layer, &qkv, layer->normalized_input, layer->dqkv);
 }
 
-/* Sums that no product writes become zero: those of norms and biases, and the gaps between tensors. */
+/* Sums that are only added to become zero, those of norms and biases; and the gaps between tensors. */
 static void clear_vectors(const llama_layer *layer) {
+  const flap_model_config *config = layer->run->config;
+  const bool apart = layer->dweights.dtype != FLAP_F32; /* the workspace has the vectors, in a row from the first on */
   flap_model_tensor tensors[FLAP_MODEL_TENSORS_MAX];
-  const uint32_t count = flap_model_tensors(layer->run->config, FLAP_PART_LAYER, 0, tensors);
+  const uint32_t count = flap_model_tensors(config, FLAP_PART_LAYER, 0, tensors);
   uint64_t from = 0;
+  if (apart)
+    flap_ops_zero(layer->ops, layer->vectors[LLAMA_INPUT_NORM], llama_all_vector_elements(config) * sizeof(float));
   for (uint32_t i = 0; i <= count; i++) {
-    if (i < count && tensors[i].rank < 2)
+    if (i < count && tensors[i].rank < 2 && !apart)
       continue;
-    const uint64_t to = i < count ? tensors[i].offset : flap_model_part_elements(layer->run->config, FLAP_PART_LAYER);
+    const uint64_t to = i < count ? tensors[i].offset : flap_model_part_elements(config, FLAP_PART_LAYER);
     if (to > from)
-      flap_ops_zero(layer->ops, layer->dweights + from, (to - from) * sizeof(float));
+      flap_ops_zero(layer->ops, gradient_at(layer, from), (to - from) * flap_dtype_bytes(layer->dweights.dtype));
     if (i < count)
-      from = to + tensors[i].elements;
+      from =
+          to + (tensors[i].rank < 2 ? flap_units_round_up(tensors[i].elements, FLAP_OPS_BLOCK) : tensors[i].elements);
+  }
+}
+
+/* Vectors that were summed apart go where they belong, gaps included. */
+static void round_vectors(const llama_layer *layer) {
+  for (llama_role role = 0; role < LLAMA_ROLES; role++) {
+    const uint64_t elements = llama_vector_elements(layer->run->config, role);
+    if (elements > 0)
+      flap_ops_gradient_store(layer->ops, layer->dweights.dtype, gradient_at(layer, layer->offset[role]), NULL,
+                              FLAP_F32, layer->vectors[role], elements);
   }
 }
 
 static void llama_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
-                                 const flap_model_saved *saved, void *dx, float *dweights, bool accumulate) {
-  llama_layer layer = open_layer(run, weights, saved, dweights);
-  layer.accumulate = accumulate;
-  if (!accumulate)
+                                 const flap_model_saved *saved, void *dx, const flap_model_gradient *dweights) {
+  llama_layer layer = open_layer(run, weights, saved);
+  layer.dweights = *dweights;
+  place_vectors(&layer,
+                (float *)(void *)((char *)run->workspace + llama_workspace_of(run->config, &run->shape).vectors));
+  if (!dweights->accumulate)
     clear_vectors(&layer);
   mlp_backward(&layer, dx);
   attention_backward(&layer, x_in, dx);
+  if (dweights->dtype != FLAP_F32)
+    round_vectors(&layer);
 }
 
 /* ---- embedding and head ---------------------------------------------------------------------------------- */
@@ -716,7 +516,7 @@ static void llama_head_loss(const flap_model_run *run, const void *head, const v
   const flap_model_config *config = run->config;
   flap_dtype dtype = run->shape.dtype;
   uint32_t tokens = tokens_of(run), d = config->hidden_size;
-  llama_workspace space = workspace_of(config, &run->shape);
+  llama_workspace space = llama_workspace_of(config, &run->shape);
   float *rstd = (float *)(void *)((char *)run->workspace + space.rstd);
   void *normalized = (char *)run->workspace + space.first; // (T, D)
   /* The final norm is the head's first tensor. */
@@ -733,7 +533,7 @@ static void llama_head_loss(const flap_model_run *run, const void *head, const v
 
 static void llama_layer_decode(const flap_model_run *run, const void *weights, void *x, void *scratch, void *cache,
                                uint32_t cache_positions, uint32_t tokens, uint32_t first_position) {
-  llama_layer layer = open_layer(run, weights, &(flap_model_saved){.scratch = scratch}, NULL);
+  llama_layer layer = open_layer(run, weights, &(flap_model_saved){.scratch = scratch});
   const llama_dims *dims = &layer.dims;
   char *keys = cache, *values = keys + flap_model_cache_values(run->config, layer.dtype, cache_positions);
   char *new_keys = column(&layer, keys, (uint64_t)first_position * dims->kv);
@@ -759,7 +559,7 @@ static void llama_logits(const flap_model_run *run, const void *head, const void
   const flap_model_config *config = run->config;
   flap_dtype dtype = run->shape.dtype;
   uint32_t d = config->hidden_size;
-  llama_workspace space = workspace_of(config, &run->shape);
+  llama_workspace space = llama_workspace_of(config, &run->shape);
   float *rstd = (float *)(void *)((char *)run->workspace + space.rstd);
   void *normalized = (char *)run->workspace + space.first; // (1, D)
   const char *x_row = (const char *)x + (uint64_t)row * d * flap_dtype_bytes(dtype);
@@ -781,15 +581,15 @@ static void llama_logits(const flap_model_run *run, const void *head, const void
 
 /* ---- the tables ------------------------------------------------------------------------------------------ */
 
-#define LLAMA_FAMILY(type, class, keys_function, finish_function)                                                   \
-  {                                                                                                                 \
-    .name = type, .architecture = class, .keys = keys_function, .finish_config = finish_function,                   \
-    .tensors = llama_tensors, .head_projection_index = 1, .saved_tensors = llama_saved_tensors,                     \
-    .saved_sets = LLAMA_SAVED_SETS, .saved_set_count = sizeof LLAMA_SAVED_SETS / sizeof *LLAMA_SAVED_SETS,          \
-    .workspace_bytes = llama_workspace_bytes, .forward_flops = llama_forward_flops, .embed = llama_embed,           \
-    .embed_backward = llama_embed_backward, .layer_forward = llama_layer_forward,                                   \
-    .layer_recompute = llama_layer_recompute, .layer_backward = llama_layer_backward, .head_loss = llama_head_loss, \
-    .layer_decode = llama_layer_decode, .logits = llama_logits,                                                     \
+#define LLAMA_FAMILY(type, class, keys_function, finish_function)                                                  \
+  {                                                                                                                \
+    .name = type, .architecture = class, .keys = keys_function, .finish_config = finish_function,                  \
+    .tensors = llama_tensors, .head_projection_index = 1, .saved_tensors = llama_saved_tensors,                    \
+    .saved_sets = llama_saved_sets, .saved_set_count = LLAMA_SAVED_SETS, .workspace_bytes = llama_workspace_bytes, \
+    .forward_flops = llama_forward_flops, .embed = llama_embed, .embed_backward = llama_embed_backward,            \
+    .layer_forward = llama_layer_forward, .layer_recompute = llama_layer_recompute,                                \
+    .layer_backward = llama_layer_backward, .head_loss = llama_head_loss, .layer_decode = llama_layer_decode,      \
+    .logits = llama_logits,                                                                                        \
   }
 
 const flap_family flap_model_llama =

@@ -185,11 +185,19 @@ void flap_model_layer_forward(const flap_model_run *run, const void *weights, co
 void flap_model_layer_recompute(const flap_model_run *run, const void *weights, const void *x_in,
                                 const flap_model_saved *saved);
 
-/* dx (T, D): in, the gradient of the layer's output; out, of its input. dweights (fp32, the part's layout) += with
- * `accumulate`; without it they are written, gaps included, whatever they were. Both blocks of `saved` hold their
- * tensors, and are used up: parts of them are overwritten with gradients, so they serve one backward. */
+/* The gradient of a part's weights, in the part's layout. Fp32 sums += with `accumulate`; without it they are written,
+ * gaps included, whatever they were. Or bf16 with bf16 weights, where nothing is added: written likewise, each rounded
+ * once. */
+typedef struct flap_model_gradient {
+  void *sums;
+  flap_dtype dtype;
+  bool accumulate;
+} flap_model_gradient;
+
+/* dx (T, D): in, the gradient of the layer's output; out, of its input. Both blocks of `saved` hold their tensors, and
+ * are used up: parts of them are overwritten with gradients, so they serve one backward. */
 void flap_model_layer_backward(const flap_model_run *run, const void *weights, const void *x_in,
-                               const flap_model_saved *saved, void *dx, float *dweights, bool accumulate);
+                               const flap_model_saved *saved, void *dx, const flap_model_gradient *dweights);
 
 /* Final norm, logits, loss, and back: losses (T) fp32; dx (T, D) = gradient of x_in; dhead (the part's layout) and
  * dprojection fp32, += or written as above: where the projection is tied, gaps of the embedding's part included.

@@ -41,7 +41,7 @@ typedef struct bench {
   void *ops_workspace, *model_workspace, *rope;
   flap_model_saved saved;   /* of the operation that is timed */
   uint8_t *decay;           /* host memory */
-  bool fresh;               /* likewise */
+  bool fresh, final;        /* likewise */
   flap_state_format format; /* of the slice */
 } bench;
 
@@ -221,14 +221,22 @@ static void run_copy(bench *b) {
 static void run_backward(bench *b) {
   run_recompute(b);
   run_copy(b);
-  flap_model_layer_backward(&b->run, b->layer, b->x_in, &b->saved, b->dx, b->sums, !b->fresh);
+  const flap_model_gradient dweights = {
+      .sums = b->sums, .dtype = b->final ? FLAP_BF16 : FLAP_F32, .accumulate = !b->fresh};
+  flap_model_layer_backward(&b->run, b->layer, b->x_in, &b->saved, b->dx, &dweights);
 }
 static void run_embed_backward(bench *b) {
   flap_model_embed_backward(&b->run, b->tokens, b->order, b->dx, b->projection_sums);
 }
+static void run_store_of(bench *b, void *gradient) {
+  flap_ops_gradient_store(b->ops, b->spec->gradient_dtype, gradient, b->squares,
+                          b->final ? b->spec->gradient_dtype : FLAP_F32, b->states, SLICE_ELEMENTS);
+}
 static void run_store(bench *b) {
-  flap_ops_gradient_store(b->ops, b->spec->gradient_dtype, b->gradient, b->squares, (const float *)(void *)b->states,
-                          SLICE_ELEMENTS);
+  run_store_of(b, b->gradient);
+}
+static void run_measure(bench *b) {
+  run_store_of(b, NULL);
 }
 static void run_zero(bench *b) {
   flap_ops_zero(b->ops, b->states, SLICE_ELEMENTS * 4);
@@ -251,14 +259,14 @@ static void run_adamw(bench *b) {
 /* An operation that is timed: `run`, with `mask` saved by a forward before if `saves`. */
 typedef struct timing {
   void (*run)(bench *b);
-  bool saves, fresh;
+  bool saves, fresh, final;
   uint32_t mask;
   uint32_t batch;  /* runs at a time */
   uint32_t rounds; /* that were timed */
   uint64_t batch_ns[ROUNDS + 1];
 } timing;
 
-#define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 16)
+#define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 20)
 
 typedef struct timings {
   timing list[TIMINGS_MAX];
@@ -281,6 +289,7 @@ static timing *add_saving(timings *t, void (*run)(bench *b), uint32_t mask) {
 /* What is before the operation, and is not timed. */
 static void prepare(bench *b, const timing *t) {
   b->fresh = t->fresh;
+  b->final = t->final;
   if (!t->saves)
     return;
   place_saved(b, t->mask);
@@ -408,7 +417,9 @@ static flap_status time_updates(bench *b, flap_op_times *t) {
 typedef struct named_timings {
   timing *embed, *forward, *recompute, *loss;
   timing *sets[FLAP_MODEL_SAVED_MAX]; /* NULL where nothing is to be computed again */
-  timing *copy, *backward, *spare_backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero, *store;
+  timing *copy, *backward, *spare_backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero;
+  timing *final_backward;        /* NULL where it is the fresh one */
+  timing *store[2], *measure[2]; /* of fp32 sums; of final ones */
 } named_timings;
 
 static void list_forward(timings *all, named_timings *n) {
@@ -428,6 +439,12 @@ static uint32_t spare_mask(const flap_op_times_spec *spec) {
   return mask;
 }
 
+/* Whether a layer's backward may write gradients as they are stored: in a step of one micro-batch. */
+static bool writes_final(const flap_op_times_spec *spec) {
+  const flap_layout_spec step = {.shape = spec->shape, .gradient_dtype = spec->gradient_dtype, .micro_batches = 1};
+  return flap_layout_sums_dtype(&step, FLAP_PART_LAYER) != FLAP_F32;
+}
+
 static void list_training(bench *b, timings *all, named_timings *n, flap_op_times *t) {
   const flap_saved_set *set = flap_model_saved_sets(b->spec->model, &t->set_count);
   flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
@@ -444,9 +461,17 @@ static void list_training(bench *b, timings *all, named_timings *n, flap_op_time
   n->fresh_head = add_timing(all, run_head);
   n->embed_backward = add_timing(all, run_embed_backward);
   n->fresh_backward->fresh = n->fresh_head->fresh = true;
-  if (b->parts & PART_SLICE) {
-    n->zero = add_timing(all, run_zero);
-    n->store = add_timing(all, run_store);
+  if (writes_final(b->spec)) {
+    n->final_backward = add_saving(all, run_backward, 0);
+    n->final_backward->fresh = n->final_backward->final = true;
+  }
+  if (!(b->parts & PART_SLICE))
+    return;
+  n->zero = add_timing(all, run_zero);
+  for (int final = 0; final < 2; final++) {
+    n->store[final] = add_timing(all, run_store);
+    n->measure[final] = add_timing(all, run_measure);
+    n->store[final]->final = n->measure[final]->final = final == 1;
   }
 }
 
@@ -466,12 +491,17 @@ static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
   }
   t->backward_ns = without(ns_of(b, n->backward), before_ns);
   t->backward_fresh_ns = without(ns_of(b, n->fresh_backward), before_ns);
+  t->backward_final_ns =
+      n->final_backward != NULL ? without(ns_of(b, n->final_backward), before_ns) : t->backward_fresh_ns;
   t->head_ns = ns_of(b, n->head);
   t->head_fresh_ns = ns_of(b, n->fresh_head);
   t->embed_backward_ns = ns_of(b, n->embed_backward);
   if (b->parts & PART_SLICE) {
     t->zero_ns = element_ns(b, n->zero);
-    t->store_ns = element_ns(b, n->store);
+    t->store_ns = element_ns(b, n->store[0]);
+    t->store_final_ns = element_ns(b, n->store[1]);
+    t->measure_ns = element_ns(b, n->measure[0]);
+    t->measure_final_ns = element_ns(b, n->measure[1]);
   }
 }
 
@@ -499,6 +529,13 @@ static flap_status run_products(bench *b) {
     place_saved(b, sets[i].mask);
     run_forward(b);
     run_recompute(b);
+  }
+  if (b->parts & PART_LAYER && writes_final(b->spec)) {
+    b->fresh = b->final = true;
+    place_saved(b, 0);
+    run_forward(b);
+    run_backward(b);
+    b->final = false;
   }
   for (int fresh = 1; fresh >= 0; fresh--) {
     b->fresh = fresh == 1;
@@ -626,8 +663,11 @@ uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {
   return t->recompute_ns;
 }
 
-uint64_t flap_op_times_backward(const flap_op_times *t, uint32_t mask, bool fresh) {
-  const uint64_t ns = fresh ? t->backward_fresh_ns : t->backward_ns;
+uint64_t flap_op_times_backward(const flap_op_times *t, uint32_t mask, flap_sums_written sums) {
+  const uint64_t all_ns[] = {[FLAP_SUMS_ADDED_TO] = t->backward_ns,
+                             [FLAP_SUMS_FRESH] = t->backward_fresh_ns,
+                             [FLAP_SUMS_FINAL] = t->backward_final_ns};
+  const uint64_t ns = all_ns[sums];
   for (uint32_t i = 0; i < t->set_count; i++)
     if (t->set_mask[i] == mask)
       return without(ns, t->set_gain_ns[i]);
@@ -636,6 +676,15 @@ uint64_t flap_op_times_backward(const flap_op_times *t, uint32_t mask, bool fres
 
 static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t elements) {
   return t->launch_ns + (uint64_t)(element_ns * (double)elements);
+}
+
+/* Per element of a slice whose gradient is stored or measured. */
+static double gradient_ns(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
+  const flap_part kind = layout->parts[layout->slices[op->index].part].kind;
+  const bool final = flap_layout_sums_dtype(&layout->spec, kind) != FLAP_F32;
+  if (op->operand[1] == FLAP_OPERAND_NONE)
+    return final ? t->measure_final_ns : t->measure_ns;
+  return final ? t->store_final_ns : t->store_ns;
 }
 
 static const flap_host_ns *host_of(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
@@ -657,14 +706,19 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
     return op->operand[2] == FLAP_OPERAND_NONE ? t->recompute_ns : flap_op_times_recompute(t, layout->spec.saved_mask);
   case FLAP_OP_HEAD:
     return op->operand[3] == FLAP_OPERAND_NONE ? t->loss_ns : op->fresh ? t->head_fresh_ns : t->head_ns;
-  case FLAP_OP_LAYER_BACKWARD:
-    return flap_op_times_backward(t, op->operand[2] == FLAP_OPERAND_NONE ? 0 : layout->spec.saved_mask, op->fresh);
+  case FLAP_OP_LAYER_BACKWARD: {
+    const bool final = flap_layout_sums_dtype(&layout->spec, FLAP_PART_LAYER) != FLAP_F32;
+    return flap_op_times_backward(t, op->operand[2] == FLAP_OPERAND_NONE ? 0 : layout->spec.saved_mask,
+                                  final       ? FLAP_SUMS_FINAL
+                                  : op->fresh ? FLAP_SUMS_FRESH
+                                              : FLAP_SUMS_ADDED_TO);
+  }
   case FLAP_OP_EMBED_BACKWARD:
     return t->embed_backward_ns;
   case FLAP_OP_ZERO:
     return per_element(t, t->zero_ns, layout->parts[op->index].elements);
   case FLAP_OP_STORE_GRADIENT:
-    return per_element(t, t->store_ns, layout->slices[op->index].elements);
+    return per_element(t, gradient_ns(t, layout, op), layout->slices[op->index].elements);
   case FLAP_OP_ADAMW: {
     const flap_layout_slice *slice = &layout->slices[op->index];
     const bool embedding = layout->parts[slice->part].kind == FLAP_PART_EMBEDDING;

@@ -29,10 +29,12 @@ typedef struct flap_op_times {
   uint32_t set_mask[FLAP_MODEL_SAVED_MAX];
   uint64_t set_recompute_ns[FLAP_MODEL_SAVED_MAX];
   uint64_t set_gain_ns[FLAP_MODEL_SAVED_MAX]; /* by which a backward is shorter, because its spare tensors are kept */
-  /* in training: `fresh` ones are the first to write their sums */
-  uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, embed_backward_ns;
-  uint64_t launch_ns;                  /* of an operation on a slice, beside its elements */
-  double store_ns, zero_ns;            /* per element of a slice; per element of fp32 sums */
+  /* in training: `fresh` ones are the first to write their sums, `final` ones write stored gradients in their place */
+  uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, backward_final_ns, embed_backward_ns;
+  uint64_t launch_ns;          /* of an operation on a slice, beside its elements */
+  double store_ns, measure_ns; /* per element of a slice: rounding of fp32 sums; where only the norm is wanted */
+  double store_final_ns, measure_final_ns; /* the same of final ones */
+  double zero_ns;                          /* per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
   flap_host_ns host, host_embedding;   /* likewise, by the host's cores */
   double copies_beside_host;           /* how many times as long copies both ways take meanwhile; 1: as long */
@@ -77,7 +79,8 @@ uint64_t flap_op_times_beside_copies(const flap_op_times *times, const flap_layo
  * taken for that of everything. */
 uint64_t flap_op_times_recompute(const flap_op_times *times, uint32_t mask);
 /* Of a layer's backward where such a set is kept; 0: nothing is. */
-uint64_t flap_op_times_backward(const flap_op_times *times, uint32_t mask, bool fresh);
+typedef enum flap_sums_written { FLAP_SUMS_ADDED_TO, FLAP_SUMS_FRESH, FLAP_SUMS_FINAL } flap_sums_written;
+uint64_t flap_op_times_backward(const flap_op_times *times, uint32_t mask, flap_sums_written sums);
 
 #ifdef __cplusplus
 }

@@ -12,7 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define FORMAT "flap times 2"
+#define FORMAT "flap times 3"
 #define FILE_BYTES_MAX ((uint64_t)1 << 16)
 #define NS_MAX ((int64_t)1 << 40)
 #define ELEMENT_NS_MAX 1e9
@@ -29,10 +29,14 @@ typedef struct field {
 #define HOST_FIELD(name, of, what) \
   { name, offsetof(flap_op_times, of.what) }
 
-static const field whole[] = {
-    FIELD(embed_ns),      FIELD(forward_ns),  FIELD(recompute_ns),      FIELD(loss_ns),           FIELD(head_ns),
-    FIELD(head_fresh_ns), FIELD(backward_ns), FIELD(backward_fresh_ns), FIELD(embed_backward_ns), FIELD(launch_ns)};
+static const field whole[] = {FIELD(embed_ns),          FIELD(forward_ns),        FIELD(recompute_ns),
+                              FIELD(loss_ns),           FIELD(head_ns),           FIELD(head_fresh_ns),
+                              FIELD(backward_ns),       FIELD(backward_fresh_ns), FIELD(backward_final_ns),
+                              FIELD(embed_backward_ns), FIELD(launch_ns)};
 static const field fractions[] = {FIELD(store_ns),
+                                  FIELD(measure_ns),
+                                  FIELD(store_final_ns),
+                                  FIELD(measure_final_ns),
                                   FIELD(zero_ns),
                                   FIELD(adamw_ns),
                                   FIELD(adamw_embedding_ns),

@@ -15,7 +15,7 @@ static uint64_t round_ns(const flap_op_times *t) {
   uint64_t sets_ns = 0;
   for (uint32_t i = 0; i < t->set_count; i++)
     sets_ns += t->forward_ns + t->set_recompute_ns[i];
-  return sets_ns + 6 * t->forward_ns + 4 * t->recompute_ns + 3 * t->backward_ns + t->loss_ns + 2 * t->head_ns;
+  return sets_ns + 7 * t->forward_ns + 5 * t->recompute_ns + 4 * t->backward_ns + t->loss_ns + 2 * t->head_ns;
 }
 
 static bool has_fewer_tokens(flap_model_shape *shape) {
@@ -45,6 +45,7 @@ static void correct(flap_op_times *times, const flap_op_times *measured, const f
   CORRECT(head_fresh_ns);
   CORRECT(backward_ns);
   CORRECT(backward_fresh_ns);
+  CORRECT(backward_final_ns);
   CORRECT(embed_backward_ns);
   for (uint32_t i = 0; i < times->set_count; i++) {
     CORRECT(set_recompute_ns[i]);

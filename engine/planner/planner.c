@@ -254,8 +254,10 @@ double planner_least_seconds(const flap_planner *planner, const flap_budgets *bu
   if (spec->mode != FLAP_MODE_TRAIN)
     return 0;
   const double saving = layers - unsaved_layers(planner, s);
-  const double gain_ns = saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, false));
-  const double fresh_ns = layers * (double)t->backward_fresh_ns + (double)t->head_fresh_ns - gain_ns;
+  const double gain_ns =
+      saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, FLAP_SUMS_ADDED_TO));
+  const uint64_t first_ns = spec->micro_batches > 1 ? t->backward_fresh_ns : t->backward_final_ns;
+  const double fresh_ns = layers * (double)first_ns + (double)t->head_fresh_ns - gain_ns;
   const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns - gain_ns;
   const double forward_ns = n * layers * (double)t->forward_ns, sums_ns = fresh_ns + (n - 1) * adding_ns;
   planner_skeleton unsaved = s; /* what is saved serves one backward */

@@ -28,8 +28,15 @@ static unsigned char *address(const flap_executor *x, flap_operand operand) {
   return x->host.addresses[operand];
 }
 
+/* Fp32 sums. */
 static float *sums_at(const flap_executor *x, flap_operand operand, uint64_t element) {
   return (float *)(void *)address(x, operand) + element;
+}
+
+/* A slice's part of its part's sums, whatever they are in. */
+static unsigned char *slice_of_sums(const flap_executor *x, flap_operand sums, const flap_layout_slice *slice) {
+  const flap_part kind = x->layout->parts[slice->part].kind;
+  return address(x, sums) + slice->first_element * flap_dtype_bytes(flap_layout_sums_dtype(&x->layout->spec, kind));
 }
 
 static unsigned char *weights_at(const flap_executor *x, flap_operand operand, uint64_t element) {
@@ -70,8 +77,11 @@ static void recompute(flap_executor *x, const flap_op *op) {
 
 static void backward(flap_executor *x, const flap_op *op) {
   const flap_model_saved places = saved(x, op);
+  const flap_model_gradient dweights = {.sums = address(x, op->operand[5]),
+                                        .dtype = flap_layout_sums_dtype(&x->layout->spec, FLAP_PART_LAYER),
+                                        .accumulate = !op->fresh};
   flap_model_layer_backward(&x->run, address(x, op->operand[0]), address(x, op->operand[1]), &places,
-                            address(x, op->operand[3]), sums_at(x, op->operand[5], 0), !op->fresh);
+                            address(x, op->operand[3]), &dweights);
 }
 
 /* What losses are multiplied by, and gradients with them. */
@@ -93,8 +103,9 @@ static void store_gradient(flap_executor *x, const flap_op *op) {
   const flap_layout_slice *slice = &x->layout->slices[op->index];
   const uint64_t block = x->layout->parts[slice->part].first_block + slice->first_element / FLAP_OPS_BLOCK;
   flap_ops_gradient_store(x->ops, x->layout->spec.gradient_dtype, address(x, op->operand[1]),
-                          x->device.block_squares + block, sums_at(x, op->operand[0], slice->first_element),
-                          slice->elements);
+                          x->device.block_squares + block,
+                          flap_layout_sums_dtype(&x->layout->spec, x->layout->parts[slice->part].kind),
+                          slice_of_sums(x, op->operand[0], slice), slice->elements);
 }
 
 /* But for where its bytes are. */
@@ -109,10 +120,12 @@ static flap_update update_of(const flap_executor *x, uint32_t index) {
 
 /* The update of a skipped step leaves what its leases hold as it is. */
 static void adamw(flap_executor *x, const flap_op *op) {
+  const flap_layout_slice *slice = &x->layout->slices[op->index];
   flap_update update = update_of(x, op->index);
-  update.weights = weights_at(x, op->operand[0], x->layout->slices[op->index].first_element);
+  update.weights = weights_at(x, op->operand[0], slice->first_element);
   update.states = address(x, op->operand[1]);
-  update.gradient = address(x, op->operand[2]);
+  update.gradient =
+      slice->gradient == FLAP_REGION_NONE ? slice_of_sums(x, op->operand[2], slice) : address(x, op->operand[2]);
   update.fault = x->device.fault;
   flap_assert(x->has_update);
   if (!x->skips)

@@ -153,6 +153,26 @@ static bool is_consumed_at_once(const flap_layout *layout, uint32_t part) {
   return flap_layout_in_backward(layout, part) && !flap_layout_is_host(layout, part);
 }
 
+flap_dtype flap_layout_sums_dtype(const flap_layout_spec *spec, flap_part kind) {
+  const bool once = kind == FLAP_PART_LAYER && spec->micro_batches == 1;
+  return once && spec->shape.dtype == FLAP_BF16 && spec->gradient_dtype == FLAP_BF16 ? FLAP_BF16 : FLAP_F32;
+}
+
+bool flap_layout_updates_later(const flap_layout *layout, uint32_t part) {
+  return layout->spec.spread && part > 0 && is_consumed_at_once(layout, part);
+}
+
+static flap_part kind_of(const flap_layout *layout, uint32_t part) {
+  const uint32_t layers = layout->spec.model->num_hidden_layers;
+  return part == 0 ? FLAP_PART_EMBEDDING : part <= layers ? FLAP_PART_LAYER : FLAP_PART_HEAD;
+}
+
+/* Its gradient passes through a place that many share, between the sums and the update. */
+static bool is_rounded_between(const flap_layout *layout, uint32_t part) {
+  return is_consumed_at_once(layout, part) &&
+         (flap_layout_updates_later(layout, part) || !flap_layout_sums_are_final(&layout->spec, kind_of(layout, part)));
+}
+
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
   flap_assert(layout->spec.mode == FLAP_MODE_SAMPLE);
   return layout->first_cache + layer;
@@ -163,9 +183,10 @@ static uint8_t element_bytes(const flap_layout *layout, flap_region_class klass)
   const flap_layout_spec *spec = &layout->spec;
   switch (klass) {
   case FLAP_CLASS_STATES:
-  case FLAP_CLASS_GRADIENT_SUMS:
   case FLAP_CLASS_VOCABULARY_SUMS:
     return 4;
+  case FLAP_CLASS_GRADIENT_SUMS:
+    return (uint8_t)flap_dtype_bytes(flap_layout_sums_dtype(spec, FLAP_PART_LAYER));
   case FLAP_CLASS_GRADIENTS:
   case FLAP_CLASS_ROUNDED:
     return (uint8_t)flap_dtype_bytes(spec->gradient_dtype);
@@ -234,8 +255,8 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
     const uint64_t head = layout->part_elements[FLAP_PART_HEAD];
     elements = head > elements ? head : elements;
   }
-  const uint32_t region =
-      add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS, elements * 4);
+  const uint32_t region = add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS,
+                                     elements * flap_dtype_bytes(flap_layout_sums_dtype(spec, part->kind)));
   if (part->kind == FLAP_PART_EMBEDDING)
     layout->vocabulary_sums = region;
   return region;
@@ -255,15 +276,15 @@ static uint32_t count_rounded(const flap_layout *layout) {
   if (spec->backward_parts == 0)
     return 0;
   for (uint32_t part = 0; part <= head; part++)
-    most |= is_consumed_at_once(layout, part);
+    most |= is_rounded_between(layout, part);
   if (most == 0 || !spec->spread)
     return most;
   for (uint32_t segment = 0; segment < layout->segment_count; segment++) {
-    const bool with_head = segment + 1 == layout->segment_count && is_consumed_at_once(layout, head);
+    const bool with_head = segment + 1 == layout->segment_count && is_rounded_between(layout, head);
     uint32_t first, end, here = with_head ? count_slices(layout, FLAP_PART_HEAD) : 0;
     flap_layout_segment(layout, segment, &first, &end);
     for (uint32_t layer = first; layer < end; layer++)
-      here += is_consumed_at_once(layout, flap_layout_layer_part(layer)) ? count_slices(layout, FLAP_PART_LAYER) : 0;
+      here += is_rounded_between(layout, flap_layout_layer_part(layer)) ? count_slices(layout, FLAP_PART_LAYER) : 0;
     most = here > most ? here : most;
   }
   return most;
@@ -284,7 +305,8 @@ static void add_rounded(flap_layout *layout) {
 /* The slices of a segment are neighbours, so they have different places. */
 static uint32_t add_gradient(flap_layout *layout, uint64_t elements, bool host, bool at_once) {
   if (at_once)
-    return layout->rounded_next++ % layout->rounded_count;
+    return is_rounded_between(layout, layout->part_count) ? layout->rounded_next++ % layout->rounded_count
+                                                          : FLAP_REGION_NONE;
   return add_placed(layout, FLAP_CLASS_GRADIENTS, elements * flap_dtype_bytes(layout->spec.gradient_dtype),
                     host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
 }

@@ -99,7 +99,8 @@ typedef struct flap_layout_part {
 typedef struct flap_layout_slice {
   uint32_t part;
   uint64_t first_element, elements; /* in the part; multiples of FLAP_OPS_BLOCK */
-  uint32_t states, gradient;        /* regions; the gradient's may be one that other slices use after it */
+  uint32_t states, gradient;        /* regions; the gradient's may be one that other slices use after it, or
+                                       FLAP_REGION_NONE: it is consumed where its part's sums are */
 } flap_layout_slice;
 
 typedef struct flap_layout {
@@ -115,11 +116,23 @@ typedef struct flap_layout {
   flap_layout_slice *slices;
   flap_layout_region *regions;
   uint32_t vocabulary_sums;
-  uint32_t rounded_count; /* places for gradients that are consumed where they are rounded: the first regions */
+  uint32_t rounded_count; /* places for gradients on their way from sums to an update: the first regions */
   uint32_t rounded_next;  /* while it is built */
   uint32_t first_boundary, first_hidden_gradient, first_saved, first_cache; /* regions, or FLAP_REGION_NONE */
   bool tied;
 } flap_layout;
+
+/* What a part's gradient sums are in: fp32. But to those of a layer nothing is added where a step has one micro-batch:
+ * they are gradients, and if products can write these as they are stored, bf16 with bf16 weights, they do. (Head and
+ * embedding add up chunks of tokens, and rows.) */
+flap_dtype flap_layout_sums_dtype(const flap_layout_spec *spec, flap_part kind);
+/* Whether sums are stored gradients as they are, and need not be rounded. */
+static inline bool flap_layout_sums_are_final(const flap_layout_spec *spec, flap_part kind) {
+  return flap_layout_sums_dtype(spec, kind) == spec->gradient_dtype;
+}
+/* Whether a part that the device updates in the backward is updated while the segment behind it is passed (`spread`);
+ * behind the embedding there is none. */
+bool flap_layout_updates_later(const flap_layout *layout, uint32_t part);
 
 /* With a measuring arena only counts are valid afterwards. */
 void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_layout *layout_out);

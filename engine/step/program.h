@@ -23,8 +23,8 @@ typedef enum flap_op_kind {
   FLAP_OP_LAYER_BACKWARD,  /* weights, x_in, kept, dx, scratch, sums */
   FLAP_OP_EMBED_BACKWARD,  /* dx, embedding sums */
   FLAP_OP_ZERO,            /* sums; `index` is the part: where they are only added to */
-  FLAP_OP_STORE_GRADIENT,  /* sums, gradient; `index` is the slice */
-  FLAP_OP_ADAMW,           /* weights, states, gradient; `index` is the slice */
+  FLAP_OP_STORE_GRADIENT,  /* sums, gradient (none: they are only measured); `index` is the slice */
+  FLAP_OP_ADAMW,           /* weights, states, gradient (or the sums that it is in); `index` is the slice */
   FLAP_OP_HOST_ADAMW,      /* states, gradient, weights: three leases in a row of a job of the host; likewise */
   FLAP_OP_LOSSES,          /* the losses of all micro-batches are complete, and updates in the only backward begin */
   FLAP_OP_NORM,            /* the norms of all gradients are complete: collect them, with the losses */

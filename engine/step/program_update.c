@@ -121,17 +121,35 @@ static void store_part(program_builder *b, uint32_t part, flap_operand sums) {
   }
 }
 
-/* Rounds a slice's finished gradient where it is consumed. */
+/* Rounds a slice's finished gradient into the place where it is consumed. */
 static flap_operand round_slice(program_builder *b, uint32_t index, flap_operand sums) {
   const flap_operand gradient = program_pin(b, b->layout->slices[index].gradient, FLAP_LEASE_SCRATCH);
   OP(b, FLAP_OP_STORE_GRADIENT, index, 0, sums, gradient, NONE, NONE, NONE, NONE);
   return gradient;
 }
 
+/* Of a slice whose sums are only looked at, for its norm. */
+static void measure_slice(program_builder *b, uint32_t index, flap_operand sums) {
+  OP(b, FLAP_OP_STORE_GRADIENT, index, 0, sums, NONE, NONE, NONE, NONE, NONE);
+}
+
 static void update_rounded(program_builder *b, uint32_t index, flap_operand weights, flap_operand states,
                            flap_operand gradient) {
   OP(b, FLAP_OP_ADAMW, index, 0, weights, states, gradient, NONE, NONE, NONE);
   program_unpin(b, gradient);
+  program_unpin(b, states);
+}
+
+/* Updates a slice with its finished gradient: where its sums are, if these are that already. */
+static void update_at_once(program_builder *b, uint32_t index, flap_operand sums, flap_operand weights) {
+  const flap_layout_slice *slice = &b->layout->slices[index];
+  const flap_operand states = program_pin(b, slice->states, FLAP_LEASE_UPDATE);
+  if (slice->gradient != FLAP_REGION_NONE) {
+    update_rounded(b, index, weights, states, round_slice(b, index, sums));
+    return;
+  }
+  measure_slice(b, index, sums);
+  OP(b, FLAP_OP_ADAMW, index, 0, weights, states, sums, NONE, NONE, NONE);
   program_unpin(b, states);
 }
 
@@ -155,11 +173,11 @@ void program_rounded_begin(program_builder *b) {
   b->rounded_count = b->rounded_done = 0;
 }
 
-/* Rounds it for its norm, and leaves nothing. */
+/* For its norm; leaves nothing. */
 static void measure_part(program_builder *b, uint32_t part, flap_operand sums, flap_operand weights) {
   const flap_layout_part *p = program_part_of(b, part);
   for (uint32_t i = p->first_slice; i < p->first_slice + p->slice_count; i++)
-    program_unpin(b, round_slice(b, i, sums));
+    measure_slice(b, i, sums);
   program_unpin(b, sums);
   if (weights != NONE)
     program_unpin(b, weights);
@@ -172,7 +190,7 @@ void program_finish_part(program_builder *b, uint32_t part, flap_operand sums, f
   }
   const flap_layout_part *p = program_part_of(b, part);
   const bool host = flap_layout_is_host(b->layout, part), updates = program_pass_updates(b, part);
-  const bool later = updates && b->layout->spec.spread && part > 0; /* behind the embedding there is no segment */
+  const bool later = updates && flap_layout_updates_later(b->layout, part);
   if (!updates)
     store_part(b, part, sums);
   for (uint32_t i = p->first_slice; updates && i < p->first_slice + p->slice_count; i++) {
@@ -183,8 +201,7 @@ void program_finish_part(program_builder *b, uint32_t part, flap_operand sums, f
                                                          .weights = weights,
                                                          .gradient = round_slice(b, i, sums)};
     } else {
-      const flap_operand states = program_pin(b, b->layout->slices[i].states, FLAP_LEASE_UPDATE);
-      update_rounded(b, i, weights, states, round_slice(b, i, sums));
+      update_at_once(b, i, sums, weights);
     }
   }
   program_unpin(b, sums);

@@ -158,8 +158,8 @@ void flap_cpu_attention_decode(flap_ops *ops, flap_dtype dtype, void *out, const
 void flap_cpu_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, float *dweight, bool accumulate,
                         const void *x, const void *weight, const int32_t *targets, float loss_scale,
                         uint32_t token_count, uint32_t hidden, uint32_t vocabulary);
-void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                             uint64_t elements);
+void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares,
+                             flap_dtype sum_dtype, const void *sum, uint64_t elements);
 void flap_cpu_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,
                     void *weight, void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks,
                     int32_t *fault, uint64_t elements);

@@ -9,10 +9,10 @@
 typedef struct gradient_job {
   const flap_cpu_ops *cpu;
   uint64_t blocks;
-  flap_dtype grad_dtype;
+  flap_dtype grad_dtype, sum_dtype;
   void *grad_out;
   float *block_squares;
-  const float *sum;
+  const void *sum;
 } gradient_job;
 
 static uint64_t last_block(const gradient_job *job, uint64_t item) {
@@ -28,8 +28,8 @@ static void gradient_item(void *context, uint64_t item, uint32_t worker) {
   for (uint64_t block = item * BLOCKS_PER_ITEM; block < last_block(job, item); ++block) {
     float sums[FLAP_CPU_LANES] = {0};
     for (uint64_t i = block * FLAP_OPS_BLOCK; i < (block + 1) * FLAP_OPS_BLOCK; i += FLAP_CPU_CHUNK) {
-      const float *values = job->sum + i;
-      if (job->grad_dtype != FLAP_F32) {
+      const float *values = flap_cpu_load(job->cpu, job->sum_dtype, rounded, job->sum, i, FLAP_CPU_CHUNK);
+      if (job->grad_dtype != job->sum_dtype) {
         memcpy(rounded, values, sizeof rounded);
         vector->round_bf16(rounded, FLAP_CPU_CHUNK);
         values = rounded;
@@ -38,16 +38,17 @@ static void gradient_item(void *context, uint64_t item, uint32_t worker) {
       if (job->grad_out != NULL)
         flap_cpu_store(job->cpu, job->grad_dtype, job->grad_out, i, values, FLAP_CPU_CHUNK);
     }
-    job->block_squares[block] = flap_cpu_fold(sums);
+    if (job->block_squares != NULL)
+      job->block_squares[block] = flap_cpu_fold(sums);
   }
 }
 
-void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                             uint64_t elements) {
-  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
+void flap_cpu_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares,
+                             flap_dtype sum_dtype, const void *sum, uint64_t elements) {
   gradient_job job = {.cpu = flap_cpu_state(ops),
                       .blocks = elements / FLAP_OPS_BLOCK,
                       .grad_dtype = grad_dtype,
+                      .sum_dtype = sum_dtype,
                       .grad_out = grad,
                       .block_squares = block_squares,
                       .sum = sum};

@@ -24,7 +24,7 @@
 
 /* In the numerics text: another one whenever a change of kernels changes bits, so that no run goes on with other ones
  * unnoticed. */
-#define CUDA_KERNELS "kernels 5"
+#define CUDA_KERNELS "kernels 6"
 
 #ifdef __cplusplus
 extern "C" {
@@ -140,8 +140,8 @@ void cuda_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *dx, fl
 
 /* ---- cuda_optimizer.cu ---- */
 
-void cuda_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                         uint64_t elements);
+void cuda_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, flap_dtype sum_dtype,
+                         const void *sum, uint64_t elements);
 void cuda_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype, void *weight,
                 void *master, float *m, float *v, const void *grad, const uint8_t *decay_blocks, int32_t *fault,
                 uint64_t elements);

@@ -10,9 +10,9 @@
 static_assert(ADAMW_THREADS * GROUP == FLAP_OPS_BLOCK, "a thread has one group");
 static_assert(FLAP_OPS_BLOCK % (STORE_THREADS * GROUP) == 0, "a thread has whole groups");
 
-template <typename T>
+template <typename T, typename S>
 __global__ void __launch_bounds__(STORE_THREADS)
-    store_gradient(T *grad, float *block_squares, const float *sum, bool sum_vectors, bool grad_vectors) {
+    store_gradient(T *grad, float *block_squares, const S *sum, bool sum_vectors, bool grad_vectors) {
   __shared__ float shared[WARP];
   float squares = 0;
 #pragma unroll
@@ -29,24 +29,28 @@ __global__ void __launch_bounds__(STORE_THREADS)
       store_group(grad + at, values, GROUP, grad_vectors);
   }
   squares = block_sum(squares, shared);
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0 && block_squares != nullptr)
     block_squares[blockIdx.x] = squares;
 }
 
-void cuda_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                         uint64_t elements) {
+template <typename T, typename S>
+static void launch_store(flap_ops *ops, void *grad, float *block_squares, const void *sum, uint32_t blocks) {
+  store_gradient<<<blocks, STORE_THREADS, 0, cuda_stream(ops)>>>((T *)grad, block_squares, (const S *)sum,
+                                                                 aligned16(sum), aligned16(grad));
+  cuda_launched(ops, "gradient store");
+}
+
+void cuda_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, flap_dtype sum_dtype,
+                         const void *sum, uint64_t elements) {
   const uint32_t blocks = (uint32_t)(elements / FLAP_OPS_BLOCK);
-  flap_assert(grad_dtype == FLAP_F32 || grad_dtype == FLAP_BF16);
   if (blocks == 0)
     return;
-  const cudaStream_t stream = cuda_stream(ops);
-  if (grad_dtype == FLAP_BF16)
-    store_gradient<<<blocks, STORE_THREADS, 0, stream>>>((__nv_bfloat16 *)grad, block_squares, sum, aligned16(sum),
-                                                         aligned16(grad));
+  if (grad_dtype == FLAP_F32)
+    launch_store<float, float>(ops, grad, block_squares, sum, blocks);
+  else if (sum_dtype == FLAP_F32)
+    launch_store<__nv_bfloat16, float>(ops, grad, block_squares, sum, blocks);
   else
-    store_gradient<<<blocks, STORE_THREADS, 0, stream>>>((float *)grad, block_squares, sum, aligned16(sum),
-                                                         aligned16(grad));
-  cuda_launched(ops, "gradient store");
+    launch_store<__nv_bfloat16, __nv_bfloat16>(ops, grad, block_squares, sum, blocks);
 }
 
 /* ---- AdamW ---- */

@@ -153,10 +153,11 @@ static void sim_head_loss(flap_ops *ops, flap_dtype dtype, float *losses, void *
   charge(ops, dtype, flops, bytes);
 }
 
-static void sim_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares, const float *sum,
-                               uint64_t elements) {
+static void sim_gradient_store(flap_ops *ops, flap_dtype grad_dtype, void *grad, float *block_squares,
+                               flap_dtype sum_dtype, const void *sum, uint64_t elements) {
   (void)block_squares, (void)sum;
-  charge(ops, FLAP_F32, 3.0 * (double)elements, (double)elements * (4.0 + (grad != NULL ? size_of(grad_dtype) : 0)));
+  charge(ops, FLAP_F32, 3.0 * (double)elements,
+         (double)elements * (size_of(sum_dtype) + (grad != NULL ? size_of(grad_dtype) : 0)));
 }
 
 static void sim_adamw(flap_ops *ops, const flap_adamw *scalars, flap_dtype weight_dtype, flap_dtype grad_dtype,

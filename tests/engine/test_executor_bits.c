@@ -27,22 +27,26 @@ typedef struct numerics {
   double init_scale; /* of fp16: the losses' */
   flap_optim optim;
   bool clips_nothing;
+  bool one_micro_batch; /* where gradients of layers are bf16 from the start */
 } numerics;
 
 static const numerics NUMERICS[] = {
-    {"bf16", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, false},
-    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0, FLAP_OPTIM_ADAMW, false},
-    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW, false},
-    {"bf16, 8-bit moments", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW_8BIT, false},
-    {"bf16, untied, 8-bit moments", FLAP_BF16, FLAP_BF16, false, true, 0, FLAP_OPTIM_ADAMW_8BIT, false},
-    {"fp32", FLAP_F32, FLAP_F32, true, false, 0, FLAP_OPTIM_ADAMW, false},
-    {"fp32, 8-bit moments", FLAP_F32, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW_8BIT, false},
-    {"bf16, no clipping", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, true},
-    {"bf16, untied, fp32 gradients, no clipping", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW, true},
-    {"fp32, untied, 8-bit moments, no clipping", FLAP_F32, FLAP_F32, false, false, 0, FLAP_OPTIM_ADAMW_8BIT, true},
-    {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW, false},
-    {"fp16, 8-bit moments", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW_8BIT, false},
-    {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20, FLAP_OPTIM_ADAMW, false}};
+    {"bf16", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, false, false},
+    {"bf16, untied", FLAP_BF16, FLAP_BF16, false, false, 0, FLAP_OPTIM_ADAMW, false, false},
+    {"bf16 with fp32 gradients", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW, false, false},
+    {"bf16, 8-bit moments", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW_8BIT, false, false},
+    {"bf16, untied, 8-bit moments", FLAP_BF16, FLAP_BF16, false, true, 0, FLAP_OPTIM_ADAMW_8BIT, false, false},
+    {"fp32", FLAP_F32, FLAP_F32, true, false, 0, FLAP_OPTIM_ADAMW, false, false},
+    {"fp32, 8-bit moments", FLAP_F32, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW_8BIT, false, false},
+    {"bf16, no clipping", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, true, false},
+    {"bf16, untied, fp32 gradients, no clipping", FLAP_BF16, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW, true, false},
+    {"fp32, untied, 8-bit moments, no clipping", FLAP_F32, FLAP_F32, false, false, 0, FLAP_OPTIM_ADAMW_8BIT, true,
+     false},
+    {"bf16, one micro-batch", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, false, true},
+    {"bf16, one micro-batch, no clipping", FLAP_BF16, FLAP_BF16, false, true, 0, FLAP_OPTIM_ADAMW, true, true},
+    {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW, false, false},
+    {"fp16, 8-bit moments", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW_8BIT, false, false},
+    {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20, FLAP_OPTIM_ADAMW, false, false}};
 #define EIGHT_BIT 3
 #define OVERFLOWING (NUMERICS_COUNT - 1)
 #define NUMERICS_COUNT ((int)(sizeof NUMERICS / sizeof *NUMERICS))
@@ -295,7 +299,7 @@ static flap_choice choice_of(const rig_model *model, const placement *p) {
   if (p->segment > 0)
     choice.segment_layers = p->segment;
   choice.tail_layers = p->tail;
-  if (p->group > 0)
+  if (p->group > 0 && p->group < model->micro_batches)
     choice.group_micro_batches = p->group;
   choice.saved_layers = p->saved;
   if (p->mask != 0)
@@ -334,7 +338,7 @@ static void record_references(void) {
     model->config.tie_word_embeddings = NUMERICS[i].tied;
     model->config.attention_bias = NUMERICS[i].bias;
     MUST(flap_model_finish_config(&model->config));
-    model->micro_batches = MICRO_BATCHES;
+    model->micro_batches = NUMERICS[i].one_micro_batch ? 1 : MICRO_BATCHES;
     model->shape.dtype = NUMERICS[i].dtype;
     model->gradient_dtype = NUMERICS[i].gradient_dtype;
     model->options.optim = NUMERICS[i].optim;

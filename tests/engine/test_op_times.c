@@ -93,12 +93,28 @@ START_TEST(from_rates_first_sums_cost_less) {
   ck_assert_uint_lt(times.backward_fresh_ns, times.backward_ns);
   ck_assert_uint_lt(times.head_fresh_ns, times.head_ns);
   /* Nor are spare tensors that are kept: a normalised input of either norm, and silu(gate)·up, of 64 tokens. */
-  const uint64_t gain = times.backward_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, false);
+  const uint64_t gain = times.backward_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_ADDED_TO);
   ck_assert_uint_eq(gain, 64 * 2 * (2 * 64 + 128));
-  ck_assert_uint_eq(times.backward_fresh_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, true), gain);
-  ck_assert_uint_eq(flap_op_times_backward(&times, ATTENTION, false), times.backward_ns);
+  ck_assert_uint_eq(times.backward_fresh_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FRESH),
+                    gain);
+  ck_assert_uint_eq(flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_ADDED_TO), times.backward_ns);
   ck_assert_double_eq_tol(times.zero_ns, 4, 0.01);  /* bytes an element, at one a nanosecond */
   ck_assert_double_eq_tol(times.store_ns, 6, 0.01); /* fp32 read, bf16 written */
+  ck_assert_double_eq_tol(times.measure_ns, 4, 0.01);
+  ck_assert_double_eq_tol(times.store_final_ns, 4, 0.01); /* bf16 read and written */
+  ck_assert_double_eq_tol(times.measure_final_ns, 2, 0.01);
+  /* And a step of one micro-batch writes bf16 gradients in place of the matrices' fp32 sums. */
+  const uint64_t matrices = 2 * 64 * 64 + 2 * FLAP_OPS_BLOCK + 3 * 64 * 128; /* k and v have gaps behind them */
+  const uint64_t less = times.backward_fresh_ns - flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_FINAL);
+  /* But vectors, of a block each, are summed as ever and rounded then, and what rounds them reads 4 and writes 2. */
+  ck_assert_uint_eq(less, 2 * matrices - 6 * 2 * FLAP_OPS_BLOCK);
+  ck_assert_uint_eq(times.backward_final_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FINAL),
+                    gain);
+  flap_op_times_spec whole = spec;
+  whole.gradient_dtype = FLAP_F32;
+  flap_op_times of_whole;
+  ck_assert_int_eq(flap_op_times_from_rates(&whole, &memory, &of_whole), FLAP_OK);
+  ck_assert_uint_eq(of_whole.backward_final_ns, of_whole.backward_fresh_ns);
   ck_assert_double_eq_tol(times.adamw_ns, 26, 0.01);
   ck_assert_double_eq(times.adamw_embedding_ns, times.adamw_ns);
   /* Codes are a byte, and what they are relative to is 4 for 256 of them; the embedding's moments stay fp32. */
@@ -211,9 +227,13 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .head_fresh_ns = 6,
                                .backward_ns = 7,
                                .backward_fresh_ns = 8,
+                               .backward_final_ns = 10,
                                .embed_backward_ns = 9,
                                .launch_ns = 100,
                                .store_ns = 0.5,
+                               .measure_ns = 0.45,
+                               .store_final_ns = 0.4,
+                               .measure_final_ns = 0.35,
                                .zero_ns = 0.25,
                                .adamw_ns = 0.75,
                                .adamw_embedding_ns = 1.25,
@@ -250,6 +270,15 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
   part.kind = FLAP_PART_EMBEDDING;
   ck_assert_uint_eq(OF(.kind = FLAP_OP_ADAMW), 1350);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT, .operand = {0, FLAP_OPERAND_NONE}), 550);
+  layout.spec.micro_batches = 1; /* layers' gradients are final; the embedding's are not */
+  layout.spec.shape.dtype = layout.spec.gradient_dtype = FLAP_BF16;
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
+  part.kind = FLAP_PART_LAYER;
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 500);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT, .operand = {0, FLAP_OPERAND_NONE}), 450);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_BACKWARD, .fresh = true, .operand = {0, 1, FLAP_OPERAND_NONE}), 10);
+  ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_BACKWARD, .fresh = true, .operand = {0, 1, 2}), 8);
 #undef OF
 }
 END_TEST

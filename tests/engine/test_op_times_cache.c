@@ -30,6 +30,7 @@ static void fill_times(void) {
   times.embed_ns = 1, times.forward_ns = 2, times.recompute_ns = 3, times.loss_ns = 4, times.head_ns = 5;
   times.head_fresh_ns = 6, times.backward_ns = 7, times.backward_fresh_ns = 8, times.embed_backward_ns = 9;
   times.launch_ns = 10, times.store_ns = 0.1, times.zero_ns = 1.0 / 3, times.adamw_ns = 0.0099;
+  times.backward_final_ns = 11, times.measure_ns = 0.11, times.store_final_ns = 0.12, times.measure_final_ns = 0.13;
   times.adamw_embedding_ns = 0.7, times.host = (flap_host_ns){0.19671234567890123, 0.275};
   times.host_embedding = (flap_host_ns){0.2, 0.3}, times.copies_beside_host = 1.37;
 }
@@ -168,7 +169,7 @@ static void damage(const char *text, const char *from, const char *to) {
 }
 
 START_TEST(bad_files_are_as_if_they_were_not_there) {
-  static const char *const changes[][2] = {{"flap times 2", "flap times 0"},
+  static const char *const changes[][2] = {{"flap times 3", "flap times 0"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": -2"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": \"2\""},
                                            {"\"forward_ns\"", "\"forwards_ns\""},

@@ -299,17 +299,22 @@ static void gradient(gpu_rig *g, rig_random *random, int index) {
   operand grad = operand_empty(g, dtype, ELEMENTS, 0), again = operand_empty(g, dtype, ELEMENTS, 1);
   operand squares = operand_empty(g, FLAP_F32, BLOCKS, 0), other = operand_empty(g, FLAP_F32, BLOCKS, 0);
   operand measured = operand_empty(g, FLAP_F32, BLOCKS, 0);
-  flap_ops_gradient_store(g->ops, dtype, grad.gpu, squares.gpu, sum.gpu, ELEMENTS);
-  flap_ops_gradient_store(g->ops, dtype, again.gpu, other.gpu, odd.gpu, ELEMENTS);
-  flap_ops_gradient_store(g->ops, dtype, NULL, measured.gpu, sum.gpu, ELEMENTS);
-  flap_ops_gradient_store(g->cpu.ops, dtype, grad.cpu, squares.cpu, sum.cpu, ELEMENTS);
+  operand final = operand_empty(g, dtype, ELEMENTS, 0), of_final = operand_empty(g, FLAP_F32, BLOCKS, 0);
+  flap_ops_gradient_store(g->ops, dtype, grad.gpu, squares.gpu, FLAP_F32, sum.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, again.gpu, other.gpu, FLAP_F32, odd.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, NULL, measured.gpu, FLAP_F32, sum.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, final.gpu, of_final.gpu, dtype, grad.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, final.gpu, NULL, dtype, grad.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->cpu.ops, dtype, grad.cpu, squares.cpu, FLAP_F32, sum.cpu, ELEMENTS);
   operand_same("grad", &grad);
   operands_equal("grad at an odd address", &grad, &again);
   operand_near("squares", &squares, 2e-6, 0);
   operands_equal("squares, again", &squares, &other);
   operands_equal("squares only measured", &squares, &measured);
+  operands_equal("grad that was final", &grad, &final);
+  operands_equal("squares of what was final", &squares, &of_final);
   operand_free(&sum), operand_free(&odd), operand_free(&grad), operand_free(&again);
-  operand_free(&squares), operand_free(&other), operand_free(&measured);
+  operand_free(&squares), operand_free(&other), operand_free(&measured), operand_free(&final), operand_free(&of_final);
   free(values);
 }
 

@@ -254,12 +254,19 @@ static void gradient(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   sum[6] = flap_f32_from_bits(0x3f818000u);
   const uint64_t bytes = ELEMENTS * flap_dtype_bytes(dtype);
   void *grad[RIG_THREADS_MAX];
-  float *squares[RIG_THREADS_MAX], measured[BLOCKS];
+  float *squares[RIG_THREADS_MAX], measured[BLOCKS], of_final[BLOCKS];
+  void *final = rig_bytes(bytes);
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t) {
     grad[t] = rig_bytes(bytes);
     squares[t] = rig_bytes(BLOCKS * 4);
-    flap_ops_gradient_store(rigs[t].ops, dtype, grad[t], squares[t], sum, ELEMENTS);
-    flap_ops_gradient_store(rigs[t].ops, dtype, NULL, measured, sum, ELEMENTS);
+    flap_ops_gradient_store(rigs[t].ops, dtype, grad[t], squares[t], FLAP_F32, sum, ELEMENTS);
+    flap_ops_gradient_store(rigs[t].ops, dtype, NULL, measured, FLAP_F32, sum, ELEMENTS);
+    flap_ops_gradient_store(rigs[t].ops, dtype, final, of_final, dtype, grad[t], ELEMENTS);
+    rig_same("grad that was final", grad[t], final, bytes);
+    rig_same("squares of what was final", squares[t], of_final, BLOCKS * 4);
+    memset(final, 0, bytes);
+    flap_ops_gradient_store(rigs[t].ops, dtype, final, NULL, FLAP_F32, sum, ELEMENTS);
+    rig_same("grad without squares", grad[t], final, bytes);
     rig_same("grad", grad[0], grad[t], bytes);
     rig_same("squares", squares[0], squares[t], BLOCKS * 4);
     rig_same("squares only measured", squares[0], measured, BLOCKS * 4);
@@ -279,6 +286,7 @@ static void gradient(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   }
   for (uint32_t t = 0; t < RIG_THREADS_MAX; ++t)
     free(grad[t]), free(squares[t]);
+  free(final);
   free(sum);
 }
 

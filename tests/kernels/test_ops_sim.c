@@ -115,7 +115,7 @@ START_TEST(sim_every_operation_takes_time_and_touches_nothing) {
   CHARGES(flap_ops_swiglu_backward(s.ops, FLAP_BF16, a, b, 1000, NULL, c, a, b, 1000, 1000, 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, NULL, NULL, false, b, c, tokens, 1, 1000, 100, 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, b, c, true, d, a, tokens, 1, 1000, 100, 1000));
-  CHARGES(flap_ops_gradient_store(s.ops, FLAP_BF16, a, b, c, FLAP_OPS_BLOCK * 100));
+  CHARGES(flap_ops_gradient_store(s.ops, FLAP_BF16, a, b, FLAP_F32, c, FLAP_OPS_BLOCK * 100));
   CHARGES(flap_ops_adamw(s.ops, &scalars, FLAP_BF16, FLAP_BF16, a, b, c, d, a, nowhere(6), nowhere(7),
                          FLAP_OPS_BLOCK * 100));
   CHARGES(flap_ops_adamw_8bit(s.ops, &scalars, FLAP_BF16, FLAP_BF16, a, b, c, d, a, b, c, nowhere(6), nowhere(7),

@@ -338,9 +338,13 @@ double fixture_backward(model_fixture *fixture, float loss_scale) {
   flap_model_head_loss(&fixture->run, fixture->weights[FLAP_PART_HEAD][0], fixture_projection(fixture),
                        fixture->x[layers], fixture->targets, loss_scale, fixture->losses, fixture->dx,
                        fixture->gradients[FLAP_PART_HEAD][0], fixture_projection_gradient(fixture), !fixture->fresh);
-  for (uint32_t i = layers; i-- > 0;)
+  for (uint32_t i = layers; i-- > 0;) {
+    const flap_model_gradient dweights = {.sums = fixture->gradients[FLAP_PART_LAYER][i],
+                                          .dtype = fixture->final ? FLAP_BF16 : FLAP_F32,
+                                          .accumulate = !fixture->fresh};
     flap_model_layer_backward(&fixture->run, fixture->weights[FLAP_PART_LAYER][i], fixture->x[i], &fixture->saved[i],
-                              fixture->dx, fixture->gradients[FLAP_PART_LAYER][i], !fixture->fresh);
+                              fixture->dx, &dweights);
+  }
   flap_model_embed_backward(&fixture->run, fixture->tokens, fixture->order, fixture->dx,
                             fixture->gradients[FLAP_PART_EMBEDDING][0]);
   double sum = 0;

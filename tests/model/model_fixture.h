@@ -38,6 +38,7 @@ typedef struct model_fixture {
   float *losses, *logits;
   int32_t *tokens, *targets, *order;
   bool fresh; /* fixture_backward writes sums instead of adding to them */
+  bool final; /* and those of layers in bf16 */
 } model_fixture;
 
 /* Fills the table's fields from the config.json of a folder, as the family's keys say, and finishes the configuration.

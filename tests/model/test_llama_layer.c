@@ -246,6 +246,32 @@ START_TEST(first_backward_equals_adding_to_zeros) {
 }
 END_TEST
 
+/* To the bit, gaps included, and with nothing behind them. */
+START_TEST(final_gradients_are_the_sums_rounded_once) {
+  random_case chosen = make_case((uint32_t)_i, FLAP_BF16);
+  model_fixture sums, final;
+  open_case(&sums, &chosen, 2, 7);
+  open_case(&final, &chosen, 2, 7);
+  fixture_forward(&sums);
+  fixture_forward(&final);
+  poison_gradients(&final);
+  sums.fresh = final.fresh = final.final = true;
+  ck_assert_double_eq(fixture_backward(&sums, 0.5f), fixture_backward(&final, 0.5f));
+  const uint64_t elements = flap_model_part_elements(&sums.config, FLAP_PART_LAYER);
+  for (uint32_t i = 0; i < sums.config.num_hidden_layers; i++) {
+    const uint16_t *rounded = (const uint16_t *)(const void *) final.gradients[FLAP_PART_LAYER][i];
+    for (uint64_t j = 0; j < elements; j++)
+      ck_assert_msg(rounded[j] == flap_f32_to_bf16(sums.gradients[FLAP_PART_LAYER][i][j]),
+                    "case %d: layer %u, gradient %llu: %04x, not that of %g", _i, i, (unsigned long long)j, rounded[j],
+                    (double)sums.gradients[FLAP_PART_LAYER][i][j]);
+    ck_assert_uint_eq(rounded[elements], 0xffff);
+  }
+  ck_assert_str_eq(fixture_overrun(&final), "");
+  fixture_close(&sums);
+  fixture_close(&final);
+}
+END_TEST
+
 /* ---- biases ---------------------------------------------------------------------------------------------- */
 
 /* With weights of zero a projection's result is its bias, and position 0 is not turned: the first row of the saved q, k
@@ -450,6 +476,7 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
   float *dhead = fixture.gradients[FLAP_PART_HEAD][0], *dprojection = fixture_projection_gradient(&fixture);
   void *x = fixture.x[0], *y = fixture.x[1], *dx = fixture.dx, *cache = fixture.cache[0];
   const flap_model_saved *saved = &fixture.saved[0], nothing = {.scratch = saved->kept};
+  const flap_model_gradient added = {.sums = dlayer, .dtype = FLAP_F32, .accumulate = true};
   int32_t *ids = fixture.tokens, *targets = fixture.targets;
   float *losses = fixture.losses;
   double tokens = 1024;
@@ -471,8 +498,7 @@ START_TEST(sim_charges_the_flops_that_the_family_promises) {
                  flap_model_layer_recompute(run, layer, x, &some));
   }
   /* Two matmuls for each of the forward's, and 5 passes over attention's squares for its 2. */
-  CHECK_CHARGE(2 * layer_flops + 0.5 * attention, 0.02,
-               flap_model_layer_backward(run, layer, x, saved, dx, dlayer, true));
+  CHECK_CHARGE(2 * layer_flops + 0.5 * attention, 0.02, flap_model_layer_backward(run, layer, x, saved, dx, &added));
   CHECK_CHARGE(head_flops, 0.05,
                flap_model_head_loss(run, head, projection, x, targets, 1, losses, NULL, NULL, NULL, false));
   CHECK_CHARGE(3 * head_flops, 0.05,
@@ -494,6 +520,7 @@ int main(void) {
   tcase_add_loop_test(tests, recompute_starts_from_what_is_kept, 0, CHAIN_COUNT);
   tcase_add_loop_test(tests, threads_leave_the_same_bits, 0, CASES);
   tcase_add_loop_test(tests, first_backward_equals_adding_to_zeros, 0, CASES);
+  tcase_add_loop_test(tests, final_gradients_are_the_sums_rounded_once, 0, CASES);
   tcase_add_loop_test(tests, biases_of_one_product_stand_at_their_columns, 0, 4);
   tcase_add_loop_test(tests, gradients_agree_with_finite_differences, 0, CASES);
   tcase_add_loop_test(tests, decode_follows_the_full_forward, 0, CASES);
