@@ -56,7 +56,7 @@ typedef struct flap_op_times_spec {
 FLAP_CHECKED flap_status flap_op_times_from_rates(const flap_op_times_spec *spec, const flap_machine *machine,
                                                   flap_op_times *times_out);
 /* Runs all operations on the cuda device in rounds, with at most so much of the card's memory. FLAP_BUDGET: that is too
- * little for a layer and the head at once. Takes about ten seconds, most of them to warm the card up, and one
+ * little for a layer and the head at once. Takes about fifteen seconds, some of them to warm the card up, and one
  * more where products are tuned. */
 FLAP_CHECKED flap_status flap_op_times_measure_cuda(const flap_op_times_spec *spec, uint64_t overhead_bytes,
                                                     uint64_t vram_bytes, flap_op_times *times_out);
