@@ -280,7 +280,7 @@ typedef struct timing {
   uint64_t batch_ns[CARD_ROUNDS + 1];
 } timing;
 
-#define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 20)
+#define TIMINGS_MAX (FLAP_MODEL_SAVED_MAX + 24)
 
 typedef struct timings {
   timing list[TIMINGS_MAX];
@@ -440,9 +440,9 @@ static flap_status time_updates(bench *b, flap_op_times *t) {
 typedef struct named_timings {
   timing *embed, *forward, *recompute, *loss;
   timing *sets[FLAP_MODEL_SAVED_MAX]; /* NULL where nothing is to be computed again */
-  timing *copy, *backward, *spare_backward, *fresh_backward, *head, *fresh_head, *embed_backward, *zero;
-  timing *final_backward;        /* NULL where it is the fresh one */
-  timing *store[2], *measure[2]; /* of fp32 sums; of final ones */
+  timing *copy, *head, *fresh_head, *embed_backward, *zero;
+  timing *backward[FLAP_SUMS_KINDS][2]; /* without and with spare tensors; NULL: as the one before it */
+  timing *store[2], *measure[2];        /* of fp32 sums; of stored gradients in their place */
 } named_timings;
 
 static void list_forward(timings *all, named_timings *n) {
@@ -468,6 +468,22 @@ static bool writes_final(const flap_op_times_spec *spec) {
   return flap_layout_sums_dtype(&step, FLAP_PART_LAYER) != FLAP_F32;
 }
 
+/* On the cpu, where there is less time, spare tensors are looked at in one kind alone: they are a small part of a
+ * backward there. */
+static void list_backward(bench *b, timings *all, named_timings *n) {
+  const bool all_spare = is_card(b) || b->clock != NULL;
+  for (int kind = 0; kind < FLAP_SUMS_KINDS; kind++)
+    for (int spare = 0; spare < 2; spare++) {
+      if ((kind == FLAP_SUMS_FINAL && !writes_final(b->spec)) ||
+          (spare == 1 && kind != FLAP_SUMS_ADDED_TO && !all_spare))
+        continue;
+      timing *t = add_saving(all, run_backward, spare == 1 ? spare_mask(b->spec) : 0);
+      t->fresh = kind != FLAP_SUMS_ADDED_TO;
+      t->final = kind == FLAP_SUMS_FINAL;
+      n->backward[kind][spare] = t;
+    }
+}
+
 static void list_training(bench *b, timings *all, named_timings *n, flap_op_times *t) {
   const flap_saved_set *set = flap_model_saved_sets(b->spec->model, &t->set_count);
   flap_assert(t->set_count <= FLAP_MODEL_SAVED_MAX);
@@ -477,17 +493,11 @@ static void list_training(bench *b, timings *all, named_timings *n, flap_op_time
       n->sets[i] = add_saving(all, run_recompute, set[i].mask);
   }
   n->copy = add_timing(all, run_copy);
-  n->backward = add_saving(all, run_backward, 0);
-  n->spare_backward = add_saving(all, run_backward, spare_mask(b->spec));
-  n->fresh_backward = add_saving(all, run_backward, 0);
+  list_backward(b, all, n);
   n->head = add_timing(all, run_head);
   n->fresh_head = add_timing(all, run_head);
   n->embed_backward = add_timing(all, run_embed_backward);
-  n->fresh_backward->fresh = n->fresh_head->fresh = true;
-  if (writes_final(b->spec)) {
-    n->final_backward = add_saving(all, run_backward, 0);
-    n->final_backward->fresh = n->final_backward->final = true;
-  }
+  n->fresh_head->fresh = true;
   if (!(b->parts & PART_SLICE))
     return;
   n->zero = add_timing(all, run_zero);
@@ -505,17 +515,22 @@ static void take_forward(bench *b, const named_timings *n, flap_op_times *t) {
   t->loss_ns = ns_of(b, n->loss);
 }
 
-static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
+/* What keeps spare tensors is never slower: beyond that it is chance. */
+static void take_backward(bench *b, const named_timings *n, flap_op_times *t) {
   const uint64_t before_ns = ns_of(b, n->copy) + t->recompute_ns;
-  const uint64_t gain_ns = without(ns_of(b, n->backward), ns_of(b, n->spare_backward));
-  for (uint32_t i = 0; i < t->set_count; i++) {
-    t->set_recompute_ns[i] = n->sets[i] != NULL ? ns_of(b, n->sets[i]) : 0;
-    t->set_gain_ns[i] = t->set_mask[i] == FLAP_MODEL_SAVED_ALL ? gain_ns : 0;
+  uint64_t ns = 0, gain_ns = 0;
+  for (int kind = 0; kind < FLAP_SUMS_KINDS; kind++) {
+    ns = n->backward[kind][0] != NULL ? without(ns_of(b, n->backward[kind][0]), before_ns) : ns;
+    gain_ns = n->backward[kind][1] != NULL ? without(ns, without(ns_of(b, n->backward[kind][1]), before_ns)) : gain_ns;
+    t->backward_ns[kind] = ns;
+    t->backward_spare_ns[kind] = without(ns, gain_ns);
   }
-  t->backward_ns = without(ns_of(b, n->backward), before_ns);
-  t->backward_fresh_ns = without(ns_of(b, n->fresh_backward), before_ns);
-  t->backward_final_ns =
-      n->final_backward != NULL ? without(ns_of(b, n->final_backward), before_ns) : t->backward_fresh_ns;
+}
+
+static void take_training(bench *b, const named_timings *n, flap_op_times *t) {
+  for (uint32_t i = 0; i < t->set_count; i++)
+    t->set_recompute_ns[i] = n->sets[i] != NULL ? ns_of(b, n->sets[i]) : 0;
+  take_backward(b, n, t);
   t->head_ns = ns_of(b, n->head);
   t->head_fresh_ns = ns_of(b, n->fresh_head);
   t->embed_backward_ns = ns_of(b, n->embed_backward);
@@ -687,14 +702,7 @@ uint64_t flap_op_times_recompute(const flap_op_times *t, uint32_t mask) {
 }
 
 uint64_t flap_op_times_backward(const flap_op_times *t, uint32_t mask, flap_sums_written sums) {
-  const uint64_t all_ns[] = {[FLAP_SUMS_ADDED_TO] = t->backward_ns,
-                             [FLAP_SUMS_FRESH] = t->backward_fresh_ns,
-                             [FLAP_SUMS_FINAL] = t->backward_final_ns};
-  const uint64_t ns = all_ns[sums];
-  for (uint32_t i = 0; i < t->set_count; i++)
-    if (t->set_mask[i] == mask)
-      return without(ns, t->set_gain_ns[i]);
-  return ns;
+  return mask == FLAP_MODEL_SAVED_ALL ? t->backward_spare_ns[sums] : t->backward_ns[sums];
 }
 
 static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t elements) {

@@ -21,6 +21,15 @@ typedef struct flap_host_ns {
   double alone, beside_copies; /* while nothing else uses the host's memory; while copies go both ways */
 } flap_host_ns;
 
+/* What a layer's backward does to the sums of gradients: adds to them, writes them first, or writes stored gradients in
+ * their place, as in a step of one micro-batch. */
+typedef enum flap_sums_written {
+  FLAP_SUMS_ADDED_TO,
+  FLAP_SUMS_FRESH,
+  FLAP_SUMS_FINAL,
+  FLAP_SUMS_KINDS
+} flap_sums_written;
+
 typedef struct flap_op_times {
   bool measured; /* on the device; else from rates */
   /* of one micro-batch; recompute: of everything, and of what a set of saved tensors does not keep */
@@ -28,12 +37,12 @@ typedef struct flap_op_times {
   uint32_t set_count; /* of the family's sets, in training */
   uint32_t set_mask[FLAP_MODEL_SAVED_MAX];
   uint64_t set_recompute_ns[FLAP_MODEL_SAVED_MAX];
-  uint64_t set_gain_ns[FLAP_MODEL_SAVED_MAX]; /* by which a backward is shorter, because its spare tensors are kept */
-  /* in training: `fresh` ones are the first to write their sums, `final` ones write stored gradients in their place */
-  uint64_t head_ns, head_fresh_ns, backward_ns, backward_fresh_ns, backward_final_ns, embed_backward_ns;
-  uint64_t launch_ns;          /* of an operation on a slice, beside its elements */
-  double store_ns, measure_ns; /* per element of a slice: rounding of fp32 sums; where only the norm is wanted */
-  double store_final_ns, measure_final_ns; /* the same of final ones */
+  /* in training: where no spare tensor is kept, and where all are; the head's sums are added to, or written first */
+  uint64_t backward_ns[FLAP_SUMS_KINDS], backward_spare_ns[FLAP_SUMS_KINDS];
+  uint64_t head_ns, head_fresh_ns, embed_backward_ns;
+  uint64_t launch_ns;                      /* of an operation on a slice, beside its elements */
+  double store_ns, measure_ns;             /* per element of a slice: of fp32 sums; where only the norm is wanted */
+  double store_final_ns, measure_final_ns; /* of stored gradients in their place */
   double zero_ns;                          /* per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
   flap_host_ns host, host_embedding;   /* likewise, by the host's cores */
@@ -79,7 +88,6 @@ uint64_t flap_op_times_beside_copies(const flap_op_times *times, const flap_layo
  * taken for that of everything. */
 uint64_t flap_op_times_recompute(const flap_op_times *times, uint32_t mask);
 /* Of a layer's backward where such a set is kept; 0: nothing is. */
-typedef enum flap_sums_written { FLAP_SUMS_ADDED_TO, FLAP_SUMS_FRESH, FLAP_SUMS_FINAL } flap_sums_written;
 uint64_t flap_op_times_backward(const flap_op_times *times, uint32_t mask, flap_sums_written sums);
 
 #ifdef __cplusplus

@@ -26,13 +26,23 @@ typedef struct field {
 } field;
 #define FIELD(name) \
   { #name, offsetof(flap_op_times, name) }
-#define HOST_FIELD(name, of, what) \
-  { name, offsetof(flap_op_times, of.what) }
+#define FIELD_OF(name, at) \
+  { name, offsetof(flap_op_times, at) }
 
-static const field whole[] = {FIELD(embed_ns),          FIELD(forward_ns),        FIELD(recompute_ns),
-                              FIELD(loss_ns),           FIELD(head_ns),           FIELD(head_fresh_ns),
-                              FIELD(backward_ns),       FIELD(backward_fresh_ns), FIELD(backward_final_ns),
-                              FIELD(embed_backward_ns), FIELD(launch_ns)};
+static const field whole[] = {FIELD(embed_ns),
+                              FIELD(forward_ns),
+                              FIELD(recompute_ns),
+                              FIELD(loss_ns),
+                              FIELD(head_ns),
+                              FIELD(head_fresh_ns),
+                              FIELD_OF("backward_ns", backward_ns[FLAP_SUMS_ADDED_TO]),
+                              FIELD_OF("backward_fresh_ns", backward_ns[FLAP_SUMS_FRESH]),
+                              FIELD_OF("backward_final_ns", backward_ns[FLAP_SUMS_FINAL]),
+                              FIELD_OF("backward_spare_ns", backward_spare_ns[FLAP_SUMS_ADDED_TO]),
+                              FIELD_OF("backward_spare_fresh_ns", backward_spare_ns[FLAP_SUMS_FRESH]),
+                              FIELD_OF("backward_spare_final_ns", backward_spare_ns[FLAP_SUMS_FINAL]),
+                              FIELD(embed_backward_ns),
+                              FIELD(launch_ns)};
 static const field fractions[] = {FIELD(store_ns),
                                   FIELD(measure_ns),
                                   FIELD(store_final_ns),
@@ -40,10 +50,10 @@ static const field fractions[] = {FIELD(store_ns),
                                   FIELD(zero_ns),
                                   FIELD(adamw_ns),
                                   FIELD(adamw_embedding_ns),
-                                  HOST_FIELD("host_ns", host, alone),
-                                  HOST_FIELD("host_beside_copies_ns", host, beside_copies),
-                                  HOST_FIELD("host_embedding_ns", host_embedding, alone),
-                                  HOST_FIELD("host_embedding_beside_copies_ns", host_embedding, beside_copies)};
+                                  FIELD_OF("host_ns", host.alone),
+                                  FIELD_OF("host_beside_copies_ns", host.beside_copies),
+                                  FIELD_OF("host_embedding_ns", host_embedding.alone),
+                                  FIELD_OF("host_embedding_beside_copies_ns", host_embedding.beside_copies)};
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
 
 static uint64_t *whole_at(flap_op_times *times, const field *f) {
@@ -85,7 +95,7 @@ void flap_op_times_cache_open(const flap_op_times_spec *spec, const flap_machine
 /* ---- reading --------------------------------------------------------------------------------------------- */
 
 static flap_status read_sets(const flap_json_object *root, flap_op_times *times) {
-  uint64_t masks[FLAP_MODEL_SAVED_MAX], again[FLAP_MODEL_SAVED_MAX], gain[FLAP_MODEL_SAVED_MAX];
+  uint64_t masks[FLAP_MODEL_SAVED_MAX], again[FLAP_MODEL_SAVED_MAX];
   const json_t *list;
   FLAP_TRY(flap_json_get_array(root, "sets", &list));
   if (json_array_size(list) > FLAP_MODEL_SAVED_MAX)
@@ -100,13 +110,10 @@ static flap_status read_sets(const flap_json_object *root, flap_op_times *times)
     masks[i] = (uint64_t)value;
     FLAP_TRY(flap_json_get_integer(&set, "recompute_ns", 0, NS_MAX, &value));
     again[i] = (uint64_t)value;
-    FLAP_TRY(flap_json_get_integer(&set, "gain_ns", 0, NS_MAX, &value));
-    gain[i] = (uint64_t)value;
   }
   for (uint32_t i = 0; i < times->set_count; i++) {
     times->set_mask[i] = (uint32_t)masks[i];
     times->set_recompute_ns[i] = again[i];
-    times->set_gain_ns[i] = gain[i];
   }
   return FLAP_OK;
 }
@@ -181,7 +188,6 @@ static json_t *sets_to_json(const flap_op_times *times) {
     json_t *set = json_object();
     done &= flap_json_put(set, "mask", json_integer(times->set_mask[i]));
     done &= flap_json_put(set, "recompute_ns", json_integer((json_int_t)times->set_recompute_ns[i]));
-    done &= flap_json_put(set, "gain_ns", json_integer((json_int_t)times->set_gain_ns[i]));
     done &= json_array_append_new(list, set) == 0;
   }
   if (done)

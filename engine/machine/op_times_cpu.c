@@ -15,7 +15,9 @@ static uint64_t round_ns(const flap_op_times *t) {
   uint64_t sets_ns = 0;
   for (uint32_t i = 0; i < t->set_count; i++)
     sets_ns += t->forward_ns + t->set_recompute_ns[i];
-  return sets_ns + 7 * t->forward_ns + 5 * t->recompute_ns + 4 * t->backward_ns + t->loss_ns + 2 * t->head_ns;
+  const uint64_t backwards = FLAP_SUMS_KINDS + 1; /* one more, with spare tensors */
+  return sets_ns + (2 + backwards) * t->forward_ns + (1 + backwards) * t->recompute_ns +
+         backwards * t->backward_ns[FLAP_SUMS_ADDED_TO] + t->loss_ns + 2 * t->head_ns;
 }
 
 static bool has_fewer_tokens(flap_model_shape *shape) {
@@ -43,14 +45,13 @@ static void correct(flap_op_times *times, const flap_op_times *measured, const f
   CORRECT(loss_ns);
   CORRECT(head_ns);
   CORRECT(head_fresh_ns);
-  CORRECT(backward_ns);
-  CORRECT(backward_fresh_ns);
-  CORRECT(backward_final_ns);
   CORRECT(embed_backward_ns);
-  for (uint32_t i = 0; i < times->set_count; i++) {
-    CORRECT(set_recompute_ns[i]);
-    CORRECT(set_gain_ns[i]);
+  for (int kind = 0; kind < FLAP_SUMS_KINDS; kind++) {
+    CORRECT(backward_ns[kind]);
+    CORRECT(backward_spare_ns[kind]);
   }
+  for (uint32_t i = 0; i < times->set_count; i++)
+    CORRECT(set_recompute_ns[i]);
 #undef CORRECT
 }
 

@@ -247,18 +247,22 @@ bool planner_is_double(const flap_planner *planner, const planner_savings *list,
   return false;
 }
 
+/* Of all layers for a micro-batch. */
+static double backwards_ns(const flap_planner *planner, planner_skeleton s, flap_sums_written sums) {
+  const double layers = planner->spec.model->num_hidden_layers, unsaved = unsaved_layers(planner, s);
+  return unsaved * (double)flap_op_times_backward(planner->times, 0, sums) +
+         (layers - unsaved) * (double)flap_op_times_backward(planner->times, s.saved.mask, sums);
+}
+
 double planner_least_seconds(const flap_planner *planner, const flap_budgets *budgets, planner_skeleton s) {
   const flap_setup_spec *spec = &planner->spec;
   const flap_op_times *t = planner->times;
   const double layers = spec->model->num_hidden_layers, n = spec->micro_batches;
   if (spec->mode != FLAP_MODE_TRAIN)
     return 0;
-  const double saving = layers - unsaved_layers(planner, s);
-  const double gain_ns =
-      saving * (double)(t->backward_ns - flap_op_times_backward(t, s.saved.mask, FLAP_SUMS_ADDED_TO));
-  const uint64_t first_ns = spec->micro_batches > 1 ? t->backward_fresh_ns : t->backward_final_ns;
-  const double fresh_ns = layers * (double)first_ns + (double)t->head_fresh_ns - gain_ns;
-  const double adding_ns = layers * (double)t->backward_ns + (double)t->head_ns - gain_ns;
+  const flap_sums_written first = spec->micro_batches > 1 ? FLAP_SUMS_FRESH : FLAP_SUMS_FINAL;
+  const double fresh_ns = backwards_ns(planner, s, first) + (double)t->head_fresh_ns;
+  const double adding_ns = backwards_ns(planner, s, FLAP_SUMS_ADDED_TO) + (double)t->head_ns;
   const double forward_ns = n * layers * (double)t->forward_ns, sums_ns = fresh_ns + (n - 1) * adding_ns;
   planner_skeleton unsaved = s; /* what is saved serves one backward */
   unsaved.saved.layers = 0;

@@ -367,10 +367,10 @@ static void log_times(const flap_op_times *t) {
            "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f), head %.3f (first %.3f), "
            "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which take "
            "%.2f times as long), rounding %.4f",
-           (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6, (double)t->backward_ns * 1e-6,
-           (double)t->backward_fresh_ns * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
-           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies,
-           t->copies_beside_host, t->store_ns);
+           (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6,
+           (double)t->backward_ns[FLAP_SUMS_ADDED_TO] * 1e-6, (double)t->backward_ns[FLAP_SUMS_FRESH] * 1e-6,
+           (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6, (double)t->embed_backward_ns * 1e-6, t->adamw_ns,
+           t->host.alone, t->host.beside_copies, t->copies_beside_host, t->store_ns);
 }
 
 /* After tuning the products of a card. */

@@ -65,7 +65,7 @@ START_TEST(from_rates_arithmetic_decides) {
   ck_assert(!times.measured);
   near("forward", times.forward_ns, layer, 0.05);
   near("recompute", times.recompute_ns, layer - down, 0.05);
-  near("backward", times.backward_ns, 2 * layer, 0.1);
+  near("backward", times.backward_ns[FLAP_SUMS_ADDED_TO], 2 * layer, 0.1);
   near("loss", times.loss_ns, head, 0.1);
   near("head", times.head_ns, 3 * head, 0.1);
   ck_assert_uint_lt(times.recompute_ns, times.forward_ns);
@@ -90,14 +90,16 @@ START_TEST(from_rates_first_sums_cost_less) {
   memory.flops_bf16 = memory.flops_f32 = 1e18;
   memory.device_bytes = 1e9;
   ck_assert_int_eq(flap_op_times_from_rates(&spec, &memory, &times), FLAP_OK);
-  ck_assert_uint_lt(times.backward_fresh_ns, times.backward_ns);
+  ck_assert_uint_lt(times.backward_ns[FLAP_SUMS_FRESH], times.backward_ns[FLAP_SUMS_ADDED_TO]);
   ck_assert_uint_lt(times.head_fresh_ns, times.head_ns);
   /* Nor are spare tensors that are kept: a normalised input of either norm, and silu(gate)·up, of 64 tokens. */
-  const uint64_t gain = times.backward_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_ADDED_TO);
+  const uint64_t gain =
+      times.backward_ns[FLAP_SUMS_ADDED_TO] - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_ADDED_TO);
   ck_assert_uint_eq(gain, 64 * 2 * (2 * 64 + 128));
-  ck_assert_uint_eq(times.backward_fresh_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FRESH),
-                    gain);
-  ck_assert_uint_eq(flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_ADDED_TO), times.backward_ns);
+  ck_assert_uint_eq(
+      times.backward_ns[FLAP_SUMS_FRESH] - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FRESH), gain);
+  ck_assert_uint_eq(flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_ADDED_TO),
+                    times.backward_ns[FLAP_SUMS_ADDED_TO]);
   ck_assert_double_eq_tol(times.zero_ns, 4, 0.01);  /* bytes an element, at one a nanosecond */
   ck_assert_double_eq_tol(times.store_ns, 6, 0.01); /* fp32 read, bf16 written */
   ck_assert_double_eq_tol(times.measure_ns, 4, 0.01);
@@ -105,16 +107,16 @@ START_TEST(from_rates_first_sums_cost_less) {
   ck_assert_double_eq_tol(times.measure_final_ns, 2, 0.01);
   /* And a step of one micro-batch writes bf16 gradients in place of the matrices' fp32 sums. */
   const uint64_t matrices = 2 * 64 * 64 + 2 * FLAP_OPS_BLOCK + 3 * 64 * 128; /* k and v have gaps behind them */
-  const uint64_t less = times.backward_fresh_ns - flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_FINAL);
+  const uint64_t less = times.backward_ns[FLAP_SUMS_FRESH] - flap_op_times_backward(&times, ATTENTION, FLAP_SUMS_FINAL);
   /* But vectors, of a block each, are summed as ever and rounded then, and what rounds them reads 4 and writes 2. */
   ck_assert_uint_eq(less, 2 * matrices - 6 * 2 * FLAP_OPS_BLOCK);
-  ck_assert_uint_eq(times.backward_final_ns - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FINAL),
-                    gain);
+  ck_assert_uint_eq(
+      times.backward_ns[FLAP_SUMS_FINAL] - flap_op_times_backward(&times, FLAP_MODEL_SAVED_ALL, FLAP_SUMS_FINAL), gain);
   flap_op_times_spec whole = spec;
   whole.gradient_dtype = FLAP_F32;
   flap_op_times of_whole;
   ck_assert_int_eq(flap_op_times_from_rates(&whole, &memory, &of_whole), FLAP_OK);
-  ck_assert_uint_eq(of_whole.backward_final_ns, of_whole.backward_fresh_ns);
+  ck_assert_uint_eq(of_whole.backward_ns[FLAP_SUMS_FINAL], of_whole.backward_ns[FLAP_SUMS_FRESH]);
   ck_assert_double_eq_tol(times.adamw_ns, 26, 0.01);
   ck_assert_double_eq(times.adamw_embedding_ns, times.adamw_ns);
   /* Codes are a byte, and what they are relative to is 4 for 256 of them; the embedding's moments stay fp32. */
@@ -138,9 +140,10 @@ START_TEST(measured_on_the_cpu_is_what_operations_take) {
   ck_assert_int_eq(flap_op_times_from_rates(&spec, &fast, &by_rates), FLAP_OK);
   ck_assert_msg(flap_op_times_measure_cpu(&spec, &fast, MEMORY, &here) == FLAP_OK, "%s", flap_error_message());
   ck_assert(here.measured);
-  const uint64_t measured[] = {here.forward_ns, here.recompute_ns, here.backward_ns, here.loss_ns, here.head_ns};
-  const uint64_t estimated[] = {by_rates.forward_ns, by_rates.recompute_ns, by_rates.backward_ns, by_rates.loss_ns,
-                                by_rates.head_ns};
+  const uint64_t measured[] = {here.forward_ns, here.recompute_ns, here.backward_ns[FLAP_SUMS_ADDED_TO], here.loss_ns,
+                               here.head_ns};
+  const uint64_t estimated[] = {by_rates.forward_ns, by_rates.recompute_ns, by_rates.backward_ns[FLAP_SUMS_ADDED_TO],
+                                by_rates.loss_ns, by_rates.head_ns};
   for (int i = 0; i < 5; i++)
     ck_assert_msg(measured[i] > 10 * estimated[i] && measured[i] < 1000000000, "%d: %llu ns, by rates %llu", i,
                   (unsigned long long)measured[i], (unsigned long long)estimated[i]);
@@ -225,9 +228,7 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .loss_ns = 4,
                                .head_ns = 5,
                                .head_fresh_ns = 6,
-                               .backward_ns = 7,
-                               .backward_fresh_ns = 8,
-                               .backward_final_ns = 10,
+                               .backward_ns = {7, 8, 10},
                                .embed_backward_ns = 9,
                                .launch_ns = 100,
                                .store_ns = 0.5,
@@ -240,7 +241,7 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .set_count = 2,
                                .set_mask = {ATTENTION, FLAP_MODEL_SAVED_ALL},
                                .set_recompute_ns = {11, 0},
-                               .set_gain_ns = {0, 2}};
+                               .backward_spare_ns = {5, 6, 8}};
   flap_layout_part part = {.kind = FLAP_PART_LAYER, .elements = 1000};
   flap_layout_slice slice = {.elements = 1000};
   flap_layout layout = {.parts = &part, .slices = &slice, .spec = {.saved_mask = ATTENTION}};
@@ -293,8 +294,8 @@ START_TEST(simulated_step_is_charged_with_given_times) {
                                .loss_ns = 1,
                                .head_ns = 50000,
                                .head_fresh_ns = 40000,
-                               .backward_ns = 70000,
-                               .backward_fresh_ns = 60000,
+                               .backward_ns = {70000, 60000, 60000},
+                               .backward_spare_ns = {70000, 60000, 60000},
                                .embed_backward_ns = 9000,
                                .launch_ns = 1,
                                .adamw_ns = 1,

@@ -24,13 +24,14 @@ static void fill_times(void) {
   for (uint32_t i = 0; i < times.set_count; i++) {
     times.set_mask[i] = sets[i].mask;
     times.set_recompute_ns[i] = 900 - i;
-    times.set_gain_ns[i] = 10 * i;
   }
   times.measured = true;
   times.embed_ns = 1, times.forward_ns = 2, times.recompute_ns = 3, times.loss_ns = 4, times.head_ns = 5;
-  times.head_fresh_ns = 6, times.backward_ns = 7, times.backward_fresh_ns = 8, times.embed_backward_ns = 9;
+  times.head_fresh_ns = 6, times.embed_backward_ns = 9;
   times.launch_ns = 10, times.store_ns = 0.1, times.zero_ns = 1.0 / 3, times.adamw_ns = 0.0099;
-  times.backward_final_ns = 11, times.measure_ns = 0.11, times.store_final_ns = 0.12, times.measure_final_ns = 0.13;
+  for (uint32_t i = 0; i < FLAP_SUMS_KINDS; i++)
+    times.backward_ns[i] = 11 + i, times.backward_spare_ns[i] = 8 - i;
+  times.measure_ns = 0.11, times.store_final_ns = 0.12, times.measure_final_ns = 0.13;
   times.adamw_embedding_ns = 0.7, times.host = (flap_host_ns){0.19671234567890123, 0.275};
   times.host_embedding = (flap_host_ns){0.2, 0.3}, times.copies_beside_host = 1.37;
 }
