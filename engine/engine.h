@@ -28,7 +28,7 @@ typedef enum flap_region_class {
   FLAP_CLASS_STATES,        /* optimizer slices: the rest of the master, and moments */
   FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
   FLAP_CLASS_ROUNDED,       /* rounded gradients whose slices are updated in the backward: places that all share */
-  FLAP_CLASS_GRADIENT_SUMS, /* fp32, of the layers */
+  FLAP_CLASS_GRADIENT_SUMS, /* of the layers: fp32; bf16 where a step has one micro-batch and gradients are bf16 */
   FLAP_CLASS_VOCABULARY_SUMS,
   FLAP_CLASS_BOUNDARIES,       /* segment inputs, per micro-batch */
   FLAP_CLASS_HIDDEN_GRADIENTS, /* gradient of the hidden state, per micro-batch */

@@ -6,7 +6,7 @@
  * A model is a chain of parts: the embedding, `layers` equal layers, and the head (final norm, and the output
  * projection unless tied). A part's weights are one contiguous run of memory; each of its tensors starts at a
  * multiple of FLAP_OPS_BLOCK elements, and the gap up to the next one is zero and stays zero. The gradient sums
- * of a part have the same layout in fp32.
+ * of a part have the same layout in fp32; a layer's, where nothing is added to them, may be in bf16.
  *
  * Shapes: T = B·S tokens of a micro-batch, D hidden, F intermediate, V vocabulary. Device pointers are never
  * dereferenced here, so everything also runs on the sim device.
