@@ -27,7 +27,7 @@ typedef enum flap_region_class {
   FLAP_CLASS_VOCABULARY,    /* weights of embedding and head */
   FLAP_CLASS_STATES,        /* optimizer slices: the rest of the master, and moments */
   FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
-  FLAP_CLASS_ROUNDED,       /* rounded gradients whose slices are updated in the backward: places that all share */
+  FLAP_CLASS_ROUNDED,       /* rounded gradients on their way to an update in the backward: places that all share */
   FLAP_CLASS_GRADIENT_SUMS, /* of the layers: fp32; bf16 where a step has one micro-batch and gradients are bf16 */
   FLAP_CLASS_VOCABULARY_SUMS,
   FLAP_CLASS_BOUNDARIES,       /* segment inputs, per micro-batch */
@@ -130,7 +130,8 @@ typedef struct flap_knee {
   double step_seconds, compute_seconds, tokens_per_second; /* with them */
 } flap_knee;
 /* Plans with other numbers of micro-batches, at most a dozen times, each of which takes as long as flap_engine_plan;
- * with how many, `trying` (or NULL) is told before. What `expert` says of groups must fit one micro-batch. FLAP_BUDGET
+ * with how many, `trying` (or NULL) is told before. Hiding is taken to grow with them, though one alone takes less VRAM
+ * for gradient sums than two. What `expert` says of groups must fit one micro-batch. FLAP_BUDGET
  * if not even one micro-batch has a plan. */
 FLAP_CHECKED flap_status flap_engine_knee(const flap_run_config *config,
                                           void (*trying)(void *context, uint32_t micro_batches), void *context,

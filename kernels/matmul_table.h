@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define FLAP_MATMUL_ENTRIES_MAX 128u /* a layer and the head of a model have some forty shapes */
+#define FLAP_MATMUL_ENTRIES_MAX 128u /* a layer and the head of a model have some fifty shapes */
 #define FLAP_MATMUL_ALGORITHM_BYTES 64u
 #define FLAP_MATMUL_TARGET_MAX 128u
 

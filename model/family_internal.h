@@ -1,6 +1,6 @@
 /* What a model family provides. Private to model/.
  *
- * A family is one file that fills a flap_family and is listed in family.c. The functions have the contracts of their
+ * A family fills a flap_family and is listed in family.c. The functions have the contracts of their
  * namesakes in model.h; what can be derived from them (sums, totals) is derived in family.c.
  */
 #ifndef FLAP_MODEL_FAMILY_INTERNAL_H

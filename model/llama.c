@@ -16,7 +16,8 @@
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
  *      shapes: each one's size is a multiple of FLAP_OPS_BLOCK elements. Their biases are then put side by side in the
  *      workspace, which changes no value: a bias is added in fp32, before the one rounding, either way.
- *   5. Gradients of norms and biases are summed in fp32, in the workspace where those of matrices are written in bf16.
+ *   5. Gradients of norms and biases are summed in fp32: beside those of matrices, or in the workspace if these are
+ *      written in bf16.
  */
 #include "model/llama_internal.h"
 

@@ -76,7 +76,7 @@ extern const flap_saved_set llama_saved_sets[LLAMA_SAVED_SETS];
 typedef struct llama_workspace {
   uint64_t rstd;    /* (T) fp32: the final norm's; a layer's where they are kept and come once more */
   uint64_t bias;    /* (qkv), where q, k and v have biases: these side by side, as one product wants them */
-  uint64_t vectors; /* fp32 sums of norms' and biases' gradients, one behind the other, where the layer's are bf16 */
+  uint64_t vectors; /* fp32 sums of norms' and biases' gradients, one behind the other: if the layer's are bf16 */
   uint64_t first;   /* (T, max(D, F, HQ·HD)) */
   uint64_t second;  /* (T, D), while `first` holds no more than that */
   uint64_t dqkv;    /* (T, qkv), beside `first` and `second`; unused where the saved gate and up are wide enough */

@@ -1,7 +1,7 @@
 /* Model families: what tensors a model has, and its forward and backward over resolved pointers.
  *
  * Role: the math of an architecture, as calls of kernels/ops.h on device pointers that the caller resolved. It knows no
- * pages, disks, files or schedules, and holds no state. A family is one file that fills a flap_family table.
+ * pages, disks, files or schedules, and holds no state. A family fills a flap_family table.
  *
  * A model is a chain of parts: the embedding, `layers` equal layers, and the head (final norm, and the output
  * projection unless tied). A part's weights are one contiguous run of memory; each of its tensors starts at a

@@ -126,7 +126,8 @@ static const flap_config_key keys[] = {
     PLAIN("fp16_min_scale", NUMBER, fp16_min_scale,
           "With fp16, the least loss scale, a power of two: a step that overflows with it ends the run."),
     WORD("gradient_dtype", gradient_dtype, gradient_words,
-         "What finished gradients are rounded to (sums are fp32 always). fp32 where weights are fp32."),
+         "What finished gradients are rounded to, once; until then they are summed in fp32. fp32 where weights are "
+         "fp32."),
     WORD("activations", activations, activation_words,
          "What happens to activations between forward and backward; auto leaves it to the planner, tensor by tensor."),
     CUSTOM("gradient_checkpointing", flap_config_set_checkpointing, "true or false", "false",

@@ -205,14 +205,15 @@ static bool is_for(const flap_matmul_table *table, const char *shapes, const fla
 }
 
 void flap_matmul_choice_describe(const flap_model_config *model, const flap_model_shape *shape,
-                                 char shapes_out[FLAP_MATMUL_SHAPES_MAX]) {
+                                 flap_dtype gradient_dtype, char shapes_out[FLAP_MATMUL_SHAPES_MAX]) {
   (void)snprintf(shapes_out, FLAP_MATMUL_SHAPES_MAX,
-                 "%s, hidden %u, intermediate %u, %u heads and %u of keys of %u, vocabulary %u%s%s%s; %u x %u, %s",
+                 "%s, hidden %u, intermediate %u, %u heads and %u of keys of %u, vocabulary %u%s%s%s; %u x %u, %s, "
+                 "gradients %s",
                  flap_model_family_name(model->family), model->hidden_size, model->intermediate_size,
                  model->num_attention_heads, model->num_key_value_heads, model->head_dim, model->vocab_size,
                  model->tie_word_embeddings ? ", tied" : "", model->attention_bias ? ", biases" : "",
                  model->output_bias ? ", output bias" : "", shape->batch, shape->sequence,
-                 flap_dtype_name(shape->dtype));
+                 flap_dtype_name(shape->dtype), flap_dtype_name(gradient_dtype));
 }
 
 static void find_cache(flap_matmul_choice *choice) {
@@ -265,13 +266,14 @@ static void take_cached(flap_matmul_choice *choice) {
 }
 
 flap_status flap_matmul_choice_open(const char *target, const flap_model_config *model, const flap_model_shape *shape,
-                                    flap_run_matmul wanted, const char *resume_folder, flap_matmul_choice *choice) {
+                                    flap_dtype gradient_dtype, flap_run_matmul wanted, const char *resume_folder,
+                                    flap_matmul_choice *choice) {
   memset(choice, 0, sizeof *choice);
   if (target[0] == '\0')
     return FLAP_OK;
   choice->given = true;
   (void)snprintf(choice->table.target, sizeof choice->table.target, "%s", target);
-  flap_matmul_choice_describe(model, shape, choice->shapes);
+  flap_matmul_choice_describe(model, shape, gradient_dtype, choice->shapes);
   if (wanted == FLAP_RUN_MATMUL_FIRST)
     return FLAP_OK;
   bool taken = false;

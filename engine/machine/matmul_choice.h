@@ -2,8 +2,8 @@
  * files, and whose table counts.
  *
  * Folder-private, but for tests. A table belongs to a model of GPU, a library version (its target), and the shapes of a
- * run: widths of the model, micro-batch and dtype. All that a run can use is in it and nothing else, so its digest
- * stands in the numerics key, and budgets have no say.
+ * run: widths of the model, micro-batch and dtypes. All that runs of these shapes can use is in it, with one
+ * micro-batch a step or several, and nothing else; so its digest stands in the numerics key, and budgets have no say.
  *
  *   resumed    the checkpoint's table, as it is, where it is for this target and these shapes; else as
  *   new        this machine's, $XDG_CACHE_HOME/flap/matmul-<hash>.json (or ~/.cache); what is missing in it is timed
@@ -42,12 +42,13 @@ typedef struct flap_matmul_choice {
 
 /* All that widths of products follow from, in words; how many layers there are does not matter. */
 void flap_matmul_choice_describe(const flap_model_config *model, const flap_model_shape *shape,
-                                 char shapes_out[FLAP_MATMUL_SHAPES_MAX]);
+                                 flap_dtype gradient_dtype, char shapes_out[FLAP_MATMUL_SHAPES_MAX]);
 /* Looks for the table of a run on `target` (flap_ops_matmul_target; "": none is given). `resume_folder`: the checkpoint
  * that it goes on from, or "". */
 FLAP_CHECKED flap_status flap_matmul_choice_open(const char *target, const flap_model_config *model,
-                                                 const flap_model_shape *shape, flap_run_matmul wanted,
-                                                 const char *resume_folder, flap_matmul_choice *choice_out);
+                                                 const flap_model_shape *shape, flap_dtype gradient_dtype,
+                                                 flap_run_matmul wanted, const char *resume_folder,
+                                                 flap_matmul_choice *choice_out);
 /* Sets the ops' table, to be filled or (`measuring` false) only used. NULL, or a choice without a table: nothing. The
  * choice must outlive the ops. An error names the file that the table is from. */
 FLAP_CHECKED flap_status flap_matmul_choice_give(flap_matmul_choice *choice, flap_ops *ops, bool measuring);

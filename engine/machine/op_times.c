@@ -24,9 +24,9 @@
  * seconds. */
 #define WARM_ROUNDS 3u
 #define WARM_CARD_NS ((uint64_t)6000000000)
-/* From one round to the next an operation's time on a card at its limit of power varies by 2%, and what a layer's
- * backward takes is found by three differences. The mean of the middle half of 15 makes 0.7% of a step's time of that,
- * where the median of 5 left 1.5%. */
+/* From one round to the next an operation's time on a card at its limit of power varies by 2%, and a layer's backward
+ * is what one timing is longer than two others. The mean of the middle of 15 rounds leaves 0.7% of a step's time to
+ * chance, where the median of 5 left 1.5%. */
 #define CARD_ROUNDS 15u
 #define ROUNDS 5u
 #define PATTERN_BYTES FLAP_MIB
@@ -44,9 +44,9 @@ typedef struct bench {
   int32_t *tokens, *order, *fault;
   void *ops_workspace, *model_workspace, *rope;
   flap_model_saved saved;   /* of the operation that is timed */
+  bool fresh, final;        /* likewise */
   uint64_t slices_passed;   /* of a layer's sums, by what stores gradients */
   uint8_t *decay;           /* host memory */
-  bool fresh, final;        /* likewise */
   flap_state_format format; /* of the slice */
 } bench;
 
@@ -233,8 +233,8 @@ static void run_backward(bench *b) {
 static void run_embed_backward(bench *b) {
   flap_model_embed_backward(&b->run, b->tokens, b->order, b->dx, b->projection_sums);
 }
-/* The sums of a slice that a cache does not have from the last time, as in a step: one behind the other in a layer's,
- * where these are long enough. */
+/* The sums of a slice: as in a step not those that a cache has from the last time, where a layer's are longer than a
+ * cache; of small ones all are hot. */
 static const void *next_sums(bench *b) {
   const uint64_t elements = flap_model_part_elements(b->spec->model, FLAP_PART_LAYER);
   if (b->sums == NULL || elements < SLICE_ELEMENTS)
@@ -386,7 +386,7 @@ static int compare_ns(const void *a, const void *b) {
   return (left > right) - (left < right);
 }
 
-/* Of the batches between the first and the last quarter. */
+/* The mean of the batches but for a quarter at either end. */
 static uint64_t middle_ns(const timing *t) {
   const uint32_t first = t->rounds / 4, end = t->rounds - first;
   uint64_t sum_ns = 0;
@@ -462,7 +462,8 @@ static uint32_t spare_mask(const flap_op_times_spec *spec) {
   return mask;
 }
 
-/* Whether a layer's backward may write gradients as they are stored: in a step of one micro-batch. */
+/* Whether writing a layer's gradients as they are stored, in a step of one micro-batch, is another operation than
+ * writing fp32 sums. */
 static bool writes_final(const flap_op_times_spec *spec) {
   const flap_layout_spec step = {.shape = spec->shape, .gradient_dtype = spec->gradient_dtype, .micro_batches = 1};
   return flap_layout_sums_dtype(&step, FLAP_PART_LAYER) != FLAP_F32;
@@ -712,7 +713,7 @@ static uint64_t per_element(const flap_op_times *t, double element_ns, uint64_t 
 /* Per element of a slice whose gradient is stored or measured. */
 static double gradient_ns(const flap_op_times *t, const flap_layout *layout, const flap_op *op) {
   const flap_part kind = layout->parts[layout->slices[op->index].part].kind;
-  const bool final = flap_layout_sums_dtype(&layout->spec, kind) != FLAP_F32;
+  const bool final = flap_layout_sums_are_final(&layout->spec, kind);
   if (op->operand[1] == FLAP_OPERAND_NONE)
     return final ? t->measure_final_ns : t->measure_ns;
   return final ? t->store_final_ns : t->store_ns;
@@ -738,7 +739,7 @@ uint64_t flap_op_times_of(const flap_op_times *t, const flap_layout *layout, con
   case FLAP_OP_HEAD:
     return op->operand[3] == FLAP_OPERAND_NONE ? t->loss_ns : op->fresh ? t->head_fresh_ns : t->head_ns;
   case FLAP_OP_LAYER_BACKWARD: {
-    const bool final = flap_layout_sums_dtype(&layout->spec, FLAP_PART_LAYER) != FLAP_F32;
+    const bool final = layout->spec.micro_batches == 1 && flap_layout_sums_are_final(&layout->spec, FLAP_PART_LAYER);
     return flap_op_times_backward(t, op->operand[2] == FLAP_OPERAND_NONE ? 0 : layout->spec.saved_mask,
                                   final       ? FLAP_SUMS_FINAL
                                   : op->fresh ? FLAP_SUMS_FRESH

@@ -42,7 +42,7 @@ typedef struct flap_op_times {
   uint64_t head_ns, head_fresh_ns, embed_backward_ns;
   uint64_t launch_ns;                      /* of an operation on a slice, beside its elements */
   double store_ns, measure_ns;             /* per element of a slice: of fp32 sums; where only the norm is wanted */
-  double store_final_ns, measure_final_ns; /* of stored gradients in their place */
+  double store_final_ns, measure_final_ns; /* where these are gradients as they are stored */
   double zero_ns;                          /* per element of fp32 sums */
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
   flap_host_ns host, host_embedding;   /* likewise, by the host's cores */

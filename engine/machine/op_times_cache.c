@@ -69,11 +69,10 @@ static double *fraction_at(flap_op_times *times, const field *f) {
 /* What stays when a machine is measured anew; the rest of the key says whether the file still counts. */
 static int describe_run(const flap_op_times_spec *spec, const flap_machine *machine, char *text, size_t bytes) {
   char shapes[FLAP_MATMUL_SHAPES_MAX];
-  flap_matmul_choice_describe(spec->model, &spec->shape, shapes);
-  return snprintf(text, bytes, "%s, %s, %u threads; %s; gradients %s, %s, %s", machine->name,
+  flap_matmul_choice_describe(spec->model, &spec->shape, spec->gradient_dtype, shapes);
+  return snprintf(text, bytes, "%s, %s, %u threads; %s, %s, %s", machine->name,
                   spec->matmuls != NULL ? spec->matmuls->table.target : "cpu", spec->threads, shapes,
-                  flap_dtype_name(spec->gradient_dtype), flap_run_config_optim_name(spec->optim),
-                  spec->training ? "training" : "forward");
+                  flap_run_config_optim_name(spec->optim), spec->training ? "training" : "forward");
 }
 
 void flap_op_times_cache_open(const flap_op_times_spec *spec, const flap_machine *machine, flap_op_times_cache *cache) {

@@ -343,7 +343,7 @@ static flap_status give_matmuls(flap_prepared *p) {
   const flap_setup_spec *spec = &p->planner.spec;
   char target[FLAP_MATMUL_TARGET_MAX];
   FLAP_TRY(flap_ops_matmul_target(FLAP_DEVICE_CUDA, target, sizeof target));
-  return flap_matmul_choice_open(target, spec->model, &spec->shape, p->config->expert.matmul,
+  return flap_matmul_choice_open(target, spec->model, &spec->shape, spec->gradient_dtype, p->config->expert.matmul,
                                  p->resume_folder != NULL ? p->resume_folder : "", &p->matmuls);
 }
 
@@ -364,13 +364,14 @@ static flap_status tune_apart(flap_prepared *p, const flap_op_times_spec *of) {
 
 static void log_times(const flap_op_times *t) {
   flap_log(FLAP_LOG_DEBUG,
-           "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f), head %.3f (first %.3f), "
-           "embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which take "
-           "%.2f times as long), rounding %.4f",
+           "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f, only %.3f), head %.3f (first "
+           "%.3f), embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which "
+           "take %.2f times as long), rounding %.4f, measuring %.4f",
            (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6,
            (double)t->backward_ns[FLAP_SUMS_ADDED_TO] * 1e-6, (double)t->backward_ns[FLAP_SUMS_FRESH] * 1e-6,
-           (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6, (double)t->embed_backward_ns * 1e-6, t->adamw_ns,
-           t->host.alone, t->host.beside_copies, t->copies_beside_host, t->store_ns);
+           (double)t->backward_ns[FLAP_SUMS_FINAL] * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
+           (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies,
+           t->copies_beside_host, t->store_ns, t->measure_ns);
 }
 
 /* After tuning the products of a card. */

@@ -428,8 +428,8 @@ static flap_status pin(flap_executor *x, uint32_t lease) {
 }
 
 /* Labels of launches on a device that takes their times itself: the kind, from 1, and the index. Slices of one part
- * share a label, because each label costs the device a pause; so do a gradient that is rounded for an update at once
- * and that update. */
+ * share a label, because each label costs the device a pause; so do a gradient that is rounded, or measured, for an
+ * update at once and that update. */
 static uint64_t label_of(const flap_executor *x, const flap_op *op) {
   const bool stores = op->kind == FLAP_OP_STORE_GRADIENT;
   if (x->timed || (!stores && op->kind != FLAP_OP_ADAMW))

@@ -303,10 +303,9 @@ static void add_rounded(flap_layout *layout) {
 }
 
 /* The slices of a segment are neighbours, so they have different places. */
-static uint32_t add_gradient(flap_layout *layout, uint64_t elements, bool host, bool at_once) {
+static uint32_t add_gradient(flap_layout *layout, uint64_t elements, bool host, bool at_once, bool between) {
   if (at_once)
-    return is_rounded_between(layout, layout->part_count) ? layout->rounded_next++ % layout->rounded_count
-                                                          : FLAP_REGION_NONE;
+    return between ? layout->rounded_next++ % layout->rounded_count : FLAP_REGION_NONE;
   return add_placed(layout, FLAP_CLASS_GRADIENTS, elements * flap_dtype_bytes(layout->spec.gradient_dtype),
                     host ? FLAP_PLACE_HOME : FLAP_PLACE_ANY);
 }
@@ -323,7 +322,8 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
   flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
   const bool vocabulary = kind != FLAP_PART_LAYER, host = flap_layout_is_host(layout, layout->part_count);
-  const bool at_once = is_consumed_at_once(layout, layout->part_count);
+  const bool at_once = is_consumed_at_once(layout, layout->part_count),
+             between = at_once && is_rounded_between(layout, layout->part_count);
   part.elements = layout->part_elements[kind];
   part.weights =
       add_placed(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
@@ -343,7 +343,7 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
           add_placed(layout, FLAP_CLASS_STATES,
                      slice.elements == slice_elements ? whole_bytes : flap_layout_state_bytes(format, slice.elements),
                      host ? FLAP_PLACE_HOST : FLAP_PLACE_ANY);
-      slice.gradient = add_gradient(layout, slice.elements, host, at_once);
+      slice.gradient = add_gradient(layout, slice.elements, host, at_once, between);
       if (!at_once)
         share_gradient(layout, &part, slice.gradient);
       if (layout->regions != NULL && flap_layout_has_codes(spec->optim, kind))

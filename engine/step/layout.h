@@ -122,9 +122,9 @@ typedef struct flap_layout {
   bool tied;
 } flap_layout;
 
-/* What a part's gradient sums are in: fp32. But to those of a layer nothing is added where a step has one micro-batch:
- * they are gradients, and if products can write these as they are stored, bf16 with bf16 weights, they do. (Head and
- * embedding add up chunks of tokens, and rows.) */
+/* What a part's gradient sums are in: fp32. But where a step has one micro-batch nothing is added to a layer's: with
+ * bf16 weights and bf16 gradients, products then write them in bf16. (Head and embedding add up chunks of tokens, and
+ * rows.) */
 flap_dtype flap_layout_sums_dtype(const flap_layout_spec *spec, flap_part kind);
 /* Whether sums are stored gradients as they are, and need not be rounded. */
 static inline bool flap_layout_sums_are_final(const flap_layout_spec *spec, flap_part kind) {

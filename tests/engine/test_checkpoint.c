@@ -214,7 +214,7 @@ END_TEST
 /* As many products as there can be, each with long numbers. */
 static void fill_matmuls(void) {
   const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
-  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_FIRST, "", &matmuls));
+  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_FIRST, "", &matmuls));
   for (uint32_t i = 0; i < FLAP_MATMUL_ENTRIES_MAX; i++) {
     const uint32_t most = UINT32_MAX - i;
     const flap_matmul_key key = {.m = most,
@@ -240,7 +240,7 @@ static flap_matmul_choice saved_matmuls; /* as the run that goes on has them */
 
 static flap_status open_saved_matmuls(const char *folder) {
   const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
-  return flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, folder, &saved_matmuls);
+  return flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, folder, &saved_matmuls);
 }
 
 /* The run that goes on has the table of the one that saved; weights alone have none. */

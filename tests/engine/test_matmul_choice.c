@@ -25,7 +25,7 @@ static void setup(void) {
 }
 
 static void open_choice(flap_matmul_choice *choice, const char *target, const char *resume) {
-  RIG_OK(flap_matmul_choice_open(target, &config, &shape, FLAP_RUN_MATMUL_TUNED, resume, choice));
+  RIG_OK(flap_matmul_choice_open(target, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, resume, choice));
 }
 
 /* As tuning does. */
@@ -106,7 +106,7 @@ START_TEST(new_run_tunes_and_the_next_one_finds_it) {
 }
 END_TEST
 
-/* GPU, library, micro-batch, dtype, widths; but not the number of layers. */
+/* GPU, library, micro-batch, dtypes, widths; but not the number of layers. */
 START_TEST(table_belongs_to_target_and_shapes) {
   char name[256];
   open_choice(&one, TARGET, "");
@@ -126,7 +126,10 @@ START_TEST(table_belongs_to_target_and_shapes) {
   shape.batch--, shape.dtype = FLAP_F16;
   open_choice(&other, TARGET, "");
   ck_assert_uint_eq(other.table.count, 0);
-  shape.dtype = FLAP_BF16, config.intermediate_size++;
+  shape.dtype = FLAP_BF16;
+  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_F32, FLAP_RUN_MATMUL_TUNED, "", &other));
+  ck_assert_uint_eq(other.table.count, 0);
+  config.intermediate_size++;
   open_choice(&other, TARGET, "");
   ck_assert_uint_eq(other.table.count, 0);
 }
@@ -137,7 +140,7 @@ START_TEST(first_takes_no_table_from_anywhere) {
   add(&one, 1, 1);
   flap_matmul_choice_keep(&one);
   RIG_OK(flap_matmul_choice_save(&one, scratch_path("")));
-  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_FIRST, scratch_path(""), &other));
+  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_FIRST, scratch_path(""), &other));
   ck_assert(other.given && !other.tunes && other.table.count == 0);
 }
 END_TEST
@@ -241,8 +244,9 @@ static char *edited(const char *good, const edit *change) {
 static void check_bad(const char *text, size_t bytes, const char *part) {
   char name[256];
   scratch_write("matmul.json", text, bytes);
-  RIG_REFUSED(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, scratch_path(""), &other),
-              FLAP_INVALID, "matmul.json", part);
+  RIG_REFUSED(
+      flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, scratch_path(""), &other),
+      FLAP_INVALID, "matmul.json", part);
   ck_assert_msg(scratch_error_has("resume_from_checkpoint: restore this file"), "%s", flap_error_message());
   ck_assert_uint_eq(cached(name), 1);
   scratch_write(name, text, bytes);
@@ -299,8 +303,9 @@ START_TEST(file_with_a_product_twice_or_too_many_is_refused) {
           i > 0 ? ", " : "", round == 0 ? 1 : i + 1, i);
     (void)sprintf(at, "]}");
     scratch_text("matmul.json", text);
-    RIG_REFUSED(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, scratch_path(""), &other),
-                FLAP_INVALID, "matmul.json", round == 0 ? "products[1]: the same product" : "products: are 129");
+    RIG_REFUSED(
+        flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, scratch_path(""), &other),
+        FLAP_INVALID, "matmul.json", round == 0 ? "products[1]: the same product" : "products: are 129");
   }
 }
 END_TEST

@@ -244,7 +244,8 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
                                .backward_spare_ns = {5, 6, 8}};
   flap_layout_part part = {.kind = FLAP_PART_LAYER, .elements = 1000};
   flap_layout_slice slice = {.elements = 1000};
-  flap_layout layout = {.parts = &part, .slices = &slice, .spec = {.saved_mask = ATTENTION}};
+  flap_layout layout = {
+      .parts = &part, .slices = &slice, .spec = {.saved_mask = ATTENTION, .gradient_dtype = FLAP_BF16}};
 #define OF(...) flap_op_times_of(&times, &layout, &(flap_op){__VA_ARGS__})
   ck_assert_uint_eq(OF(.kind = FLAP_OP_EMBED), 1);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_LAYER_FORWARD, .operand = {0, 1, 2, 3}), 2);
@@ -273,7 +274,7 @@ START_TEST(of_an_operation_follows_its_kind_and_size) {
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT, .operand = {0, FLAP_OPERAND_NONE}), 550);
   layout.spec.micro_batches = 1; /* layers' gradients are final; the embedding's are not */
-  layout.spec.shape.dtype = layout.spec.gradient_dtype = FLAP_BF16;
+  layout.spec.shape.dtype = FLAP_BF16;
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 600);
   part.kind = FLAP_PART_LAYER;
   ck_assert_uint_eq(OF(.kind = FLAP_OP_STORE_GRADIENT), 500);

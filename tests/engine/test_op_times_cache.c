@@ -44,7 +44,7 @@ static void setup(void) {
   fill_times();
   flap_device_default_machine(FLAP_DEVICE_CUDA, &machine);
   const flap_model_shape shape = {.dtype = FLAP_BF16, .batch = 2, .sequence = 64};
-  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_RUN_MATMUL_TUNED, "", &matmuls));
+  RIG_OK(flap_matmul_choice_open(TARGET, &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, "", &matmuls));
   spec = (flap_op_times_spec){.model = &config,
                               .shape = shape,
                               .gradient_dtype = FLAP_BF16,

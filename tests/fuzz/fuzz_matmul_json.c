@@ -18,13 +18,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   }
   fuzz_write("in/matmul.json", data, bytes);
   flap_matmul_choice *choice = malloc(2 * sizeof *choice), *again = choice + 1;
-  flap_status status = flap_matmul_choice_open("card", &config, &shape, FLAP_RUN_MATMUL_TUNED, fuzz_path("in"), choice);
+  flap_status status =
+      flap_matmul_choice_open("card", &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, fuzz_path("in"), choice);
   if (status != FLAP_OK) {
     fuzz_refused(status, "matmul.json");
   } else if (choice->source[0]) {
     fuzz_must(flap_matmul_choice_save(choice, fuzz_path("out")) == FLAP_OK, "it can be saved");
-    fuzz_must(flap_matmul_choice_open("card", &config, &shape, FLAP_RUN_MATMUL_TUNED, fuzz_path("out"), again) ==
-                  FLAP_OK,
+    fuzz_must(flap_matmul_choice_open("card", &config, &shape, FLAP_BF16, FLAP_RUN_MATMUL_TUNED, fuzz_path("out"),
+                                      again) == FLAP_OK,
               "what was saved is read");
     fuzz_must(memcmp(&choice->table, &again->table, sizeof choice->table) == 0, "and is the same");
     for (uint32_t i = 0; i < choice->table.count; i++)

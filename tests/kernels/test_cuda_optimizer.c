@@ -299,12 +299,13 @@ static void gradient(gpu_rig *g, rig_random *random, int index) {
   operand grad = operand_empty(g, dtype, ELEMENTS, 0), again = operand_empty(g, dtype, ELEMENTS, 1);
   operand squares = operand_empty(g, FLAP_F32, BLOCKS, 0), other = operand_empty(g, FLAP_F32, BLOCKS, 0);
   operand measured = operand_empty(g, FLAP_F32, BLOCKS, 0);
-  operand final = operand_empty(g, dtype, ELEMENTS, 0), of_final = operand_empty(g, FLAP_F32, BLOCKS, 0);
+  operand final = operand_empty(g, dtype, ELEMENTS, 0), unmeasured = operand_empty(g, dtype, ELEMENTS, 0);
+  operand of_final = operand_empty(g, FLAP_F32, BLOCKS, 0);
   flap_ops_gradient_store(g->ops, dtype, grad.gpu, squares.gpu, FLAP_F32, sum.gpu, ELEMENTS);
   flap_ops_gradient_store(g->ops, dtype, again.gpu, other.gpu, FLAP_F32, odd.gpu, ELEMENTS);
   flap_ops_gradient_store(g->ops, dtype, NULL, measured.gpu, FLAP_F32, sum.gpu, ELEMENTS);
   flap_ops_gradient_store(g->ops, dtype, final.gpu, of_final.gpu, dtype, grad.gpu, ELEMENTS);
-  flap_ops_gradient_store(g->ops, dtype, final.gpu, NULL, dtype, grad.gpu, ELEMENTS);
+  flap_ops_gradient_store(g->ops, dtype, unmeasured.gpu, NULL, FLAP_F32, sum.gpu, ELEMENTS);
   flap_ops_gradient_store(g->cpu.ops, dtype, grad.cpu, squares.cpu, FLAP_F32, sum.cpu, ELEMENTS);
   operand_same("grad", &grad);
   operands_equal("grad at an odd address", &grad, &again);
@@ -313,8 +314,10 @@ static void gradient(gpu_rig *g, rig_random *random, int index) {
   operands_equal("squares only measured", &squares, &measured);
   operands_equal("grad that was final", &grad, &final);
   operands_equal("squares of what was final", &squares, &of_final);
+  operands_equal("grad without squares", &grad, &unmeasured);
   operand_free(&sum), operand_free(&odd), operand_free(&grad), operand_free(&again);
-  operand_free(&squares), operand_free(&other), operand_free(&measured), operand_free(&final), operand_free(&of_final);
+  operand_free(&squares), operand_free(&other), operand_free(&measured), operand_free(&final), operand_free(&of_final),
+      operand_free(&unmeasured);
   free(values);
 }
 

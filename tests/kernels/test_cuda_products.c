@@ -154,8 +154,10 @@ END_TEST
 
 /* A long inner sum and shapes that tempt to cut it: the same bits every time, and the error of one fp32 sum. */
 static void long_sums(gpu_rig *g, rig_random *random) {
-  for (uint32_t round = 0; round < 3; ++round) {
-    product p = {.matmul = {.transpose = (flap_transpose)round, .m = 64, .n = 96, .k = 16384, .c_dtype = FLAP_F32}};
+  for (uint32_t round = 0; round < 4; ++round) {
+    product p = {.matmul = {.transpose = (flap_transpose)(round % 3), .m = 64, .n = 96, .k = 16384}};
+    p.matmul.transpose = round == 3 ? FLAP_TN : p.matmul.transpose; /* gradients of one micro-batch */
+    p.matmul.c_dtype = round == 3 ? g->dtype : FLAP_F32;
     p.matmul.accumulate = round == 2;
     check_product(g, random, p);
   }
@@ -200,7 +202,7 @@ static flap_matmul_table new_table(void) {
   return table;
 }
 
-#define TUNED 9u
+#define TUNED 11u
 
 /* Large enough to be tuned, of every kind that a layer has; and the last, which is not. */
 static product tuned_product(const gpu_rig *g, uint32_t index) {
@@ -214,6 +216,8 @@ static product tuned_product(const gpu_rig *g, uint32_t index) {
                        {FLAP_NT, 1024, 1280, 1024, 0, false, false, true, true},
                        {FLAP_NN, 1024, 1152, 1024, 8, false, false, false, false},
                        {FLAP_NN, 1024, 1024, 1024, 3, false, false, false, false},
+                       {FLAP_TN, 1024, 1088, 1024, 0, false, false, false, false},
+                       {FLAP_TN, 256, 384, 16384, 0, false, false, false, false}, /* tempts to cut K */
                        {FLAP_TN, 1024, 1088, 1024, 0, true, false, false, false},
                        {FLAP_TN, 1024, 1088, 1024, 0, true, true, false, false},
                        {FLAP_TN, 256, 384, 16384, 0, true, true, false, false}, /* tempts to cut K */
