@@ -74,6 +74,7 @@ static flap_status take_memory(const flap_pager_config *config, flap_arena *ram,
 
 static void init(flap_pager *pager, const flap_pager_config *config) {
   pager->clock = config->clock;
+  pager->counts_no_stalls = config->counts_no_stalls;
   pager->trace = config->trace;
   pager->trace_compute = config->trace_compute;
   pager->trace_context = config->trace_context;
@@ -320,8 +321,8 @@ static bool lease_is_loaded(flap_pager *pager, uint32_t lease) {
 
 /* A change of what is resident is a change at home; and of one that lends what is lent comes back first. */
 static bool may_change_resident(flap_pager *pager, uint32_t lease) {
-  const pager_program *program = &pager->programs[lease / pager->leases_max];
-  const flap_lease *what = &program->leases[lease % pager->leases_max];
+  uint32_t number;
+  const flap_lease *what = &pager_program_of(pager, lease, &number)->leases[number];
   const pager_region *region = &pager->regions[what->region];
   if (region->lends && pager_loan_is_lent(pager, region->loan)) {
     pager->lender_order = pager_order_of(pager, lease);

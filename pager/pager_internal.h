@@ -311,6 +311,7 @@ struct flap_pager {
   flap_device *device;
   flap_block *block; /* NULL when nothing is on disk */
   flap_clock *clock; /* NULL: real time, with a transfer thread */
+  bool counts_no_stalls;
   flap_pager_trace_fn trace;
   void (*trace_compute)(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns);
   void *trace_context;
@@ -422,10 +423,20 @@ uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_page
 bool pager_rings_assign(flap_pager *pager);
 /* Slots whose last use is over are stored, or free. */
 bool pager_rings_release(flap_pager *pager);
-/* Of a lease in pager->leases; UINT64_MAX for PAGER_NONE. */
+/* The program of a lease in pager->leases, and its number there. They are asked for all the time, so nothing is divided. */
+static inline const pager_program *pager_program_of(const flap_pager *pager, uint32_t lease, uint32_t *number_out) {
+  _Static_assert(PAGER_PROGRAMS_MAX == 2, "a lease is of the first or of the second");
+  const uint32_t place = lease < pager->leases_max ? 0 : 1;
+  *number_out = lease - place * pager->leases_max;
+  return &pager->programs[place];
+}
+/* UINT64_MAX for PAGER_NONE. */
 static inline uint64_t pager_order_of(const flap_pager *pager, uint32_t lease) {
-  return lease == PAGER_NONE ? UINT64_MAX
-                             : pager->programs[lease / pager->leases_max].first_order + lease % pager->leases_max;
+  if (lease == PAGER_NONE)
+    return UINT64_MAX;
+  uint32_t number;
+  const pager_program *program = pager_program_of(pager, lease, &number);
+  return program->first_order + number;
 }
 /* The order of the next lease that is to get a slot of the ring; UINT64_MAX for none. */
 uint64_t pager_rings_next_order(const flap_pager *pager, uint32_t ring);

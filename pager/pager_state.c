@@ -130,8 +130,9 @@ static bool waits_for_pages(const flap_pager *pager, const pager_region *region,
 
 flap_lane pager_waits_for(flap_pager *pager, uint32_t lease) {
   uint32_t index = pager->leases[lease].slot;
-  const pager_program *program = &pager->programs[lease / pager->leases_max];
-  const uint32_t wanted = program->leases[lease % pager->leases_max].region;
+  uint32_t number;
+  const pager_program *program = pager_program_of(pager, lease, &number);
+  const uint32_t wanted = program->leases[number].region;
   if (pager->regions[wanted].changes_released !=
       pager->leases[lease].change) /* by a job: all else is unpinned by now */
     return pager->regions[wanted].kept ? FLAP_LANE_DISK_WRITE : FLAP_LANE_HOST;
@@ -348,9 +349,13 @@ static void assert_rings(const flap_pager *pager) {
     const pager_ring *ring = &pager->rings[i];
     flap_assert(ring->free.count <= ring->slots && ring->pinned + ring->free.count <= ring->slots + ring->borrowed);
     flap_assert((ring->queue_head == PAGER_NONE) == (ring->queue_tail == PAGER_NONE));
-    /* 1: while anything can go on, nobody queues beside a slot that he may have. */
-    flap_assert(pager->error != FLAP_OK || pager_rings_next_slot(pager, i) == PAGER_NONE);
   }
+}
+
+/* 1: nobody queues beside a slot that he may have. */
+static void assert_queues(const flap_pager *pager) {
+  for (uint32_t i = 0; i < pager->ring_count; i++)
+    flap_assert(pager_rings_next_slot(pager, i) == PAGER_NONE);
 }
 
 void pager_assert_state(flap_pager *pager) {
@@ -360,6 +365,7 @@ void pager_assert_state(flap_pager *pager) {
   assert_rings(pager);
   if (!pager_full_checks || pager->error != FLAP_OK)
     return;
+  assert_queues(pager);
   assert_slots(pager);
   assert_loans(pager);
   assert_stores(pager);

@@ -95,9 +95,10 @@ static void assign(flap_pager *pager, pager_ring *ring, uint32_t slot) {
 
   pager_slot *s = &pager->slots[slot];
   flap_assert(s->state == SLOT_FREE && s->copies_left == 0 && s->ready == PAGER_NONE);
-  const pager_program *program = &pager->programs[index / pager->leases_max];
+  uint32_t number;
+  const pager_program *program = pager_program_of(pager, index, &number);
   const bool kept = s->keeps && s->order >= program->first_order && s->change == lease->change;
-  const flap_lease *what = &program->leases[index % pager->leases_max];
+  const flap_lease *what = &program->leases[number];
   const pager_region *region = &pager->regions[what->region];
   lease->slot = slot;
   s->order = pager_order_of(pager, index);

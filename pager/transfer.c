@@ -156,7 +156,7 @@ static void look_at(flap_pager *pager, pager_wait *wait, pthread_cond_t *wake) {
   if (!wait->ready)
     return;
   bool over = pager->error != FLAP_OK || wait->ready(pager, wait->argument);
-  if (wait->is_pin) {
+  if (wait->is_pin && !pager->counts_no_stalls) {
     uint64_t now = pager_now_ns(pager);
     if (wait->lane < FLAP_LANE_COUNT)
       pager->stats.stall_ns[wait->lane] += now - wait->since_ns;

@@ -249,10 +249,11 @@ static flap_status search(flap_executor *x, const flap_op *op) {
 
 static flap_status sum_losses(flap_executor *x, flap_executor_result *result) {
   const uint64_t tokens = tokens_of(x) * x->layout->spec.micro_batches;
-  FLAP_TRY(flap_device_download(flap_ops_device(x->ops), x->host.losses, x->device.losses, tokens * 4));
+  float *losses = x->times == NULL ? x->host.losses : NULL; /* a simulation has none */
+  FLAP_TRY(flap_device_download(flap_ops_device(x->ops), losses, x->device.losses, tokens * 4));
   result->loss_sum = 0;
-  for (uint64_t i = 0; i < tokens; i++)
-    result->loss_sum += (double)x->host.losses[i];
+  for (uint64_t i = 0; losses != NULL && i < tokens; i++)
+    result->loss_sum += (double)losses[i];
   result->loss = result->loss_sum / (double)x->input->counted;
   return FLAP_OK;
 }
@@ -307,11 +308,12 @@ static flap_status losses(flap_executor *x, flap_executor_result *result) {
 static flap_status norm(flap_executor *x, flap_executor_result *result) {
   x->knows_norm = true;
   FLAP_TRY(sum_losses(x, result));
-  FLAP_TRY(flap_device_download(flap_ops_device(x->ops), x->host.block_squares, x->device.block_squares,
+  float *block_squares = x->times == NULL ? x->host.block_squares : NULL;
+  FLAP_TRY(flap_device_download(flap_ops_device(x->ops), block_squares, x->device.block_squares,
                                 x->layout->block_count * 4));
   double squares = 0;
-  for (uint64_t i = 0; i < x->layout->block_count; i++)
-    squares += (double)x->host.block_squares[i];
+  for (uint64_t i = 0; block_squares != NULL && i < x->layout->block_count; i++)
+    squares += (double)block_squares[i];
   result->grad_norm = sqrt(squares) / scale_of(x);
   result->loss_scale = x->scale;
   x->update_step = x->input->step + 1;

@@ -58,6 +58,7 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
   if (runtime->simulated) {
     pager->device.machine = *config->machine;
     pager->clock = runtime->clock;
+    pager->counts_no_stalls = config->trace == NULL;
     pager->disk.disk_count = 0; /* one disk of the machine's rates */
     pager->compression = FLAP_COMPRESSION_OFF;
     pager->workers = 0; /* there are no bytes to work on */

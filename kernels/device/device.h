@@ -109,7 +109,7 @@ FLAP_CHECKED flap_status flap_device_synchronize(flap_device *device);
 FLAP_CHECKED flap_status flap_device_outcome(flap_device *device);
 
 /* Small transfers in order with the compute stream; `download` returns when the bytes are there. In sim both only take
- * time, and `download` fills with zeros. */
+ * time, and `download` fills with zeros, unless `to` is NULL. */
 FLAP_CHECKED flap_status flap_device_upload(flap_device *device, void *to, const void *from, uint64_t bytes);
 FLAP_CHECKED flap_status flap_device_download(flap_device *device, void *to, const void *from, uint64_t bytes);
 

@@ -296,7 +296,8 @@ static flap_status sim_download(flap_device *device, void *to, const void *from,
   compute(sim, machine->copy_ns + duration((double)bytes, machine->d2h_bytes));
   if (sim->free_ns[FLAP_STREAM_COMPUTE] > now(sim))
     flap_clock_advance_to(device->config.clock, sim->free_ns[FLAP_STREAM_COMPUTE]);
-  memset(to, 0, bytes);
+  if (to != NULL)
+    memset(to, 0, bytes);
   return FLAP_OK;
 }
 
