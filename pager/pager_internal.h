@@ -423,7 +423,7 @@ uint64_t pager_disk_bytes(uint64_t page_bytes, uint64_t bytes, uint32_t ram_page
 bool pager_rings_assign(flap_pager *pager);
 /* Slots whose last use is over are stored, or free. */
 bool pager_rings_release(flap_pager *pager);
-/* The program of a lease in pager->leases, and its number there. They are asked for all the time, so nothing is divided. */
+/* The program of a lease in pager->leases, and its number there. Asked for all the time, so nothing is divided. */
 static inline const pager_program *pager_program_of(const flap_pager *pager, uint32_t lease, uint32_t *number_out) {
   _Static_assert(PAGER_PROGRAMS_MAX == 2, "a lease is of the first or of the second");
   const uint32_t place = lease < pager->leases_max ? 0 : 1;
