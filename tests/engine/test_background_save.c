@@ -42,7 +42,7 @@ static const numbers NUMBERS[] = {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define NUMBER_COUNT 1 /* everything takes several times as long */
 #define MIXED_COUNT 1
-#define PLACE_STRIDE 2
+#define PLACE_STRIDE 3
 #else
 #define NUMBER_COUNT ((int)(sizeof NUMBERS / sizeof *NUMBERS))
 #define PLACE_STRIDE 1

@@ -11,7 +11,7 @@
 /* A placement meets half of the numerics that it can, or a quarter where that is all of them, and all placements
  * together every one often. Sanitizers make everything several times slower: then one or two of them. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define NUMERICS_STRIDE 7
+#define NUMERICS_STRIDE 11
 #else
 #define NUMERICS_STRIDE 2
 #endif
