@@ -8,12 +8,12 @@
 #include <math.h>
 #include <string.h>
 
-/* A placement meets half of the numerics that it can, or a quarter where that is all of them, and all placements
+/* A placement meets a third of the numerics that it can, or a sixth where that is all of them, and all placements
  * together every one often. Sanitizers make everything several times slower: then one or two of them. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define NUMERICS_STRIDE 11
 #else
-#define NUMERICS_STRIDE 2
+#define NUMERICS_STRIDE 3
 #endif
 #define LAYERS 3u
 #define MICRO_BATCHES 3u

@@ -76,6 +76,7 @@ machine: rtx4090-64g-1nvme
         self.assertEqual((plans["attention"]["saved_tensors"], plans["attention"]["saved_whole"]), ("attention, lse", False))
         self.assertTrue(plans["all"]["saved_whole"])
 
+    @long_when_sanitized
     def test_plan_counts_disks_by_what_lies_on_them(self):
         """Two disks, one four times as fast: together, by weight, they are both at work all the time; a fast one that is too
         small leaves more to the slow one, and weights that a person gives are what they are."""
@@ -132,6 +133,7 @@ machine: rtx4090-64g-1nvme
         worn = json.loads(self.accept(*slow, "ssd_tbw=2TB"))
         self.assertAlmostEqual(worn["ssd_steps"], 2 * plan["ssd_steps"])
 
+    @long_when_sanitized
     def test_plan_shows_the_step_that_it_expects(self):
         self.write("slow.json", self.SLOW)
         slow = ["plan", "run.yaml", "--json", "machine=slow.json", "vram=1MiB", "ram=700KiB", "disk=/no/such/folder"]
@@ -394,6 +396,7 @@ machine: rtx4090-64g-1nvme
         with open(self.path(f"out/checkpoint-{step}/trainer_state.json")) as file:
             return json.load(file)["written_bytes"]
 
+    @long_when_sanitized
     def test_what_was_written_before_counts_for_the_budget_of_a_run_that_goes_on(self):
         common = ["run.yaml", "vram=min", "ram=min", "save_strategy=steps", "save_steps=2", "val_size=0"]
         plan = json.loads(self.accept("plan", *common, "max_steps=4", "--json"))
