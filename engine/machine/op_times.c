@@ -43,11 +43,11 @@ typedef struct bench {
   float *sums, *head_sums, *projection_sums, *losses, *squares;
   int32_t *tokens, *order, *fault;
   void *ops_workspace, *model_workspace, *rope;
-  flap_model_saved saved;   /* of the operation that is timed */
-  bool fresh, final;        /* likewise */
-  uint64_t slices_passed;   /* of a layer's sums, by what stores gradients */
-  uint8_t *decay;           /* host memory */
-  flap_state_format format; /* of the slice */
+  flap_model_saved saved;    /* of the operation that is timed */
+  flap_sums_written written; /* likewise */
+  uint64_t slices_passed;    /* of a layer's sums, by what stores gradients */
+  uint8_t *decay;            /* host memory */
+  flap_state_format format;  /* of the slice */
 } bench;
 
 /* ---- memory ---------------------------------------------------------------------------------------------- */
@@ -216,7 +216,7 @@ static void run_loss(bench *b) {
 }
 static void run_head(bench *b) {
   flap_model_head_loss(&b->run, b->head, b->projection, b->x_in, b->tokens, 1e-6f, b->losses, b->x_out, b->head_sums,
-                       b->projection_sums, !b->fresh);
+                       b->projection_sums, b->written == FLAP_SUMS_ADDED_TO);
 }
 static void run_copy(bench *b) {
   flap_ops_copy(b->ops, b->dx, b->x_in, flap_model_hidden_bytes(b->spec->model, &b->spec->shape));
@@ -226,8 +226,9 @@ static void run_copy(bench *b) {
 static void run_backward(bench *b) {
   run_recompute(b);
   run_copy(b);
-  const flap_model_gradient dweights = {
-      .sums = b->sums, .dtype = b->final ? FLAP_BF16 : FLAP_F32, .accumulate = !b->fresh};
+  const flap_model_gradient dweights = {.sums = b->sums,
+                                        .dtype = b->written == FLAP_SUMS_FINAL ? FLAP_BF16 : FLAP_F32,
+                                        .accumulate = b->written == FLAP_SUMS_ADDED_TO};
   flap_model_layer_backward(&b->run, b->layer, b->x_in, &b->saved, b->dx, &dweights);
 }
 static void run_embed_backward(bench *b) {
@@ -244,7 +245,8 @@ static const void *next_sums(bench *b) {
 }
 static void run_store_of(bench *b, void *gradient) {
   flap_ops_gradient_store(b->ops, b->spec->gradient_dtype, gradient, b->squares,
-                          b->final ? b->spec->gradient_dtype : FLAP_F32, next_sums(b), SLICE_ELEMENTS);
+                          b->written == FLAP_SUMS_FINAL ? b->spec->gradient_dtype : FLAP_F32, next_sums(b),
+                          SLICE_ELEMENTS);
 }
 static void run_store(bench *b) {
   run_store_of(b, b->gradient);
@@ -273,8 +275,9 @@ static void run_adamw(bench *b) {
 /* An operation that is timed: `run`, with `mask` saved by a forward before if `saves`. */
 typedef struct timing {
   void (*run)(bench *b);
-  bool saves, fresh, final;
+  bool saves;
   uint32_t mask;
+  flap_sums_written written;
   uint32_t batch;  /* runs at a time */
   uint32_t rounds; /* that were timed */
   uint64_t batch_ns[CARD_ROUNDS + 1];
@@ -302,8 +305,7 @@ static timing *add_saving(timings *t, void (*run)(bench *b), uint32_t mask) {
 
 /* What is before the operation, and is not timed. */
 static void prepare(bench *b, const timing *t) {
-  b->fresh = t->fresh;
-  b->final = t->final;
+  b->written = t->written;
   if (!t->saves)
     return;
   place_saved(b, t->mask);
@@ -479,8 +481,7 @@ static void list_backward(bench *b, timings *all, named_timings *n) {
           (spare == 1 && kind != FLAP_SUMS_ADDED_TO && !all_spare))
         continue;
       timing *t = add_saving(all, run_backward, spare == 1 ? spare_mask(b->spec) : 0);
-      t->fresh = kind != FLAP_SUMS_ADDED_TO;
-      t->final = kind == FLAP_SUMS_FINAL;
+      t->written = (flap_sums_written)kind;
       n->backward[kind][spare] = t;
     }
 }
@@ -498,14 +499,14 @@ static void list_training(bench *b, timings *all, named_timings *n, flap_op_time
   n->head = add_timing(all, run_head);
   n->fresh_head = add_timing(all, run_head);
   n->embed_backward = add_timing(all, run_embed_backward);
-  n->fresh_head->fresh = true;
+  n->fresh_head->written = FLAP_SUMS_FRESH;
   if (!(b->parts & PART_SLICE))
     return;
   n->zero = add_timing(all, run_zero);
   for (int final = 0; final < 2; final++) {
     n->store[final] = add_timing(all, run_store);
     n->measure[final] = add_timing(all, run_measure);
-    n->store[final]->final = n->measure[final]->final = final == 1;
+    n->store[final]->written = n->measure[final]->written = final == 1 ? FLAP_SUMS_FINAL : FLAP_SUMS_FRESH;
   }
 }
 
@@ -569,21 +570,14 @@ static flap_status run_products(bench *b) {
     run_forward(b);
     run_recompute(b);
   }
-  if (b->parts & PART_LAYER && writes_final(b->spec)) {
-    b->fresh = b->final = true;
-    place_saved(b, 0);
-    run_forward(b);
-    run_backward(b);
-    b->final = false;
-  }
-  for (int fresh = 1; fresh >= 0; fresh--) {
-    b->fresh = fresh == 1;
-    if (b->parts & PART_LAYER) {
+  for (int kind = FLAP_SUMS_KINDS; kind-- > 0;) {
+    b->written = (flap_sums_written)kind;
+    if (b->parts & PART_LAYER && (kind != FLAP_SUMS_FINAL || writes_final(b->spec))) {
       place_saved(b, 0);
       run_forward(b);
       run_backward(b);
     }
-    if (b->parts & PART_HEAD) {
+    if (b->parts & PART_HEAD && kind != FLAP_SUMS_FINAL) {
       run_loss(b);
       run_head(b);
     }
