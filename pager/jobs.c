@@ -19,9 +19,9 @@ static pager_job *job_at(const flap_pager *pager, uint64_t number) {
 }
 
 static const flap_lease *lease_of(const flap_pager *pager, const pager_job *job, uint32_t i, uint32_t *index_out) {
-  const uint32_t index = job->first_lease + i;
-  *index_out = index;
-  return &pager->programs[job->program].leases[index % pager->leases_max];
+  uint32_t number;
+  *index_out = job->first_lease + i;
+  return &pager_program_of(pager, *index_out, &number)->leases[number];
 }
 
 /* If not, its stores are told who waits. */
@@ -43,7 +43,7 @@ static bool is_ready(flap_pager *pager, const pager_job *job) {
     uint32_t index;
     const flap_lease *what = lease_of(pager, job, i, &index);
     pager_region *region = &pager->regions[what->region];
-    const uint64_t order = pager->programs[job->program].first_order + index % pager->leases_max;
+    const uint64_t order = pager_order_of(pager, index);
     if (region->changes_released + region->changes_started != pager->leases[index].change || region->loading > 0 ||
         pager_is_kept_back(region, pager->leases[index].change) || !is_home(pager, region, order))
       return false;

@@ -119,9 +119,9 @@ typedef struct flap_pager_config {
   /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
    * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
   const char *shared_folder;
-  flap_clock *clock;         /* with the sim device */
-  bool counts_no_stalls;     /* nobody asks what pins waited for: stall_ns stays 0 but for jobs' ends, and a simulation
-                                takes less time */
+  flap_clock *clock;     /* with the sim device */
+  bool counts_no_stalls; /* nobody asks what pins waited for: that is not looked for, and a simulation takes less time
+                          */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
   /* Work on the compute stream that was labelled (flap_device_label_compute); any thread; NULL for none. */
   void (*trace_compute)(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns);

@@ -52,7 +52,8 @@ static void dump_job(const flap_pager *pager) {
            (unsigned long long)pager->jobs_queued, pager->jobs_started > pager->jobs_done ? "runs" : "waits");
   for (uint32_t i = 0; i < job->count; i++) {
     const uint32_t index = job->first_lease + i;
-    const flap_lease *what = &pager->programs[job->program].leases[index % pager->leases_max];
+    uint32_t number;
+    const flap_lease *what = &pager_program_of(pager, index, &number)->leases[number];
     const pager_region *region = &pager->regions[what->region];
     flap_log(FLAP_LOG_ERROR, "    region %u, mode %u: changes %u of %u, %u copies out of it under way", what->region,
              (unsigned)what->mode, region->changes_released, pager->leases[index].change, region->loading);
