@@ -158,8 +158,12 @@ flap_dtype flap_layout_sums_dtype(const flap_layout_spec *spec, flap_part kind) 
   return once && spec->shape.dtype == FLAP_BF16 && spec->gradient_dtype == FLAP_BF16 ? FLAP_BF16 : FLAP_F32;
 }
 
+static bool waits_for_next(const flap_layout *layout, uint32_t part) {
+  return layout->spec.spread && part > 0;
+}
+
 bool flap_layout_updates_later(const flap_layout *layout, uint32_t part) {
-  return layout->spec.spread && part > 0 && is_consumed_at_once(layout, part);
+  return waits_for_next(layout, part) && is_consumed_at_once(layout, part);
 }
 
 static flap_part kind_of(const flap_layout *layout, uint32_t part) {
@@ -170,7 +174,7 @@ static flap_part kind_of(const flap_layout *layout, uint32_t part) {
 /* Its gradient passes through a place that many share, between the sums and the update. */
 static bool is_rounded_between(const flap_layout *layout, uint32_t part) {
   return is_consumed_at_once(layout, part) &&
-         (flap_layout_updates_later(layout, part) || !flap_layout_sums_are_final(&layout->spec, kind_of(layout, part)));
+         (waits_for_next(layout, part) || !flap_layout_sums_are_final(&layout->spec, kind_of(layout, part)));
 }
 
 uint32_t flap_layout_cache(const flap_layout *layout, uint32_t layer) {
@@ -322,8 +326,8 @@ static void add_part(flap_layout *layout, flap_part kind, uint32_t layer) {
   const flap_layout_spec *spec = &layout->spec;
   flap_layout_part part = {.kind = kind, .layer = layer, .sums = FLAP_REGION_NONE};
   const bool vocabulary = kind != FLAP_PART_LAYER, host = flap_layout_is_host(layout, layout->part_count);
-  const bool at_once = is_consumed_at_once(layout, layout->part_count),
-             between = at_once && is_rounded_between(layout, layout->part_count);
+  const bool at_once = is_consumed_at_once(layout, layout->part_count);
+  const bool between = is_rounded_between(layout, layout->part_count);
   part.elements = layout->part_elements[kind];
   part.weights =
       add_placed(layout, vocabulary ? FLAP_CLASS_VOCABULARY : FLAP_CLASS_WEIGHTS,
