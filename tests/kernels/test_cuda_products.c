@@ -154,11 +154,13 @@ END_TEST
 
 /* A long inner sum and shapes that tempt to cut it: the same bits every time, and the error of one fp32 sum. */
 static void long_sums(gpu_rig *g, rig_random *random) {
-  for (uint32_t round = 0; round < 4; ++round) {
-    product p = {.matmul = {.transpose = (flap_transpose)(round % 3), .m = 64, .n = 96, .k = 16384}};
-    p.matmul.transpose = round == 3 ? FLAP_TN : p.matmul.transpose; /* gradients of one micro-batch */
-    p.matmul.c_dtype = round == 3 ? g->dtype : FLAP_F32;
-    p.matmul.accumulate = round == 2;
+  const flap_matmul kinds[] = {{.transpose = FLAP_NN, .c_dtype = FLAP_F32},
+                               {.transpose = FLAP_NT, .c_dtype = FLAP_F32},
+                               {.transpose = FLAP_TN, .c_dtype = FLAP_F32, .accumulate = true},
+                               {.transpose = FLAP_TN, .c_dtype = g->dtype}}; /* a gradient of one micro-batch */
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; ++i) {
+    product p = {.matmul = kinds[i]};
+    p.matmul.m = 64, p.matmul.n = 96, p.matmul.k = 16384;
     check_product(g, random, p);
   }
 }
