@@ -205,6 +205,41 @@ static void check_attention(const flap_attention *x) {
   flap_assert(x->q_stride >= x->heads * x->head_size && x->kv_stride >= x->kv_heads * x->head_size);
 }
 
+static void check_product(const flap_matmul *x, flap_transpose transpose) {
+  flap_assert(x->m > 0 && x->n > 0 && x->k > 0 && x->transpose == transpose && x->c_dtype == x->dtype);
+  flap_assert(x->lda >= x->k && x->ldb >= (transpose == FLAP_NT ? x->k : x->n) && x->ldc >= x->n);
+  flap_assert(x->bias == NULL && x->residual == NULL && !x->accumulate);
+}
+
+void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out) {
+  const flap_ops_table *table = ops->table;
+  const uint32_t intermediate = matmul->n / 2;
+  check_product(matmul, FLAP_NT);
+  flap_assert(matmul->n % 2 == 0);
+  uint64_t started_ns = begin(ops);
+  if (table->matmul_swiglu == NULL || !table->matmul_swiglu(ops, matmul, out)) {
+    const char *up = (const char *)matmul->c + (uint64_t)intermediate * flap_dtype_bytes(matmul->dtype);
+    table->matmul(ops, matmul);
+    table->swiglu(ops, matmul->dtype, out, matmul->c, up, matmul->m, intermediate, matmul->ldc);
+  }
+  end(ops, started_ns);
+}
+
+void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
+                                     bool again, const void *gate, const void *up, uint32_t ld) {
+  const flap_ops_table *table = ops->table;
+  check_product(matmul, FLAP_NN);
+  flap_assert(matmul->ldc == matmul->n && ld >= matmul->n && ld_d >= matmul->n);
+  uint64_t started_ns = begin(ops);
+  if (table->matmul_swiglu_backward == NULL ||
+      !table->matmul_swiglu_backward(ops, matmul, dgate, dup, ld_d, again, gate, up, ld)) {
+    table->matmul(ops, matmul);
+    table->swiglu_backward(ops, matmul->dtype, dgate, dup, ld_d, again ? matmul->c : NULL, matmul->c, gate, up, ld,
+                           matmul->m, matmul->n);
+  }
+  end(ops, started_ns);
+}
+
 void flap_ops_attention(flap_ops *ops, const flap_attention *attention) {
   check_attention(attention);
   uint64_t started_ns = begin(ops);

@@ -164,6 +164,18 @@ void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void
                               const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate);
 
+/* A product and what follows it, as one operation where the device has a kernel for both, so that nothing is read back
+ * in between. Elsewhere the two are called in turn. Roundings are those of the two; where K is summed by another kernel
+ * than flap_ops_matmul's, it may be in another order. Both take products without bias, residual and sums, with c_dtype
+ * = dtype.
+ *
+ * c (M, 2 F): gate's columns and then up's (NT, n = 2 F), and out (M, F) = silu(gate) * up. out must not overlap a. */
+void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
+/* With dout (M, F) = a b (NN, n = F), dgate and dup as flap_ops_swiglu_backward gives them. c (M, F), contiguous, has
+ * silu(gate) * up once more if `again`, else nothing in particular. It must not overlap a. */
+void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
+                                     bool again, const void *gate, const void *up, uint32_t ld);
+
 /* ---- attention ------------------------------------------------------------------------------------------ */
 
 /* Causal grouped-query attention (Dao, FlashAttention-2, 2023: tiles, running maximum and sum).

@@ -39,6 +39,10 @@ typedef struct flap_ops_table {
   void (*swiglu_backward)(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
                           const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                           uint32_t intermediate);
+  /* Both at once; false: not these operands, and nothing has happened. NULL: none. */
+  bool (*matmul_swiglu)(flap_ops *ops, const flap_matmul *matmul, void *out);
+  bool (*matmul_swiglu_backward)(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
+                                 bool again, const void *gate, const void *up, uint32_t ld);
   void (*attention)(flap_ops *ops, const flap_attention *attention);
   void (*attention_backward)(flap_ops *ops, const flap_attention *attention, void *dq, void *dk, void *dv,
                              const void *dout);

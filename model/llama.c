@@ -195,23 +195,29 @@ static const void *gather_biases(const llama_layer *layer, const llama_group *gr
   return layer->bias;
 }
 
-/* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ + bias + residual (rows like y's; NULL for none). */
+/* y (tokens, outputs; row stride ldy) = x (tokens, inputs) Wᵀ. */
+static flap_matmul projection(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs,
+                              uint32_t tokens, const void *x, void *y, uint32_t ldy) {
+  return (flap_matmul){.transpose = FLAP_NT,
+                       .m = tokens,
+                       .n = outputs,
+                       .k = inputs,
+                       .a = x,
+                       .b = weight_of(layer, role),
+                       .c = y,
+                       .lda = inputs,
+                       .ldb = inputs,
+                       .ldc = ldy,
+                       .dtype = layer->dtype,
+                       .c_dtype = layer->dtype};
+}
+
+/* The same + bias + residual (rows like y's; NULL for none). */
 static void project(const llama_layer *layer, llama_role role, uint32_t outputs, uint32_t inputs, const void *bias,
                     uint32_t tokens, const void *x, const void *residual, void *y, uint32_t ldy) {
-  flap_matmul matmul = {.transpose = FLAP_NT,
-                        .m = tokens,
-                        .n = outputs,
-                        .k = inputs,
-                        .a = x,
-                        .b = weight_of(layer, role),
-                        .c = y,
-                        .lda = inputs,
-                        .ldb = inputs,
-                        .ldc = ldy,
-                        .bias = bias,
-                        .residual = residual,
-                        .dtype = layer->dtype,
-                        .c_dtype = layer->dtype};
+  flap_matmul matmul = projection(layer, role, outputs, inputs, tokens, x, y, ldy);
+  matmul.bias = bias;
+  matmul.residual = residual;
   flap_ops_matmul(layer->ops, &matmul);
 }
 
@@ -257,24 +263,29 @@ static void group_weight_gradient(const llama_layer *layer, const llama_group *g
   group_bias_gradient(layer, group, dy);
 }
 
-/* dx (T, inputs) from dy (T, all outputs). Members that cannot be multiplied as one are added up in dtype, as PyTorch
- * does, with `spare` (T, inputs) for the second one's share. */
+/* dx (T, inputs) from dy (T, all outputs) through a member alone. */
+static flap_matmul input_gradient(const llama_layer *layer, const llama_group *group, llama_member member,
+                                  const void *dy, void *dx) {
+  return (flap_matmul){.transpose = FLAP_NN,
+                       .m = layer->tokens,
+                       .n = group->inputs,
+                       .k = member.outputs,
+                       .a = column(layer, dy, member.column),
+                       .b = weight_of(layer, member.role),
+                       .c = dx,
+                       .lda = group->outputs,
+                       .ldb = group->inputs,
+                       .ldc = group->inputs,
+                       .dtype = layer->dtype,
+                       .c_dtype = layer->dtype};
+}
+
+/* The same through all. Members that cannot be multiplied as one are added up in dtype, as PyTorch does, with `spare`
+ * (T, inputs) for the second one's share. */
 static void group_input_gradient(const llama_layer *layer, const llama_group *group, const void *dy, void *dx,
                                  void *spare) {
   for (uint32_t i = 0; i < member_count(group); i++) {
-    llama_member member = member_of(layer, group, i);
-    flap_matmul matmul = {.transpose = FLAP_NN,
-                          .m = layer->tokens,
-                          .n = group->inputs,
-                          .k = member.outputs,
-                          .a = column(layer, dy, member.column),
-                          .b = weight_of(layer, member.role),
-                          .c = i == 0 ? dx : spare,
-                          .lda = group->outputs,
-                          .ldb = group->inputs,
-                          .ldc = group->inputs,
-                          .dtype = layer->dtype,
-                          .c_dtype = layer->dtype};
+    flap_matmul matmul = input_gradient(layer, group, member_of(layer, group, i), dy, i == 0 ? dx : spare);
     flap_ops_matmul(layer->ops, &matmul);
     if (i > 0)
       flap_ops_add(layer->ops, layer->dtype, dx, dx, spare, (uint64_t)layer->tokens * group->inputs);
@@ -338,20 +349,28 @@ static void project_attention(const llama_layer *layer, uint32_t tokens, const v
   project(layer, LLAMA_O, d, q, bias_of(layer, LLAMA_O), tokens, layer->attention, x_in, layer->residual, d); // (T, D)
 }
 
-/* Gate and up of the normalised residual stream. */
-static void project_gate_up(const llama_layer *layer, uint32_t tokens) {
+/* Gate and up of x (tokens, D), the normalised residual stream, and silu(gate) · up, which is not where x is. */
+static void project_inner(const llama_layer *layer, uint32_t tokens, const void *x) {
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
-  project_group(layer, &gate_up, tokens, layer->normalized_residual, layer->gate_up); // (T, 2·F)
+  if (gate_up.fused) {
+    flap_matmul matmul = projection(layer, LLAMA_GATE, gate_up.outputs, gate_up.inputs, tokens, x, layer->gate_up,
+                                    gate_up.outputs);          // (T, 2·F)
+    flap_ops_matmul_swiglu(layer->ops, &matmul, layer->inner); // (T, F)
+  } else {
+    project_group(layer, &gate_up, tokens, x, layer->gate_up);
+    activate(layer, layer->inner, tokens);
+  }
 }
 
 /* From attention's result to x_out: the output projection, the second norm, the MLP, and both residuals, which the
- * products add. `x_in` is read before x_out is written, so they may be the same. */
+ * products add. `x_in` is read before x_out is written, so they may be the same; until the end x_out has what comes out
+ * of the norm, if that is not kept. */
 static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *x_in, void *x_out) {
   const uint32_t d = layer->dims.d, f = layer->dims.f;
+  void *normalized = keeps(layer, LLAMA_NORMALIZED_RESIDUAL) ? layer->normalized_residual : x_out;
   project_attention(layer, tokens, x_in);
-  normalize(layer, layer->normalized_residual, layer->residual, LLAMA_POST_NORM, tokens);
-  project_gate_up(layer, tokens);
-  activate(layer, layer->inner, tokens); // (T, F)
+  normalize(layer, normalized, layer->residual, LLAMA_POST_NORM, tokens);
+  project_inner(layer, tokens, normalized);
   project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->inner, layer->residual, x_out, d);
 }
 
@@ -393,8 +412,10 @@ static void llama_layer_recompute(const flap_model_run *run, const void *weights
     project_attention(&layer, layer.tokens, x_in);
   if (second_norm || !keeps(&layer, LLAMA_RSTD))
     normalize_again(&layer, layer.first, layer.residual, LLAMA_POST_NORM);
-  if (!keeps(&layer, LLAMA_GATE_UP))
-    project_gate_up(&layer, layer.tokens);
+  if (!keeps(&layer, LLAMA_GATE_UP)) {
+    llama_group gate_up = open_group(&layer, LLAMA_GATE, 2);
+    project_group(&layer, &gate_up, layer.tokens, layer.normalized_residual, layer.gate_up); // (T, 2·F)
+  }
 }
 
 /* dx: on through the norm of x, from dy in `first`, where the normalised x is then once more if it is not kept. */
@@ -411,9 +432,9 @@ static void mlp_backward(const llama_layer *layer, void *dx) {
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
   llama_group down = open_group(layer, LLAMA_DOWN, 1);
 
-  group_input_gradient(layer, &down, dx, dinner, NULL); // (T, F), over which silu(gate)·up is computed again
-  flap_ops_swiglu_backward(layer->ops, layer->dtype, gate, up, 2 * f, layer->inner == dinner ? dinner : NULL, dinner,
-                           gate, up, 2 * f, layer->tokens, f);
+  /* dinner (T, F), over which silu(gate)·up is computed again, if it exists at all. */
+  flap_matmul matmul = input_gradient(layer, &down, member_of(layer, &down, 0), dx, dinner);
+  flap_ops_matmul_swiglu_backward(layer->ops, &matmul, gate, up, 2 * f, layer->inner == dinner, gate, up, 2 * f);
   group_weight_gradient(layer, &down, layer->inner, dx);
 
   group_input_gradient(layer, &gate_up, layer->gate_up, layer->first, layer->second); // (T, D), likewise

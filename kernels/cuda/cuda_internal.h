@@ -24,7 +24,7 @@
 
 /* In the numerics text: another one whenever a change of kernels changes bits, so that no run goes on with other ones
  * unnoticed. */
-#define CUDA_KERNELS "kernels 6"
+#define CUDA_KERNELS "kernels 7"
 
 #ifdef __cplusplus
 extern "C" {
@@ -131,6 +131,12 @@ void cuda_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, c
 void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
                           const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                           uint32_t intermediate);
+
+/* ---- cuda_matmul_swiglu.c ---- */
+
+bool cuda_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
+bool cuda_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
+                                 bool again, const void *gate, const void *up, uint32_t ld);
 
 /* ---- cuda_head.cu ---- */
 
