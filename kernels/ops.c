@@ -208,14 +208,14 @@ static void check_attention(const flap_attention *x) {
 static void check_product(const flap_matmul *x, flap_transpose transpose) {
   flap_assert(x->m > 0 && x->n > 0 && x->k > 0 && x->transpose == transpose && x->c_dtype == x->dtype);
   flap_assert(x->lda >= x->k && x->ldb >= (transpose == FLAP_NT ? x->k : x->n) && x->ldc >= x->n);
-  flap_assert(x->bias == NULL && x->residual == NULL && !x->accumulate);
+  flap_assert(x->residual == NULL && !x->accumulate);
 }
 
 void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out) {
   const flap_ops_table *table = ops->table;
   const uint32_t intermediate = matmul->n / 2;
   check_product(matmul, FLAP_NT);
-  flap_assert(matmul->n % 2 == 0);
+  flap_assert(matmul->n % 2 == 0 && matmul->bias == NULL);
   uint64_t started_ns = begin(ops);
   if (table->matmul_swiglu == NULL || !table->matmul_swiglu(ops, matmul, out)) {
     const char *up = (const char *)matmul->c + (uint64_t)intermediate * flap_dtype_bytes(matmul->dtype);
@@ -229,13 +229,28 @@ void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, v
                                      bool again, const void *gate, const void *up, uint32_t ld) {
   const flap_ops_table *table = ops->table;
   check_product(matmul, FLAP_NN);
-  flap_assert(matmul->ldc == matmul->n && ld >= matmul->n && ld_d >= matmul->n);
+  flap_assert(matmul->ldc == matmul->n && ld >= matmul->n && ld_d >= matmul->n && matmul->bias == NULL);
   uint64_t started_ns = begin(ops);
   if (table->matmul_swiglu_backward == NULL ||
       !table->matmul_swiglu_backward(ops, matmul, dgate, dup, ld_d, again, gate, up, ld)) {
     table->matmul(ops, matmul);
     table->swiglu_backward(ops, matmul->dtype, dgate, dup, ld_d, again ? matmul->c : NULL, matmul->c, gate, up, ld,
                            matmul->m, matmul->n);
+  }
+  end(ops, started_ns);
+}
+
+void flap_ops_matmul_rope(flap_ops *ops, const flap_matmul *matmul, const float *cos_sin, uint32_t sequence,
+                          uint32_t first_position, uint32_t heads, uint32_t head_size) {
+  const flap_ops_table *table = ops->table;
+  check_product(matmul, FLAP_NT);
+  flap_assert(sequence > 0 && head_size % 2 == 0 && matmul->n >= heads * head_size);
+  uint64_t started_ns = begin(ops);
+  if (table->matmul_rope == NULL ||
+      !table->matmul_rope(ops, matmul, cos_sin, sequence, first_position, heads, head_size)) {
+    table->matmul(ops, matmul);
+    table->rope(ops, matmul->dtype, matmul->c, cos_sin, matmul->m, sequence, first_position, heads, head_size,
+                matmul->ldc, false);
   }
   end(ops, started_ns);
 }

@@ -164,17 +164,22 @@ void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void
                               const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                               uint32_t intermediate);
 
-/* A product and what follows it, as one operation where the device has a kernel for both, so that nothing is read back
- * in between. Elsewhere the two are called in turn. Roundings are those of the two; where K is summed by another kernel
- * than flap_ops_matmul's, it may be in another order. Both take products without bias, residual and sums, with c_dtype
- * = dtype.
- *
- * c (M, 2 F): gate's columns and then up's (NT, n = 2 F), and out (M, F) = silu(gate) * up. out must not overlap a. */
+/* ---- products and what follows them --------------------------------------------------------------------- */
+
+/* One operation each, where the device has a kernel for both, so that nothing is read back in between; elsewhere the
+ * two are called in turn. Roundings are those of the two; where another kernel than flap_ops_matmul's sums K, that may
+ * be in another order. They take products without residual and sums, with c_dtype = dtype; c and out must not overlap
+ * a. */
+
+/* c (M, 2 F): gate's columns and then up's (NT, n = 2 F, no bias), and out (M, F) = silu(gate) * up. */
 void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
-/* With dout (M, F) = a b (NN, n = F), dgate and dup as flap_ops_swiglu_backward gives them. c (M, F), contiguous, has
- * silu(gate) * up once more if `again`, else nothing in particular. It must not overlap a. */
+/* With dout (M, F) = a b (NN, n = F, no bias), dgate and dup as flap_ops_swiglu_backward gives them. c (M, F),
+ * contiguous, has silu(gate) * up once more if `again`, else nothing in particular. */
 void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
                                      bool again, const void *gate, const void *up, uint32_t ld);
+/* c (M, n) (NT), of which flap_ops_rope has rotated the first `heads` heads of each row. */
+void flap_ops_matmul_rope(flap_ops *ops, const flap_matmul *matmul, const float *cos_sin, uint32_t sequence,
+                          uint32_t first_position, uint32_t heads, uint32_t head_size);
 
 /* ---- attention ------------------------------------------------------------------------------------------ */
 

@@ -43,6 +43,8 @@ typedef struct flap_ops_table {
   bool (*matmul_swiglu)(flap_ops *ops, const flap_matmul *matmul, void *out);
   bool (*matmul_swiglu_backward)(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
                                  bool again, const void *gate, const void *up, uint32_t ld);
+  bool (*matmul_rope)(flap_ops *ops, const flap_matmul *matmul, const float *cos_sin, uint32_t sequence,
+                      uint32_t first_position, uint32_t heads, uint32_t head_size);
   void (*attention)(flap_ops *ops, const flap_attention *attention);
   void (*attention_backward)(flap_ops *ops, const flap_attention *attention, void *dq, void *dk, void *dv,
                              const void *dout);

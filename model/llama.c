@@ -315,7 +315,6 @@ static void normalize_again(const llama_layer *layer, void *out, const void *x, 
 }
 
 static void rotate(const llama_layer *layer, void *qkv, bool inverse) {
-  /* Queries and keys are neighbours in a row, so one call turns both. */
   flap_ops_rope(layer->ops, layer->dtype, qkv, layer->run->rope_table, layer->tokens, layer->run->shape.sequence, 0,
                 layer->dims.hq + layer->dims.hkv, layer->dims.hd, layer->dims.qkv, inverse);
 }
@@ -374,11 +373,20 @@ static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *
   project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->inner, layer->residual, x_out, d);
 }
 
-/* Rotated q, k and v of the normalised input. */
+/* Rotated q, k and v of the normalised input. Queries and keys are neighbours in a row, so they are turned as one. */
 static void project_qkv(const llama_layer *layer) {
+  const llama_dims *dims = &layer->dims;
   llama_group qkv = open_group(layer, LLAMA_Q, 3);
-  project_group(layer, &qkv, layer->tokens, layer->normalized_input, layer->qkv); // (T, qkv)
-  rotate(layer, layer->qkv, false);
+  if (qkv.fused) {
+    flap_matmul matmul = projection(layer, LLAMA_Q, qkv.outputs, qkv.inputs, layer->tokens, layer->normalized_input,
+                                    layer->qkv, qkv.outputs); // (T, qkv)
+    matmul.bias = gather_biases(layer, &qkv);
+    flap_ops_matmul_rope(layer->ops, &matmul, layer->run->rope_table, layer->run->shape.sequence, 0,
+                         dims->hq + dims->hkv, dims->hd);
+  } else {
+    project_group(layer, &qkv, layer->tokens, layer->normalized_input, layer->qkv);
+    rotate(layer, layer->qkv, false);
+  }
 }
 
 static void attend(const llama_layer *layer) {

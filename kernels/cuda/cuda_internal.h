@@ -132,11 +132,13 @@ void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *du
                           const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
                           uint32_t intermediate);
 
-/* ---- cuda_matmul_swiglu.c ---- */
+/* ---- cuda_matmul_tiles.c ---- */
 
 bool cuda_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
 bool cuda_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
                                  bool again, const void *gate, const void *up, uint32_t ld);
+bool cuda_matmul_rope(flap_ops *ops, const flap_matmul *matmul, const float *cos_sin, uint32_t sequence,
+                      uint32_t first_position, uint32_t heads, uint32_t head_size);
 
 /* ---- cuda_head.cu ---- */
 

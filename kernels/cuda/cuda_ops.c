@@ -114,6 +114,7 @@ const flap_ops_table flap_ops_cuda_table = {
     .swiglu_backward = cuda_swiglu_backward,
     .matmul_swiglu = cuda_matmul_swiglu,
     .matmul_swiglu_backward = cuda_matmul_swiglu_backward,
+    .matmul_rope = cuda_matmul_rope,
     .attention = cuda_attention,
     .attention_backward = cuda_attention_backward,
     .attention_decode = cuda_attention_decode,

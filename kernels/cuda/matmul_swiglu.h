@@ -1,7 +1,7 @@
 /* Products of the MLP with its activation in their epilogues: what is multiplied never waits for what is element-wise.
  *
- * Private to kernels/cuda. On Hopper (sm_90a) alone: tiles come by TMA, products are wgmma's. Nothing here allocates or
- * waits; the first error of a launch is returned.
+ * Private to kernels/cuda. On Hopper (sm_90a) alone, by the tiles of matmul_tiles.cuh. Nothing here allocates or waits;
+ * the first error of a launch is returned.
  *
  * Numbers: K is summed in fp32 in one order, that of K, whatever the tile; what the two operations would round between
  * them is rounded here as well, by the same arithmetic. So the result is that of the product and of swiglu in turn, for
@@ -10,18 +10,11 @@
 #ifndef FLAP_KERNELS_CUDA_MATMUL_SWIGLU_H
 #define FLAP_KERNELS_CUDA_MATMUL_SWIGLU_H
 
-#include "kernels/ops.h"
-
-#include <cuda_runtime_api.h>
+#include "kernels/cuda/matmul_tiles.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* Rows and columns of a tile; the forward's has as many of gate as of up. Two tiles, one above the other, are computed
- * at a time. */
-#define FLAP_CUDA_MATMUL_SWIGLU_ROWS 128u
-#define FLAP_CUDA_MATMUL_SWIGLU_COLUMNS 256u
 
 /* Operands of one launch, of 16-bit types; strides in elements. All pointers and rows are aligned to 16 bytes, and
  * sizes are multiples of 8. */
@@ -30,7 +23,7 @@ typedef struct flap_cuda_matmul_swiglu {
   uint32_t tokens, hidden, intermediate;
   const void *a; /* (T, D), row stride lda: the MLP's input, or the gradient of its output */
   const void
-      *b; /* forward: (2 F, D), gate's rows and then up's. Backward: (D, F), the projection down. Row stride ldb */
+      *b; /* row stride ldb. Forward: (2 F, D), gate's rows and then up's. Backward: (D, F), the projection down */
   const void *gate_in, *up_in; /* backward: (T, F), row stride ld */
   void *gate, *up;             /* (T, F), row stride ld_out: the forward's gate and up, or their gradients */
   void *inner;                 /* (T, F) contiguous: silu(gate) * up; NULL if nobody wants it (backward alone) */

@@ -352,6 +352,35 @@ static void matmul_swiglu(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
   }
 }
 
+static void matmul_rope(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
+  rig_random random = rig_random_named("products with rope");
+  for (uint32_t round = 0; round < 6; ++round) {
+    flap_ops *ops = rigs[round % RIG_THREADS_MAX].ops;
+    const uint32_t tokens = rig_between(&random, 1, 70), hidden = rig_between(&random, 1, 60);
+    const uint32_t head_size = 2 * rig_between(&random, 1, 20), heads = rig_between(&random, 1, 4);
+    const uint32_t width = heads * head_size + round % 3 * head_size, ld = width + round % 2;
+    const uint32_t sequence = rig_between(&random, 1, 40), first = rig_between(&random, 0, 9);
+    const uint64_t bytes = (uint64_t)tokens * ld * flap_dtype_bytes(dtype);
+    void *x = rig_normal(&random, dtype, (uint64_t)tokens * hidden, 1), *bias = rig_normal(&random, dtype, width, 1);
+    void *w = rig_normal(&random, dtype, (uint64_t)width * hidden, 0.5);
+    float *table = rig_normal_f32(&random, (uint64_t)(first + sequence) * head_size, 1);
+    void *c = rig_bytes(bytes), *apart = rig_copy(c, bytes);
+    flap_matmul matmul = {FLAP_NT, tokens, width, hidden, x, w, c, hidden, hidden, ld, NULL, NULL, dtype, dtype, false};
+    matmul.bias = round % 2 == 0 ? bias : NULL;
+    flap_ops_matmul_rope(ops, &matmul, table, sequence, first, heads, head_size);
+    matmul.c = apart;
+    flap_ops_matmul(ops, &matmul);
+    flap_ops_rope(ops, dtype, apart, table, tokens, sequence, first, heads, head_size, ld, false);
+    rig_same("heads", c, apart, bytes);
+    free(x), free(bias), free(w), free(table), free(c), free(apart);
+  }
+}
+
+START_TEST(products_with_rope_are_both_in_turn) {
+  with_rigs(_i, matmul_rope);
+}
+END_TEST
+
 START_TEST(products_with_swiglu_are_both_in_turn) {
   with_rigs(_i, matmul_swiglu);
 }
@@ -526,6 +555,7 @@ int main(void) {
   tcase_add_test(tests, rope_table_linear_divides_positions);
   tcase_add_loop_test(tests, swiglu_and_backward_match_fp64, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, products_with_swiglu_are_both_in_turn, 0, RIG_DTYPES);
+  tcase_add_loop_test(tests, products_with_rope_are_both_in_turn, 0, RIG_DTYPES);
   tcase_add_loop_test(tests, swiglu_rounds_silu_before_the_product, 1, RIG_DTYPES);
   tcase_add_test(tests, swiglu_extreme_gates_stay_finite);
   tcase_add_loop_test(tests, embedding_gathers_and_backward_adds_in_order, 0, RIG_DTYPES);

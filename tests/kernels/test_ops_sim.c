@@ -118,6 +118,7 @@ START_TEST(sim_every_operation_takes_time_and_touches_nothing) {
   const flap_matmul down = {FLAP_NN, 1000, 1000, 1000, a,         b,         c,    1000,
                             1000,    1000, NULL, NULL, FLAP_BF16, FLAP_BF16, false};
   CHARGES(flap_ops_matmul_swiglu(s.ops, &up, d));
+  CHARGES(flap_ops_matmul_rope(s.ops, &up, b, 100, 0, 8, 64));
   CHARGES(flap_ops_matmul_swiglu_backward(s.ops, &down, a, b, 1000, true, a, b, 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, NULL, NULL, false, b, c, tokens, 1, 1000, 100, 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, b, c, true, d, a, tokens, 1, 1000, 100, 1000));

@@ -1,5 +1,6 @@
-/* The MLP's products with its activation: which of them the kernels of matmul_swiglu.h compute. */
+/* Products with what follows them in one kernel: which of them those of matmul_swiglu.h and matmul_rope.h compute. */
 #include "kernels/cuda/cuda_internal.h"
+#include "kernels/cuda/matmul_rope.h"
 #include "kernels/cuda/matmul_swiglu.h"
 
 #define HOPPER 90u
@@ -8,18 +9,18 @@ static bool aligned(const void *pointer, uint64_t stride) {
   return (uintptr_t)pointer % 16 == 0 && stride % 8 == 0;
 }
 
-/* Rows and columns of an output of `columns` columns a tile each fill the GPU's thread blocks, but for a tenth in the
- * last round. For smaller products cuBLASLt has smaller tiles. The number of clusters is that of an H100, not what this
- * GPU has: which kernel runs is a function of shape. */
+/* Whether tiles of so many columns fill the thread blocks of a GPU, but for a tenth in the last round: for smaller
+ * products cuBLASLt has smaller tiles. The number of clusters is that of an H100, not what this GPU has: which kernel
+ * runs is a function of shape. */
 static bool fills(uint32_t rows, uint32_t columns, uint32_t tile_columns) {
   const uint64_t clusters = 66;
-  const uint64_t tiles = cuda_ceil(rows, 2 * FLAP_CUDA_MATMUL_SWIGLU_ROWS) * cuda_ceil(columns, tile_columns);
+  const uint64_t tiles = cuda_ceil(rows, 2 * FLAP_CUDA_TILE_ROWS) * cuda_ceil(columns, tile_columns);
   return tiles * 10 >= cuda_ceil(tiles, clusters) * clusters * 9;
 }
 
-static bool takes(flap_ops *ops, const flap_matmul *x, uint32_t intermediate) {
+static bool takes(flap_ops *ops, const flap_matmul *x, uint32_t columns) {
   return flap_device_cuda_properties(ops->device)->capability == HOPPER &&
-         (x->dtype == FLAP_BF16 || x->dtype == FLAP_F16) && x->k % 8 == 0 && intermediate % 8 == 0 &&
+         (x->dtype == FLAP_BF16 || x->dtype == FLAP_F16) && x->k % 8 == 0 && columns % 8 == 0 &&
          aligned(x->a, x->lda) && aligned(x->b, x->ldb) && aligned(x->c, x->ldc);
 }
 
@@ -30,7 +31,7 @@ static uint32_t multiprocessors(flap_ops *ops) {
 bool cuda_matmul_swiglu(flap_ops *ops, const flap_matmul *x, void *out) {
   const uint32_t intermediate = x->n / 2;
   if (!takes(ops, x, intermediate) || !aligned(out, intermediate) ||
-      !fills(x->m, intermediate, FLAP_CUDA_MATMUL_SWIGLU_COLUMNS / 2))
+      !fills(x->m, intermediate, FLAP_CUDA_TILE_COLUMNS / 2))
     return false;
   const cudaStream_t stream = cuda_stream(ops);
   const flap_cuda_matmul_swiglu launch = {.dtype = x->dtype,
@@ -52,7 +53,7 @@ bool cuda_matmul_swiglu(flap_ops *ops, const flap_matmul *x, void *out) {
 bool cuda_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *x, void *dgate, void *dup, uint32_t ld_d, bool again,
                                  const void *gate, const void *up, uint32_t ld) {
   if (!takes(ops, x, x->n) || !aligned(dgate, ld_d) || !aligned(dup, ld_d) || !aligned(gate, ld) || !aligned(up, ld) ||
-      !fills(x->m, x->n, FLAP_CUDA_MATMUL_SWIGLU_COLUMNS))
+      !fills(x->m, x->n, FLAP_CUDA_TILE_COLUMNS))
     return false;
   const cudaStream_t stream = cuda_stream(ops);
   const flap_cuda_matmul_swiglu launch = {.dtype = x->dtype,
@@ -72,5 +73,31 @@ bool cuda_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *x, void *dgat
                                           .ld_out = ld_d};
   cuda_check(ops, "a product with swiglu's backward",
              flap_cuda_matmul_swiglu_backward(&launch, multiprocessors(ops), stream));
+  return true;
+}
+
+bool cuda_matmul_rope(flap_ops *ops, const flap_matmul *x, const float *cos_sin, uint32_t sequence,
+                      uint32_t first_position, uint32_t heads, uint32_t head_size) {
+  if ((head_size != 64 && head_size != 128) || x->n % head_size != 0 || !takes(ops, x, x->n) || !aligned(x->bias, 0) ||
+      !aligned(cos_sin, 0) || !fills(x->m, x->n, FLAP_CUDA_TILE_COLUMNS))
+    return false;
+  const cudaStream_t stream = cuda_stream(ops);
+  const flap_cuda_matmul_rope launch = {.dtype = x->dtype,
+                                        .tokens = x->m,
+                                        .hidden = x->k,
+                                        .width = x->n,
+                                        .a = x->a,
+                                        .b = x->b,
+                                        .bias = x->bias,
+                                        .c = x->c,
+                                        .lda = x->lda,
+                                        .ldb = x->ldb,
+                                        .ldc = x->ldc,
+                                        .cos_sin = cos_sin,
+                                        .sequence = sequence,
+                                        .first_position = first_position,
+                                        .heads = heads,
+                                        .head_size = head_size};
+  cuda_check(ops, "a product with rope", flap_cuda_matmul_rope_forward(&launch, multiprocessors(ops), stream));
   return true;
 }

@@ -2,6 +2,7 @@
  * small multiples of a power of two, so sums of products are exact and the order of K cannot show. With other values:
  * the same bits again, however many thread blocks share the work. */
 #include "kernels/cuda/cuda_internal.h"
+#include "kernels/cuda/matmul_rope.h"
 #include "kernels/cuda/matmul_swiglu.h"
 #include "tests/kernels/gpu_rig.h"
 
@@ -15,7 +16,7 @@ static void with_rig(int index, void (*body)(gpu_rig *g, rig_random *random)) {
   const flap_ops_limits limits = rig_limits(dtypes[index]);
   gpu_rig g;
   gpu_rig_open(&g, &limits);
-  rig_random random = rig_random_named("cuda products with swiglu");
+  rig_random random = rig_random_named("cuda products by tiles");
   body(&g, &random);
   gpu_rig_close(&g);
 }
@@ -272,6 +273,110 @@ START_TEST(backward_has_the_same_bits_on_any_number_of_blocks) {
 }
 END_TEST
 
+/* ---- rope ---- */
+
+typedef struct rope_case {
+  operand a, b, bias, table, c, other;
+  flap_matmul matmul;
+  flap_cuda_matmul_rope launch;
+} rope_case;
+
+/* Whole heads, of which some are rotated; b and bias as the caller made them for `heads` * head_size columns. */
+static rope_case make_rope(gpu_rig *g, rig_random *random, const shape *s, uint32_t heads, uint32_t head_size,
+                           operand a, operand b, operand bias) {
+  const uint32_t width = heads * head_size, ld = width + s->gap;
+  const uint32_t sequence = rig_between(random, 1, 300), first = rig_between(random, 0, 20);
+  rope_case c = {.a = a, .b = b, .bias = bias};
+  c.table = operand_normal(g, random, FLAP_F32, (uint64_t)(sequence + first) * head_size, 1, 0);
+  c.c = operand_empty(g, g->dtype, (uint64_t)s->tokens * ld, 0);
+  c.other = operand_copy(&c.c, 0);
+  c.matmul = (flap_matmul){.transpose = FLAP_NT,
+                           .m = s->tokens,
+                           .n = width,
+                           .k = s->hidden,
+                           .a = a.gpu,
+                           .b = b.gpu,
+                           .bias = bias.gpu,
+                           .c = c.other.gpu,
+                           .lda = s->hidden + s->gap,
+                           .ldb = s->hidden + s->gap,
+                           .ldc = ld,
+                           .dtype = g->dtype,
+                           .c_dtype = g->dtype};
+  c.launch = (flap_cuda_matmul_rope){.dtype = g->dtype,
+                                     .tokens = s->tokens,
+                                     .hidden = s->hidden,
+                                     .width = width,
+                                     .a = a.gpu,
+                                     .b = b.gpu,
+                                     .bias = bias.gpu,
+                                     .c = c.c.gpu,
+                                     .lda = c.matmul.lda,
+                                     .ldb = c.matmul.ldb,
+                                     .ldc = ld,
+                                     .cos_sin = c.table.gpu,
+                                     .sequence = sequence,
+                                     .first_position = first,
+                                     .heads = rig_between(random, 0, heads),
+                                     .head_size = head_size};
+  return c;
+}
+
+static void free_rope(rope_case *c) {
+  operand_free(&c->a), operand_free(&c->b), operand_free(&c->bias), operand_free(&c->table), operand_free(&c->c);
+  operand_free(&c->other);
+}
+
+static void rope_apart(gpu_rig *g, const rope_case *c) {
+  const flap_cuda_matmul_rope *x = &c->launch;
+  flap_ops_matmul(g->ops, &c->matmul);
+  flap_ops_rope(g->ops, g->dtype, c->other.gpu, x->cos_sin, x->tokens, x->sequence, x->first_position, x->heads,
+                x->head_size, (uint32_t)x->ldc, false);
+}
+
+static void rope(gpu_rig *g, rig_random *random) {
+  for (uint32_t round = 0; round < 40; ++round) {
+    gpu_rig_clear(g);
+    const shape s = random_shape(random, round);
+    const uint32_t head_size = round % 2 == 0 ? 64 : 128, heads = rig_between(random, 1, 9);
+    rope_case c = make_rope(
+        g, random, &s, heads, head_size, exact(g, random, (uint64_t)s.tokens * (s.hidden + s.gap), 1),
+        exact(g, random, (uint64_t)heads * head_size * (s.hidden + s.gap), 3), exact(g, random, heads * head_size, 2));
+    if (round % 3 == 0)
+      c.matmul.bias = c.launch.bias = NULL;
+    check_launch(flap_cuda_matmul_rope_forward(&c.launch, some_multiprocessors(round), stream_of(g)));
+    rope_apart(g, &c);
+    operands_equal("heads", &c.c, &c.other);
+    free_rope(&c);
+  }
+}
+
+START_TEST(rope_has_the_bits_of_the_product_and_rope) {
+  with_rig(_i, rope);
+}
+END_TEST
+
+static void rope_again(gpu_rig *g, rig_random *random) {
+  for (uint32_t round = 0; round < 8; ++round) {
+    gpu_rig_clear(g);
+    const shape s = random_shape(random, round + 1);
+    rope_case c = make_rope(g, random, &s, 6, 64,
+                            operand_normal(g, random, g->dtype, (uint64_t)s.tokens * (s.hidden + s.gap), 1, 0),
+                            operand_normal(g, random, g->dtype, 6ull * 64 * (s.hidden + s.gap), 0.1, 0),
+                            operand_normal(g, random, g->dtype, 6 * 64, 1, 0));
+    check_launch(flap_cuda_matmul_rope_forward(&c.launch, 132, stream_of(g)));
+    c.launch.c = c.other.gpu;
+    check_launch(flap_cuda_matmul_rope_forward(&c.launch, some_multiprocessors(round), stream_of(g)));
+    operands_equal("heads", &c.c, &c.other);
+    free_rope(&c);
+  }
+}
+
+START_TEST(rope_has_the_same_bits_on_any_number_of_blocks) {
+  with_rig(_i, rope_again);
+}
+END_TEST
+
 /* ---- operations ---- */
 
 /* 528 and 264 tiles: 8 and 4 rounds of an H100's 66 clusters. */
@@ -310,6 +415,32 @@ static void operations(gpu_rig *g, rig_random *random) {
   free_backward(&b);
 }
 
+static void rope_operation(gpu_rig *g, rig_random *random) {
+  gpu_rig_clear(g);
+  const shape s = {4096, 64, 0, 8};           /* 16 pairs of tiles high */
+  const uint32_t heads = 32, head_size = 128; /* 16 by 16 tiles, 97% of 4 rounds */
+  rope_case c = make_rope(g, random, &s, heads, head_size, exact(g, random, (uint64_t)s.tokens * (s.hidden + s.gap), 1),
+                          exact(g, random, (uint64_t)heads * head_size * (s.hidden + s.gap), 3),
+                          exact(g, random, heads * head_size, 2));
+  const flap_cuda_matmul_rope *x = &c.launch;
+  flap_matmul matmul = c.matmul;
+  matmul.c = c.c.gpu;
+  ck_assert(!cuda_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, x->heads, 96));
+  ck_assert(!cuda_matmul_rope(g->ops, &matmul, x->cos_sin + 1, x->sequence, x->first_position, x->heads, head_size));
+  ck_assert(cuda_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, 20, head_size));
+  matmul.c = c.other.gpu;
+  flap_ops_matmul(g->ops, &matmul);
+  flap_ops_rope(g->ops, g->dtype, c.other.gpu, x->cos_sin, matmul.m, x->sequence, x->first_position, 20, head_size,
+                (uint32_t)x->ldc, false);
+  operands_equal("heads", &c.c, &c.other);
+  free_rope(&c);
+}
+
+START_TEST(operation_with_rope_takes_whole_heads) {
+  with_rig(_i, rope_operation);
+}
+END_TEST
+
 START_TEST(operations_take_products_that_fill_a_gpu) {
   with_rig(_i, operations);
 }
@@ -346,12 +477,15 @@ int main(void) {
     return 77;
   }
   Suite *suite = suite_create("kernels");
-  TCase *tests = tcase_create("cuda_matmul_swiglu");
+  TCase *tests = tcase_create("cuda_matmul_tiles");
   tcase_add_loop_test(tests, forward_has_the_bits_of_the_product_and_swiglu, 0, 2);
   tcase_add_loop_test(tests, forward_has_the_same_bits_on_any_number_of_blocks, 0, 2);
   tcase_add_loop_test(tests, backward_has_the_bits_of_the_product_and_swiglu, 0, 2);
   tcase_add_loop_test(tests, backward_has_the_same_bits_on_any_number_of_blocks, 0, 2);
+  tcase_add_loop_test(tests, rope_has_the_bits_of_the_product_and_rope, 0, 2);
+  tcase_add_loop_test(tests, rope_has_the_same_bits_on_any_number_of_blocks, 0, 2);
   tcase_add_loop_test(tests, operations_take_products_that_fill_a_gpu, 0, 2);
+  tcase_add_loop_test(tests, operation_with_rope_takes_whole_heads, 0, 2);
   tcase_add_loop_test(tests, operations_compute_odd_products_in_two_steps, 0, 2);
   suite_add_tcase(suite, tests);
   return gpu_rig_main(suite);
