@@ -91,6 +91,78 @@ static void matmul(bench *b, flap_transpose transpose, uint32_t m, uint32_t n, u
   fflush(stdout);
 }
 
+/* ---- products and what follows them ---- */
+
+static flap_matmul product_to(bench *b, flap_transpose transpose, uint32_t n, int to) {
+  return (flap_matmul){.transpose = transpose,
+                       .m = TOKENS,
+                       .n = n,
+                       .k = HIDDEN,
+                       .a = b->buffers[0],
+                       .b = b->buffers[1],
+                       .c = b->buffers[to],
+                       .lda = HIDDEN,
+                       .ldb = transpose == FLAP_NT ? HIDDEN : n,
+                       .ldc = n,
+                       .dtype = b->dtype,
+                       .c_dtype = b->dtype};
+}
+static flap_matmul gate_up_of(bench *b) {
+  return product_to(b, FLAP_NT, 2 * INTERMEDIATE, 6);
+}
+static flap_matmul down_of(bench *b) {
+  return product_to(b, FLAP_NN, INTERMEDIATE, 2);
+}
+static flap_matmul qkv_of(bench *b) {
+  return product_to(b, FLAP_NT, 3 * HIDDEN, 6);
+}
+/* Gate and up lie side by side; their gradients go to buffer 7. */
+static void *up_of(bench *b, int gate) {
+  return b->buffers[gate] + (uint64_t)INTERMEDIATE * flap_dtype_bytes(b->dtype);
+}
+static void run_gate_up(bench *b) {
+  const flap_matmul matmul = gate_up_of(b);
+  flap_ops_matmul_swiglu(b->ops, &matmul, b->buffers[2]);
+}
+static void run_gate_up_apart(bench *b) {
+  const flap_matmul matmul = gate_up_of(b);
+  flap_ops_matmul(b->ops, &matmul);
+  flap_ops_swiglu(b->ops, b->dtype, b->buffers[2], matmul.c, up_of(b, 6), TOKENS, INTERMEDIATE, 2 * INTERMEDIATE);
+}
+static void run_down(bench *b) {
+  const flap_matmul matmul = down_of(b);
+  flap_ops_matmul_swiglu_backward(b->ops, &matmul, b->buffers[7], up_of(b, 7), 2 * INTERMEDIATE, true, b->buffers[6],
+                                  up_of(b, 6), 2 * INTERMEDIATE);
+}
+static void run_down_apart(bench *b) {
+  const flap_matmul matmul = down_of(b);
+  flap_ops_matmul(b->ops, &matmul);
+  flap_ops_swiglu_backward(b->ops, b->dtype, b->buffers[7], up_of(b, 7), 2 * INTERMEDIATE, matmul.c, matmul.c,
+                           b->buffers[6], up_of(b, 6), 2 * INTERMEDIATE, TOKENS, INTERMEDIATE);
+}
+static void run_qkv(bench *b) {
+  const flap_matmul matmul = qkv_of(b);
+  flap_ops_matmul_rope(b->ops, &matmul, f32(b, 5) + ELEMENTS, TOKENS, 0, 2 * HEADS, HEAD_SIZE);
+}
+static void run_qkv_apart(bench *b) {
+  const flap_matmul matmul = qkv_of(b);
+  flap_ops_matmul(b->ops, &matmul);
+  flap_ops_rope(b->ops, b->dtype, matmul.c, f32(b, 5) + ELEMENTS, TOKENS, TOKENS, 0, 2 * HEADS, HEAD_SIZE, 3 * HIDDEN,
+                false);
+}
+
+static void together(bench *b, const char *name, bench_fn fn, bench_fn apart) {
+  const double one = seconds_of(b, fn), two = seconds_of(b, apart);
+  printf("%-28s %8.3f ms, as two operations %.3f ms\n", name, one * 1e3, two * 1e3);
+  fflush(stdout);
+}
+
+static void products_and_more(bench *b) {
+  together(b, "product with swiglu", run_gate_up, run_gate_up_apart);
+  together(b, "product with its backward", run_down, run_down_apart);
+  together(b, "product with rope", run_qkv, run_qkv_apart);
+}
+
 /* ---- what memory bounds ---- */
 
 static void run_norm(bench *b) {
@@ -310,6 +382,7 @@ int main(int argc, char **argv) {
          (double)(flap_units_now_ns() - start_ns) * 1e-9);
   set_up(&b, arena + workspace, bytes - workspace);
   products(&b);
+  products_and_more(&b);
   all_traffic(&b);
   const double flops = 2.0 * TOKENS / 2 * HIDDEN * VOCABULARY;
   const double loss = seconds_of(&b, run_head_loss), head = seconds_of(&b, run_head);

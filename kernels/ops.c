@@ -220,7 +220,8 @@ void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out)
   if (table->matmul_swiglu == NULL || !table->matmul_swiglu(ops, matmul, out)) {
     const char *up = (const char *)matmul->c + (uint64_t)intermediate * flap_dtype_bytes(matmul->dtype);
     table->matmul(ops, matmul);
-    table->swiglu(ops, matmul->dtype, out, matmul->c, up, matmul->m, intermediate, matmul->ldc);
+    if (out != NULL)
+      table->swiglu(ops, matmul->dtype, out, matmul->c, up, matmul->m, intermediate, matmul->ldc);
   }
   end(ops, started_ns);
 }

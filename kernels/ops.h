@@ -171,7 +171,8 @@ void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void
  * be in another order. They take products without residual and sums, with c_dtype = dtype; c and out must not overlap
  * a. */
 
-/* c (M, 2 F): gate's columns and then up's (NT, n = 2 F, no bias), and out (M, F) = silu(gate) * up. */
+/* c (M, 2 F): gate's columns and then up's (NT, n = 2 F, no bias), and out (M, F) = silu(gate) * up, or NULL: c alone,
+ * by the same kernel, so with the same bits. */
 void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
 /* With dout (M, F) = a b (NN, n = F, no bias), dgate and dup as flap_ops_swiglu_backward gives them. c (M, F),
  * contiguous, has silu(gate) * up once more if `again`, else nothing in particular. */

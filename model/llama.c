@@ -10,7 +10,8 @@
  *      up. Normalised inputs and silu(gate)·up come once more out of the backward of the norm and of the activation,
  *      unless they are kept as well (spare tensors).
  *      Each of them is computed from the layer's input and the ones before it, so any may be kept without the others;
- *      but attention's result and statistics, which one kernel writes, go together.
+ *      but attention's result and statistics, which one kernel writes, go together. A recompute calls the operations of
+ *      the forward, so that a device's kernels, and with them the bits, are the same.
  *   3. Backward reads gate and up for the last time before it writes their gradients over them, and those for the
  *      last time before it writes the gradients of q, k and v there (where they fit).
  *   4. Matrices that share an input and lie side by side are multiplied as one. Whether they do is a function of
@@ -348,16 +349,18 @@ static void project_attention(const llama_layer *layer, uint32_t tokens, const v
   project(layer, LLAMA_O, d, q, bias_of(layer, LLAMA_O), tokens, layer->attention, x_in, layer->residual, d); // (T, D)
 }
 
-/* Gate and up of x (tokens, D), the normalised residual stream, and silu(gate) · up, which is not where x is. */
-static void project_inner(const llama_layer *layer, uint32_t tokens, const void *x) {
+/* Gate and up of x (tokens, D), the normalised residual stream, and inner = silu(gate) · up, which is not where x is;
+ * NULL if it is not wanted. */
+static void project_inner(const llama_layer *layer, uint32_t tokens, const void *x, void *inner) {
   llama_group gate_up = open_group(layer, LLAMA_GATE, 2);
   if (gate_up.fused) {
     flap_matmul matmul = projection(layer, LLAMA_GATE, gate_up.outputs, gate_up.inputs, tokens, x, layer->gate_up,
-                                    gate_up.outputs);          // (T, 2·F)
-    flap_ops_matmul_swiglu(layer->ops, &matmul, layer->inner); // (T, F)
+                                    gate_up.outputs);   // (T, 2·F)
+    flap_ops_matmul_swiglu(layer->ops, &matmul, inner); // (T, F)
   } else {
     project_group(layer, &gate_up, tokens, x, layer->gate_up);
-    activate(layer, layer->inner, tokens);
+    if (inner != NULL)
+      activate(layer, inner, tokens);
   }
 }
 
@@ -369,7 +372,7 @@ static void finish_layer(const llama_layer *layer, uint32_t tokens, const void *
   void *normalized = keeps(layer, LLAMA_NORMALIZED_RESIDUAL) ? layer->normalized_residual : x_out;
   project_attention(layer, tokens, x_in);
   normalize(layer, normalized, layer->residual, LLAMA_POST_NORM, tokens);
-  project_inner(layer, tokens, normalized);
+  project_inner(layer, tokens, normalized, layer->inner);
   project(layer, LLAMA_DOWN, d, f, NULL, tokens, layer->inner, layer->residual, x_out, d);
 }
 
@@ -420,10 +423,8 @@ static void llama_layer_recompute(const flap_model_run *run, const void *weights
     project_attention(&layer, layer.tokens, x_in);
   if (second_norm || !keeps(&layer, LLAMA_RSTD))
     normalize_again(&layer, layer.first, layer.residual, LLAMA_POST_NORM);
-  if (!keeps(&layer, LLAMA_GATE_UP)) {
-    llama_group gate_up = open_group(&layer, LLAMA_GATE, 2);
-    project_group(&layer, &gate_up, layer.tokens, layer.normalized_residual, layer.gate_up); // (T, 2·F)
-  }
+  if (!keeps(&layer, LLAMA_GATE_UP))
+    project_inner(&layer, layer.tokens, layer.normalized_residual, NULL);
 }
 
 /* dx: on through the norm of x, from dy in `first`, where the normalised x is then once more if it is not kept. */

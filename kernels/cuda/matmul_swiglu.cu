@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         store_panels(&up, shared, half, 2, 2, at.row, at.column);
       }
       __syncwarp();
-      finish_forward(args, shared, at, half, finisher);
+      if (args.inner != nullptr)
+        finish_forward(args, shared, at, half, finisher);
       if (stores)
         store_wait();
       half_release(shared, half);

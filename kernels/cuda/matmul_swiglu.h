@@ -26,7 +26,7 @@ typedef struct flap_cuda_matmul_swiglu {
       *b; /* row stride ldb. Forward: (2 F, D), gate's rows and then up's. Backward: (D, F), the projection down */
   const void *gate_in, *up_in; /* backward: (T, F), row stride ld */
   void *gate, *up;             /* (T, F), row stride ld_out: the forward's gate and up, or their gradients */
-  void *inner;                 /* (T, F) contiguous: silu(gate) * up; NULL if nobody wants it (backward alone) */
+  void *inner;                 /* (T, F) contiguous: silu(gate) * up; NULL if nobody wants it */
   uint64_t lda, ldb, ld, ld_out;
 } flap_cuda_matmul_swiglu;
 

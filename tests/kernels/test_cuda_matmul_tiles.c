@@ -158,6 +158,11 @@ static void forward_again(gpu_rig *g, rig_random *random) {
     c.launch.inner = c.other_inner.gpu;
     check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, some_multiprocessors(round), stream_of(g)));
     compare_forward(&c);
+    operand alone = operand_empty(g, g->dtype, c.gate_up.count, 0); /* as a recompute has it */
+    c.launch.gate = alone.gpu, c.launch.up = behind(&alone, s.intermediate), c.launch.inner = NULL;
+    check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, some_multiprocessors(round + 1), stream_of(g)));
+    operands_equal("gate and up alone", &c.gate_up, &alone);
+    operand_free(&alone);
     free_forward(&c);
   }
 }
@@ -317,7 +322,7 @@ static rope_case make_rope(gpu_rig *g, rig_random *random, const shape *s, uint3
                                      .cos_sin = c.table.gpu,
                                      .sequence = sequence,
                                      .first_position = first,
-                                     .heads = rig_between(random, 0, heads),
+                                     .heads = rig_between(random, 1, heads),
                                      .head_size = head_size};
   return c;
 }

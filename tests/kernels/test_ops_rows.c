@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 static void with_rigs(int index, void (*body)(rig rigs[RIG_THREADS_MAX], flap_dtype dtype)) {
   const flap_ops_limits limits = rig_limits(rig_dtype(index));
@@ -336,6 +337,13 @@ static void matmul_swiglu(rig rigs[RIG_THREADS_MAX], flap_dtype dtype) {
     flap_ops_swiglu(ops, dtype, out_apart, c_apart, c_apart + width * size, tokens, width, ld);
     rig_same("gate and up", c, c_apart, rows * size);
     rig_same("silu(gate) * up", out, out_apart, packed * size);
+    memset(c, 0, rows * size);
+    memset(c_apart, 0, rows * size);
+    up.c = c;
+    flap_ops_matmul_swiglu(ops, &up, NULL);
+    up.c = c_apart;
+    flap_ops_matmul(ops, &up);
+    rig_same("gate and up alone", c, c_apart, rows * size);
 
     flap_matmul down = {FLAP_NN, tokens, width, hidden, x,     w,     out,  hidden,
                         width,   width,  NULL,  NULL,   dtype, dtype, false};
