@@ -49,10 +49,10 @@ __device__ __forceinline__ void load_queries(const attention_args &args, const q
   if (threadIdx.x < STEP_QUERIES) {
     const bool copied = threadIdx.x < valid;
     const float2 *from = walk.statistics + static_cast<uint64_t>(head) * args.queries + query;
-    attention_copy8(stage + 2 * STEP_QUERIES * attention_row_bytes<HD> + threadIdx.x * 8,
+    copy8(stage + 2 * STEP_QUERIES * attention_row_bytes<HD> + threadIdx.x * 8,
                     from + (copied ? threadIdx.x : 0), copied ? 8 : 0);
   }
-  attention_commit();
+  copies_commit();
 }
 
 template <typename T, int HD>
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
   constexpr int MT = keys_plan<HD>::MT, THREADS = keys_plan<HD>::WARPS * 32, QUERIES = keys_plan<HD>::QUERIES;
   constexpr uint32_t ROW = attention_row_bytes<HD>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t k_tile = attention_shared_address(shared), v_tile = k_tile + KEYS * ROW;
+  const uint32_t k_tile = shared_address(shared), v_tile = k_tile + KEYS * ROW;
   const uint32_t stage_first = v_tile + KEYS * ROW;
   const uint32_t warp = threadIdx.x >> 5;
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(keys_plan<HD>::WARPS * 32, keys_plan<HD>::BLOC
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t stage = args.stages == 2 ? step & 1 : 0;
     const uint32_t tile = stage_first + stage * keys_stage_bytes<HD>;
-    attention_wait<0>();
+    copies_wait<0>();
     __syncthreads();
     if (args.stages == 2 && step + 1 < steps)
       load_queries<HD>(args, walk, step + 1, stage_first + (stage ^ 1) * keys_stage_bytes<HD>);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(256) attention_backward_parts_kernel(const att
   const uint64_t within = index % pairs;
   uint16_t *to = static_cast<uint16_t *>(index < pairs ? args.dk : args.dv);
   *reinterpret_cast<uint32_t *>(to + within / row_pairs * args.kv_stride + within % row_pairs * 2) =
-      attention_element<T>::pack(sum.x, sum.y);
+      tensor_element<T>::pack(sum.x, sum.y);
 }
 
 /* ---- pass two: dq ---- */
@@ -166,7 +166,7 @@ __device__ __forceinline__ void load_keys(const attention_args &args, const uint
   attention_load_tile<HD, N, QUERY_THREADS>(stage, k + offset, end - key, args.kv_stride, args.head_size);
   attention_load_tile<HD, N, QUERY_THREADS>(stage + N * attention_row_bytes<HD>, v + offset, end - key, args.kv_stride,
                                             args.head_size);
-  attention_commit();
+  copies_commit();
 }
 
 template <typename T, int HD>
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   constexpr int MT = QUERY_MT, N = step_keys<HD>;
   constexpr uint32_t ROW = attention_row_bytes<HD>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + QUERY_ROWS * ROW;
+  const uint32_t q_tile = shared_address(shared), dout_tile = q_tile + QUERY_ROWS * ROW;
   const uint32_t stage_first = dout_tile + QUERY_ROWS * ROW;
   const uint32_t warp = threadIdx.x >> 5, first = warp * MT * 16;
   const attention_query_block block = attention_query_block_of<QUERY_ROWS>(args);
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2) attention_backward_queries_k
   uint32_t stage = 0;
   for (uint32_t key = 0; key < end; key += N) {
     const uint32_t k_tile = stage_first + stage * queries_stage_bytes<HD>;
-    attention_wait<0>();
+    copies_wait<0>();
     __syncthreads();
     stage = args.stages == 2 ? stage ^ 1 : 0;
     if (args.stages == 2 && key + N < end)

@@ -14,7 +14,7 @@
  * A thread block is two warpgroups that multiply, 64 keys each, and four helping warps: two copy tiles, and one for
  * each of the two waits for turns and passes them on. Thread blocks stay and take tickets, so the next block's tiles
  * are copied while this one's sums are written. */
-#include "kernels/cuda/attention_barriers.cuh"
+#include "kernels/cuda/barriers.cuh"
 #include "kernels/cuda/attention_launch.cuh"
 #include "kernels/cuda/attention_softmax.cuh"
 #include "kernels/cuda/attention_wgmma.cuh"
@@ -124,14 +124,14 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const uint16_t *from, u
 #pragma unroll 4
   for (uint32_t i = 0; i < ROWS / STEP; ++i) {
     const bool copied = column_valid && row + i * STEP < valid;
-    attention_copy16(to + i * (STEP * PANEL_ROW) + (((chunk ^ (row + i * STEP)) & 7) << 4), copied ? source : from,
+    copy16(to + i * (STEP * PANEL_ROW) + (((chunk ^ (row + i * STEP)) & 7) << 4), copied ? source : from,
                      copied ? 16 : 0);
     source += STEP * stride;
   }
 }
 
 __device__ __forceinline__ void loaded(uint32_t barrier) {
-  attention_commit();
+  copies_commit();
   panels_arrived();
   barrier_arrive_warp(barrier);
 }
@@ -150,7 +150,7 @@ __device__ __forceinline__ void load_queries(const attention_args &args, const v
   const float2 *from = args.statistics + work->block.statistic + static_cast<uint64_t>(head) * args.queries + query;
 #pragma unroll 1
   for (uint32_t i = thread_now() & 31; i < QUERIES<HD>; i += 32)
-    attention_copy8(shared + at::STATISTICS + stage * at::STATISTICS_BYTES + i * 8, from + (i < valid ? i : 0),
+    copy8(shared + at::STATISTICS + stage * at::STATISTICS_BYTES + i * 8, from + (i < valid ? i : 0),
                     i < valid ? 8 : 0);
 }
 
@@ -249,7 +249,7 @@ __device__ __forceinline__ void store_dq(const attention_args &args, const float
     for (int n = 0; n < 8; ++n)
       if (row + half * 8 < valid && column + n * 8 < args.head_size)
         *reinterpret_cast<uint32_t *>(attention_at(args.dq, to + (row + half * 8) * args.q_stride + column + n * 8)) =
-            attention_element<T>::pack(dq[0][n][2 * half] * args.scale, dq[0][n][2 * half + 1] * args.scale);
+            tensor_element<T>::pack(dq[0][n][2 * half] * args.scale, dq[0][n][2 * half + 1] * args.scale);
 }
 
 /* Adds this block's part of dq to its sum when the turn has come. Sums lie as the lanes hold them. */
@@ -395,7 +395,7 @@ template <typename T, int HD> struct chain_multiplier {
 template <typename T, int HD>
 __global__ void __launch_bounds__(THREADS, 1) attention_chain_kernel(const attention_args args) {
   extern __shared__ unsigned char dynamic[];
-  const uint32_t shared = (attention_shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
+  const uint32_t shared = (shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
   if (threadIdx.x == 0)
     open_barriers<HD>(shared);
   __syncthreads();

@@ -17,7 +17,7 @@ template <typename T, int HD, int KEYS>
 __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const attention_args args) {
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr uint32_t ROW = attention_row_bytes<HD>;
-  const uint32_t q_tile = attention_shared_address(shared), k_tile = q_tile + QUERIES * ROW;
+  const uint32_t q_tile = shared_address(shared), k_tile = q_tile + QUERIES * ROW;
   const uint32_t v_tile = k_tile + KEYS * ROW;
   const uint32_t warp = threadIdx.x >> 5;
   const attention_query_block block = attention_query_block_of<QUERIES>(args);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const att
   attention_load_tile<HD, QUERIES, THREADS>(q_tile, attention_at(args.q, block.q), block.rows, args.q_stride,
                                             args.head_size);
   attention_load_tile<HD, KEYS, THREADS>(k_tile, k, end, args.kv_stride, args.head_size);
-  attention_commit();
+  copies_commit();
 
   float out[MT][HD / 8][4];
   attention_clear<MT, HD / 8>(out);
@@ -36,22 +36,22 @@ __global__ void __launch_bounds__(THREADS, 2) attention_forward_kernel(const att
   const uint32_t position = args.first_position + block.query + warp * MT * 16; /* of the warp's first query */
   const uint32_t q_rows = q_tile + warp * MT * 16 * ROW;
   for (uint32_t key = 0; key < end; key += KEYS) {
-    attention_wait<0>();
+    copies_wait<0>();
     __syncthreads();
     attention_load_tile<HD, KEYS, THREADS>(v_tile, v + key * args.kv_stride, end - key, args.kv_stride, args.head_size);
-    attention_commit();
+    copies_commit();
     const bool seen = key < position + MT * 16;
     float scores[MT][KEYS / 8][4];
     if (seen) {
       attention_clear<MT, KEYS / 8>(scores);
       attention_multiply<T, HD, MT, KEYS>(scores, q_rows, k_tile);
     }
-    attention_wait<0>();
+    copies_wait<0>();
     __syncthreads();
     if (key + KEYS < end) {
       attention_load_tile<HD, KEYS, THREADS>(k_tile, k + (key + KEYS) * args.kv_stride, end - key - KEYS,
                                              args.kv_stride, args.head_size);
-      attention_commit();
+      copies_commit();
     }
     if (seen) {
       if (key + KEYS > position + 1)

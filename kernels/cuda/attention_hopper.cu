@@ -21,7 +21,7 @@ constexpr uint32_t ALIGNMENT = 1024;
 
 /* The dynamic shared memory from its first multiple of ALIGNMENT. */
 __device__ __forceinline__ unsigned char *aligned_shared(unsigned char *shared) {
-  return shared + (ALIGNMENT - attention_shared_address(shared) % ALIGNMENT) % ALIGNMENT;
+  return shared + (ALIGNMENT - shared_address(shared) % ALIGNMENT) % ALIGNMENT;
 }
 
 template <int HD, int N> constexpr uint32_t tile_bytes = N *HD * 2;
@@ -73,10 +73,10 @@ __device__ __forceinline__ void load_queries(const attention_args &args, query_w
   if (threadIdx.x < STEP) {
     const bool copied = threadIdx.x < valid;
     const float2 *from = walk.statistics + static_cast<uint64_t>(walk.head) * args.queries + query;
-    attention_copy8(stage + 2 * tile_bytes<HD, STEP> + threadIdx.x * 8, from + (copied ? threadIdx.x : 0),
+    copy8(stage + 2 * tile_bytes<HD, STEP> + threadIdx.x * 8, from + (copied ? threadIdx.x : 0),
                     copied ? 8 : 0);
   }
-  attention_commit();
+  copies_commit();
   if (++walk.tile == walk.tile_end) {
     walk.tile = walk.tile_first;
     ++walk.head;
@@ -120,7 +120,7 @@ template <typename T, int HD>
 __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_keys_kernel(const attention_args args) {
   extern __shared__ unsigned char dynamic[];
   unsigned char *shared = aligned_shared(dynamic);
-  const uint32_t k_tile = attention_shared_address(shared), v_tile = k_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t k_tile = shared_address(shared), v_tile = k_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t stage_first = v_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
 
@@ -189,7 +189,7 @@ __device__ __forceinline__ void load_keys(const attention_args &args, const uint
   panels_load<HD, STEP, THREADS<HD>>(stage, k + offset, end - key, args.kv_stride, args.head_size);
   panels_load<HD, STEP, THREADS<HD>>(stage + tile_bytes<HD, STEP>, v + offset, end - key, args.kv_stride,
                                      args.head_size);
-  attention_commit();
+  copies_commit();
 }
 
 /* Adds one tile of keys, and starts the copy of the next. */
@@ -224,7 +224,7 @@ template <typename T, int HD>
 __global__ void __launch_bounds__(THREADS<HD>, 1) attention_hopper_queries_kernel(const attention_args args) {
   extern __shared__ unsigned char dynamic[];
   unsigned char *shared = aligned_shared(dynamic);
-  const uint32_t q_tile = attention_shared_address(shared), dout_tile = q_tile + tile_bytes<HD, ROWS<HD>>;
+  const uint32_t q_tile = shared_address(shared), dout_tile = q_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t stage_first = dout_tile + tile_bytes<HD, ROWS<HD>>;
   const uint32_t warp = threadIdx.x >> 5, group_first = (warp >> 2) * 64, first = warp * 16;
   const attention_query_block block = attention_query_block_of<ROWS<HD>>(args);

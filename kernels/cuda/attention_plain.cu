@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(THREADS) attention_statistics_chunks_kernel(co
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = attention_element<T>::unpack(left[i]), y = attention_element<T>::unpack(right[i]);
+      const float2 x = tensor_element<T>::unpack(left[i]), y = tensor_element<T>::unpack(right[i]);
       sum = fmaf(x.x, y.x, sum);
       sum = fmaf(x.y, y.y, sum);
     }

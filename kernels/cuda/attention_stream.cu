@@ -8,7 +8,7 @@
  * warp has as many tiles under way as there are stages.
  *
  * Which thread block computes what depends on the number of multiprocessors, and what it computes does not. */
-#include "kernels/cuda/attention_barriers.cuh"
+#include "kernels/cuda/barriers.cuh"
 #include "kernels/cuda/attention_launch.cuh"
 #include "kernels/cuda/attention_softmax.cuh"
 #include "kernels/cuda/attention_wgmma.cuh"
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t *from, u
 #pragma unroll 8
   for (uint32_t i = 0; i < KEYS / COPIERS / STEP; ++i) {
     const bool copied = column_valid && row + i * STEP < valid;
-    attention_copy16(to + i * (STEP * PANEL_ROW) + (((chunk ^ (row + i * STEP)) & 7) << 4), copied ? source : from,
+    copy16(to + i * (STEP * PANEL_ROW) + (((chunk ^ (row + i * STEP)) & 7) << 4), copied ? source : from,
                      copied ? 16 : 0);
     source += STEP * stride;
   }
@@ -207,7 +207,7 @@ template <typename T, int HD> __device__ __forceinline__ void multiply(const att
 template <typename T, int HD>
 __global__ void __launch_bounds__(THREADS, 1) attention_stream_kernel(const attention_args args) {
   extern __shared__ unsigned char dynamic[];
-  const uint32_t shared = (attention_shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
+  const uint32_t shared = (shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
   if (threadIdx.x == 0)
     open_barriers<HD>(shared);
   __syncthreads();

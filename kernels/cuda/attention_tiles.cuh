@@ -4,14 +4,12 @@
  * c ^ (r % 8), so that the eight rows that one ldmatrix reads, and the rows that a warp copies, fall on distinct banks.
  * Products are mma.m16n8k16 with fp32 sums; a warp owns MT * 16 rows of the result.
  *
- * Fragments, as PTX names them: a lane holds rows g and g + 8 (g = lane / 4) and, of each 8 columns, the pair at
- * 2 * (lane % 4). The sums of one product, packed to 16 bits, are the left operand of the next with no movement. */
+ * The sums of one product, packed to 16 bits, are the left operand of the next with no movement (fragments:
+ * tensor_cores.cuh). */
 #ifndef FLAP_KERNELS_CUDA_ATTENTION_TILES_CUH
 #define FLAP_KERNELS_CUDA_ATTENTION_TILES_CUH
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "kernels/cuda/tensor_cores.cuh"
 
 /* Operands of one launch. Of the outputs, those that a kernel does not write are NULL. */
 struct attention_args {
@@ -36,77 +34,6 @@ struct attention_args {
 constexpr float ATTENTION_LOG2_E = 1.4426950408889634f;
 constexpr float ATTENTION_LN_2 = 0.6931471805599453f;
 
-template <typename T> struct attention_element;
-
-template <> struct attention_element<__nv_bfloat16> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
-  }
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-template <> struct attention_element<__half> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
-  }
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-/* ---- memory ---- */
-
-__device__ __forceinline__ uint32_t attention_shared_address(const void *pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-/* 16 bytes, or zeros where `bytes` is 0; the source is then not read. */
-__device__ __forceinline__ void attention_copy16(uint32_t to, const void *from, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void attention_copy8(uint32_t to, const void *from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void attention_commit() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-
-template <int LEFT> __device__ __forceinline__ void attention_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void attention_ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void attention_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
 __device__ __forceinline__ float attention_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
@@ -129,7 +56,7 @@ __device__ __forceinline__ void attention_load_tile(uint32_t tile, const uint16_
 #pragma unroll
   for (int i = 0; i < ROWS / STEP; ++i) {
     const bool copied = column_valid && row + i * STEP < valid;
-    attention_copy16(to, copied ? source : from, copied ? 16 : 0);
+    copy16(to, copied ? source : from, copied ? 16 : 0);
     source += STEP * stride;
     to += STEP * attention_row_bytes<HD>;
   }
@@ -253,15 +180,15 @@ __device__ __forceinline__ void attention_multiply(float (&c)[MT][N / 8][4], uin
     uint32_t left[MT][4];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
-      attention_ldmatrix(left[m], a + m * 16 * ROW + ((a_place ^ (2 * k)) << 4));
+      ldmatrix(left[m], a + m * 16 * ROW + ((a_place ^ (2 * k)) << 4));
 #pragma unroll
     for (int n = 0; n < N / 16; ++n) {
       uint32_t right[4];
-      attention_ldmatrix(right, b + n * 16 * ROW + ((b_place ^ (2 * k)) << 4));
+      ldmatrix(right, b + n * 16 * ROW + ((b_place ^ (2 * k)) << 4));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
-        attention_element<T>::mma(c[m][2 * n], left[m], right[0], right[1]);
-        attention_element<T>::mma(c[m][2 * n + 1], left[m], right[2], right[3]);
+        tensor_element<T>::mma(c[m][2 * n], left[m], right[0], right[1]);
+        tensor_element<T>::mma(c[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
   }
@@ -279,11 +206,11 @@ __device__ __forceinline__ void attention_accumulate(float (&c)[MT][HD / 8][4], 
 #pragma unroll
     for (int n = 0; n < HD / 16; ++n) {
       uint32_t right[4];
-      attention_ldmatrix_transposed(right, b + k * 16 * ROW + ((b_place ^ (2 * n)) << 4));
+      ldmatrix_transposed(right, b + k * 16 * ROW + ((b_place ^ (2 * n)) << 4));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
-        attention_element<T>::mma(c[m][2 * n], left[m][k], right[0], right[1]);
-        attention_element<T>::mma(c[m][2 * n + 1], left[m][k], right[2], right[3]);
+        tensor_element<T>::mma(c[m][2 * n], left[m][k], right[0], right[1]);
+        tensor_element<T>::mma(c[m][2 * n + 1], left[m][k], right[2], right[3]);
       }
     }
 }
@@ -295,10 +222,10 @@ __device__ __forceinline__ void attention_pack(uint32_t (&packed)[MT][N / 16][4]
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-      packed[m][k][0] = attention_element<T>::pack(c[m][2 * k][0], c[m][2 * k][1]);
-      packed[m][k][1] = attention_element<T>::pack(c[m][2 * k][2], c[m][2 * k][3]);
-      packed[m][k][2] = attention_element<T>::pack(c[m][2 * k + 1][0], c[m][2 * k + 1][1]);
-      packed[m][k][3] = attention_element<T>::pack(c[m][2 * k + 1][2], c[m][2 * k + 1][3]);
+      packed[m][k][0] = tensor_element<T>::pack(c[m][2 * k][0], c[m][2 * k][1]);
+      packed[m][k][1] = tensor_element<T>::pack(c[m][2 * k][2], c[m][2 * k][3]);
+      packed[m][k][2] = tensor_element<T>::pack(c[m][2 * k + 1][0], c[m][2 * k + 1][1]);
+      packed[m][k][3] = tensor_element<T>::pack(c[m][2 * k + 1][2], c[m][2 * k + 1][3]);
     }
 }
 
@@ -332,7 +259,7 @@ __device__ __forceinline__ void attention_store_rows(uint16_t *to, uint64_t stri
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = m * 16 + half * 8 + group, offset = row * ROW + ((n ^ group) << 4) + (lane & 3) * 4;
         *reinterpret_cast<uint32_t *>(rows + offset) =
-            attention_element<T>::pack(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
+            tensor_element<T>::pack(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
       }
   __syncwarp();
 #pragma unroll

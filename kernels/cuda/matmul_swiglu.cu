@@ -78,10 +78,10 @@ __device__ __forceinline__ void finish_backward(const swiglu_args<T> &args, uint
   const uint32_t mine = shared + TILES_BYTES + finisher * (AHEAD * 1024) + lane * 16;
   const auto copy = [&](uint32_t row, uint32_t slot) {
     if (row < rows && column_valid) {
-      attention_copy16(mine + slot * 1024, args.gate_in + (uint64_t)(at.row + row) * args.ld + column, 16);
-      attention_copy16(mine + slot * 1024 + 512, args.up_in + (uint64_t)(at.row + row) * args.ld + column, 16);
+      copy16(mine + slot * 1024, args.gate_in + (uint64_t)(at.row + row) * args.ld + column, 16);
+      copy16(mine + slot * 1024 + 512, args.up_in + (uint64_t)(at.row + row) * args.ld + column, 16);
     }
-    attention_commit();
+    copies_commit();
   };
   for (uint32_t slot = 0; slot < AHEAD; ++slot)
     copy(finisher + slot * FINISHERS, slot);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void finish_backward(const swiglu_args<T> &args, uint
       half_release(shared, 0);
       half_wait(shared, 1, parity);
     }
-    attention_wait<AHEAD - 1>();
+    copies_wait<AHEAD - 1>();
     if (row < rows && column_valid) {
       float x[GROUP], u[GROUP], d[GROUP];
       widen(x, read_16<T>(mine + slot * 1024));

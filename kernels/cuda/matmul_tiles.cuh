@@ -19,10 +19,10 @@
 #ifndef FLAP_KERNELS_CUDA_MATMUL_TILES_CUH
 #define FLAP_KERNELS_CUDA_MATMUL_TILES_CUH
 
-#include "kernels/cuda/attention_barriers.cuh"
-#include "kernels/cuda/attention_wgmma.cuh"
+#include "kernels/cuda/barriers.cuh"
 #include "kernels/cuda/cuda_elements.cuh"
 #include "kernels/cuda/matmul_tiles.h"
+#include "kernels/cuda/wgmma.cuh"
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -149,13 +149,13 @@ __device__ __forceinline__ void copy_tiles(const tile_work &work, const CUtensor
 #define SUMS_4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_16(n) SUMS_4(n), SUMS_4(n + 1), SUMS_4(n + 2), SUMS_4(n + 3)
 #define SUMS_128 SUMS_16(0), SUMS_16(4), SUMS_16(8), SUMS_16(12), SUMS_16(16), SUMS_16(20), SUMS_16(24), SUMS_16(28)
-#define PLACES_128                                                                                       \
-  ATTENTION_P64 ", "                                                                                     \
-                "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "       \
-                "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
-                "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-                "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
-                "%125, %126, %127"
+#define PLACES_128                                                                                   \
+  WGMMA_P64 ", "                                                                                     \
+            "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "       \
+            "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
+            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+            "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
+            "%125, %126, %127"
 #define PRODUCT_256(TYPE, ACROSS)                                                                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                     \
                "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" PLACES_128 "}, %128, %129, p, " \
@@ -243,7 +243,7 @@ __device__ __forceinline__ void add_bias(float (&c)[COLUMNS / 8][4], const T *bi
     const uint32_t column = n * 8 + threadIdx.x % 4 * 2;
     if (column >= width)
       continue;
-    const float2 pair = attention_element<T>::unpack(*reinterpret_cast<const uint32_t *>(bias + column));
+    const float2 pair = tensor_element<T>::unpack(*reinterpret_cast<const uint32_t *>(bias + column));
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i)
       c[n][i] += i % 2 == 0 ? pair.x : pair.y;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void hand_over(const float (&c)[COLUMNS / 8][4], uint
     uint32_t w[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i)
-      w[i] = attention_element<T>::pack(c[2 * k + i / 2][i % 2 * 2], c[2 * k + i / 2][i % 2 * 2 + 1]);
+      w[i] = tensor_element<T>::pack(c[2 * k + i / 2][i % 2 * 2], c[2 * k + i / 2][i % 2 * 2 + 1]);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
                      row + k / 4 * (ROWS * PANEL_ROW) + (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4)),
                  "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
@@ -293,7 +293,7 @@ template <typename T> __device__ __forceinline__ void write_rounded(T *to, const
   uint32_t w[4];
 #pragma unroll
   for (uint32_t i = 0; i < 4; ++i)
-    w[i] = attention_element<T>::pack(x[2 * i], x[2 * i + 1]);
+    w[i] = tensor_element<T>::pack(x[2 * i], x[2 * i + 1]);
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
                : "memory");
 }
@@ -331,7 +331,7 @@ template <typename T, bool ALONG, typename FINISH>
 __device__ __forceinline__ void run_tiles(const tile_work &work, const CUtensorMap *a, const CUtensorMap *b,
                                           const T *bias, const FINISH &finish) {
   extern __shared__ unsigned char dynamic[];
-  const uint32_t shared = (attention_shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
+  const uint32_t shared = (shared_address(dynamic) + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
   const uint32_t rank = cluster_rank(), warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < STAGES; ++i) {

@@ -3,8 +3,8 @@
  * gives up for another.
  *
  * A wait is one piece of assembly, so that to the compiler no branches meet where products of wgmma are running. */
-#ifndef FLAP_KERNELS_CUDA_ATTENTION_BARRIERS_CUH
-#define FLAP_KERNELS_CUDA_ATTENTION_BARRIERS_CUH
+#ifndef FLAP_KERNELS_CUDA_BARRIERS_CUH
+#define FLAP_KERNELS_CUDA_BARRIERS_CUH
 
 #include <stdint.h>
 
@@ -18,8 +18,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-/* Arrivals of a warp. Racecheck follows barriers from thread to thread, and cannot see that one lane arrives for all behind
- * __syncwarp, which is no instruction where a warp is converged: for it each lane arrives (FLAP_LANES_ARRIVE). */
+/* Arrivals of a warp. Racecheck follows barriers from thread to thread, and cannot see that one lane arrives for all
+ * behind __syncwarp, which is no instruction where a warp is converged: for it each lane arrives (FLAP_LANES_ARRIVE). */
 #ifdef FLAP_LANES_ARRIVE
 constexpr uint32_t WARP_ARRIVALS = 32;
 #else
