@@ -205,10 +205,28 @@ static void check_attention(const flap_attention *x) {
   flap_assert(x->q_stride >= x->heads * x->head_size && x->kv_stride >= x->kv_heads * x->head_size);
 }
 
+static uint64_t bytes_of(flap_dtype dtype, uint32_t rows, uint32_t columns, uint32_t ld) {
+  return rows > 0 ? ((uint64_t)(rows - 1) * ld + columns) * flap_dtype_bytes(dtype) : 0;
+}
+
+static bool apart(const void *one, uint64_t bytes, const void *other, uint64_t other_bytes) {
+  const uintptr_t a = (uintptr_t)one, b = (uintptr_t)other;
+  return a + bytes <= b || b + other_bytes <= a;
+}
+
+/* Whether an output of so many columns overlaps neither of the product's operands. */
+static bool apart_from_operands(const flap_matmul *x, const void *out, uint32_t columns, uint32_t ld) {
+  const uint64_t bytes = bytes_of(x->dtype, x->m, columns, ld);
+  return apart(out, bytes, x->a, bytes_of(x->dtype, x->m, x->k, x->lda)) &&
+         apart(out, bytes, x->b,
+               x->transpose == FLAP_NT ? bytes_of(x->dtype, x->n, x->k, x->ldb)
+                                       : bytes_of(x->dtype, x->k, x->n, x->ldb));
+}
+
 static void check_product(const flap_matmul *x, flap_transpose transpose) {
   flap_assert(x->m > 0 && x->n > 0 && x->k > 0 && x->transpose == transpose && x->c_dtype == x->dtype);
   flap_assert(x->lda >= x->k && x->ldb >= (transpose == FLAP_NT ? x->k : x->n) && x->ldc >= x->n);
-  flap_assert(x->residual == NULL && !x->accumulate);
+  flap_assert(x->residual == NULL && !x->accumulate && apart_from_operands(x, x->c, x->n, x->ldc));
 }
 
 void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out) {
@@ -216,6 +234,7 @@ void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out)
   const uint32_t intermediate = matmul->n / 2;
   check_product(matmul, FLAP_NT);
   flap_assert(matmul->n % 2 == 0 && matmul->bias == NULL);
+  flap_assert(out == NULL || apart_from_operands(matmul, out, intermediate, intermediate));
   uint64_t started_ns = begin(ops);
   if (table->matmul_swiglu == NULL || !table->matmul_swiglu(ops, matmul, out)) {
     const char *up = (const char *)matmul->c + (uint64_t)intermediate * flap_dtype_bytes(matmul->dtype);
@@ -231,6 +250,8 @@ void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, v
   const flap_ops_table *table = ops->table;
   check_product(matmul, FLAP_NN);
   flap_assert(matmul->ldc == matmul->n && ld >= matmul->n && ld_d >= matmul->n && matmul->bias == NULL);
+  flap_assert((dgate != gate && dup != up) || ld_d == ld);
+  flap_assert(apart_from_operands(matmul, dgate, matmul->n, ld_d) && apart_from_operands(matmul, dup, matmul->n, ld_d));
   uint64_t started_ns = begin(ops);
   if (table->matmul_swiglu_backward == NULL ||
       !table->matmul_swiglu_backward(ops, matmul, dgate, dup, ld_d, again, gate, up, ld)) {

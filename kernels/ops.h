@@ -168,14 +168,17 @@ void flap_ops_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void
 
 /* One operation each, where the device has a kernel for both, so that nothing is read back in between; elsewhere the
  * two are called in turn. Roundings are those of the two; where another kernel than flap_ops_matmul's sums K, that may
- * be in another order. They take products without residual and sums, with c_dtype = dtype; c and out must not overlap
- * a. */
+ * be in another order, and no table of algorithms holds for it. They take products without residual and sums, with
+ * c_dtype = dtype. What they write overlaps neither a, b and bias nor anything else that they read or write, but for
+ * gradients in the place of what they are gradients of. Pointers and rows that are not aligned to 16 bytes may have
+ * other bits. */
 
 /* c (M, 2 F): gate's columns and then up's (NT, n = 2 F, no bias), and out (M, F) = silu(gate) * up, or NULL: c alone,
  * by the same kernel, so with the same bits. */
 void flap_ops_matmul_swiglu(flap_ops *ops, const flap_matmul *matmul, void *out);
-/* With dout (M, F) = a b (NN, n = F, no bias), dgate and dup as flap_ops_swiglu_backward gives them. c (M, F),
- * contiguous, has silu(gate) * up once more if `again`, else nothing in particular. */
+/* With dout (M, F) = a b (NN, n = F, no bias), dgate and dup as flap_ops_swiglu_backward gives them; in the place of
+ * gate and up with ld_d = ld alone. c (M, F), contiguous, has silu(gate) * up once more if `again`, else nothing in
+ * particular. */
 void flap_ops_matmul_swiglu_backward(flap_ops *ops, const flap_matmul *matmul, void *dgate, void *dup, uint32_t ld_d,
                                      bool again, const void *gate, const void *up, uint32_t ld);
 /* c (M, n) (NT), of which flap_ops_rope has rotated the first `heads` heads of each row. */

@@ -47,7 +47,8 @@ typedef struct llama_layer {
   char *qkv, *gate_up;          /* saved tensors, wherever they are */
   void *attention, *residual;
   float *lse, *rstd; /* of the scores; (2, T): of the input's norm, then of the other */
-  void *normalized_input, *normalized_residual, *inner; /* `first`, unless they are kept */
+  void *normalized_input, *normalized_residual, *inner; /* `first`, unless they are kept; the second of them, in a
+                                                           forward, x_out (finish_layer) */
 } llama_layer;
 
 static bool keeps(const llama_layer *layer, llama_saved tensor) {

@@ -176,7 +176,8 @@ typedef struct flap_model_run {
 /* x (T, D) = rows of the embedding. */
 void flap_model_embed(const flap_model_run *run, const void *embedding, const int32_t *tokens, void *x);
 
-/* One layer: x_out (T, D) from x_in (T, D); both blocks of `saved` receive their tensors. x_out must not be x_in. */
+/* One layer: x_out (T, D) from x_in (T, D); both blocks of `saved` receive their tensors. x_out must not
+ * be x_in, and overlaps nothing else: it is scratch until it is the result. */
 void flap_model_layer_forward(const flap_model_run *run, const void *weights, const void *x_in,
                               const flap_model_saved *saved, void *x_out);
 

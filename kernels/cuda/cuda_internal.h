@@ -7,9 +7,9 @@
  *    cuda_scratch_bytes(ops) bytes, aligned to 256, as large as the largest need that cuda_sizes.c knows.
  *    cuBLASLt has a workspace of its own: an operation may call cuda_matmul and keep its scratch.
  * 4. Which kernel runs and the order of its sums are a function of shape and dtype. Not of addresses (an unaligned
- *    pointer changes how bytes are loaded, not what is added to what), not of the number of multiprocessors. Nor is its
- *    grid, but that of attention's forward and of products by tiles on Hopper, where it decides which block computes what,
- *    and not what.
+ *    pointer changes how bytes are loaded, not what is added to what), but for products; not of the number of
+ *    multiprocessors. Nor is its grid, but that of attention's forward and of products by tiles on Hopper, where it
+ *    decides which block computes what, and not what.
  *    Blocks add to the same floats only in attention's backward on Hopper, each in its turn, so in a fixed order.
  * 5. Everything is compiled with -fmad=false: a fused multiply-add is written, fmaf() or an mma instruction.
  *

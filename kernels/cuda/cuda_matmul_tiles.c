@@ -9,13 +9,13 @@ static bool aligned(const void *pointer, uint64_t stride) {
   return (uintptr_t)pointer % 16 == 0 && stride % 8 == 0;
 }
 
-/* Whether tiles of so many columns fill the thread blocks of a GPU, but for a tenth in the last round: for smaller
- * products cuBLASLt has smaller tiles. The number of clusters is that of an H100, not what this GPU has: which kernel
- * runs is a function of shape. */
+/* Whether an output of rows by columns, in tiles of so many columns, keeps nine tenths of a GPU's clusters busy over
+ * all its rounds: for others cuBLASLt has other tiles. The number of clusters is that of an H100, not what this GPU
+ * has: which kernel runs is a function of shape. */
 static bool fills(uint32_t rows, uint32_t columns, uint32_t tile_columns) {
-  const uint64_t clusters = 66;
+  const uint64_t clusters = 66, tile = 2 * FLAP_CUDA_TILE_ROWS * (uint64_t)tile_columns;
   const uint64_t tiles = cuda_ceil(rows, 2 * FLAP_CUDA_TILE_ROWS) * cuda_ceil(columns, tile_columns);
-  return tiles * 10 >= cuda_ceil(tiles, clusters) * clusters * 9;
+  return (uint64_t)rows * columns * 10 >= cuda_ceil(tiles, clusters) * clusters * 9 * tile;
 }
 
 static bool takes(flap_ops *ops, const flap_matmul *x, uint32_t columns) {

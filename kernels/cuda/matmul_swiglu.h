@@ -22,8 +22,8 @@ typedef struct flap_cuda_matmul_swiglu {
   flap_dtype dtype;
   uint32_t tokens, hidden, intermediate;
   const void *a; /* (T, D), row stride lda: the MLP's input, or the gradient of its output */
-  const void
-      *b; /* row stride ldb. Forward: (2 F, D), gate's rows and then up's. Backward: (D, F), the projection down */
+  /* Row stride ldb. Forward: (2 F, D), gate's rows and then up's. Backward: (D, F), the projection down. */
+  const void *b;
   const void *gate_in, *up_in; /* backward: (T, F), row stride ld */
   void *gate, *up;             /* (T, F), row stride ld_out: the forward's gate and up, or their gradients */
   void *inner;                 /* (T, F) contiguous: silu(gate) * up; NULL if nobody wants it */

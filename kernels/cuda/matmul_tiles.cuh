@@ -195,7 +195,8 @@ __device__ __forceinline__ void hold_sums(float (&c)[COLUMNS / 8][4]) {
       asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
-/* A stage is free once the warpgroup has read it, for the copies of both blocks. */
+/* A stage is free once the warpgroup has read it, for the copies of both blocks. One lane says so for the four warps,
+ * whose products end together; CUTLASS's pipelines rely on it too. */
 __device__ __forceinline__ void give_back(uint32_t shared, uint32_t stage) {
   const uint32_t thread = threadIdx.x % 128;
   if (thread < PAIR)
@@ -378,25 +379,26 @@ __device__ __forceinline__ void run_tiles(const tile_work &work, const CUtensorM
 
 using encode_function = decltype(&cuTensorMapEncodeTiled);
 
-inline cudaError_t find_encode(encode_function *encode_out) {
-  void *found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  if (status != cudaSuccess)
-    return status;
-  *encode_out = reinterpret_cast<encode_function>(found);
-  return result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
+/* NULL: the driver has none. Looked for once. */
+inline encode_function find_encode() {
+  static const encode_function found = [] {
+    void *entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<encode_function>(entry)
+                                                                          : nullptr;
+  }();
+  return found;
 }
 
 /* A matrix of 16-bit elements, rows by columns, in boxes of box_rows by 64 columns: a panel, with its swizzle. What
  * lies beyond comes as zeros. */
 inline cudaError_t map_matrix(CUtensorMap *map_out, flap_dtype dtype, const void *matrix, uint64_t rows,
                               uint64_t columns, uint64_t ld, uint32_t box_rows) {
-  encode_function encode;
-  const cudaError_t status = find_encode(&encode);
-  if (status != cudaSuccess)
-    return status;
+  const encode_function encode = find_encode();
+  if (encode == nullptr)
+    return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {ld * 2};
   const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
   const CUresult result =
@@ -424,6 +426,7 @@ cudaError_t launch_tiles(void (*kernel)(PARAMETERS...), const tile_work &work, u
                          uint32_t extra_bytes, cudaStream_t stream, const ARGUMENTS &...arguments) {
   const uint32_t bytes = TILES_BYTES + extra_bytes + ALIGNMENT;
   const uint32_t tiles = work.pairs * work.places, clusters = multiprocessors / PAIR;
+  flap_assert(clusters > 0);
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess)

@@ -1,4 +1,4 @@
-/* Products with swiglu in their epilogues, on Hopper: against the product and swiglu in turn, to the bit. Operands are
+/* Products with swiglu or rope in their epilogues, on Hopper: against the two in turn, to the bit. Operands are
  * small multiples of a power of two, so sums of products are exact and the order of K cannot show. With other values:
  * the same bits again, however many thread blocks share the work. */
 #include "kernels/cuda/cuda_internal.h"
@@ -44,7 +44,8 @@ typedef struct shape {
 
 static shape random_shape(rig_random *random, uint32_t round) {
   static const shape listed[] = {
-      {1, 8, 8, 0}, {128, 64, 256, 0}, {257, 72, 264, 8}, {600, 520, 128, 0}, {64, 2000, 520, 16}};
+      {1, 8, 8, 0},        {128, 64, 256, 0}, {257, 72, 264, 8}, {600, 520, 128, 0},
+      {64, 2000, 520, 16}, {2700, 40, 520, 8}}; /* the last: 11 pairs of tiles, a band of 8 and one of 3 */
   if (round < sizeof listed / sizeof *listed)
     return listed[round];
   return (shape){.tokens = rig_between(random, 1, 900),
@@ -68,6 +69,10 @@ static cudaStream_t stream_of(gpu_rig *g) {
 static uint32_t some_multiprocessors(uint32_t round) {
   static const uint32_t counts[] = {132, 2, 6, 40};
   return counts[round % 4];
+}
+static uint32_t few_multiprocessors(uint32_t round) {
+  static const uint32_t counts[] = {2, 6, 40};
+  return counts[round % 3];
 }
 
 /* ---- forward ---- */
@@ -156,11 +161,11 @@ static void forward_again(gpu_rig *g, rig_random *random) {
     check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, 132, stream_of(g)));
     c.launch.gate = c.other_gate_up.gpu, c.launch.up = behind(&c.other_gate_up, s.intermediate);
     c.launch.inner = c.other_inner.gpu;
-    check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, some_multiprocessors(round), stream_of(g)));
+    check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, few_multiprocessors(round), stream_of(g)));
     compare_forward(&c);
     operand alone = operand_empty(g, g->dtype, c.gate_up.count, 0); /* as a recompute has it */
     c.launch.gate = alone.gpu, c.launch.up = behind(&alone, s.intermediate), c.launch.inner = NULL;
-    check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, some_multiprocessors(round + 1), stream_of(g)));
+    check_launch(flap_cuda_matmul_swiglu_forward(&c.launch, few_multiprocessors(round + 1), stream_of(g)));
     operands_equal("gate and up alone", &c.gate_up, &alone);
     operand_free(&alone);
     free_forward(&c);
@@ -266,7 +271,7 @@ static void backward_again(gpu_rig *g, rig_random *random) {
     check_launch(flap_cuda_matmul_swiglu_backward(&c.launch, 132, stream_of(g)));
     c.launch.gate = c.other_gradients.gpu, c.launch.up = behind(&c.other_gradients, s.intermediate);
     c.launch.inner = c.other_inner.gpu;
-    check_launch(flap_cuda_matmul_swiglu_backward(&c.launch, some_multiprocessors(round), stream_of(g)));
+    check_launch(flap_cuda_matmul_swiglu_backward(&c.launch, few_multiprocessors(round), stream_of(g)));
     operands_equal("gradients of gate and up", &c.gradients, &c.other_gradients);
     operands_equal("silu(gate) * up", &c.inner, &c.other_inner);
     free_backward(&c);
@@ -371,7 +376,7 @@ static void rope_again(gpu_rig *g, rig_random *random) {
                             operand_normal(g, random, g->dtype, 6 * 64, 1, 0));
     check_launch(flap_cuda_matmul_rope_forward(&c.launch, 132, stream_of(g)));
     c.launch.c = c.other.gpu;
-    check_launch(flap_cuda_matmul_rope_forward(&c.launch, some_multiprocessors(round), stream_of(g)));
+    check_launch(flap_cuda_matmul_rope_forward(&c.launch, few_multiprocessors(round), stream_of(g)));
     operands_equal("heads", &c.c, &c.other);
     free_rope(&c);
   }
@@ -384,40 +389,51 @@ END_TEST
 
 /* ---- operations ---- */
 
-/* 528 and 264 tiles: 8 and 4 rounds of an H100's 66 clusters. */
-static const shape filling = {4096, 64, 4224, 0}, filling_backward = {2048, 64, 8448, 0};
+static void forget(gpu_rig *g, const operand *o) {
+  flap_ops_zero(g->ops, o->gpu, operand_size(o));
+}
 
-static void operations(gpu_rig *g, rig_random *random) {
+/* Whether the kernels take it is known from the function behind the table; the result is that of the table. */
+static void forward_operation(gpu_rig *g, rig_random *random, const shape *s, bool taken) {
   gpu_rig_clear(g);
-  forward_case f = make_forward(g, &filling, exact(g, random, (uint64_t)filling.tokens * filling.hidden, 1),
-                                exact(g, random, 2ull * filling.intermediate * filling.hidden, 3));
+  forward_case f = make_forward(g, s, exact(g, random, (uint64_t)s->tokens * (s->hidden + s->gap), 1),
+                                exact(g, random, 2ull * s->intermediate * (s->hidden + s->gap), 3));
   flap_matmul matmul = f.matmul;
   matmul.c = f.gate_up.gpu;
-  ck_assert(cuda_matmul_swiglu(g->ops, &matmul, f.inner.gpu));
-  forward_apart(g, &f, &filling);
-  compare_forward(&f);
-  matmul.m = 2048; /* 4 rounds, the same rows of everything */
-  ck_assert(cuda_matmul_swiglu(g->ops, &matmul, f.inner.gpu));
-  compare_forward(&f);
-  matmul.m = 256; /* half a round */
-  ck_assert(!cuda_matmul_swiglu(g->ops, &matmul, f.inner.gpu));
+  ck_assert(cuda_matmul_swiglu(g->ops, &matmul, f.inner.gpu) == taken);
+  forget(g, &f.gate_up), forget(g, &f.inner);
+  forget(g, &f.other_gate_up), forget(g, &f.other_inner);
   flap_ops_matmul_swiglu(g->ops, &matmul, f.inner.gpu);
+  forward_apart(g, &f, s);
   compare_forward(&f);
   free_forward(&f);
+}
 
+static void backward_operation(gpu_rig *g, rig_random *random, const shape *s, bool taken) {
   gpu_rig_clear(g);
-  const shape *s = &filling_backward;
-  backward_case b = make_backward(g, random, s, exact(g, random, (uint64_t)s->tokens * s->hidden, 1),
-                                  exact(g, random, (uint64_t)s->hidden * s->intermediate, 3), true);
+  backward_case b = make_backward(g, random, s, exact(g, random, (uint64_t)s->tokens * (s->hidden + s->gap), 1),
+                                  exact(g, random, (uint64_t)s->hidden * (s->intermediate + s->gap), 3), false);
   const flap_cuda_matmul_swiglu *x = &b.launch;
-  matmul = b.matmul;
+  const uint32_t ld = (uint32_t)x->ld;
+  flap_matmul matmul = b.matmul;
   matmul.c = b.inner.gpu;
-  ck_assert(cuda_matmul_swiglu_backward(g->ops, &matmul, x->gate, x->up, (uint32_t)x->ld, true, x->gate_in, x->up_in,
-                                        (uint32_t)x->ld));
+  ck_assert(cuda_matmul_swiglu_backward(g->ops, &matmul, x->gate, x->up, ld, true, x->gate_in, x->up_in, ld) == taken);
+  forget(g, &b.gradients), forget(g, &b.inner), forget(g, &b.other_gradients), forget(g, &b.other_inner);
+  flap_ops_matmul_swiglu_backward(g->ops, &matmul, x->gate, x->up, ld, true, x->gate_in, x->up_in, ld);
   backward_apart(g, &b, s, true);
   operands_equal("gradients of gate and up", &b.gradients, &b.other_gradients);
   operands_equal("silu(gate) * up", &b.inner, &b.other_inner);
   free_backward(&b);
+}
+
+/* Of an H100's 66 clusters: 8 and 4 rounds; half of one; one that is full, of tiles that are not. */
+static void operations(gpu_rig *g, rig_random *random) {
+  forward_operation(g, random, &(shape){4096, 64, 4224, 0}, true);
+  forward_operation(g, random, &(shape){2048, 64, 4224, 0}, true);
+  forward_operation(g, random, &(shape){256, 64, 4224, 0}, false);
+  forward_operation(g, random, &(shape){1, 64, 8448, 0}, false);
+  backward_operation(g, random, &(shape){2048, 64, 8448, 0}, true);
+  backward_operation(g, random, &(shape){256, 64, 8448, 0}, false);
 }
 
 static void rope_operation(gpu_rig *g, rig_random *random) {
@@ -432,11 +448,10 @@ static void rope_operation(gpu_rig *g, rig_random *random) {
   matmul.c = c.c.gpu;
   ck_assert(!cuda_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, x->heads, 96));
   ck_assert(!cuda_matmul_rope(g->ops, &matmul, x->cos_sin + 1, x->sequence, x->first_position, x->heads, head_size));
-  ck_assert(cuda_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, 20, head_size));
-  matmul.c = c.other.gpu;
-  flap_ops_matmul(g->ops, &matmul);
-  flap_ops_rope(g->ops, g->dtype, c.other.gpu, x->cos_sin, matmul.m, x->sequence, x->first_position, 20, head_size,
-                (uint32_t)x->ldc, false);
+  ck_assert(cuda_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, x->heads, head_size));
+  forget(g, &c.c), forget(g, &c.other);
+  flap_ops_matmul_rope(g->ops, &matmul, x->cos_sin, x->sequence, x->first_position, x->heads, head_size);
+  rope_apart(g, &c);
   operands_equal("heads", &c.c, &c.other);
   free_rope(&c);
 }
@@ -453,19 +468,11 @@ END_TEST
 
 /* What the kernels do not take: the operations compute it all the same. */
 static void refused(gpu_rig *g, rig_random *random) {
-  for (uint32_t kind = 0; kind < 3; ++kind) {
-    gpu_rig_clear(g);
-    const shape s = {kind == 0 ? 4090 : 4096, kind == 1 ? 60 : 64, kind == 2 ? 4220 : 4224, kind == 0 ? 4 : 0};
-    forward_case f = make_forward(g, &s, exact(g, random, (uint64_t)s.tokens * (s.hidden + s.gap), 1),
-                                  exact(g, random, 2ull * s.intermediate * (s.hidden + s.gap), 3));
-    flap_matmul matmul = f.matmul;
-    matmul.c = f.gate_up.gpu;
-    ck_assert(!cuda_matmul_swiglu(g->ops, &matmul, f.inner.gpu));
-    flap_ops_matmul_swiglu(g->ops, &matmul, f.inner.gpu);
-    forward_apart(g, &f, &s);
-    compare_forward(&f);
-    free_forward(&f);
-  }
+  const shape shapes[] = {{4090, 64, 4224, 4}, {4096, 60, 4224, 0}, {4096, 64, 4220, 0}};
+  for (uint32_t i = 0; i < sizeof shapes / sizeof *shapes; ++i)
+    forward_operation(g, random, &shapes[i], false);
+  backward_operation(g, random, &(shape){2048, 60, 8448, 0}, false);
+  backward_operation(g, random, &(shape){2048, 64, 8444, 0}, false);
 }
 
 START_TEST(operations_compute_odd_products_in_two_steps) {

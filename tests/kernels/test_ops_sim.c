@@ -43,9 +43,9 @@ static double taken_ns(sim *s) {
   return taken;
 }
 
-/* Nothing lives at these addresses. */
+/* Nothing lives at these addresses, and what would is far apart. */
 static void *nowhere(uint64_t index) {
-  return (void *)(uintptr_t)(0x1000 + index * 0x1000);
+  return (void *)(uintptr_t)(index << 32);
 }
 
 START_TEST(sim_matmul_takes_the_longer_of_arithmetic_and_traffic) {
@@ -113,13 +113,14 @@ START_TEST(sim_every_operation_takes_time_and_touches_nothing) {
   CHARGES(flap_ops_rope(s.ops, FLAP_BF16, a, b, 1000, 100, 0, 8, 64, 512, false));
   CHARGES(flap_ops_swiglu(s.ops, FLAP_BF16, a, b, c, 1000, 1000, 1000));
   CHARGES(flap_ops_swiglu_backward(s.ops, FLAP_BF16, a, b, 1000, NULL, c, a, b, 1000, 1000, 1000));
-  const flap_matmul up = {FLAP_NT, 1000, 2000, 1000, a,         b,         c,    1000,
-                          1000,    2000, NULL, NULL, FLAP_BF16, FLAP_BF16, false};
-  const flap_matmul down = {FLAP_NN, 1000, 1000, 1000, a,         b,         c,    1000,
-                            1000,    1000, NULL, NULL, FLAP_BF16, FLAP_BF16, false};
+  flap_matmul up = {.transpose = FLAP_NT, .m = 1000, .n = 2000, .k = 1000, .a = a, .b = b, .c = c};
+  up.lda = up.ldb = 1000, up.ldc = 2000;
+  up.dtype = up.c_dtype = FLAP_BF16;
+  flap_matmul down = up;
+  down.transpose = FLAP_NN, down.n = down.ldc = 1000;
   CHARGES(flap_ops_matmul_swiglu(s.ops, &up, d));
   CHARGES(flap_ops_matmul_rope(s.ops, &up, b, 100, 0, 8, 64));
-  CHARGES(flap_ops_matmul_swiglu_backward(s.ops, &down, a, b, 1000, true, a, b, 1000));
+  CHARGES(flap_ops_matmul_swiglu_backward(s.ops, &down, d, nowhere(5), 1000, true, d, nowhere(5), 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, NULL, NULL, false, b, c, tokens, 1, 1000, 100, 1000));
   CHARGES(flap_ops_head_loss(s.ops, FLAP_BF16, a, b, c, true, d, a, tokens, 1, 1000, 100, 1000));
   CHARGES(flap_ops_gradient_store(s.ops, FLAP_BF16, a, b, FLAP_F32, c, FLAP_OPS_BLOCK * 100));
