@@ -101,11 +101,9 @@ __device__ __forceinline__ void panels_store_fragments(uint32_t rows, const uint
   const uint32_t lane = threadIdx.x & 31;
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                     rows + k / 4 * (ROWS * PANEL_ROW) + (lane & 15) * PANEL_ROW +
-                     (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4)),
-                 "r"(packed[0][k][0]), "r"(packed[0][k][1]), "r"(packed[0][k][2]), "r"(packed[0][k][3])
-                 : "memory");
+    stmatrix(rows + k / 4 * (ROWS * PANEL_ROW) + (lane & 15) * PANEL_ROW +
+                 (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4),
+             packed[0][k]);
 }
 
 #endif

@@ -19,7 +19,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 }
 
 /* Arrivals of a warp. Racecheck follows barriers from thread to thread, and cannot see that one lane arrives for all
- * behind __syncwarp, which is no instruction where a warp is converged: for it each lane arrives (FLAP_LANES_ARRIVE). */
+ * behind __syncwarp, which is no instruction where a warp is converged: for it each lane arrives (FLAP_LANES_ARRIVE).
+ */
 #ifdef FLAP_LANES_ARRIVE
 constexpr uint32_t WARP_ARRIVALS = 32;
 #else
@@ -36,6 +37,11 @@ __device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier) {
 /* One arrival of this thread, once all copies that it has started (cp.async) are over. */
 __device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+/* One arrival, and so many bytes to come by copies. */
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 /* Until the phase of that parity is over; of a new barrier, the phase before the first (parity 1) is. */
@@ -57,7 +63,28 @@ __device__ __forceinline__ void shared_writes_to_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-/* ---- between blocks ---- */
+/* ---- between the blocks of a cluster ---- */
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+
+/* The same barrier in thread block `rank` of the cluster. */
+__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
+  asm volatile("{\n.reg .b32 there;\n"
+               "mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
+
+/* ---- between all blocks ---- */
 
 __device__ __forceinline__ uint32_t flag_read(const uint32_t *flag) {
   uint32_t value;

@@ -62,6 +62,26 @@ template <> __device__ inline float reciprocal<float>(float x) {
   return 1.0f / x;
 }
 
+/* silu(gate) * up, silu rounded before the product; and with dout, the gradient of it, those of gate and up. One text,
+ * because kernels that do more than this must give the same bits. */
+template <typename T> __device__ inline float swiglu_value(float gate, float up) {
+  return rounded<T>(gate * reciprocal<T>(1.0f + exponential<T>(-gate))) * up;
+}
+struct swiglu_gradients {
+  float gate, up, value;
+};
+template <typename T> __device__ inline swiglu_gradients swiglu_gradients_of(float gate, float up, float dout) {
+  const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-gate)), silu = gate * sigmoid;
+  return {dout * up * (sigmoid * (1.0f + gate * (1.0f - sigmoid))), dout * rounded<T>(silu), rounded<T>(silu) * up};
+}
+
+/* A pair of a head turned by an angle. */
+__device__ inline void rope_turn(float &first, float &second, float cosine, float sine) {
+  const float x = first, y = second;
+  first = x * cosine - y * sine;
+  second = y * cosine + x * sine;
+}
+
 /* A group as it is stored: half the registers of fp32 for the 16-bit types, so that more of them can be under way. */
 template <typename T> struct alignas(16) raw_group { T elements[GROUP]; };
 

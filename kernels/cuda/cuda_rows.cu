@@ -95,8 +95,8 @@ void cuda_bias_backward(flap_ops *ops, flap_dtype dtype, float *dbias, const voi
     const uint32_t columns = cuda_min(columns_max, n - column);
     const dim3 grid((uint32_t)cuda_ceil(columns, BIAS_COLUMNS), parts), threads(BIAS_LANES, BIAS_ROWS);
     CUDA_FOR_DTYPE(dtype, T,
-                   bias_kernel<T><<<grid, threads, 0, stream>>>(scratch, (const T *)dy + column, tokens, columns, ld,
-                                                                vectors));
+                   bias_kernel<T>
+                   <<<grid, threads, 0, stream>>>(scratch, (const T *)dy + column, tokens, columns, ld, vectors));
     cuda_launched(ops, "bias backward");
     cuda_fold_rows(ops, dbias + column, scratch, parts, columns);
   }
@@ -217,11 +217,8 @@ __device__ inline void rope_pairs(T *head, const float *table, uint32_t i, const
   load_group(cosines, table + i, COUNT, COUNT == GROUP);
   load_group(sines, table + a.half + i, COUNT, COUNT == GROUP);
 #pragma unroll
-  for (uint32_t k = 0; k < COUNT; ++k) {
-    const float x = first[k], y = second[k], sine = a.sign * sines[k];
-    first[k] = x * cosines[k] - y * sine;
-    second[k] = y * cosines[k] + x * sine;
-  }
+  for (uint32_t k = 0; k < COUNT; ++k)
+    rope_turn(first[k], second[k], cosines[k], a.sign * sines[k]);
   store_group(head + i, first, COUNT, COUNT == GROUP);
   store_group(head + a.half + i, second, COUNT, COUNT == GROUP);
 }
@@ -289,7 +286,7 @@ __global__ void __launch_bounds__(THREADS) swiglu_kernel(T *out, const T *gate, 
     load_group(u, up + p.strided, p.valid, p.whole);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
-      x[i] = rounded<T>(x[i] * reciprocal<T>(1.0f + exponential<T>(-x[i]))) * u[i];
+      x[i] = swiglu_value<T>(x[i], u[i]);
     store_group(out + p.packed, x, p.valid, p.whole);
   }
 }
@@ -307,12 +304,8 @@ __global__ void __launch_bounds__(THREADS)
     load_group(d, dout + p.packed, p.valid, p.whole);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i) {
-      const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x[i])), silu = x[i] * sigmoid;
-      const float dgate_value = d[i] * u[i] * (sigmoid * (1.0f + x[i] * (1.0f - sigmoid)));
-      const float dup_value = d[i] * rounded<T>(silu);
-      d[i] = rounded<T>(silu) * u[i];
-      u[i] = dup_value;
-      x[i] = dgate_value;
+      const swiglu_gradients gradients = swiglu_gradients_of<T>(x[i], u[i], d[i]);
+      x[i] = gradients.gate, u[i] = gradients.up, d[i] = gradients.value;
     }
     if (out != nullptr)
       store_group(out + p.packed, d, p.valid, p.whole);
@@ -345,8 +338,9 @@ void cuda_swiglu(flap_ops *ops, flap_dtype dtype, void *out, const void *gate, c
   cuda_launched(ops, "swiglu");
 }
 
-void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out, const void *dout,
-                          const void *gate, const void *up, uint32_t ld, uint32_t token_count, uint32_t intermediate) {
+void cuda_swiglu_backward(flap_ops *ops, flap_dtype dtype, void *dgate, void *dup, uint32_t ld_d, void *out,
+                          const void *dout, const void *gate, const void *up, uint32_t ld, uint32_t token_count,
+                          uint32_t intermediate) {
   if (token_count == 0 || intermediate == 0)
     return;
   const cudaStream_t stream = cuda_stream(ops);

@@ -46,11 +46,8 @@ __device__ __forceinline__ void finish_rope(const rope_args<T> &args, uint32_t s
       load_8(cosines, table);
       load_8(sines, table + HD / 2);
 #pragma unroll
-      for (uint32_t k = 0; k < GROUP; ++k) {
-        const float first = x[k], second = y[k];
-        x[k] = first * cosines[k] - second * sines[k];
-        y[k] = second * cosines[k] + first * sines[k];
-      }
+      for (uint32_t k = 0; k < GROUP; ++k)
+        rope_turn(x[k], y[k], cosines[k], sines[k]);
     }
     T *to = args.c + (uint64_t)row * args.ldc + at.column + column;
     write_rounded(to, x);

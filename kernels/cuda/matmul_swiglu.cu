@@ -37,7 +37,7 @@ __device__ __forceinline__ void finish_forward(const swiglu_args<T> &args, uint3
     widen(u, read_tile<T>(shared, within, 128 + column));
 #pragma unroll
     for (uint32_t j = 0; j < GROUP; ++j)
-      x[j] = rounded<T>(x[j] * reciprocal<T>(1.0f + exponential<T>(-x[j]))) * u[j];
+      x[j] = swiglu_value<T>(x[j], u[j]);
     if (row < args.work.rows && column_valid)
       write_rounded(args.inner + row * args.work.width + at.column + column, x);
   }
@@ -101,12 +101,8 @@ __device__ __forceinline__ void finish_backward(const swiglu_args<T> &args, uint
       widen(d, read_tile<T>(shared, row, lane * GROUP));
 #pragma unroll
       for (uint32_t k = 0; k < GROUP; ++k) {
-        const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x[k])), silu = x[k] * sigmoid;
-        const float dgate = d[k] * u[k] * (sigmoid * (1.0f + x[k] * (1.0f - sigmoid)));
-        const float dup = d[k] * rounded<T>(silu);
-        d[k] = rounded<T>(silu) * u[k];
-        u[k] = dup;
-        x[k] = dgate;
+        const swiglu_gradients gradients = swiglu_gradients_of<T>(x[k], u[k], d[k]);
+        x[k] = gradients.gate, u[k] = gradients.up, d[k] = gradients.value;
       }
       const uint64_t to = (uint64_t)(at.row + row) * args.ld_out + column;
       write_rounded(args.gate + to, x);

@@ -57,31 +57,7 @@ struct tile_place {
   uint32_t row, column; /* the first ones, of this thread block */
 };
 
-/* ---- clusters, and copies by TMA ---- */
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
-}
-
-/* The same barrier in thread block `rank` of the cluster. */
-__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
-  asm volatile("{\n.reg .b32 there;\n"
-               "mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
-               "r"(rank)
-               : "memory");
-}
-
-/* One arrival, and so many bytes to come by copies. */
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
-}
+/* ---- copies by TMA ---- */
 
 /* A box of the map at (column, row) to `to`, whose bytes `barrier` counts; or in both blocks, each at that place and to
  * its own barrier. */
@@ -146,55 +122,6 @@ __device__ __forceinline__ void copy_tiles(const tile_work &work, const CUtensor
 
 /* ---- the warpgroups that multiply ---- */
 
-#define SUMS_4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define SUMS_16(n) SUMS_4(n), SUMS_4(n + 1), SUMS_4(n + 2), SUMS_4(n + 3)
-#define SUMS_128 SUMS_16(0), SUMS_16(4), SUMS_16(8), SUMS_16(12), SUMS_16(16), SUMS_16(20), SUMS_16(24), SUMS_16(28)
-#define PLACES_128                                                                                   \
-  WGMMA_P64 ", "                                                                                     \
-            "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "       \
-            "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
-            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-            "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
-            "%125, %126, %127"
-#define PRODUCT_256(TYPE, ACROSS)                                                                                \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                     \
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" PLACES_128 "}, %128, %129, p, " \
-               "1, 1, 0, " ACROSS ";\n}\n"                                                                       \
-               : SUMS_128                                                                                        \
-               : "l"(a), "l"(b), "r"(adds))
-
-/* c (64, 256) = or += a · b; K of b runs along its rows (NT) or across them (NN). */
-template <typename T, bool ALONG>
-__device__ __forceinline__ void multiply_256(float (&c)[COLUMNS / 8][4], uint64_t a, uint64_t b, int adds);
-template <>
-__device__ __forceinline__ void multiply_256<__nv_bfloat16, true>(float (&c)[COLUMNS / 8][4], uint64_t a, uint64_t b,
-                                                                  int adds) {
-  PRODUCT_256("bf16", "0");
-}
-template <>
-__device__ __forceinline__ void multiply_256<__nv_bfloat16, false>(float (&c)[COLUMNS / 8][4], uint64_t a, uint64_t b,
-                                                                   int adds) {
-  PRODUCT_256("bf16", "1");
-}
-template <>
-__device__ __forceinline__ void multiply_256<__half, true>(float (&c)[COLUMNS / 8][4], uint64_t a, uint64_t b,
-                                                           int adds) {
-  PRODUCT_256("f16", "0");
-}
-template <>
-__device__ __forceinline__ void multiply_256<__half, false>(float (&c)[COLUMNS / 8][4], uint64_t a, uint64_t b,
-                                                            int adds) {
-  PRODUCT_256("f16", "1");
-}
-
-__device__ __forceinline__ void hold_sums(float (&c)[COLUMNS / 8][4]) {
-#pragma unroll
-  for (uint32_t n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      asm volatile("" : "+f"(c[n][i])::"memory");
-}
-
 /* A stage is free once the warpgroup has read it, for the copies of both blocks. One lane says so for the four warps,
  * whose products end together; CUTLASS's pipelines rely on it too. */
 __device__ __forceinline__ void give_back(uint32_t shared, uint32_t stage) {
@@ -209,9 +136,9 @@ struct ring {
 };
 
 template <typename T, bool ALONG>
-__device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], ring &r, uint32_t shared, uint32_t steps) {
+__device__ __forceinline__ void multiply_tile(float (&c)[1][COLUMNS / 8][4], ring &r, uint32_t shared, uint32_t steps) {
   uint32_t before = 0;
-  hold_sums(c);
+  wgmma_hold(c);
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t from = shared + r.stage * STAGE_BYTES;
     const wgmma_operand a(from + threadIdx.x / 128 * (64 * PANEL_ROW), 16);
@@ -220,7 +147,10 @@ __device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], ring &
     wgmma_begin();
 #pragma unroll
     for (uint32_t k = 0; k < DEPTH / 16; ++k)
-      multiply_256<T, ALONG>(c, a.at(k * 32), b.at(k * (ALONG ? 32 : 16 * PANEL_ROW)), step + k > 0);
+      if (ALONG)
+        wgmma<T>::shared(c, a.at(k * 32), b.at(k * 32), step + k > 0);
+      else
+        wgmma<T>::right_across(c, a.at(k * 32), b.at(k * (16 * PANEL_ROW)), step + k > 0);
     wgmma_commit();
     wgmma_wait<1>();
     if (step > 0)
@@ -232,13 +162,13 @@ __device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], ring &
     }
   }
   wgmma_wait<0>();
-  hold_sums(c);
+  wgmma_hold(c);
   give_back(shared, before);
 }
 
 /* A bias is added before the only rounding. */
 template <typename T>
-__device__ __forceinline__ void add_bias(float (&c)[COLUMNS / 8][4], const T *bias, uint32_t width) {
+__device__ __forceinline__ void add_bias(float (&c)[1][COLUMNS / 8][4], const T *bias, uint32_t width) {
 #pragma unroll
   for (uint32_t n = 0; n < COLUMNS / 8; ++n) {
     const uint32_t column = n * 8 + threadIdx.x % 4 * 2;
@@ -247,13 +177,13 @@ __device__ __forceinline__ void add_bias(float (&c)[COLUMNS / 8][4], const T *bi
     const float2 pair = tensor_element<T>::unpack(*reinterpret_cast<const uint32_t *>(bias + column));
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i)
-      c[n][i] += i % 2 == 0 ? pair.x : pair.y;
+      c[0][n][i] += i % 2 == 0 ? pair.x : pair.y;
   }
 }
 
 /* The warpgroup's half of the tile goes to shared memory, for those who finish it. */
 template <typename T>
-__device__ __forceinline__ void hand_over(const float (&c)[COLUMNS / 8][4], uint32_t shared, uint32_t parity) {
+__device__ __forceinline__ void hand_over(const float (&c)[1][COLUMNS / 8][4], uint32_t shared, uint32_t parity) {
   const uint32_t group = threadIdx.x / 128, lane = threadIdx.x % 32;
   const uint32_t row = shared + C + (threadIdx.x / 32 * 16 + (lane & 15)) * PANEL_ROW;
   barrier_wait(shared + C_FREE + group * BARRIER_BYTES, parity);
@@ -262,11 +192,8 @@ __device__ __forceinline__ void hand_over(const float (&c)[COLUMNS / 8][4], uint
     uint32_t w[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i)
-      w[i] = tensor_element<T>::pack(c[2 * k + i / 2][i % 2 * 2], c[2 * k + i / 2][i % 2 * 2 + 1]);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                     row + k / 4 * (ROWS * PANEL_ROW) + (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4)),
-                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                 : "memory");
+      w[i] = tensor_element<T>::pack(c[0][2 * k + i / 2][i % 2 * 2], c[0][2 * k + i / 2][i % 2 * 2 + 1]);
+    stmatrix(row + k / 4 * (ROWS * PANEL_ROW) + (((k % 4 * 2 + (lane >> 4)) ^ (lane & 7)) << 4), w);
   }
   shared_writes_to_wgmma(); /* or to copies: both are the asynchronous proxy */
   barrier_arrive_warp(shared + C_FULL + group * BARRIER_BYTES);
@@ -360,7 +287,7 @@ __device__ __forceinline__ void run_tiles(const tile_work &work, const CUtensorM
     __syncwarp();
   } else {
     registers_take<MULTIPLIER_REGISTERS>();
-    float c[COLUMNS / 8][4];
+    float c[1][COLUMNS / 8][4];
     ring r = {0, 0};
     uint32_t parity = 1;
     for (uint32_t tile = blockIdx.x / PAIR; tile < tile_count(work); tile += gridDim.x / PAIR, parity ^= 1) {

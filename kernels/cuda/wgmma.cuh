@@ -70,6 +70,7 @@ struct wgmma_operand {
 #define WGMMA_C16(how, n) WGMMA_C4(how, n), WGMMA_C4(how, n + 1), WGMMA_C4(how, n + 2), WGMMA_C4(how, n + 3)
 #define WGMMA_C32(how) WGMMA_C16(how, 0), WGMMA_C16(how, 4)
 #define WGMMA_C64(how) WGMMA_C32(how), WGMMA_C16(how, 8), WGMMA_C16(how, 12)
+#define WGMMA_C128(how) WGMMA_C64(how), WGMMA_C16(how, 16), WGMMA_C16(how, 20), WGMMA_C16(how, 24), WGMMA_C16(how, 28)
 #define WGMMA_P32                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -78,6 +79,13 @@ struct wgmma_operand {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define WGMMA_P128                                                                                         \
+  WGMMA_P64 ", "                                                                                           \
+            "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+            "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+            "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 /* From shared memory; `adds` 0 overwrites the sums. ACROSS: whether K of the left and the right one runs across their
  * rows. */
@@ -140,6 +148,12 @@ template <typename T> struct wgmma;
     static __device__ __forceinline__ void across(float (&c)[1][16][4], const uint32_t (&a)[4], uint64_t b,            \
                                                   int adds) {                                                          \
       WGMMA_REGISTERS(TYPE, "128", WGMMA_P64, WGMMA_C64("+f"), "%64, %65, %66, %67", "%68", "%69", "1");               \
+    }                                                                                                                  \
+    static __device__ __forceinline__ void shared(float (&c)[1][32][4], uint64_t a, uint64_t b, int adds) {            \
+      WGMMA_SHARED(TYPE, "256", WGMMA_P128, WGMMA_C128("+f"), "%128", "%129", "%130", "0, 0");                         \
+    }                                                                                                                  \
+    static __device__ __forceinline__ void right_across(float (&c)[1][32][4], uint64_t a, uint64_t b, int adds) {      \
+      WGMMA_SHARED(TYPE, "256", WGMMA_P128, WGMMA_C128("+f"), "%128", "%129", "%130", "0, 1");                         \
     }                                                                                                                  \
   };
 
