@@ -1,10 +1,12 @@
 /* The backward on Hopper (sm_90a) in one kernel: scores are computed once, and dq is summed over the blocks of keys.
  *
  * A block of work is 128 keys of one unit: a key-value head of a sequence, or a part of its heads. It walks the tiles
- * of queries that see the keys, and within a tile the unit's heads; dk and dv stay in registers. Every step also gives
- * this block's part of dq for the tile. It is added to an fp32 sum in the scratch, in the order of the keys, each block
- * waiting for its turn: the first stores, those between add, and the last, whose keys reach the diagonal, adds, rounds
- * and writes dq. The orders of all sums are thus functions of the shape.
+ * of queries that see the keys, from the sequence's end to the diagonal, and within a tile the unit's heads; dk and dv
+ * stay in registers. Every step also gives this block's part of dq for the tile. It is added to an fp32 sum in the
+ * scratch, in the order of the keys, each block waiting for its turn: the first stores, those between add, and the last,
+ * whose keys reach the diagonal, adds, rounds and writes dq. The orders of all sums are thus functions of the shape.
+ * Blocks that begin together have the same tile at the same time, whichever keys they have, so a turn comes when it is
+ * waited for: from the diagonal on, each would be two steps ahead of the one before it, and wait for that.
  *
  * Nobody waits for ever. Work is handed out by tickets, and a turn belongs to a lower ticket than those that wait for
  * it: within a section of units all first blocks of keys come first, then all second ones, and so on; a sum's slot goes
@@ -96,6 +98,11 @@ template <int HD> __device__ __forceinline__ volatile chain_work *work_at(uint32
   return record_at<chain_work>(shared + chain_layout<HD>::WORK + count % WORKS * sizeof(chain_work));
 }
 
+/* Tiles of queries that see the keys from `key` on. */
+template <int HD> __device__ __forceinline__ uint32_t tiles_from(const attention_args &args, uint32_t key) {
+  return (args.queries - key + QUERIES<HD> - 1) / QUERIES<HD>;
+}
+
 /* Waits for the thread block's work number `count`; false where there is no more. */
 template <int HD> __device__ __forceinline__ bool work_is_there(uint32_t shared, uint32_t count) {
   using at = chain_layout<HD>;
@@ -180,9 +187,10 @@ __device__ __forceinline__ void copy_tiles(const attention_args &args, uint32_t 
     if (!work_is_there<HD>(shared, count))
       return;
     bool keys_loaded = false;
-    for (uint32_t query = work->block.key; query < args.queries; query += QUERIES<HD>)
+    for (uint32_t tile = tiles_from<HD>(args, work->block.key); tile-- > 0;)
       for (uint32_t head = 0; head < work->block.heads; ++head, ++steps) {
         if (steps % COPIERS == copier) {
+          const uint32_t query = work->block.key + tile * QUERIES<HD>;
           const uint32_t stage = steps % STAGES;
           barrier_wait(shared + at::STAGE_FREE + stage * BARRIER_BYTES, (steps / STAGES & 1) ^ 1);
           load_queries<HD>(args, work, head, query, shared, stage);
@@ -212,7 +220,7 @@ __device__ __forceinline__ void keep_turns(const attention_args &args, uint32_t 
   for (uint32_t count = 0; work_is_there<HD>(shared, count); ++count) {
     const volatile chain_work *work = work_at<HD>(shared, count);
     uint32_t head = 0;
-    for (uint32_t query = work->block.key; query < args.queries;) {
+    for (uint32_t query = work->block.key + (tiles_from<HD>(args, work->block.key) - 1) * QUERIES<HD>;;) {
       const uint32_t tiles = (args.queries + QUERIES<HD> - 1) / QUERIES<HD>;
       const uint32_t pair = work->place.item * work->block.heads + head, last = query / KEYS;
       const uint32_t sum = (pair % args.slots * tiles + query / QUERIES<HD>)*2 + group;
@@ -231,7 +239,9 @@ __device__ __forceinline__ void keep_turns(const attention_args &args, uint32_t 
       parity ^= 1;
       if (++head == work->block.heads) {
         head = 0;
-        query += QUERIES<HD>;
+        if (query == work->block.key)
+          break;
+        query -= QUERIES<HD>;
       }
     }
   }
@@ -368,16 +378,16 @@ template <typename T, int HD> struct chain_multiplier {
     attention_clear<1, HD / 8>(dk);
     attention_clear<1, HD / 8>(dv);
     barrier_wait(shared + at::KEYS_READY, count & 1);
+    uint32_t head = 0, offset = (tiles_from<HD>(args, work->block.key) - 1) * QUERIES<HD>;
     start_scores(shared);
     start_gradient(shared);
-    derive(args, shared, 0);
-    uint32_t head = 0, offset = 0;
+    derive(args, shared, offset);
     for (;;) {
       if (++head == work->block.heads) {
         head = 0;
-        offset += QUERIES<HD>;
-        if (work->block.key + offset >= args.queries)
+        if (offset == 0)
           break;
+        offset -= QUERIES<HD>;
       }
       multiply<false>(args, shared);
       derive(args, shared, offset);

@@ -25,7 +25,7 @@
 
 /* In the numerics text: another one whenever a change of kernels changes bits, so that no run goes on with other ones
  * unnoticed. */
-#define CUDA_KERNELS "kernels 7"
+#define CUDA_KERNELS "kernels 8"
 
 #ifdef __cplusplus
 extern "C" {

@@ -28,9 +28,7 @@
 /* Sums of a bias: a part has so many tokens, more where there are many. */
 #define BIAS_PART_TOKENS 256u
 /* Where turns cost less than computing scores twice: measured on an H100, see ATTENTION.md. */
-#define CHAIN_QUERIES_LONG 4096u
-#define CHAIN_QUERIES 2048u
-#define CHAIN_HEADS 128u
+#define CHAIN_QUERIES 1000u /* the fewest that were measured */
 #define BIAS_PARTS_MAX 64u
 #define ROW_GROUP 8u /* elements that a thread of a row-wise kernel loads at once */
 
@@ -71,8 +69,7 @@ static uint64_t backward_partial_bytes(const flap_cuda_attention_shape *shape) {
 }
 
 bool cuda_attention_chain_pays(const flap_cuda_attention_shape *shape) {
-  return shape->queries >= CHAIN_QUERIES_LONG ||
-         (shape->queries >= CHAIN_QUERIES && (uint64_t)shape->batch * shape->heads >= CHAIN_HEADS);
+  return shape->queries >= CHAIN_QUERIES;
 }
 
 static bool has_chain(const flap_cuda_attention_shape *shape) {

@@ -41,8 +41,8 @@ uint64_t cuda_workspace_bytes(const flap_ops_limits *limits);
 /* Keys of a tile of the backward. */
 #define CUDA_ATTENTION_KEYS 128u
 
-/* The chain is faster than two passes: for long sequences, and for many heads of middling ones. If for a
- * shape, then for all larger ones of the same heads. */
+/* The chain is faster than two passes, as far as was measured: for all but short sequences. If for a shape, then for
+ * all larger ones of the same heads. */
 bool cuda_attention_chain_pays(const flap_cuda_attention_shape *shape);
 
 /* Scratch of a forward and of a backward. Both grow with batch, queries and first_position, so that the bytes of the
