@@ -4,10 +4,12 @@
  * Each thread has the same columns in every row: groups threadIdx, threadIdx + blockDim, ... The first HELD of them
  * stay in registers; rows wider than that are read again. The number of threads and of runs is a function of shape. */
 #include "kernels/cuda/cuda_elements.cuh"
+#include "kernels/cuda/tensor_cores.cuh"
 
 #define FORWARD_HELD 4u
 #define FORWARD_THREADS 512u
 #define BACKWARD_THREADS 512u
+#define RING_ROWS 3u /* 96 KiB of shared memory at most, which every GPU has */
 #define FOLD_COLUMNS 32u
 #define FOLD_ROWS 8u
 
@@ -102,12 +104,18 @@ __device__ inline row_operands<T> load_row(const backward_arguments<T> &a, uint6
   row_operands<T> row;
   row.dy = load_raw(a.dy + at, valid, a.vectors);
   row.x = load_raw(a.x + at, valid, a.vectors);
+  row.residual = a.dresidual != nullptr ? load_raw(a.dresidual + at, valid, a.vectors) : raw_group<T>{};
   return row;
 }
 
-template <typename T>
-__device__ inline raw_group<T> load_residual(const backward_arguments<T> &a, uint64_t at, uint32_t valid) {
-  return a.dresidual != nullptr ? load_raw(a.dresidual + at, valid, a.vectors) : raw_group<T>{};
+template <typename T> __device__ inline raw_group<T> shared_group(uint32_t from) {
+  raw_group<T> raw = {};
+  if (sizeof(T) == 2) {
+    uint4 w;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from));
+    *reinterpret_cast<uint4 *>(raw.elements) = w;
+  }
+  return raw;
 }
 
 template <typename T> __device__ inline float row_product(float sum, const row_operands<T> &row, const float w[GROUP]) {
@@ -124,8 +132,7 @@ template <typename T> __device__ inline float row_product(float sum, const row_o
  */
 template <typename T>
 __device__ inline void backward_group(const backward_arguments<T> &a, float dweight[GROUP], uint64_t at, uint32_t valid,
-                                      const row_operands<T> &row, const raw_group<T> &residual, const float w[GROUP],
-                                      float rstd, float mean) {
+                                      const row_operands<T> &row, const float w[GROUP], float rstd, float mean) {
   float dy[GROUP], x[GROUP], out[GROUP];
   widen(dy, row.dy);
   widen(x, row.x);
@@ -140,7 +147,7 @@ __device__ inline void backward_group(const backward_arguments<T> &a, float dwei
     store_group(a.normalized + at, x, valid, a.vectors);
   if (a.dresidual != nullptr) {
     float added[GROUP];
-    widen(added, residual);
+    widen(added, row.residual);
 #pragma unroll
     for (uint32_t i = 0; i < GROUP; ++i)
       out[i] += added[i];
@@ -148,38 +155,60 @@ __device__ inline void backward_group(const backward_arguments<T> &a, float dwei
   store_group(a.dx + at, out, valid, a.vectors);
 }
 
-/* Rows of at most HELD groups per thread: everything stays in registers, and the next row is under way while this one
- * is summed. dx may be stored over dy or dresidual of its own row, never of the next one. */
-template <typename T, uint32_t HELD>
+/* Rows of at most HELD groups per thread: everything stays in registers. With RING, which takes vectors of a 16-bit
+ * type, rows come by copies into shared memory that RING_ROWS - 1 of them are ahead of what is summed: a row is little,
+ * and memory far away. A thread reads only what it has copied itself. dx may be stored over dy or dresidual of its own
+ * row, never of a later one. */
+template <typename T, uint32_t HELD, bool RING>
 __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 ? 2 : 1)
     norm_backward_narrow(const backward_arguments<T> a) {
+  extern __shared__ __align__(16) unsigned char ring[];
   __shared__ float shared[2][WARP];
   const uint32_t first = blockIdx.x * a.rows_per_part, last = min(first + a.rows_per_part, a.tokens);
   float dweight[HELD][GROUP] = {};
   raw_group<T> weight[HELD] = {};
-  row_operands<T> next[HELD] = {}; /* what is not ours stays zero */
   uint32_t at[HELD], valid[HELD];
 #pragma unroll
   for (uint32_t k = 0; k < HELD; ++k) {
     at[k] = (threadIdx.x + k * blockDim.x) * GROUP;
     valid[k] = at[k] < a.hidden ? a.hidden - at[k] : 0;
-    if (valid[k] > 0) {
+    if (valid[k] > 0)
       weight[k] = load_raw(a.weight + at[k], valid[k], a.vectors);
-      next[k] = load_row(a, (uint64_t)first * a.hidden + at[k], valid[k]);
-    }
   }
+  /* Of one row: dy, x and the residual, the HELD groups of each. */
+  const uint32_t place = shared_address(ring) + threadIdx.x * 16, step = blockDim.x * 16;
+  const auto copy_row = [&](uint32_t token) {
+    const uint32_t to = place + token % RING_ROWS * (3 * HELD * step);
+#pragma unroll
+    for (uint32_t k = 0; k < HELD; ++k)
+      if (token < last && valid[k] > 0) {
+        const uint64_t from = (uint64_t)token * a.hidden + at[k];
+        copy16(to + k * step, a.dy + from, 16);
+        copy16(to + (HELD + k) * step, a.x + from, 16);
+        if (a.dresidual != nullptr)
+          copy16(to + (2 * HELD + k) * step, a.dresidual + from, 16);
+      }
+    copies_commit();
+  };
+  if (RING)
+    for (uint32_t row = 0; row + 1 < RING_ROWS; ++row)
+      copy_row(first + row);
   for (uint32_t token = first; token < last; ++token) {
     const uint64_t row_at = (uint64_t)token * a.hidden;
-    row_operands<T> row[HELD];
-    raw_group<T> residual[HELD];
+    const uint32_t from = place + token % RING_ROWS * (3 * HELD * step);
+    row_operands<T> row[HELD] = {}; /* what is not ours stays zero */
     float w[GROUP], sum = 0;
+    if (RING)
+      copies_wait<RING_ROWS - 2>();
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k) {
-      row[k] = next[k];
-      if (valid[k] > 0)
-        residual[k] = load_residual(a, row_at + at[k], valid[k]);
-      if (valid[k] > 0 && token + 1 < last)
-        next[k] = load_row(a, row_at + a.hidden + at[k], valid[k]);
+      if (valid[k] == 0)
+        continue;
+      if (RING)
+        row[k] = {shared_group<T>(from + k * step), shared_group<T>(from + (HELD + k) * step),
+                  shared_group<T>(from + (2 * HELD + k) * step)};
+      else
+        row[k] = load_row(a, row_at + at[k], valid[k]);
     }
     const float rstd = a.rstd[token];
 #pragma unroll
@@ -188,11 +217,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
       sum = row_product(sum, row[k], w);
     }
     const float mean = block_sum(sum, shared[token % 2]) / (float)a.hidden * rstd * rstd;
+    if (RING)
+      copy_row(token + RING_ROWS - 1);
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k) {
       widen(w, weight[k]);
       if (valid[k] > 0)
-        backward_group(a, dweight[k], row_at + at[k], valid[k], row[k], residual[k], w, rstd, mean);
+        backward_group(a, dweight[k], row_at + at[k], valid[k], row[k], w, rstd, mean);
     }
   }
 #pragma unroll
@@ -226,8 +257,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) norm_backward_wide(const bac
       if (at >= a.hidden)
         continue;
       load_group(w, a.weight + at, valid, a.vectors);
-      backward_group(a, dweight[k], row_at + at, valid, load_row(a, row_at + at, valid),
-                     load_residual(a, row_at + at, valid), w, rstd, mean);
+      backward_group(a, dweight[k], row_at + at, valid, load_row(a, row_at + at, valid), w, rstd, mean);
     }
     for (uint32_t group = threadIdx.x + HELD * step; group < groups; group += step) {
       const uint32_t at = group * GROUP, valid = a.hidden - at;
@@ -235,8 +265,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) norm_backward_wide(const bac
       load_group(w, a.weight + at, valid, a.vectors);
       for (uint32_t i = 0; i < GROUP; ++i)
         sums[i] = token == first || i >= valid ? 0.0f : part[at + i];
-      backward_group(a, sums, row_at + at, valid, load_row(a, row_at + at, valid), load_residual(a, row_at + at, valid),
-                     w, rstd, mean);
+      backward_group(a, sums, row_at + at, valid, load_row(a, row_at + at, valid), w, rstd, mean);
       store_group(part + at, sums, valid, false);
     }
   }
@@ -289,17 +318,33 @@ void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void 
   cuda_launched(ops, "rmsnorm");
 }
 
+template <typename T, uint32_t HELD>
+static cudaError_t launch_narrow(const backward_arguments<T> &arguments, uint32_t parts, cudaStream_t stream) {
+  const uint32_t threads = threads_for(arguments.hidden, BACKWARD_THREADS, HELD);
+  const uint32_t bytes = RING_ROWS * 3 * HELD * threads * 16;
+  if (sizeof(T) != 2 || !arguments.vectors) {
+    norm_backward_narrow<T, HELD, false><<<parts, threads, 0, stream>>>(arguments);
+    return cudaGetLastError();
+  }
+  const auto kernel = norm_backward_narrow<T, HELD, sizeof(T) == 2>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status != cudaSuccess)
+    return status;
+  kernel<<<parts, threads, bytes, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
 template <typename T>
-static void launch_backward(const backward_arguments<T> &arguments, uint32_t parts, cudaStream_t stream) {
+static cudaError_t launch_backward(const backward_arguments<T> &arguments, uint32_t parts, cudaStream_t stream) {
   const uint32_t threads = threads_for(arguments.hidden, BACKWARD_THREADS, 1);
   const uint32_t groups = (uint32_t)cuda_ceil(arguments.hidden, GROUP);
   if (groups <= threads)
-    norm_backward_narrow<T, 1><<<parts, threads, 0, stream>>>(arguments);
-  else if (groups <= 2 * threads && sizeof(T) == 2) /* two groups of fp32 would not fit into the registers */
-    norm_backward_narrow<T, sizeof(T) == 2 ? 2 : 1>
-        <<<parts, threads_for(arguments.hidden, BACKWARD_THREADS, 2), 0, stream>>>(arguments);
-  else
-    norm_backward_wide<T, 4><<<parts, threads, 0, stream>>>(arguments);
+    return launch_narrow<T, 1>(arguments, parts, stream);
+  if (groups <= 2 * threads && sizeof(T) == 2) /* two groups of fp32 would not fit into the registers */
+    return launch_narrow<T, sizeof(T) == 2 ? 2 : 1>(arguments, parts, stream);
+  norm_backward_wide<T, 4><<<parts, threads, 0, stream>>>(arguments);
+  return cudaGetLastError();
 }
 
 void cuda_fold_rows(flap_ops *ops, float *sums, const float *parts, uint32_t count, uint32_t width) {
@@ -322,11 +367,13 @@ void cuda_rmsnorm_backward(flap_ops *ops, flap_dtype dtype, void *dx_out, float 
   const uint32_t rows = (uint32_t)cuda_ceil(token_count, cuda_norm_parts(hidden));
   const uint32_t parts = (uint32_t)cuda_ceil(token_count, rows);
   float *scratch = (float *)cuda_scratch(ops);
+  cudaError_t status = cudaSuccess;
   flap_assert((uint64_t)parts * hidden * sizeof(float) <= cuda_scratch_bytes(ops));
   CUDA_FOR_DTYPE(dtype, T,
-                 launch_backward<T>({(T *)dx_out, (T *)normalized_out, scratch, (const T *)dy, (const T *)x, (const T *)weight,
-                                     (const T *)dresidual, rstd, token_count, hidden, rows, vectors},
-                                    parts, stream));
+                 status = launch_backward<T>({(T *)dx_out, (T *)normalized_out, scratch, (const T *)dy, (const T *)x,
+                                              (const T *)weight, (const T *)dresidual, rstd, token_count, hidden, rows,
+                                              vectors},
+                                             parts, stream));
+  cuda_check(ops, "rmsnorm backward", status);
   cuda_fold_rows(ops, dweight, scratch, parts, hidden);
-  cuda_launched(ops, "rmsnorm backward");
 }
