@@ -354,13 +354,14 @@ static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what,
                   ring->name, ring->slots);
 }
 
-/* Later work on the compute stream starts after the load. Where compute runs on this thread, that waits here. */
+/* Later work on the compute stream starts after the load. Where compute runs on this thread, that waits here; elsewhere
+ * the device tells how long the stream rested. */
 static void order_compute(flap_pager *pager, uint32_t slot) {
-  uint64_t started_ns = pager_now_ns(pager);
+  const uint64_t started_ns = pager_now_ns(pager);
   pthread_mutex_unlock(&pager->lock);
   flap_device_stream_wait(pager->device, FLAP_STREAM_COMPUTE, pager_load_event(slot));
   pager_enter(pager);
-  pager->stats.stall_ns[FLAP_LANE_H2D] += pager_now_ns(pager) - started_ns;
+  pager->stats.stall_ns[FLAP_LANE_H2D] += pager_rest_ns(pager, started_ns);
 }
 
 flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out) {
@@ -453,7 +454,7 @@ flap_status flap_pager_end(flap_pager *pager) {
     flap_assert(program->pinned == program->count && program->released + program->in_jobs == program->count);
     const uint64_t started_ns = pager_now_ns(pager);
     pager_wait_until(pager, jobs_are_over, pager->program_first, false);
-    pager->stats.stall_ns[FLAP_LANE_HOST] += pager_now_ns(pager) - started_ns;
+    pager->stats.stall_ns[FLAP_LANE_HOST] += pager_rest_ns(pager, started_ns);
     status = pager_error(pager);
   }
   if (status == FLAP_OK) {
@@ -481,6 +482,7 @@ flap_status flap_pager_settle(flap_pager *pager) {
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out) {
   pager_enter(pager);
   *stats_out = pager->stats;
+  stats_out->stall_ns[FLAP_LANE_H2D] += flap_device_rested_ns(pager->device);
   stats_out->busy_ns[FLAP_LANE_H2D] = flap_device_busy_ns(pager->device, FLAP_STREAM_H2D) - pager->at_rest_ns[0];
   stats_out->busy_ns[FLAP_LANE_D2H] = flap_device_busy_ns(pager->device, FLAP_STREAM_D2H) - pager->at_rest_ns[1];
   if (pager->block) {

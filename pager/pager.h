@@ -291,8 +291,8 @@ typedef struct flap_pager_stats {
   uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain; of disks, as they are in
                                          regions */
   uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
-  uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that pin waited, by the lane it waited for; for a snapshot to be drained:
-                                         FLAP_LANE_DISK_WRITE */
+  uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that compute rested, by the lane that a pin waited for; for a snapshot to
+                                         be drained: FLAP_LANE_DISK_WRITE */
   uint64_t busy_ns[FLAP_LANE_COUNT];  /* for disks: sum of request times over the depth; copies: as the device measured,
                                          with  those of snapshots */
   uint64_t reread; /* requests that were read once more, because their bytes were not what was written; their second

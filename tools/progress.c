@@ -8,7 +8,10 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#define LINE_BYTES 256
+#define LINE_BYTES 384
+#define STALLS_BYTES 128
+#define STALL_SHARE_MIN 0.01
+#define LESS_MAX 4
 
 static int terminal_columns(FILE *out) {
   struct winsize size;
@@ -60,22 +63,38 @@ static void on_prepared(void *context, uint64_t train_tokens, uint64_t heldout_t
   (void)fflush(progress->out);
 }
 
-/* `less` of it: without the learning rate, then the norm, then the share of the bound. */
+/* The lanes that compute rested for at least a hundredth of the step, with their shares of it. */
+static void format_stalls(const flap_step_report *report, char text[STALLS_BYTES]) {
+  size_t length = 0;
+  text[0] = '\0';
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    const double seconds = report->stall_seconds[lane];
+    if (!(seconds >= STALL_SHARE_MIN * report->step_seconds) || length >= STALLS_BYTES)
+      continue;
+    length += (size_t)snprintf(text + length, STALLS_BYTES - length, "%s %s %s", length == 0 ? "  waits" : ",",
+                               flap_pager_lane_name((flap_lane)lane),
+                               flap_text_percent(seconds, report->step_seconds).text);
+  }
+}
+
+/* `less` of it: without the learning rate, then the norm, the stalls, the share of the bound. */
 static int format_step(const flap_step_report *report, int less, char line[LINE_BYTES]) {
-  char scale[48] = "", norm[32] = "", rate[32] = "", share[48] = "";
+  char scale[48] = "", norm[32] = "", rate[32] = "", share[48] = "", stalls[STALLS_BYTES] = "";
   if (report->loss_scale > 0)
     (void)snprintf(scale, sizeof scale, "  scale %.9g%s", report->loss_scale, report->skipped ? ": skipped" : "");
   if (less < 1)
     (void)snprintf(rate, sizeof rate, "  lr %.3g", report->learning_rate);
   if (less < 2)
     (void)snprintf(norm, sizeof norm, "  norm %.3g", fabs(report->grad_norm));
-  if (less < 3 && !report->defers_update)
+  if (less < 3)
+    format_stalls(report, stalls);
+  if (less < LESS_MAX && !report->defers_update)
     (void)snprintf(share, sizeof share, "  %s of bound",
                    flap_text_percent(report->bound_seconds, report->step_seconds).text);
   /* Neither loss nor norm is below 0; the sign of a NaN, in a step that is skipped, would say nothing. */
-  return snprintf(line, LINE_BYTES, "step %llu/%llu  loss %.4f%s%s%s  %s tok/s%s  ETA %s",
+  return snprintf(line, LINE_BYTES, "step %llu/%llu  loss %.4f%s%s%s  %s tok/s%s%s  ETA %s",
                   (unsigned long long)report->step, (unsigned long long)report->max_steps, fabs(report->loss), norm,
-                  rate, scale, flap_text_rate(report->tokens_per_second).text, share,
+                  rate, scale, flap_text_rate(report->tokens_per_second).text, share, stalls,
                   flap_text_seconds(report->eta_seconds).text);
 }
 
@@ -89,7 +108,7 @@ static void on_stepped(void *context, const flap_step_report *report) {
     fprintf(progress->out, "%s\n", line);
   } else {
     const int columns = terminal_columns(progress->out) - 1; /* a line that wraps cannot be rewritten */
-    for (int less = 1; length > columns && less <= 3; less++)
+    for (int less = 1; length > columns && less <= LESS_MAX; less++)
       length = format_step(report, less, line);
     if (length > columns && columns >= 0)
       line[columns < LINE_BYTES ? columns : LINE_BYTES - 1] = '\0';

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define STALL_TRACED_NS 20000
+#define WAITS_FOR_H2D "waits for h2d"
 
 /* ---- operands -------------------------------------------------------------------------------------------- */
 
@@ -396,36 +397,53 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
   return FLAP_OK;
 }
 
-/* A stall in the trace bears the name of the lane that was waited for most since the last one, and the region. Where
- * launches are asynchronous it is the engine thread that waits: the device has what was launched before to do. */
-static void trace_stall(flap_executor *x, uint32_t region, uint64_t started_ns, uint64_t ended_ns) {
-  static const char *const names[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = "waits for h2d",
+static uint64_t now_ns(const flap_executor *x) {
+  return x->clock != NULL ? flap_clock_now_ns(x->clock) : flap_units_now_ns();
+}
+
+/* How long compute has rested in pins so far, by what these waited for: without rests in waits of the compute stream,
+ * which the device tells (flap_executor_trace). */
+static void get_stalls(const flap_executor *x, uint64_t stall_ns_out[FLAP_LANE_COUNT]) {
+  const uint64_t beside_ns = flap_device_rested_ns(flap_ops_device(x->ops));
+  flap_pager_stats stats;
+  flap_pager_get_stats(x->pager, &stats);
+  memcpy(stall_ns_out, stats.stall_ns, sizeof stats.stall_ns);
+  stall_ns_out[FLAP_LANE_H2D] -= beside_ns;
+}
+
+/* A stall in the trace is what compute rested in a pin, at its end. It bears the name of the lane that was waited for
+ * most, and the region. */
+static void trace_stall(flap_executor *x, uint32_t region, const uint64_t before_ns[FLAP_LANE_COUNT],
+                        uint64_t ended_ns) {
+  static const char *const names[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = WAITS_FOR_H2D,
                                                      [FLAP_LANE_D2H] = "waits for d2h",
                                                      [FLAP_LANE_DISK_READ] = "waits for disk read",
                                                      [FLAP_LANE_DISK_WRITE] = "waits for disk write",
                                                      [FLAP_LANE_HOST] = "waits for the host's update"};
-  flap_pager_stats stats;
+  uint64_t stall_ns[FLAP_LANE_COUNT], rest_ns = 0;
   int most = 0;
-  flap_pager_get_stats(x->pager, &stats);
-  for (int lane = 1; lane < FLAP_LANE_COUNT; lane++)
-    if (stats.stall_ns[lane] - x->stall_ns[lane] > stats.stall_ns[most] - x->stall_ns[most])
+  get_stalls(x, stall_ns);
+  for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
+    rest_ns += stall_ns[lane] - before_ns[lane];
+    if (stall_ns[lane] - before_ns[lane] > stall_ns[most] - before_ns[most])
       most = lane;
-  memcpy(x->stall_ns, stats.stall_ns, sizeof x->stall_ns);
-  flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, started_ns, ended_ns, 0);
-}
-
-static uint64_t now_ns(const flap_executor *x) {
-  return x->clock != NULL ? flap_clock_now_ns(x->clock) : flap_units_now_ns();
+  }
+  if (rest_ns > STALL_TRACED_NS)
+    flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, ended_ns - rest_ns, ended_ns, 0);
 }
 
 static flap_status pin(flap_executor *x, uint32_t lease) {
   if (x->trace == NULL)
     return flap_pager_pin(x->pager, lease, &x->host.addresses[lease]);
+  const uint32_t region = x->programs[x->queue[0]].leases[lease].region;
+  uint64_t before_ns[FLAP_LANE_COUNT];
+  get_stalls(x, before_ns);
   const uint64_t started_ns = now_ns(x);
+  flap_device_label_rests(flap_ops_device(x->ops), ((uint64_t)FLAP_OP_PIN + 1) << 32 | region);
   FLAP_TRY(flap_pager_pin(x->pager, lease, &x->host.addresses[lease]));
   const uint64_t ended_ns = now_ns(x);
   if (ended_ns - started_ns > STALL_TRACED_NS)
-    trace_stall(x, x->programs[x->queue[0]].leases[lease].region, started_ns, ended_ns);
+    trace_stall(x, region, before_ns, ended_ns);
   return FLAP_OK;
 }
 
@@ -445,6 +463,11 @@ static uint64_t label_of(const flap_executor *x, const flap_op *op) {
 void flap_executor_trace(struct flap_trace *trace, uint64_t label, uint64_t started_ns, uint64_t ended_ns) {
   const uint64_t kind = (label >> 32) - 1;
   flap_assert(kind < FLAP_OP_KIND_COUNT);
+  if (kind == FLAP_OP_PIN) { /* what is launched behind a pin waits for what it loads */
+    if (ended_ns - started_ns > STALL_TRACED_NS)
+      flap_trace_add(trace, FLAP_TRACE_STALL, WAITS_FOR_H2D, (uint32_t)label, started_ns, ended_ns, 0);
+    return;
+  }
   flap_trace_add(trace, FLAP_TRACE_COMPUTE, flap_program_op_name((flap_op_kind)kind), (uint32_t)label, started_ns,
                  ended_ns, 0);
 }

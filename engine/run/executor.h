@@ -59,14 +59,13 @@ typedef struct flap_executor {
   uint32_t hidden_buffers;
   flap_setup_program queue[2];
   uint32_t queued;
-  uint64_t stall_ns[FLAP_LANE_COUNT]; /* as of the last stall that was traced */
-  const flap_executor_input *input;   /* during a run */
-  double scale;                       /* likewise: its loss scale, which a second backward needs behind the norm */
-  flap_adamw adamw;                   /* of the update that is pending */
-  uint64_t update_step;               /* whose update that is, from 1 */
-  int32_t host_fault;                 /* as device.fault, of the host's updates */
-  bool has_update, skips;             /* skips: the pending update is a skipped step's */
-  bool knows_norm;                    /* of the step in work */
+  const flap_executor_input *input; /* during a run */
+  double scale;                     /* likewise: its loss scale, which a second backward needs behind the norm */
+  flap_adamw adamw;                 /* of the update that is pending */
+  uint64_t update_step;             /* whose update that is, from 1 */
+  int32_t host_fault;               /* as device.fault, of the host's updates */
+  bool has_update, skips;           /* skips: the pending update is a skipped step's */
+  bool knows_norm;                  /* of the step in work */
   enum { FLAP_EXECUTE, FLAP_EXECUTE_NOTHING, FLAP_EXECUTE_SEARCH, FLAP_EXECUTE_UPDATE } mode;
 } flap_executor;
 

@@ -140,6 +140,7 @@ void flap_runtime_stop_trace(flap_runtime *runtime) {
     return;
   runtime->executor.trace = NULL;
   flap_device_label_compute(flap_pager_device(runtime->pager), 0);
+  flap_device_label_rests(flap_pager_device(runtime->pager), 0);
   __atomic_store_n(&runtime->tracing, 0, __ATOMIC_RELEASE);
 }
 

@@ -185,6 +185,23 @@ void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *c
   pthread_mutex_unlock(&device->trace_lock);
 }
 
+uint64_t flap_device_rested_ns(const flap_device *device) {
+  return atomic_load_explicit(&device->rested_ns, memory_order_relaxed);
+}
+
+void flap_device_label_rests(flap_device *device, uint64_t label) {
+  device->rest_label = label;
+}
+
+uint64_t flap_device_idle_since_ns(flap_device *device) {
+  return device->table->idle_since_ns ? device->table->idle_since_ns(device) : 0;
+}
+
+void flap_device_expect_rest(flap_device *device) {
+  if (device->table->expect_rest)
+    device->table->expect_rest(device);
+}
+
 void flap_device_label_compute(flap_device *device, uint64_t label) {
   if (device->table->label_compute)
     device->table->label_compute(device, label);

@@ -125,6 +125,20 @@ void flap_device_sim_slow_copies(flap_device *device, double times);
 uint64_t flap_device_busy_ns(const flap_device *device, flap_stream stream);
 void flap_device_note_compute(flap_device *device, uint64_t ns);
 
+/* Rests of the compute stream, where its work runs beside the thread that launches it.
+ *
+ * How long it rested behind flap_device_stream_wait so far, ns: from the end of what was launched before until the
+ * event. 0 where the wait is the calling thread's. */
+uint64_t flap_device_rested_ns(const flap_device *device);
+/* Such rests bear this label for the observer from here on, as work does; 0: it hears nothing of them. */
+void flap_device_label_rests(flap_device *device, uint64_t label);
+/* Since when it has had nothing to do (flap_units_now_ns or virtual); UINT64_MAX: it has. 0 where its work runs on the
+ * calling thread. On cuda only ends of what was launched before flap_device_expect_rest are sure to be known, and some
+ * 50 microseconds late. From any thread. */
+uint64_t flap_device_idle_since_ns(flap_device *device);
+/* For whoever launches, before it sleeps. */
+void flap_device_expect_rest(flap_device *device);
+
 /* Blocks while so much stands on the compute stream that CUDA might block the next launch or record there, and with it
  * whoever needs a lock that the caller holds, for as long as what runs now takes. For whoever launches there, before
  * such a lock is taken. At most FLAP_DEVICE_AHEAD_MAX launches, records and waits stand there then. Nothing to do

@@ -15,7 +15,9 @@
  *    only ends of slots are such events, of the compute stream's at most SLEEPERS_MAX at a time, and those of STAGES:
  *    its thread looks at other ends every POLL_NS. flap_device_limit_ahead keeps all things that stand there (launches,
  *    records, waits) far from the other number.
- * 6. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
+ * 6. A wait of the compute stream takes a slot too: from the end of what was launched before to the end of the wait the
+ *    stream rests. It is idle when all that stands on it is over, as its lane's thread knows by slots.
+ * 7. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
 #include "kernels/device/device_cuda.h"
@@ -50,6 +52,7 @@ typedef struct slot {
   uint64_t bytes;      /* of a copy; of the compute stream the label */
   uint64_t things;     /* of the compute stream: how many stood on it in all up to here */
   bool timed, notify;
+  bool rests; /* nothing but a wait of the compute stream is in it */
 } slot;
 
 typedef struct cuda_device cuda_device;
@@ -67,6 +70,7 @@ typedef struct lane {
   uint64_t launched;    /* under lock; slot n is at n % RING_SLOTS */
   uint64_t completed;   /* under lock */
   uint64_t things_over; /* under lock; of the compute stream: those up to the last slot that completed */
+  uint64_t over_ns;     /* under lock; when that was seen */
   uint64_t sleepers;    /* under lock; slots that are not over by whose end the thread sleeps */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
@@ -79,9 +83,10 @@ struct cuda_device {
   flap_cuda_properties properties;
   lane lanes[FLAP_STREAM_COUNT];
   cudaEvent_t *events;
-  bool interval_open;             /* the compute stream's launching thread's */
-  uint64_t label;                 /* of the interval that is open, or that opens next; likewise */
-  uint64_t things, things_marked; /* that were put on the compute stream; of these, up to its last slot; likewise */
+  bool interval_open;      /* the compute stream's launching thread's */
+  uint64_t label;          /* of the interval that is open, or that opens next; likewise */
+  _Atomic uint64_t things; /* that were put on the compute stream, by its launching thread */
+  uint64_t things_marked;  /* of these, up to its last slot; likewise */
   unsigned char *stages;
   cudaEvent_t stage_free[STAGES];
   uint32_t stage_next;
@@ -202,7 +207,11 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
     started = l->ended_ns;
   l->ended_ns = ended;
   l->last_timed = number;
-  if (l->stream == FLAP_STREAM_COMPUTE) {
+  if (s->rests) {
+    atomic_fetch_add_explicit(&l->device->base.rested_ns, took, memory_order_relaxed);
+    if (s->bytes != 0)
+      flap_device_observe(&l->device->base, l->stream, started, ended, s->bytes);
+  } else if (l->stream == FLAP_STREAM_COMPUTE) {
     atomic_fetch_add_explicit(&l->device->base.busy_ns[l->stream], took, memory_order_relaxed);
     flap_assert(s->bytes != 0); /* nothing else is timed */
     flap_device_observe(&l->device->base, l->stream, started, ended, s->bytes);
@@ -245,6 +254,7 @@ static void *lane_main(void *context) {
     pthread_mutex_lock(&l->lock);
     l->completed = number;
     l->things_over = s->things;
+    l->over_ns = flap_units_now_ns();
     l->sleepers -= s->sleeps;
     pthread_cond_broadcast(&l->moved);
   }
@@ -322,17 +332,24 @@ void *flap_device_cuda_compute(flap_device *base) {
   return l->cuda;
 }
 
-/* Launches a slot that ends here: it closes the interval if one is open, and may notify. */
-static void put_mark(cuda_device *device, bool notify) {
+/* Launches the slot of the compute stream that was taken last. */
+static void end_slot(cuda_device *device, slot *s) {
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
-  slot *s = lane_take(l); /* the same one that the interval's start was recorded in */
-  s->timed = device->interval_open;
-  s->notify = notify;
-  s->bytes = device->label;
   s->things = device->things_marked = ++device->things;
-  device->interval_open = false;
   record_end(l, s);
   lane_put(l);
+}
+
+/* Launches a slot that ends here: it closes the interval if one is open, and may notify. */
+static void put_mark(cuda_device *device, bool notify) {
+  slot *s =
+      lane_take(lane_of(device, FLAP_STREAM_COMPUTE)); /* the same one that the interval's start was recorded in */
+  s->timed = device->interval_open;
+  s->rests = false;
+  s->notify = notify;
+  s->bytes = device->label;
+  device->interval_open = false;
+  end_slot(device, s);
 }
 
 static void compute_mark(cuda_device *device, bool notify) {
@@ -364,6 +381,21 @@ static void cuda_limit_ahead(flap_device *base) {
     while (is_ahead(device, l, 3))
       pthread_cond_wait(&l->moved, &l->lock);
   pthread_mutex_unlock(&l->lock);
+}
+
+static void cuda_expect_rest(flap_device *base) {
+  cuda_device *device = self(base);
+  if (device->things > device->things_marked)
+    put_mark(device, false);
+}
+
+static uint64_t cuda_idle_since_ns(flap_device *base) {
+  cuda_device *device = self(base);
+  lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  pthread_mutex_lock(&l->lock);
+  const uint64_t since = l->things_over == atomic_load(&device->things) ? l->over_ns : UINT64_MAX;
+  pthread_mutex_unlock(&l->lock);
+  return since;
 }
 
 const flap_cuda_properties *flap_device_cuda_properties(const flap_device *device) {
@@ -558,14 +590,22 @@ static void cuda_event_wait(flap_device *base, flap_event event) {
 
 static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event event) {
   cuda_device *device = self(base);
+  lane *l = lane_of(device, stream);
+  slot *rest = NULL;
   if (cudaEventQuery(device->events[event]) == cudaSuccess)
     return; /* nothing to wait for, so no interval ends either */
   if (stream == FLAP_STREAM_COMPUTE) {
-    device->things++;
     compute_mark(device, false);
+    rest = lane_take(l);
+    rest->timed = rest->rests = true;
+    rest->notify = false;
+    rest->bytes = base->rest_label;
+    device->things += 2;
+    check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
   }
-  check(device, "cannot let a stream wait",
-        cudaStreamWaitEvent(lane_of(device, stream)->cuda, device->events[event], 0));
+  check(device, "cannot let a stream wait", cudaStreamWaitEvent(l->cuda, device->events[event], 0));
+  if (rest != NULL)
+    end_slot(device, rest);
 }
 
 static flap_status cuda_synchronize(flap_device *base) {
@@ -640,6 +680,8 @@ const flap_device_table flap_device_cuda_table = {
     .upload = cuda_upload,
     .download = cuda_download,
     .limit_ahead = cuda_limit_ahead,
+    .expect_rest = cuda_expect_rest,
+    .idle_since_ns = cuda_idle_since_ns,
     .label_compute = cuda_label_compute,
     .memory_peak = cuda_memory_peak,
 };

@@ -31,6 +31,8 @@ typedef struct flap_device_table {
   flap_status (*upload)(flap_device *device, void *to, const void *from, uint64_t bytes);
   flap_status (*download)(flap_device *device, void *to, const void *from, uint64_t bytes);
   void (*limit_ahead)(flap_device *device);                   /* NULL where launches do not run ahead */
+  void (*expect_rest)(flap_device *device);                   /* NULL where there is nothing to do */
+  uint64_t (*idle_since_ns)(flap_device *device);             /* NULL where compute runs on the calling thread */
   void (*label_compute)(flap_device *device, uint64_t label); /* NULL: cpu */
   void (*note_compute)(flap_device *device, uint64_t ns);     /* NULL where the device measures its own kernels */
   void (*sim_work)(flap_device *device, uint64_t ns);         /* NULL but in sim */
@@ -56,6 +58,8 @@ struct flap_device {
   void *arena;
   uint64_t arena_bytes;
   _Atomic uint64_t busy_ns[FLAP_STREAM_COUNT];
+  _Atomic uint64_t rested_ns;
+  uint64_t rest_label;        /* the launching thread's */
   pthread_mutex_t trace_lock; /* held during a call of trace_fn, so that set_trace(NULL) returns after the last one */
   flap_device_trace_fn trace_fn;
   void *trace_context;

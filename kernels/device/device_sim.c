@@ -254,10 +254,23 @@ static void sim_event_wait(flap_device *device, flap_event event) {
 
 static void sim_stream_wait(flap_device *device, flap_stream stream, flap_event event) {
   sim_device *sim = self(device);
-  if (sim->events[event] > sim->free_ns[stream]) /* until then the lane rests */
-    sim->free_ns[stream] = sim->busy_from_ns[stream] = sim->events[event];
-  if (stream == FLAP_STREAM_COMPUTE && device->config.machine.synchronous)
+  const bool beside = stream == FLAP_STREAM_COMPUTE && !device->config.machine.synchronous;
+  const uint64_t start_ns = later(sim->free_ns[stream], now(sim)), end_ns = sim->events[event];
+  if (beside && end_ns > start_ns) {
+    atomic_fetch_add_explicit(&device->rested_ns, end_ns - start_ns, memory_order_relaxed);
+    if (device->rest_label != 0)
+      flap_device_observe(device, stream, start_ns, end_ns, device->rest_label);
+  }
+  if (end_ns > sim->free_ns[stream]) /* until then the lane rests */
+    sim->free_ns[stream] = sim->busy_from_ns[stream] = end_ns;
+  if (stream == FLAP_STREAM_COMPUTE && !beside)
     sim_event_wait(device, event);
+}
+
+static uint64_t sim_idle_since_ns(flap_device *device) {
+  const sim_device *sim = self(device);
+  const uint64_t free_ns = sim->free_ns[FLAP_STREAM_COMPUTE];
+  return device->config.machine.synchronous ? 0 : free_ns <= now(sim) ? free_ns : UINT64_MAX;
 }
 
 /* A notify on the way may launch more, so the end is looked at again until nothing is left. */
@@ -319,6 +332,7 @@ const flap_device_table flap_device_sim_table = {
     .synchronize = sim_synchronize,
     .upload = sim_upload,
     .download = sim_download,
+    .idle_since_ns = sim_idle_since_ns,
     .label_compute = sim_label_compute,
     .sim_work = sim_work,
     .sim_kernel = sim_kernel,

@@ -315,6 +315,50 @@ START_TEST(compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_fo
 }
 END_TEST
 
+static _Atomic uint64_t rest_ns;
+static void hear_rests(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns, uint64_t label) {
+  (void)context;
+  if (stream == FLAP_STREAM_COMPUTE && label == 7)
+    atomic_fetch_add(&rest_ns, ended_ns - started_ns);
+}
+
+START_TEST(rests_of_the_compute_stream_are_told) {
+  flap_device *device = open_device(VRAM, 2);
+  unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 512 * MIB);
+  flap_device_set_trace(device, hear_rests, NULL);
+  flap_device_label_rests(device, 7);
+  ck_assert_uint_eq(flap_device_rested_ns(device), 0);
+  flap_device_copy(device, FLAP_STREAM_H2D, arena, host, 512 * MIB); /* milliseconds */
+  flap_device_event_record(device, 0, FLAP_STREAM_H2D, false);
+  flap_device_stream_wait(device, FLAP_STREAM_COMPUTE, 0);
+  flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 600 * MIB, arena, MIB);
+  ck_assert_uint_eq(flap_device_idle_since_ns(device), UINT64_MAX);
+  flap_device_expect_rest(device);
+  synchronize(device);
+  const uint64_t copying = flap_device_busy_ns(device, FLAP_STREAM_H2D), rested = flap_device_rested_ns(device);
+  printf("copying %.3f ms, resting %.3f ms, told %.3f ms\n", (double)copying * 1e-6, (double)rested * 1e-6,
+         (double)atomic_load(&rest_ns) * 1e-6);
+  ck_assert_uint_gt(rested, copying / 10 * 9); /* from when the wait was launched, which is at once */
+  ck_assert_uint_le(rested, copying + 1000000);
+  ck_assert_uint_gt(atomic_load(&rest_ns), rested / 10 * 9);
+  ck_assert_uint_le(atomic_load(&rest_ns), rested + 1000000);
+  const uint64_t now = flap_units_now_ns(), idle = flap_device_idle_since_ns(device);
+  ck_assert_uint_le(idle, now);
+  ck_assert_uint_lt(now - idle, 100000000);
+  /* What is over when it is waited for is no rest, nor is a wait behind work that takes longer. */
+  flap_device_stream_wait(device, FLAP_STREAM_COMPUTE, 0);
+  flap_device_copy(device, FLAP_STREAM_H2D, arena, host, MIB);
+  flap_device_event_record(device, 1, FLAP_STREAM_H2D, false);
+  for (uint32_t i = 0; i < 64; i++) /* 0.5 ms each at 4 TB/s */
+    flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 600 * MIB, arena, 512 * MIB);
+  flap_device_stream_wait(device, FLAP_STREAM_COMPUTE, 1);
+  synchronize(device);
+  ck_assert_uint_lt(flap_device_rested_ns(device) - rested, 100000);
+  flap_device_close(device);
+  munmap(host, 512 * MIB);
+}
+END_TEST
+
 START_TEST(error_sticks_and_nobody_waits_for_ever) {
   flap_device *device = open_device(VRAM, 2);
   unsigned char *arena = flap_device_arena(device, NULL);
@@ -503,6 +547,7 @@ int main(void) {
   tcase_add_test(tests, slices_are_launched_while_what_is_before_them_runs);
   tcase_add_test(tests, trace_hears_of_every_copy_at_plausible_times);
   tcase_add_test(tests, compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_for);
+  tcase_add_test(tests, rests_of_the_compute_stream_are_told);
   tcase_add_test(tests, error_sticks_and_nobody_waits_for_ever);
   tcase_add_test(tests, random_programs_equal_the_sequential_model);
   suite_add_tcase(suite, tests);

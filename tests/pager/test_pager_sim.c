@@ -140,6 +140,10 @@ static void expect_time(line l, uint64_t ns, uint64_t settled_ns) {
     l.synchronous = synchronous;
     ck_assert_uint_eq(run_line(&l, &stats, &settled), ns);
     ck_assert_uint_eq(settled, settled_ns);
+    uint64_t computing_and_resting_ns = LEASES * l.compute_ns;
+    for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
+      computing_and_resting_ns += stats.stall_ns[lane];
+    ck_assert_uint_eq(computing_and_resting_ns, ns);
   }
 }
 

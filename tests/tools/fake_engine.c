@@ -111,16 +111,18 @@ flap_status flap_engine_knee(const flap_run_config *config, void (*trying)(void 
 
 static flap_status take_step(const flap_run_config *config, const flap_observer *observer, uint64_t step,
                              uint64_t max_steps) {
-  flap_step_report report = {.step = step,
-                             .max_steps = max_steps,
-                             .loss = 5.0 - 0.01 * (double)step,
-                             .grad_norm = 1.25,
-                             .learning_rate = config->learning_rate,
-                             .tokens_per_second = 12345,
-                             .step_seconds = 0.5,
-                             .bound_seconds = 0.4,
-                             .eta_seconds = 61,
-                             .logged = step % config->logging_steps == 0};
+  flap_step_report report = {
+      .step = step,
+      .max_steps = max_steps,
+      .loss = 5.0 - 0.01 * (double)step,
+      .grad_norm = 1.25,
+      .learning_rate = config->learning_rate,
+      .tokens_per_second = 12345,
+      .step_seconds = 0.5,
+      .bound_seconds = 0.4,
+      .stall_seconds = {[FLAP_LANE_H2D] = 0.0049, [FLAP_LANE_DISK_READ] = 0.035, [FLAP_LANE_HOST] = 0.005},
+      .eta_seconds = 61,
+      .logged = step % config->logging_steps == 0};
   if (fake("nan") && step == 3)
     return flap_error_set(FLAP_NUMERIC, "step 3: the loss is not finite; the first layer with such values is 7");
   struct timespec left = {.tv_nsec = fake("slow") || fake("stuck") ? 50000000 : 0};
