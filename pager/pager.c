@@ -361,7 +361,7 @@ static void order_compute(flap_pager *pager, uint32_t slot) {
   pthread_mutex_unlock(&pager->lock);
   flap_device_stream_wait(pager->device, FLAP_STREAM_COMPUTE, pager_load_event(slot));
   pager_enter(pager);
-  pager->stats.stall_ns[FLAP_LANE_H2D] += pager_rest_ns(pager, started_ns);
+  pager_stalled(pager, FLAP_LANE_H2D, started_ns, pager_now_ns(pager));
 }
 
 flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out) {
@@ -453,8 +453,9 @@ flap_status flap_pager_end(flap_pager *pager) {
     flap_assert(pager->program_count > 0);
     flap_assert(program->pinned == program->count && program->released + program->in_jobs == program->count);
     const uint64_t started_ns = pager_now_ns(pager);
+    flap_device_expect_rest(pager->device);
     pager_wait_until(pager, jobs_are_over, pager->program_first, false);
-    pager->stats.stall_ns[FLAP_LANE_HOST] += pager_rest_ns(pager, started_ns);
+    pager_stalled(pager, FLAP_LANE_HOST, started_ns, pager_now_ns(pager));
     status = pager_error(pager);
   }
   if (status == FLAP_OK) {
@@ -482,7 +483,8 @@ flap_status flap_pager_settle(flap_pager *pager) {
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out) {
   pager_enter(pager);
   *stats_out = pager->stats;
-  stats_out->stall_ns[FLAP_LANE_H2D] += flap_device_rested_ns(pager->device);
+  stats_out->stream_stall_ns = flap_device_rested_ns(pager->device);
+  stats_out->stall_ns[FLAP_LANE_H2D] += stats_out->stream_stall_ns;
   stats_out->busy_ns[FLAP_LANE_H2D] = flap_device_busy_ns(pager->device, FLAP_STREAM_H2D) - pager->at_rest_ns[0];
   stats_out->busy_ns[FLAP_LANE_D2H] = flap_device_busy_ns(pager->device, FLAP_STREAM_D2H) - pager->at_rest_ns[1];
   if (pager->block) {

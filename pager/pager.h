@@ -119,11 +119,11 @@ typedef struct flap_pager_config {
   /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
    * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
   const char *shared_folder;
-  flap_clock *clock;     /* with the sim device */
-  bool counts_no_stalls; /* nobody asks what pins waited for: that is not looked for, and a simulation takes less time
-                          */
+  flap_clock *clock;         /* with the sim device */
+  bool counts_no_stalls;     /* nobody asks for stalls: they are not looked for, and a simulation takes less time */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
-  /* Work on the compute stream that was labelled (flap_device_label_compute); any thread; NULL for none. */
+  /* Work on the compute stream that was labelled (flap_device_label_compute), and rests of it (label_rests); any
+   * thread; NULL for none. */
   void (*trace_compute)(void *context, uint64_t label, uint64_t started_ns, uint64_t ended_ns);
   void *trace_context;
 } flap_pager_config;
@@ -293,6 +293,8 @@ typedef struct flap_pager_stats {
   uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that compute rested, by the lane that a pin waited for; for a snapshot to
                                          be drained: FLAP_LANE_DISK_WRITE */
+  uint64_t stream_stall_ns;           /* of FLAP_LANE_H2D's, what compute rested on its own stream, behind pins */
+  uint64_t stalled_until;             /* ns, as the pager's clock: until when compute rested in a pin last */
   uint64_t busy_ns[FLAP_LANE_COUNT];  /* for disks: sum of request times over the depth; copies: as the device measured,
                                          with  those of snapshots */
   uint64_t reread; /* requests that were read once more, because their bytes were not what was written; their second

@@ -624,8 +624,9 @@ void pager_wait_to_drain(flap_pager *pager, pager_ready_fn ready, uint32_t argum
 /* Wakes who need not wait any more. Charges the time since the last look to the lane that the pin waits for. */
 void pager_wait_look(flap_pager *pager);
 uint64_t pager_now_ns(const flap_pager *pager);
-/* Of the time since then, that in which compute rested: all of it where it runs on the engine thread. */
-uint64_t pager_rest_ns(flap_pager *pager, uint64_t since_ns);
+/* Charges a lane with the time between the two in which compute rested: all of it where it runs on the engine thread.
+ */
+void pager_stalled(flap_pager *pager, flap_lane lane, uint64_t since_ns, uint64_t now_ns);
 flap_status pager_thread_start(flap_pager *pager);
 void pager_thread_stop(flap_pager *pager);
 bool pager_is_idle(flap_pager *pager, uint32_t unused);

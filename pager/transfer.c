@@ -152,10 +152,15 @@ bool pager_is_idle(flap_pager *pager, uint32_t unused) {
          pager->write_free == pager->write_buffers;
 }
 
-uint64_t pager_rest_ns(flap_pager *pager, uint64_t since_ns) {
-  const uint64_t now_ns = pager_now_ns(pager), idle_ns = flap_device_idle_since_ns(pager->device);
+void pager_stalled(flap_pager *pager, flap_lane lane, uint64_t since_ns, uint64_t now_ns) {
+  if (pager->counts_no_stalls)
+    return;
+  const uint64_t idle_ns = flap_device_idle_since_ns(pager->device);
   const uint64_t from_ns = idle_ns > since_ns ? idle_ns : since_ns;
-  return from_ns < now_ns ? now_ns - from_ns : 0;
+  if (from_ns >= now_ns)
+    return;
+  pager->stats.stall_ns[lane] += now_ns - from_ns;
+  pager->stats.stalled_until = now_ns;
 }
 
 static void look_at(flap_pager *pager, pager_wait *wait, pthread_cond_t *wake) {
@@ -163,9 +168,10 @@ static void look_at(flap_pager *pager, pager_wait *wait, pthread_cond_t *wake) {
     return;
   bool over = pager->error != FLAP_OK || wait->ready(pager, wait->argument);
   if (wait->is_pin && !pager->counts_no_stalls) {
+    const uint64_t now_ns = pager_now_ns(pager);
     if (wait->lane < FLAP_LANE_COUNT)
-      pager->stats.stall_ns[wait->lane] += pager_rest_ns(pager, wait->since_ns);
-    wait->since_ns = pager_now_ns(pager);
+      pager_stalled(pager, wait->lane, wait->since_ns, now_ns);
+    wait->since_ns = now_ns;
     wait->lane = over ? FLAP_LANE_COUNT : pager_waits_for(pager, wait->argument);
   }
   if (!over)
@@ -203,7 +209,7 @@ void pager_wait_until(flap_pager *pager, pager_ready_fn ready, uint32_t argument
   look_at(pager, &pager->wait, &pager->engine_wake);
   if (!pager->wait.ready)
     return;
-  if (!pager->counts_no_stalls)
+  if (is_pin)
     flap_device_expect_rest(pager->device);
   if (pager->clock) {
     wait_on_clock(pager);

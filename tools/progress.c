@@ -69,11 +69,11 @@ static void format_stalls(const flap_step_report *report, char text[STALLS_BYTES
   text[0] = '\0';
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
     const double seconds = report->stall_seconds[lane];
-    if (!(seconds >= STALL_SHARE_MIN * report->step_seconds) || length >= STALLS_BYTES)
+    if (!(seconds > 0 && seconds >= STALL_SHARE_MIN * report->step_seconds) || length >= STALLS_BYTES)
       continue;
-    length += (size_t)snprintf(text + length, STALLS_BYTES - length, "%s %s %s", length == 0 ? "  waits" : ",",
-                               flap_pager_lane_name((flap_lane)lane),
-                               flap_text_percent(seconds, report->step_seconds).text);
+    length +=
+        (size_t)snprintf(text + length, STALLS_BYTES - length, "%s %s %s", length == 0 ? "  waits" : ",",
+                         flap_pager_lane_name((flap_lane)lane), flap_text_percent(seconds, report->step_seconds).text);
   }
 }
 

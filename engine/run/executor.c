@@ -397,53 +397,40 @@ static flap_status perform(flap_executor *x, const flap_op *op, flap_executor_re
   return FLAP_OK;
 }
 
-static uint64_t now_ns(const flap_executor *x) {
-  return x->clock != NULL ? flap_clock_now_ns(x->clock) : flap_units_now_ns();
-}
-
-/* How long compute has rested in pins so far, by what these waited for: without rests in waits of the compute stream,
- * which the device tells (flap_executor_trace). */
-static void get_stalls(const flap_executor *x, uint64_t stall_ns_out[FLAP_LANE_COUNT]) {
-  const uint64_t beside_ns = flap_device_rested_ns(flap_ops_device(x->ops));
-  flap_pager_stats stats;
-  flap_pager_get_stats(x->pager, &stats);
-  memcpy(stall_ns_out, stats.stall_ns, sizeof stats.stall_ns);
-  stall_ns_out[FLAP_LANE_H2D] -= beside_ns;
-}
-
-/* A stall in the trace is what compute rested in a pin, at its end. It bears the name of the lane that was waited for
- * most, and the region. */
-static void trace_stall(flap_executor *x, uint32_t region, const uint64_t before_ns[FLAP_LANE_COUNT],
-                        uint64_t ended_ns) {
+/* A stall in the trace is what compute rested in a pin, until the end of that. It bears the name of the lane that was
+ * waited for most, and the region. Rests on the compute stream are told by the device (flap_executor_trace). */
+static void trace_stall(flap_executor *x, uint32_t region, const flap_pager_stats *before,
+                        const flap_pager_stats *after) {
   static const char *const names[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = WAITS_FOR_H2D,
                                                      [FLAP_LANE_D2H] = "waits for d2h",
                                                      [FLAP_LANE_DISK_READ] = "waits for disk read",
                                                      [FLAP_LANE_DISK_WRITE] = "waits for disk write",
                                                      [FLAP_LANE_HOST] = "waits for the host's update"};
-  uint64_t stall_ns[FLAP_LANE_COUNT], rest_ns = 0;
+  uint64_t ns[FLAP_LANE_COUNT], all_ns = 0;
   int most = 0;
-  get_stalls(x, stall_ns);
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++) {
-    rest_ns += stall_ns[lane] - before_ns[lane];
-    if (stall_ns[lane] - before_ns[lane] > stall_ns[most] - before_ns[most])
+    ns[lane] = after->stall_ns[lane] - before->stall_ns[lane];
+    if (lane == FLAP_LANE_H2D)
+      ns[lane] -= after->stream_stall_ns - before->stream_stall_ns;
+    all_ns += ns[lane];
+    if (ns[lane] > ns[most])
       most = lane;
   }
-  if (rest_ns > STALL_TRACED_NS)
-    flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, ended_ns - rest_ns, ended_ns, 0);
+  if (all_ns > STALL_TRACED_NS)
+    flap_trace_add(x->trace, FLAP_TRACE_STALL, names[most], region, after->stalled_until - all_ns, after->stalled_until,
+                   0);
 }
 
 static flap_status pin(flap_executor *x, uint32_t lease) {
   if (x->trace == NULL)
     return flap_pager_pin(x->pager, lease, &x->host.addresses[lease]);
   const uint32_t region = x->programs[x->queue[0]].leases[lease].region;
-  uint64_t before_ns[FLAP_LANE_COUNT];
-  get_stalls(x, before_ns);
-  const uint64_t started_ns = now_ns(x);
+  flap_pager_stats before, after;
+  flap_pager_get_stats(x->pager, &before);
   flap_device_label_rests(flap_ops_device(x->ops), ((uint64_t)FLAP_OP_PIN + 1) << 32 | region);
   FLAP_TRY(flap_pager_pin(x->pager, lease, &x->host.addresses[lease]));
-  const uint64_t ended_ns = now_ns(x);
-  if (ended_ns - started_ns > STALL_TRACED_NS)
-    trace_stall(x, region, before_ns, ended_ns);
+  flap_pager_get_stats(x->pager, &after);
+  trace_stall(x, region, &before, &after);
   return FLAP_OK;
 }
 
@@ -525,6 +512,7 @@ static flap_status run_ops(flap_executor *x, flap_setup_program which, flap_exec
   }
   x->queue[0] = x->queue[1];
   x->queued--;
+  flap_device_limit_ahead(flap_ops_device(x->ops));
   return flap_pager_end(x->pager);
 }
 

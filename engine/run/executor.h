@@ -49,7 +49,6 @@ typedef struct flap_executor {
   flap_host_optimizer *host_optimizer; /* NULL where the host updates nothing, and in a simulation */
   const flap_op_times *times;          /* a simulation's: what operations take; else NULL */
   struct flap_trace *trace;            /* or NULL */
-  const flap_clock *clock;             /* a simulation's; else NULL */
   bool timed;                          /* launches are over when they return, so their times go to the trace */
   /* of the next step; begun by flap_executor_open, set by the owner who resumes a run */
   flap_loss_scale loss_scale;

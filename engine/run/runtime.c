@@ -88,7 +88,6 @@ static flap_status open_executor(flap_runtime *runtime, const flap_setup *setup,
   x->pager = runtime->pager;
   x->host_optimizer = runtime->host_optimizer;
   x->times = runtime->simulated ? config->times : NULL;
-  x->clock = runtime->clock;
   flap_buffers_take_device(x->layout, setup->spec.device, setup->spec.threads, &runtime->vram, &x->device);
   flap_arena_seal(&runtime->vram);
   flap_buffers_take_host(x->layout, setup->pager.leases_max, &runtime->ram, &x->host);

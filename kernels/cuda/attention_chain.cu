@@ -6,7 +6,7 @@
  * scratch, in the order of the keys, each block waiting for its turn: the first stores, those between add, and the last,
  * whose keys reach the diagonal, adds, rounds and writes dq. The orders of all sums are thus functions of the shape.
  * Blocks that begin together have the same tile at the same time, whichever keys they have, so a turn comes when it is
- * waited for: from the diagonal on, each would be two steps ahead of the one before it, and wait for that.
+ * waited for: from the diagonal on, each would be 128 queries ahead of the one before it, and wait for that.
  *
  * Nobody waits for ever. Work is handed out by tickets, and a turn belongs to a lower ticket than those that wait for
  * it: within a section of units all first blocks of keys come first, then all second ones, and so on; a sum's slot goes

@@ -9,7 +9,12 @@
 #define FORWARD_HELD 4u
 #define FORWARD_THREADS 512u
 #define BACKWARD_THREADS 512u
-#define RING_ROWS 3u /* 96 KiB of shared memory at most, which every GPU has */
+/* Of rows that are on their way, with so many groups per thread: 72 and 96 KiB of shared memory at most, of 99 that a
+ * block may have on a consumer's GPU. */
+#define RING_ROWS(HELD) ((HELD) == 1 ? 3u : 2u)
+#define RING_BYTES(HELD, THREADS) (RING_ROWS(HELD) * 3 * (HELD) * (THREADS)*16)
+static_assert(RING_BYTES(1, BACKWARD_THREADS) <= 98 * 1024 && RING_BYTES(2, BACKWARD_THREADS) <= 98 * 1024,
+              "every GPU has it");
 #define FOLD_COLUMNS 32u
 #define FOLD_ROWS 8u
 
@@ -156,8 +161,8 @@ __device__ inline void backward_group(const backward_arguments<T> &a, float dwei
 }
 
 /* Rows of at most HELD groups per thread: everything stays in registers. With RING, which takes vectors of a 16-bit
- * type, rows come by copies into shared memory that RING_ROWS - 1 of them are ahead of what is summed: a row is little,
- * and memory far away. A thread reads only what it has copied itself. dx may be stored over dy or dresidual of its own
+ * type, rows come by copies into shared memory that one or two of them are ahead of what is summed: a row is little,
+ * and memory far away. A thread reads only what it has copied itself. Without it a row is loaded when its turn comes. dx may be stored over dy or dresidual of its own
  * row, never of a later one. */
 template <typename T, uint32_t HELD, bool RING>
 __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 ? 2 : 1)
@@ -177,8 +182,9 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
   }
   /* Of one row: dy, x and the residual, the HELD groups of each. */
   const uint32_t place = shared_address(ring) + threadIdx.x * 16, step = blockDim.x * 16;
+  constexpr uint32_t ROWS = RING_ROWS(HELD);
   const auto copy_row = [&](uint32_t token) {
-    const uint32_t to = place + token % RING_ROWS * (3 * HELD * step);
+    const uint32_t to = place + token % ROWS * (3 * HELD * step);
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k)
       if (token < last && valid[k] > 0) {
@@ -191,15 +197,15 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
     copies_commit();
   };
   if (RING)
-    for (uint32_t row = 0; row + 1 < RING_ROWS; ++row)
+    for (uint32_t row = 0; row + 1 < ROWS; ++row)
       copy_row(first + row);
   for (uint32_t token = first; token < last; ++token) {
     const uint64_t row_at = (uint64_t)token * a.hidden;
-    const uint32_t from = place + token % RING_ROWS * (3 * HELD * step);
+    const uint32_t from = place + token % ROWS * (3 * HELD * step);
     row_operands<T> row[HELD] = {}; /* what is not ours stays zero */
     float w[GROUP], sum = 0;
     if (RING)
-      copies_wait<RING_ROWS - 2>();
+      copies_wait<static_cast<int>(ROWS) - 2>();
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k) {
       if (valid[k] == 0)
@@ -218,7 +224,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
     }
     const float mean = block_sum(sum, shared[token % 2]) / (float)a.hidden * rstd * rstd;
     if (RING)
-      copy_row(token + RING_ROWS - 1);
+      copy_row(token + ROWS - 1);
 #pragma unroll
     for (uint32_t k = 0; k < HELD; ++k) {
       widen(w, weight[k]);
@@ -321,7 +327,7 @@ void cuda_rmsnorm(flap_ops *ops, flap_dtype dtype, void *out, float *rstd, void 
 template <typename T, uint32_t HELD>
 static cudaError_t launch_narrow(const backward_arguments<T> &arguments, uint32_t parts, cudaStream_t stream) {
   const uint32_t threads = threads_for(arguments.hidden, BACKWARD_THREADS, HELD);
-  const uint32_t bytes = RING_ROWS * 3 * HELD * threads * 16;
+  const uint32_t bytes = RING_BYTES(HELD, threads);
   if (sizeof(T) != 2 || !arguments.vectors) {
     norm_backward_narrow<T, HELD, false><<<parts, threads, 0, stream>>>(arguments);
     return cudaGetLastError();

@@ -27,8 +27,8 @@
 
 /* Sums of a bias: a part has so many tokens, more where there are many. */
 #define BIAS_PART_TOKENS 256u
-/* Where turns cost less than computing scores twice: measured on an H100, see ATTENTION.md. */
-#define CHAIN_QUERIES 1000u /* the fewest that were measured */
+/* From where on turns cost less than computing scores twice: the fewest that were measured, see ATTENTION.md. */
+#define CHAIN_QUERIES 1000u
 #define BIAS_PARTS_MAX 64u
 #define ROW_GROUP 8u /* elements that a thread of a row-wise kernel loads at once */
 

@@ -136,7 +136,7 @@ void flap_device_label_rests(flap_device *device, uint64_t label);
  * calling thread. On cuda only ends of what was launched before flap_device_expect_rest are sure to be known, and some
  * 50 microseconds late. From any thread. */
 uint64_t flap_device_idle_since_ns(flap_device *device);
-/* For whoever launches, before it sleeps. */
+/* For whoever launches, before it sleeps. Counts as a launch (flap_device_limit_ahead). */
 void flap_device_expect_rest(flap_device *device);
 
 /* Blocks while so much stands on the compute stream that CUDA might block the next launch or record there, and with it
@@ -153,7 +153,8 @@ void flap_device_limit_ahead(flap_device *device);
 void flap_device_label_compute(flap_device *device, uint64_t label);
 
 /* Observes copies for the trace: called with start and end (flap_units_now_ns or virtual) of every copy, on the copying
- * thread; NULL turns it off. For the compute stream it hears of labelled work, with the label in place of the bytes. */
+ * thread; NULL turns it off. For the compute stream it hears of labelled work and rests, with the label in place of the
+ * bytes. */
 typedef void (*flap_device_trace_fn)(void *context, flap_stream stream, uint64_t started_ns, uint64_t ended_ns,
                                      uint64_t bytes);
 void flap_device_set_trace(flap_device *device, flap_device_trace_fn fn, void *context);

@@ -600,7 +600,7 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
     rest->timed = rest->rests = true;
     rest->notify = false;
     rest->bytes = base->rest_label;
-    device->things += 2;
+    device->things += 2; /* and the end */
     check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
   }
   check(device, "cannot let a stream wait", cudaStreamWaitEvent(l->cuda, device->events[event], 0));

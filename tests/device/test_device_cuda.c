@@ -354,6 +354,18 @@ START_TEST(rests_of_the_compute_stream_are_told) {
   flap_device_stream_wait(device, FLAP_STREAM_COMPUTE, 1);
   synchronize(device);
   ck_assert_uint_lt(flap_device_rested_ns(device) - rested, 100000);
+  /* Without a label nobody hears of rests; and the end of what nobody asked for is not known. */
+  const uint64_t told = atomic_load(&rest_ns), before = flap_device_rested_ns(device);
+  flap_device_label_rests(device, 0);
+  flap_device_copy(device, FLAP_STREAM_H2D, arena, host, 512 * MIB);
+  flap_device_event_record(device, 0, FLAP_STREAM_H2D, false);
+  flap_device_stream_wait(device, FLAP_STREAM_COMPUTE, 0);
+  synchronize(device);
+  ck_assert_uint_gt(flap_device_rested_ns(device) - before, copying / 2);
+  ck_assert_uint_eq(atomic_load(&rest_ns), told);
+  flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 600 * MIB, arena, MIB);
+  synchronize(device);
+  ck_assert_uint_eq(flap_device_idle_since_ns(device), UINT64_MAX);
   flap_device_close(device);
   munmap(host, 512 * MIB);
 }

@@ -245,6 +245,36 @@ START_TEST(observer_hears_of_work_that_bears_a_label) {
 }
 END_TEST
 
+START_TEST(rests_of_the_compute_stream_are_told) {
+  open_sim(false, 0);
+  told_count_ = 0;
+  ck_assert_uint_eq(flap_device_idle_since_ns(device_), 0);
+  kernel(1000); /* 0 .. 1010 */
+  ck_assert_uint_eq(flap_device_idle_since_ns(device_), UINT64_MAX);
+  h2d(10000);
+  flap_device_event_record(device_, 0, FLAP_STREAM_H2D, false);
+  flap_device_set_trace(device_, tell, NULL);
+  flap_device_label_rests(device_, 9);
+  flap_device_stream_wait(device_, FLAP_STREAM_COMPUTE, 0);
+  flap_device_stream_wait(device_, FLAP_STREAM_COMPUTE, 0); /* nothing is left to wait for */
+  flap_device_event_wait(device_, 0);
+  const uint64_t copied_ns = flap_clock_now_ns(clock_), wanted[] = {FLAP_STREAM_COMPUTE, 1010, copied_ns, 9};
+  ck_assert_uint_gt(copied_ns, 1010);
+  ck_assert_uint_eq(told_count_, 1);
+  ck_assert_mem_eq(told_[0], wanted, sizeof wanted);
+  ck_assert_uint_eq(flap_device_rested_ns(device_), copied_ns - 1010);
+  ck_assert_uint_eq(flap_device_idle_since_ns(device_), copied_ns);
+  close_sim();
+  open_sim(true, 0); /* where the wait is the calling thread's */
+  h2d(10000);
+  flap_device_event_record(device_, 0, FLAP_STREAM_H2D, false);
+  flap_device_stream_wait(device_, FLAP_STREAM_COMPUTE, 0);
+  ck_assert_uint_eq(flap_device_rested_ns(device_), 0);
+  ck_assert_uint_eq(flap_device_idle_since_ns(device_), 0);
+  close_sim();
+}
+END_TEST
+
 START_TEST(copies_take_longer_from_when_they_are_slowed) {
   open_sim(false, 0);
   h2d(1000); /* 0 .. 1100 */
@@ -517,6 +547,7 @@ int main(void) {
   tcase_add_test(tests, copies_both_ways_slow_each_other);
   tcase_add_test(tests, copies_are_not_slowed_by_a_lane_that_waits);
   tcase_add_test(tests, observer_hears_of_work_that_bears_a_label);
+  tcase_add_test(tests, rests_of_the_compute_stream_are_told);
   tcase_add_test(tests, copies_take_longer_from_when_they_are_slowed);
   tcase_add_test(tests, rates_of_both_that_are_none_are_refused);
   tcase_add_test(tests, stream_wait_starts_no_earlier_than_the_event);

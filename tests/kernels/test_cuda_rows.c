@@ -126,8 +126,20 @@ static void check_norm_backward(gpu_rig *g, rig_random *random, uint32_t tokens,
 }
 
 static void norm_backward(gpu_rig *g, rig_random *random) {
-  const uint32_t shapes[][2] = {{1, 1},     {3, 1025}, {1000, 16},  {2000, 128},
-                                {40, 8192}, {5, 8200}, {70, 16392}, {3, 20000}};
+  const uint32_t shapes[][2] = {{1, 1},
+                                {3, 1025},
+                                {1000, 16},
+                                {2000, 128},
+                                {40, 8192},
+                                {5, 8200},
+                                {70, 16392},
+                                {3, 20000},
+                                /* from here on parts of more rows than are on their way at a time */
+                                {6000, 128},
+                                {3000, 2048},
+                                {1500, 4096},
+                                {1100, 5120},
+                                {700, 8192}};
   for (uint32_t i = 0; i < sizeof shapes / sizeof *shapes; ++i)
     check_norm_backward(g, random, shapes[i][0], shapes[i][1], i % 3);
   for (uint32_t i = 0; i < 9; ++i)
