@@ -151,7 +151,7 @@ typedef struct flap_step_report {
   double step_seconds, tokens_per_second, mfu; /* mfu: of the machine's matmul rate */
   double bound_seconds;
   bool defers_update; /* to the next step: it took less than steps take, even less than the bound perhaps */
-  double stall_seconds[FLAP_LANE_COUNT];
+  double stall_seconds[FLAP_LANE_COUNT]; /* in which compute rested, by the lane that it rested for */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
   double eta_seconds;     /* by what steps took of late */

@@ -48,7 +48,7 @@ START_TEST(presets_are_whole_and_plausible) {
     ck_assert_ptr_nonnull(strstr(p->text, "# "));
     ck_assert_msg(strstr(p->text, "easured") != NULL, "%s does not say what was measured", p->name);
   }
-  ck_assert_uint_eq(count, 6);
+  ck_assert_uint_eq(count, 7);
 }
 END_TEST
 

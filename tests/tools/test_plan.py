@@ -245,7 +245,7 @@ machine: rtx4090-64g-1nvme
         self.refuse("model: head_dim is 100, and the cuda device computes attention for multiples of 8 up to 256", "plan",
                     "large.yaml", "model.head_dim=100")
         listed = self.accept("plan", "--list-machines")
-        for wanted in ["h100-80g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
+        for wanted in ["h100-80g", "h200-141g", "rtx4060-laptop", "rtx4090-thunderbolt4", "79.6 GiB"]:
             self.assertIn(wanted, listed)
 
     def test_model_that_is_more_than_can_be_planned_with_is_named(self):
