@@ -113,16 +113,6 @@ __device__ inline row_operands<T> load_row(const backward_arguments<T> &a, uint6
   return row;
 }
 
-template <typename T> __device__ inline raw_group<T> shared_group(uint32_t from) {
-  raw_group<T> raw = {};
-  if (sizeof(T) == 2) {
-    uint4 w;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from));
-    *reinterpret_cast<uint4 *>(raw.elements) = w;
-  }
-  return raw;
-}
-
 template <typename T> __device__ inline float row_product(float sum, const row_operands<T> &row, const float w[GROUP]) {
   float dy[GROUP], x[GROUP];
   widen(dy, row.dy);
@@ -161,9 +151,9 @@ __device__ inline void backward_group(const backward_arguments<T> &a, float dwei
 }
 
 /* Rows of at most HELD groups per thread: everything stays in registers. With RING, which takes vectors of a 16-bit
- * type, rows come by copies into shared memory that one or two of them are ahead of what is summed: a row is little,
- * and memory far away. A thread reads only what it has copied itself. Without it a row is loaded when its turn comes. dx may be stored over dy or dresidual of its own
- * row, never of a later one. */
+ * type, rows come by copies into shared memory that are one or two rows ahead of what is summed: a row is little, and
+ * memory far away. A thread reads only what it has copied itself. Without RING a row is loaded when its turn comes. dx
+ * may be stored over dy or dresidual of its own row, never of a later one. */
 template <typename T, uint32_t HELD, bool RING>
 __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 ? 2 : 1)
     norm_backward_narrow(const backward_arguments<T> a) {
@@ -211,8 +201,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
       if (valid[k] == 0)
         continue;
       if (RING)
-        row[k] = {shared_group<T>(from + k * step), shared_group<T>(from + (HELD + k) * step),
-                  shared_group<T>(from + (2 * HELD + k) * step)};
+        row[k] = {load_shared<T>(from + k * step), load_shared<T>(from + (HELD + k) * step),
+                  load_shared<T>(from + (2 * HELD + k) * step)};
       else
         row[k] = load_row(a, row_at + at[k], valid[k]);
     }
@@ -333,10 +323,12 @@ static cudaError_t launch_narrow(const backward_arguments<T> &arguments, uint32_
     return cudaGetLastError();
   }
   const auto kernel = norm_backward_narrow<T, HELD, sizeof(T) == 2>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status != cudaSuccess)
-    return status;
+  if (bytes > 48 * 1024) { /* what a launch may have unasked */
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess)
+      return status;
+  }
   kernel<<<parts, threads, bytes, stream>>>(arguments);
   return cudaGetLastError();
 }

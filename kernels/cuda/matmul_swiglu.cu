@@ -96,8 +96,8 @@ __device__ __forceinline__ void finish_backward(const swiglu_args<T> &args, uint
     copies_wait<AHEAD - 1>();
     if (row < rows && column_valid) {
       float x[GROUP], u[GROUP], d[GROUP];
-      widen(x, read_16<T>(mine + slot * 1024));
-      widen(u, read_16<T>(mine + slot * 1024 + 512));
+      widen(x, load_shared<T>(mine + slot * 1024));
+      widen(u, load_shared<T>(mine + slot * 1024 + 512));
       widen(d, read_tile<T>(shared, row, lane * GROUP));
 #pragma unroll
       for (uint32_t k = 0; k < GROUP; ++k) {

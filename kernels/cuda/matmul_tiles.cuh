@@ -201,18 +201,10 @@ __device__ __forceinline__ void hand_over(const float (&c)[1][COLUMNS / 8][4], u
 
 /* ---- what warps that finish tiles use ---- */
 
-template <typename T> __device__ __forceinline__ raw_group<T> read_16(uint32_t from) {
-  raw_group<T> raw;
-  uint4 w;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from));
-  *reinterpret_cast<uint4 *>(raw.elements) = w;
-  return raw;
-}
-
 /* 8 neighbours of a row of the rounded tile. */
 template <typename T>
 __device__ __forceinline__ raw_group<T> read_tile(uint32_t shared, uint32_t row, uint32_t column) {
-  return read_16<T>(shared + C + column / 64 * (ROWS * PANEL_ROW) + row * PANEL_ROW +
+  return load_shared<T>(shared + C + column / 64 * (ROWS * PANEL_ROW) + row * PANEL_ROW +
                     ((column / 8 % 8 ^ row % 8) << 4));
 }
 

@@ -340,10 +340,10 @@ static void end_slot(cuda_device *device, slot *s) {
   lane_put(l);
 }
 
-/* Launches a slot that ends here: it closes the interval if one is open, and may notify. */
+/* Launches a slot that ends here, the one that the interval's start was recorded in if one is open, which it closes; it
+ * may notify. */
 static void put_mark(cuda_device *device, bool notify) {
-  slot *s =
-      lane_take(lane_of(device, FLAP_STREAM_COMPUTE)); /* the same one that the interval's start was recorded in */
+  slot *s = lane_take(lane_of(device, FLAP_STREAM_COMPUTE));
   s->timed = device->interval_open;
   s->rests = false;
   s->notify = notify;
