@@ -100,13 +100,12 @@ template <typename T> __device__ inline raw_group<T> load_raw(const T *p, uint32
 }
 
 /* A group of a 16-bit type at an address in shared memory. */
-template <typename T> __device__ inline raw_group<T> load_shared(uint32_t from) {
-  raw_group<T> raw = {};
-  if (sizeof raw == sizeof(uint4)) {
-    uint4 w;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from));
-    *reinterpret_cast<uint4 *>(raw.elements) = w;
-  }
+template <typename T> __device__ __forceinline__ raw_group<T> load_shared(uint32_t from) {
+  raw_group<T> raw;
+  static_assert(sizeof raw == sizeof(uint4));
+  uint4 w;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from));
+  *reinterpret_cast<uint4 *>(raw.elements) = w;
   return raw;
 }
 

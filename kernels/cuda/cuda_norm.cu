@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, HELD == 1 && sizeof(T) == 2 
     for (uint32_t k = 0; k < HELD; ++k) {
       if (valid[k] == 0)
         continue;
-      if (RING)
+      if constexpr (RING)
         row[k] = {load_shared<T>(from + k * step), load_shared<T>(from + (HELD + k) * step),
                   load_shared<T>(from + (2 * HELD + k) * step)};
       else
