@@ -58,6 +58,7 @@ typedef struct flap_plan {
 
   /* choices */
   uint32_t segment_layers, tail_layers, group_micro_batches, saved_layers;
+  bool layerwise;                  /* layers that save nothing are computed again one by one, not as a segment */
   uint32_t host_parts, part_count; /* of embedding, layers and head so many are updated by the host's cores */
   char saved_tensors[128];         /* what of a layer these save: "attention, lse"; "" for no layer */
   bool saved_whole;                /* which is all there is */

@@ -54,6 +54,8 @@ typedef enum flap_run_saved {
   FLAP_RUN_SAVED_ALL,
   FLAP_RUN_SAVED_EVERYTHING
 } flap_run_saved;
+/* What is computed again at once, where a segment of several layers saves nothing. */
+typedef enum flap_recompute { FLAP_RECOMPUTE_AUTO, FLAP_RECOMPUTE_SEGMENTS, FLAP_RECOMPUTE_LAYERS } flap_recompute;
 typedef enum flap_clip { FLAP_CLIP_AUTO, FLAP_CLIP_FOLD, FLAP_CLIP_SWEEP } flap_clip;
 /* When a part is updated: in the next forward, right before it is used; behind the whole backward; or in the backward,
  * once its gradient is complete. Where the norm of all gradients is needed first, that is a second backward. */
@@ -97,7 +99,8 @@ typedef struct flap_expert {
   uint32_t tail_layers; /* of the last segment */
   uint32_t group_micro_batches;
   flap_run_saved saved; /* which tensors a layer saves that saves any */
-  flap_clip clip;       /* the same as update: fold or sweep */
+  flap_recompute recompute;
+  flap_clip clip; /* the same as update: fold or sweep */
   flap_update_when update;
   flap_optimizer_place optimizer;
   uint64_t page_bytes;    /* a power of two, 4 KiB .. 4 MiB */

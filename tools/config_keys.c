@@ -46,6 +46,8 @@ static const flap_config_word saved_words[] = {{"auto", FLAP_RUN_SAVED_AUTO},
                                                {"all", FLAP_RUN_SAVED_ALL},
                                                {"everything", FLAP_RUN_SAVED_EVERYTHING},
                                                {NULL, 0}};
+static const flap_config_word recompute_words[] = {
+    {"auto", FLAP_RECOMPUTE_AUTO}, {"segments", FLAP_RECOMPUTE_SEGMENTS}, {"layers", FLAP_RECOMPUTE_LAYERS}, {NULL, 0}};
 static const flap_config_word matmul_words[] = {
     {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};
 static const flap_config_word io_words[] = {
@@ -202,6 +204,9 @@ static const flap_config_key keys[] = {
           "Micro-batches that pass the layers together."),
     WORD("expert.saved", expert.saved, saved_words,
          "Which activations a layer saves that saves any: attention's result, all but the MLP's, or all."),
+    WORD("expert.recompute", expert.recompute, recompute_words,
+         "What is computed again at once, where a segment saves nothing: all of it; or a layer, which takes less vram "
+         "and one more forward."),
     WORD("expert.update", expert.update, update_words,
          "Update folded into the next forward, swept after the backward, or in the backward: a second one, where "
          "gradients are clipped or scaled."),

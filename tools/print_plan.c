@@ -77,7 +77,7 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   fprintf(out, "\nsegments of %u layers, a tail of %u, groups of %u of %u micro-batches\n", plan->segment_layers,
           plan->tail_layers, plan->group_micro_batches, plan->micro_batches);
   if (plan->saved_layers == 0)
-    fputs("activations recomputed", out);
+    fprintf(out, "activations recomputed%s", plan->layerwise ? ", layer by layer" : "");
   else
     fprintf(out, "activations of %u layers %s", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
   if (plan->saved_layers > 0 && !plan->saved_whole)
@@ -317,6 +317,7 @@ static json_t *classes_json(const flap_plan *plan) {
 
 static void add_choices(json_t *object, const flap_plan *plan) {
   set_integer(object, "segment_layers", plan->segment_layers);
+  set_bool(object, "layerwise", plan->layerwise);
   set_integer(object, "tail_layers", plan->tail_layers);
   set_integer(object, "host_parts", plan->host_parts);
   set_integer(object, "part_count", plan->part_count);

@@ -173,6 +173,7 @@ static void add_pages(const flap_planner *planner, planner_candidates *c) {
 /* `twice`: of steps with two backwards. */
 static void list(const flap_planner *planner, bool twice, planner_candidates *c) {
   memset(c, 0, sizeof *c);
+  c->layerwise = planner->expert.recompute == FLAP_RECOMPUTE_LAYERS;
   add_segments(planner, c);
   add_groups(planner, twice, c);
   add_tails(planner, c);

@@ -5,9 +5,9 @@
 #include <string.h>
 
 static bool same_skeleton(const planner_skeleton *s, const planner_skeleton *t) {
-  return s->segment == t->segment && s->tail == t->tail && s->group == t->group && s->spread == t->spread &&
-         s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask && s->host == t->host &&
-         s->spares_first == t->spares_first && s->backward.device == t->backward.device &&
+  return s->segment == t->segment && s->tail == t->tail && s->group == t->group && s->layerwise == t->layerwise &&
+         s->spread == t->spread && s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask &&
+         s->host == t->host && s->spares_first == t->spares_first && s->backward.device == t->backward.device &&
          s->backward.host == t->backward.host && s->keeps == t->keeps && s->slice == t->slice && s->page == t->page &&
          s->staging == t->staging;
 }

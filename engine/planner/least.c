@@ -147,6 +147,7 @@ static flap_status find_least(const flap_planner *planner, const flap_budgets *b
       planner_skeleton s = {.segment = c->segments[i],
                             .tail = planner_tail(planner, c->segments[i], c->tails[0]),
                             .group = c->groups[g],
+                            .layerwise = c->layerwise,
                             .saved = c->saved.of[0],
                             .host = c->host_parts,
                             .backward = c->backward};

@@ -65,6 +65,7 @@ static void describe_choices(const flap_setup *setup, flap_plan *plan) {
   const flap_choice *choice = &setup->choice;
   plan->segment_layers = choice->segment_layers;
   plan->tail_layers = setup->layout.spec.tail_layers;
+  plan->layerwise = choice->layerwise;
   plan->host_parts = choice->host_parts;
   plan->part_count = setup->layout.part_count;
   plan->group_micro_batches = choice->group_micro_batches;

@@ -29,6 +29,7 @@ flap_choice planner_choice_of(const flap_planner *planner, const planner_candida
                               uint64_t slice, uint64_t page) {
   flap_choice choice = {.segment_layers = s.segment,
                         .tail_layers = s.tail,
+                        .layerwise = s.layerwise,
                         .group_micro_batches = s.group,
                         .saved_layers = s.saved.layers,
                         .saved_mask = s.saved.mask,
@@ -221,11 +222,13 @@ static double unsaved_layers(const flap_planner *planner, planner_skeleton s) {
   return flap_layout_tail_layer(&spec) - (double)flap_layout_saved_count(&spec) / s.group;
 }
 
-/* Of a micro-batch, on average. Where nothing is saved, all layers of a segment but the last run as in the forward. */
+/* Of a micro-batch, on average. Where nothing is saved, all layers of a segment but the last run as in the forward;
+ * layerwise they are then computed again, and those of the last segment. */
 static double recompute_ns(const flap_planner *planner, planner_skeleton s) {
   const flap_op_times *t = planner->times;
   const double unsaved = unsaved_layers(planner, s), segments = unsaved / s.segment;
-  const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * segments;
+  const double again_layers = s.layerwise ? unsaved + s.tail - 1 : segments;
+  const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * again_layers;
   const double saving = planner->spec.model->num_hidden_layers - s.tail - unsaved;
   return saving > 0 ? again + (double)flap_op_times_recompute(t, s.saved.mask) * saving : again;
 }
@@ -323,6 +326,7 @@ flap_status planner_shortlist(const flap_planner *planner, const planner_candida
           const planner_skeleton s = {.segment = c->segments[i],
                                       .tail = planner_tail(planner, c->segments[i], c->tails[0]),
                                       .group = c->groups[g],
+                                      .layerwise = c->layerwise,
                                       .saved = c->saved.of[j],
                                       .spread = spread == 1,
                                       .host = host,

@@ -83,13 +83,14 @@ typedef struct planner_candidates {
   planner_backward other_backwards[PLANNER_BACKWARDS_MAX];
   uint64_t slices[PLANNER_SLICES_MAX], pages[PLANNER_PAGES_MAX]; /* ascending */
   uint32_t least_slices; /* of them, up to PLANNER_SLICE_BYTES: what the least budgets are looked for with */
-  bool sweep;
+  bool sweep, layerwise;
   double limit_seconds; /* what computes for longer cannot win; 0: there is nothing to win against yet */
 } planner_candidates;
 
 /* A way to cut the step, and what is tried first of what is settled with the budgets. */
 typedef struct planner_skeleton {
   uint32_t segment, tail, group; /* layers, layers, micro-batches */
+  bool layerwise;                /* of segments that save nothing, see flap_layout_spec */
   planner_saving saved;
   bool spread;
   uint32_t host;

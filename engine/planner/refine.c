@@ -177,24 +177,33 @@ static flap_status refine_saved_of_best(const flap_planner *planner, const plann
   return simulate_best(&r, best, costs);
 }
 
-/* How long segments are, how many micro-batches are a group, and whether updates are spread, with all else as in the
- * best: other cuts than the first list's may be good with what is saved now, or updated in the backward, or start a
- * better step with a longer tail. */
+/* Whether it makes a difference that layers are computed again one by one. */
+static bool may_be_layerwise(const flap_planner *planner, planner_skeleton s) {
+  return planner->expert.recompute != FLAP_RECOMPUTE_SEGMENTS && (s.segment > 1 || s.tail > 1) &&
+         s.saved.layers < planner->spec.model->num_hidden_layers;
+}
+
+/* How long segments are, whether their layers are computed again one by one, how many micro-batches are a group, and
+ * whether updates are spread, with all else as in the best: other cuts than the first list's may be good with what is
+ * saved now, or updated in the backward, or start a better step with a longer tail. */
 static flap_status refine_cut(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                               planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   const flap_plan_costs worth = {.step_seconds = costs->step_seconds * PLANNER_START_WORTH};
   for (uint32_t i = 0; i < c->group_count + c->segment_count; i++)
-    for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
+    for (int way = 0; way < 4; way++) {
       planner_skeleton s = best->s;
+      s.spread = way % 2 == 1;
+      s.layerwise = way / 2 == 1;
       if (i < c->group_count) {
         s.group = c->groups[i];
       } else {
         s.segment = c->segments[i - c->group_count];
         s.tail = planner_tail(planner, s.segment, c->tails[0]);
       }
-      s.spread = spread == 1;
-      FLAP_TRY(look_at(&r, s, &worth));
+      const bool possible = s.layerwise ? may_be_layerwise(planner, s) : !c->layerwise;
+      if (possible && !(s.spread && c->sweep))
+        FLAP_TRY(look_at(&r, s, &worth));
     }
   return simulate_best(&r, best, costs);
 }

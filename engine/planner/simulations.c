@@ -13,11 +13,12 @@
 static void tell(const planner_contender *of, const flap_setup *setup, double seconds) {
   const planner_skeleton *s = &of->s;
   flap_log(FLAP_LOG_DEBUG,
-           "plan: segments of %u, tail of %u, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by the "
-           "host%s, %u and %u in the backward%s, depth %u, %u buffers: estimated %.4f s, simulated %.4f s",
-           s->segment, s->tail, s->group, s->saved.layers, s->saved.mask, s->spread ? "spread" : "at once", s->host,
-           s->spares_first ? ", the first ones last" : "", s->backward.device, s->backward.host,
-           s->keeps ? ", embedding kept" : "", of->depth, setup->choice.read_buffers, of->estimate, seconds);
+           "plan: segments of %u, tail of %u%s, groups of %u, %u layers saved (tensors %#x), %s, %u parts updated by "
+           "the host%s, %u and %u in the backward%s, depth %u, %u buffers: estimated %.4f s, simulated %.4f s",
+           s->segment, s->tail, s->layerwise ? ", layerwise" : "", s->group, s->saved.layers, s->saved.mask,
+           s->spread ? "spread" : "at once", s->host, s->spares_first ? ", the first ones last" : "",
+           s->backward.device, s->backward.host, s->keeps ? ", embedding kept" : "", of->depth,
+           setup->choice.read_buffers, of->estimate, seconds);
 }
 
 /* A contender on its way through: settled first, for how many transfers it makes decides whether it is simulated. */

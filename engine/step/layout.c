@@ -234,8 +234,11 @@ static void share_place(flap_layout *layout, uint32_t region, uint32_t before, u
   layout->regions[region].side = side;
 }
 
-/* The first layer with the place in its segment that this one has in its own. */
+/* The first layer whose sums are never there when this one's are: with the place in its segment that this one has in
+ * its own; or any. */
 static uint32_t first_alike(const flap_layout_spec *spec, uint32_t layer) {
+  if (spec->by_layer)
+    return 0;
   const uint32_t tail = flap_layout_tail_layer(spec);
   const uint32_t place = layer < tail ? layer % spec->segment_layers : layer - tail;
   return place < spec->segment_layers && place < tail ? place : layer;
@@ -243,12 +246,15 @@ static uint32_t first_alike(const flap_layout_spec *spec, uint32_t layer) {
 
 /* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
  * the first, and a longer tail has the rest to itself; embedding and head share too, unless the embedding's begin in
- * the head (tied). */
+ * the head (tied). By layer, all parts share one place then. */
 static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   const flap_layout_spec *spec = &layout->spec;
   const bool shared = spec->group_micro_batches == spec->micro_batches;
   const bool layer = part->kind == FLAP_PART_LAYER;
   uint64_t elements = part->elements;
+  const bool one = spec->by_layer && !layout->tied;
+  if (one && part->kind != FLAP_PART_EMBEDDING)
+    return layout->vocabulary_sums;
   if (shared && layer) {
     const uint32_t first = first_alike(spec, part->layer);
     if (first != part->layer) /* where regions are only counted there are no parts to ask */
@@ -259,8 +265,12 @@ static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
     const uint64_t head = layout->part_elements[FLAP_PART_HEAD];
     elements = head > elements ? head : elements;
   }
-  const uint32_t region = add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS,
-                                     elements * flap_dtype_bytes(flap_layout_sums_dtype(spec, part->kind)));
+  uint64_t bytes = elements * flap_dtype_bytes(flap_layout_sums_dtype(spec, part->kind));
+  const uint64_t layer_bytes =
+      layout->part_elements[FLAP_PART_LAYER] * flap_dtype_bytes(flap_layout_sums_dtype(spec, FLAP_PART_LAYER));
+  if (one && layer_bytes > bytes)
+    bytes = layer_bytes;
+  const uint32_t region = add_region(layout, layer ? FLAP_CLASS_GRADIENT_SUMS : FLAP_CLASS_VOCABULARY_SUMS, bytes);
   if (part->kind == FLAP_PART_EMBEDDING)
     layout->vocabulary_sums = region;
   return region;

@@ -28,6 +28,10 @@ typedef struct flap_layout_spec {
   uint32_t group_micro_batches; /* pass all layers together; what lives within a group only is shared by all groups */
   uint32_t segment_layers;      /* k: consecutive layers of which only the first one's input is kept */
   uint32_t tail_layers;         /* of the last segment, which goes there and back at once; the others have k each */
+  bool layerwise; /* of segments that save nothing, each layer is computed again right before its own backward, from an
+                     input that another forward leaves: one block of scratch memory instead of one for each layer */
+  bool by_layer;  /* one micro-batch, nothing saved, nothing spread: a layer's sums live for its own backward, so all
+                     have  one place; layerwise, weights are leased for each pass of a layer alone */
   uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
   uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */

@@ -25,7 +25,8 @@ uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
 uint32_t flap_program_scratch_buffers(const flap_layout *layout) {
   if (saves_all(layout))
     return missing_bytes(layout) > 0 ? 1 : 0;
-  return layout->spec.mode == FLAP_MODE_TRAIN ? flap_layout_longest_segment(&layout->spec) : 1;
+  return layout->spec.mode == FLAP_MODE_TRAIN && !layout->spec.layerwise ? flap_layout_longest_segment(&layout->spec)
+                                                                         : 1;
 }
 
 uint64_t flap_program_scratch_bytes(const flap_layout *layout) {
@@ -65,12 +66,22 @@ static flap_operand inner_input(const program_builder *b, uint32_t j, bool backw
   return buffer(backward ? j - 1 : (j - 1) % 2);
 }
 
-/* Where the saved tensors of the segment's layer j go that are not kept. A segment that keeps nothing is computed again
- * as a whole, from its input; a layer that has its own input, right before its backward. */
+/* Whether layer j is computed again right before its backward, from its own input; a segment that keeps nothing else is
+ * as a whole, from its input. */
+static bool is_apart(const program_builder *b, uint32_t j) {
+  return b->saved[j] == NONE ? b->layout->spec.layerwise : !b->keeps_whole;
+}
+
+/* Where the saved tensors of the segment's layer j go that are not kept. */
 static flap_operand scratch(const program_builder *b, uint32_t j, bool backward) {
-  if (b->saved[j] == NONE)
-    return scratch_buffer(b, backward ? j : 0);
-  return b->keeps_whole ? NONE : scratch_buffer(b, 0);
+  if (b->saved[j] != NONE && b->keeps_whole)
+    return NONE;
+  return scratch_buffer(b, backward && !is_apart(b, j) ? j : 0);
+}
+
+/* Whether weights are leased for each pass of a layer alone: a segment needs no room for those of all its layers. */
+static bool weights_by_layer(const program_builder *b) {
+  return b->layout->spec.by_layer && b->layout->spec.layerwise;
 }
 
 typedef struct micro_batch_range {
@@ -91,11 +102,15 @@ static void forward_layers(program_builder *b, uint32_t segment, uint32_t micro_
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, backward);
     const flap_operand out = layer + 1 == end ? x_out : inner_input(b, j + 1, backward);
+    if (weights_by_layer(b))
+      b->weights[j] = program_pin_weights(b, flap_layout_layer_part(layer), b->folds);
     if (out == NONE)
       recompute(b, layer, j, micro_batch, in);
     else
       OP(b, FLAP_OP_LAYER_FORWARD, layer, micro_batch, b->weights[j], in, b->saved[j], out, scratch(b, j, backward),
          NONE);
+    if (weights_by_layer(b))
+      program_unpin(b, b->weights[j]);
   }
 }
 
@@ -120,9 +135,11 @@ static void unpin_saved(program_builder *b, uint32_t segment) {
 }
 
 static void pin_segment(program_builder *b, uint32_t segment, bool update) {
-  uint32_t first_part;
+  uint32_t first_part, first, end;
   const uint32_t count = program_segment_parts(b, segment, &first_part);
-  for (uint32_t j = 0; j < count; j++)
+  flap_layout_segment(b->layout, segment, &first, &end);
+  b->folds = update;
+  for (uint32_t j = weights_by_layer(b) ? end - first : 0; j < count; j++)
     b->weights[j] = b->next_pinned ? b->next[j] : program_pin_weights(b, first_part + j, update);
   b->next_pinned = false;
 }
@@ -162,7 +179,7 @@ static void forward_segment(program_builder *b, uint32_t segment, micro_batch_ra
     if (spread)
       program_ahead_share(b, segment, i - range.first, range.end - range.first);
   }
-  for (uint32_t j = 0; j < end - first; j++)
+  for (uint32_t j = 0; j < end - first && !weights_by_layer(b); j++)
     program_unpin(b, b->weights[j]);
 }
 
@@ -193,6 +210,12 @@ static void forward(program_builder *b, micro_batch_range range, bool update) {
     forward_segment(b, segment, range, update, NONE);
 }
 
+/* The last group's backward that updates weights leases them for that. */
+static flap_operand pin_for_backward(program_builder *b, uint32_t part) {
+  const bool updates = b->last_group && program_pass_updates(b, part);
+  return program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
+}
+
 /* `fresh`: the scratch memory holds what the segment's last layer left there right before. `finishes`: this is the
  * last micro-batch, and each layer's gradient goes home while those before it compute. */
 static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in,
@@ -202,8 +225,12 @@ static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro
   for (uint32_t layer = end; layer-- > first;) {
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, true);
-    if (b->saved[j] != NONE && !b->keeps_whole && !(fresh && layer + 1 == end))
+    if (weights_by_layer(b))
+      b->weights[j] = pin_for_backward(b, flap_layout_layer_part(layer));
+    if (is_apart(b, j) && !(fresh && layer + 1 == end))
       recompute(b, layer, j, micro_batch, in);
+    if (b->layout->spec.by_layer)
+      b->sums[j] = pin_sums(b, flap_layout_layer_part(layer), true, true, false);
     OP(b, FLAP_OP_LAYER_BACKWARD, layer, micro_batch, b->weights[j], in, b->saved[j], dx, scratch(b, j, true),
        b->sums[j]);
     mark_fresh(b, first_sums);
@@ -239,7 +266,7 @@ static void pin_tail(program_builder *b, micro_batch_range range, uint32_t first
   t->sums = t->projection_sums = NONE;
   if (b->spec->kind != FLAP_PROGRAM_STEP)
     return;
-  for (uint32_t layer = first; layer < end; layer++)
+  for (uint32_t layer = first; layer < end && !b->layout->spec.by_layer; layer++)
     b->sums[layer - first] = pin_sums(b, flap_layout_layer_part(layer), range.first_group, range.last_group, false);
   t->sums = pin_sums(b, program_head_part(b), range.first_group, range.last_group, false);
   t->projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : t->sums;
@@ -268,7 +295,8 @@ static void leave_tail(program_builder *b, uint32_t first, uint32_t end, const t
   if (b->spec->kind == FLAP_PROGRAM_STEP)
     program_unpin(b, t->sums);
   program_unpin(b, t->head);
-  leave_layers(b, first, end, false);
+  if (!weights_by_layer(b))
+    leave_layers(b, first, end, false);
 }
 
 /* Inputs of segments that the forward left for the first of two backwards serve the second, where all micro-batches
@@ -326,33 +354,36 @@ static void save_again(program_builder *b, uint32_t segment, uint32_t micro_batc
 
 /* Backward of a segment but the last, micro-batch by micro-batch. */
 static void backward_segment(program_builder *b, uint32_t segment, micro_batch_range range) {
+  b->folds = false;
   const bool anew = b->backward == PROGRAM_BACKWARD_SECOND && shares_inputs(b);
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
-    const bool updates = range.last_group && program_pass_updates(b, part);
-    b->weights[layer - first] =
-        program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
-    b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
+    if (!weights_by_layer(b))
+      b->weights[layer - first] = pin_for_backward(b, part);
+    if (!b->layout->spec.by_layer)
+      b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
     const flap_operand dx = program_pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
     const flap_operand x_in = program_pin(b, flap_layout_boundary(b->layout, segment, i), input_mode(b));
     pin_saved(b, segment, i, anew ? FLAP_LEASE_SCRATCH : FLAP_LEASE_CONSUME);
-    const bool again = anew && b->saved[0] != NONE; /* segments save as a whole */
-    if (again)
+    const bool saves = b->saved[0] != NONE; /* segments save as a whole */
+    if (anew && saves)
       save_again(b, segment, i, x_in);
-    else if (b->saved[0] == NONE)
+    else if (!saves)
       forward_layers(b, segment, i, x_in, NONE, true);
-    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, again, false);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, anew || !saves,
+                    b->layout->spec.by_layer);
     unpin_saved(b, segment);
     program_unpin(b, x_in);
     program_unpin(b, dx);
     program_rounded_share(b, i - range.first, range.end - range.first);
   }
   program_rounded_begin(b);
-  leave_layers(b, first, end, range.last_group);
+  if (!b->layout->spec.by_layer)
+    leave_layers(b, first, end, range.last_group);
 }
 
 /* The embedding's gradient: what the head left of it if tied, then the rows of every micro-batch, in their order. */

@@ -36,6 +36,7 @@ typedef struct program_builder {
   program_rounded *rounded;
   uint32_t rounded_count, rounded_done;
   bool last_group; /* of micro-batches, in work */
+  bool folds;      /* weights that are leased for a forward get the update that is pending */
   /* The backward in work: the only one; the first of two, whose gradients are there for their norm alone; or the
    * second.
    */

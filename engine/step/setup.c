@@ -47,6 +47,9 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .group_micro_batches = choice->group_micro_batches,
                             .segment_layers = choice->segment_layers,
                             .tail_layers = choice->tail_layers > 0 ? choice->tail_layers : least_tail,
+                            .layerwise = choice->layerwise,
+                            .by_layer = spec->mode == FLAP_MODE_TRAIN && spec->micro_batches == 1 && !choice->spread &&
+                                        choice->saved_layers == 0,
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
                             .host_parts = choice->host_parts,
@@ -364,8 +367,8 @@ flap_status flap_setup_place(flap_setup *setup, const flap_choice *choice) {
   flap_assert(choice->segment_layers == setup->choice.segment_layers &&
               choice->group_micro_batches == setup->choice.group_micro_batches &&
               choice->saved_layers == setup->choice.saved_layers && choice->saved_mask == setup->choice.saved_mask &&
-              choice->sweep == setup->choice.sweep && choice->spread == setup->choice.spread &&
-              choice->slice_elements == setup->choice.slice_elements &&
+              choice->layerwise == setup->choice.layerwise && choice->sweep == setup->choice.sweep &&
+              choice->spread == setup->choice.spread && choice->slice_elements == setup->choice.slice_elements &&
               choice->host_parts == setup->choice.host_parts &&
               choice->host_spares_first == setup->choice.host_spares_first &&
               choice->backward_parts == setup->choice.backward_parts &&

@@ -55,6 +55,7 @@ typedef struct flap_choice {
   uint32_t segment_layers, group_micro_batches, saved_layers;
   uint32_t saved_mask;  /* which tensors these save */
   uint32_t tail_layers; /* of the last segment; 0: as few as there can be */
+  bool layerwise;       /* see flap_layout_spec */
   /* What share in all parts is updated in the backward, of the parts that the device updates and of those that the host
    * does (only where the device does any). Where a norm is needed first, that is a second backward. The others: */
   uint32_t backward_parts, host_backward_parts;
