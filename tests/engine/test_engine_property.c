@@ -110,6 +110,7 @@ static void draw_choices(trial *t) {
   e->segment_layers = one_in(r, 2) ? between(r, 1, m->config.num_hidden_layers) : 0;
   e->tail_layers = one_in(r, 2) ? between(r, 1, m->config.num_hidden_layers) : 0;
   e->group_micro_batches = one_in(r, 2) ? between(r, 1, m->micro_batches) : 0;
+  e->recompute = (flap_recompute)between(r, FLAP_RECOMPUTE_AUTO, FLAP_RECOMPUTE_LAYERS);
   e->clip = one_in(r, 3) ? FLAP_CLIP_SWEEP : one_in(r, 2) ? FLAP_CLIP_FOLD : FLAP_CLIP_AUTO;
   if (one_in(r, 3)) {
     e->clip = FLAP_CLIP_AUTO;
@@ -148,7 +149,7 @@ static void trial_open(trial *t, uint32_t number) {
       "FLAP_TEST_SEED=%llu FLAP_TEST_CASE=%u: L %u D %u I %u V %u heads %u/%u of %u%s%s, %s, gradients %s, %s, "
       "B %u S %u n %u, threads %u, disks %u, segment %u, tail %u, group %u, clip %d, update %d, page %llu, slice %llu, "
       "act %d, "
-      "saved %d, compression %d, staging %llu",
+      "saved %d, recompute %d, compression %d, staging %llu",
       (unsigned long long)seed, number, c->num_hidden_layers, c->hidden_size, c->intermediate_size, c->vocab_size,
       c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->tie_word_embeddings ? ", tied" : "",
       c->output_bias      ? ", bias"
@@ -158,8 +159,8 @@ static void trial_open(trial *t, uint32_t number) {
       flap_run_config_optim_name(t->model.options.optim), t->model.shape.batch, t->model.shape.sequence,
       t->model.micro_batches, t->place.threads, t->place.disks, e->segment_layers, e->tail_layers,
       e->group_micro_batches, (int)e->clip, (int)e->update, (unsigned long long)e->page_bytes,
-      (unsigned long long)e->slice_bytes, (int)t->planner.activations, (int)e->saved, (int)t->place.compression,
-      (unsigned long long)e->staging_bytes);
+      (unsigned long long)e->slice_bytes, (int)t->planner.activations, (int)e->saved, (int)e->recompute,
+      (int)t->place.compression, (unsigned long long)e->staging_bytes);
 }
 
 static void trial_close(trial *t) {

@@ -60,6 +60,7 @@ static void open_trial(uint64_t seed, trial *t) {
                               .needs_no_norm = below(&s, 2) == 1};
   t->choice = (flap_choice){.segment_layers = 1 + below(&s, layers),
                             .group_micro_batches = 1 + below(&s, t->spec.micro_batches),
+                            .layerwise = below(&s, 2) == 1,
                             .saved_mask = FLAP_MODEL_SAVED_ALL,
                             .sweep = below(&s, 4) == 0,
                             .spread = below(&s, 2) == 1,

@@ -1,4 +1,5 @@
 /* What regions hold: the formats of states, part by part, how parts are cut into slices, and layers into segments. */
+#include "base/units.h"
 #include "engine/step/layout.h"
 
 #include <check.h>
@@ -200,12 +201,59 @@ START_TEST(tails_of_any_length_leave_whole_segments) {
 }
 END_TEST
 
+/* What a part's sums take, by hand: fp32, but a layer's in bf16. */
+static uint64_t sums_bytes(const flap_layout_part *part) {
+  return part->elements * (part->kind == FLAP_PART_LAYER ? 2 : 4);
+}
+
+/* By layer no two parts' sums are there at once, but the embedding's where the head begins them (tied): they share the
+ * place that the largest takes. */
+START_TEST(by_layer_all_sums_have_one_place) {
+  flap_model_config config;
+  make_model(_i, &config);
+  config.num_hidden_layers = LAYERS;
+  for (uint32_t k = 1; k <= LAYERS; k++) {
+    flap_layout layout;
+    flap_arena arena, measuring;
+    const flap_layout_spec spec = {.model = &config,
+                                   .shape = {.dtype = FLAP_BF16, .batch = 1, .sequence = 8},
+                                   .mode = FLAP_MODE_TRAIN,
+                                   .gradient_dtype = FLAP_BF16,
+                                   .micro_batches = 1,
+                                   .group_micro_batches = 1,
+                                   .segment_layers = k,
+                                   .tail_layers = flap_layout_least_tail(LAYERS, k),
+                                   .by_layer = true,
+                                   .slice_elements = FLAP_OPS_BLOCK};
+    flap_arena_measure(&measuring, "layout");
+    flap_layout_build(&spec, &measuring, &layout);
+    const uint32_t counted = layout.region_count;
+    ck_assert_int_eq(flap_arena_open(&arena, "layout", measuring.bytes_used), FLAP_OK);
+    flap_layout_build(&spec, &arena, &layout);
+    ck_assert_uint_eq(layout.region_count, counted);
+    const flap_layout_part *parts = layout.parts, *head = &parts[LAYERS + 1];
+    uint64_t largest = 0;
+    for (uint32_t i = layout.tied ? 1 : 0; i < layout.part_count; i++) {
+      const uint64_t bytes = sums_bytes(&parts[i]);
+      if (layout.tied ? parts[i].kind == FLAP_PART_LAYER : true) {
+        ck_assert_uint_eq(parts[i].sums, parts[1].sums);
+        largest = bytes > largest ? bytes : largest;
+      }
+    }
+    ck_assert_uint_eq(layout.regions[parts[1].sums].bytes, flap_units_round_up(largest, FLAP_BLOCK_ALIGN));
+    ck_assert(!layout.tied || (parts[0].sums != parts[1].sums && head->sums != parts[0].sums));
+    flap_arena_close(&arena);
+  }
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("layout");
   TCase *tests = tcase_create("all");
   tcase_add_loop_test(tests, the_embedding_of_adamw_8bit_has_fp32_moments_in_slices_of_no_more_bytes, 0, 3);
   tcase_add_loop_test(tests, all_parts_of_adamw_have_the_same_format_and_slices, 0, 2);
   tcase_add_loop_test(tests, tails_of_any_length_leave_whole_segments, 0, 2);
+  tcase_add_loop_test(tests, by_layer_all_sums_have_one_place, 0, 2);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);

@@ -87,8 +87,8 @@ START_TEST(config_full_file_fills_every_field) {
       "resume_from_checkpoint: runs/a b/checkpoint-5\nexport: none\nreport_to: none\n"
       "device: cpu\nvram: 7MiB\nram: \"20 MiB\"\n"
       "disk:\n  - path: /mnt/a\n    size: 1GB\n  - /mnt/b\n  - {path: /mnt/c, size: min}\n"
-      "expert: {segment_layers: 2, tail_layers: 3, group_micro_batches: 4, clip: fold, page_bytes: 64KiB,\n"
-      "  slice_bytes: 1MiB, staging_bytes: 3MiB, io: threads, threads: 2, matmul: first}\n";
+      "expert: {segment_layers: 2, tail_layers: 3, group_micro_batches: 4, clip: fold, recompute: layers,\n"
+      "  page_bytes: 64KiB, slice_bytes: 1MiB, staging_bytes: 3MiB, io: threads, threads: 2, matmul: first}\n";
   ck_assert_msg(load(text) == FLAP_OK, "%s", flap_error_message());
   ck_assert_int_eq(json_integer_value(json_object_get(config.model, "hidden_size")), 192);
   ck_assert(json_is_real(json_object_get(config.model, "rms_norm_eps")));
@@ -140,6 +140,7 @@ START_TEST(config_full_file_fills_every_field) {
   ck_assert_uint_eq(config.expert.tail_layers, 3);
   ck_assert_uint_eq(config.expert.group_micro_batches, 4);
   ck_assert_int_eq(config.expert.clip, FLAP_CLIP_FOLD);
+  ck_assert_int_eq(config.expert.recompute, FLAP_RECOMPUTE_LAYERS);
   ck_assert_uint_eq(config.expert.page_bytes, 65536);
   ck_assert_uint_eq(config.expert.slice_bytes, 1u << 20);
   ck_assert_uint_eq(config.expert.staging_bytes, 3u << 20);
