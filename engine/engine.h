@@ -23,14 +23,14 @@ extern "C" {
 
 /* Classes of regions, in the order of tables. */
 typedef enum flap_region_class {
-  FLAP_CLASS_WEIGHTS,       /* of the layers: bf16 halves of the master, fp16, or fp32 */
-  FLAP_CLASS_VOCABULARY,    /* weights of embedding and head */
-  FLAP_CLASS_STATES,        /* optimizer slices: the rest of the master, and moments */
-  FLAP_CLASS_GRADIENTS,     /* rounded gradients, in slices */
-  FLAP_CLASS_ROUNDED,       /* rounded gradients on their way to an update in the backward: places that all share */
-  FLAP_CLASS_GRADIENT_SUMS, /* of the layers: fp32; bf16 where a step has one micro-batch and gradients are bf16 */
-  FLAP_CLASS_VOCABULARY_SUMS,
-  FLAP_CLASS_BOUNDARIES,       /* segment inputs, per micro-batch */
+  FLAP_CLASS_WEIGHTS,          /* of the layers: bf16 halves of the master, fp16, or fp32 */
+  FLAP_CLASS_VOCABULARY,       /* weights of embedding and head */
+  FLAP_CLASS_STATES,           /* optimizer slices: the rest of the master, and moments */
+  FLAP_CLASS_GRADIENTS,        /* rounded gradients, in slices */
+  FLAP_CLASS_ROUNDED,          /* rounded gradients on their way to an update in the backward: places that all share */
+  FLAP_CLASS_GRADIENT_SUMS,    /* of the layers: fp32; bf16 where a step has one micro-batch and gradients are bf16 */
+  FLAP_CLASS_VOCABULARY_SUMS,  /* of embedding and head; of layers too, where all take turns in one place */
+  FLAP_CLASS_BOUNDARIES,       /* inputs of segments, per micro-batch; of layers, where a backward goes by layer */
   FLAP_CLASS_HIDDEN_GRADIENTS, /* gradient of the hidden state, per micro-batch */
   FLAP_CLASS_SAVED,            /* activations saved for the backward */
   FLAP_CLASS_CACHE,            /* keys and values, when sampling */

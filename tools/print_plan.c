@@ -80,6 +80,8 @@ static void print_choices(FILE *out, const flap_plan *plan) {
     fprintf(out, "activations recomputed%s", plan->layerwise ? ", layer by layer" : "");
   else
     fprintf(out, "activations of %u layers %s", plan->saved_layers, plan->saved_resident ? "kept" : "offloaded");
+  if (plan->saved_layers > 0 && plan->layerwise)
+    fputs(",\n   those of the others recomputed, layer by layer", out);
   if (plan->saved_layers > 0 && !plan->saved_whole)
     fprintf(out, ",\n   of which %s; the others are recomputed", plan->saved_tensors);
   fputc('\n', out);

@@ -81,7 +81,7 @@ uint32_t planner_pick(const planner_contender *list, uint32_t count, uint32_t mo
 }
 
 static bool waits_alike(planner_skeleton a, planner_skeleton b) {
-  return a.segment == b.segment && a.spread == b.spread;
+  return a.segment == b.segment && a.layerwise == b.layerwise && a.spread == b.spread;
 }
 
 double planner_correction(const flap_planner *planner, planner_skeleton s) {

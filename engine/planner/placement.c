@@ -80,14 +80,17 @@ static void order_by_leases(const flap_setup *setup, int order[FLAP_CLASS_COUNT]
   }
 }
 
-/* How many leases of a class follow one another with hardly any computing between them. Gradients of a segment are
- * stored when its backward is over; states are leased with them, a share of the next segment's after each micro-batch,
- * or all of it. With slots for so many, what comes in a burst is moved while the layers before it compute. */
+/* How many leases of a class follow one another with hardly any computing between them. Gradients of a segment, or by
+ * layer of one, are stored when its backward is over; states are leased with them, a share of the next segment's after
+ * each micro-batch, or all of it. With slots for so many, what comes in a burst is moved while the layers before it
+ * compute. */
 static uint32_t burst_of(const flap_setup *setup, int k) {
   const flap_layout *layout = &setup->layout;
   if ((k != FLAP_CLASS_STATES && k != FLAP_CLASS_GRADIENTS) || setup->spec.mode != FLAP_MODE_TRAIN)
     return 1;
-  const uint32_t slices = layout->parts[flap_layout_layer_part(0)].slice_count * layout->spec.segment_layers;
+  const uint32_t of_layer = layout->parts[flap_layout_layer_part(0)].slice_count;
+  const bool by_layer = layout->spec.by_layer && (k == FLAP_CLASS_GRADIENTS || layout->spec.backward_parts > 0);
+  const uint32_t slices = of_layer * (by_layer ? 1 : layout->spec.segment_layers);
   if (k == FLAP_CLASS_GRADIENTS || !setup->choice.spread)
     return slices;
   return (slices + layout->spec.group_micro_batches - 1) / layout->spec.group_micro_batches;

@@ -25,11 +25,15 @@ uint32_t planner_preferred_index(const uint64_t *ascending, uint32_t count, uint
   return index;
 }
 
+bool planner_layerwise_differs(const flap_planner *planner, planner_skeleton s) {
+  return (s.segment > 1 || s.tail > 1) && s.saved.layers < planner->spec.model->num_hidden_layers;
+}
+
 flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                               uint64_t slice, uint64_t page) {
   flap_choice choice = {.segment_layers = s.segment,
                         .tail_layers = s.tail,
-                        .layerwise = s.layerwise,
+                        .layerwise = s.layerwise && planner_layerwise_differs(planner, s),
                         .group_micro_batches = s.group,
                         .saved_layers = s.saved.layers,
                         .saved_mask = s.saved.mask,
@@ -227,7 +231,8 @@ static double unsaved_layers(const flap_planner *planner, planner_skeleton s) {
 static double recompute_ns(const flap_planner *planner, planner_skeleton s) {
   const flap_op_times *t = planner->times;
   const double unsaved = unsaved_layers(planner, s), segments = unsaved / s.segment;
-  const double again_layers = s.layerwise ? unsaved + s.tail - 1 : segments;
+  const bool layerwise = s.layerwise && planner_layerwise_differs(planner, s);
+  const double again_layers = layerwise ? unsaved + s.tail - 1 : segments;
   const double again = (double)t->forward_ns * (unsaved - segments) + (double)t->recompute_ns * again_layers;
   const double saving = planner->spec.model->num_hidden_layers - s.tail - unsaved;
   return saving > 0 ? again + (double)flap_op_times_recompute(t, s.saved.mask) * saving : again;
@@ -267,8 +272,9 @@ double planner_least_seconds(const flap_planner *planner, const flap_budgets *bu
   const double fresh_ns = backwards_ns(planner, s, first) + (double)t->head_fresh_ns;
   const double adding_ns = backwards_ns(planner, s, FLAP_SUMS_ADDED_TO) + (double)t->head_ns;
   const double forward_ns = n * layers * (double)t->forward_ns, sums_ns = fresh_ns + (n - 1) * adding_ns;
-  planner_skeleton unsaved = s; /* what is saved serves one backward */
+  planner_skeleton unsaved = s; /* what is saved serves one backward; layers that saved may need no computing again */
   unsaved.saved.layers = 0;
+  unsaved.layerwise = s.layerwise && s.saved.layers == 0;
   const double again_ns = n * (recompute_ns(planner, unsaved) + s.tail * (double)t->forward_ns) + sums_ns;
   const bool twice = s.backward.device > 0 && !spec->needs_no_norm;
   const double once_ns = forward_ns + n * recompute_ns(planner, s) + sums_ns;

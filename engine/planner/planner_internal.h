@@ -8,7 +8,8 @@
 
 #define PLANNER_SEGMENTS_MAX 12
 #define PLANNER_GROUPS_MAX 16
-#define PLANNER_CORRECTIONS_MAX (2 * PLANNER_SEGMENTS_MAX)
+#define PLANNER_LAYERWISE_MAX 16 /* layers of segments that are computed again layer by layer, beside usual lengths */
+#define PLANNER_CORRECTIONS_MAX (4 * PLANNER_SEGMENTS_MAX)
 #define PLANNER_TAILS_MAX 12
 #define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */
 #define PLANNER_SAVED_MAX (1 + PLANNER_SAVED_SHARES * FLAP_MODEL_SAVED_MAX)
@@ -128,8 +129,8 @@ typedef struct planner_memory {
   } of[PLANNER_MEMORY];
   uint32_t outlook_count;
   planner_outlook outlooks[PLANNER_OUTLOOKS];
-  /* By the length of segments, and whether updates are spread: what the best simulation so far came to, over its
-   * estimate. Waiting between segments, which long ones make much of, estimates see little of. */
+  /* By the length of segments, how they are computed again, and whether updates are spread: what the best simulation so
+   * far came to, over its estimate. Waiting between segments, which long ones make much of, estimates see little of. */
   uint32_t correction_count;
   struct {
     planner_skeleton of;
@@ -176,7 +177,9 @@ void planner_remember_outlook(const flap_planner *planner, const planner_outlook
 const flap_plan_costs *planner_recall(const flap_planner *planner, const planner_contender *contender);
 void planner_remember(const flap_planner *planner, const planner_contender *simulated, const flap_plan_costs *costs);
 
-/* planner.c. With the slice and the page given, and nothing spent. */
+/* planner.c. Whether it makes a difference that layers are computed again one by one. */
+bool planner_layerwise_differs(const flap_planner *planner, planner_skeleton s);
+/* With the slice and the page given, and nothing spent. */
 flap_choice planner_choice_of(const flap_planner *planner, const planner_candidates *c, planner_skeleton s,
                               uint64_t slice, uint64_t page);
 /* Of a list of sizes the last that is at most what is wanted; the first, if none is. */

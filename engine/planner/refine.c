@@ -2,7 +2,8 @@
 #include "engine/planner/planner_internal.h"
 
 static bool same_cut(planner_skeleton a, planner_skeleton b) {
-  return a.segment == b.segment && a.group == b.group && a.spread == b.spread; /* and tails as long as they are */
+  return a.segment == b.segment && a.group == b.group && a.layerwise == b.layerwise &&
+         a.spread == b.spread; /* and tails as long as they are */
 }
 
 /* The best few ways to cut the step, the best one first, then those of a list in turn. */
@@ -177,35 +178,81 @@ static flap_status refine_saved_of_best(const flap_planner *planner, const plann
   return simulate_best(&r, best, costs);
 }
 
-/* Whether it makes a difference that layers are computed again one by one. */
-static bool may_be_layerwise(const flap_planner *planner, planner_skeleton s) {
-  return planner->expert.recompute != FLAP_RECOMPUTE_SEGMENTS && (s.segment > 1 || s.tail > 1) &&
-         s.saved.layers < planner->spec.model->num_hidden_layers;
-}
-
-/* How long segments are, whether their layers are computed again one by one, how many micro-batches are a group, and
- * whether updates are spread, with all else as in the best: other cuts than the first list's may be good with what is
- * saved now, or updated in the backward, or start a better step with a longer tail. */
+/* How long segments are, how many micro-batches are a group, and whether updates are spread, with all else as in the
+ * best: other cuts than the first list's may be good with what is saved now, or updated in the backward, or start a
+ * better step with a longer tail. */
 static flap_status refine_cut(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                               planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
   const flap_plan_costs worth = {.step_seconds = costs->step_seconds * PLANNER_START_WORTH};
   for (uint32_t i = 0; i < c->group_count + c->segment_count; i++)
-    for (int way = 0; way < 4; way++) {
+    for (int spread = 0; spread < (c->sweep ? 1 : 2); spread++) {
       planner_skeleton s = best->s;
-      s.spread = way % 2 == 1;
-      s.layerwise = way / 2 == 1;
       if (i < c->group_count) {
         s.group = c->groups[i];
       } else {
         s.segment = c->segments[i - c->group_count];
         s.tail = planner_tail(planner, s.segment, c->tails[0]);
       }
-      const bool possible = s.layerwise ? may_be_layerwise(planner, s) : !c->layerwise;
-      if (possible && !(s.spread && c->sweep))
-        FLAP_TRY(look_at(&r, s, &worth));
+      s.spread = spread == 1;
+      FLAP_TRY(look_at(&r, s, &worth));
     }
   return simulate_best(&r, best, costs);
+}
+
+/* Lengths of segments whose layers are computed again one by one: those of all candidates; and others with a short
+ * tail, which several micro-batches pass with sums of each of its layers. */
+static uint32_t layerwise_lengths(const flap_planner *planner, const planner_candidates *c,
+                                  uint32_t lengths_out[PLANNER_SEGMENTS_MAX + PLANNER_LAYERWISE_MAX]) {
+  const uint32_t layers = planner->spec.model->num_hidden_layers;
+  uint32_t count = 0;
+  for (uint32_t i = 0; i < c->segment_count; i++)
+    lengths_out[count++] = c->segments[i];
+  if (planner->expert.segment_layers > 0 || planner->spec.micro_batches == 1)
+    return count;
+  for (uint32_t k = 3; k <= PLANNER_LAYERWISE_MAX && k < layers; k++)
+    if ((k & (k - 1)) != 0 && flap_layout_least_tail(layers, k) <= 2)
+      lengths_out[count++] = k;
+  return count;
+}
+
+/* Whether layers that save nothing are computed again one by one, and how long segments are then: as the best, or with
+ * nothing saved, in one group, for then a backward passes a segment layer by layer, and updates are spread evenly. The
+ * best of these is refined once more before it is compared. */
+static flap_status refine_layerwise(const flap_planner *planner, const planner_candidates *c,
+                                    const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
+  refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
+  const flap_plan_costs worth = {.step_seconds = costs->step_seconds * PLANNER_START_WORTH};
+  uint32_t lengths[PLANNER_SEGMENTS_MAX + PLANNER_LAYERWISE_MAX];
+  const uint32_t count = layerwise_lengths(planner, c, lengths);
+  planner_contender found = *best;
+  flap_plan_costs found_costs = {0};
+  if (planner->expert.recompute == FLAP_RECOMPUTE_SEGMENTS || planner->spec.mode != FLAP_MODE_TRAIN)
+    return FLAP_OK;
+  for (uint32_t i = 0; i < count; i++)
+    for (int way = 0; way < 3; way++) {
+      planner_skeleton s = best->s;
+      s.layerwise = true;
+      s.segment = lengths[i];
+      s.tail = planner_tail(planner, s.segment, c->tails[0]);
+      if (way == 0) {
+        s.saved = c->saved.of[0];
+        s.group = c->groups[0];
+        s.backward = c->backward;
+      }
+      s.spread = way == 2;
+      if (planner_layerwise_differs(planner, s) && !(s.spread && c->sweep))
+        FLAP_TRY(look_at(&r, s, &worth));
+    }
+  FLAP_TRY(simulate_best(&r, &found, &found_costs));
+  if (found_costs.step_seconds <= 0 || found_costs.step_seconds > worth.step_seconds)
+    return FLAP_OK;
+  FLAP_TRY(refine_backward(planner, c, budgets, &found, &found_costs));
+  if (found_costs.step_seconds < costs->step_seconds * 0.9999) {
+    *best = found;
+    *costs = found_costs;
+  }
+  return FLAP_OK;
 }
 
 /* How many layers save, between the shares that were tried. */
@@ -549,6 +596,7 @@ flap_status planner_refine(const flap_planner *planner, const planner_candidates
     }
   }
   FLAP_TRY(refine_cut(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_layerwise(planner, c, budgets, best, costs));
   FLAP_TRY(refine_starts(planner, c, budgets, best, costs));
   FLAP_TRY(refine_host_and_tail(planner, c, budgets, best, costs));
   FLAP_TRY(refine_saved_and_slices(planner, c, budgets, best, costs));

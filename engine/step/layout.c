@@ -62,6 +62,13 @@ uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint3
   return layout->first_boundary + segment * group + (segment < layout->segment_count ? micro_batch % group : 0);
 }
 
+uint32_t flap_layout_inner(const flap_layout *layout, uint32_t j, uint32_t micro_batch) {
+  const flap_layout_spec *spec = &layout->spec;
+  flap_assert(flap_layout_goes_by_layer(spec) && j > 0 && j < spec->segment_layers);
+  flap_assert(micro_batch < spec->micro_batches);
+  return layout->first_inner + (j - 1) * spec->micro_batches + micro_batch;
+}
+
 uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch) {
   flap_assert(layout->spec.mode == FLAP_MODE_TRAIN && micro_batch < layout->spec.micro_batches);
   return layout->first_hidden_gradient + micro_batch;
@@ -237,22 +244,22 @@ static void share_place(flap_layout *layout, uint32_t region, uint32_t before, u
 /* The first layer whose sums are never there when this one's are: with the place in its segment that this one has in
  * its own; or any. */
 static uint32_t first_alike(const flap_layout_spec *spec, uint32_t layer) {
-  if (spec->by_layer)
-    return 0;
   const uint32_t tail = flap_layout_tail_layer(spec);
+  if (spec->by_layer) /* but the tail's, where it passes several micro-batches */
+    return spec->micro_batches == 1 || layer <= tail ? 0 : layer;
   const uint32_t place = layer < tail ? layer % spec->segment_layers : layer - tail;
   return place < spec->segment_layers && place < tail ? place : layer;
 }
 
 /* Where sums do not travel between groups they live only within a segment's backward, so all segments share those of
  * the first, and a longer tail has the rest to itself; embedding and head share too, unless the embedding's begin in
- * the head (tied). By layer, all parts share one place then. */
+ * the head (tied). By layer, in a step of one micro-batch, all parts share one place then. */
 static uint32_t add_sums(flap_layout *layout, const flap_layout_part *part) {
   const flap_layout_spec *spec = &layout->spec;
   const bool shared = spec->group_micro_batches == spec->micro_batches;
   const bool layer = part->kind == FLAP_PART_LAYER;
   uint64_t elements = part->elements;
-  const bool one = spec->by_layer && !layout->tied;
+  const bool one = spec->by_layer && spec->micro_batches == 1 && !layout->tied;
   if (one && part->kind != FLAP_PART_EMBEDDING)
     return layout->vocabulary_sums;
   if (shared && layer) {
@@ -385,6 +392,10 @@ static void add_activations(flap_layout *layout) {
   }
   if (spec->mode != FLAP_MODE_TRAIN)
     return;
+  layout->first_inner = layout->region_count;
+  if (flap_layout_goes_by_layer(spec) && layout->segment_count > 1)
+    for (uint32_t i = 0; i < (spec->segment_layers - 1) * spec->micro_batches; i++)
+      add_region(layout, FLAP_CLASS_BOUNDARIES, hidden);
   layout->first_hidden_gradient = layout->region_count;
   for (uint32_t i = 0; i < spec->micro_batches; i++)
     add_region(layout, FLAP_CLASS_HIDDEN_GRADIENTS, hidden);
@@ -451,6 +462,7 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
   *layout_out = (flap_layout){.spec = *spec,
                               .segment_count = count_segments(spec),
                               .first_boundary = FLAP_REGION_NONE,
+                              .first_inner = FLAP_REGION_NONE,
                               .first_hidden_gradient = FLAP_REGION_NONE,
                               .first_saved = FLAP_REGION_NONE,
                               .first_cache = FLAP_REGION_NONE,

@@ -30,8 +30,8 @@ typedef struct flap_layout_spec {
   uint32_t tail_layers;         /* of the last segment, which goes there and back at once; the others have k each */
   bool layerwise; /* of segments that save nothing, each layer is computed again right before its own backward, from an
                      input that another forward leaves: one block of scratch memory instead of one for each layer */
-  bool by_layer;  /* one micro-batch, nothing saved, nothing spread: a layer's sums live for its own backward, so all
-                     have  one place; layerwise, weights are leased for each pass of a layer alone */
+  bool by_layer;  /* nothing is saved or spread, there is one group, and one micro-batch or layerwise: a layer's sums
+                     live for its own backward, so they share one place */
   uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
   uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */
@@ -122,7 +122,8 @@ typedef struct flap_layout {
   uint32_t vocabulary_sums;
   uint32_t rounded_count; /* places for gradients on their way from sums to an update: the first regions */
   uint32_t rounded_next;  /* while it is built */
-  uint32_t first_boundary, first_hidden_gradient, first_saved, first_cache; /* regions, or FLAP_REGION_NONE */
+  /* regions, or FLAP_REGION_NONE */
+  uint32_t first_boundary, first_inner, first_hidden_gradient, first_saved, first_cache;
   bool tied;
 } flap_layout;
 
@@ -143,6 +144,12 @@ void flap_layout_build(const flap_layout_spec *spec, flap_arena *arena, flap_lay
 
 /* Input of segment `segment` for a micro-batch; segment_count: what the head reads, one place for all of them. */
 uint32_t flap_layout_boundary(const flap_layout *layout, uint32_t segment, uint32_t micro_batch);
+/* Whether a backward passes segments layer by layer, each layer for all of several micro-batches. */
+static inline bool flap_layout_goes_by_layer(const flap_layout_spec *spec) {
+  return spec->by_layer && spec->micro_batches > 1;
+}
+/* Then, the input of layer j > 0 of any segment but the last. */
+uint32_t flap_layout_inner(const flap_layout *layout, uint32_t j, uint32_t micro_batch);
 uint32_t flap_layout_hidden_gradient(const flap_layout *layout, uint32_t micro_batch);
 /* FLAP_REGION_NONE when the layer saves nothing. The layer's input follows the kept tensors when it is not the first of
  * its segment. Layers of the last segment, whose backward follows their forward at once, save only where all do, and

@@ -19,7 +19,10 @@ uint32_t flap_program_hidden_buffers(const flap_layout *layout) {
     return 1;
   if (saves_all(layout))
     return 0;
-  return k == 1 ? 0 : k == 2 ? 1 : k - 1 > 2 ? k - 1 : 2;
+  /* Inputs that a backward finds, by layer in the tail's alone; a forward passes on between two. */
+  const uint32_t inputs = (flap_layout_goes_by_layer(&layout->spec) ? layout->spec.tail_layers : k) - 1;
+  const uint32_t passing = k < 3 ? k - 1 : 2;
+  return inputs > passing ? inputs : passing;
 }
 
 uint32_t flap_program_scratch_buffers(const flap_layout *layout) {
@@ -79,11 +82,6 @@ static flap_operand scratch(const program_builder *b, uint32_t j, bool backward)
   return scratch_buffer(b, backward && !is_apart(b, j) ? j : 0);
 }
 
-/* Whether weights are leased for each pass of a layer alone: a segment needs no room for those of all its layers. */
-static bool weights_by_layer(const program_builder *b) {
-  return b->layout->spec.by_layer && b->layout->spec.layerwise;
-}
-
 typedef struct micro_batch_range {
   uint32_t first, end; /* of the group */
   bool first_group, last_group;
@@ -102,14 +100,14 @@ static void forward_layers(program_builder *b, uint32_t segment, uint32_t micro_
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, backward);
     const flap_operand out = layer + 1 == end ? x_out : inner_input(b, j + 1, backward);
-    if (weights_by_layer(b))
+    if (program_weights_by_layer(b))
       b->weights[j] = program_pin_weights(b, flap_layout_layer_part(layer), b->folds);
     if (out == NONE)
       recompute(b, layer, j, micro_batch, in);
     else
       OP(b, FLAP_OP_LAYER_FORWARD, layer, micro_batch, b->weights[j], in, b->saved[j], out, scratch(b, j, backward),
          NONE);
-    if (weights_by_layer(b))
+    if (program_weights_by_layer(b))
       program_unpin(b, b->weights[j]);
   }
 }
@@ -139,7 +137,7 @@ static void pin_segment(program_builder *b, uint32_t segment, bool update) {
   const uint32_t count = program_segment_parts(b, segment, &first_part);
   flap_layout_segment(b->layout, segment, &first, &end);
   b->folds = update;
-  for (uint32_t j = weights_by_layer(b) ? end - first : 0; j < count; j++)
+  for (uint32_t j = program_weights_by_layer(b) ? end - first : 0; j < count; j++)
     b->weights[j] = b->next_pinned ? b->next[j] : program_pin_weights(b, first_part + j, update);
   b->next_pinned = false;
 }
@@ -179,7 +177,7 @@ static void forward_segment(program_builder *b, uint32_t segment, micro_batch_ra
     if (spread)
       program_ahead_share(b, segment, i - range.first, range.end - range.first);
   }
-  for (uint32_t j = 0; j < end - first && !weights_by_layer(b); j++)
+  for (uint32_t j = 0; j < end - first && !program_weights_by_layer(b); j++)
     program_unpin(b, b->weights[j]);
 }
 
@@ -216,6 +214,11 @@ static flap_operand pin_for_backward(program_builder *b, uint32_t part) {
   return program_pin(b, program_part_of(b, part)->weights, updates ? FLAP_LEASE_UPDATE : FLAP_LEASE_READ);
 }
 
+/* In a step of one micro-batch sums live for a layer's backward alone, also where segments are passed as a whole. */
+static bool sums_by_layer(const program_builder *b) {
+  return b->layout->spec.by_layer && b->layout->spec.micro_batches == 1;
+}
+
 /* `fresh`: the scratch memory holds what the segment's last layer left there right before. `finishes`: this is the
  * last micro-batch, and each layer's gradient goes home while those before it compute. */
 static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro_batch, flap_operand x_in,
@@ -225,11 +228,11 @@ static void backward_layers(program_builder *b, uint32_t segment, uint32_t micro
   for (uint32_t layer = end; layer-- > first;) {
     const uint32_t j = layer - first;
     const flap_operand in = j == 0 ? x_in : inner_input(b, j, true);
-    if (weights_by_layer(b))
+    if (program_weights_by_layer(b))
       b->weights[j] = pin_for_backward(b, flap_layout_layer_part(layer));
     if (is_apart(b, j) && !(fresh && layer + 1 == end))
       recompute(b, layer, j, micro_batch, in);
-    if (b->layout->spec.by_layer)
+    if (sums_by_layer(b))
       b->sums[j] = pin_sums(b, flap_layout_layer_part(layer), true, true, false);
     OP(b, FLAP_OP_LAYER_BACKWARD, layer, micro_batch, b->weights[j], in, b->saved[j], dx, scratch(b, j, true),
        b->sums[j]);
@@ -266,7 +269,7 @@ static void pin_tail(program_builder *b, micro_batch_range range, uint32_t first
   t->sums = t->projection_sums = NONE;
   if (b->spec->kind != FLAP_PROGRAM_STEP)
     return;
-  for (uint32_t layer = first; layer < end && !b->layout->spec.by_layer; layer++)
+  for (uint32_t layer = first; layer < end && !sums_by_layer(b); layer++)
     b->sums[layer - first] = pin_sums(b, flap_layout_layer_part(layer), range.first_group, range.last_group, false);
   t->sums = pin_sums(b, program_head_part(b), range.first_group, range.last_group, false);
   t->projection_sums = tied ? pin_sums(b, 0, range.first_group, range.last_group, true) : t->sums;
@@ -295,7 +298,7 @@ static void leave_tail(program_builder *b, uint32_t first, uint32_t end, const t
   if (b->spec->kind == FLAP_PROGRAM_STEP)
     program_unpin(b, t->sums);
   program_unpin(b, t->head);
-  if (!weights_by_layer(b))
+  if (!program_weights_by_layer(b))
     leave_layers(b, first, end, false);
 }
 
@@ -354,15 +357,15 @@ static void save_again(program_builder *b, uint32_t segment, uint32_t micro_batc
 
 /* Backward of a segment but the last, micro-batch by micro-batch. */
 static void backward_segment(program_builder *b, uint32_t segment, micro_batch_range range) {
-  b->folds = false;
+  b->folds = false; /* what is computed again has its update */
   const bool anew = b->backward == PROGRAM_BACKWARD_SECOND && shares_inputs(b);
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);
   for (uint32_t layer = first; layer < end; layer++) {
     const uint32_t part = flap_layout_layer_part(layer);
-    if (!weights_by_layer(b))
+    if (!program_weights_by_layer(b))
       b->weights[layer - first] = pin_for_backward(b, part);
-    if (!b->layout->spec.by_layer)
+    if (!sums_by_layer(b))
       b->sums[layer - first] = pin_sums(b, part, range.first_group, range.last_group, false);
   }
   for (uint32_t i = range.first; i < range.end; i++) {
@@ -374,16 +377,60 @@ static void backward_segment(program_builder *b, uint32_t segment, micro_batch_r
       save_again(b, segment, i, x_in);
     else if (!saves)
       forward_layers(b, segment, i, x_in, NONE, true);
-    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, anew || !saves,
-                    b->layout->spec.by_layer);
+    backward_layers(b, segment, i, x_in, dx, range.first_group && i == range.first, anew || !saves, sums_by_layer(b));
     unpin_saved(b, segment);
     program_unpin(b, x_in);
     program_unpin(b, dx);
     program_rounded_share(b, i - range.first, range.end - range.first);
   }
   program_rounded_begin(b);
-  if (!b->layout->spec.by_layer)
+  if (!sums_by_layer(b))
     leave_layers(b, first, end, range.last_group);
+}
+
+/* The input of a segment's layer j, of a segment but the last. */
+static uint32_t layer_input(const program_builder *b, uint32_t segment, uint32_t j, uint32_t micro_batch) {
+  return j == 0 ? flap_layout_boundary(b->layout, segment, micro_batch) : flap_layout_inner(b->layout, j, micro_batch);
+}
+
+/* The inputs of a segment's layers but the first, which has its own. */
+static void leave_inputs(program_builder *b, uint32_t segment, micro_batch_range range) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  for (uint32_t j = 0; first + j + 1 < end; j++) {
+    const uint32_t part = flap_layout_layer_part(first + j);
+    const flap_operand weights = program_pin(b, program_part_of(b, part)->weights, FLAP_LEASE_READ);
+    for (uint32_t i = range.first; i < range.end; i++) {
+      const flap_operand x_in = program_pin(b, layer_input(b, segment, j, i), FLAP_LEASE_READ);
+      const flap_operand x_out = program_pin(b, flap_layout_inner(b->layout, j + 1, i), FLAP_LEASE_CREATE);
+      OP(b, FLAP_OP_LAYER_FORWARD, first + j, i, weights, x_in, NONE, x_out, scratch_buffer(b, 0), NONE);
+      program_unpin(b, x_out);
+      program_unpin(b, x_in);
+    }
+    program_unpin(b, weights);
+  }
+}
+
+/* The same layer by layer, from the last one on, each for all micro-batches. */
+static void backward_by_layer(program_builder *b, uint32_t segment, micro_batch_range range) {
+  uint32_t first, end;
+  flap_layout_segment(b->layout, segment, &first, &end);
+  leave_inputs(b, segment, range);
+  for (uint32_t layer = end; layer-- > first;) {
+    const uint32_t j = layer - first, part = flap_layout_layer_part(layer);
+    const flap_operand weights = pin_for_backward(b, part), sums = pin_sums(b, part, true, true, false);
+    for (uint32_t i = range.first; i < range.end; i++) {
+      const flap_operand dx = program_pin(b, flap_layout_hidden_gradient(b->layout, i), FLAP_LEASE_UPDATE);
+      const flap_operand x_in =
+          program_pin(b, layer_input(b, segment, j, i), j > 0 ? FLAP_LEASE_CONSUME : input_mode(b));
+      OP(b, FLAP_OP_LAYER_RECOMPUTE, layer, i, weights, x_in, NONE, NONE, scratch_buffer(b, 0), NONE);
+      OP(b, FLAP_OP_LAYER_BACKWARD, layer, i, weights, x_in, NONE, dx, scratch_buffer(b, 0), sums);
+      mark_fresh(b, i == range.first);
+      program_unpin(b, x_in);
+      program_unpin(b, dx);
+    }
+    program_finish_part(b, part, sums, weights);
+  }
 }
 
 /* The embedding's gradient: what the head left of it if tied, then the rows of every micro-batch, in their order. */
@@ -424,7 +471,10 @@ static void pass_groups(program_builder *b, bool pending) {
       forward(b, range, update);
     tail(b, range, update);
     for (uint32_t segment = b->layout->segment_count - 1; segment-- > 0;)
-      backward_segment(b, segment, range);
+      if (flap_layout_goes_by_layer(&b->layout->spec))
+        backward_by_layer(b, segment, range);
+      else
+        backward_segment(b, segment, range);
   }
   embed_backward(b);
 }

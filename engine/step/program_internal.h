@@ -36,13 +36,19 @@ typedef struct program_builder {
   program_rounded *rounded;
   uint32_t rounded_count, rounded_done;
   bool last_group; /* of micro-batches, in work */
-  bool folds;      /* weights that are leased for a forward get the update that is pending */
+  bool folds;      /* by layer: weights that are leased for a forward pass get the update that is pending */
   /* The backward in work: the only one; the first of two, whose gradients are there for their norm alone; or the
    * second.
    */
   enum { PROGRAM_BACKWARD_ONLY, PROGRAM_BACKWARD_FIRST, PROGRAM_BACKWARD_SECOND } backward;
   uint32_t hidden_buffers;
 } program_builder;
+
+/* Whether weights are leased for each pass of a layer alone, also in the forward and in the tail: in a step of one
+ * micro-batch a segment needs no room for those of all its layers. */
+static inline bool program_weights_by_layer(const program_builder *b) {
+  return b->layout->spec.by_layer && b->layout->spec.layerwise && b->layout->spec.micro_batches == 1;
+}
 
 /* ---- program_builder.c: appending to the list -------------------------------------------------------------- */
 

@@ -73,9 +73,8 @@ static uint32_t count_folded(const program_builder *b, uint32_t first_part, uint
 static flap_operand pin_part(program_builder *b, uint32_t part, bool update) {
   const flap_layout *layout = b->layout;
   const bool step = b->spec->kind == FLAP_PROGRAM_STEP;
-  const bool by_layer = layout->spec.by_layer && layout->spec.layerwise;
   const bool stays = part == program_head_part(b) ||
-                     (part > 0 && !by_layer &&
+                     (part > 0 && !program_weights_by_layer(b) &&
                       flap_layout_segment_of(layout, program_part_of(b, part)->layer) + 1 == layout->segment_count);
   const bool changes =
       program_folds(b, part) ? update : step && stays && b->last_group && program_pass_updates(b, part);

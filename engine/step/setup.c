@@ -48,8 +48,9 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
                             .segment_layers = choice->segment_layers,
                             .tail_layers = choice->tail_layers > 0 ? choice->tail_layers : least_tail,
                             .layerwise = choice->layerwise,
-                            .by_layer = spec->mode == FLAP_MODE_TRAIN && spec->micro_batches == 1 && !choice->spread &&
-                                        choice->saved_layers == 0,
+                            .by_layer = spec->mode == FLAP_MODE_TRAIN && !choice->spread && choice->saved_layers == 0 &&
+                                        choice->group_micro_batches == spec->micro_batches &&
+                                        (spec->micro_batches == 1 || choice->layerwise),
                             .saved_layers = choice->saved_layers,
                             .saved_mask = choice->saved_mask,
                             .host_parts = choice->host_parts,

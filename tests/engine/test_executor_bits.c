@@ -44,6 +44,8 @@ static const numerics NUMERICS[] = {
      false},
     {"bf16, one micro-batch", FLAP_BF16, FLAP_BF16, true, true, 0, FLAP_OPTIM_ADAMW, false, true},
     {"bf16, one micro-batch, no clipping", FLAP_BF16, FLAP_BF16, false, true, 0, FLAP_OPTIM_ADAMW, true, true},
+    {"bf16, untied, one micro-batch", FLAP_BF16, FLAP_BF16, false, false, 0, FLAP_OPTIM_ADAMW, false, true},
+    {"fp32, untied, one micro-batch", FLAP_F32, FLAP_F32, false, true, 0, FLAP_OPTIM_ADAMW, false, true},
     {"fp16", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW, false, false},
     {"fp16, 8-bit moments", FLAP_F16, FLAP_BF16, true, true, 65536, FLAP_OPTIM_ADAMW_8BIT, false, false},
     {"fp16 that overflows", FLAP_F16, FLAP_F32, false, false, 0x1p20, FLAP_OPTIM_ADAMW, false, false}};

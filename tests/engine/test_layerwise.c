@@ -12,13 +12,15 @@
 
 #define LAYERS 5u
 #define BUFFERS_MAX 16u
+#define REGIONS_MAX 1024u
+#define LEASES_MAX 8192u
 
 /* ---- programs -------------------------------------------------------------------------------------------- */
 
-static void make_model(rig_model *model, uint32_t micro_batches, bool clips) {
+static void make_model(rig_model *model, uint32_t micro_batches, bool clips, bool tied) {
   rig_model_small(model);
   model->config.num_hidden_layers = LAYERS;
-  model->config.tie_word_embeddings = false;
+  model->config.tie_word_embeddings = tied;
   MUST(flap_model_finish_config(&model->config));
   model->micro_batches = micro_batches;
   model->options.max_grad_norm = clips ? 1 : 0;
@@ -36,59 +38,91 @@ static void build(const rig_model *model, uint32_t segment, bool layerwise, bool
   rig_close(&rig);
 }
 
-/* What a buffer of the executor's holds: the input of a layer, or the tensors that one leaves for its backward. */
+/* What a place holds, a buffer of the executor's or a region: the input of a layer, or the tensors that one leaves for
+ * its backward. */
 typedef struct content {
   bool tensors;
   uint32_t layer, micro_batch;
 } content;
 
-static bool is_buffer(flap_operand operand) {
-  return operand != FLAP_OPERAND_NONE && (operand & FLAP_OPERAND_BUFFER) != 0;
+typedef struct contents {
+  const flap_program *program;
+  content of[BUFFERS_MAX + REGIONS_MAX];
+  bool leased[LEASES_MAX];
+} contents;
+
+static content *place_of(contents *c, flap_operand operand) {
+  const bool buffer = (operand & FLAP_OPERAND_BUFFER) != 0;
+  const uint32_t index = buffer ? operand & ~FLAP_OPERAND_BUFFER : c->program->leases[operand].region;
+  ck_assert_uint_lt(index, buffer ? BUFFERS_MAX : REGIONS_MAX);
+  return &c->of[buffer ? index : BUFFERS_MAX + index];
 }
 
-static content *buffer_of(content contents[BUFFERS_MAX], flap_operand operand) {
-  const uint32_t index = operand & ~FLAP_OPERAND_BUFFER;
-  ck_assert_uint_lt(index, BUFFERS_MAX);
-  return &contents[index];
-}
-
-static void check_holds(content contents[BUFFERS_MAX], flap_operand operand, content wanted) {
-  if (!is_buffer(operand))
-    return;
-  const content *got = buffer_of(contents, operand);
+static void check_holds(contents *c, flap_operand operand, content wanted) {
+  const content *got = place_of(c, operand);
   ck_assert(got->tensors == wanted.tensors && got->layer == wanted.layer && got->micro_batch == wanted.micro_batch);
 }
 
-static void put(content contents[BUFFERS_MAX], flap_operand operand, content what) {
-  if (is_buffer(operand))
-    *buffer_of(contents, operand) = what;
+/* A lease of this region, which is there. */
+static void check_leased(const contents *c, flap_operand operand, uint32_t region) {
+  ck_assert_uint_lt(operand, c->program->lease_count);
+  ck_assert(c->leased[operand] && c->program->leases[operand].region == region);
 }
 
-/* Every layer's operation finds its own input, and its backward its own tensors, which serve one backward. */
-static void check_buffers(const flap_program *program) {
-  content contents[BUFFERS_MAX];
+static void check_backward(contents *c, const flap_layout *layout, const flap_op *op) {
+  check_holds(c, op->operand[4], (content){.tensors = true, .layer = op->index, .micro_batch = op->micro_batch});
+  place_of(c, op->operand[4])->layer = UINT32_MAX;
+  check_leased(c, op->operand[3], flap_layout_hidden_gradient(layout, op->micro_batch));
+  check_leased(c, op->operand[5], layout->parts[flap_layout_layer_part(op->index)].sums);
+}
+
+static void check_pass(contents *c, const flap_op *op) {
+  if (op->operand[3] != FLAP_OPERAND_NONE)
+    *place_of(c, op->operand[3]) = (content){.layer = op->index + 1, .micro_batch = op->micro_batch};
+  *place_of(c, op->operand[4]) = (content){.tensors = true, .layer = op->index, .micro_batch = op->micro_batch};
+}
+
+/* Every layer's operation has its own weights and input, and its backward its own sums, and its own tensors, which
+ * serve one backward. Returns how many there are. */
+static uint32_t check_places(const flap_layout *layout, const flap_program *program) {
+  contents *c = calloc(1, sizeof *c);
   uint32_t backwards = 0;
-  memset(contents, 0xff, sizeof contents);
+  ck_assert_ptr_nonnull(c);
+  ck_assert_uint_le(program->lease_count, LEASES_MAX);
+  c->program = program;
+  for (uint32_t i = 0; i < BUFFERS_MAX + REGIONS_MAX; i++)
+    c->of[i].layer = UINT32_MAX;
   for (uint32_t i = 0; i < program->op_count; i++) {
     const flap_op *op = &program->ops[i];
     const content input = {.layer = op->index, .micro_batch = op->micro_batch};
-    const content output = {.layer = op->index + 1, .micro_batch = op->micro_batch};
-    const content tensors = {.tensors = true, .layer = op->index, .micro_batch = op->micro_batch};
     const bool passes = op->kind == FLAP_OP_LAYER_FORWARD || op->kind == FLAP_OP_LAYER_RECOMPUTE;
+    if (op->kind == FLAP_OP_PIN || op->kind == FLAP_OP_UNPIN)
+      c->leased[op->operand[0]] = op->kind == FLAP_OP_PIN;
+    if (op->kind == FLAP_OP_EMBED)
+      *place_of(c, op->operand[1]) = input;
     if (!passes && op->kind != FLAP_OP_LAYER_BACKWARD)
       continue;
-    check_holds(contents, op->operand[1], input);
-    if (passes) {
-      put(contents, op->operand[3], output);
-      put(contents, op->operand[4], tensors);
-      continue;
-    }
-    ck_assert(is_buffer(op->operand[4]));
-    check_holds(contents, op->operand[4], tensors);
-    put(contents, op->operand[4], (content){.tensors = true, .layer = UINT32_MAX});
-    backwards++;
+    check_holds(c, op->operand[1], input);
+    check_leased(c, op->operand[0], layout->parts[flap_layout_layer_part(op->index)].weights);
+    if (passes)
+      check_pass(c, op);
+    else
+      check_backward(c, layout, op);
+    backwards += !passes;
   }
-  ck_assert_uint_gt(backwards, 0);
+  free(c);
+  return backwards;
+}
+
+/* Of all programs that a run with this setup has. */
+static void check_programs(const rig_model *model, const flap_setup *setup) {
+  const uint32_t wanted = LAYERS * model->micro_batches * (setup->layout.spec.backward_twice ? 2 : 1);
+  for (int i = 0; i < FLAP_SETUP_PROGRAM_COUNT; i++) {
+    const flap_program *program = &setup->programs[i];
+    if (program->op_count == 0)
+      continue;
+    ck_assert_uint_eq(check_places(&setup->layout, program), program->spec.kind == FLAP_PROGRAM_STEP ? wanted : 0);
+  }
 }
 
 /* The most leases of a class of regions that are there at once. */
@@ -126,15 +160,16 @@ START_TEST(one_block_serves_all_layers) {
   const uint32_t segment = WAYS[_i].segment, n = WAYS[_i].micro_batches;
   rig_model model;
   flap_setup wide, narrow;
-  make_model(&model, n, WAYS[_i].clips);
+  make_model(&model, n, WAYS[_i].clips, _i % 2 == 1);
   build(&model, segment, false, WAYS[_i].backward, &wide);
   build(&model, segment, true, WAYS[_i].backward, &narrow);
   const flap_program *before = &wide.programs[wide.steady], *program = &narrow.programs[narrow.steady];
-  check_buffers(before);
-  check_buffers(program);
+  check_programs(&model, &wide);
+  check_programs(&model, &narrow);
   ck_assert_uint_eq(flap_program_scratch_buffers(&wide.layout), flap_layout_longest_segment(&wide.layout.spec));
   ck_assert_uint_eq(flap_program_scratch_buffers(&narrow.layout), 1);
-  ck_assert_int_eq(narrow.vram_scratch_bytes<wide.vram_scratch_bytes, segment> 1);
+  const bool less = narrow.vram_scratch_bytes < wide.vram_scratch_bytes;
+  ck_assert(less == (segment > 1));
   /* All but the last layers of segments, which their backward follows at once, are computed once more. */
   const uint32_t others = LAYERS - narrow.layout.segment_count;
   const uint32_t passes = WAYS[_i].clips && WAYS[_i].backward ? 2 : 1;
@@ -147,7 +182,8 @@ START_TEST(one_block_serves_all_layers) {
 }
 END_TEST
 
-/* In a step of one micro-batch; with more of them, a segment's are there as long as its backward lasts. */
+/* Layer by layer a backward needs one layer's at a time; with several micro-batches forward and tail need as many as
+ * they pass for each. */
 START_TEST(weights_and_sums_are_leased_layer_by_layer) {
   const uint32_t segment = WAYS[_i].segment, tail = flap_layout_least_tail(LAYERS, segment);
   const uint32_t longest = tail > segment ? tail : segment;
@@ -155,10 +191,10 @@ START_TEST(weights_and_sums_are_leased_layer_by_layer) {
   for (int layerwise = 0; layerwise < 2; layerwise++) {
     rig_model model;
     flap_setup setup;
-    make_model(&model, WAYS[_i].micro_batches, WAYS[_i].clips);
+    make_model(&model, WAYS[_i].micro_batches, WAYS[_i].clips, false);
     build(&model, segment, layerwise == 1, WAYS[_i].backward, &setup);
     ck_assert_uint_eq(most_leased(&setup, FLAP_CLASS_WEIGHTS), one && layerwise == 1 ? 1 : longest);
-    ck_assert_uint_eq(most_leased(&setup, FLAP_CLASS_GRADIENT_SUMS), one ? 0 : longest);
+    ck_assert_uint_eq(most_leased(&setup, FLAP_CLASS_GRADIENT_SUMS), one ? 0 : layerwise == 1 ? tail : longest);
     ck_assert_uint_eq(most_leased(&setup, FLAP_CLASS_VOCABULARY_SUMS), 1); /* where those of all parts are, if one */
     flap_setup_close(&setup);
     rig_model_close(&model);
