@@ -89,7 +89,9 @@ static uint32_t burst_of(const flap_setup *setup, int k) {
   if ((k != FLAP_CLASS_STATES && k != FLAP_CLASS_GRADIENTS) || setup->spec.mode != FLAP_MODE_TRAIN)
     return 1;
   const uint32_t of_layer = layout->parts[flap_layout_layer_part(0)].slice_count;
-  const bool by_layer = layout->spec.by_layer && (k == FLAP_CLASS_GRADIENTS || layout->spec.backward_parts > 0);
+  const bool updates = layout->spec.backward_parts == layout->part_count ||
+                       (layout->spec.layerwise && layout->spec.micro_batches == 1); /* layer by layer as well */
+  const bool by_layer = layout->spec.by_layer && (k == FLAP_CLASS_GRADIENTS || updates);
   const uint32_t slices = of_layer * (by_layer ? 1 : layout->spec.segment_layers);
   if (k == FLAP_CLASS_GRADIENTS || !setup->choice.spread)
     return slices;

@@ -8,7 +8,7 @@
 
 #define PLANNER_SEGMENTS_MAX 12
 #define PLANNER_GROUPS_MAX 16
-#define PLANNER_LAYERWISE_MAX 16 /* layers of segments that are computed again layer by layer, beside usual lengths */
+#define PLANNER_LAYERWISE_MAX 16 /* layers: segments no longer than that are tried layerwise, beside usual lengths */
 #define PLANNER_CORRECTIONS_MAX (4 * PLANNER_SEGMENTS_MAX)
 #define PLANNER_TAILS_MAX 12
 #define PLANNER_SAVED_SHARES 4 /* of the layers save: so many parts of so many, or none */

@@ -216,9 +216,9 @@ static uint32_t layerwise_lengths(const flap_planner *planner, const planner_can
   return count;
 }
 
-/* Whether layers that save nothing are computed again one by one, and how long segments are then: as the best, or with
- * nothing saved, in one group, for then a backward passes a segment layer by layer, and updates are spread evenly. The
- * best of these is refined once more before it is compared. */
+/* Whether layers that save nothing are computed again one by one, and how long segments are then: with all else as in
+ * the best; or with nothing saved and one group, for then a backward goes by layer, and its updates come a layer at a
+ * time. The best of these is refined once more before it is compared. */
 static flap_status refine_layerwise(const flap_planner *planner, const planner_candidates *c,
                                     const flap_budgets *budgets, planner_contender *best, flap_plan_costs *costs) {
   refinement r = {.planner = planner, .candidates = c, .budgets = budgets};
@@ -241,7 +241,7 @@ static flap_status refine_layerwise(const flap_planner *planner, const planner_c
         s.backward = c->backward;
       }
       s.spread = way == 2;
-      if (planner_layerwise_differs(planner, s) && !(s.spread && c->sweep))
+      if (planner_layerwise_differs(planner, s) && !planner_is_double(planner, &c->saved, s) && !(s.spread && c->sweep))
         FLAP_TRY(look_at(&r, s, &worth));
     }
   FLAP_TRY(simulate_best(&r, &found, &found_costs));

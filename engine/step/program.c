@@ -411,7 +411,7 @@ static void leave_inputs(program_builder *b, uint32_t segment, micro_batch_range
   }
 }
 
-/* The same layer by layer, from the last one on, each for all micro-batches. */
+/* Backward of a segment but the last, layer by layer, from the last one on, each for all micro-batches. */
 static void backward_by_layer(program_builder *b, uint32_t segment, micro_batch_range range) {
   uint32_t first, end;
   flap_layout_segment(b->layout, segment, &first, &end);

@@ -62,7 +62,7 @@ static void open_trial(trial *t, uint64_t staging_bytes) {
                                        .disk_paths = {"disk"}},
                               .expert = {.optimizer = FLAP_OPTIMIZER_GPU,
                                          .segment_layers = 4,
-                                         .recompute = FLAP_RECOMPUTE_SEGMENTS, /* layer by layer they would be spread */
+                                         .recompute = FLAP_RECOMPUTE_SEGMENTS, /* by layer they come a few at a time */
                                          .group_micro_batches = 16,
                                          .staging_bytes = staging_bytes},
                               .activations = FLAP_ACTIVATIONS_RECOMPUTE,
