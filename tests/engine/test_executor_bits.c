@@ -429,7 +429,7 @@ START_TEST(every_placement_gives_the_same_bits) {
       fitting[count++] = i;
   ck_assert_int_gt(count, 0);
   const int wanted = count == NUMERICS_COUNT ? 2 * NUMERICS_STRIDE : NUMERICS_STRIDE;
-  const int stride = p->layerwise ? 1 : wanted < count ? wanted : count;
+  const int stride = wanted < count ? wanted : count;
   for (int at = _i % stride; at < count; at += stride) {
     const int i = fitting[at];
     rig_result got;
