@@ -1,13 +1,11 @@
 /* Layers that save nothing, computed again one by one: what the operations of a step read was written for them, in one
  * block of scratch memory; weights and sums are leased layer by layer; bits are those of all other ways, in models of
- * several segments (test_executor_bits has more ways, of few layers); and the planner does it where memory is what a
- * step waits for.
+ * several segments (test_executor_bits has more ways, of few layers). When plans do it is test_planner_staging's.
  */
 #include "tests/engine/engine_rig.h"
 
 #include "base/units.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,11 +13,6 @@
 #define BUFFERS_MAX 16u
 #define REGIONS_MAX 1024u
 #define LEASES_MAX 8192u
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define PLANS 0 /* each takes seconds, and other tests plan as well */
-#else
-#define PLANS 2
-#endif
 
 /* ---- programs -------------------------------------------------------------------------------------------- */
 
@@ -294,92 +287,6 @@ START_TEST(bits_do_not_change) {
 }
 END_TEST
 
-/* ---- plans ----------------------------------------------------------------------------------------------- */
-
-typedef struct trial {
-  flap_model_config model;
-  flap_machine machine;
-  flap_planner planner;
-  flap_budgets budgets;
-} trial;
-
-/* A billion parameters; what memory does not hold passes a disk, which takes longer than all else.
- * Inputs of layers are 16 MiB each, and 40 of them. */
-static void open_trial(trial *t, uint64_t ram_mib, uint32_t micro_batches) {
-  memset(t, 0, sizeof *t);
-  t->model = (flap_model_config){.family = flap_model_find_family("llama"),
-                                 .vocab_size = 8192,
-                                 .hidden_size = 1024,
-                                 .intermediate_size = 2816,
-                                 .num_hidden_layers = 40,
-                                 .num_attention_heads = 8,
-                                 .num_key_value_heads = 8,
-                                 .max_position_embeddings = 2048,
-                                 .rms_norm_eps = 1e-5,
-                                 .initializer_range = 0.1,
-                                 .rope = {.theta = 10000}};
-  MUST(flap_model_finish_config(&t->model));
-  flap_device_default_machine(FLAP_DEVICE_CUDA, &t->machine);
-  t->machine.flops_bf16 = t->machine.flops_f32 = 60e12;
-  t->machine.device_bytes = 2e12;
-  t->machine.h2d_bytes = t->machine.d2h_bytes = 50e9;
-  t->machine.disk_read_bytes = 1.6e9;
-  t->machine.disk_write_bytes = 2.1e9;
-  t->machine.disk_both_bytes = 2.2e9;
-  t->planner = (flap_planner){.spec = {.model = &t->model,
-                                       .shape = {.dtype = FLAP_BF16, .batch = 4, .sequence = 2048},
-                                       .mode = FLAP_MODE_TRAIN,
-                                       .gradient_dtype = FLAP_BF16,
-                                       .optim = FLAP_OPTIM_ADAMW,
-                                       .micro_batches = micro_batches,
-                                       .needs_no_norm = true,
-                                       .threads = 2,
-                                       .device = FLAP_DEVICE_CUDA,
-                                       .io = FLAP_BLOCK_SIM,
-                                       .disk_count = 1,
-                                       .disk_paths = {"disk"}},
-                              .machine = &t->machine};
-  t->budgets = (flap_budgets){.vram_bytes = (uint64_t)(micro_batches == 1 ? 1536 : 1024) * FLAP_MIB,
-                              .ram_bytes = ram_mib * FLAP_MIB,
-                              .disk_bytes = {(uint64_t)20 * FLAP_GIB}};
-}
-
-static double plan(uint64_t ram_mib, uint32_t micro_batches, flap_recompute recompute, bool *layerwise_out) {
-  trial t;
-  flap_setup setup;
-  flap_plan_costs costs;
-  open_trial(&t, ram_mib, micro_batches);
-  t.planner.expert.recompute = recompute;
-  MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &costs));
-  *layerwise_out = setup.choice.layerwise;
-  printf("%llu MiB of RAM, %u micro-batches: segments of %u layers%s, %.1f MiB on disk, %.3f s\n",
-         (unsigned long long)ram_mib, micro_batches, setup.choice.segment_layers,
-         setup.choice.layerwise ? ", layer by layer" : "", (double)setup.disk_bytes / (double)FLAP_MIB,
-         costs.step_seconds);
-  flap_setup_close(&setup);
-  return costs.step_seconds;
-}
-
-START_TEST(plans_are_layerwise_where_disks_are_the_limit) {
-  const uint32_t n = _i == 0 ? 1 : 4, ram = _i == 0 ? 5000 : 4000;
-  bool chosen, forced, kept_out;
-  const double by_itself = plan(ram, n, FLAP_RECOMPUTE_AUTO, &chosen);
-  const double segments = plan(ram, n, FLAP_RECOMPUTE_SEGMENTS, &kept_out);
-  const double layers = plan(ram, n, FLAP_RECOMPUTE_LAYERS, &forced);
-  ck_assert(chosen && forced && !kept_out);
-  ck_assert_double_lt(by_itself, 0.95 * segments);
-  ck_assert_double_le(by_itself, 1.03 * layers);
-}
-END_TEST
-
-/* With memory for everything it costs a forward, and gains nothing. */
-START_TEST(plans_are_not_where_memory_is_plenty) {
-  bool chosen;
-  (void)plan(20000, 1, FLAP_RECOMPUTE_AUTO, &chosen);
-  ck_assert(!chosen);
-}
-END_TEST
-
 int main(void) {
   Suite *suite = suite_create("layerwise");
   TCase *tests = tcase_create("all");
@@ -387,8 +294,6 @@ int main(void) {
   tcase_add_loop_test(tests, one_block_serves_all_layers, 0, (int)(sizeof WAYS / sizeof *WAYS));
   tcase_add_loop_test(tests, weights_and_sums_are_leased_layer_by_layer, 0, (int)(sizeof WAYS / sizeof *WAYS));
   tcase_add_loop_test(tests, bits_do_not_change, 0, (int)(sizeof RUNS / sizeof *RUNS));
-  tcase_add_loop_test(tests, plans_are_layerwise_where_disks_are_the_limit, 0, PLANS);
-  tcase_add_loop_test(tests, plans_are_not_where_memory_is_plenty, 0, PLANS / 2);
   suite_add_tcase(suite, tests);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_NORMAL);

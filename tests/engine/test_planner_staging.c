@@ -1,6 +1,6 @@
 /* Plans where states live on disk. How deep staging is where they are updated in bursts: against a few buffers, which
- * `expert.staging_bytes` forces. And when a second backward goes against gradients that are stored, which
- * `expert.update` forces. */
+ * `expert.staging_bytes` forces. When a second backward goes against gradients that are stored, which `expert.update`
+ * forces. And when layers are computed again one by one, against segments as a whole: `expert.recompute`. */
 #include "base/units.h"
 #include "engine/planner/planner.h"
 
@@ -12,8 +12,10 @@
 #define MUST(call) ck_assert_msg((call) == FLAP_OK, "%s: %s", #call, flap_error_message())
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define KINDS 1 /* each plan takes seconds */
+#define LAYERWISE_KINDS 0
 #else
 #define KINDS 3
+#define LAYERWISE_KINDS 2
 #endif
 #define FEW_BYTES (2 * 16 * 4 * (uint64_t)FLAP_MIB) /* as many as there are without it */
 
@@ -174,6 +176,54 @@ START_TEST(gradients_are_computed_again_where_that_spares_the_disk) {
 }
 END_TEST
 
+/* ---- layers computed again one by one --------------------------------------------------------------------------- */
+
+/* Half as wide and twice as deep: inputs of layers are 16 MiB each, and there are 40 for each micro-batch. */
+static double plan_narrow(uint32_t micro_batches, uint64_t ram_mib, flap_recompute recompute, bool *layerwise_out) {
+  trial t;
+  flap_setup setup;
+  flap_plan_costs costs;
+  open_trial(&t, 0);
+  t.model.hidden_size = 1024;
+  t.model.intermediate_size = 2816;
+  t.model.num_hidden_layers = 40;
+  t.model.num_attention_heads = t.model.num_key_value_heads = 8;
+  MUST(flap_model_finish_config(&t.model));
+  t.planner.spec.shape.batch = 4;
+  t.planner.spec.micro_batches = micro_batches;
+  t.planner.expert = (flap_expert){.recompute = recompute};
+  t.planner.activations = FLAP_ACTIVATIONS_AUTO;
+  t.budgets.vram_bytes = (uint64_t)(micro_batches == 1 ? 1536 : 1024) * FLAP_MIB;
+  t.budgets.ram_bytes = ram_mib * FLAP_MIB;
+  MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &costs));
+  *layerwise_out = setup.choice.layerwise;
+  printf("%u micro-batches: segments of %u layers%s, %.1f MiB on disk, %.3f s\n", micro_batches,
+         setup.choice.segment_layers, setup.choice.layerwise ? ", layerwise" : "",
+         (double)setup.disk_bytes / (double)FLAP_MIB, costs.step_seconds);
+  flap_setup_close(&setup);
+  return costs.step_seconds;
+}
+
+START_TEST(plans_are_layerwise_where_disks_are_the_limit) {
+  const uint32_t n = _i == 0 ? 1 : 4, ram_mib = _i == 0 ? 5000 : 4000;
+  bool chosen, forced, kept_out;
+  const double by_itself = plan_narrow(n, ram_mib, FLAP_RECOMPUTE_AUTO, &chosen);
+  const double segments = plan_narrow(n, ram_mib, FLAP_RECOMPUTE_SEGMENTS, &kept_out);
+  const double layers = plan_narrow(n, ram_mib, FLAP_RECOMPUTE_LAYERS, &forced);
+  ck_assert(chosen && forced && !kept_out);
+  ck_assert_double_lt(by_itself, 0.95 * segments);
+  ck_assert_double_le(by_itself, 1.03 * layers);
+}
+END_TEST
+
+/* With memory for everything it costs a forward, and gains nothing. */
+START_TEST(plans_are_not_layerwise_where_memory_is_plenty) {
+  bool chosen;
+  (void)plan_narrow(1, 20000, FLAP_RECOMPUTE_AUTO, &chosen);
+  ck_assert(!chosen);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tcase = tcase_create("planner staging");
@@ -181,6 +231,8 @@ int main(void) {
   tcase_add_test(tcase, staging_is_deep_where_updates_come_in_bursts);
   tcase_add_test(tcase, staging_never_keeps_a_plan_from_fitting);
   tcase_add_loop_test(tcase, gradients_are_computed_again_where_that_spares_the_disk, 0, KINDS);
+  tcase_add_loop_test(tcase, plans_are_layerwise_where_disks_are_the_limit, 0, LAYERWISE_KINDS);
+  tcase_add_loop_test(tcase, plans_are_not_layerwise_where_memory_is_plenty, 0, LAYERWISE_KINDS / 2);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
