@@ -241,6 +241,9 @@ static flap_status refine_layerwise(const flap_planner *planner, const planner_c
         s.backward = c->backward;
       }
       s.spread = way == 2;
+      if (way == 1 && best->s.saved.layers == 0 && best->s.group == c->groups[0] &&
+          best->s.backward.device == c->backward.device && best->s.backward.host == c->backward.host)
+        continue; /* the first way once more */
       if (planner_layerwise_differs(planner, s) && !planner_is_double(planner, &c->saved, s) && !(s.spread && c->sweep))
         FLAP_TRY(look_at(&r, s, &worth));
     }

@@ -31,7 +31,7 @@ typedef struct flap_layout_spec {
   bool layerwise; /* of segments that save nothing, each layer is computed again right before its own backward, from an
                      input that another forward leaves: one block of scratch memory instead of one for each layer */
   bool by_layer;  /* nothing is saved or spread, there is one group, and one micro-batch or layerwise: a layer's sums
-                     live for its own backward, so they share one place */
+                     live for its own backward, so they share one place (not the tail's, with several micro-batches) */
   uint32_t saved_layers;   /* save activations; the others recompute. Below the layer count it is a share: see below */
   uint32_t saved_mask;     /* which tensors these save, see flap_model_saved; not 0 where saved_layers is not */
   uint32_t host_parts;     /* so many parts are updated by the host's cores: see flap_layout_is_host */
