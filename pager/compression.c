@@ -4,11 +4,11 @@
  * room for all of them as they are. So a chunk stays one request, only a shorter one, and space is known before the
  * run. A page that is shorter on disk than in its region is an encoded one.
  *
- * Whether pages of a class are encoded is asked buffer by buffer. `lz4` says yes. `auto` says yes when it pays, by what
- * it measured of this class and what is known of the disks: now and then it encodes a page only to see how far it
- * shrinks and how long that takes. It begins only where leases do wait for disks, and ends when a class no longer
- * shrinks. Packing and unpacking happen in the buffer, from the front and from the back, with a page of memory beside
- * per worker.
+ * Whether pages of a class are encoded is asked buffer by buffer. `lz4` and `zstd` say yes. `auto` says yes when it
+ * pays, by what it measured of this class and what is known of the disks: now and then it encodes a page only to see
+ * how far it shrinks and how long that takes. It begins only where leases do wait for disks, and ends when a class no
+ * longer shrinks. Packing and unpacking happen in the buffer, from the front and from the back, with a page of memory
+ * beside per worker.
  */
 #include "pager/pager_internal.h"
 
@@ -28,7 +28,7 @@
 bool pager_compresses(const flap_pager_config *config) {
   if (config->compression == FLAP_COMPRESSION_OFF || config->page_bytes <= FLAP_BLOCK_ALIGN)
     return false;
-  return config->compression == FLAP_COMPRESSION_LZ4 ||
+  return config->compression != FLAP_COMPRESSION_AUTO ||
          (config->transfer_bytes > pager_small_bytes && config->disk_rates.alone_bytes > 0 &&
           config->disk_rates.other_alone_bytes > 0);
 }
@@ -109,7 +109,7 @@ static uint32_t encode(const flap_pager *pager, const pager_buffer *buffer, cons
                        const pager_scratch *scratch, pager_packed *packed) {
   const uint32_t element_bytes = pager->regions[buffer->region].element_bytes;
   const double started_ns = thread_ns();
-  const uint32_t made = flap_block_encode(from, bytes, element_bytes, scratch->page, scratch->codec);
+  const uint32_t made = flap_block_encode(pager->codec, from, bytes, element_bytes, scratch->page, scratch->codec);
   packed->encode_ns += thread_ns() - started_ns;
   packed->tried_bytes += bytes;
   packed->made_bytes += made;

@@ -196,7 +196,8 @@ static void fill_regions(flap_pager *pager, const flap_pager_config *config) {
 static void take_workers(flap_pager *pager, const flap_pager_config *config, bool disk, flap_arena *arena) {
   const uint32_t count = pager->worker_count > 0 ? pager->worker_count : 1;
   pager->compresses = disk && pager_compresses(config);
-  pager->always_compresses = config->compression == FLAP_COMPRESSION_LZ4;
+  pager->always_compresses = config->compression != FLAP_COMPRESSION_AUTO;
+  pager->codec = flap_compression_codec(config->compression);
   pager->shared_cores = config->shared_cores;
   pager->disk_rates = config->disk_rates;
   pager->workers = FLAP_ARENA_ARRAY(arena, pager_worker, count);

@@ -303,6 +303,7 @@ struct flap_pager {
   pager_lease *leases;   /* leases_max for each of two programs */
   pager_worker *workers; /* at least one, for its scratch memory */
   bool compresses, always_compresses, shared_cores;
+  flap_codec codec; /* where it compresses */
   flap_duplex disk_rates;
   pager_job *jobs;    /* job n at n % jobs_room */
   uint32_t jobs_room; /* for those of two programs */

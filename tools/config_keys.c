@@ -52,8 +52,11 @@ static const flap_config_word matmul_words[] = {
     {"tuned", FLAP_RUN_MATMUL_TUNED}, {"first", FLAP_RUN_MATMUL_FIRST}, {NULL, 0}};
 static const flap_config_word io_words[] = {
     {"auto", FLAP_RUN_IO_AUTO}, {"io_uring", FLAP_RUN_IO_URING}, {"threads", FLAP_RUN_IO_THREADS}, {NULL, 0}};
-static const flap_config_word compression_words[] = {
-    {"auto", FLAP_COMPRESSION_AUTO}, {"off", FLAP_COMPRESSION_OFF}, {"lz4", FLAP_COMPRESSION_LZ4}, {NULL, 0}};
+static const flap_config_word compression_words[] = {{"auto", FLAP_COMPRESSION_AUTO},
+                                                     {"off", FLAP_COMPRESSION_OFF},
+                                                     {"lz4", FLAP_COMPRESSION_LZ4},
+                                                     {"zstd", FLAP_COMPRESSION_ZSTD},
+                                                     {NULL, 0}};
 static const flap_config_word states_words[] = {
     {"auto", FLAP_RUN_STATES_AUTO}, {"copied", FLAP_RUN_STATES_COPIED}, {NULL, 0}};
 static const flap_config_word export_words[] = {{"final", true}, {"none", false}, {NULL, 0}};
@@ -186,8 +189,9 @@ static const flap_config_key keys[] = {
            "Weight: "
            "what a disk takes beside the others, as far as its size goes; as measured by default."),
     WORD("compression", compression, compression_words,
-         "Of what goes to the disks: auto compresses what it finds to save time, lz4 all that shrinks. Never of the "
-         "numbers, and the space is the same."),
+         "Of what goes to the disks: auto compresses what it finds to save time (as zstd does), zstd and lz4 all that "
+         "shrinks. "
+         "Never of the numbers, and the space is the same."),
     PLAIN("ssd_tbw", BYTES, ssd_tbw,
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),

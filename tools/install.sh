@@ -5,7 +5,7 @@
 set -eu
 
 packages="build-essential cmake ninja-build pkg-config
-  liburing-dev liblz4-dev libxxhash-dev libjansson-dev libyaml-dev libpcre2-dev libopenblas-dev
+  liburing-dev liblz4-dev libzstd-dev libxxhash-dev libjansson-dev libyaml-dev libpcre2-dev libopenblas-dev
   check libsubunit-dev clang clang-format python3 python3-venv"
 
 if ! command -v dpkg-query >/dev/null 2>&1 || ! command -v apt-get >/dev/null 2>&1; then

@@ -70,7 +70,8 @@ static void print_budgets(FILE *out, const flap_run_config *config, const flap_p
 }
 
 const char *flap_print_compression(flap_compression compression) {
-  return compression == FLAP_COMPRESSION_LZ4 ? "lz4" : compression == FLAP_COMPRESSION_AUTO ? "auto" : "off";
+  static const char *const names[] = {"off", "auto", "lz4", "zstd"};
+  return names[compression];
 }
 
 static void print_choices(FILE *out, const flap_plan *plan) {

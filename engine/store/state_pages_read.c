@@ -115,9 +115,9 @@ static flap_status check_header(flap_state_pages *pages) {
   FLAP_TRY(check_sum(pages));
   if (memcmp(header->magic, FLAP_STATE_PAGES_MAGIC, sizeof header->magic) != 0)
     return flap_error_set(FLAP_CORRUPT, "%s: is no table of pages", pages->path);
-  if (header->version != FLAP_STATE_PAGES_VERSION)
-    return flap_error_set(FLAP_UNSUPPORTED, "%s: is of version %u, but this program reads version %u", pages->path,
-                          header->version, FLAP_STATE_PAGES_VERSION);
+  if (header->version == 0 || header->version > FLAP_STATE_PAGES_VERSION)
+    return flap_error_set(FLAP_UNSUPPORTED, "%s: is of version %u, but this program reads versions up to %u",
+                          pages->path, header->version, FLAP_STATE_PAGES_VERSION);
   if (header->dtype > FLAP_F16)
     return broken(pages, "its weights are of no known type:", header->dtype);
   if (header->optim > FLAP_OPTIM_ADAMW_8BIT)

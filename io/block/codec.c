@@ -1,39 +1,76 @@
-/* An encoded page: a header, then its blocks one after another, each behind its length; zeros up to the aligned end.
+/* An encoded page: a header, then its blocks one after another; zeros up to the aligned end.
  *
- * A block that LZ4 cannot shrink stands as it is, not shuffled, with the highest bit of its length set. Numbers are in
- * the machine's byte order: extents do not outlive the process.
+ * A block of LZ4 is shuffled and coded whole, behind its length. One that it cannot shrink stands as it is, not
+ * shuffled. A block of zstd is shuffled, and each of its planes (all first bytes, all second ones) coded for itself, or
+ * left as it is, behind its length: of a number's bytes mostly one shrinks, and the others are not worth a try. What
+ * stands as it is has the highest bit of its length set. Numbers are in the machine's byte order: extents do not
+ * outlive the process, and checkpoints that share them are read on machines with the same order.
  */
 #include "io/block/codec.h"
 
 #include "base/assert.h"
 #include "base/units.h"
 #include "io/block/block.h"
+#include "io/block/entropy.h"
 
 #include <lz4.h>
 #include <string.h>
 
-#define MAGIC 0x345a4c46u             /* "FLZ4" */
-#define BLOCK_BYTES (256u << 10)      /* shuffled, it fits beside its result into a core's cache */
-#define PLAIN_BLOCK 0x80000000u       /* in a block's length */
+#define LZ4_MAGIC 0x345a4c46u         /* "FLZ4" */
+#define ZSTD_MAGIC 0x54535a46u        /* "FZST" */
+#define LZ4_BLOCK_BYTES (256u << 10)  /* shuffled, it fits beside its result into a core's cache */
+#define ELEMENT_BYTES_MAX 4u          /* of which a block of zstd has as many as a plane may have bytes */
+#define PLAIN 0x80000000u             /* in a length */
 #define SAMPLE_PIECES 4u              /* at even distances in the page */
 #define SAMPLE_PIECE_BYTES (8u << 10) /* each */
 #define SAMPLE_BYTES (SAMPLE_PIECES * SAMPLE_PIECE_BYTES)
-#define SAMPLE_SHRUNK (SAMPLE_BYTES - SAMPLE_BYTES / 64) /* what does not come below this is left alone */
 
 typedef struct page_header {
   uint32_t magic, bytes, element_bytes;
 } page_header;
 
+/* What codes a page, and its scratch memory: the library's state, then room for a shuffled block. */
+typedef struct coding {
+  flap_codec codec;
+  uint32_t element_bytes;
+  uint32_t block_bytes;
+  bool worth[ELEMENT_BYTES_MAX]; /* with zstd: the planes that are tried */
+  void *lz4;
+  flap_entropy_coder *coder;
+  flap_entropy_decoder *decoder;
+  unsigned char *shuffled;
+} coding;
+
 static uint64_t state_bytes(void) {
-  return flap_units_round_up((uint64_t)LZ4_sizeofState(), 64);
+  const uint64_t lz4 = flap_units_round_up((uint64_t)LZ4_sizeofState(), 64), zstd = flap_entropy_state_bytes();
+  return lz4 > zstd ? lz4 : zstd;
 }
 
 static uint32_t smaller(uint32_t a, uint32_t b) {
   return a < b ? a : b;
 }
 
+/* The least that a sample or a plane of it has to save for its page or plane to be tried. */
+static uint32_t shrunk(uint32_t bytes) {
+  return bytes - bytes / 64;
+}
+
+flap_codec flap_compression_codec(flap_compression compression) {
+  return compression == FLAP_COMPRESSION_LZ4 ? FLAP_CODEC_LZ4 : FLAP_CODEC_ZSTD;
+}
+
 uint64_t flap_block_codec_scratch(uint64_t page_bytes) {
-  return state_bytes() + (page_bytes < BLOCK_BYTES ? page_bytes : BLOCK_BYTES);
+  return state_bytes() + (page_bytes < LZ4_BLOCK_BYTES ? page_bytes : LZ4_BLOCK_BYTES);
+}
+
+static coding coding_of(flap_codec codec, uint32_t element_bytes, void *scratch) {
+  coding c = {.codec = codec,
+              .element_bytes = element_bytes,
+              .block_bytes = codec == FLAP_CODEC_LZ4 ? LZ4_BLOCK_BYTES : element_bytes * FLAP_ENTROPY_PLANE_BYTES,
+              .shuffled = (unsigned char *)scratch + state_bytes()};
+  for (uint32_t i = 0; i < element_bytes; i++)
+    c.worth[i] = true;
+  return c;
 }
 
 /* ---- bytes beside their like ------------------------------------------------------------------------------ */
@@ -80,52 +117,86 @@ static void unshuffle(unsigned char *restrict to, const unsigned char *restrict 
 /* ---- encoding --------------------------------------------------------------------------------------------- */
 
 /* Most pages shrink or do not as a few pieces of them do, which takes a fraction of the time to find out. */
-static bool sample_shrinks(const unsigned char *page, uint32_t bytes, uint32_t element, unsigned char *to,
-                           unsigned char *scratch) {
-  unsigned char *shuffled = scratch + state_bytes();
-  const uint32_t distance = bytes / SAMPLE_PIECES, count = SAMPLE_PIECE_BYTES;
+static bool sample_shrinks(coding *c, const unsigned char *page, uint32_t bytes, unsigned char *to) {
+  const uint32_t distance = bytes / SAMPLE_PIECES, plane = SAMPLE_BYTES / c->element_bytes;
+  bool any = false;
   for (uint32_t i = 0; i < SAMPLE_PIECES; i++)
-    shuffle(shuffled + i * count, page + i * distance / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN, count, element);
-  return LZ4_compress_fast_extState(scratch, (const char *)shuffled, (char *)to, (int)SAMPLE_BYTES, (int)SAMPLE_SHRUNK,
-                                    1) > 0;
-}
-
-/* One block behind what is there, which must not come to more than `end`. Returns the new length, or 0. */
-static uint32_t encode_block(const unsigned char *from, uint32_t bytes, uint32_t element, unsigned char *to,
-                             uint32_t at, uint32_t end, unsigned char *scratch) {
-  unsigned char *shuffled = scratch + state_bytes();
-  uint32_t length = 0;
-  if (at + sizeof length >= end)
-    return 0;
-  unsigned char *place = to + at + sizeof length;
-  const uint32_t room = end - at - (uint32_t)sizeof length;
-  shuffle(shuffled, from, bytes, element);
-  length = (uint32_t)LZ4_compress_fast_extState(scratch, (const char *)shuffled, (char *)place, (int)bytes,
-                                                (int)smaller(room, bytes - 1), 1);
-  uint32_t word = length;
-  if (length == 0) {
-    if (bytes > room)
-      return 0;
-    memcpy(place, from, bytes);
-    length = bytes;
-    word = bytes | PLAIN_BLOCK;
+    memcpy(to + i * SAMPLE_PIECE_BYTES, page + i * distance / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN, SAMPLE_PIECE_BYTES);
+  shuffle(c->shuffled, to, SAMPLE_BYTES, c->element_bytes);
+  if (c->codec == FLAP_CODEC_LZ4)
+    return LZ4_compress_fast_extState(c->lz4, (const char *)c->shuffled, (char *)to, (int)SAMPLE_BYTES,
+                                      (int)shrunk(SAMPLE_BYTES), 1) > 0;
+  for (uint32_t i = 0; i < c->element_bytes; i++) {
+    c->worth[i] = flap_entropy_encode(c->coder, c->shuffled + i * plane, plane, to, shrunk(plane)) > 0;
+    any |= c->worth[i];
   }
-  memcpy(to + at, &word, sizeof word);
-  return at + (uint32_t)sizeof word + length;
+  return any;
 }
 
-uint32_t flap_block_encode(const void *page, uint32_t bytes, uint32_t element_bytes, void *to, void *scratch) {
-  flap_assert(bytes > 0 && bytes % FLAP_BLOCK_ALIGN == 0 && bytes < PLAIN_BLOCK);
+/* `bytes` of `coded`, or of `plain` where that is 0, behind their length at `at`. Returns where they end, or 0 when
+ * that is not before `end`: what was coded stands there already. */
+static uint32_t put(unsigned char *to, uint32_t at, uint32_t end, uint32_t coded, const unsigned char *plain,
+                    uint32_t bytes) {
+  const uint32_t from = at + (uint32_t)sizeof(uint32_t);
+  if (coded == 0) {
+    if (bytes > end - from)
+      return 0;
+    memcpy(to + from, plain, bytes);
+  }
+  const uint32_t word = coded > 0 ? coded : bytes | PLAIN;
+  memcpy(to + at, &word, sizeof word);
+  return from + (coded > 0 ? coded : bytes);
+}
+
+static uint32_t encode_lz4(const coding *c, const unsigned char *from, uint32_t bytes, unsigned char *to, uint32_t at,
+                           uint32_t end) {
+  const uint32_t room = end - at - (uint32_t)sizeof(uint32_t);
+  shuffle(c->shuffled, from, bytes, c->element_bytes);
+  const int made = LZ4_compress_fast_extState(c->lz4, (const char *)c->shuffled, (char *)to + at + sizeof(uint32_t),
+                                              (int)bytes, (int)smaller(room, bytes - 1), 1);
+  return put(to, at, end, (uint32_t)made, from, bytes);
+}
+
+static uint32_t encode_planes(const coding *c, const unsigned char *from, uint32_t bytes, unsigned char *to,
+                              uint32_t at, uint32_t end) {
+  const uint32_t plane_bytes = bytes / c->element_bytes;
+  shuffle(c->shuffled, from, bytes, c->element_bytes);
+  for (uint32_t i = 0; i < c->element_bytes; i++) {
+    if (at + sizeof(uint32_t) >= end)
+      return 0;
+    const unsigned char *plane = c->shuffled + i * plane_bytes;
+    const uint32_t room = smaller(end - at - (uint32_t)sizeof(uint32_t), plane_bytes);
+    const uint32_t made =
+        c->worth[i] ? flap_entropy_encode(c->coder, plane, plane_bytes, to + at + sizeof(uint32_t), room) : 0;
+    at = put(to, at, end, made, plane, plane_bytes);
+    if (at == 0)
+      return 0;
+  }
+  return at;
+}
+
+uint32_t flap_block_encode(flap_codec codec, const void *page, uint32_t bytes, uint32_t element_bytes, void *to,
+                           void *scratch) {
+  flap_assert(bytes > 0 && bytes % FLAP_BLOCK_ALIGN == 0 && bytes < PLAIN);
   flap_assert(element_bytes == 1 || element_bytes == 2 || element_bytes == 4);
   const unsigned char *from = page;
-  const page_header header = {.magic = MAGIC, .bytes = bytes, .element_bytes = element_bytes};
+  const page_header header = {
+      .magic = codec == FLAP_CODEC_LZ4 ? LZ4_MAGIC : ZSTD_MAGIC, .bytes = bytes, .element_bytes = element_bytes};
   const uint32_t end = bytes - FLAP_BLOCK_ALIGN; /* what is longer saves nothing */
-  if (end == 0 || (bytes >= 2 * SAMPLE_BYTES && !sample_shrinks(from, bytes, element_bytes, to, scratch)))
+  coding c = coding_of(codec, element_bytes, scratch);
+  c.lz4 = scratch;
+  if (codec == FLAP_CODEC_ZSTD)
+    c.coder = flap_entropy_coder_in(scratch);
+  if (end == 0 || (bytes >= 2 * SAMPLE_BYTES && !sample_shrinks(&c, from, bytes, to)))
     return bytes;
   memcpy(to, &header, sizeof header);
   uint32_t length = sizeof header;
-  for (uint32_t at = 0; at < bytes; at += BLOCK_BYTES) {
-    length = encode_block(from + at, smaller(bytes - at, BLOCK_BYTES), element_bytes, to, length, end, scratch);
+  for (uint32_t at = 0; at < bytes; at += c.block_bytes) {
+    const uint32_t block = smaller(bytes - at, c.block_bytes);
+    if (length + sizeof(uint32_t) >= end)
+      return bytes;
+    length = codec == FLAP_CODEC_LZ4 ? encode_lz4(&c, from + at, block, to, length, end)
+                                     : encode_planes(&c, from + at, block, to, length, end);
     if (length == 0)
       return bytes;
   }
@@ -136,29 +207,58 @@ uint32_t flap_block_encode(const void *page, uint32_t bytes, uint32_t element_by
 
 /* ---- decoding --------------------------------------------------------------------------------------------- */
 
-/* Returns where the next block begins, or 0. */
-static uint32_t decode_block(const unsigned char *stored, uint32_t at, uint32_t end, unsigned char *to, uint32_t bytes,
-                             uint32_t element, unsigned char *scratch) {
-  unsigned char *shuffled = scratch + state_bytes();
+typedef struct piece {
+  const unsigned char *bytes;
+  uint32_t length;
+  bool plain;
+} piece;
+
+/* The piece at `*at`, which is moved behind it; false if there is none, or a plain one that is not of `plain_bytes`. */
+static bool next_piece(const unsigned char *stored, uint32_t *at, uint32_t end, uint32_t plain_bytes,
+                       piece *piece_out) {
   uint32_t word;
-  if (end - at < sizeof word)
-    return 0;
-  memcpy(&word, stored + at, sizeof word);
-  at += (uint32_t)sizeof word;
-  const uint32_t length = word & ~PLAIN_BLOCK;
-  if (length > end - at)
-    return 0;
-  if (word & PLAIN_BLOCK) {
-    if (length != bytes)
-      return 0;
-    memcpy(to, stored + at, bytes);
-    return at + length;
+  if (end - *at < sizeof word)
+    return false;
+  memcpy(&word, stored + *at, sizeof word);
+  *at += (uint32_t)sizeof word;
+  *piece_out = (piece){.bytes = stored + *at, .length = word & ~PLAIN, .plain = (word & PLAIN) != 0};
+  if (piece_out->length > end - *at || (piece_out->plain && piece_out->length != plain_bytes))
+    return false;
+  *at += piece_out->length;
+  return true;
+}
+
+static bool decode_lz4(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+                       uint32_t bytes) {
+  piece found;
+  if (!next_piece(stored, at, end, bytes, &found))
+    return false;
+  if (found.plain) {
+    memcpy(to, found.bytes, bytes);
+    return true;
   }
-  const int made = LZ4_decompress_safe((const char *)stored + at, (char *)shuffled, (int)length, (int)bytes);
+  const int made = LZ4_decompress_safe((const char *)found.bytes, (char *)c->shuffled, (int)found.length, (int)bytes);
   if (made < 0 || (uint32_t)made != bytes)
-    return 0;
-  unshuffle(to, shuffled, bytes, element);
-  return at + length;
+    return false;
+  unshuffle(to, c->shuffled, bytes, c->element_bytes);
+  return true;
+}
+
+static bool decode_planes(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+                          uint32_t bytes) {
+  const uint32_t plane_bytes = bytes / c->element_bytes;
+  for (uint32_t i = 0; i < c->element_bytes; i++) {
+    unsigned char *plane = c->shuffled + i * plane_bytes;
+    piece found;
+    if (!next_piece(stored, at, end, plane_bytes, &found))
+      return false;
+    if (found.plain)
+      memcpy(plane, found.bytes, plane_bytes);
+    else if (!flap_entropy_decode(c->decoder, found.bytes, found.length, plane, plane_bytes))
+      return false;
+  }
+  unshuffle(to, c->shuffled, bytes, c->element_bytes);
+  return true;
 }
 
 bool flap_block_decode(const void *stored, uint32_t stored_bytes, void *page, uint32_t bytes, void *scratch) {
@@ -166,14 +266,20 @@ bool flap_block_decode(const void *stored, uint32_t stored_bytes, void *page, ui
   if (stored_bytes < sizeof header)
     return false;
   memcpy(&header, stored, sizeof header);
-  if (header.magic != MAGIC || header.bytes != bytes || bytes % FLAP_BLOCK_ALIGN != 0 ||
+  if ((header.magic != LZ4_MAGIC && header.magic != ZSTD_MAGIC) || header.bytes != bytes ||
+      bytes % FLAP_BLOCK_ALIGN != 0 ||
       (header.element_bytes != 1 && header.element_bytes != 2 && header.element_bytes != 4))
     return false;
+  const flap_codec codec = header.magic == LZ4_MAGIC ? FLAP_CODEC_LZ4 : FLAP_CODEC_ZSTD;
+  coding c = coding_of(codec, header.element_bytes, scratch);
+  if (codec == FLAP_CODEC_ZSTD)
+    c.decoder = flap_entropy_decoder_in(scratch);
   uint32_t from = sizeof header;
-  for (uint32_t at = 0; at < bytes; at += BLOCK_BYTES) {
-    from = decode_block(stored, from, stored_bytes, (unsigned char *)page + at, smaller(bytes - at, BLOCK_BYTES),
-                        header.element_bytes, scratch);
-    if (from == 0)
+  for (uint32_t at = 0; at < bytes; at += c.block_bytes) {
+    unsigned char *to = (unsigned char *)page + at;
+    const uint32_t block = smaller(bytes - at, c.block_bytes);
+    if (!(codec == FLAP_CODEC_LZ4 ? decode_lz4(&c, stored, &from, stored_bytes, to, block)
+                                  : decode_planes(&c, stored, &from, stored_bytes, to, block)))
       return false;
   }
   return true;

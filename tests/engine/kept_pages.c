@@ -9,6 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define SCRATCH_BYTES (256u << 10) /* what a codec wants beside a page, and more */
 #define PATH_BYTES (sizeof kept_pages.folder + 16)
 
 struct kept_pages kept_pages;
@@ -72,10 +73,11 @@ static FILE *file_of(uint32_t number) {
 }
 
 static flap_pager_extent store(uint32_t region, uint64_t page, const unsigned char *bytes, uint32_t count) {
-  static _Alignas(16) unsigned char encoded[KEPT_PAGE_MAX], scratch[4 * KEPT_PAGE_MAX];
+  static _Alignas(16) unsigned char encoded[KEPT_PAGE_MAX], scratch[KEPT_PAGE_MAX + SCRATCH_BYTES];
   ck_assert_uint_le(flap_block_codec_scratch(count), sizeof scratch);
   const uint32_t file = 1 + (uint32_t)(region + page) % KEPT_FILES;
-  const uint32_t stored = flap_block_encode(bytes, count, 4, encoded, scratch);
+  const uint32_t stored =
+      flap_block_encode(page % 2 == 0 ? FLAP_CODEC_ZSTD : FLAP_CODEC_LZ4, bytes, count, 4, encoded, scratch);
   flap_pager_extent extent = {.offset = page * kept_pages.page_bytes,
                               .bytes = count,
                               .stored_bytes = stored,

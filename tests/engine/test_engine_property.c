@@ -129,7 +129,7 @@ static void draw_choices(trial *t) {
   t->machine.flops_bf16 *= between(r, 1, 100) / 10.0;
   t->planner.machine = &t->machine;
   t->place.weighted = one_in(r, 2);
-  t->place.compression = (flap_compression)between(r, FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_LZ4);
+  t->place.compression = (flap_compression)between(r, FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_ZSTD);
   e->staging_bytes = one_in(r, 2) ? (uint64_t)2 * PAGE << between(r, 0, 9) : 0;
 }
 

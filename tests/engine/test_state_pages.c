@@ -327,7 +327,8 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
     flap_status status;
   } cases[] = {
       {0, 8, 0, FLAP_CORRUPT},     /* magic */
-      {8, 4, 2, FLAP_UNSUPPORTED}, /* version */
+      {8, 4, 0, FLAP_UNSUPPORTED}, /* version */
+      {8, 4, 3, FLAP_UNSUPPORTED}, /* */
       {12, 4, 3, FLAP_CORRUPT},    /* dtype */
       {16, 4, 2, FLAP_CORRUPT},    /* optim */
       {20, 4, 0, FLAP_CORRUPT},    /* page_bytes */
@@ -380,6 +381,10 @@ START_TEST(state_pages_hostile_numbers_are_refused) {
                                      : flap_state_pages_open(scratch_path("pages"), &pages);
     ck_assert_msg(status == cases[i].status, "case %zu: status %d: %s", i, (int)status, flap_error_message());
   }
+  memcpy(hostile, table, bytes);
+  put(hostile, 8, 1, 4); /* the version before, which is read too */
+  write_table(hostile, bytes, true);
+  RIG_OK(flap_state_pages_verify(scratch_path("pages"), false));
   free(hostile);
   free(table);
 }

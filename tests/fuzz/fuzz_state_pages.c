@@ -15,6 +15,7 @@
 #define KNOWN_FILES 3u /* that are there */
 #define FILE_BYTES ((size_t)64 << 10)
 #define PAGE_BYTES 16384u
+#define SCRATCH_BYTES (256u << 10) /* what a codec wants beside a page, and more */
 #define READ_VALUES 64u
 #define SIZES_ARE_RIGHT 1u
 #define PAGES_ARE_RIGHT 2u
@@ -30,7 +31,7 @@ static void write_file(uint32_t file) {
 
 /* File 0 is of numbers; file 1 begins with pages that are encoded. */
 static void start(void) {
-  static _Alignas(16) unsigned char page[PAGE_BYTES], scratch[4 * PAGE_BYTES];
+  static _Alignas(16) unsigned char page[PAGE_BYTES], scratch[PAGE_BYTES + SCRATCH_BYTES];
   fuzz_folder("in");
   for (size_t i = 0; i < FILE_BYTES; i++)
     files[0][i] = files[1][i] = (unsigned char)(i * 2654435761u >> 24);
@@ -38,7 +39,7 @@ static void start(void) {
     for (size_t b = 0; b < PAGE_BYTES; b++)
       page[b] = (unsigned char)(b % 4 == 0 ? b * (i + 1) >> 4 : 7);
     fuzz_must(flap_block_codec_scratch(PAGE_BYTES) <= sizeof scratch, "there is scratch memory");
-    const uint32_t stored = flap_block_encode(page, PAGE_BYTES, 4, files[1] + at, scratch);
+    const uint32_t stored = flap_block_encode(i == 0 ? FLAP_CODEC_LZ4 : FLAP_CODEC_ZSTD, page, PAGE_BYTES, 4, files[1] + at, scratch);
     fuzz_must(stored < PAGE_BYTES, "such a page shrinks");
     at += stored;
   }

@@ -259,7 +259,7 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.leases_max = c->config.jobs_max = CASE_LEASES_MAX;
   c->config.copy_bytes = c->config.page_bytes * below(&d, 7);
   c->config.workers = below(&d, 4);
-  c->config.compression = (flap_compression)below(&d, 3);
+  c->config.compression = (flap_compression)below(&d, 4);
   c->config.disk_rates = (flap_duplex){.alone_bytes = 1e6, .other_alone_bytes = 1e6};
   c->config.shared_cores = chance(&d, 50);
 }

@@ -91,7 +91,7 @@ flap_status case_run(const test_case *c);
  * as compute or as a stall. Returns the virtual time that it took. */
 uint64_t case_run_sim(const test_case *c, bool synchronous);
 
-/* With `compression: lz4`, over all cases so far: what disks did not have to move since it made that shorter, and of
+/* With `compression: lz4` or `zstd`, over all cases so far: what disks did not have to move since it made that shorter, and of
  * how much. */
 extern uint64_t case_saved_bytes, case_packable_bytes;
 /* Requests that were read once more, over all cases that ran to their end. */
