@@ -28,6 +28,12 @@ uint64_t flap_duplex_end_ns(const flap_duplex *lanes, uint64_t start_ns, double 
 }
 
 double flap_duplex_least_seconds(double bytes, double other_bytes, const flap_duplex *lanes) {
-  const double most = fmax(lanes->both_bytes, fmax(lanes->alone_bytes, lanes->other_alone_bytes));
-  return lanes->both_bytes > 0 ? (bytes + other_bytes) / most : 0;
+  const double rate = lanes->alone_bytes, other_rate = lanes->other_alone_bytes, both = lanes->both_bytes;
+  if (both <= 0 || both >= rate + other_rate)
+    return 0;
+  /* What a second of the best mixes moves lies on the line through (rate, left) and (other_left, other_rate). */
+  const double left = fmax(both - rate, 0), other_left = fmax(both - other_rate, 0);
+  const double seconds = (bytes * (other_rate - left) + other_bytes * (rate - other_left)) /
+                         (rate * other_rate - left * other_left);
+  return fmax(seconds, fmax(bytes / rate, other_bytes / other_rate));
 }

@@ -34,8 +34,8 @@
  * bound.
  *
  * Both ways at once. A bus moves less each way while both go on, and a disk less of reading and writing together, than
- * alone. Whatever the order, no moment moves more than both together can (or one alone, where that is more): so
- * (in + out) / that rate is a least time too, copies_seconds and disks_seconds.
+ * alone. Whatever the order, no moment moves more than both together can, or one alone at its own rate where that is
+ * more (base/duplex.h): so that is a least time too, copies_seconds and disks_seconds.
  *
  * The cpu device. Compute and copies share the cores. Matmul rates were measured with all of them, so compute takes all
  * cores for compute_seconds; a copy takes a core for as long as memcpy runs. All this work over the cores is
