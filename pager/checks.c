@@ -36,14 +36,22 @@ static bool is_read(const flap_pager *pager, uint32_t index) {
 static void work_on(flap_pager *pager, uint32_t index, pager_packing packing, const pager_scratch *scratch,
                     pager_packed *packed_out) {
   pager_buffer *buffer = &pager->buffers[index];
-  if (is_read(pager, index))
+  if (is_read(pager, index)) {
+    if (buffer->pooled)
+      pager_pool_get(pager, buffer);
     buffer->corrupt_page = pager_unpack(pager, buffer, scratch, packed_out);
-  else
+  } else {
     pager_pack(pager, buffer, packing, scratch, packed_out);
+    pager_pool_put(pager, buffer);
+  }
 }
 
 static pager_packing choose(flap_pager *pager, uint32_t index) {
-  return is_read(pager, index) ? PACKING_PLAIN : pager_compression_choose(pager, &pager->buffers[index]);
+  pager_buffer *buffer = &pager->buffers[index];
+  if (is_read(pager, index))
+    return PACKING_PLAIN;
+  buffer->pooled = pager_pool_wants(pager, buffer);
+  return buffer->pooled ? PACKING_ENCODED : pager_compression_choose(pager, buffer);
 }
 
 /* ---- what follows, with it ------------------------------------------------------------------------------- */
@@ -54,6 +62,12 @@ static const char *name_corrupt(flap_pager *pager, uint32_t index, char text[COR
   const uint32_t number = buffer->first_page + buffer->corrupt_page;
   const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + number;
   uint64_t place = pager_disk_offset(page);
+  if (pager->buffers[index].pooled) {
+    (void)snprintf(text, CORRUPT_TEXT_MAX,
+                   "ram: region %u, page %u: the %u bytes in the pool are not what was put there (writing %u)",
+                   buffer->region, number, page->stored_bytes, page->epoch);
+    return text;
+  }
   const char *disk = page->file > 0 ? pager->shared_folder : flap_block_locate(pager->block, place, &place);
   (void)snprintf(text, CORRUPT_TEXT_MAX,
                  "disk %.300s: region %u, page %u: the %u bytes at byte %llu are not what was written there "
@@ -64,11 +78,17 @@ static const char *name_corrupt(flap_pager *pager, uint32_t index, char text[COR
 
 static void fail_corrupt(flap_pager *pager, uint32_t index) {
   char text[CORRUPT_TEXT_MAX];
-  pager_fail(pager, flap_error_set(FLAP_CORRUPT,
-                                   "%s, and were not when they were read again: the disk lost, mixed up or damaged "
-                                   "them; look into the system's log and check the disk, then go on from the last "
-                                   "checkpoint with resume_from_checkpoint: true, on another disk if in doubt",
-                                   name_corrupt(pager, index, text)));
+  if (pager->buffers[index].pooled)
+    pager_fail(pager, flap_error_set(FLAP_CORRUPT,
+                                     "%s: this machine's memory lost or damaged them; test it, then go on from the "
+                                     "last checkpoint with resume_from_checkpoint: true",
+                                     name_corrupt(pager, index, text)));
+  else
+    pager_fail(pager, flap_error_set(FLAP_CORRUPT,
+                                     "%s, and were not when they were read again: the disk lost, mixed up or damaged "
+                                     "them; look into the system's log and check the disk, then go on from the last "
+                                     "checkpoint with resume_from_checkpoint: true, on another disk if in doubt",
+                                     name_corrupt(pager, index, text)));
   pager_buffer_free(pager, index);
 }
 
@@ -87,12 +107,15 @@ static void read_again(flap_pager *pager, uint32_t index) {
 }
 
 static void take_further(flap_pager *pager, uint32_t index) {
-  if (!is_read(pager, index))
+  if (!is_read(pager, index)) {
+    if (!pager->has_bytes)
+      pager_pool_put(pager, &pager->buffers[index]);
     pager_buffer_write(pager, index);
-  else if (pager->has_bytes && pager->buffers[index].corrupt_page < pager->buffers[index].page_count)
+  } else if (pager->has_bytes && pager->buffers[index].corrupt_page < pager->buffers[index].page_count) {
     (pager->buffers[index].again ? fail_corrupt : read_again)(pager, index);
-  else
+  } else {
     pager_loads_verified(pager, index);
+  }
 }
 
 /* A buffer waits, is under way or is done with: so both ends of the array have room. */
@@ -136,7 +159,7 @@ static void work_here(flap_pager *pager, uint32_t index) {
 }
 
 void pager_checks_add(flap_pager *pager, uint32_t index) {
-  if (pager->error != FLAP_OK)
+  if (pager->error != FLAP_OK || pager_pool_simulate(pager, index))
     return;
   if (!pager->has_bytes || is_for_pump(pager, &pager->buffers[index])) {
     pager_heap_add(pager, &pager->checks, index);

@@ -28,7 +28,7 @@
 bool pager_compresses(const flap_pager_config *config) {
   if (config->compression == FLAP_COMPRESSION_OFF || config->page_bytes <= FLAP_BLOCK_ALIGN)
     return false;
-  return config->compression != FLAP_COMPRESSION_AUTO ||
+  return config->compression != FLAP_COMPRESSION_AUTO || config->pool_bytes > 0 ||
          (config->transfer_bytes > pager_small_bytes && config->disk_rates.alone_bytes > 0 &&
           config->disk_rates.other_alone_bytes > 0);
 }

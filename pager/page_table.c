@@ -209,6 +209,18 @@ static void take_workers(flap_pager *pager, const flap_pager_config *config, boo
   }
 }
 
+/* Where there is no disk, or nothing is compressed, there is none. */
+static void take_pool(flap_pager *pager, const flap_pager_config *config, flap_arena *arena) {
+  pager_pool *pool = &pager->pool;
+  const uint64_t blocks = pager->compresses ? config->pool_bytes / FLAP_PAGER_POOL_BLOCK : 0;
+  flap_assert(config->pool_bytes % FLAP_PAGER_POOL_BLOCK == 0 && blocks < PAGER_NONE);
+  pool->block_count = (uint32_t)blocks;
+  pool->next = FLAP_ARENA_ARRAY(arena, uint32_t, blocks);
+  pool->heads = FLAP_ARENA_ARRAY(arena, uint32_t, blocks > 0 ? pager->page_count : 0);
+  pager->encode_bytes = config->encode_bytes;
+  pager->decode_bytes = config->decode_bytes;
+}
+
 static void lay_out(flap_pager *pager, const flap_pager_config *config, const flap_pager_totals *totals,
                     flap_arena *arena) {
   flap_pager_sizes sizes = {.vram_bytes = totals->resident_bytes,
@@ -258,11 +270,13 @@ static void lay_out(flap_pager *pager, const flap_pager_config *config, const fl
   pager->checks.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
   pager->works.of = FLAP_ARENA_ARRAY(arena, uint32_t, pager->buffer_count);
   take_workers(pager, config, disk, arena);
+  take_pool(pager, config, arena);
   pager->leases = FLAP_ARENA_ARRAY(arena, pager_lease, (uint64_t)pager->leases_max * PAGER_PROGRAMS_MAX);
   pager->jobs_room = config->jobs_max * PAGER_PROGRAMS_MAX;
   pager->jobs = FLAP_ARENA_ARRAY(arena, pager_job, pager->jobs_room);
   sizes.table_bytes = flap_units_round_up(arena->bytes_used, FLAP_BLOCK_ALIGN);
-  sizes.ram_bytes = sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes;
+  sizes.pool_bytes = pager->pool.block_count * FLAP_PAGER_POOL_BLOCK;
+  sizes.ram_bytes = sizes.ram_home_bytes + sizes.staging_bytes + sizes.table_bytes + sizes.pool_bytes;
   pager->sizes = sizes;
 }
 
@@ -285,6 +299,7 @@ void pager_lay_out(flap_pager *pager, const flap_pager_config *config, flap_aren
     return;
   fill_rings(pager, config);
   fill_regions(pager, config);
+  pager_pool_init(pager);
 }
 
 void flap_pager_measure(const flap_pager_config *config, flap_pager_sizes *sizes_out) {

@@ -52,6 +52,7 @@ static flap_status take_memory(const flap_pager_config *config, flap_arena *ram,
   flap_pager_measure(config, &sizes);
   unsigned char *memory = flap_arena_take(ram, sizes.ram_bytes, FLAP_BLOCK_ALIGN);
   unsigned char *table = memory ? memory + sizes.ram_home_bytes + sizes.staging_bytes : NULL;
+  unsigned char *pool = memory ? table + sizes.table_bytes : NULL;
   void *owned = NULL;
   if (!memory) {
     flap_assert(config->clock); /* only a simulation can do without memory */
@@ -66,6 +67,7 @@ static flap_status take_memory(const flap_pager_config *config, flap_arena *ram,
   flap_arena_borrow(&arena, "pager table", table, sizes.table_bytes);
   flap_pager *pager = FLAP_ARENA_ARRAY(&arena, flap_pager, 1);
   pager_lay_out(pager, config, &arena);
+  pager->pool.memory = pool;
   pager->owned_table = owned;
   *pager_out = pager;
   *homes_out = memory;
@@ -97,6 +99,7 @@ static void init(flap_pager *pager, const flap_pager_config *config) {
   pager_queue_init(&pager->hurried);
   pager_queue_init(&pager->behind);
   pager_queue_init(&pager->at_rest);
+  pager_queue_init(&pager->coding);
   flap_event events = pager_events(pager);
   pager->h2d = (pager_lane){.stream = FLAP_STREAM_H2D, .lane = FLAP_LANE_H2D, .first_event = events - 2 * PAGER_WINDOW};
   pager->d2h = (pager_lane){.stream = FLAP_STREAM_D2H, .lane = FLAP_LANE_D2H, .first_event = events - PAGER_WINDOW};
@@ -202,7 +205,7 @@ static bool nothing_under_way(const flap_pager *pager) {
   if (pager->h2d.issued != pager->h2d.retired || pager->d2h.issued != pager->d2h.retired ||
       pager->jobs_done != pager->jobs_started)
     return false;
-  return pager->reading == 0 && pager->writing == 0;
+  return pager->reading == 0 && pager->writing == 0 && pager->coding_count == 0;
 }
 
 /* Events on the clock know the pager and its requests, so they happen before it goes. */

@@ -49,6 +49,7 @@ extern "C" {
 #define FLAP_PAGER_JOB_LEASES_MAX 4
 #define FLAP_PAGER_CLASSES_MAX 16u
 #define FLAP_PAGER_OVERLAYS_MAX 1023u
+#define FLAP_PAGER_POOL_BLOCK ((uint64_t)32 << 10)
 #define FLAP_PAGER_BUFFERS_MAX 32768u /* read buffers, and write buffers */
 
 typedef struct flap_pager_region {
@@ -108,10 +109,14 @@ typedef struct flap_pager_config {
   uint32_t read_buffers, write_buffers;
   uint32_t workers; /* threads that check and compress what is read and written; 0: the transfer thread does it */
   flap_compression compression; /* of pages on disk */
-  flap_duplex disk_rates;       /* for FLAP_COMPRESSION_AUTO: reading and writing, of all disks together; 0: never */
-  bool shared_cores;            /* for the same: compute wants the cores that workers run on */
-  uint32_t leases_max;          /* of the longest program */
-  uint32_t jobs_max;            /* of the program with most jobs */
+  /* RAM in which chunks of regions on disk stand encoded instead of there, as many as fit; a multiple of
+   * FLAP_PAGER_POOL_BLOCK. What regions take on disk is the same: nobody knows before how far bytes shrink. None
+   * where nothing lives on disk, or nothing is compressed. */
+  uint64_t pool_bytes;
+  flap_duplex disk_rates; /* for FLAP_COMPRESSION_AUTO: reading and writing, of all disks together; 0: never */
+  bool shared_cores;      /* for the same: compute wants the cores that workers run on */
+  uint32_t leases_max;    /* of the longest program */
+  uint32_t jobs_max;      /* of the program with most jobs */
   /* Only for open: */
   flap_device_config device; /* notify and events_max are the pager's to fill: it opens the device */
   flap_block_config disk;    /* bytes, memory, requests_max and notify are the pager's to fill; not opened when no page
@@ -119,7 +124,9 @@ typedef struct flap_pager_config {
   /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
    * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
   const char *shared_folder;
-  flap_clock *clock;         /* with the sim device */
+  flap_clock *clock; /* with the sim device */
+  double encode_bytes,
+      decode_bytes;          /* with it: bytes of chunks in the pool a second, all workers together; 0: at once */
   bool counts_no_stalls;     /* nobody asks for stalls: they are not looked for, and a simulation takes less time */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
   /* Work on the compute stream that was labelled (flap_device_label_compute), and rests of it (label_rests); any
@@ -131,7 +138,7 @@ typedef struct flap_pager_config {
 typedef struct flap_pager_sizes {
   uint64_t vram_bytes; /* resident regions and rings */
   uint64_t ram_bytes;  /* all of the below, exactly what open takes from the arena */
-  uint64_t ram_home_bytes, staging_bytes, table_bytes;
+  uint64_t ram_home_bytes, staging_bytes, table_bytes, pool_bytes;
   uint64_t disk_bytes;       /* the linear space of the extent files */
   uint64_t shared_bytes;     /* of these, in a file for shared regions */
   uint32_t snapshot_buffers; /* part of the staging; each is a request of the disks, as the other buffers are */
@@ -291,6 +298,7 @@ typedef struct flap_pager_stats {
   uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain; of disks, as they are in
                                          regions */
   uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
+  uint64_t pool_bytes[2];             /* of these, as they are in regions, what came from the pool and went there */
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that compute rested, by the lane that a pin waited for; for a snapshot to
                                          be drained: FLAP_LANE_DISK_WRITE */
   uint64_t stream_stall_ns;           /* of FLAP_LANE_H2D's, what compute rested on its own stream, behind pins */

@@ -190,9 +190,23 @@ typedef struct pager_buffer {
   bool at_rest;                            /* fill or drain: not counted */
   bool again;                              /* read for the second time: what came first was not what was written */
   bool ahead;                              /* its lease had no slot when the disk was asked; until the disk answers */
+  bool pooled; /* its chunk is in the pool; of a full one: shall be, and once it was packed: is */
   /* Of whoever works on it, while it is read or full: */
   uint32_t corrupt_page; /* of a read buffer, the first page that is not what was written; or page_count */
 } pager_buffer;
+
+/* RAM where chunks stand encoded instead of on disk, in blocks. See pool.c. */
+typedef struct pager_pool {
+  unsigned char *memory;
+  uint32_t *next;  /* by block: the next one of the same chunk, or the next free one */
+  uint32_t *heads; /* by page: the first block of the chunk that begins there; PAGER_NONE: it stands on disk */
+  uint32_t block_count;
+  uint64_t eligible_bytes; /* on disk, of all regions that may stand here */
+  /* Under work_lock; in a simulation the pump's. */
+  uint32_t free_head, free_count;
+  double share;  /* of a chunk's bytes, what it comes to: lately */
+  double credit; /* of the next chunk, towards standing here */
+} pager_pool;
 
 /* Buffers in a row, linked by `next`: in the order in which they came. */
 typedef struct pager_queue {
@@ -305,6 +319,11 @@ struct flap_pager {
   bool compresses, always_compresses, shared_cores;
   flap_codec codec; /* where it compresses */
   flap_duplex disk_rates;
+  pager_pool pool;
+  double encode_bytes, decode_bytes; /* as configured */
+  uint64_t coding_until_ns;          /* on the clock: when the codec is done with what it was given */
+  pager_queue coding;                /* what that is */
+  uint32_t coding_count;
   pager_job *jobs;    /* job n at n % jobs_room */
   uint32_t jobs_room; /* for those of two programs */
   unsigned char *staging;
@@ -597,6 +616,24 @@ void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing pac
 /* The way back. Returns the first page that is not what was written; page_count if there is none. */
 uint32_t pager_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
                       pager_packed *packed_out);
+
+/* ---- pool.c: chunks that stand encoded in RAM ------------------------------------------------------------- */
+
+/* All blocks are free, and nothing stands there. Regions are laid out. */
+void pager_pool_init(flap_pager *pager);
+/* Whether the buffer's chunk stands there. It is home. */
+bool pager_pool_has(const flap_pager *pager, const pager_buffer *buffer);
+/* Whether the chunk of a full buffer shall stand there: asked once for each. With work_lock, but in a simulation. */
+bool pager_pool_wants(flap_pager *pager, const pager_buffer *buffer);
+/* Without any lock: what was packed replaces what the pool has of the chunk, if it is to stand there and there is room.
+ */
+void pager_pool_put(flap_pager *pager, pager_buffer *buffer);
+/* Without any lock: what the pool has of the chunk, as it was packed. */
+void pager_pool_get(const flap_pager *pager, const pager_buffer *buffer);
+/* Counts what moved between a buffer and the pool. */
+void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane lane);
+/* On the clock: the codec takes its time with the buffer, if that is the pool's, and hands it to the pump then. */
+bool pager_pool_simulate(flap_pager *pager, uint32_t index);
 
 /* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
 

@@ -145,7 +145,7 @@ static uint32_t take_buffer(flap_pager *pager, const piece *p) {
     buffer->order = UINT64_MAX; /* everything else is needed before */
     buffer->lease = buffer->next = PAGER_NONE;
     buffer->at_rest = true; /* as far as counting goes */
-    buffer->again = buffer->ahead = false;
+    buffer->again = buffer->ahead = buffer->pooled = false;
     return i;
   }
   return PAGER_NONE;

@@ -5,6 +5,7 @@
  *                       and back, once: read → reading (pager_checks_advance)
  * A write buffer's way: free → storing (pager_stores_issue) → full (pager_stores_copied)
  *                            → packed (pager_checks_advance) → writing (pager_writes_issue) → free (pager_disk_poll)
+ * Of a chunk in the pool neither is at the disk: free → read (pager_buffer_read), and full → free (pager_buffer_write).
  * Those of snapshots: see snapshot.c.
  *
  * There may be thousands of buffers, and each pump takes, frees and looks for a few: nothing here walks over all.
@@ -81,7 +82,7 @@ uint32_t pager_buffer_take(flap_pager *pager, bool write, uint32_t region, uint3
   buffer->page_count = page_count;
   buffer->order = 0;
   buffer->lease = buffer->next = PAGER_NONE;
-  buffer->at_rest = buffer->again = buffer->ahead = false;
+  buffer->at_rest = buffer->again = buffer->ahead = buffer->pooled = false;
   return index;
 }
 
@@ -122,13 +123,28 @@ static void submit(flap_pager *pager, uint32_t index, flap_block_op op) {
 }
 
 void pager_buffer_read(flap_pager *pager, uint32_t index) {
-  flap_assert(pager->buffers[index].state == BUFFER_READING);
-  submit(pager, index, FLAP_BLOCK_READ);
+  pager_buffer *buffer = &pager->buffers[index];
+  flap_assert(buffer->state == BUFFER_READING);
+  if (!pager_pool_has(pager, buffer)) {
+    submit(pager, index, FLAP_BLOCK_READ);
+    return;
+  }
+  buffer->pooled = true;
+  buffer->ahead = false;
+  buffer->state = BUFFER_READ;
+  pager_pool_moved(pager, buffer, FLAP_LANE_DISK_READ);
+  pager_checks_add(pager, index);
 }
 
 void pager_buffer_write(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   flap_assert(buffer->state == BUFFER_FULL);
+  if (buffer->pooled) {
+    pager_pool_moved(pager, buffer, FLAP_LANE_DISK_WRITE);
+    pager_stores_written(pager, index);
+    pager_buffer_free(pager, index);
+    return;
+  }
   buffer->state = BUFFER_PACKED;
   pager_queue_append(pager, pager->regions[buffer->region].hurried ? &pager->hurried : &pager->behind, index);
 }

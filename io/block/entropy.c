@@ -11,7 +11,7 @@
 #include <zstd.h>
 #include <zstd_errors.h>
 
-#define WINDOW_LOG 14
+#define WINDOW_LOG 15
 #define TABLE_LOG 6 /* the least: it is not looked into */
 
 _Static_assert(FLAP_ENTROPY_PLANE_BYTES == 1u << WINDOW_LOG, "a plane is one block of a frame");

@@ -262,6 +262,10 @@ void case_make(test_case *c, uint64_t seed, case_homes homes, bool tight, uint32
   c->config.compression = (flap_compression)below(&d, 4);
   c->config.disk_rates = (flap_duplex){.alone_bytes = 1e6, .other_alone_bytes = 1e6};
   c->config.shared_cores = chance(&d, 50);
+  if (c->config.compression != FLAP_COMPRESSION_OFF && c->config.page_bytes > FLAP_BLOCK_ALIGN && chance(&d, 50))
+    c->config.pool_bytes = (1 + below(&d, 40)) * FLAP_PAGER_POOL_BLOCK;
+  c->config.encode_bytes = chance(&d, 50) ? 1e6 : 0; /* on the clock */
+  c->config.decode_bytes = chance(&d, 50) ? 3e6 : 0;
 }
 
 void case_add_sharing(test_case *c, const char *folder) {

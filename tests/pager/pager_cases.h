@@ -94,6 +94,7 @@ uint64_t case_run_sim(const test_case *c, bool synchronous);
 /* With `compression: lz4` or `zstd`, over all cases so far: what disks did not have to move since it made that shorter, and of
  * how much. */
 extern uint64_t case_saved_bytes, case_packable_bytes;
+extern uint64_t case_pooled_bytes; /* what the pool gave and took */
 /* Requests that were read once more, over all cases that ran to their end. */
 extern uint64_t case_rereads;
 

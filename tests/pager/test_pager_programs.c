@@ -31,6 +31,7 @@ static void run_cases_with(uint32_t first, uint32_t count, case_homes homes, boo
     ck_assert_msg(status == FLAP_OK, "seed %llu: %s", (unsigned long long)c.seed, flap_error_message());
   }
   /* Something was compressed, where something could be: of the few cases under a sanitizer there may be none. */
+  ck_assert_msg(case_pooled_bytes > 0 || case_packable_bytes < PACKABLE_BYTES, "the pool was never used");
   ck_assert_msg(case_saved_bytes > 0 || case_packable_bytes < PACKABLE_BYTES, "nothing saved of %llu bytes",
                 (unsigned long long)case_packable_bytes);
   ck_assert(CASE_STRIDE > 1 || homes == HOMES_RAM || case_packable_bytes >= PACKABLE_BYTES);
