@@ -75,7 +75,7 @@ typedef struct flap_plan {
   uint64_t vram_budget, ram_budget, disk_budget;
   uint64_t vram_bytes, ram_bytes, disk_bytes;
   uint64_t vram_pager_bytes, vram_scratch_bytes; /* regions and rings; workspaces and small buffers */
-  uint64_t ram_home_bytes, ram_staging_bytes, ram_table_bytes, ram_other_bytes;
+  uint64_t ram_home_bytes, ram_staging_bytes, ram_pool_bytes, ram_table_bytes, ram_other_bytes;
   uint64_t ram_shared_bytes; /* by how much the classes' ram_bytes are more than ram_home_bytes: of two that share their
                                 place each counts, and only one of them is there at a time */
   uint64_t process_bytes;    /* code, stacks, libraries: estimated beside the budget */
@@ -86,9 +86,10 @@ typedef struct flap_plan {
 
   /* what a steady step moves (exact) and is expected to take */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
-  double compute_seconds, step_seconds;  /* simulated */
-  double lane_seconds[FLAP_LANE_COUNT];  /* for which each lane is busy in it, simulated */
-  double bound_seconds;                  /* machine bound, independent of the plan */
+  double compute_seconds, step_seconds; /* simulated */
+  double lane_seconds[FLAP_LANE_COUNT]; /* for which each lane is busy in it, simulated */
+  double pooled_share;  /* of what the disks would move, expected to stay in ram, encoded; lanes count all of it */
+  double bound_seconds; /* machine bound, independent of the plan */
   uint64_t bound_bytes[FLAP_LANE_COUNT]; /* least bytes at these budgets */
   double bound_lane_seconds[FLAP_LANE_COUNT];
   double bound_compute_seconds;                     /* with what it computes again rather than have it stored */
@@ -155,6 +156,7 @@ typedef struct flap_step_report {
   double stall_seconds[FLAP_LANE_COUNT]; /* in which compute rested, by the lane that it rested for */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
+  uint64_t pool_bytes[2]; /* of these, what came from the pool and went there instead, as pages */
   double eta_seconds;     /* by what steps took of late */
   bool logged;            /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
@@ -179,6 +181,7 @@ typedef struct flap_train_result {
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
   uint64_t steady_lane_bytes[FLAP_LANE_COUNT]; /* measured on the last steady step; 0 if there was none */
+  uint64_t pool_bytes[2];                      /* of disk_lane_bytes, what the pool gave and took */
   uint64_t disk_lane_bytes[2], disk_bytes[2];  /* of all programs, read and written: of pages, and of what they were on
                                                   disk */
   double median_step_seconds;                  /* over steady steps */

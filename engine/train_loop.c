@@ -95,15 +95,21 @@ static double model_flops(const trainer *t) {
           flap_model_forward_flops(spec->model, &spec->shape, FLAP_PART_HEAD));
 }
 
-/* What the disks moved, and how much longer the pages are that it was. */
+static void write_both_ways(flap_metrics *m, const char *name, const uint64_t bytes[2]) {
+  flap_metrics_open_object(m, name);
+  flap_metrics_add_integer(m, "read", (int64_t)bytes[0]);
+  flap_metrics_add_integer(m, "written", (int64_t)bytes[1]);
+  flap_metrics_close_object(m);
+}
+
+/* What the disks moved, what the pool did instead, and how much longer the pages are that the disks moved. */
 static void write_disk_bytes(flap_metrics *m, const flap_step_report *report) {
   const uint64_t lanes = report->lane_bytes[FLAP_LANE_DISK_READ] + report->lane_bytes[FLAP_LANE_DISK_WRITE];
   const uint64_t moved = report->disk_bytes[0] + report->disk_bytes[1];
-  flap_metrics_open_object(m, "disk_bytes");
-  flap_metrics_add_integer(m, "read", (int64_t)report->disk_bytes[0]);
-  flap_metrics_add_integer(m, "written", (int64_t)report->disk_bytes[1]);
-  flap_metrics_close_object(m);
-  flap_metrics_add_number(m, "compression_ratio", moved > 0 ? (double)lanes / (double)moved : 1);
+  const uint64_t pooled = report->pool_bytes[0] + report->pool_bytes[1];
+  write_both_ways(m, "disk_bytes", report->disk_bytes);
+  write_both_ways(m, "pool_bytes", report->pool_bytes);
+  flap_metrics_add_number(m, "compression_ratio", moved > 0 ? (double)(lanes - pooled) / (double)moved : 1);
 }
 
 static flap_status write_metrics(trainer *t, const flap_step_report *report) {
@@ -175,8 +181,10 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
     report.stall_seconds[lane] = (double)(after.stall_ns[lane] - before->stall_ns[lane]) * 1e-9;
     report.lane_bytes[lane] = after.bytes[lane] - before->bytes[lane];
   }
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < 2; i++) {
     report.disk_bytes[i] = after.disk_bytes[i] - before->disk_bytes[i];
+    report.pool_bytes[i] = after.pool_bytes[i] - before->pool_bytes[i];
+  }
   report.logged = result->skipped || t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
   if (report.logged)
     FLAP_TRY(write_metrics(t, &report));

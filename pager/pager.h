@@ -310,6 +310,10 @@ typedef struct flap_pager_stats {
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 
+/* Of the pages that live on disk what share a pool of so many bytes is expected to hold, if they shrink as states of
+ * exact AdamW do. */
+double flap_pager_pooled_share(uint64_t pool_bytes, uint64_t disk_bytes);
+
 /* The bytes that one run of a program moves on each lane: a pure function of the configuration, for the plan. */
 void flap_pager_predict(const flap_pager_config *config, const flap_lease *leases, uint32_t count,
                         uint64_t bytes_out[FLAP_LANE_COUNT]);

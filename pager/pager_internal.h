@@ -195,7 +195,7 @@ typedef struct pager_buffer {
   uint32_t corrupt_page; /* of a read buffer, the first page that is not what was written; or page_count */
 } pager_buffer;
 
-/* RAM where chunks stand encoded instead of on disk, in blocks. See pool.c. */
+/* RAM where chunks stand encoded instead of on disk, in blocks. See packed_pool.c. */
 typedef struct pager_pool {
   unsigned char *memory;
   uint32_t *next;  /* by block: the next one of the same chunk, or the next free one */
@@ -617,7 +617,7 @@ void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing pac
 uint32_t pager_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
                       pager_packed *packed_out);
 
-/* ---- pool.c: chunks that stand encoded in RAM ------------------------------------------------------------- */
+/* ---- packed_pool.c: chunks that stand encoded in RAM ------------------------------------------------------------- */
 
 /* All blocks are free, and nothing stands there. Regions are laid out. */
 void pager_pool_init(flap_pager *pager);

@@ -92,6 +92,9 @@ void flap_bench_print_machine(const flap_machine *machine, bool disks) {
     printf("both at once            %10.2f and %.2f GB/s\n", machine->h2d_both_bytes / 1e9,
            machine->d2h_both_bytes / 1e9);
   printf("memory of the host      %10.2f GB/s\n", machine->host_bytes / 1e9);
+  if (machine->encode_bytes > 0)
+    printf("page codec, of a core   %10.2f GB/s in, %.2f out\n", machine->encode_bytes / 1e9,
+           machine->decode_bytes / 1e9);
   if (disks) {
     printf("disk, read              %10.2f GB/s\n", machine->disk_read_bytes / 1e9);
     printf("disk, write             %10.2f GB/s\n", machine->disk_write_bytes / 1e9);

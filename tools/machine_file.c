@@ -51,6 +51,8 @@ static const field machine_fields[] = {
     {"h2d_both_bytes", FIELD_RATE, OF_MACHINE(h2d_both_bytes), false, FLAP_MACHINE_MEMORY_MIN},
     {"d2h_both_bytes", FIELD_RATE, OF_MACHINE(d2h_both_bytes), false, FLAP_MACHINE_MEMORY_MIN},
     {"host_bytes", FIELD_RATE, OF_MACHINE(host_bytes), true, FLAP_MACHINE_MEMORY_MIN},
+    {"encode_bytes", FIELD_RATE, OF_MACHINE(encode_bytes), false, FLAP_MACHINE_MEMORY_MIN},
+    {"decode_bytes", FIELD_RATE, OF_MACHINE(decode_bytes), false, FLAP_MACHINE_MEMORY_MIN},
     {"launch_ns", FIELD_NS, OF_MACHINE(launch_ns), false, 0},
     {"copy_ns", FIELD_NS, OF_MACHINE(copy_ns), false, 0},
     {"disk_ns", FIELD_NS, OF_MACHINE(disk_ns), false, 0},

@@ -59,6 +59,8 @@ static void print_budgets(FILE *out, const flap_run_config *config, const flap_p
   print_budget(out, "ram", plan->ram_budget, plan->ram_bytes, plan->ram_min);
   fprintf(out, "   pages %s, staging %s,\n", flap_text_bytes(plan->ram_home_bytes).text,
           flap_text_bytes(plan->ram_staging_bytes).text);
+  if (plan->ram_pool_bytes > 0)
+    fprintf(out, "%51s   pool of compressed pages %s,\n", "", flap_text_bytes(plan->ram_pool_bytes).text);
   fprintf(out, "%51s   page table %s, other %s\n", "", flap_text_bytes(plan->ram_table_bytes).text,
           flap_text_bytes(plan->ram_other_bytes).text);
   print_budget(out, "disk", plan->disk_budget, plan->disk_bytes, plan->disk_min);
@@ -101,6 +103,11 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->compression != FLAP_COMPRESSION_OFF)
     fprintf(out, "compression of pages on disk: %s, by %u thread%s; all figures here are without it\n",
             flap_print_compression(plan->compression), plan->workers, plan->workers == 1 ? "" : "s");
+  if (plan->pooled_share > 0)
+    fprintf(out,
+            "   but that about %.0f%% of these pages stand compressed in a pool of %s of ram instead,\n"
+            "   if they shrink as states mostly do; lanes and space count all of them as if on disk\n",
+            100 * plan->pooled_share, flap_text_bytes(plan->ram_pool_bytes).text);
   fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
           flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }
@@ -270,6 +277,8 @@ static json_t *machine_json(const flap_machine *machine) {
   set_number(object, "disk_write_bytes", machine->disk_write_bytes);
   set_number(object, "disk_both_bytes", machine->disk_both_bytes);
   set_number(object, "host_bytes", machine->host_bytes);
+  set_number(object, "encode_bytes", machine->encode_bytes);
+  set_number(object, "decode_bytes", machine->decode_bytes);
   set_integer(object, "launch_ns", machine->launch_ns);
   set_integer(object, "copy_ns", machine->copy_ns);
   set_integer(object, "disk_ns", machine->disk_ns);
@@ -354,6 +363,8 @@ static void add_sizes(json_t *object, const flap_run_config *config, const flap_
   set_integer(object, "ram_home_bytes", plan->ram_home_bytes);
   set_integer(object, "ram_shared_bytes", plan->ram_shared_bytes);
   set_integer(object, "ram_staging_bytes", plan->ram_staging_bytes);
+  set_integer(object, "ram_pool_bytes", plan->ram_pool_bytes);
+  set_number(object, "pooled_share", plan->pooled_share);
   set_integer(object, "ram_table_bytes", plan->ram_table_bytes);
   set_integer(object, "ram_other_bytes", plan->ram_other_bytes);
   set_integer(object, "process_bytes", plan->process_bytes);

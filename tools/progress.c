@@ -179,7 +179,11 @@ static void print_lanes(FILE *out, const flap_plan *plan, const uint64_t *bytes)
 
 /* Nothing to say where pages are on disk as they are. */
 static void print_compression(FILE *out, const flap_plan *plan, const flap_train_result *result) {
-  const uint64_t *moved = result->disk_bytes, *pages = result->disk_lane_bytes;
+  const uint64_t *moved = result->disk_bytes, *pooled = result->pool_bytes;
+  const uint64_t pages[2] = {result->disk_lane_bytes[0] - pooled[0], result->disk_lane_bytes[1] - pooled[1]};
+  if (pooled[0] + pooled[1] > 0)
+    fprintf(out, "\nthe pool in ram gave pages of %s and took %s, which the disks did not move\n",
+            flap_text_bytes(pooled[0]).text, flap_text_bytes(pooled[1]).text);
   if (plan->compression == FLAP_COMPRESSION_OFF || moved[0] + moved[1] == 0)
     return;
   fprintf(out, "\ndisks read %s and wrote %s for pages of %s and %s (compression: %s): ratio %s\n",
@@ -191,10 +195,12 @@ static void print_compression(FILE *out, const flap_plan *plan, const flap_train
 /* What the drives bore, measured but for the sizes of files. */
 static void print_wear(FILE *out, const flap_plan *plan, const flap_train_result *result) {
   const uint64_t written = result->disk_written_bytes + result->saved_bytes;
+  const uint64_t pages = result->disk_lane_bytes[1];
+  const double stored = pages > 0 ? (double)result->disk_bytes[1] / (double)pages : 0; /* of a page that is written */
   if (written == 0)
     return;
   fprintf(out, "written to drives: %s (%s a step), %s of it to save", flap_text_bytes(written).text,
-          flap_text_bytes(result->steady_lane_bytes[FLAP_LANE_DISK_WRITE]).text,
+          flap_text_bytes((uint64_t)((double)result->steady_lane_bytes[FLAP_LANE_DISK_WRITE] * stored)).text,
           flap_text_bytes(result->saved_bytes).text);
   if (result->trained_tokens > 0)
     fprintf(out, "; %.4g TB per billion tokens", (double)written / (double)result->trained_tokens * 1e9 / 1e12);

@@ -4,6 +4,7 @@
 #include "base/units.h"
 #include "engine/engine.h"
 #include "engine/machine/host_memory.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/machine/machine_cache.h"
 #include "engine/machine/machine_cuda.h"
 #include "io/block/measure.h"
@@ -257,6 +258,7 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   flap_machine *machine = &profile->machine;
   const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk_path, .fresh = fresh};
   FLAP_TRY(flap_engine_machine(&query, machine));
+  flap_codec_measure(machine);
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);

@@ -9,7 +9,7 @@ static bool same_skeleton(const planner_skeleton *s, const planner_skeleton *t) 
          s->spread == t->spread && s->saved.layers == t->saved.layers && s->saved.mask == t->saved.mask &&
          s->host == t->host && s->spares_first == t->spares_first && s->backward.device == t->backward.device &&
          s->backward.host == t->backward.host && s->keeps == t->keeps && s->slice == t->slice && s->page == t->page &&
-         s->staging == t->staging;
+         s->staging == t->staging && s->pool == t->pool;
 }
 
 static bool same_contender(const planner_contender *a, const planner_contender *b) {

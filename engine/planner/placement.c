@@ -7,7 +7,8 @@
 
 #define BUFFERS_FEW 16u
 #define WORKERS_MAX 8u
-#define WORKERS_SHARE 64u /* their memory is at most this part of ram */
+#define WORKERS_BESIDES 2u /* where they fill a pool: cores for those who launch and copy */
+#define WORKERS_SHARE 64u  /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
 #define TRACE_EVENT_BYTES 64u    /* about */
 #define PLACEMENT_BURST_SHARE 8u /* slots for one burst take at most this part of what is left of vram */
@@ -173,15 +174,19 @@ static uint64_t power_of_two_below(uint64_t value) {
   return power;
 }
 
-/* Half of the cores, for the others compute or launch and copy; no more than can be at work for either way; and what
- * they compress with must be a small part of ram. */
+/* Half of the cores, for the others compute or launch and copy, but with a pool, which wants all that moves encoded and
+ * decoded, nearly all; no more than can be at work for either way; and what they compress with must be a small part of
+ * ram. */
 static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice, uint64_t ram_bytes) {
   const flap_pager_config config = {.page_bytes = choice->page_bytes,
                                     .transfer_bytes = choice->transfer_bytes,
                                     .compression = setup->spec.compression,
+                                    .pool_bytes = choice->pool_bytes,
                                     .disk_rates = setup->spec.disk_rates};
   const uint64_t each = flap_pager_worker_bytes(&config);
   uint32_t workers = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
+  if (choice->pool_bytes >= FLAP_PAGER_POOL_BLOCK && setup->spec.threads > workers + WORKERS_BESIDES)
+    workers = setup->spec.threads - WORKERS_BESIDES;
   if (workers > choice->read_buffers)
     workers = choice->read_buffers;
   while (workers > 1 && workers * each > ram_bytes / WORKERS_SHARE)
@@ -253,6 +258,12 @@ static bool fit_without_disk(const flap_budgets *budgets, flap_choice *choice, f
   return false;
 }
 
+/* A pool takes homes, and what has none stands on disk as well: with as much of a pool as disks have room for. */
+static uint64_t smaller_pool(uint64_t pool_bytes, uint64_t missing) {
+  const uint64_t less = flap_units_round_up(missing + PLANNER_TRANSFER_MAX, FLAP_PAGER_POOL_BLOCK);
+  return missing > 0 && less < pool_bytes ? pool_bytes - less : 0;
+}
+
 uint64_t planner_missing_ram(const flap_budgets *budgets, flap_setup *setup) {
   flap_choice all = setup->choice;
   all.ram_bytes = UINT64_MAX / 2;
@@ -292,13 +303,22 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
   }
   for (;;) {
     choice.ram_bytes = 0;
-    if (!add_staging(budgets, &choice, setup))
-      return PLANNER_NO_RAM;
+    if (!add_staging(budgets, &choice, setup)) {
+      if (choice.pool_bytes == 0)
+        return PLANNER_NO_RAM;
+      choice.pool_bytes = 0;
+      continue;
+    }
     choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;
     place(setup, &choice);
     flap_assert(setup->ram_bytes <= budgets->ram_bytes);
-    if (planner_missing_disk(planner, budgets, setup) == 0)
+    const uint64_t missing = planner_missing_disk(planner, budgets, setup);
+    if (missing == 0)
       return PLANNER_FITS;
+    if (choice.pool_bytes > 0) {
+      choice.pool_bytes = smaller_pool(choice.pool_bytes, missing);
+      continue;
+    }
     if (choice.staging_bytes == 0)
       return PLANNER_NO_DISK;
     choice.staging_bytes = choice.read_buffers > BUFFERS_FEW

@@ -111,6 +111,8 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
     plan->ram_shared_bytes += setup->classes[k].ram_bytes;
   plan->ram_shared_bytes -= setup->sizes.ram_home_bytes;
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
+  plan->ram_pool_bytes = setup->sizes.pool_bytes;
+  plan->pooled_share = flap_pager_pooled_share(plan->ram_pool_bytes, setup->sizes.disk_bytes);
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;
   /* Code, stacks and libraries, as they are now, for nothing of the run is taken yet; a device's may come later. */
@@ -133,8 +135,8 @@ static uint64_t tbw_of(const flap_run_config *config) {
 }
 
 static void describe_wear(const flap_run_config *config, flap_plan *plan) {
-  const double written = (double)plan->lane_bytes[FLAP_LANE_DISK_WRITE];
-  plan->ssd_step_bytes = plan->lane_bytes[FLAP_LANE_DISK_WRITE];
+  const double written = (double)plan->lane_bytes[FLAP_LANE_DISK_WRITE] * (1 - plan->pooled_share);
+  plan->ssd_step_bytes = (uint64_t)written;
   plan->ssd_bytes_per_billion_tokens = written / (double)plan->tokens_per_step * 1e9;
   plan->ssd_tbw_bytes = tbw_of(config);
   plan->ssd_steps = written > 0 ? (double)plan->ssd_tbw_bytes / written : 0;
@@ -181,13 +183,14 @@ static const char *only_disk(const flap_prepared *p) {
   return path;
 }
 
-/* Shared or copied, states have about as many bytes; there is room for the more. */
+/* Shared or copied, states have about as many bytes; there is room for the more. What a pool may hold is not shared. */
 static flap_status describe_checkpoint(const flap_prepared *p, flap_plan *plan) {
   const char *disk = only_disk(p);
   uint64_t model_bytes = 0;
   FLAP_TRY(
       flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, p->config->save_only_model, &plan->checkpoint_bytes));
-  if (plan->classes[FLAP_CLASS_STATES].disk_bytes == 0 || disk == NULL || !flap_wear_shares(p->config, disk))
+  if (plan->classes[FLAP_CLASS_STATES].disk_bytes == 0 || plan->ram_pool_bytes > 0 || disk == NULL ||
+      !flap_wear_shares(p->config, disk))
     return FLAP_OK;
   FLAP_TRY(flap_checkpoint_bytes(&p->model, plan->dtype, plan->optim, true, &model_bytes));
   const uint64_t paged = model_bytes + flap_state_pages_bytes(&p->setup.layout, plan->page_bytes);

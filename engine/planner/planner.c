@@ -47,7 +47,8 @@ flap_choice planner_choice_of(const flap_planner *planner, const planner_candida
                         .slice_elements = slice,
                         .page_bytes = page,
                         .transfer_bytes = page,
-                        .staging_bytes = s.staging};
+                        .staging_bytes = s.staging,
+                        .pool_bytes = s.pool};
   if (planner->spec.disk_count > 0)
     choice.read_buffers = choice.write_buffers = choice.workers = 1;
   return choice;
@@ -337,7 +338,8 @@ flap_status planner_shortlist(const flap_planner *planner, const planner_candida
                                       .spread = spread == 1,
                                       .host = host,
                                       .backward = c->backward,
-                                      .staging = planner->expert.staging_bytes};
+                                      .staging = planner->expert.staging_bytes,
+                                      .pool = planner->expert.pool_bytes};
           if (planner_is_double(planner, &c->saved, s) || cannot_win(planner, c, budgets, s, list, *count))
             continue;
           w.of[w.count++] = s;

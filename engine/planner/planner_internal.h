@@ -49,6 +49,10 @@
 #define PLANNER_SLICE_SHARE 48              /* a slice of states is at most about this part of vram, to begin with */
 #define PLANNER_SLICE_BYTES (64 * FLAP_MIB) /* and so many bytes */
 #define PLANNER_STAGING_GAIN 0.99           /* by this factor at least, for what is staged makes disks write more */
+#define PLANNER_POOL_BUSY 0.8               /* of a step disks are busy, for a pool to be tried */
+#define PLANNER_POOL_PARTS 8u               /* of ram, of which a pool is some */
+#define PLANNER_POOL_STAGING 32u            /* times the buffers without one, at most */
+#define PLANNER_POOL_GAIN 0.95              /* by this factor at least: how far states shrink nobody knows before */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)
 #define PLANNER_TRANSFER_MAX (4 * FLAP_MIB)
@@ -100,6 +104,7 @@ typedef struct planner_skeleton {
   bool keeps;           /* the embedding's states in VRAM */
   uint64_t slice, page; /* that are tried first: elements, bytes; 0: as the budgets suggest */
   uint64_t staging;     /* bytes; 0: a few buffers */
+  uint64_t pool;        /* bytes of ram for encoded chunks */
 } planner_skeleton;
 
 typedef struct planner_contender {

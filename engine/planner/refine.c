@@ -469,6 +469,58 @@ static flap_status refine_staging(const flap_planner *planner, const planner_can
   return FLAP_OK;
 }
 
+/* Whether RAM could be worth more as a pool: disks are what steps wait for, and cores have nothing to do but to code.
+ */
+static bool may_pool(const flap_planner *planner, const planner_contender *best, const flap_plan_costs *costs) {
+  const flap_setup_spec *spec = &planner->spec;
+  const double read = costs->lane_seconds[FLAP_LANE_DISK_READ], write = costs->lane_seconds[FLAP_LANE_DISK_WRITE];
+  return planner->expert.pool_bytes == 0 && planner->machine->encode_bytes > 0 && best->s.host == 0 &&
+         !planner->machine->shared_cores && spec->compression != FLAP_COMPRESSION_OFF &&
+         spec->mode == FLAP_MODE_TRAIN && spec->optim == FLAP_OPTIM_ADAMW &&
+         (read > write ? read : write) > PLANNER_POOL_BUSY * costs->step_seconds;
+}
+
+/* Estimates know nothing of pools, so this one is simulated as it is. */
+static flap_status look_at_pool(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                                planner_skeleton s, planner_contender *best, flap_plan_costs *costs) {
+  planner_contender tried = *best;
+  flap_plan_costs costs_here = {0};
+  tried.s = s;
+  FLAP_TRY(planner_simulate_list(planner, c, budgets, &tried, 1, 1, &tried, &costs_here));
+  if (costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds) {
+    *best = tried;
+    *costs = costs_here;
+  }
+  return FLAP_OK;
+}
+
+/* How much of ram is a pool, in parts of ram, with buffers enough for what it gives and takes beside the disks. */
+static flap_status refine_pool(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                               planner_contender *best, flap_plan_costs *costs) {
+  planner_contender found = *best;
+  flap_plan_costs found_costs = *costs;
+  uint64_t staging = 0;
+  if (!may_pool(planner, best, costs))
+    return FLAP_OK;
+  FLAP_TRY(staging_of(planner, c, budgets, best, &staging));
+  for (uint64_t part = 1; part < PLANNER_POOL_PARTS; part++) {
+    const double before = found_costs.step_seconds;
+    for (uint64_t times = 2; times <= PLANNER_POOL_STAGING; times *= 4) {
+      planner_skeleton s = best->s;
+      s.pool = budgets->ram_bytes / PLANNER_POOL_PARTS * part;
+      s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : staging * times;
+      FLAP_TRY(look_at_pool(planner, c, budgets, s, &found, &found_costs));
+    }
+    if (found_costs.step_seconds >= before)
+      break;
+  }
+  if (found_costs.step_seconds < costs->step_seconds * PLANNER_POOL_GAIN) {
+    *best = found;
+    *costs = found_costs;
+  }
+  return FLAP_OK;
+}
+
 /* The kinds of choices that hang together, one after the other, as long as that makes the step shorter. */
 static flap_status refine_kinds(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                 cut_list cuts, planner_contender *best, flap_plan_costs *costs) {
@@ -604,6 +656,7 @@ flap_status planner_refine(const flap_planner *planner, const planner_candidates
   FLAP_TRY(refine_host_and_tail(planner, c, budgets, best, costs));
   FLAP_TRY(refine_saved_and_slices(planner, c, budgets, best, costs));
   FLAP_TRY(refine_spare(planner, c, budgets, best, costs));
+  FLAP_TRY(refine_pool(planner, c, budgets, best, costs));
   FLAP_TRY(refine_staging(planner, c, budgets, best, costs));
   if (best->s.staging == 0 || planner->expert.staging_bytes > 0)
     return FLAP_OK;

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 
 #define FLAP_STATE_PAGES_MAGIC "FLAPPAGE" /* 8 bytes, without a NUL */
-#define FLAP_STATE_PAGES_VERSION 2u /* of version 1 no page is encoded by zstd */
+#define FLAP_STATE_PAGES_VERSION 2u       /* of version 1 no page is encoded by zstd */
 
 typedef struct flap_state_pages_header {
   char magic[8];

@@ -47,6 +47,11 @@ static uint32_t blocks_of(uint64_t bytes) {
   return (uint32_t)((bytes + FLAP_PAGER_POOL_BLOCK - 1) / FLAP_PAGER_POOL_BLOCK);
 }
 
+double flap_pager_pooled_share(uint64_t pool_bytes, uint64_t disk_bytes) {
+  const double wanted = POOL_SHARE * (double)disk_bytes, room = POOL_FILLED * (double)pool_bytes;
+  return room < wanted ? room / wanted : pool_bytes > 0 ? 1 : 0;
+}
+
 void pager_pool_init(flap_pager *pager) {
   pager_pool *pool = &pager->pool;
   pool->share = POOL_SHARE;
