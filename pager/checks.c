@@ -37,13 +37,15 @@ static void work_on(flap_pager *pager, uint32_t index, pager_packing packing, co
                     pager_packed *packed_out) {
   pager_buffer *buffer = &pager->buffers[index];
   if (is_read(pager, index)) {
-    if (buffer->pooled)
-      pager_pool_get(pager, buffer);
-    buffer->corrupt_page = pager_unpack(pager, buffer, scratch, packed_out);
-  } else {
-    pager_pack(pager, buffer, packing, scratch, packed_out);
-    pager_pool_put(pager, buffer);
+    buffer->corrupt_page = buffer->pooled ? pager_pool_unpack(pager, buffer, scratch, packed_out)
+                                          : pager_unpack(pager, buffer, scratch, packed_out);
+    return;
   }
+  buffer->pooled = buffer->pooled && pager_pool_pack(pager, buffer, scratch, packed_out);
+  if (buffer->pooled)
+    return;
+  pager_pool_forget(pager, buffer);
+  pager_pack(pager, buffer, packing, scratch, packed_out);
 }
 
 static pager_packing choose(flap_pager *pager, uint32_t index) {
@@ -108,8 +110,6 @@ static void read_again(flap_pager *pager, uint32_t index) {
 
 static void take_further(flap_pager *pager, uint32_t index) {
   if (!is_read(pager, index)) {
-    if (!pager->has_bytes)
-      pager_pool_put(pager, &pager->buffers[index]);
     pager_buffer_write(pager, index);
   } else if (pager->has_bytes && pager->buffers[index].corrupt_page < pager->buffers[index].page_count) {
     (pager->buffers[index].again ? fail_corrupt : read_again)(pager, index);

@@ -104,9 +104,8 @@ static double thread_ns(void) {
   return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
 }
 
-/* The page's encoding in scratch memory, and how long it is; its own length if there is none. */
-static uint32_t encode(const flap_pager *pager, const pager_buffer *buffer, const unsigned char *from, uint32_t bytes,
-                       const pager_scratch *scratch, pager_packed *packed) {
+uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, const unsigned char *from, uint32_t bytes,
+                      const pager_scratch *scratch, pager_packed *packed) {
   const uint32_t element_bytes = pager->regions[buffer->region].element_bytes;
   const double started_ns = thread_ns();
   const uint32_t made = flap_block_encode(pager->codec, from, bytes, element_bytes, scratch->page, scratch->codec);
@@ -114,6 +113,16 @@ static uint32_t encode(const flap_pager *pager, const pager_buffer *buffer, cons
   packed->tried_bytes += bytes;
   packed->made_bytes += made;
   return made;
+}
+
+bool pager_decode(const pager_scratch *scratch, uint32_t stored_bytes, unsigned char *to, uint32_t bytes,
+                  pager_packed *packed) {
+  const double started_ns = thread_ns();
+  if (!flap_block_decode(scratch->page, stored_bytes, to, bytes, scratch->codec))
+    return false;
+  packed->decode_ns += thread_ns() - started_ns;
+  packed->decoded_bytes += bytes;
+  return true;
 }
 
 /* Each page moves towards the front of the buffer, and never onto one that is still to be packed. The epoch counts
@@ -129,7 +138,7 @@ void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing pac
     const uint32_t bytes = (uint32_t)pager_chunk_bytes(pager, region, buffer->first_page + i, 1);
     uint32_t stored = bytes;
     if (packing == PACKING_ENCODED || (packing == PACKING_LOOK && i == 0))
-      stored = encode(pager, buffer, from, bytes, scratch, packed_out);
+      stored = pager_encode(pager, buffer, from, bytes, scratch, packed_out);
     if (packing != PACKING_ENCODED)
       stored = bytes;
     if (stored < bytes)
@@ -178,12 +187,9 @@ uint32_t pager_unpack(const flap_pager *pager, const pager_buffer *buffer, const
         memmove(to, buffer->memory + at, bytes);
       continue;
     }
-    const double started_ns = thread_ns();
     memcpy(scratch->page, buffer->memory + at, page[i].stored_bytes);
-    if (!flap_block_decode(scratch->page, page[i].stored_bytes, to, bytes, scratch->codec))
+    if (!pager_decode(scratch, page[i].stored_bytes, to, bytes, packed_out))
       return i;
-    packed_out->decode_ns += thread_ns() - started_ns;
-    packed_out->decoded_bytes += bytes;
   }
   return buffer->page_count;
 }

@@ -4,8 +4,8 @@
  * where P bytes of homes spare them P. Their extents on disk stay theirs, for what does not shrink, or no longer, has
  * to go somewhere: so a pool takes nothing from what a plan promises.
  *
- *   full ──worker: encode, pager_pool_put──► in the pool: free at once       (no room: packed ──► disk, as without one)
- *   free ──pager_buffer_read──► read ──worker: pager_pool_get, decode──► verified
+ *   full ──worker: pager_pool_pack──► in the pool: free at once       (no room: packed ──► disk, as without one)
+ *   free ──pager_buffer_read──► read ──worker: pager_pool_unpack──► verified
  *
  * Which chunks stand there is decided anew each time one is full: as many as will fit, by what chunks came to lately,
  * evenly spread over all, so that disks and codec work side by side at any moment of a step. What does not shrink is
@@ -116,50 +116,121 @@ static bool take(pager_pool *pool, uint32_t count, uint32_t *head_out) {
 
 /* ---- bytes, without any lock ------------------------------------------------------------------------------- */
 
-/* One after another, block by block; `in`: into the pool. */
-static void move_bytes(const pager_pool *pool, uint32_t head, unsigned char *memory, uint64_t bytes, bool in) {
-  uint32_t block = head;
-  for (uint64_t at = 0; at < bytes; at += FLAP_PAGER_POOL_BLOCK, block = pool->next[block]) {
-    flap_assert(block < pool->block_count);
-    unsigned char *there = pool->memory + block * FLAP_PAGER_POOL_BLOCK;
-    const uint64_t count = bytes - at < FLAP_PAGER_POOL_BLOCK ? bytes - at : FLAP_PAGER_POOL_BLOCK;
-    in ? memcpy(there, memory + at, count) : memcpy(memory + at, there, count);
+/* Where the next bytes of a chunk go, or come from. */
+typedef struct cursor {
+  uint32_t block; /* PAGER_NONE: the next one begins a block that is not taken yet */
+  uint64_t at;    /* in the block */
+} cursor;
+
+/* `memory` may be that of any bytes; `in`: into the pool. Blocks that follow are linked already. */
+static void move_bytes(const pager_pool *pool, cursor *c, unsigned char *memory, uint64_t bytes, bool in) {
+  for (uint64_t done = 0, count; done < bytes; done += count) {
+    if (c->at == FLAP_PAGER_POOL_BLOCK)
+      *c = (cursor){.block = pool->next[c->block]};
+    flap_assert(c->block < pool->block_count);
+    unsigned char *there = pool->memory + c->block * FLAP_PAGER_POOL_BLOCK + c->at;
+    const uint64_t left = FLAP_PAGER_POOL_BLOCK - c->at;
+    count = bytes - done < left ? bytes - done : left;
+    in ? memcpy(there, memory + done, count) : memcpy(memory + done, there, count);
+    c->at += count;
   }
 }
 
-static uint64_t stored_bytes(const flap_pager *pager, const pager_buffer *buffer) {
-  const pager_page *page = pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page;
-  uint64_t bytes = 0;
-  for (uint32_t i = 0; i < buffer->page_count; i++)
-    bytes += page[i].stored_bytes;
-  return bytes;
-}
-
-void pager_pool_put(flap_pager *pager, pager_buffer *buffer) {
+/* Room for so many bytes more behind the cursor, in blocks that are linked to its chunk. */
+static bool extend(flap_pager *pager, uint32_t *head, cursor *c, uint64_t bytes) {
   pager_pool *pool = &pager->pool;
-  if (pool->block_count == 0)
-    return;
-  const uint64_t all = chunk_bytes(pager, buffer);
-  const uint64_t bytes = pager->has_bytes ? stored_bytes(pager, buffer) : (uint64_t)(POOL_SHARE * (double)all);
-  const uint32_t count = blocks_of(bytes);
-  uint32_t head = PAGER_NONE;
+  const uint64_t left = *head != PAGER_NONE ? FLAP_PAGER_POOL_BLOCK - c->at : 0;
+  uint32_t more = PAGER_NONE;
+  if (bytes <= left)
+    return true;
   pthread_mutex_lock(&pager->work_lock);
-  give_back(pool, head_of(pager, buffer));
-  if (buffer->pooled && (double)bytes > PLAIN_SHARE * (double)all && pool->credit < CREDIT_SPARE) {
-    buffer->pooled = false;
-    pool->credit += 1; /* for the next one */
-  }
-  if (buffer->pooled)
-    pool->share += POOL_WEIGHT * ((double)count * FLAP_PAGER_POOL_BLOCK / (double)all - pool->share);
-  buffer->pooled = buffer->pooled && take(pool, count, &head);
+  const bool taken = take(pool, blocks_of(bytes - left), &more);
   pthread_mutex_unlock(&pager->work_lock);
-  if (buffer->pooled && pager->has_bytes)
-    move_bytes(pool, head, buffer->memory, bytes, true);
-  *head_of(pager, buffer) = head;
+  if (!taken)
+    return false;
+  if (*head == PAGER_NONE) {
+    *head = more;
+    *c = (cursor){.block = more};
+  } else {
+    pool->next[c->block] = more;
+  }
+  return true;
 }
 
-void pager_pool_get(const flap_pager *pager, const pager_buffer *buffer) {
-  move_bytes(&pager->pool, *head_of(pager, buffer), buffer->memory, stored_bytes(pager, buffer), false);
+/* What was in the pool of the chunk is not needed any more. */
+static void begin(flap_pager *pager, pager_buffer *buffer) {
+  pthread_mutex_lock(&pager->work_lock);
+  give_back(&pager->pool, head_of(pager, buffer));
+  pthread_mutex_unlock(&pager->work_lock);
+}
+
+/* With the first page of a chunk it is seen how far the others shrink. */
+static bool is_worth(flap_pager *pager, uint64_t stored, uint64_t bytes) {
+  pager_pool *pool = &pager->pool;
+  pthread_mutex_lock(&pager->work_lock);
+  const bool worth = (double)stored <= PLAIN_SHARE * (double)bytes || pool->credit >= CREDIT_SPARE;
+  pool->credit += worth ? 0 : 1; /* for the next one */
+  pool->share += worth ? POOL_WEIGHT * ((double)stored / (double)bytes - pool->share) : 0;
+  pthread_mutex_unlock(&pager->work_lock);
+  return worth;
+}
+
+static pager_page *pages_of(const flap_pager *pager, const pager_buffer *buffer) {
+  return pager_pages_of(pager, &pager->regions[buffer->region]) + buffer->first_page;
+}
+
+static uint32_t page_bytes_of(const flap_pager *pager, const pager_buffer *buffer, uint32_t page) {
+  return (uint32_t)pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page + page, 1);
+}
+
+/* Each page from scratch memory right into the pool: of what is moved once more the memory's rate is what all cores
+ * together are held up by. */
+bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratch *scratch, pager_packed *packed_out) {
+  pager_page *page = pages_of(pager, buffer);
+  uint32_t head = PAGER_NONE;
+  cursor c = {.block = PAGER_NONE};
+  bool fits = true;
+  *packed_out = (pager_packed){.tried_bytes = 0};
+  begin(pager, buffer);
+  for (uint32_t i = 0; i < buffer->page_count && fits; i++) {
+    unsigned char *from = buffer->memory + i * pager->page_bytes;
+    const uint32_t bytes = page_bytes_of(pager, buffer, i);
+    const uint32_t stored = pager_encode(pager, buffer, from, bytes, scratch, packed_out);
+    fits = (i > 0 || is_worth(pager, stored, bytes)) && extend(pager, &head, &c, stored);
+    if (!fits)
+      break;
+    move_bytes(&pager->pool, &c, stored < bytes ? scratch->page : from, stored, true);
+    page[i].stored_bytes = stored;
+    page[i].epoch++;
+    page[i].checksum = 0;
+  }
+  if (!fits) {
+    pthread_mutex_lock(&pager->work_lock);
+    give_back(&pager->pool, &head);
+    pthread_mutex_unlock(&pager->work_lock);
+  }
+  *head_of(pager, buffer) = head;
+  return fits;
+}
+
+uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
+                           pager_packed *packed_out) {
+  const pager_page *page = pages_of(pager, buffer);
+  cursor c = {.block = *head_of(pager, buffer)};
+  *packed_out = (pager_packed){.tried_bytes = 0};
+  for (uint32_t i = 0; i < buffer->page_count; i++) {
+    unsigned char *to = buffer->memory + i * pager->page_bytes;
+    const uint32_t bytes = page_bytes_of(pager, buffer, i), stored = page[i].stored_bytes;
+    move_bytes(&pager->pool, &c, stored < bytes ? scratch->page : to, stored, false);
+    if (stored < bytes && !pager_decode(scratch, stored, to, bytes, packed_out))
+      return i;
+  }
+  return buffer->page_count;
+}
+
+void pager_pool_forget(flap_pager *pager, pager_buffer *buffer) {
+  if (pager->pool.block_count > 0)
+    begin(pager, buffer);
 }
 
 /* ---- with the pager's lock --------------------------------------------------------------------------------- */
@@ -169,6 +240,14 @@ void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane l
     return;
   pager->stats.bytes[lane] += chunk_bytes(pager, buffer);
   pager->stats.pool_bytes[lane == FLAP_LANE_DISK_READ ? 0 : 1] += chunk_bytes(pager, buffer);
+}
+
+/* As if it shrank by what is usual. */
+static bool simulate_put(flap_pager *pager, pager_buffer *buffer) {
+  const uint64_t bytes = (uint64_t)(POOL_SHARE * (double)chunk_bytes(pager, buffer));
+  cursor c = {.block = PAGER_NONE};
+  begin(pager, buffer);
+  return pager_pool_wants(pager, buffer) && extend(pager, head_of(pager, buffer), &c, bytes);
 }
 
 static void coded(void *context) {
@@ -186,7 +265,7 @@ bool pager_pool_simulate(flap_pager *pager, uint32_t index) {
   if (pager->has_bytes || pager->pool.block_count == 0)
     return false;
   if (!read)
-    buffer->pooled = pager_pool_wants(pager, buffer);
+    buffer->pooled = simulate_put(pager, buffer);
   const double rate = read ? pager->decode_bytes : pager->encode_bytes;
   if (!buffer->pooled || rate <= 0)
     return false;

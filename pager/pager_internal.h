@@ -610,6 +610,12 @@ void pager_compression_watch(flap_pager *pager);
 /* These two with work_lock. */
 pager_packing pager_compression_choose(flap_pager *pager, const pager_buffer *buffer);
 void pager_compression_learn(flap_pager *pager, const pager_buffer *buffer, const pager_packed *packed);
+/* A page's encoding in scratch memory, and how long it is; its own length if there is none. And the way back, out of
+ * scratch memory. Without any lock. */
+uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, const unsigned char *from, uint32_t bytes,
+                      const pager_scratch *scratch, pager_packed *packed);
+bool pager_decode(const pager_scratch *scratch, uint32_t stored_bytes, unsigned char *to, uint32_t bytes,
+                  pager_packed *packed);
 /* Without any lock. Makes of a full buffer what is written, sums it up, and tells the page table. */
 void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing packing, const pager_scratch *scratch,
                 pager_packed *packed_out);
@@ -625,11 +631,14 @@ void pager_pool_init(flap_pager *pager);
 bool pager_pool_has(const flap_pager *pager, const pager_buffer *buffer);
 /* Whether the chunk of a full buffer shall stand there: asked once for each. With work_lock, but in a simulation. */
 bool pager_pool_wants(flap_pager *pager, const pager_buffer *buffer);
-/* Without any lock: what was packed replaces what the pool has of the chunk, if it is to stand there and there is room.
- */
-void pager_pool_put(flap_pager *pager, pager_buffer *buffer);
-/* Without any lock: what the pool has of the chunk, as it was packed. */
-void pager_pool_get(const flap_pager *pager, const pager_buffer *buffer);
+/* These three without any lock. Encodes a full buffer into the pool, in place of what that had of the chunk. False when
+ * there is no room, or it does not shrink: then the buffer is as it was, and to be packed for the disk. */
+bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratch *scratch, pager_packed *packed_out);
+/* The way back, as pager_unpack. */
+uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
+                           pager_packed *packed_out);
+/* The chunk goes to the disk: the pool has nothing of it any more. */
+void pager_pool_forget(flap_pager *pager, pager_buffer *buffer);
 /* Counts what moved between a buffer and the pool. */
 void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane lane);
 /* On the clock: the codec takes its time with the buffer, if that is the pool's, and hands it to the pump then. */
