@@ -75,42 +75,56 @@ static coding coding_of(flap_codec codec, uint32_t element_bytes, void *scratch)
 
 /* ---- bytes beside their like ------------------------------------------------------------------------------ */
 
-static void shuffle(unsigned char *restrict to, const unsigned char *restrict from, uint32_t bytes, uint32_t element) {
+/* Where the planes of a block are: one behind another, unless they are elsewhere. */
+typedef struct planes {
+  unsigned char *of[ELEMENT_BYTES_MAX];
+} planes;
+
+static planes planes_in(unsigned char *memory, uint32_t bytes, uint32_t element) {
+  planes p;
+  for (uint32_t i = 0; i < ELEMENT_BYTES_MAX; i++)
+    p.of[i] = memory + (i < element ? i * (bytes / element) : 0);
+  return p;
+}
+
+static void shuffle(const planes *to, const unsigned char *restrict from, uint32_t bytes, uint32_t element) {
+  unsigned char *restrict a = to->of[0], *restrict b = to->of[1], *restrict c = to->of[2], *restrict d = to->of[3];
   const uint32_t count = bytes / element;
   if (element == 2) {
     for (uint32_t i = 0; i < count; i++) {
-      to[i] = from[2 * i];
-      to[count + i] = from[2 * i + 1];
+      a[i] = from[2 * i];
+      b[i] = from[2 * i + 1];
     }
   } else if (element == 4) {
     for (uint32_t i = 0; i < count; i++) {
-      to[i] = from[4 * i];
-      to[count + i] = from[4 * i + 1];
-      to[2 * count + i] = from[4 * i + 2];
-      to[3 * count + i] = from[4 * i + 3];
+      a[i] = from[4 * i];
+      b[i] = from[4 * i + 1];
+      c[i] = from[4 * i + 2];
+      d[i] = from[4 * i + 3];
     }
   } else {
-    memcpy(to, from, bytes);
+    memcpy(a, from, bytes);
   }
 }
 
-static void unshuffle(unsigned char *restrict to, const unsigned char *restrict from, uint32_t bytes,
-                      uint32_t element) {
+static void unshuffle(unsigned char *restrict to, const planes *from, uint32_t bytes, uint32_t element) {
+  const unsigned char *restrict a = from->of[0], *restrict b = from->of[1], *restrict c = from->of[2],
+                                *restrict d = from->of[3];
   const uint32_t count = bytes / element;
   if (element == 2) {
     for (uint32_t i = 0; i < count; i++) {
-      to[2 * i] = from[i];
-      to[2 * i + 1] = from[count + i];
+      to[2 * i] = a[i];
+      to[2 * i + 1] = b[i];
     }
   } else if (element == 4) {
     for (uint32_t i = 0; i < count; i++) {
-      to[4 * i] = from[i];
-      to[4 * i + 1] = from[count + i];
-      to[4 * i + 2] = from[2 * count + i];
-      to[4 * i + 3] = from[3 * count + i];
+      to[4 * i] = a[i];
+      to[4 * i + 1] = b[i];
+      to[4 * i + 2] = c[i];
+      to[4 * i + 3] = d[i];
     }
   } else {
-    memcpy(to, from, bytes);
+    memcpy(to, a, bytes);
   }
 }
 
@@ -122,7 +136,8 @@ static bool sample_shrinks(coding *c, const unsigned char *page, uint32_t bytes,
   bool any = false;
   for (uint32_t i = 0; i < SAMPLE_PIECES; i++)
     memcpy(to + i * SAMPLE_PIECE_BYTES, page + i * distance / FLAP_BLOCK_ALIGN * FLAP_BLOCK_ALIGN, SAMPLE_PIECE_BYTES);
-  shuffle(c->shuffled, to, SAMPLE_BYTES, c->element_bytes);
+  const planes sampled = planes_in(c->shuffled, SAMPLE_BYTES, c->element_bytes);
+  shuffle(&sampled, to, SAMPLE_BYTES, c->element_bytes);
   if (c->codec == FLAP_CODEC_LZ4)
     return LZ4_compress_fast_extState(c->lz4, (const char *)c->shuffled, (char *)to, (int)SAMPLE_BYTES,
                                       (int)shrunk(SAMPLE_BYTES), 1) > 0;
@@ -151,24 +166,42 @@ static uint32_t put(unsigned char *to, uint32_t at, uint32_t end, uint32_t coded
 static uint32_t encode_lz4(const coding *c, const unsigned char *from, uint32_t bytes, unsigned char *to, uint32_t at,
                            uint32_t end) {
   const uint32_t room = end - at - (uint32_t)sizeof(uint32_t);
-  shuffle(c->shuffled, from, bytes, c->element_bytes);
+  const planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
+  shuffle(&shuffled, from, bytes, c->element_bytes);
   const int made = LZ4_compress_fast_extState(c->lz4, (const char *)c->shuffled, (char *)to + at + sizeof(uint32_t),
                                               (int)bytes, (int)smaller(room, bytes - 1), 1);
   return put(to, at, end, (uint32_t)made, from, bytes);
 }
 
+/* The first planes, up to one that is worth a try, are shuffled to where they are to stand. Returns how many they are,
+ * and moves `*at` behind them; they need not be before `end`. */
+static uint32_t place_planes(const coding *c, uint32_t plane_bytes, unsigned char *to, uint32_t *at, uint32_t end,
+                             planes *planes_io) {
+  const uint32_t word = plane_bytes | PLAIN;
+  uint32_t count = 0;
+  for (; count < c->element_bytes && !c->worth[count] && *at < end; count++) {
+    if (sizeof word + plane_bytes > end - *at)
+      break;
+    memcpy(to + *at, &word, sizeof word);
+    planes_io->of[count] = to + *at + sizeof word;
+    *at += (uint32_t)sizeof word + plane_bytes;
+  }
+  return count;
+}
+
 static uint32_t encode_planes(const coding *c, const unsigned char *from, uint32_t bytes, unsigned char *to,
                               uint32_t at, uint32_t end) {
   const uint32_t plane_bytes = bytes / c->element_bytes;
-  shuffle(c->shuffled, from, bytes, c->element_bytes);
-  for (uint32_t i = 0; i < c->element_bytes; i++) {
+  planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
+  const uint32_t placed = place_planes(c, plane_bytes, to, &at, end, &shuffled);
+  shuffle(&shuffled, from, bytes, c->element_bytes);
+  for (uint32_t i = placed; i < c->element_bytes; i++) {
     if (at + sizeof(uint32_t) >= end)
       return 0;
-    const unsigned char *plane = c->shuffled + i * plane_bytes;
     const uint32_t room = smaller(end - at - (uint32_t)sizeof(uint32_t), plane_bytes);
-    const uint32_t made =
-        c->worth[i] ? flap_entropy_encode(c->coder, plane, plane_bytes, to + at + sizeof(uint32_t), room) : 0;
-    at = put(to, at, end, made, plane, plane_bytes);
+    unsigned char *coded = to + at + sizeof(uint32_t);
+    const uint32_t made = c->worth[i] ? flap_entropy_encode(c->coder, shuffled.of[i], plane_bytes, coded, room) : 0;
+    at = put(to, at, end, made, shuffled.of[i], plane_bytes);
     if (at == 0)
       return 0;
   }
@@ -208,14 +241,13 @@ uint32_t flap_block_encode(flap_codec codec, const void *page, uint32_t bytes, u
 /* ---- decoding --------------------------------------------------------------------------------------------- */
 
 typedef struct piece {
-  const unsigned char *bytes;
+  unsigned char *bytes; /* only read */
   uint32_t length;
   bool plain;
 } piece;
 
 /* The piece at `*at`, which is moved behind it; false if there is none, or a plain one that is not of `plain_bytes`. */
-static bool next_piece(const unsigned char *stored, uint32_t *at, uint32_t end, uint32_t plain_bytes,
-                       piece *piece_out) {
+static bool next_piece(unsigned char *stored, uint32_t *at, uint32_t end, uint32_t plain_bytes, piece *piece_out) {
   uint32_t word;
   if (end - *at < sizeof word)
     return false;
@@ -228,7 +260,7 @@ static bool next_piece(const unsigned char *stored, uint32_t *at, uint32_t end, 
   return true;
 }
 
-static bool decode_lz4(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+static bool decode_lz4(const coding *c, unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
                        uint32_t bytes) {
   piece found;
   if (!next_piece(stored, at, end, bytes, &found))
@@ -240,24 +272,26 @@ static bool decode_lz4(const coding *c, const unsigned char *stored, uint32_t *a
   const int made = LZ4_decompress_safe((const char *)found.bytes, (char *)c->shuffled, (int)found.length, (int)bytes);
   if (made < 0 || (uint32_t)made != bytes)
     return false;
-  unshuffle(to, c->shuffled, bytes, c->element_bytes);
+  const planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
+  unshuffle(to, &shuffled, bytes, c->element_bytes);
   return true;
 }
 
-static bool decode_planes(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+/* Planes that stand as they are are read where they stand. */
+static bool decode_planes(const coding *c, unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
                           uint32_t bytes) {
   const uint32_t plane_bytes = bytes / c->element_bytes;
+  planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
   for (uint32_t i = 0; i < c->element_bytes; i++) {
-    unsigned char *plane = c->shuffled + i * plane_bytes;
     piece found;
     if (!next_piece(stored, at, end, plane_bytes, &found))
       return false;
     if (found.plain)
-      memcpy(plane, found.bytes, plane_bytes);
-    else if (!flap_entropy_decode(c->decoder, found.bytes, found.length, plane, plane_bytes))
+      shuffled.of[i] = found.bytes;
+    else if (!flap_entropy_decode(c->decoder, found.bytes, found.length, shuffled.of[i], plane_bytes))
       return false;
   }
-  unshuffle(to, c->shuffled, bytes, c->element_bytes);
+  unshuffle(to, &shuffled, bytes, c->element_bytes);
   return true;
 }
 
@@ -278,8 +312,9 @@ bool flap_block_decode(const void *stored, uint32_t stored_bytes, void *page, ui
   for (uint32_t at = 0; at < bytes; at += c.block_bytes) {
     unsigned char *to = (unsigned char *)page + at;
     const uint32_t block = smaller(bytes - at, c.block_bytes);
-    if (!(codec == FLAP_CODEC_LZ4 ? decode_lz4(&c, stored, &from, stored_bytes, to, block)
-                                  : decode_planes(&c, stored, &from, stored_bytes, to, block)))
+    if (!(codec == FLAP_CODEC_LZ4
+              ? decode_lz4(&c, (unsigned char *)(uintptr_t)stored, &from, stored_bytes, to, block)
+              : decode_planes(&c, (unsigned char *)(uintptr_t)stored, &from, stored_bytes, to, block)))
       return false;
   }
   return true;
