@@ -1,39 +1,87 @@
+/* All threads at once, over memory that is in no core's cache: what they share holds them up more than what each
+ * computes. As in a pool, a page passes through scratch memory of the thread's own. */
 #include "engine/machine/codec_rates.h"
 
 #include "base/philox.h"
+#include "base/pool.h"
+#include "base/units.h"
+#include "engine/machine/host_memory.h"
 #include "io/block/codec.h"
 
 #include <stdlib.h>
-#include <time.h>
+#include <string.h>
 
-#define PAGE_BYTES (1u << 20)
-#define PAGES 4 /* the first one warms up */
+#define PAGE_BYTES (4u << 20)
+#define PAGES 4u       /* of each thread, and as many that they are encoded to */
+#define MEMORY_PARTS 8 /* of what is free, one is taken at most */
+#define NS 1e9
 
-static double thread_seconds(void) {
-  struct timespec t;
-  (void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+_Static_assert((2 * PAGES + 2) * (uint64_t)PAGE_BYTES <= FLAP_CODEC_MEASURE_BYTES, "pages, what they come to, scratch");
+
+typedef struct bench {
+  unsigned char *pages, *stored, *scratch; /* PAGES, PAGES, and one with what the codec needs: of each thread */
+  uint64_t scratch_bytes;
+  uint32_t *bytes; /* that a page came to */
+} bench;
+
+static void fill(void *context, uint64_t thread, uint32_t worker) {
+  const bench *b = context;
+  const flap_philox stream = flap_philox_stream(thread, "codec rates");
+  unsigned char *pages = b->pages + thread * PAGES * PAGE_BYTES;
+  (void)worker;
+  flap_philox_normals(&stream, 0, PAGE_BYTES / sizeof(float), (float *)(void *)pages);
+  for (uint32_t i = 1; i < PAGES; i++)
+    memcpy(pages + i * PAGE_BYTES, pages, PAGE_BYTES);
+  memset(b->stored + thread * PAGES * PAGE_BYTES, 0, PAGES * PAGE_BYTES);
+  memset(b->scratch + thread * b->scratch_bytes, 0, b->scratch_bytes);
 }
 
-/* The fastest of a few pages: what is slower was disturbed. */
-void flap_codec_measure(flap_machine *machine) {
-  unsigned char *memory = malloc(3 * (uint64_t)PAGE_BYTES + flap_block_codec_scratch(PAGE_BYTES));
-  machine->encode_bytes = machine->decode_bytes = 0;
-  if (memory == NULL)
-    return;
-  unsigned char *encoded = memory + PAGE_BYTES, *decoded = encoded + PAGE_BYTES, *scratch = decoded + PAGE_BYTES;
-  const flap_philox stream = flap_philox_stream(1, "codec rates");
-  flap_philox_normals(&stream, 0, PAGE_BYTES / sizeof(float), (float *)(void *)memory);
-  for (int i = 0; i < PAGES; i++) {
-    const double started = thread_seconds();
-    const uint32_t stored = flap_block_encode(FLAP_CODEC_ZSTD, memory, PAGE_BYTES, 4, encoded, scratch);
-    const double between = thread_seconds();
-    const bool whole = stored < PAGE_BYTES && flap_block_decode(encoded, stored, decoded, PAGE_BYTES, scratch);
-    const double encode = between - started, decode = thread_seconds() - between;
-    if (i == 0 || !whole || encode <= 0 || decode <= 0)
-      continue;
-    machine->encode_bytes = PAGE_BYTES / encode > machine->encode_bytes ? PAGE_BYTES / encode : machine->encode_bytes;
-    machine->decode_bytes = PAGE_BYTES / decode > machine->decode_bytes ? PAGE_BYTES / decode : machine->decode_bytes;
+static void encode(void *context, uint64_t thread, uint32_t worker) {
+  const bench *b = context;
+  unsigned char *scratch = b->scratch + thread * b->scratch_bytes;
+  (void)worker;
+  for (uint64_t i = thread * PAGES; i < (thread + 1) * PAGES; i++) {
+    b->bytes[i] =
+        flap_block_encode(FLAP_CODEC_ZSTD, b->pages + i * PAGE_BYTES, PAGE_BYTES, 4, scratch, scratch + PAGE_BYTES);
+    memcpy(b->stored + i * PAGE_BYTES, b->bytes[i] < PAGE_BYTES ? scratch : b->pages + i * PAGE_BYTES, b->bytes[i]);
   }
+}
+
+static void decode(void *context, uint64_t thread, uint32_t worker) {
+  const bench *b = context;
+  unsigned char *scratch = b->scratch + thread * b->scratch_bytes;
+  (void)worker;
+  for (uint64_t i = thread * PAGES; i < (thread + 1) * PAGES; i++) {
+    memcpy(scratch, b->stored + i * PAGE_BYTES, b->bytes[i]);
+    (void)flap_block_decode(scratch, b->bytes[i], b->pages + i * PAGE_BYTES, PAGE_BYTES, scratch + PAGE_BYTES);
+  }
+}
+
+static double rate_of(flap_pool *pool, uint32_t threads, flap_pool_fn fn, bench *b) {
+  const uint64_t started_ns = flap_units_now_ns();
+  flap_pool_run(pool, threads, fn, b);
+  const uint64_t took_ns = flap_units_now_ns() - started_ns;
+  return took_ns > 0 ? (double)threads * PAGES * PAGE_BYTES / (double)took_ns * NS : 0;
+}
+
+void flap_codec_measure(uint32_t threads, flap_machine *machine) {
+  bench b = {.scratch_bytes = flap_units_round_up(PAGE_BYTES + flap_block_codec_scratch(PAGE_BYTES), 64)};
+  flap_pool *pool = NULL;
+  const uint64_t pages_bytes = (uint64_t)threads * PAGES * PAGE_BYTES;
+  machine->encode_bytes = machine->decode_bytes = 0;
+  if (threads * FLAP_CODEC_MEASURE_BYTES > flap_host_memory_free(false) / MEMORY_PARTS)
+    return;
+  unsigned char *memory = malloc(2 * pages_bytes + threads * b.scratch_bytes + threads * PAGES * sizeof *b.bytes);
+  if (memory != NULL && flap_pool_open(threads, &pool) == FLAP_OK) {
+    b.pages = memory;
+    b.stored = memory + pages_bytes;
+    b.scratch = memory + 2 * pages_bytes;
+    b.bytes = (uint32_t *)(void *)(b.scratch + threads * b.scratch_bytes);
+    flap_pool_run(pool, threads, fill, &b);
+    machine->encode_bytes = rate_of(pool, threads, encode, &b);
+    machine->decode_bytes = rate_of(pool, threads, decode, &b);
+  }
+  flap_error_clear(); /* a pool that could not be opened: nothing is known */
+  flap_pool_close(pool);
   free(memory);
 }

@@ -258,7 +258,8 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   flap_machine *machine = &profile->machine;
   const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk_path, .fresh = fresh};
   FLAP_TRY(flap_engine_machine(&query, machine));
-  flap_codec_measure(machine);
+  if (profile_out->machine.shared_cores == 0)
+    flap_codec_measure(flap_codec_threads(count_threads(threads)), machine);
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);

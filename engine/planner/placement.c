@@ -1,14 +1,14 @@
 /* Spends budgets: what a choice needs comes first, then staging, ring slots, residents, and homes in RAM. */
 #include "base/assert.h"
 #include "base/units.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/planner/planner_internal.h"
 
 #include <string.h>
 
 #define BUFFERS_FEW 16u
 #define WORKERS_MAX 8u
-#define WORKERS_BESIDES 2u /* where they fill a pool: cores for those who launch and copy */
-#define WORKERS_SHARE 64u  /* their memory is at most this part of ram */
+#define WORKERS_SHARE 64u /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
 #define TRACE_EVENT_BYTES 64u    /* about */
 #define PLACEMENT_BURST_SHARE 8u /* slots for one burst take at most this part of what is left of vram */
@@ -185,8 +185,8 @@ static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice
                                     .disk_rates = setup->spec.disk_rates};
   const uint64_t each = flap_pager_worker_bytes(&config);
   uint32_t workers = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
-  if (choice->pool_bytes >= FLAP_PAGER_POOL_BLOCK && setup->spec.threads > workers + WORKERS_BESIDES)
-    workers = setup->spec.threads - WORKERS_BESIDES;
+  if (choice->pool_bytes >= FLAP_PAGER_POOL_BLOCK && workers < flap_codec_threads(setup->spec.threads))
+    workers = flap_codec_threads(setup->spec.threads);
   if (workers > choice->read_buffers)
     workers = choice->read_buffers;
   while (workers > 1 && workers * each > ram_bytes / WORKERS_SHARE)

@@ -51,7 +51,7 @@
 #define PLANNER_STAGING_GAIN 0.99           /* by this factor at least, for what is staged makes disks write more */
 #define PLANNER_POOL_BUSY 0.8               /* of a step disks are busy, for a pool to be tried */
 #define PLANNER_POOL_PARTS 8u               /* of ram, of which a pool is some */
-#define PLANNER_POOL_STAGING 32u            /* times the buffers without one, at most */
+#define PLANNER_POOL_STAGING 2u             /* times the buffers without one, to begin with */
 #define PLANNER_POOL_GAIN 0.95              /* by this factor at least: how far states shrink nobody knows before */
 #define PLANNER_PAGE_MIN (16 * FLAP_KIB)
 #define PLANNER_PAGE_MAX (4 * FLAP_MIB)

@@ -505,12 +505,10 @@ static flap_status refine_pool(const flap_planner *planner, const planner_candid
   FLAP_TRY(staging_of(planner, c, budgets, best, &staging));
   for (uint64_t part = 1; part < PLANNER_POOL_PARTS; part++) {
     const double before = found_costs.step_seconds;
-    for (uint64_t times = 2; times <= PLANNER_POOL_STAGING; times *= 4) {
-      planner_skeleton s = best->s;
-      s.pool = budgets->ram_bytes / PLANNER_POOL_PARTS * part;
-      s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : staging * times;
-      FLAP_TRY(look_at_pool(planner, c, budgets, s, &found, &found_costs));
-    }
+    planner_skeleton s = best->s;
+    s.pool = budgets->ram_bytes / PLANNER_POOL_PARTS * part;
+    s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : PLANNER_POOL_STAGING * staging;
+    FLAP_TRY(look_at_pool(planner, c, budgets, s, &found, &found_costs));
     if (found_costs.step_seconds >= before)
       break;
   }

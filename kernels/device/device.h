@@ -40,7 +40,8 @@ typedef struct flap_machine {
   double
       disk_both_bytes; /* read and written together while both go on; 0: not known, and taken for both at full rate */
   double host_bytes;   /* read + write by the host's cores */
-  double encode_bytes, decode_bytes; /* of pages, by one core with the page codec (io/block/codec.h); 0: not known */
+  double encode_bytes, decode_bytes; /* of pages, with the page codec (io/block/codec.h), by all threads that would
+                                        fill a pool together; 0: not known */
   uint64_t launch_ns;                /* fixed cost of a kernel, a copy, a disk request */
   uint64_t copy_ns;
   uint64_t disk_ns;

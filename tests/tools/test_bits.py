@@ -92,6 +92,8 @@ CASES = {
     "roomy 3 threads": ["expert.threads=3"],
     "both compressed, 3 disks, io threads": ["compression=lz4", "expert.page_bytes=64KiB", "DISKS=3", "expert.io=threads"],
     "both compressed, 3 threads": ["compression=zstd", "expert.page_bytes=16KiB", "expert.threads=3"],
+    "both a pool": ["compression=zstd", "expert.pool_bytes=256KiB", "expert.page_bytes=16KiB"],
+    "half a pool": ["expert.pool_bytes=128KiB", "expert.page_bytes=8KiB"],
     "half not compressed": ["compression=off"],
     "half evaluated between": ["eval_strategy=steps", "eval_steps=3"],
     "both a second backward": ["expert.update=backward"],
@@ -205,15 +207,17 @@ class Bits(unittest.TestCase):
             moved, planned, _ = row.groups()
             self.assertEqual((moved, planned), (planned, f"{plan['lane_bytes'][lane] / PARAMETERS:.2f}"), lane)
 
-    def check_compression(self, out, always, never):
+    def check_compression(self, out, always, never, pool):
         """What the disks moved is what pages came to, and less where they were compressed: moments begin as zeros."""
         with open(os.path.join(self.folder, out, "metrics.jsonl")) as file:
             steps = [line for line in map(json.loads, file) if "loss" in line]
         for step in steps:
             moved, pages = sum(step["disk_bytes"].values()), step["bytes"]["disk_read"] + step["bytes"]["disk_write"]
+            pages -= sum(step["pool_bytes"].values())
             self.assertLessEqual(moved, pages)
             self.assertAlmostEqual(step["compression_ratio"], pages / moved if moved else 1, places=9)
             self.assertTrue(not never or moved == pages)
+        self.assertEqual(pool, max(min(step["pool_bytes"].values()) for step in steps) > 0, out)
         self.assertTrue(not always or max(step["compression_ratio"] for step in steps) > 1.01, out)
 
     def check_choices(self, plan, overrides):
@@ -233,10 +237,13 @@ class Bits(unittest.TestCase):
                 self.assertEqual(plan["saved_layers"], 0)
             elif key == "expert.staging_bytes":
                 self.assertGreater(plan["read_buffers"], 16, override)
+            elif key == "expert.pool_bytes":
+                self.assertGreater(plan["ram_pool_bytes"], 0, override)
+                self.assertTrue(0 < plan["pooled_share"] <= 1, override)
             elif key == "compression":
                 self.assertEqual(plan["compression"], value)
             elif key == "expert.page_bytes":
-                self.assertEqual(plan["page_bytes"], {"4KiB": 4 << 10, "16KiB": 16 << 10, "64KiB": 64 << 10, "4MiB": 4 << 20}[value])
+                self.assertEqual(plan["page_bytes"], {"4KiB": 4 << 10, "8KiB": 8 << 10, "16KiB": 16 << 10, "64KiB": 64 << 10, "4MiB": 4 << 20}[value])
 
     def train(self, name, overrides, out):
         """Plans and trains; None where the system has no io_uring."""
@@ -290,7 +297,8 @@ class Bits(unittest.TestCase):
                 self.assertGreater(min(plan["lane_bytes"][lane] for lane in lanes), PARAMETERS, name)
             self.compare(name, out, reference)
             self.check_compression(out, any(key in ("compression=lz4", "compression=zstd") for key in cases[name]),
-                                   "compression=off" in cases[name])
+                                   "compression=off" in cases[name],
+                                   any(key.startswith("expert.pool_bytes") for key in cases[name]))
             return None
 
         names = [name for name in names if ONLY in name]
