@@ -4,6 +4,7 @@
 #include "base/units.h"
 
 #include <stdio.h>
+#include <string.h>
 
 /* ---- tensors --------------------------------------------------------------------------------------------- */
 
@@ -58,6 +59,8 @@ static void fill_tensor(flap_model_tensor *tensor, uint64_t rows, uint64_t colum
 
 static uint32_t layer_tensors(const flap_model_config *config, uint32_t layer, flap_model_tensor *tensors_out) {
   llama_dims dims = llama_dims_of(config);
+  char prefix[32]; /* printed once: plans ask for the sizes of layers thousands of times, and these come with names */
+  const size_t prefix_bytes = (size_t)snprintf(prefix, sizeof prefix, "model.layers.%u.", layer);
   uint32_t count = 0;
   for (llama_role role = 0; role < LLAMA_ROLES; role++) {
     if (!llama_has_role(config, role))
@@ -67,7 +70,8 @@ static uint32_t layer_tensors(const flap_model_config *config, uint32_t layer, f
     llama_role_shape(&dims, role, &outputs, &inputs);
     bool norm = role == LLAMA_INPUT_NORM || role == LLAMA_POST_NORM;
     fill_tensor(tensor, outputs, inputs, norm ? FLAP_INIT_ONES : inputs ? FLAP_INIT_NORMAL : FLAP_INIT_ZEROS);
-    snprintf(tensor->name, sizeof tensor->name, "model.layers.%u.%s", layer, LAYER_NAMES[role]);
+    memcpy(tensor->name, prefix, prefix_bytes);
+    strcpy(tensor->name + prefix_bytes, LAYER_NAMES[role]);
   }
   return count;
 }

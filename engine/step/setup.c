@@ -65,11 +65,14 @@ static flap_layout_spec layout_spec(const flap_setup_spec *spec, const flap_choi
 
 static flap_status build_layout(flap_setup *setup) {
   const flap_layout_spec spec = layout_spec(&setup->spec, &setup->choice);
-  flap_arena measure;
-  flap_arena_measure(&measure, "layout");
-  flap_layout_build(&spec, &measure, &setup->layout);
-  FLAP_TRY(flap_arena_open(&setup->layout_memory, "layout", measure.bytes_used));
-  flap_layout_build(&spec, &setup->layout_memory, &setup->layout);
+  flap_arena arena;
+  flap_arena_measure(&arena, "layout");
+  flap_layout_build(&spec, &arena, &setup->layout);
+  setup->layout_memory = calloc(1, arena.bytes_used); /* a few KiB, thousands of times in a plan: mapping took longer */
+  if (setup->layout_memory == NULL)
+    return flap_error_set(FLAP_NO_MEMORY, "no memory for a layout of %u layers", spec.model->num_hidden_layers);
+  flap_arena_borrow(&arena, "layout", setup->layout_memory, arena.bytes_used);
+  flap_layout_build(&spec, &arena, &setup->layout);
   return FLAP_OK;
 }
 
@@ -429,5 +432,6 @@ void flap_setup_close(flap_setup *setup) {
   setup->resident = NULL;
   setup->regions = NULL;
   setup->rings = NULL;
-  flap_arena_close(&setup->layout_memory);
+  free(setup->layout_memory);
+  setup->layout_memory = NULL;
 }

@@ -82,7 +82,7 @@ typedef struct flap_setup {
   flap_choice choice;
   uint64_t disk_sizes[FLAP_BLOCK_DISKS_MAX]; /* what each disk may hold; 0 until it is known */
   flap_layout layout;
-  flap_arena layout_memory;
+  void *layout_memory;
   bool *resident; /* per region: in VRAM for good, or a copy is */
   flap_pager_region *regions;
   struct setup_places *places; /* what placing keeps account of */
