@@ -350,8 +350,7 @@ class Bits(unittest.TestCase):
     @unittest.skipIf(SANITIZED, "takes too long under a sanitizer")
     def test_gradients_in_fp32(self):
         common = ["gradient_dtype=fp32"]
-        reference = self.suite("fp32", common, list(CASES)[::5])
-        self.check_resume("fp32", common, reference)
+        self.suite("fp32", common, list(CASES)[::5])  # a checkpoint has none; "skips" resumes with fp32 ones
 
     def test_nothing_is_clipped(self):
         common = ["max_grad_norm=0"]
@@ -372,7 +371,7 @@ class Bits(unittest.TestCase):
 
     def test_everything_in_fp16(self):
         common = ["fp16=true"]
-        reference = self.suite("fp16", common, FEW)
+        reference = self.suite("fp16", common, FEW[::2])  # "skips" has the others
         self.assertEqual({step[2:] for step in reference[0].values()}, {(65536, False)})
 
     def test_moments_in_8_bits(self):
@@ -438,7 +437,7 @@ class Bits(unittest.TestCase):
         """Overflow at first, then a scale that fits, that grows after two good steps and is too large again. The checkpoint
         is between the two good steps, and is continued past the next overflow."""
         common = ["fp16=true", "fp16_init_scale=4194304", "fp16_growth_interval=2", "gradient_dtype=fp32"]
-        reference = self.suite("skips", common, FEW, skipped=[1, 2, 5])
+        reference = self.suite("skips", common, FEW[-1::-2], skipped=[1, 2, 5])
         million = 1 << 20
         self.assertEqual([reference[0][step][2] for step in range(1, STEPS + 1)],
                          [4 * million, 2 * million, million, million, 2 * million, million])
