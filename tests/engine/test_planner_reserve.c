@@ -9,9 +9,11 @@
 
 #define MUST(call) ck_assert_msg((call) == FLAP_OK, "%s: %s", #call, flap_error_message())
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define KINDS 1 /* each plan takes seconds */
+#define KINDS 1        /* each plan takes seconds */
+#define COMPARES false /* the other searches lead through the code of the first */
 #else
 #define KINDS 3
+#define COMPARES true
 #endif
 
 /* Small steps of eight wide layers on a large card, whose bus and host are busy for about as long as it computes; with
@@ -107,11 +109,14 @@ START_TEST(plans_bear_slower_lanes) {
     flap_plan_costs costs;
     open_trial(&t, kind);
     MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &costs));
-    const outcome ours = simulate(&t, &setup), once = search_once(&t);
+    const outcome ours = simulate(&t, &setup);
     flap_setup_close(&setup);
+    ck_assert_double_eq(costs.step_seconds, ours.as_measured); /* what is told is of the rates as they are */
+    if (!COMPARES)
+      continue;
+    const outcome once = search_once(&t);
     printf("%d: %.4f s, on average over several rates %.4f s; searched once %.4f s and %.4f s\n", kind,
            ours.as_measured, ours.average, once.as_measured, once.average);
-    ck_assert_double_eq(costs.step_seconds, ours.as_measured); /* what is told is of the rates as they are */
     ck_assert_double_le(ours.average, once.average);
     ck_assert_double_le(ours.as_measured, once.as_measured * 1.01);
     better += ours.average < once.average * 0.998;
@@ -126,7 +131,7 @@ START_TEST(plans_bear_slower_lanes) {
     if (kind == 2)
       ck_assert_double_eq(ours.average, once.average); /* lanes that rest may be slower */
   }
-  ck_assert_uint_gt(better, 0);
+  ck_assert(better > 0 || !COMPARES);
 }
 END_TEST
 
