@@ -49,7 +49,7 @@ extern "C" {
 #define FLAP_PAGER_JOB_LEASES_MAX 4
 #define FLAP_PAGER_CLASSES_MAX 16u
 #define FLAP_PAGER_OVERLAYS_MAX 1023u
-#define FLAP_PAGER_POOL_BLOCK ((uint64_t)32 << 10)
+#define FLAP_PAGER_POOL_BLOCK ((uint64_t)16 << 10)
 #define FLAP_PAGER_BUFFERS_MAX 32768u /* read buffers, and write buffers */
 
 typedef struct flap_pager_region {

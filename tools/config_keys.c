@@ -225,7 +225,7 @@ static const flap_config_key keys[] = {
     PLAIN(
         "expert.pool_bytes", BYTES, expert.pool_bytes,
         "RAM in which pages stand compressed instead of on the disk, where compression and budgets allow it; less than "
-        "32KiB: none."),
+        "16KiB: none."),
     WORD("expert.io", expert.io, io_words,
          "How files are read and written; auto is io_uring where the system allows it."),
     PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),

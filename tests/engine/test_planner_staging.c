@@ -224,6 +224,58 @@ START_TEST(plans_are_not_layerwise_where_memory_is_plenty) {
 }
 END_TEST
 
+/* ---- a pool ------------------------------------------------------------------------------------------------------ */
+
+typedef struct pooled {
+  double seconds;
+  uint64_t pool_bytes, disk_bytes;
+} pooled;
+
+static pooled plan_pooled(double codec_bytes, uint64_t forced_bytes, uint64_t disk_bytes,
+                          flap_compression compression) {
+  trial t;
+  flap_setup setup;
+  flap_plan_costs costs;
+  open_trial(&t, 0);
+  t.planner.spec.micro_batches = 1;
+  t.planner.spec.compression = compression;
+  t.planner.spec.threads = 8;
+  t.planner.expert.group_micro_batches = 1;
+  t.planner.expert.pool_bytes = forced_bytes;
+  t.machine.encode_bytes = codec_bytes;
+  t.machine.decode_bytes = 1.5 * codec_bytes;
+  t.budgets.disk_bytes[0] = disk_bytes;
+  MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, &costs));
+  const pooled p = {costs.step_seconds, setup.sizes.pool_bytes, setup.disk_bytes};
+  ck_assert_uint_le(setup.ram_bytes, t.budgets.ram_bytes);
+  ck_assert_uint_le(setup.disk_bytes, disk_bytes);
+  ck_assert(p.pool_bytes == 0 || setup.choice.workers == 6);
+  printf("codec of %.1f GB/s: pool of %.1f MiB, %.1f MiB on disk, %.3f s\n", codec_bytes / 1e9,
+         (double)p.pool_bytes / (double)FLAP_MIB, (double)p.disk_bytes / (double)FLAP_MIB, p.seconds);
+  flap_setup_close(&setup);
+  return p;
+}
+
+START_TEST(ram_is_a_pool_where_that_spares_the_disk) {
+  const uint64_t plenty = (uint64_t)20 * FLAP_GIB;
+  const pooled without = plan_pooled(10e9, 1, plenty, FLAP_COMPRESSION_AUTO);
+  const pooled with = plan_pooled(10e9, 0, plenty, FLAP_COMPRESSION_AUTO);
+  ck_assert_uint_eq(without.pool_bytes, 0);
+  ck_assert_uint_gt(with.pool_bytes, FLAP_GIB / 2);
+  ck_assert_double_lt(with.seconds, 0.95 * without.seconds);
+  ck_assert_uint_gt(with.disk_bytes, without.disk_bytes + with.pool_bytes / 2); /* nothing is promised */
+  const pooled slow = plan_pooled(0.2e9, 0, plenty, FLAP_COMPRESSION_AUTO);
+  ck_assert_uint_eq(slow.pool_bytes, 0);
+  ck_assert_uint_eq(plan_pooled(0, 0, plenty, FLAP_COMPRESSION_AUTO).pool_bytes, 0);
+  const pooled off = plan_pooled(10e9, FLAP_GIB, plenty, FLAP_COMPRESSION_OFF);
+  ck_assert_uint_eq(off.pool_bytes, 0);
+  ck_assert_double_eq_tol(off.seconds, without.seconds, 0.05 * without.seconds);
+  const uint64_t little = without.disk_bytes + FLAP_GIB / 2;
+  const pooled less = plan_pooled(10e9, FLAP_GIB, little, FLAP_COMPRESSION_AUTO);
+  ck_assert(less.pool_bytes > FLAP_GIB / 8 && less.pool_bytes < FLAP_GIB);
+}
+END_TEST
+
 int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tcase = tcase_create("planner staging");
@@ -233,6 +285,7 @@ int main(void) {
   tcase_add_loop_test(tcase, gradients_are_computed_again_where_that_spares_the_disk, 0, KINDS);
   tcase_add_loop_test(tcase, plans_are_layerwise_where_disks_are_the_limit, 0, LAYERWISE_KINDS);
   tcase_add_loop_test(tcase, plans_are_not_layerwise_where_memory_is_plenty, 0, LAYERWISE_KINDS / 2);
+  tcase_add_loop_test(tcase, ram_is_a_pool_where_that_spares_the_disk, 0, LAYERWISE_KINDS / 2);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
   srunner_run_all(runner, CK_ENV);
