@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define POOL_BYTES_MAX ((uint64_t)16 << 40)
 #define SLICE_BYTES_MAX (64 * FLAP_MIB)
 #define PAGE_BYTES_MIN (4 * FLAP_KIB)
 #define PAGE_BYTES_MAX (4 * FLAP_MIB)
@@ -241,6 +242,9 @@ static flap_status check_machine(const flap_run_config *config) {
   if (expert->staging_bytes != 0 && expert->staging_bytes < 2 * PAGE_BYTES_MIN)
     return flap_error_set(FLAP_INVALID, "expert.staging_bytes: %llu must be at least 8 KiB",
                           (unsigned long long)expert->staging_bytes);
+  if (expert->pool_bytes > POOL_BYTES_MAX)
+    return flap_error_set(FLAP_INVALID, "expert.pool_bytes: %llu must be at most 16 TiB",
+                          (unsigned long long)expert->pool_bytes);
   if (expert->group_micro_batches > config->gradient_accumulation_steps)
     return flap_error_set(FLAP_INVALID, "expert.group_micro_batches: %u is more than the %u micro-batches of a step",
                           expert->group_micro_batches, config->gradient_accumulation_steps);

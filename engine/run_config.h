@@ -106,7 +106,8 @@ typedef struct flap_expert {
   uint64_t page_bytes;    /* a power of two, 4 KiB .. 4 MiB */
   uint64_t slice_bytes;   /* of one state slice; at most 64 MiB */
   uint64_t staging_bytes; /* of RAM between disk and VRAM, where that fits into half of ram */
-  uint64_t pool_bytes;    /* of RAM for pages that stand encoded there, not on the disk; FLAP_RUN_POOL_AUTO */
+  uint64_t pool_bytes;    /* of RAM for pages that stand encoded there, not on the disk; below a block
+                             (FLAP_PAGER_POOL_BLOCK) none */
   flap_run_io io;
   uint32_t threads; /* of the worker pool; 0: all cores */
   flap_run_matmul matmul;

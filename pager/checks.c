@@ -53,7 +53,7 @@ static pager_packing choose(flap_pager *pager, uint32_t index) {
   if (is_read(pager, index))
     return PACKING_PLAIN;
   buffer->pooled = pager_pool_wants(pager, buffer);
-  return buffer->pooled ? PACKING_ENCODED : pager_compression_choose(pager, buffer);
+  return pager_compression_choose(pager, buffer); /* for the disk, where the pool does not take it */
 }
 
 /* ---- what follows, with it ------------------------------------------------------------------------------- */

@@ -104,11 +104,11 @@ static double thread_ns(void) {
   return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
 }
 
-uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, const unsigned char *from, uint32_t bytes,
-                      const pager_scratch *scratch, pager_packed *packed) {
+uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, flap_codec codec, const unsigned char *from,
+                      uint32_t bytes, const pager_scratch *scratch, pager_packed *packed) {
   const uint32_t element_bytes = pager->regions[buffer->region].element_bytes;
   const double started_ns = thread_ns();
-  const uint32_t made = flap_block_encode(pager->codec, from, bytes, element_bytes, scratch->page, scratch->codec);
+  const uint32_t made = flap_block_encode(codec, from, bytes, element_bytes, scratch->page, scratch->codec);
   packed->encode_ns += thread_ns() - started_ns;
   packed->tried_bytes += bytes;
   packed->made_bytes += made;
@@ -138,7 +138,7 @@ void pager_pack(flap_pager *pager, const pager_buffer *buffer, pager_packing pac
     const uint32_t bytes = (uint32_t)pager_chunk_bytes(pager, region, buffer->first_page + i, 1);
     uint32_t stored = bytes;
     if (packing == PACKING_ENCODED || (packing == PACKING_LOOK && i == 0))
-      stored = pager_encode(pager, buffer, from, bytes, scratch, packed_out);
+      stored = pager_encode(pager, buffer, pager->codec, from, bytes, scratch, packed_out);
     if (packing != PACKING_ENCODED)
       stored = bytes;
     if (stored < bytes)

@@ -80,7 +80,9 @@ bool pager_pool_wants(flap_pager *pager, const pager_buffer *buffer) {
   const double wanted = pool->share * (double)pool->eligible_bytes;
   const double room = POOL_FILLED * (double)pool->block_count * FLAP_PAGER_POOL_BLOCK;
   pool->credit = smaller(pool->credit + (room < wanted ? room / wanted : 1), CREDIT_MAX);
-  if (pool->credit < 1)
+  const bool room_left = pager_pool_has(pager, buffer) || /* its own blocks come back */
+                         pool->free_count >= blocks_of((uint64_t)(pool->share * (double)chunk_bytes(pager, buffer)));
+  if (pool->credit < 1 || !room_left)
     return false;
   pool->credit -= 1;
   return true;
@@ -170,7 +172,6 @@ static bool is_worth(flap_pager *pager, uint64_t stored, uint64_t bytes) {
   pthread_mutex_lock(&pager->work_lock);
   const bool worth = (double)stored <= PLAIN_SHARE * (double)bytes || pool->credit >= CREDIT_SPARE;
   pool->credit += worth ? 0 : 1; /* for the next one */
-  pool->share += worth ? POOL_WEIGHT * ((double)stored / (double)bytes - pool->share) : 0;
   pthread_mutex_unlock(&pager->work_lock);
   return worth;
 }
@@ -183,32 +184,40 @@ static uint32_t page_bytes_of(const flap_pager *pager, const pager_buffer *buffe
   return (uint32_t)pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page + page, 1);
 }
 
+/* By whole blocks. */
+static void learn(pager_pool *pool, uint64_t taken, uint64_t bytes) {
+  pool->share += POOL_WEIGHT * ((double)blocks_of(taken) * (double)FLAP_PAGER_POOL_BLOCK / (double)bytes - pool->share);
+}
+
 /* Each page from scratch memory right into the pool: of what is moved once more the memory's rate is what all cores
  * together are held up by. */
 bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratch *scratch, pager_packed *packed_out) {
   pager_page *page = pages_of(pager, buffer);
   uint32_t head = PAGER_NONE;
   cursor c = {.block = PAGER_NONE};
+  uint64_t taken = 0;
   bool fits = true;
   *packed_out = (pager_packed){.tried_bytes = 0};
   begin(pager, buffer);
   for (uint32_t i = 0; i < buffer->page_count && fits; i++) {
     unsigned char *from = buffer->memory + i * pager->page_bytes;
     const uint32_t bytes = page_bytes_of(pager, buffer, i);
-    const uint32_t stored = pager_encode(pager, buffer, from, bytes, scratch, packed_out);
+    const uint32_t stored = pager_encode(pager, buffer, FLAP_CODEC_ZSTD, from, bytes, scratch, packed_out);
     fits = (i > 0 || is_worth(pager, stored, bytes)) && extend(pager, &head, &c, stored);
     if (!fits)
       break;
     move_bytes(&pager->pool, &c, stored < bytes ? scratch->page : from, stored, true);
+    taken += stored;
     page[i].stored_bytes = stored;
     page[i].epoch++;
     page[i].checksum = 0;
   }
-  if (!fits) {
-    pthread_mutex_lock(&pager->work_lock);
+  pthread_mutex_lock(&pager->work_lock);
+  if (fits)
+    learn(&pager->pool, taken, chunk_bytes(pager, buffer));
+  else
     give_back(&pager->pool, &head);
-    pthread_mutex_unlock(&pager->work_lock);
-  }
+  pthread_mutex_unlock(&pager->work_lock);
   *head_of(pager, buffer) = head;
   return fits;
 }

@@ -612,8 +612,8 @@ pager_packing pager_compression_choose(flap_pager *pager, const pager_buffer *bu
 void pager_compression_learn(flap_pager *pager, const pager_buffer *buffer, const pager_packed *packed);
 /* A page's encoding in scratch memory, and how long it is; its own length if there is none. And the way back, out of
  * scratch memory. Without any lock. */
-uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, const unsigned char *from, uint32_t bytes,
-                      const pager_scratch *scratch, pager_packed *packed);
+uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, flap_codec codec, const unsigned char *from,
+                      uint32_t bytes, const pager_scratch *scratch, pager_packed *packed);
 bool pager_decode(const pager_scratch *scratch, uint32_t stored_bytes, unsigned char *to, uint32_t bytes,
                   pager_packed *packed);
 /* Without any lock. Makes of a full buffer what is written, sums it up, and tells the page table. */

@@ -1,6 +1,6 @@
 /* What the host's cores do with the page codec: how fast numbers like a model's states are encoded and decoded.
  *
- * Folder-private, but for planning. Measured anew each time: it takes some 50 ms.
+ * Folder-private, but for planning. It takes some 50 ms.
  */
 #ifndef FLAP_ENGINE_MACHINE_CODEC_RATES_H
 #define FLAP_ENGINE_MACHINE_CODEC_RATES_H
@@ -14,10 +14,14 @@ extern "C" {
 /* Sets encode_bytes and decode_bytes, of so many threads at once; 0, not known, where there is no memory to measure
  * with. Takes FLAP_CODEC_MEASURE_BYTES of it for each thread meanwhile. */
 #define FLAP_CODEC_MEASURE_BYTES (40 * FLAP_MIB)
-#define FLAP_CODEC_SHARE 0.9 /* of these rates, beside copies */
 /* How many threads fill a pool where the host has so many cores: two are left for those who launch and copy. */
 static inline uint32_t flap_codec_threads(uint32_t cores) {
   return cores > 3 ? cores - 2 : 1;
+}
+/* Of these rates what so many of them reach, beside copies. */
+static inline double flap_codec_share(uint32_t workers, uint32_t cores) {
+  const double share = 0.9 * workers / flap_codec_threads(cores);
+  return share < 0.9 ? share : 0.9;
 }
 void flap_codec_measure(uint32_t threads, flap_machine *machine);
 

@@ -181,6 +181,10 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   if (rates)
     FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, wish->query->vram_bytes, &machine)
                         : measure_cpu(wish->threads, wish->cpu, &machine));
+  if (machine.encode_bytes <= 0 && machine.shared_cores == 0 && !cache->named) {
+    flap_codec_measure(flap_codec_threads(wish->threads), &machine);
+    rates = rates || machine.encode_bytes > 0;
+  }
   bool disk_rates = wish->query->disk_path &&
                     ((wish->query->fresh && disk) || !flap_machine_cache_find_disk(cache, &wish->key, disk, &machine));
   if (disk_rates) {
@@ -258,8 +262,6 @@ flap_status flap_engine_profile(flap_run_device device, uint32_t threads, const 
   flap_machine *machine = &profile->machine;
   const flap_machine_query query = {.device = device, .threads = threads, .disk_path = disk_path, .fresh = fresh};
   FLAP_TRY(flap_engine_machine(&query, machine));
-  if (profile_out->machine.shared_cores == 0)
-    flap_codec_measure(flap_codec_threads(count_threads(threads)), machine);
   profile->device = device == FLAP_RUN_DEVICE_CUDA ? FLAP_RUN_DEVICE_CUDA : FLAP_RUN_DEVICE_CPU;
   profile->threads = count_threads(threads);
   profile->ram_bytes = flap_host_memory_free(false);

@@ -97,7 +97,7 @@ static flap_status read_key(const flap_json_object *entry, entry_key *key_out) {
   return flap_json_opt_integer(entry, "threads", 1, FLAP_POOL_THREADS_MAX, 0, &key_out->threads);
 }
 
-/* Of both ways at once; 0: not known. */
+/* Of both ways at once, or of the codec; 0: not known. */
 static flap_status read_both(const flap_json_object *object, const char *key, double least, double *rate_out) {
   FLAP_TRY(flap_json_opt_number(object, key, 0, RATE_MAX, 0, rate_out));
   return *rate_out == 0 ? FLAP_OK : flap_json_get_number(object, key, least, RATE_MAX, rate_out);
@@ -115,6 +115,8 @@ static flap_status read_rates(const flap_json_object *entry, flap_machine *machi
                {"host_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->host_bytes}};
   for (size_t i = 0; i < sizeof rates / sizeof *rates; i++)
     FLAP_TRY(flap_json_get_number(entry, rates[i].name, rates[i].least, RATE_MAX, rates[i].rate));
+  FLAP_TRY(read_both(entry, "encode_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->encode_bytes));
+  FLAP_TRY(read_both(entry, "decode_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->decode_bytes));
   FLAP_TRY(read_both(entry, "h2d_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->h2d_both_bytes));
   return read_both(entry, "d2h_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->d2h_both_bytes);
 }
@@ -321,6 +323,10 @@ static bool put_rates(json_t *entry, const flap_machine_key *key, const flap_mac
     done &= flap_json_put(entry, "d2h_both_bytes", json_real(machine->d2h_both_bytes));
   }
   done &= flap_json_put(entry, "host_bytes", json_real(machine->host_bytes));
+  if (machine->encode_bytes > 0 && machine->decode_bytes > 0) {
+    done &= flap_json_put(entry, "encode_bytes", json_real(machine->encode_bytes));
+    done &= flap_json_put(entry, "decode_bytes", json_real(machine->decode_bytes));
+  }
   done &= flap_json_put(entry, "launch_ns", json_integer((json_int_t)machine->launch_ns));
   done &= flap_json_put(entry, "copy_ns", json_integer((json_int_t)machine->copy_ns));
   done &= flap_json_put(entry, "disk_ns", json_integer((json_int_t)machine->disk_ns));

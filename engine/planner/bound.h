@@ -13,7 +13,8 @@
  * these bytes before that moment comes again in the next step: they come in once (H2D). And the device changed each of
  * them since that moment in the step before: they went out once (D2H). The same holds for disks with all of VRAM and
  * RAM as what can be held: max(0, state + gradients - vram - ram) bytes are read, and as many written. The budgets
- * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed.
+ * count whole, as if nothing else needed room; activations count nothing, since they can be recomputed. A byte takes a
+ * byte: what is encoded, on disk or in a pool in RAM, takes less, so such a step can be shorter than this.
  *
  * Where no norm is waited for (nothing is clipped or scaled) a gradient may be gone before the next one is complete.
  * Then take the moment at which a step begins: only the state exists, and the same holds of it without gradients.

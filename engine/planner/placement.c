@@ -281,6 +281,8 @@ uint64_t planner_missing_disk(const flap_planner *planner, const flap_budgets *b
 planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budgets, const flap_choice *given,
                            uint32_t depth, flap_setup *setup) {
   flap_choice choice = *given;
+  if (choice.pool_bytes > budgets->ram_bytes)
+    choice.pool_bytes = budgets->ram_bytes;
   memcpy(setup->disk_sizes, budgets->disk_bytes, sizeof setup->disk_sizes);
   place_least(planner, setup, &choice);
   if (setup->vram_bytes > budgets->vram_bytes)
@@ -301,12 +303,12 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
     place(setup, &choice);
     return setup->ram_bytes > budgets->ram_bytes ? PLANNER_NO_RAM : PLANNER_NO_DISK;
   }
-  for (;;) {
+  for (uint64_t missing_before = UINT64_MAX;;) {
     choice.ram_bytes = 0;
     if (!add_staging(budgets, &choice, setup)) {
       if (choice.pool_bytes == 0)
         return PLANNER_NO_RAM;
-      choice.pool_bytes = 0;
+      choice.pool_bytes = choice.pool_bytes > PLANNER_TRANSFER_MAX ? choice.pool_bytes / 2 : 0;
       continue;
     }
     choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;
@@ -316,7 +318,8 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
     if (missing == 0)
       return PLANNER_FITS;
     if (choice.pool_bytes > 0) {
-      choice.pool_bytes = smaller_pool(choice.pool_bytes, missing);
+      choice.pool_bytes = missing < missing_before ? smaller_pool(choice.pool_bytes, missing) : 0;
+      missing_before = missing;
       continue;
     }
     if (choice.staging_bytes == 0)

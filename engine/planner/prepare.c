@@ -4,7 +4,6 @@
 #include "base/log.h"
 #include "base/system.h"
 #include "base/units.h"
-#include "engine/machine/codec_rates.h"
 #include "engine/machine/host_times.h"
 #include "engine/machine/machine_cache.h"
 #include "engine/machine/machine_profile.h"
@@ -297,8 +296,6 @@ static flap_status give_spec(flap_prepared *p, flap_run_mode mode, const flap_mo
   FLAP_TRY(flap_setup_check_model(spec));
   FLAP_TRY(check_saved(p));
   FLAP_TRY(choose_device(p));
-  if (config->profile == NULL && config->disk_count > 0 && p->machine.shared_cores == 0)
-    flap_codec_measure(flap_codec_threads(spec->threads), &p->machine);
   if (config->profile == NULL)
     FLAP_TRY(gather_disks(p));
   flap_disk_set_weigh(&p->disks, config);

@@ -474,8 +474,8 @@ static flap_status refine_staging(const flap_planner *planner, const planner_can
 static bool may_pool(const flap_planner *planner, const planner_contender *best, const flap_plan_costs *costs) {
   const flap_setup_spec *spec = &planner->spec;
   const double read = costs->lane_seconds[FLAP_LANE_DISK_READ], write = costs->lane_seconds[FLAP_LANE_DISK_WRITE];
-  return planner->expert.pool_bytes == 0 && planner->machine->encode_bytes > 0 && best->s.host == 0 &&
-         !planner->machine->shared_cores && spec->compression != FLAP_COMPRESSION_OFF &&
+  return planner->expert.pool_bytes == 0 && planner->machine->encode_bytes > 0 && planner->machine->decode_bytes > 0 &&
+         best->s.host == 0 && !planner->machine->shared_cores && spec->compression != FLAP_COMPRESSION_OFF &&
          spec->mode == FLAP_MODE_TRAIN && spec->optim == FLAP_OPTIM_ADAMW &&
          (read > write ? read : write) > PLANNER_POOL_BUSY * costs->step_seconds;
 }

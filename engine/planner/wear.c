@@ -71,8 +71,9 @@ uint64_t flap_wear_checkpoints_at_once(const flap_run_config *config, uint64_t w
 }
 
 uint64_t flap_wear_start_bytes(const flap_plan *plan) {
-  return plan->classes[FLAP_CLASS_WEIGHTS].disk_bytes + plan->classes[FLAP_CLASS_VOCABULARY].disk_bytes +
-         plan->classes[FLAP_CLASS_STATES].disk_bytes;
+  const uint64_t bytes = plan->classes[FLAP_CLASS_WEIGHTS].disk_bytes +
+                         plan->classes[FLAP_CLASS_VOCABULARY].disk_bytes + plan->classes[FLAP_CLASS_STATES].disk_bytes;
+  return (uint64_t)((double)bytes * (1 - plan->pooled_share));
 }
 
 /* For a checkpoint. */

@@ -61,8 +61,9 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
     pager->clock = runtime->clock;
     pager->counts_no_stalls = config->trace == NULL;
     pager->disk.disk_count = 0; /* one disk of the machine's rates */
-    pager->encode_bytes = FLAP_CODEC_SHARE * config->machine->encode_bytes;
-    pager->decode_bytes = FLAP_CODEC_SHARE * config->machine->decode_bytes;
+    const double share = flap_codec_share(setup->choice.workers, setup->spec.threads);
+    pager->encode_bytes = share * config->machine->encode_bytes;
+    pager->decode_bytes = share * config->machine->decode_bytes;
     pager->compression = pager->pool_bytes > 0 ? FLAP_COMPRESSION_ZSTD : FLAP_COMPRESSION_OFF;
     pager->workers = 0; /* there are no bytes to work on */
   }

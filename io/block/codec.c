@@ -24,6 +24,8 @@
 #define SAMPLE_PIECES 4u              /* at even distances in the page */
 #define SAMPLE_PIECE_BYTES (8u << 10) /* each */
 #define SAMPLE_BYTES (SAMPLE_PIECES * SAMPLE_PIECE_BYTES)
+#define SAMPLE_SHRUNK (SAMPLE_BYTES - SAMPLE_BYTES / 64) /* what LZ4 does not bring below this is left alone */
+#define PLANE_SHARE 16u /* a plane of which zstd spares less than such a part takes more time than that is worth */
 
 typedef struct page_header {
   uint32_t magic, bytes, element_bytes;
@@ -48,11 +50,6 @@ static uint64_t state_bytes(void) {
 
 static uint32_t smaller(uint32_t a, uint32_t b) {
   return a < b ? a : b;
-}
-
-/* The least that a sample or a plane of it has to save for its page or plane to be tried. */
-static uint32_t shrunk(uint32_t bytes) {
-  return bytes - bytes / 64;
 }
 
 flap_codec flap_compression_codec(flap_compression compression) {
@@ -140,9 +137,9 @@ static bool sample_shrinks(coding *c, const unsigned char *page, uint32_t bytes,
   shuffle(&sampled, to, SAMPLE_BYTES, c->element_bytes);
   if (c->codec == FLAP_CODEC_LZ4)
     return LZ4_compress_fast_extState(c->lz4, (const char *)c->shuffled, (char *)to, (int)SAMPLE_BYTES,
-                                      (int)shrunk(SAMPLE_BYTES), 1) > 0;
+                                      (int)SAMPLE_SHRUNK, 1) > 0;
   for (uint32_t i = 0; i < c->element_bytes; i++) {
-    c->worth[i] = flap_entropy_encode(c->coder, c->shuffled + i * plane, plane, to, shrunk(plane)) > 0;
+    c->worth[i] = flap_entropy_encode(c->coder, c->shuffled + i * plane, plane, to, plane - plane / PLANE_SHARE) > 0;
     any |= c->worth[i];
   }
   return any;

@@ -12,7 +12,8 @@
 #include <zstd_errors.h>
 
 #define WINDOW_LOG 15
-#define TABLE_LOG 6 /* the least: it is not looked into */
+#define TABLE_LOG 6      /* the least: it is not looked into */
+#define LITERALS_CODED 1 /* ZSTD_ps_enable; ZSTD_lcm_huffman before 1.5.1 */
 
 _Static_assert(FLAP_ENTROPY_PLANE_BYTES == 1u << WINDOW_LOG, "a plane is one block of a frame");
 
@@ -44,7 +45,7 @@ flap_entropy_coder *flap_entropy_coder_in(void *state) {
   set(context, ZSTD_c_minMatch, parameters.minMatch);
   set(context, ZSTD_c_targetLength, parameters.targetLength);
   set(context, ZSTD_c_strategy, parameters.strategy);
-  set(context, ZSTD_c_literalCompressionMode, ZSTD_ps_enable);
+  set(context, ZSTD_c_literalCompressionMode, LITERALS_CODED);
   set(context, ZSTD_c_contentSizeFlag, 0);
   set(context, ZSTD_c_format, ZSTD_f_zstd1_magicless);
   return (flap_entropy_coder *)context;

@@ -16,8 +16,7 @@
 extern "C" {
 #endif
 
-#define FLAP_ENTROPY_PLANE_BYTES \
-  (32u << 10) /* at most, of a plane; codes cost about 100 bytes */
+#define FLAP_ENTROPY_PLANE_BYTES (32u << 10) /* at most, of a plane; codes cost about 100 bytes */
 
 /* Of a coder or a decoder, which share it in turn; a multiple of 64. It is aligned as malloc aligns, and lives as long
  * as they do. */

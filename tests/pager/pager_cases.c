@@ -476,8 +476,8 @@ static void check_bytes_moved(const test_case *c, flap_pager *pager) {
     case_pooled_bytes += stats.pool_bytes[i];
     ck_assert(c->config.compression != FLAP_COMPRESSION_OFF || stats.disk_bytes[i] == of_disks[i]);
     if (c->config.compression > FLAP_COMPRESSION_AUTO && c->config.page_bytes > FLAP_BLOCK_ALIGN) {
-      case_saved_bytes += of_disks[i] - stats.disk_bytes[i];
-      case_packable_bytes += of_disks[i];
+      case_saved_bytes += of_disks[i] - stats.pool_bytes[i] - stats.disk_bytes[i];
+      case_packable_bytes += of_disks[i] - stats.pool_bytes[i];
     }
   }
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)
