@@ -33,7 +33,7 @@ double flap_duplex_least_seconds(double bytes, double other_bytes, const flap_du
     return 0;
   /* What a second of the best mixes moves lies on the line through (rate, left) and (other_left, other_rate). */
   const double left = fmax(both - rate, 0), other_left = fmax(both - other_rate, 0);
-  const double seconds = (bytes * (other_rate - left) + other_bytes * (rate - other_left)) /
-                         (rate * other_rate - left * other_left);
+  const double seconds =
+      (bytes * (other_rate - left) + other_bytes * (rate - other_left)) / (rate * other_rate - left * other_left);
   return fmax(seconds, fmax(bytes / rate, other_bytes / other_rate));
 }
