@@ -25,10 +25,10 @@ typedef struct flap_duplex {
 uint64_t flap_duplex_end_ns(const flap_duplex *lanes, uint64_t start_ns, double bytes, uint64_t other_start_ns,
                             uint64_t other_end_ns);
 
-/* The least time of a step that moves so many bytes each way, one number for both lanes, whatever the order: of a moment
- * in which one lane has its own rate the other has what both leave, and neither is ever above its own. Where both
- * together can do more than either alone, that is all bytes at the rate of both; where they can do less, part of the
- * bytes in turns. 0 where they do not slow each other: then each lane's own time is the least. */
+/* The least time of a step that moves so many bytes each way, one number for both lanes, whatever the order: of a
+ * moment in which one lane has its own rate the other has what both leave, and neither is ever above its own. Where
+ * both together can do more than either alone, that is all bytes at the rate of both; where they can do less, part of
+ * the bytes in turns. 0 where they do not slow each other: then each lane's own time is the least. */
 double flap_duplex_least_seconds(double bytes, double other_bytes, const flap_duplex *lanes);
 
 #ifdef __cplusplus

@@ -155,10 +155,10 @@ typedef struct flap_step_report {
   bool defers_update; /* to the next step: it took less than steps take, even less than the bound perhaps */
   double stall_seconds[FLAP_LANE_COUNT]; /* in which compute rested, by the lane that it rested for */
   uint64_t lane_bytes[FLAP_LANE_COUNT];
-  uint64_t disk_bytes[2]; /* of those of the disks, what was read and written, compressed or not */
-  uint64_t pool_bytes[2]; /* of these, what came from the pool and went there instead, as pages */
-  double eta_seconds;     /* by what steps took of late */
-  bool logged;            /* a logging step, or a skipped one: also a line in metrics.jsonl */
+  uint64_t disk_bytes[2];   /* of those of the disks, what was read and written, compressed or not */
+  uint64_t pooled_bytes[2]; /* of these, what came from the pool and went there instead, as pages */
+  double eta_seconds;       /* by what steps took of late */
+  bool logged;              /* a logging step, or a skipped one: also a line in metrics.jsonl */
 } flap_step_report;
 
 typedef struct flap_eval_report {
@@ -181,7 +181,7 @@ typedef struct flap_train_result {
   flap_eval_report first_eval, last_eval; /* tokens 0: no held-out part */
   flap_peaks peaks;
   uint64_t steady_lane_bytes[FLAP_LANE_COUNT]; /* measured on the last steady step; 0 if there was none */
-  uint64_t pool_bytes[2];                      /* of disk_lane_bytes, what the pool gave and took */
+  uint64_t pooled_bytes[2];                    /* of disk_lane_bytes, what the pool gave and took */
   uint64_t disk_lane_bytes[2], disk_bytes[2];  /* of all programs, read and written: of pages, and of what they were on
                                                   disk */
   double median_step_seconds;                  /* over steady steps */

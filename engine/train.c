@@ -367,7 +367,7 @@ static void report_bytes(trainer *t) {
   for (int i = 0; i < 2; i++) {
     t->result->disk_lane_bytes[i] = stats.bytes[i == 0 ? FLAP_LANE_DISK_READ : FLAP_LANE_DISK_WRITE];
     t->result->disk_bytes[i] = stats.disk_bytes[i];
-    t->result->pool_bytes[i] = stats.pool_bytes[i];
+    t->result->pooled_bytes[i] = stats.pooled_bytes[i];
   }
   t->result->disk_written_bytes = flap_wear_start_bytes(&t->prepared.plan) + stats.disk_bytes[1];
   t->result->trained_tokens = (t->step - t->state.step) * t->prepared.plan.tokens_per_step;

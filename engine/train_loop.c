@@ -106,9 +106,9 @@ static void write_both_ways(flap_metrics *m, const char *name, const uint64_t by
 static void write_disk_bytes(flap_metrics *m, const flap_step_report *report) {
   const uint64_t lanes = report->lane_bytes[FLAP_LANE_DISK_READ] + report->lane_bytes[FLAP_LANE_DISK_WRITE];
   const uint64_t moved = report->disk_bytes[0] + report->disk_bytes[1];
-  const uint64_t pooled = report->pool_bytes[0] + report->pool_bytes[1];
+  const uint64_t pooled = report->pooled_bytes[0] + report->pooled_bytes[1];
   write_both_ways(m, "disk_bytes", report->disk_bytes);
-  write_both_ways(m, "pool_bytes", report->pool_bytes);
+  write_both_ways(m, "pooled_bytes", report->pooled_bytes);
   flap_metrics_add_number(m, "compression_ratio", moved > 0 ? (double)(lanes - pooled) / (double)moved : 1);
 }
 
@@ -183,7 +183,7 @@ static flap_status report_step(trainer *t, const flap_executor_result *result, d
   }
   for (int i = 0; i < 2; i++) {
     report.disk_bytes[i] = after.disk_bytes[i] - before->disk_bytes[i];
-    report.pool_bytes[i] = after.pool_bytes[i] - before->pool_bytes[i];
+    report.pooled_bytes[i] = after.pooled_bytes[i] - before->pooled_bytes[i];
   }
   report.logged = result->skipped || t->step == 1 || t->step == t->steps || t->step % t->config->logging_steps == 0;
   if (report.logged)

@@ -6,9 +6,9 @@
  *
  * Whether pages of a class are encoded is asked buffer by buffer. `lz4` and `zstd` say yes. `auto` says yes when it
  * pays, by what it measured of this class and what is known of the disks: now and then it encodes a page only to see
- * how far it shrinks and how long that takes. It begins only where leases do wait for disks, and ends when a class no
- * longer shrinks. Packing and unpacking happen in the buffer, from the front and from the back, with a page of memory
- * beside per worker.
+ * how far it shrinks and how long that takes. It begins where leases do wait for disks, or where a pool has
+ * shown how far the class shrinks, and ends when it no longer does. Packing and unpacking happen in the buffer, from
+ * the front and from the back, with a page of memory beside per worker.
  */
 #include "pager/pager_internal.h"
 

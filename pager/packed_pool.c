@@ -26,9 +26,8 @@
 #define POOL_FILLED 0.995 /* of its blocks, to be aimed at */
 #define PLAIN_SHARE 0.97  /* a chunk that comes to more gains nothing here */
 #define CREDIT_MAX 5.0
-#define CREDIT_SPARE                                                                              \
-  4.0 /* with so much the pool is not filled by what shrinks, so what does not may stand here too \
-       */
+/* With so much left the pool is not filled by what shrinks, so what does not may stand here too. */
+#define CREDIT_SPARE 4.0
 #define NS 1e9
 
 static uint32_t *head_of(const flap_pager *pager, const pager_buffer *buffer) {
@@ -61,9 +60,11 @@ void pager_pool_init(flap_pager *pager) {
     pool->next[i] = i + 1 < pool->block_count ? i + 1 : PAGER_NONE;
   for (uint32_t i = 0; pool->block_count > 0 && i < pager->page_count; i++)
     pool->heads[i] = PAGER_NONE;
+  pool->eligible_bytes = 0;
   for (uint32_t i = 0; i < pager->region_count; i++) {
-    const pager_region *region = &pager->regions[i];
-    if (region->ring != FLAP_PAGER_RESIDENT && !region->shared && region->element_bytes > 0)
+    pager_region *region = &pager->regions[i];
+    region->poolable = region->ring != FLAP_PAGER_RESIDENT && !region->shared && region->element_bytes > 0;
+    if (region->poolable)
       pool->eligible_bytes += pager_disk_bytes(pager->page_bytes, region->bytes, region->ram_pages);
   }
 }
@@ -74,14 +75,13 @@ bool pager_pool_has(const flap_pager *pager, const pager_buffer *buffer) {
 
 bool pager_pool_wants(flap_pager *pager, const pager_buffer *buffer) {
   pager_pool *pool = &pager->pool;
-  const pager_region *region = &pager->regions[buffer->region];
-  if (pool->block_count == 0 || region->shared || region->element_bytes == 0)
+  if (pool->block_count == 0 || !pager->regions[buffer->region].poolable)
     return false;
   const double wanted = pool->share * (double)pool->eligible_bytes;
   const double room = POOL_FILLED * (double)pool->block_count * FLAP_PAGER_POOL_BLOCK;
-  pool->credit = smaller(pool->credit + (room < wanted ? room / wanted : 1), CREDIT_MAX);
   const bool room_left = pager_pool_has(pager, buffer) || /* its own blocks come back */
                          pool->free_count >= blocks_of((uint64_t)(pool->share * (double)chunk_bytes(pager, buffer)));
+  pool->credit = smaller(pool->credit + (room < wanted ? room / wanted : 1), room_left ? CREDIT_MAX : 1);
   if (pool->credit < 1 || !room_left)
     return false;
   pool->credit -= 1;
@@ -116,7 +116,12 @@ static bool take(pager_pool *pool, uint32_t count, uint32_t *head_out) {
   return true;
 }
 
-/* ---- bytes, without any lock ------------------------------------------------------------------------------- */
+/* What chunks come to, by whole blocks. */
+static void learn(pager_pool *pool, uint64_t taken, uint64_t bytes) {
+  pool->share += POOL_WEIGHT * ((double)blocks_of(taken) * (double)FLAP_PAGER_POOL_BLOCK / (double)bytes - pool->share);
+}
+
+/* ---- bytes: callers hold no lock ---------------------------------------------------------------------------- */
 
 /* Where the next bytes of a chunk go, or come from. */
 typedef struct cursor {
@@ -124,7 +129,7 @@ typedef struct cursor {
   uint64_t at;    /* in the block */
 } cursor;
 
-/* `memory` may be that of any bytes; `in`: into the pool. Blocks that follow are linked already. */
+/* `in`: from memory into the pool, else out of it. Blocks that follow are linked already. */
 static void move_bytes(const pager_pool *pool, cursor *c, unsigned char *memory, uint64_t bytes, bool in) {
   for (uint64_t done = 0, count; done < bytes; done += count) {
     if (c->at == FLAP_PAGER_POOL_BLOCK)
@@ -133,7 +138,10 @@ static void move_bytes(const pager_pool *pool, cursor *c, unsigned char *memory,
     unsigned char *there = pool->memory + c->block * FLAP_PAGER_POOL_BLOCK + c->at;
     const uint64_t left = FLAP_PAGER_POOL_BLOCK - c->at;
     count = bytes - done < left ? bytes - done : left;
-    in ? memcpy(there, memory + done, count) : memcpy(memory + done, there, count);
+    if (in)
+      memcpy(there, memory + done, count);
+    else
+      memcpy(memory + done, there, count);
     c->at += count;
   }
 }
@@ -184,38 +192,35 @@ static uint32_t page_bytes_of(const flap_pager *pager, const pager_buffer *buffe
   return (uint32_t)pager_chunk_bytes(pager, &pager->regions[buffer->region], buffer->first_page + page, 1);
 }
 
-/* By whole blocks. */
-static void learn(pager_pool *pool, uint64_t taken, uint64_t bytes) {
-  pool->share += POOL_WEIGHT * ((double)blocks_of(taken) * (double)FLAP_PAGER_POOL_BLOCK / (double)bytes - pool->share);
-}
-
 /* Each page from scratch memory right into the pool: of what is moved once more the memory's rate is what all cores
  * together are held up by. */
 bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratch *scratch, pager_packed *packed_out) {
   pager_page *page = pages_of(pager, buffer);
   uint32_t head = PAGER_NONE;
   cursor c = {.block = PAGER_NONE};
-  uint64_t taken = 0;
-  bool fits = true;
+  uint64_t taken = 0, tried = 0;
+  bool worth = true, fits = true;
   *packed_out = (pager_packed){.tried_bytes = 0};
   begin(pager, buffer);
-  for (uint32_t i = 0; i < buffer->page_count && fits; i++) {
+  for (uint32_t i = 0; i < buffer->page_count && worth && fits; i++) {
     unsigned char *from = buffer->memory + i * pager->page_bytes;
     const uint32_t bytes = page_bytes_of(pager, buffer, i);
     const uint32_t stored = pager_encode(pager, buffer, FLAP_CODEC_ZSTD, from, bytes, scratch, packed_out);
-    fits = (i > 0 || is_worth(pager, stored, bytes)) && extend(pager, &head, &c, stored);
+    worth = i > 0 || is_worth(pager, stored, bytes);
+    fits = worth && extend(pager, &head, &c, stored);
+    taken += stored;
+    tried += bytes;
     if (!fits)
       break;
     move_bytes(&pager->pool, &c, stored < bytes ? scratch->page : from, stored, true);
-    taken += stored;
     page[i].stored_bytes = stored;
     page[i].epoch++;
-    page[i].checksum = 0;
+    page[i].checksum = 0; /* as a page at home in RAM has none */
   }
   pthread_mutex_lock(&pager->work_lock);
-  if (fits)
-    learn(&pager->pool, taken, chunk_bytes(pager, buffer));
-  else
+  if (worth)
+    learn(&pager->pool, taken, tried);
+  if (!fits)
     give_back(&pager->pool, &head);
   pthread_mutex_unlock(&pager->work_lock);
   *head_of(pager, buffer) = head;
@@ -248,7 +253,7 @@ void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane l
   if (buffer->at_rest || buffer->again)
     return;
   pager->stats.bytes[lane] += chunk_bytes(pager, buffer);
-  pager->stats.pool_bytes[lane == FLAP_LANE_DISK_READ ? 0 : 1] += chunk_bytes(pager, buffer);
+  pager->stats.pooled_bytes[lane == FLAP_LANE_DISK_READ ? 0 : 1] += chunk_bytes(pager, buffer);
 }
 
 /* As if it shrank by what is usual. */

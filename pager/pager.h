@@ -298,7 +298,7 @@ typedef struct flap_pager_stats {
   uint64_t bytes[FLAP_LANE_COUNT];    /* moved by programs since open: not by fill and drain; of disks, as they are in
                                          regions */
   uint64_t disk_bytes[2];             /* of these, what was read from disks and written to them, compressed or not */
-  uint64_t pool_bytes[2];             /* of these, as they are in regions, what came from the pool and went there */
+  uint64_t pooled_bytes[2];           /* of these, as they are in regions, what came from the pool and went there */
   uint64_t stall_ns[FLAP_LANE_COUNT]; /* time that compute rested, by the lane that a pin waited for; for a snapshot to
                                          be drained: FLAP_LANE_DISK_WRITE */
   uint64_t stream_stall_ns;           /* of FLAP_LANE_H2D's, what compute rested on its own stream, behind pins */

@@ -66,6 +66,7 @@ typedef struct pager_region {
   uint16_t overlay;          /* of a region with RAM pages that share their place; else 0 */
   uint8_t side;
   uint8_t klass, element_bytes;
+  bool poolable;    /* may stand in the pool: fixed, and no bit beside others, for workers read it without the lock */
   uint8_t file;     /* that its pages are written to: of one that is shared the file of now; else 0 */
   bool hurried : 1; /* a load that has its slot waits for the disk to have written its pages */
   bool holds : 1;   /* after all of the unpinned leases, there are bytes */
@@ -202,7 +203,8 @@ typedef struct pager_pool {
   uint32_t *heads; /* by page: the first block of the chunk that begins there; PAGER_NONE: it stands on disk */
   uint32_t block_count;
   uint64_t eligible_bytes; /* on disk, of all regions that may stand here */
-  /* Under work_lock; in a simulation the pump's. */
+  /* Under work_lock, as `next` of free blocks; in a simulation the pump's. `next` of a chunk's blocks, and its head,
+   * are of whoever has its full buffer, and stay while its pages are idle. */
   uint32_t free_head, free_count;
   double share;  /* of a chunk's bytes, what it comes to: lately */
   double credit; /* of the next chunk, towards standing here */
@@ -631,8 +633,9 @@ void pager_pool_init(flap_pager *pager);
 bool pager_pool_has(const flap_pager *pager, const pager_buffer *buffer);
 /* Whether the chunk of a full buffer shall stand there: asked once for each. With work_lock, but in a simulation. */
 bool pager_pool_wants(flap_pager *pager, const pager_buffer *buffer);
-/* These three without any lock. Encodes a full buffer into the pool, in place of what that had of the chunk. False when
- * there is no room, or it does not shrink: then the buffer is as it was, and to be packed for the disk. */
+/* These three take work_lock, and callers hold none. Encodes a full buffer into the pool, in place of what that had of
+ * the chunk. False when there is no room, or it does not shrink: then the buffer is as it was, and to be packed for the
+ * disk. */
 bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratch *scratch, pager_packed *packed_out);
 /* The way back, as pager_unpack. */
 uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,

@@ -93,7 +93,7 @@ void flap_bench_print_machine(const flap_machine *machine, bool disks) {
            machine->d2h_both_bytes / 1e9);
   printf("memory of the host      %10.2f GB/s\n", machine->host_bytes / 1e9);
   if (machine->encode_bytes > 0)
-    printf("page codec, all cores   %10.2f GB/s in, %.2f out\n", machine->encode_bytes / 1e9,
+    printf("page codec              %10.2f GB/s in, %.2f out, all cores but two\n", machine->encode_bytes / 1e9,
            machine->decode_bytes / 1e9);
   if (disks) {
     printf("disk, read              %10.2f GB/s\n", machine->disk_read_bytes / 1e9);

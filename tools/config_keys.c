@@ -222,10 +222,11 @@ static const flap_config_key keys[] = {
           "Optimizer states move in slices of this size, at most 64MiB."),
     PLAIN("expert.staging_bytes", BYTES, expert.staging_bytes,
           "RAM for what is read from disks ahead and written to them behind; at most half of ram."),
-    PLAIN(
-        "expert.pool_bytes", BYTES, expert.pool_bytes,
-        "RAM in which pages stand compressed instead of on the disk, where compression and budgets allow it; less than "
-        "16KiB: none."),
+    PLAIN("expert.pool_bytes", BYTES, expert.pool_bytes,
+          "RAM in which pages stand compressed instead of on the disk, where compression and budgets allow it; by "
+          "itself as "
+          "much as makes steps shorter; less than "
+          "16KiB: none."),
     WORD("expert.io", expert.io, io_words,
          "How files are read and written; auto is io_uring where the system allows it."),
     PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),

@@ -72,7 +72,10 @@ static void print_budgets(FILE *out, const flap_run_config *config, const flap_p
 }
 
 const char *flap_print_compression(flap_compression compression) {
-  static const char *const names[] = {"off", "auto", "lz4", "zstd"};
+  static const char *const names[] = {[FLAP_COMPRESSION_OFF] = "off",
+                                      [FLAP_COMPRESSION_AUTO] = "auto",
+                                      [FLAP_COMPRESSION_LZ4] = "lz4",
+                                      [FLAP_COMPRESSION_ZSTD] = "zstd"};
   return names[compression];
 }
 
@@ -105,9 +108,12 @@ static void print_choices(FILE *out, const flap_plan *plan) {
             flap_print_compression(plan->compression), plan->workers, plan->workers == 1 ? "" : "s");
   if (plan->pooled_share > 0)
     fprintf(out,
-            "   but that about %.0f%% of these pages stand compressed in a pool of %s of ram instead,\n"
-            "   if they shrink as states mostly do; lanes and space count all of them as if on disk\n",
-            100 * plan->pooled_share, flap_text_bytes(plan->ram_pool_bytes).text);
+            "   about %.0f%% of them in a pool of %s of ram instead, if they shrink as states mostly do: the step is\n"
+            "   planned with that, while lanes, space and the bound count all of them as if on disk%s\n",
+            100 * plan->pooled_share, flap_text_bytes(plan->ram_pool_bytes).text,
+            plan->machine.encode_bytes > 0
+                ? ""
+                : ";\n   how fast the cores compress is not known here, and taken for no time at all");
   fprintf(out, "pages of %s, transfers of %s, optimizer slices of %s\n", flap_text_bytes(plan->page_bytes).text,
           flap_text_bytes(plan->transfer_bytes).text, flap_text_bytes(plan->slice_bytes).text);
 }

@@ -179,7 +179,7 @@ static void print_lanes(FILE *out, const flap_plan *plan, const uint64_t *bytes)
 
 /* Nothing to say where pages are on disk as they are. */
 static void print_compression(FILE *out, const flap_plan *plan, const flap_train_result *result) {
-  const uint64_t *moved = result->disk_bytes, *pooled = result->pool_bytes;
+  const uint64_t *moved = result->disk_bytes, *pooled = result->pooled_bytes;
   const uint64_t pages[2] = {result->disk_lane_bytes[0] - pooled[0], result->disk_lane_bytes[1] - pooled[1]};
   if (pooled[0] + pooled[1] > 0)
     fprintf(out, "\nthe pool in ram gave pages of %s and took %s, which the disks did not move\n",
@@ -192,7 +192,7 @@ static void print_compression(FILE *out, const flap_plan *plan, const flap_train
           flap_text_ratio((double)(pages[0] + pages[1]), (double)(moved[0] + moved[1]), 3).text);
 }
 
-/* What the drives bore, measured but for the sizes of files. */
+/* What the drives bore: measured, but for the sizes of files and what the start wrote. */
 static void print_wear(FILE *out, const flap_plan *plan, const flap_train_result *result) {
   const uint64_t written = result->disk_written_bytes + result->saved_bytes;
   const uint64_t pages = result->disk_lane_bytes[1];

@@ -11,19 +11,22 @@
 extern "C" {
 #endif
 
+#define FLAP_CODEC_MEASURE_BYTES (40 * FLAP_MIB) /* of memory for each thread, meanwhile */
+
 /* Sets encode_bytes and decode_bytes, of so many threads at once; 0, not known, where there is no memory to measure
- * with. Takes FLAP_CODEC_MEASURE_BYTES of it for each thread meanwhile. */
-#define FLAP_CODEC_MEASURE_BYTES (40 * FLAP_MIB)
+ * with. */
+void flap_codec_measure(uint32_t threads, flap_machine *machine);
+
 /* How many threads fill a pool where the host has so many cores: two are left for those who launch and copy. */
 static inline uint32_t flap_codec_threads(uint32_t cores) {
   return cores > 3 ? cores - 2 : 1;
 }
-/* Of these rates what so many of them reach, beside copies. */
+
+/* Share of the measured rates that so many workers reach while copies run; 0.9 at most. */
 static inline double flap_codec_share(uint32_t workers, uint32_t cores) {
   const double share = 0.9 * workers / flap_codec_threads(cores);
   return share < 0.9 ? share : 0.9;
 }
-void flap_codec_measure(uint32_t threads, flap_machine *machine);
 
 #ifdef __cplusplus
 }

@@ -3,8 +3,8 @@
 #include "base/system.h"
 #include "base/units.h"
 #include "engine/engine.h"
-#include "engine/machine/host_memory.h"
 #include "engine/machine/codec_rates.h"
+#include "engine/machine/host_memory.h"
 #include "engine/machine/machine_cache.h"
 #include "engine/machine/machine_cuda.h"
 #include "io/block/measure.h"
@@ -181,7 +181,7 @@ static flap_status gather(const flap_machine_cache *cache, const machine_wish *w
   if (rates)
     FLAP_TRY(wish->cuda ? flap_machine_measure_cuda(wish->threads, wish->query->vram_bytes, &machine)
                         : measure_cpu(wish->threads, wish->cpu, &machine));
-  if (machine.encode_bytes <= 0 && machine.shared_cores == 0 && !cache->named) {
+  if (wish->query->disk_path && machine.encode_bytes <= 0 && machine.shared_cores == 0 && !cache->named) {
     flap_codec_measure(flap_codec_threads(wish->threads), &machine);
     rates = rates || machine.encode_bytes > 0;
   }

@@ -8,10 +8,11 @@
  *                  "disks": [{"path": "/fast", "number": 2049, "span_bytes": 67108864,
  *                             "disk_read_bytes": ..., "disk_write_bytes": ...}]}]}
  *
- * In an entry, `name`, `h2d_both_bytes`, `d2h_both_bytes`, `encode_bytes` and `decode_bytes` (0: not known),
- * `launch_ns`, `copy_ns`, `disk_ns`, `synchronous`, `shared_cores`, `overhead_bytes` and `process_bytes` may be absent
- * (the defaults of the device), `threads` and `host` too (any), and its own `disk_read_bytes` and `disk_write_bytes`
- * serve every path that `disks` does not name. `disk_both_bytes` may be absent beside them.
+ * In an entry, `name`, `h2d_both_bytes`, `d2h_both_bytes`, `encode_bytes` and `decode_bytes` (0: not known, and without
+ * these no pool is chosen), `launch_ns`, `copy_ns`, `disk_ns`, `synchronous`, `shared_cores`, `overhead_bytes` and
+ * `process_bytes` may be absent (the defaults of the device), `threads` and `host` too (any), and its own
+ * `disk_read_bytes` and `disk_write_bytes` serve every path that `disks` does not name. `disk_both_bytes` may be absent
+ * beside them.
  *
  * The default file is a cache: entries count only for the same device, threads and host, and whatever is wrong with the
  * file, it is as if it were not there. A file named by FLAP_MACHINE is what somebody asked for: an entry of the device

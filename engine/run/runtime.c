@@ -1,9 +1,9 @@
-#include "engine/machine/codec_rates.h"
 #include "engine/run/runtime.h"
 
 #include "base/assert.h"
 #include "base/log.h"
 #include "base/units.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/step/update.h"
 #include "io/formats/trace.h"
 

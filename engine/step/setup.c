@@ -330,9 +330,7 @@ static void measure(flap_setup *setup) {
   pager->write_buffers = choice->write_buffers;
   pager->workers = choice->workers;
   pager->compression = setup->spec.compression;
-  pager->pool_bytes = pager->compression == FLAP_COMPRESSION_OFF
-                          ? 0
-                          : choice->pool_bytes / FLAP_PAGER_POOL_BLOCK * FLAP_PAGER_POOL_BLOCK;
+  pager->pool_bytes = choice->pool_bytes;
   pager->disk_rates = setup->spec.disk_rates;
   pager->shared_cores = setup->spec.shared_cores;
   pager->region_count = setup->layout.region_count;

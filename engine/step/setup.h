@@ -66,7 +66,7 @@ typedef struct flap_choice {
   bool host_spares_first; /* the parts that a forward begins with only where nearly all do */
   uint64_t slice_elements, page_bytes, transfer_bytes;
   uint64_t staging_bytes;               /* of buffers that are wanted, where budgets allow it; 0: a few */
-  uint64_t pool_bytes;                  /* of RAM for encoded chunks, where budgets allow it */
+  uint64_t pool_bytes;                  /* of RAM for encoded chunks, whole blocks; 0 where nothing is compressed */
   uint32_t read_buffers, write_buffers; /* 0 where nothing is on disk */
   uint32_t workers;                     /* that check what the disk holds; likewise */
   uint32_t trace_events;

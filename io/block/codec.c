@@ -104,9 +104,9 @@ static void shuffle(const planes *to, const unsigned char *restrict from, uint32
   }
 }
 
-static void unshuffle(unsigned char *restrict to, const planes *from, uint32_t bytes, uint32_t element) {
-  const unsigned char *restrict a = from->of[0], *restrict b = from->of[1], *restrict c = from->of[2],
-                                *restrict d = from->of[3];
+static void unshuffle(unsigned char *restrict to, const unsigned char *const from[ELEMENT_BYTES_MAX], uint32_t bytes,
+                      uint32_t element) {
+  const unsigned char *restrict a = from[0], *restrict b = from[1], *restrict c = from[2], *restrict d = from[3];
   const uint32_t count = bytes / element;
   if (element == 2) {
     for (uint32_t i = 0; i < count; i++) {
@@ -146,7 +146,7 @@ static bool sample_shrinks(coding *c, const unsigned char *page, uint32_t bytes,
 }
 
 /* `bytes` of `coded`, or of `plain` where that is 0, behind their length at `at`. Returns where they end, or 0 when
- * that is not before `end`: what was coded stands there already. */
+ * that is beyond `end`: what was coded stands there already. */
 static uint32_t put(unsigned char *to, uint32_t at, uint32_t end, uint32_t coded, const unsigned char *plain,
                     uint32_t bytes) {
   const uint32_t from = at + (uint32_t)sizeof(uint32_t);
@@ -238,13 +238,14 @@ uint32_t flap_block_encode(flap_codec codec, const void *page, uint32_t bytes, u
 /* ---- decoding --------------------------------------------------------------------------------------------- */
 
 typedef struct piece {
-  unsigned char *bytes; /* only read */
+  const unsigned char *bytes;
   uint32_t length;
   bool plain;
 } piece;
 
 /* The piece at `*at`, which is moved behind it; false if there is none, or a plain one that is not of `plain_bytes`. */
-static bool next_piece(unsigned char *stored, uint32_t *at, uint32_t end, uint32_t plain_bytes, piece *piece_out) {
+static bool next_piece(const unsigned char *stored, uint32_t *at, uint32_t end, uint32_t plain_bytes,
+                       piece *piece_out) {
   uint32_t word;
   if (end - *at < sizeof word)
     return false;
@@ -257,7 +258,7 @@ static bool next_piece(unsigned char *stored, uint32_t *at, uint32_t end, uint32
   return true;
 }
 
-static bool decode_lz4(const coding *c, unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+static bool decode_lz4(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
                        uint32_t bytes) {
   piece found;
   if (!next_piece(stored, at, end, bytes, &found))
@@ -270,25 +271,26 @@ static bool decode_lz4(const coding *c, unsigned char *stored, uint32_t *at, uin
   if (made < 0 || (uint32_t)made != bytes)
     return false;
   const planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
-  unshuffle(to, &shuffled, bytes, c->element_bytes);
+  const unsigned char *from[ELEMENT_BYTES_MAX] = {shuffled.of[0], shuffled.of[1], shuffled.of[2], shuffled.of[3]};
+  unshuffle(to, from, bytes, c->element_bytes);
   return true;
 }
 
 /* Planes that stand as they are are read where they stand. */
-static bool decode_planes(const coding *c, unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
+static bool decode_planes(const coding *c, const unsigned char *stored, uint32_t *at, uint32_t end, unsigned char *to,
                           uint32_t bytes) {
   const uint32_t plane_bytes = bytes / c->element_bytes;
-  planes shuffled = planes_in(c->shuffled, bytes, c->element_bytes);
+  const unsigned char *from[ELEMENT_BYTES_MAX] = {c->shuffled, c->shuffled, c->shuffled, c->shuffled};
   for (uint32_t i = 0; i < c->element_bytes; i++) {
+    unsigned char *decoded = c->shuffled + i * plane_bytes;
     piece found;
     if (!next_piece(stored, at, end, plane_bytes, &found))
       return false;
-    if (found.plain)
-      shuffled.of[i] = found.bytes;
-    else if (!flap_entropy_decode(c->decoder, found.bytes, found.length, shuffled.of[i], plane_bytes))
+    if (!found.plain && !flap_entropy_decode(c->decoder, found.bytes, found.length, decoded, plane_bytes))
       return false;
+    from[i] = found.plain ? found.bytes : decoded;
   }
-  unshuffle(to, &shuffled, bytes, c->element_bytes);
+  unshuffle(to, from, bytes, c->element_bytes);
   return true;
 }
 
@@ -309,9 +311,8 @@ bool flap_block_decode(const void *stored, uint32_t stored_bytes, void *page, ui
   for (uint32_t at = 0; at < bytes; at += c.block_bytes) {
     unsigned char *to = (unsigned char *)page + at;
     const uint32_t block = smaller(bytes - at, c.block_bytes);
-    if (!(codec == FLAP_CODEC_LZ4
-              ? decode_lz4(&c, (unsigned char *)(uintptr_t)stored, &from, stored_bytes, to, block)
-              : decode_planes(&c, (unsigned char *)(uintptr_t)stored, &from, stored_bytes, to, block)))
+    if (!(codec == FLAP_CODEC_LZ4 ? decode_lz4(&c, stored, &from, stored_bytes, to, block)
+                                  : decode_planes(&c, stored, &from, stored_bytes, to, block)))
       return false;
   }
   return true;

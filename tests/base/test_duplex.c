@@ -48,7 +48,8 @@ START_TEST(two_busy_lanes_take_the_least_together) {
     const double took = (double)(ends[0] > ends[1] ? ends[0] : ends[1]) * 1e-9;
     const double least = flap_duplex_least_seconds(moved[0], moved[1], &lanes[0]);
     ck_assert_msg(took >= least * 0.9999, "round %d: %g s, but at least %g", round, took, least);
-    ck_assert_msg(turns || both == read + write || took <= least * 1.02, "round %d: %g s, and the least is %g", round, took, least);
+    ck_assert_msg(turns || both == read + write || took <= least * 1.02, "round %d: %g s, and the least is %g", round,
+                  took, least);
   }
 }
 END_TEST

@@ -472,12 +472,12 @@ static void check_bytes_moved(const test_case *c, flap_pager *pager) {
   case_predict(c, predicted);
   const uint64_t of_disks[] = {stats.bytes[FLAP_LANE_DISK_READ], stats.bytes[FLAP_LANE_DISK_WRITE]};
   for (int i = 0; i < 2; i++) {
-    ck_assert_uint_le(stats.disk_bytes[i], of_disks[i] - stats.pool_bytes[i]);
-    case_pooled_bytes += stats.pool_bytes[i];
+    ck_assert_uint_le(stats.disk_bytes[i], of_disks[i] - stats.pooled_bytes[i]);
+    case_pooled_bytes += stats.pooled_bytes[i];
     ck_assert(c->config.compression != FLAP_COMPRESSION_OFF || stats.disk_bytes[i] == of_disks[i]);
     if (c->config.compression > FLAP_COMPRESSION_AUTO && c->config.page_bytes > FLAP_BLOCK_ALIGN) {
-      case_saved_bytes += of_disks[i] - stats.pool_bytes[i] - stats.disk_bytes[i];
-      case_packable_bytes += of_disks[i] - stats.pool_bytes[i];
+      case_saved_bytes += of_disks[i] - stats.pooled_bytes[i] - stats.disk_bytes[i];
+      case_packable_bytes += of_disks[i] - stats.pooled_bytes[i];
     }
   }
   for (int lane = 0; lane < FLAP_LANE_COUNT; lane++)

@@ -91,8 +91,8 @@ flap_status case_run(const test_case *c);
  * as compute or as a stall. Returns the virtual time that it took. */
 uint64_t case_run_sim(const test_case *c, bool synchronous);
 
-/* With `compression: lz4` or `zstd`, over all cases so far: what disks did not have to move since it made that shorter, and of
- * how much. */
+/* With `compression: lz4` or `zstd`, over all cases so far: what disks did not have to move since it made that shorter,
+ * and of how much. */
 extern uint64_t case_saved_bytes, case_packable_bytes;
 extern uint64_t case_pooled_bytes; /* what the pool gave and took */
 /* Requests that were read once more, over all cases that ran to their end. */

@@ -59,6 +59,7 @@ static outcome countdown(uint64_t seed, set_fault_fn set, flap_status expected, 
   case_make(&c, seed, HOMES_MIXED, seed % 2 == 0, 1);
   static const flap_compression compressions[] = {FLAP_COMPRESSION_OFF, FLAP_COMPRESSION_LZ4, FLAP_COMPRESSION_ZSTD};
   c.config.compression = compressions[seed % 3];
+  c.config.pool_bytes = 0; /* or less would be asked of the disk */
   if (snapshots)
     case_add_snapshots(&c);
   case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
@@ -127,6 +128,7 @@ START_TEST(fault_flipped_bit_at_every_read_is_mended_by_reading_again) {
   for (uint32_t i = 0; i < 3 || (mended <= FAILURES_MIN && i < CASES_MAX); i += CASE_STRIDE) {
     case_make(&c, seed + 100 + i, HOMES_MIXED, i % 2 == 0, 1);
     c.config.compression = i % 2 == 0 ? FLAP_COMPRESSION_ZSTD : FLAP_COMPRESSION_OFF;
+    c.config.pool_bytes = 0;
     case_set_disk(&c, FLAP_BLOCK_SIM, NULL);
     uint64_t rereads = 1;
     for (uint64_t at = 1; at < REQUESTS_MAX && rereads == 1; at += CASE_STRIDE) {

@@ -118,6 +118,7 @@ class Soak:
             "disk": f"[{', '.join(disks)}]",
             "expert.checkpoint_states": chosen.choice((None, None, None, "copied")),
             "compression": chosen.choice(("auto", "off", "lz4", "zstd")),
+            "expert.pool_bytes": chosen.choice((None, None, *scale["slices"])),
             "expert.optimizer": chosen.choice(("auto", "gpu", "cpu", "split")),
             "expert.page_bytes": chosen.choice((None, *scale["pages"])),
             "expert.slice_bytes": chosen.choice((None, None, *scale["slices"])),

@@ -213,11 +213,11 @@ class Bits(unittest.TestCase):
             steps = [line for line in map(json.loads, file) if "loss" in line]
         for step in steps:
             moved, pages = sum(step["disk_bytes"].values()), step["bytes"]["disk_read"] + step["bytes"]["disk_write"]
-            pages -= sum(step["pool_bytes"].values())
+            pages -= sum(step["pooled_bytes"].values())
             self.assertLessEqual(moved, pages)
             self.assertAlmostEqual(step["compression_ratio"], pages / moved if moved else 1, places=9)
             self.assertTrue(not never or moved == pages)
-        self.assertEqual(pool, max(min(step["pool_bytes"].values()) for step in steps) > 0, out)
+        self.assertEqual(pool, max(min(step["pooled_bytes"].values()) for step in steps) > 0, out)
         self.assertTrue(not always or max(step["compression_ratio"] for step in steps) > 1.01, out)
 
     def check_choices(self, plan, overrides):
