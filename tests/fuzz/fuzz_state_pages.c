@@ -39,7 +39,8 @@ static void start(void) {
     for (size_t b = 0; b < PAGE_BYTES; b++)
       page[b] = (unsigned char)(b % 4 == 0 ? b * (i + 1) >> 4 : 7);
     fuzz_must(flap_block_codec_scratch(PAGE_BYTES) <= sizeof scratch, "there is scratch memory");
-    const uint32_t stored = flap_block_encode(i == 0 ? FLAP_CODEC_LZ4 : FLAP_CODEC_ZSTD, page, PAGE_BYTES, 4, files[1] + at, scratch);
+    const uint32_t stored =
+        flap_block_encode(i == 0 ? FLAP_CODEC_LZ4 : FLAP_CODEC_ZSTD, page, PAGE_BYTES, 4, files[1] + at, scratch);
     fuzz_must(stored < PAGE_BYTES, "such a page shrinks");
     at += stored;
   }
