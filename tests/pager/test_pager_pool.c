@@ -8,8 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PAGE (256u << 10)
+#define PAGE (128u << 10)
+#if defined(__SANITIZE_THREAD__)
+#define PAGES 16u
+#else
 #define PAGES 32u
+#endif
 #define REGION_BYTES ((uint64_t)PAGES * PAGE)
 #define REGIONS 2u
 
@@ -22,14 +26,19 @@ typedef struct rig {
 
 typedef enum content { NUMBERS, NOISE } content;
 
+/* One page as often as there are, but for its number. */
 static void make_bytes(rig *r, uint32_t region, content what) {
   const flap_philox stream = flap_philox_stream(region, "pool");
-  r->plain[region] = malloc(REGION_BYTES);
-  for (uint32_t i = 0; i < REGION_BYTES; i += 4) {
+  unsigned char *page = r->plain[region] = malloc(REGION_BYTES);
+  for (uint32_t i = 0; i < PAGE; i += 4) {
     uint32_t word = (uint32_t)flap_philox_below(&stream, i, (uint64_t)1 << 32);
     if (what == NUMBERS) /* of exponents there are four */
       word = (word & 0x80ffffff) | 0x3d000000;
-    memcpy(r->plain[region] + i, &word, sizeof word);
+    memcpy(page + i, &word, sizeof word);
+  }
+  for (uint32_t i = 1; i < PAGES; i++) {
+    memcpy(page + i * PAGE, page, PAGE);
+    memcpy(page + i * PAGE, &i, sizeof i);
   }
 }
 
@@ -154,7 +163,7 @@ START_TEST(what_fits_is_more_than_the_pool_and_evenly_spread) {
   rig r;
   rig_open(&r, REGION_BYTES, worker_counts[_i], NUMBERS, NUMBERS, false);
   fill_and_drain(&r, false);
-  const flap_pager_stats last = run_steps(&r, 12);
+  const flap_pager_stats last = run_steps(&r, 8);
   ck_assert_uint_gt(last.pooled_bytes[1], REGION_BYTES + REGION_BYTES / 20); /* of the numbers a seventh goes */
   ck_assert_uint_lt(last.pooled_bytes[1], REGION_BYTES + REGION_BYTES / 4);
   for (uint32_t first = 0; first + 8 <= REGIONS * PAGES; first += 4) {
@@ -172,7 +181,7 @@ START_TEST(what_does_not_shrink_leaves_the_room_to_what_does) {
   rig r;
   rig_open(&r, REGION_BYTES / 2, worker_counts[_i], NUMBERS, NOISE, false);
   fill_and_drain(&r, false);
-  const flap_pager_stats last = run_steps(&r, 12);
+  const flap_pager_stats last = run_steps(&r, 8);
   uint32_t noise = 0;
   for (uint32_t page = 0; page < PAGES; page++)
     noise += r.pager->pool.heads[PAGES + page] != PAGER_NONE;
