@@ -167,8 +167,9 @@ static bool extend(flap_pager *pager, uint32_t *head, cursor *c, uint64_t bytes)
   return true;
 }
 
-/* What was in the pool of the chunk is not needed any more. */
-static void begin(flap_pager *pager, pager_buffer *buffer) {
+void pager_pool_forget(flap_pager *pager, const pager_buffer *buffer) {
+  if (!pager_pool_has(pager, buffer))
+    return;
   pthread_mutex_lock(&pager->work_lock);
   give_back(&pager->pool, head_of(pager, buffer));
   pthread_mutex_unlock(&pager->work_lock);
@@ -201,8 +202,8 @@ bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratc
   uint64_t taken = 0, tried = 0;
   bool worth = true, fits = true;
   *packed_out = (pager_packed){.tried_bytes = 0};
-  begin(pager, buffer);
-  for (uint32_t i = 0; i < buffer->page_count && worth && fits; i++) {
+  pager_pool_forget(pager, buffer);
+  for (uint32_t i = 0; i < buffer->page_count; i++) {
     unsigned char *from = buffer->memory + i * pager->page_bytes;
     const uint32_t bytes = page_bytes_of(pager, buffer, i);
     const uint32_t stored = pager_encode(pager, buffer, FLAP_CODEC_ZSTD, from, bytes, scratch, packed_out);
@@ -242,11 +243,6 @@ uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, 
   return buffer->page_count;
 }
 
-void pager_pool_forget(flap_pager *pager, pager_buffer *buffer) {
-  if (pager->pool.block_count > 0)
-    begin(pager, buffer);
-}
-
 /* ---- with the pager's lock --------------------------------------------------------------------------------- */
 
 void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane lane) {
@@ -260,7 +256,7 @@ void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane l
 static bool simulate_put(flap_pager *pager, pager_buffer *buffer) {
   const uint64_t bytes = (uint64_t)(POOL_SHARE * (double)chunk_bytes(pager, buffer));
   cursor c = {.block = PAGER_NONE};
-  begin(pager, buffer);
+  pager_pool_forget(pager, buffer);
   return pager_pool_wants(pager, buffer) && extend(pager, head_of(pager, buffer), &c, bytes);
 }
 

@@ -641,7 +641,7 @@ bool pager_pool_pack(flap_pager *pager, pager_buffer *buffer, const pager_scratc
 uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, const pager_scratch *scratch,
                            pager_packed *packed_out);
 /* The chunk goes to the disk: the pool has nothing of it any more. */
-void pager_pool_forget(flap_pager *pager, pager_buffer *buffer);
+void pager_pool_forget(flap_pager *pager, const pager_buffer *buffer);
 /* Counts what moved between a buffer and the pool. */
 void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane lane);
 /* On the clock: the codec takes its time with the buffer, if that is the pool's, and hands it to the pump then. */

@@ -12,11 +12,10 @@
 #include <string.h>
 
 #define PAGE_BYTES (4u << 20)
-#define PAGES 4u       /* of each thread, and as many that they are encoded to */
-#define MEMORY_PARTS 8 /* of what is free, one is taken at most */
+#define PAGES 4u                                              /* of each thread, and as many that they are encoded to */
+#define THREAD_BYTES ((2 * PAGES + 2) * (uint64_t)PAGE_BYTES) /* pages, what they come to, scratch */
+#define MEMORY_PARTS 8                                        /* of what is free, one is taken at most */
 #define NS 1e9
-
-_Static_assert((2 * PAGES + 2) * (uint64_t)PAGE_BYTES <= FLAP_CODEC_MEASURE_BYTES, "pages, what they come to, scratch");
 
 typedef struct bench {
   unsigned char *pages, *stored, *scratch; /* PAGES, PAGES, and one with what the codec needs: of each thread */
@@ -69,7 +68,7 @@ void flap_codec_measure(uint32_t threads, flap_machine *machine) {
   flap_pool *pool = NULL;
   const uint64_t pages_bytes = (uint64_t)threads * PAGES * PAGE_BYTES;
   machine->encode_bytes = machine->decode_bytes = 0;
-  if (threads * FLAP_CODEC_MEASURE_BYTES > flap_host_memory_free(false) / MEMORY_PARTS)
+  if (threads * THREAD_BYTES > flap_host_memory_free(false) / MEMORY_PARTS)
     return;
   unsigned char *memory = malloc(2 * pages_bytes + threads * b.scratch_bytes + threads * PAGES * sizeof *b.bytes);
   if (memory != NULL && flap_pool_open(threads, &pool) == FLAP_OK) {

@@ -11,10 +11,8 @@
 extern "C" {
 #endif
 
-#define FLAP_CODEC_MEASURE_BYTES (40 * FLAP_MIB) /* of memory for each thread, meanwhile */
-
 /* Sets encode_bytes and decode_bytes, of so many threads at once; 0, not known, where there is no memory to measure
- * with. */
+ * with: 40 MiB for each thread. */
 void flap_codec_measure(uint32_t threads, flap_machine *machine);
 
 /* How many threads fill a pool where the host has so many cores: two are left for those who launch and copy. */
