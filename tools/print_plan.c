@@ -202,6 +202,8 @@ static void print_sharing(FILE *out, const flap_plan *plan, const flap_run_confi
   const uint64_t on_disk = plan->checkpoint_bytes > 0 ? plan->classes[FLAP_CLASS_STATES].disk_bytes : 0;
   if (plan->checkpoint_shared_bytes > 0)
     fprintf(out, " (%s of it stay where they are)", flap_text_bytes(plan->checkpoint_shared_bytes).text);
+  else if (on_disk > 0 && plan->ram_pool_bytes > 0)
+    fprintf(out, " (%s of states on disk and in the pool are copied)", flap_text_bytes(on_disk).text);
   else if (on_disk > 0 && !config->save_only_model && config->expert.checkpoint_states == FLAP_RUN_STATES_AUTO)
     fprintf(out, " (%s of states on disk are copied: with one disk, on output_dir's file system, they would stay)",
             flap_text_bytes(on_disk).text);

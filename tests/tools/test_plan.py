@@ -365,6 +365,12 @@ machine: rtx4090-64g-1nvme
         copied = json.loads(self.accept("plan", *common, "--json", "expert.checkpoint_states=copied"))
         self.assertEqual(copied["checkpoint_shared_bytes"], 0)
         self.assertGreater(copied["ssd_run_bytes"], plan["ssd_run_bytes"])
+        # Nor are they shared where a pool may hold some of them, which wears the disk less.
+        pooled = common[:2] + [f"ram={plan['ram_bytes'] + (1 << 20)}", "expert.pool_bytes=512KiB"] + common[3:]
+        with_pool = json.loads(self.accept("plan", *pooled, "--json"))
+        self.assertEqual((with_pool["ram_pool_bytes"], with_pool["checkpoint_shared_bytes"]), (512 << 10, 0))
+        self.assertLess(with_pool["ssd_step_bytes"], with_pool["lane_bytes"]["disk_write"])
+        self.assertRegex(self.accept("plan", *pooled), r"(?m)^files +.* of states on disk and in the pool are copied\)")
         shown = self.accept("plan", *common, "ssd_tbw=1GB", "ssd_budget=50%")
         self.assertRegex(shown, r"(?m)^files +\S+ MiB a checkpoint \(\S+ MiB of it stay where they are\), ")
         os.mkdir(self.path("second"))
