@@ -189,9 +189,8 @@ static const flap_config_key keys[] = {
            "Weight: "
            "what a disk takes beside the others, as far as its size goes; as measured by default."),
     WORD("compression", compression, compression_words,
-         "Of what goes to the disks: auto compresses what it finds to save time (as zstd does), zstd and lz4 all that "
-         "shrinks. "
-         "Never of the numbers, and the space is the same."),
+         "Of what goes to the disks: auto compresses what it finds to save time, as zstd does; zstd and lz4 compress "
+         "all that shrinks. Never of the numbers, and the space is the same."),
     PLAIN("ssd_tbw", BYTES, ssd_tbw,
           "What may be written to the disks in all, as the drive's data sheet has it (600TB); flap plan says how many "
           "steps that is."),
@@ -224,9 +223,7 @@ static const flap_config_key keys[] = {
           "RAM for what is read from disks ahead and written to them behind; at most half of ram."),
     PLAIN("expert.pool_bytes", BYTES, expert.pool_bytes,
           "RAM in which pages stand compressed instead of on the disk, where compression and budgets allow it; by "
-          "itself as "
-          "much as makes steps shorter; less than "
-          "16KiB: none."),
+          "itself as much as makes steps shorter. Less than 16KiB: none."),
     WORD("expert.io", expert.io, io_words,
          "How files are read and written; auto is io_uring where the system allows it."),
     PLAIN("expert.threads", U32, expert.threads, "Threads that compute; auto takes all cores."),

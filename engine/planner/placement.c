@@ -258,10 +258,6 @@ static bool fit_without_disk(const flap_budgets *budgets, flap_choice *choice, f
   return false;
 }
 
-static uint64_t whole_blocks(uint64_t bytes) {
-  return bytes / FLAP_PAGER_POOL_BLOCK * FLAP_PAGER_POOL_BLOCK;
-}
-
 /* A pool takes homes, and what has none stands on disk as well: with as much of a pool as disks have room for. */
 static uint64_t smaller_pool(uint64_t pool_bytes, uint64_t missing) {
   const uint64_t less = flap_units_round_up(missing + PLANNER_TRANSFER_MAX, FLAP_PAGER_POOL_BLOCK);
@@ -286,7 +282,7 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
                            uint32_t depth, flap_setup *setup) {
   flap_choice choice = *given;
   if (choice.pool_bytes > budgets->ram_bytes)
-    choice.pool_bytes = whole_blocks(budgets->ram_bytes);
+    choice.pool_bytes = planner_pool_blocks(budgets->ram_bytes);
   memcpy(setup->disk_sizes, budgets->disk_bytes, sizeof setup->disk_sizes);
   place_least(planner, setup, &choice);
   if (setup->vram_bytes > budgets->vram_bytes)
@@ -312,7 +308,7 @@ planner_reach planner_fill(const flap_planner *planner, const flap_budgets *budg
     if (!add_staging(budgets, &choice, setup)) {
       if (choice.pool_bytes == 0)
         return PLANNER_NO_RAM;
-      choice.pool_bytes = choice.pool_bytes > PLANNER_TRANSFER_MAX ? whole_blocks(choice.pool_bytes / 2) : 0;
+      choice.pool_bytes = choice.pool_bytes > PLANNER_TRANSFER_MAX ? planner_pool_blocks(choice.pool_bytes / 2) : 0;
       continue;
     }
     choice.ram_bytes = budgets->ram_bytes - setup->ram_bytes;

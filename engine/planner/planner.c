@@ -48,9 +48,8 @@ flap_choice planner_choice_of(const flap_planner *planner, const planner_candida
                         .page_bytes = page,
                         .transfer_bytes = page,
                         .staging_bytes = s.staging,
-                        .pool_bytes = planner->spec.compression == FLAP_COMPRESSION_OFF
-                                          ? 0
-                                          : s.pool / FLAP_PAGER_POOL_BLOCK * FLAP_PAGER_POOL_BLOCK};
+                        .pool_bytes =
+                            planner->spec.compression == FLAP_COMPRESSION_OFF ? 0 : planner_pool_blocks(s.pool)};
   if (planner->spec.disk_count > 0)
     choice.read_buffers = choice.write_buffers = choice.workers = 1;
   return choice;

@@ -107,6 +107,11 @@ typedef struct planner_skeleton {
   uint64_t pool;        /* bytes of ram for encoded chunks */
 } planner_skeleton;
 
+/* What a pool of so many bytes has in whole blocks. */
+static inline uint64_t planner_pool_blocks(uint64_t bytes) {
+  return bytes / FLAP_PAGER_POOL_BLOCK * FLAP_PAGER_POOL_BLOCK;
+}
+
 typedef struct planner_contender {
   planner_skeleton s;
   uint32_t depth;

@@ -422,22 +422,33 @@ static flap_status staging_of(const flap_planner *planner, const planner_candida
   return FLAP_OK;
 }
 
+/* Simulates one that differs from the best in what estimates know nothing of; whether it takes its place. */
+static flap_status look_at_one(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
+                               planner_skeleton s, planner_contender *best, flap_plan_costs *costs, bool *better_out) {
+  planner_contender tried = *best;
+  flap_plan_costs costs_here = {0};
+  tried.s = s;
+  FLAP_TRY(planner_simulate_list(planner, c, budgets, &tried, 1, 1, &tried, &costs_here));
+  *better_out = costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds * 0.9999;
+  if (*better_out) {
+    *best = tried;
+    *costs = costs_here;
+  }
+  return FLAP_OK;
+}
+
 /* `bytes_io`: what is tried, and what budgets made of it; 0 where that is no better. */
 static flap_status look_at_staging(const flap_planner *planner, const planner_candidates *c,
                                    const flap_budgets *budgets, uint64_t now, uint64_t *bytes_io,
                                    planner_contender *best, flap_plan_costs *costs) {
   planner_contender tried = *best;
-  flap_plan_costs costs_here = {0};
+  bool better = false;
   tried.s.staging = *bytes_io;
   FLAP_TRY(staging_of(planner, c, budgets, &tried, bytes_io));
   if (*bytes_io != now && *bytes_io > 0)
-    FLAP_TRY(planner_simulate_list(planner, c, budgets, &tried, 1, 1, &tried, &costs_here));
-  if (costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds * 0.9999) {
-    *best = tried;
-    *costs = costs_here;
-  } else {
+    FLAP_TRY(look_at_one(planner, c, budgets, tried.s, best, costs, &better));
+  if (!better)
     *bytes_io = 0;
-  }
   return FLAP_OK;
 }
 
@@ -480,20 +491,6 @@ static bool may_pool(const flap_planner *planner, const planner_contender *best,
          (read > write ? read : write) > PLANNER_POOL_BUSY * costs->step_seconds;
 }
 
-/* Estimates know nothing of pools, so this one is simulated as it is. */
-static flap_status look_at_pool(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
-                                planner_skeleton s, planner_contender *best, flap_plan_costs *costs) {
-  planner_contender tried = *best;
-  flap_plan_costs costs_here = {0};
-  tried.s = s;
-  FLAP_TRY(planner_simulate_list(planner, c, budgets, &tried, 1, 1, &tried, &costs_here));
-  if (costs_here.step_seconds > 0 && costs_here.step_seconds < costs->step_seconds) {
-    *best = tried;
-    *costs = costs_here;
-  }
-  return FLAP_OK;
-}
-
 /* How much of ram is a pool, in parts of ram, with buffers enough for what it gives and takes beside the disks. */
 static flap_status refine_pool(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                planner_contender *best, flap_plan_costs *costs) {
@@ -503,14 +500,12 @@ static flap_status refine_pool(const flap_planner *planner, const planner_candid
   if (!may_pool(planner, best, costs))
     return FLAP_OK;
   FLAP_TRY(staging_of(planner, c, budgets, best, &staging));
-  for (uint64_t part = 1; part < PLANNER_POOL_PARTS; part++) {
-    const double before = found_costs.step_seconds;
+  bool better = true;
+  for (uint64_t part = 1; part < PLANNER_POOL_PARTS && better; part++) {
     planner_skeleton s = best->s;
     s.pool = budgets->ram_bytes / PLANNER_POOL_PARTS * part;
     s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : PLANNER_POOL_STAGING * staging;
-    FLAP_TRY(look_at_pool(planner, c, budgets, s, &found, &found_costs));
-    if (found_costs.step_seconds >= before)
-      break;
+    FLAP_TRY(look_at_one(planner, c, budgets, s, &found, &found_costs, &better));
   }
   if (found_costs.step_seconds < costs->step_seconds * PLANNER_POOL_GAIN) {
     *best = found;
