@@ -10,13 +10,19 @@
  * 4. Labelled work of the compute stream is timed in intervals. One opens with the first launch after the last one was
  *    closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
  *    when the label changes. Other work is not timed, for that would take longer than to launch what a slice needs.
- * 5. Of events by which threads can sleep (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of
- *    launches 1,001; the next record or launch blocks its thread until the stream moves on, which is milliseconds. So
- *    only ends of slots are such events, of the compute stream's at most SLEEPERS_MAX at a time, and those of STAGES:
- *    its thread looks at other ends every POLL_NS. flap_device_limit_ahead keeps all things that stand there (launches,
- *    records, waits) far from the other number.
+ * 5. What an event costs the stream depends on its kind. While copies go both ways an H200 takes 12 microseconds for
+ * one that is timed and that a thread can sleep by, 7 for one that is only timed, and nothing that can be measured for
+ *    one that is neither; a slice is 10 to 90. So a slot of the compute stream ends with a plain event, at which its
+ *    thread looks every POLL_NS; with one to sleep by where it is behind LONG_THINGS, which take milliseconds; and with
+ *    a timed one only if somebody hears of its times.
+ *    Of events to sleep by (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of launches 1,001;
+ *    the next record or launch blocks its thread until the stream moves on. So at most SLEEPERS_MAX stand there, beside
+ *    those of STAGES, and flap_device_limit_ahead keeps all things that do (launches, records, waits) far from the
+ *    other number.
  * 6. A wait of the compute stream takes a slot too: from the end of what was launched before to the end of the wait the
- *    stream rests. It is idle when all that stands on it is over, as its lane's thread knows by slots.
+ *    stream rests. Where nobody hears of it, both ends are plain events, and the rest is what the thread saw between
+ *    them: right on average, not each time. The stream is idle when all that stands on it is over, as that thread knows
+ *    by slots.
  * 7. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
@@ -42,15 +48,23 @@
 #define STAGE_BYTES ((uint64_t)256 << 10)
 #define CAPABILITY_MIN 80u
 #define SLEEPERS_MAX 24u /* slots of the compute stream that are not over and whose end wakes the lane's thread */
+#define LONG_THINGS 8u   /* on the compute stream since its last slot: a layer's, where a slice has a few */
 #define UNMARKED_MAX 16u /* things on the compute stream behind its last slot, where its thread limits itself */
 #define POLL_NS 20000    /* an event that nobody sleeps by is looked at so often */
 
+/* By which kind of event a slot ends. Those of copies are timed, and their threads sleep by them. */
+typedef enum end_kind { END_PLAIN, END_TIMED, END_SLEEPS, END_KINDS } end_kind;
+static const unsigned compute_ends[END_KINDS] = {[END_PLAIN] = cudaEventDisableTiming,
+                                                 [END_TIMED] = cudaEventDefault,
+                                                 [END_SLEEPS] = cudaEventBlockingSync | cudaEventDisableTiming};
+
 typedef struct slot {
-  cudaEvent_t start;   /* only where `timed` */
-  cudaEvent_t ends[2]; /* a thread can sleep by the second; the first: of the compute stream */
-  bool sleeps;         /* which of them is recorded */
-  uint64_t bytes;      /* of a copy; of the compute stream the label */
-  uint64_t things;     /* of the compute stream: how many stood on it in all up to here */
+  cudaEvent_t start;           /* only where `timed` */
+  cudaEvent_t ends[END_KINDS]; /* of copies only END_SLEEPS */
+  end_kind kind;               /* which of them is recorded */
+  uint64_t bytes;              /* of a copy; of the compute stream the label */
+  uint64_t things;             /* of the compute stream: how many stood on it in all up to here */
+  uint64_t asked_ns;           /* of a rest that is not timed: when the wait was launched */
   bool timed, notify;
   bool rests; /* nothing but a wait of the compute stream is in it */
 } slot;
@@ -72,6 +86,7 @@ typedef struct lane {
   uint64_t things_over; /* under lock; of the compute stream: those up to the last slot that completed */
   uint64_t over_ns;     /* under lock; when that was seen */
   uint64_t sleepers;    /* under lock; slots that are not over by whose end the thread sleeps */
+  uint64_t seen_ns;     /* the thread's: when it saw the last slot's end */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
   slot *copying;        /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
@@ -158,13 +173,14 @@ static slot *lane_take(lane *l) {
   return s;
 }
 
-/* Of the compute stream all but a few are only looked at. */
-static void record_end(lane *l, slot *s) {
+/* `wanted`: END_SLEEPS becomes END_PLAIN where so many stand on the compute stream already. */
+static void record_end(lane *l, slot *s, end_kind wanted) {
   pthread_mutex_lock(&l->lock);
-  s->sleeps = l->stream != FLAP_STREAM_COMPUTE || l->sleepers < SLEEPERS_MAX;
-  l->sleepers += s->sleeps;
+  const bool may_sleep = l->stream != FLAP_STREAM_COMPUTE || l->sleepers < SLEEPERS_MAX;
+  s->kind = wanted == END_SLEEPS && !may_sleep ? END_PLAIN : wanted;
+  l->sleepers += s->kind == END_SLEEPS;
   pthread_mutex_unlock(&l->lock);
-  check(l->device, "cannot record an event", cudaEventRecord(s->ends[s->sleeps], l->cuda));
+  check(l->device, "cannot record an event", cudaEventRecord(s->ends[s->kind], l->cuda));
 }
 
 static void lane_put(lane *l) {
@@ -183,7 +199,7 @@ static void lane_drain(lane *l) {
 }
 
 static cudaEvent_t end_of(const slot *s) {
-  return s->ends[s->sleeps];
+  return s->ends[s->kind];
 }
 
 static uint64_t elapsed_ns(cudaEvent_t from, cudaEvent_t to) {
@@ -222,7 +238,7 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
 
 static cudaError_t wait_for_end(const slot *s) {
   const struct timespec pause = {.tv_nsec = POLL_NS};
-  if (s->sleeps)
+  if (s->kind == END_SLEEPS)
     return cudaEventSynchronize(end_of(s));
   cudaError_t error;
   while ((error = cudaEventQuery(end_of(s))) == cudaErrorNotReady)
@@ -231,9 +247,16 @@ static cudaError_t wait_for_end(const slot *s) {
 }
 
 static void report(lane *l, uint64_t number, const slot *s) {
-  const bool waited = s->timed && cudaEventQuery(end_of(s)) == cudaErrorNotReady;
-  if (check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", wait_for_end(s)) && s->timed)
+  const bool waited = (s->timed || s->rests) && cudaEventQuery(end_of(s)) == cudaErrorNotReady;
+  const bool well = check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", wait_for_end(s));
+  const uint64_t seen_ns = flap_units_now_ns();
+  if (well && s->timed) {
     report_times(l, number, s, waited);
+  } else if (well && s->rests && waited) {
+    const uint64_t since_ns = l->seen_ns > s->asked_ns ? l->seen_ns : s->asked_ns;
+    atomic_fetch_add_explicit(&l->device->base.rested_ns, seen_ns - since_ns, memory_order_relaxed);
+  }
+  l->seen_ns = seen_ns;
   if (s->notify)
     l->device->base.config.notify(l->device->base.config.notify_context);
 }
@@ -254,8 +277,8 @@ static void *lane_main(void *context) {
     pthread_mutex_lock(&l->lock);
     l->completed = number;
     l->things_over = s->things;
-    l->over_ns = flap_units_now_ns();
-    l->sleepers -= s->sleeps;
+    l->over_ns = l->seen_ns;
+    l->sleepers -= s->kind == END_SLEEPS;
     pthread_cond_broadcast(&l->moved);
   }
   pthread_mutex_unlock(&l->lock);
@@ -268,10 +291,13 @@ static flap_status lane_open(cuda_device *device, flap_stream stream) {
   l->stream = stream;
   FLAP_TRY(status_of("cannot make a stream", cudaStreamCreateWithFlags(&l->cuda, cudaStreamNonBlocking)));
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
-    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].start, cudaEventDefault)));
-    if (stream == FLAP_STREAM_COMPUTE)
-      FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[0], cudaEventDefault)));
-    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&l->ring[i].ends[1], cudaEventBlockingSync)));
+    slot *s = &l->ring[i];
+    FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&s->start, cudaEventDefault)));
+    if (stream != FLAP_STREAM_COMPUTE)
+      FLAP_TRY(
+          status_of("cannot make an event", cudaEventCreateWithFlags(&s->ends[END_SLEEPS], cudaEventBlockingSync)));
+    for (int k = 0; k < END_KINDS && stream == FLAP_STREAM_COMPUTE; k++)
+      FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&s->ends[k], compute_ends[k])));
   }
   int error = pthread_mutex_init(&l->lock, NULL);
   l->lock_made = error == 0;
@@ -309,7 +335,7 @@ static void lane_close(lane *l) {
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
     if (l->ring[i].start)
       (void)cudaEventDestroy(l->ring[i].start);
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < END_KINDS; k++)
       if (l->ring[i].ends[k])
         (void)cudaEventDestroy(l->ring[i].ends[k]);
   }
@@ -335,8 +361,9 @@ void *flap_device_cuda_compute(flap_device *base) {
 /* Launches the slot of the compute stream that was taken last. */
 static void end_slot(cuda_device *device, slot *s) {
   lane *l = lane_of(device, FLAP_STREAM_COMPUTE);
+  const bool is_long = device->things - device->things_marked >= LONG_THINGS;
   s->things = device->things_marked = ++device->things;
-  record_end(l, s);
+  record_end(l, s, s->timed ? END_TIMED : is_long ? END_SLEEPS : END_PLAIN);
   lane_put(l);
 }
 
@@ -533,7 +560,7 @@ static bool end_copy(lane *l, bool notify) {
     return false;
   l->copying = NULL;
   s->notify = notify;
-  record_end(l, s);
+  record_end(l, s, END_SLEEPS);
   lane_put(l);
   return true;
 }
@@ -569,7 +596,7 @@ static void cuda_event_record(flap_device *base, flap_event event, flap_stream s
   slot *s = lane_take(l);
   s->timed = false;
   s->notify = true;
-  record_end(l, s);
+  record_end(l, s, END_SLEEPS);
   lane_put(l);
 }
 
@@ -595,13 +622,18 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
   if (cudaEventQuery(device->events[event]) == cudaSuccess)
     return; /* nothing to wait for, so no interval ends either */
   if (stream == FLAP_STREAM_COMPUTE) {
-    compute_mark(device, false);
+    if (device->interval_open || device->things > device->things_marked)
+      put_mark(device, false);
     rest = lane_take(l);
-    rest->timed = rest->rests = true;
+    rest->timed = base->rest_label != 0;
+    rest->rests = true;
     rest->notify = false;
     rest->bytes = base->rest_label;
-    device->things += 2; /* and the end */
-    check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
+    device->things += rest->timed ? 2 : 1; /* and the end */
+    if (rest->timed)
+      check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
+    else
+      rest->asked_ns = flap_units_now_ns();
   }
   check(device, "cannot let a stream wait", cudaStreamWaitEvent(l->cuda, device->events[event], 0));
   if (rest != NULL)
