@@ -135,6 +135,7 @@ fail:
 
 void flap_runtime_start_trace(flap_runtime *runtime) {
   runtime->executor.trace = runtime->lists.trace;
+  flap_device_time_exactly(flap_pager_device(runtime->pager), true);
   __atomic_store_n(&runtime->tracing, 1, __ATOMIC_RELEASE);
 }
 
@@ -142,6 +143,7 @@ void flap_runtime_stop_trace(flap_runtime *runtime) {
   if (runtime->executor.timed)
     return;
   runtime->executor.trace = NULL;
+  flap_device_time_exactly(flap_pager_device(runtime->pager), false);
   flap_device_label_compute(flap_pager_device(runtime->pager), 0);
   flap_device_label_rests(flap_pager_device(runtime->pager), 0);
   __atomic_store_n(&runtime->tracing, 0, __ATOMIC_RELEASE);

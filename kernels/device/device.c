@@ -193,6 +193,10 @@ void flap_device_label_rests(flap_device *device, uint64_t label) {
   device->rest_label = label;
 }
 
+void flap_device_time_exactly(flap_device *device, bool exactly) {
+  atomic_store_explicit(&device->exact, exactly, memory_order_relaxed);
+}
+
 uint64_t flap_device_idle_since_ns(flap_device *device) {
   return device->table->idle_since_ns ? device->table->idle_since_ns(device) : 0;
 }

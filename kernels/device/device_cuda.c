@@ -10,19 +10,19 @@
  * 4. Labelled work of the compute stream is timed in intervals. One opens with the first launch after the last one was
  *    closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
  *    when the label changes. Other work is not timed, for that would take longer than to launch what a slice needs.
- * 5. What an event costs the stream depends on its kind. While copies go both ways an H200 takes 12 microseconds for
+ * 5. What an event costs its stream depends on its kind. While copies go both ways an H200 takes 12 microseconds for
  * one that is timed and that a thread can sleep by, 7 for one that is only timed, and nothing that can be measured for
- *    one that is neither; a slice is 10 to 90. So a slot of the compute stream ends with a plain event, at which its
- *    thread looks every POLL_NS; with one to sleep by where it is behind LONG_THINGS, which take milliseconds; and with
- *    a timed one only if somebody hears of its times.
+ *    one that is neither; a slice is 10 to 90, a copy of 4 MiB 90. So slots end with plain events, at which their
+ *    threads look every POLL_NS and, behind long waits, LOOK_NS; that of a copy first sleeps for most of the time that
+ *    the last ones took. Of the compute stream what is behind LONG_THINGS, which take milliseconds, ends with an event
+ *    to sleep by. Times are taken by events where somebody wants them exactly (flap_device_time_exactly), else from
+ *    when the thread saw what was before end, or the copy launched, until it saw the end: right on average.
  *    Of events to sleep by (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of launches 1,001;
  *    the next record or launch blocks its thread until the stream moves on. So at most SLEEPERS_MAX stand there, beside
  *    those of STAGES, and flap_device_limit_ahead keeps all things that do (launches, records, waits) far from the
  *    other number.
  * 6. A wait of the compute stream takes a slot too: from the end of what was launched before to the end of the wait the
- *    stream rests. Where nobody hears of it, both ends are plain events, and the rest is what the thread saw between
- *    them: right on average, not each time. The stream is idle when all that stands on it is over, as that thread knows
- *    by slots.
+ *    stream rests. It is idle when all that stands on it is over, as its lane's thread knows by slots.
  * 7. The first error sticks: its text is kept, synchronize returns it, and events then count as complete, so that
  *    nobody waits for what will never happen.
  */
@@ -50,21 +50,24 @@
 #define SLEEPERS_MAX 24u /* slots of the compute stream that are not over and whose end wakes the lane's thread */
 #define LONG_THINGS 8u   /* on the compute stream since its last slot: a layer's, where a slice has a few */
 #define UNMARKED_MAX 16u /* things on the compute stream behind its last slot, where its thread limits itself */
-#define POLL_NS 20000    /* an event that nobody sleeps by is looked at so often */
+#define POLL_NS 20000u   /* an event that nobody sleeps by is looked at so often, */
+#define LOOK_NS 100000u  /* and so often, where it was waited for 16 times as long */
+#define COPY_ASLEEP 0.85 /* of the time that a copy is expected to take */
+#define COPY_WEIGHT 0.1  /* of the last copy, in how long a byte takes */
 
-/* By which kind of event a slot ends. Those of copies are timed, and their threads sleep by them. */
+/* By which kind of event a slot ends. */
 typedef enum end_kind { END_PLAIN, END_TIMED, END_SLEEPS, END_KINDS } end_kind;
-static const unsigned compute_ends[END_KINDS] = {[END_PLAIN] = cudaEventDisableTiming,
-                                                 [END_TIMED] = cudaEventDefault,
-                                                 [END_SLEEPS] = cudaEventBlockingSync | cudaEventDisableTiming};
+static const unsigned end_flags[END_KINDS] = {[END_PLAIN] = cudaEventDisableTiming,
+                                              [END_TIMED] = cudaEventDefault,
+                                              [END_SLEEPS] = cudaEventBlockingSync | cudaEventDisableTiming};
 
 typedef struct slot {
   cudaEvent_t start;           /* only where `timed` */
-  cudaEvent_t ends[END_KINDS]; /* of copies only END_SLEEPS */
+  cudaEvent_t ends[END_KINDS]; /* of copies none to sleep by */
   end_kind kind;               /* which of them is recorded */
   uint64_t bytes;              /* of a copy; of the compute stream the label */
   uint64_t things;             /* of the compute stream: how many stood on it in all up to here */
-  uint64_t asked_ns;           /* of a rest that is not timed: when the wait was launched */
+  uint64_t asked_ns;           /* of a copy or a rest that is not timed: when it was launched */
   bool timed, notify;
   bool rests; /* nothing but a wait of the compute stream is in it */
 } slot;
@@ -89,7 +92,9 @@ typedef struct lane {
   uint64_t seen_ns;     /* the thread's: when it saw the last slot's end */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
-  slot *copying;        /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
+  double byte_ns;       /* the thread's: what a byte takes, of a copy lane; 0 before it is known */
+  bool waits;    /* the launching thread's: the stream waits, so the next copy's start is not known from outside */
+  slot *copying; /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
   slot ring[RING_SLOTS];
 } lane;
 
@@ -176,8 +181,7 @@ static slot *lane_take(lane *l) {
 /* `wanted`: END_SLEEPS becomes END_PLAIN where so many stand on the compute stream already. */
 static void record_end(lane *l, slot *s, end_kind wanted) {
   pthread_mutex_lock(&l->lock);
-  const bool may_sleep = l->stream != FLAP_STREAM_COMPUTE || l->sleepers < SLEEPERS_MAX;
-  s->kind = wanted == END_SLEEPS && !may_sleep ? END_PLAIN : wanted;
+  s->kind = wanted == END_SLEEPS && l->sleepers >= SLEEPERS_MAX ? END_PLAIN : wanted;
   l->sleepers += s->kind == END_SLEEPS;
   pthread_mutex_unlock(&l->lock);
   check(l->device, "cannot record an event", cudaEventRecord(s->ends[s->kind], l->cuda));
@@ -236,26 +240,52 @@ static void report_times(lane *l, uint64_t number, const slot *s, bool waited) {
   }
 }
 
-static cudaError_t wait_for_end(const slot *s) {
-  const struct timespec pause = {.tv_nsec = POLL_NS};
+static void sleep_ns(uint64_t ns) {
+  const struct timespec pause = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+  (void)nanosleep(&pause, NULL);
+}
+
+/* When what the slot is about began, as far as that is seen from outside. */
+static uint64_t seen_start_ns(const lane *l, const slot *s) {
+  return l->seen_ns > s->asked_ns ? l->seen_ns : s->asked_ns;
+}
+
+static cudaError_t wait_for_end(const lane *l, const slot *s) {
   if (s->kind == END_SLEEPS)
     return cudaEventSynchronize(end_of(s));
-  cudaError_t error;
-  while ((error = cudaEventQuery(end_of(s))) == cudaErrorNotReady)
-    (void)nanosleep(&pause, NULL);
+  cudaError_t error = cudaEventQuery(end_of(s));
+  const uint64_t began_ns = flap_units_now_ns();
+  const uint64_t expected_ns = seen_start_ns(l, s) + (uint64_t)(COPY_ASLEEP * l->byte_ns * (double)s->bytes);
+  if (error == cudaErrorNotReady && l->byte_ns > 0 && expected_ns > began_ns)
+    sleep_ns(expected_ns - began_ns);
+  while (error == cudaErrorNotReady && (error = cudaEventQuery(end_of(s))) == cudaErrorNotReady) {
+    const uint64_t pause_ns = s->timed ? POLL_NS : (flap_units_now_ns() - began_ns) / 16;
+    sleep_ns(pause_ns < POLL_NS ? POLL_NS : pause_ns < LOOK_NS ? pause_ns : LOOK_NS);
+  }
   return error;
 }
 
-static void report(lane *l, uint64_t number, const slot *s) {
-  const bool waited = (s->timed || s->rests) && cudaEventQuery(end_of(s)) == cudaErrorNotReady;
-  const bool well = check(l->device, l->stream == FLAP_STREAM_COMPUTE ? "a kernel" : "a copy", wait_for_end(s));
-  const uint64_t seen_ns = flap_units_now_ns();
-  if (well && s->timed) {
-    report_times(l, number, s, waited);
-  } else if (well && s->rests && waited) {
-    const uint64_t since_ns = l->seen_ns > s->asked_ns ? l->seen_ns : s->asked_ns;
-    atomic_fetch_add_explicit(&l->device->base.rested_ns, seen_ns - since_ns, memory_order_relaxed);
+/* What was not timed, as it is seen from outside. */
+static void report_seen(lane *l, const slot *s, uint64_t seen_ns) {
+  const uint64_t since_ns = seen_start_ns(l, s), took_ns = seen_ns - since_ns;
+  if (l->stream == FLAP_STREAM_COMPUTE) {
+    atomic_fetch_add_explicit(&l->device->base.rested_ns, took_ns, memory_order_relaxed);
+    return;
   }
+  const double byte_ns = (double)took_ns / (double)s->bytes;
+  l->byte_ns = l->byte_ns > 0 ? l->byte_ns + COPY_WEIGHT * (byte_ns - l->byte_ns) : byte_ns;
+  flap_device_copied(&l->device->base, l->stream, since_ns, seen_ns, s->bytes);
+}
+
+static void report(lane *l, uint64_t number, const slot *s) {
+  const bool copies = l->stream != FLAP_STREAM_COMPUTE && s->bytes > 0;
+  const bool waited = (s->timed || s->rests) && cudaEventQuery(end_of(s)) == cudaErrorNotReady;
+  const bool well = check(l->device, copies ? "a copy" : "a kernel", wait_for_end(l, s));
+  const uint64_t seen_ns = flap_units_now_ns();
+  if (well && s->timed)
+    report_times(l, number, s, waited);
+  else if (well && (copies || (s->rests && waited)))
+    report_seen(l, s, seen_ns);
   l->seen_ns = seen_ns;
   if (s->notify)
     l->device->base.config.notify(l->device->base.config.notify_context);
@@ -293,11 +323,9 @@ static flap_status lane_open(cuda_device *device, flap_stream stream) {
   for (uint32_t i = 0; i < RING_SLOTS; i++) {
     slot *s = &l->ring[i];
     FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&s->start, cudaEventDefault)));
-    if (stream != FLAP_STREAM_COMPUTE)
-      FLAP_TRY(
-          status_of("cannot make an event", cudaEventCreateWithFlags(&s->ends[END_SLEEPS], cudaEventBlockingSync)));
-    for (int k = 0; k < END_KINDS && stream == FLAP_STREAM_COMPUTE; k++)
-      FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&s->ends[k], compute_ends[k])));
+    for (int k = 0; k < END_KINDS; k++)
+      if (k != END_SLEEPS || stream == FLAP_STREAM_COMPUTE)
+        FLAP_TRY(status_of("cannot make an event", cudaEventCreateWithFlags(&s->ends[k], end_flags[k])));
   }
   int error = pthread_mutex_init(&l->lock, NULL);
   l->lock_made = error == 0;
@@ -553,14 +581,14 @@ static void transfer(cuda_device *device, lane *l, void *to, const void *from, u
 }
 
 /* The slot of the last copy ends here. Left open until then, so that an event which is recorded behind the copy, and
- * notifies, takes no slot of its own: every event costs a copy lane microseconds. */
+ * notifies, takes no slot of its own. */
 static bool end_copy(lane *l, bool notify) {
   slot *s = l->copying;
   if (s == NULL)
     return false;
   l->copying = NULL;
   s->notify = notify;
-  record_end(l, s, END_SLEEPS);
+  record_end(l, s, s->timed ? END_TIMED : END_PLAIN);
   lane_put(l);
   return true;
 }
@@ -575,9 +603,12 @@ static void cuda_copy(flap_device *base, flap_stream stream, void *to, const voi
   lane *l = lane_of(device, stream);
   end_copy(l, false);
   slot *s = lane_take(l);
-  s->timed = true;
+  s->timed = l->waits || atomic_load_explicit(&base->exact, memory_order_relaxed);
   s->bytes = bytes;
-  check(device, "cannot record an event", cudaEventRecord(s->start, l->cuda));
+  s->asked_ns = flap_units_now_ns();
+  l->waits = false;
+  if (s->timed)
+    check(device, "cannot record an event", cudaEventRecord(s->start, l->cuda));
   transfer(device, l, to, from, bytes);
   l->copying = s;
 }
@@ -596,7 +627,8 @@ static void cuda_event_record(flap_device *base, flap_event event, flap_stream s
   slot *s = lane_take(l);
   s->timed = false;
   s->notify = true;
-  record_end(l, s, END_SLEEPS);
+  s->bytes = 0;
+  record_end(l, s, END_PLAIN);
   lane_put(l);
 }
 
@@ -625,15 +657,16 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
     if (device->interval_open || device->things > device->things_marked)
       put_mark(device, false);
     rest = lane_take(l);
-    rest->timed = base->rest_label != 0;
+    rest->timed = base->rest_label != 0 || atomic_load_explicit(&base->exact, memory_order_relaxed);
     rest->rests = true;
     rest->notify = false;
     rest->bytes = base->rest_label;
     device->things += rest->timed ? 2 : 1; /* and the end */
+    rest->asked_ns = flap_units_now_ns();
     if (rest->timed)
       check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
-    else
-      rest->asked_ns = flap_units_now_ns();
+  } else {
+    l->waits = true;
   }
   check(device, "cannot let a stream wait", cudaStreamWaitEvent(l->cuda, device->events[event], 0));
   if (rest != NULL)

@@ -59,6 +59,7 @@ struct flap_device {
   uint64_t arena_bytes;
   _Atomic uint64_t busy_ns[FLAP_STREAM_COUNT];
   _Atomic uint64_t rested_ns;
+  _Atomic bool exact;         /* flap_device_time_exactly */
   uint64_t rest_label;        /* the launching thread's */
   pthread_mutex_t trace_lock; /* held during a call of trace_fn, so that set_trace(NULL) returns after the last one */
   flap_device_trace_fn trace_fn;

@@ -289,6 +289,41 @@ START_TEST(trace_hears_of_every_copy_at_plausible_times) {
 }
 END_TEST
 
+/* Busy time of so many copies of 4 MiB one behind the other, ns. */
+static uint64_t time_copies(flap_device *device, unsigned char *host, uint32_t count) {
+  unsigned char *arena = flap_device_arena(device, NULL);
+  const uint64_t before = flap_device_busy_ns(device, FLAP_STREAM_H2D);
+  for (uint32_t i = 0; i < count; i++)
+    flap_device_copy(device, FLAP_STREAM_H2D, arena + i * 4 * MIB, host + i * 4 * MIB, 4 * MIB);
+  synchronize(device);
+  return flap_device_busy_ns(device, FLAP_STREAM_H2D) - before;
+}
+
+START_TEST(copies_seen_from_outside_take_as_long_as_those_that_are_timed) {
+  flap_device *device = open_device(VRAM, 2);
+  unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 256 * MIB);
+  (void)time_copies(device, host, 64);
+  const uint64_t seen = time_copies(device, host, 64);
+  flap_device_time_exactly(device, true);
+  const uint64_t exact = time_copies(device, host, 64);
+  printf("64 copies of 4 MiB: seen %.3f ms, timed %.3f ms\n", (double)seen * 1e-6, (double)exact * 1e-6);
+  ck_assert_uint_gt(seen, exact / 10 * 7);
+  ck_assert_uint_lt(seen, exact / 10 * 13);
+  /* A copy behind a wait is timed in any case: what it waited for does not count. */
+  flap_device_time_exactly(device, false);
+  for (uint32_t i = 0; i < 8; i++)
+    flap_device_copy(device, FLAP_STREAM_COMPUTE, arena + 768 * MIB, arena, 512 * MIB);
+  flap_device_event_record(device, 0, FLAP_STREAM_COMPUTE, false);
+  const uint64_t before = flap_device_busy_ns(device, FLAP_STREAM_H2D);
+  flap_device_stream_wait(device, FLAP_STREAM_H2D, 0);
+  flap_device_copy(device, FLAP_STREAM_H2D, arena, host, 4 * MIB);
+  synchronize(device);
+  ck_assert_uint_lt(flap_device_busy_ns(device, FLAP_STREAM_H2D) - before, exact / 16); /* of 4 copies */
+  flap_device_close(device);
+  munmap(host, 256 * MIB);
+}
+END_TEST
+
 START_TEST(compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_for) {
   flap_device *device = open_device(VRAM, 4);
   unsigned char *arena = flap_device_arena(device, NULL), *host = pinned(device, 512 * MIB);
@@ -559,6 +594,7 @@ int main(void) {
   tcase_add_test(tests, slices_are_launched_while_what_is_before_them_runs);
   tcase_add_test(tests, trace_hears_of_every_copy_at_plausible_times);
   tcase_add_test(tests, compute_busy_time_is_of_labelled_work_and_leaves_out_what_it_waits_for);
+  tcase_add_test(tests, copies_seen_from_outside_take_as_long_as_those_that_are_timed);
   tcase_add_test(tests, rests_of_the_compute_stream_are_told);
   tcase_add_test(tests, error_sticks_and_nobody_waits_for_ever);
   tcase_add_test(tests, random_programs_equal_the_sequential_model);
