@@ -12,7 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define FORMAT "flap times 3"
+#define FORMAT "flap times 4"
 #define FILE_BYTES_MAX ((uint64_t)1 << 16)
 #define NS_MAX ((int64_t)1 << 40)
 #define ELEMENT_NS_MAX 1e9
@@ -131,6 +131,7 @@ static flap_status read_times(const flap_json_object *root, const char **key_out
   for (size_t i = 0; i < COUNT(fractions); i++)
     FLAP_TRY(flap_json_get_number(root, fractions[i].name, 0, ELEMENT_NS_MAX, fraction_at(times, &fractions[i])));
   FLAP_TRY(flap_json_get_number(root, "copies_beside_host", 1, SLOWER_MAX, &times->copies_beside_host));
+  FLAP_TRY(flap_json_get_number(root, "sustained", 1, SLOWER_MAX, &times->sustained));
   times->measured = true;
   return read_sets(root, times);
 }
@@ -204,6 +205,7 @@ static flap_status write_file(const flap_op_times_cache *cache, flap_op_times ti
   for (size_t i = 0; i < COUNT(fractions); i++)
     done &= flap_json_put(root, fractions[i].name, json_real(*fraction_at(&times, &fractions[i])));
   done &= flap_json_put(root, "copies_beside_host", json_real(times.copies_beside_host));
+  done &= flap_json_put(root, "sustained", json_real(times.sustained));
   done &= flap_json_put(root, "sets", sets_to_json(&times));
   const flap_status status = done ? flap_json_write_file(cache->path, root)
                                   : flap_error_set(FLAP_NO_MEMORY, "%s: no memory to write it", cache->path);

@@ -3,7 +3,7 @@
  * Folder-private, but for tests. Timing takes seconds, and no two measurements are the same; so that `flap train` runs
  * the very plan that `flap plan` showed, both calculate with what was timed first. A file is
  *
- *   {"format": "flap times 2", "key": "<device, version, rates, shapes, optimizer, products>", "forward_ns": ..., ...}
+ *   {"format": "flap times 4", "key": "<device, version, rates, shapes, optimizer, products>", "forward_ns": ..., ...}
  *
  * and counts only for the same key. The machine's rates are in it: `flap bench machine`, which measures them anew,
  * makes times be taken anew too. So do other algorithms of products. Whatever is wrong with a file, it is as if it were

@@ -366,12 +366,12 @@ static void log_times(const flap_op_times *t) {
   flap_log(FLAP_LOG_DEBUG,
            "operations take, ms: forward %.3f, recompute %.3f, backward %.3f (first %.3f, only %.3f), head %.3f (first "
            "%.3f), embedding's backward %.3f; ns an element: adamw %.4f, by the host %.4f (beside copies %.4f, which "
-           "take %.2f times as long), rounding %.4f, measuring %.4f",
+           "take %.2f times as long), rounding %.4f, measuring %.4f; layer behind layer takes %.3f times as long",
            (double)t->forward_ns * 1e-6, (double)t->recompute_ns * 1e-6,
            (double)t->backward_ns[FLAP_SUMS_ADDED_TO] * 1e-6, (double)t->backward_ns[FLAP_SUMS_FRESH] * 1e-6,
            (double)t->backward_ns[FLAP_SUMS_FINAL] * 1e-6, (double)t->head_ns * 1e-6, (double)t->head_fresh_ns * 1e-6,
            (double)t->embed_backward_ns * 1e-6, t->adamw_ns, t->host.alone, t->host.beside_copies,
-           t->copies_beside_host, t->store_ns, t->measure_ns);
+           t->copies_beside_host, t->store_ns, t->measure_ns, t->sustained);
 }
 
 /* After tuning the products of a card. */

@@ -34,6 +34,7 @@ static void fill_times(void) {
   times.measure_ns = 0.11, times.store_final_ns = 0.12, times.measure_final_ns = 0.13;
   times.adamw_embedding_ns = 0.7, times.host = (flap_host_ns){0.19671234567890123, 0.275};
   times.host_embedding = (flap_host_ns){0.2, 0.3}, times.copies_beside_host = 1.37;
+  times.sustained = 1.25;
 }
 
 static void setup(void) {
@@ -170,11 +171,12 @@ static void damage(const char *text, const char *from, const char *to) {
 }
 
 START_TEST(bad_files_are_as_if_they_were_not_there) {
-  static const char *const changes[][2] = {{"flap times 3", "flap times 0"},
+  static const char *const changes[][2] = {{"flap times 4", "flap times 0"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": -2"},
                                            {"\"forward_ns\": 2", "\"forward_ns\": \"2\""},
                                            {"\"forward_ns\"", "\"forwards_ns\""},
                                            {"\"copies_beside_host\": 1.37", "\"copies_beside_host\": 0.5"},
+                                           {"\"sustained\": 1.25", "\"sustained\": 0.99"},
                                            {"\"adamw_ns\": 0.0099", "\"adamw_ns\": 1e300"},
                                            {"\"sets\": [", "\"sets\": [7, "},
                                            {"\"mask\"", "\"masks\""},

@@ -101,6 +101,36 @@ static outcome search_once(const planner_trial *t) {
   return o;
 }
 
+/* What a plan comes to, and what the same setup does on a card that computes layer behind layer for longer. */
+static void plan_sustained(int kind, double sustained, flap_plan_costs *usual_out, flap_plan_costs *longer_out) {
+  planner_trial t;
+  flap_setup setup;
+  open_trial(&t, kind);
+  t.planner.quick = true;
+  t.times.sustained = 1;
+  MUST(flap_planner_choose(&t.planner, &t.budgets, &setup, usual_out));
+  t.times.sustained = sustained;
+  MUST(planner_simulate(&t.planner, &t.budgets, &setup, 0, longer_out));
+  flap_setup_close(&setup);
+}
+
+START_TEST(a_card_that_rests_for_little_pays_for_it) {
+  flap_plan_costs usual, longer;
+  plan_sustained(2, 1.05, &usual, &longer);
+  printf("lanes are fast: computing for %.4f of %.4f s, and %.4f of %.4f s\n", usual.compute_seconds,
+         usual.step_seconds, longer.compute_seconds, longer.step_seconds);
+  ck_assert_double_gt(usual.compute_seconds, usual.step_seconds * 0.97);
+  ck_assert_double_gt(longer.step_seconds, usual.step_seconds * 1.025);
+  ck_assert_double_le(longer.step_seconds, usual.step_seconds * 1.05);
+  ck_assert_double_eq_tol(longer.step_seconds - usual.step_seconds, longer.compute_seconds - usual.compute_seconds,
+                          1e-9);
+  plan_sustained(0, 1.05, &usual, &longer);
+  ck_assert_double_lt(usual.compute_seconds, usual.step_seconds * 0.92); /* and rests for the others */
+  ck_assert_double_eq(longer.step_seconds, usual.step_seconds);
+  ck_assert_double_eq(longer.compute_seconds, usual.compute_seconds);
+}
+END_TEST
+
 START_TEST(plans_bear_slower_lanes) {
   uint32_t better = 0;
   for (int kind = 0; kind < KINDS; kind++) {
@@ -139,6 +169,7 @@ int main(void) {
   Suite *suite = suite_create("engine");
   TCase *tcase = tcase_create("planner reserve");
   tcase_set_timeout(tcase, 0);
+  tcase_add_test(tcase, a_card_that_rests_for_little_pays_for_it);
   tcase_add_test(tcase, plans_bear_slower_lanes);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);
