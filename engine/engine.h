@@ -88,6 +88,7 @@ typedef struct flap_plan {
   uint64_t lane_bytes[FLAP_LANE_COUNT];
   double compute_seconds, step_seconds; /* simulated */
   double lane_seconds[FLAP_LANE_COUNT]; /* for which each lane is busy in it, simulated */
+  double disk_share;    /* of the bytes of pages on disk, what disks are expected to move in these seconds; 1: all */
   double pooled_share;  /* of what the disks would move, expected to stay in ram, encoded; lanes count all of it */
   double bound_seconds; /* machine bound, independent of the plan */
   uint64_t bound_bytes[FLAP_LANE_COUNT]; /* least bytes at these budgets */

@@ -159,7 +159,7 @@ static void work_here(flap_pager *pager, uint32_t index) {
 }
 
 void pager_checks_add(flap_pager *pager, uint32_t index) {
-  if (pager->error != FLAP_OK || pager_pool_simulate(pager, index))
+  if (pager->error != FLAP_OK || pager_codec_simulate(pager, index))
     return;
   if (!pager->has_bytes || is_for_pump(pager, &pager->buffers[index])) {
     pager_heap_add(pager, &pager->checks, index);

@@ -58,6 +58,10 @@ static bool pays(const flap_pager *pager, const pager_class *klass) {
   return (pager->shared_cores ? shorter_ns + codec_ns : longer_ns) < GAIN_LEAST * disk_ns;
 }
 
+bool pager_shrinks_on_disk(const flap_pager *pager, const pager_buffer *buffer) {
+  return pager->disk_share < 1 && pager->regions[buffer->region].element_bytes > 1;
+}
+
 static void blend(double *known, double seen) {
   *known = *known > 0 ? *known + WEIGHT * (seen - *known) : seen;
 }

@@ -12,8 +12,8 @@
  * passed over. The pool is cut into blocks, and a chunk's are linked in a list, so nothing has to be moved to make
  * room. Blocks are given back when the chunk is written anew: what was read may be read again.
  *
- * Regions that checkpoints share stay on disk. Of a simulation no bytes are there: a chunk comes to POOL_SHARE of its
- * pages, and the codec takes its turns on the clock.
+ * Regions that checkpoints share stay on disk. Of a simulation no bytes are there: a chunk comes to
+ * FLAP_PAGER_CODED_SHARE of its pages, and the codec takes its turns on the clock.
  */
 #include "pager/pager_internal.h"
 
@@ -21,7 +21,6 @@
 
 #include <string.h>
 
-#define POOL_SHARE 0.87   /* of a chunk's bytes, until chunks were seen: states of exact AdamW, trained for a while */
 #define POOL_WEIGHT 0.02  /* of the last chunk, in what is known */
 #define POOL_FILLED 0.995 /* of its blocks, to be aimed at */
 #define PLAIN_SHARE 0.97  /* a chunk that comes to more gains nothing here */
@@ -47,13 +46,13 @@ static uint32_t blocks_of(uint64_t bytes) {
 }
 
 double flap_pager_pooled_share(uint64_t pool_bytes, uint64_t disk_bytes) {
-  const double wanted = POOL_SHARE * (double)disk_bytes, room = POOL_FILLED * (double)pool_bytes;
+  const double wanted = FLAP_PAGER_CODED_SHARE * (double)disk_bytes, room = POOL_FILLED * (double)pool_bytes;
   return room < wanted ? room / wanted : pool_bytes > 0 ? 1 : 0;
 }
 
 void pager_pool_init(flap_pager *pager) {
   pager_pool *pool = &pager->pool;
-  pool->share = POOL_SHARE;
+  pool->share = FLAP_PAGER_CODED_SHARE;
   pool->free_count = pool->block_count;
   pool->free_head = pool->block_count > 0 ? 0 : PAGER_NONE;
   for (uint32_t i = 0; i < pool->block_count; i++)
@@ -254,7 +253,7 @@ void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane l
 
 /* As if it shrank by what is usual. */
 static bool simulate_put(flap_pager *pager, pager_buffer *buffer) {
-  const uint64_t bytes = (uint64_t)(POOL_SHARE * (double)chunk_bytes(pager, buffer));
+  const uint64_t bytes = (uint64_t)(FLAP_PAGER_CODED_SHARE * (double)chunk_bytes(pager, buffer));
   cursor c = {.block = PAGER_NONE};
   pager_pool_forget(pager, buffer);
   return pager_pool_wants(pager, buffer) && extend(pager, head_of(pager, buffer), &c, bytes);
@@ -269,15 +268,15 @@ static void coded(void *context) {
   pthread_mutex_unlock(&pager->lock);
 }
 
-bool pager_pool_simulate(flap_pager *pager, uint32_t index) {
+bool pager_codec_simulate(flap_pager *pager, uint32_t index) {
   pager_buffer *buffer = &pager->buffers[index];
   const bool read = index < pager->read_buffers;
-  if (pager->has_bytes || pager->pool.block_count == 0)
+  if (pager->has_bytes)
     return false;
-  if (!read)
+  if (!read && pager->pool.block_count > 0)
     buffer->pooled = simulate_put(pager, buffer);
   const double rate = read ? pager->decode_bytes : pager->encode_bytes;
-  if (!buffer->pooled || rate <= 0)
+  if (!(buffer->pooled || pager_shrinks_on_disk(pager, buffer)) || rate <= 0)
     return false;
   const uint64_t now_ns = pager_now_ns(pager);
   if (pager->coding_until_ns < now_ns)

@@ -219,6 +219,7 @@ static void take_pool(flap_pager *pager, const flap_pager_config *config, flap_a
   pool->heads = FLAP_ARENA_ARRAY(arena, uint32_t, blocks > 0 ? pager->page_count : 0);
   pager->encode_bytes = config->encode_bytes;
   pager->decode_bytes = config->decode_bytes;
+  pager->disk_share = pager->compresses && config->clock && config->disk_share > 0 ? config->disk_share : 1;
 }
 
 static void lay_out(flap_pager *pager, const flap_pager_config *config, const flap_pager_totals *totals,

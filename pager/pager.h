@@ -124,9 +124,9 @@ typedef struct flap_pager_config {
   /* A folder in which the extents of shared regions are files that can get a name, on the file system of the one disk
    * (flap_block_can_link); it outlives the pager. NULL: none are. Not with a clock. */
   const char *shared_folder;
-  flap_clock *clock; /* with the sim device */
-  double encode_bytes,
-      decode_bytes;          /* with it: bytes of chunks in the pool a second, all workers together; 0: at once */
+  flap_clock *clock;                 /* with the sim device */
+  double encode_bytes, decode_bytes; /* with it: bytes that are coded a second, all workers together; 0: at once */
+  double disk_share;         /* with it, where pages are compressed: of their bytes disks move such a share; 0: all */
   bool counts_no_stalls;     /* nobody asks for stalls: they are not looked for, and a simulation takes less time */
   flap_pager_trace_fn trace; /* any thread; NULL for none */
   /* Work on the compute stream that was labelled (flap_device_label_compute), and rests of it (label_rests); any
@@ -310,6 +310,8 @@ typedef struct flap_pager_stats {
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 
+/* What a chunk comes to until chunks were seen, of its bytes: states of exact AdamW, trained for a while. */
+#define FLAP_PAGER_CODED_SHARE 0.87
 /* Of the pages that live on disk what share a pool of so many bytes is expected to hold, if they shrink as states of
  * exact AdamW do. */
 double flap_pager_pooled_share(uint64_t pool_bytes, uint64_t disk_bytes);

@@ -322,7 +322,8 @@ struct flap_pager {
   flap_codec codec; /* where it compresses */
   flap_duplex disk_rates;
   pager_pool pool;
-  double encode_bytes, decode_bytes; /* as configured */
+  double encode_bytes, decode_bytes; /* as configured, */
+  double disk_share;                 /* likewise; 1 where nothing is compressed */
   uint64_t coding_until_ns;          /* on the clock: when the codec is done with what it was given */
   pager_queue coding;                /* what that is */
   uint32_t coding_count;
@@ -612,6 +613,8 @@ void pager_compression_watch(flap_pager *pager);
 /* These two with work_lock. */
 pager_packing pager_compression_choose(flap_pager *pager, const pager_buffer *buffer);
 void pager_compression_learn(flap_pager *pager, const pager_buffer *buffer, const pager_packed *packed);
+/* On the clock: whether the disk moves fewer bytes of the buffer than it has. */
+bool pager_shrinks_on_disk(const flap_pager *pager, const pager_buffer *buffer);
 /* A page's encoding in scratch memory, and how long it is; its own length if there is none. And the way back, out of
  * scratch memory. Without any lock. */
 uint32_t pager_encode(const flap_pager *pager, const pager_buffer *buffer, flap_codec codec, const unsigned char *from,
@@ -644,8 +647,9 @@ uint32_t pager_pool_unpack(const flap_pager *pager, const pager_buffer *buffer, 
 void pager_pool_forget(flap_pager *pager, const pager_buffer *buffer);
 /* Counts what moved between a buffer and the pool. */
 void pager_pool_moved(flap_pager *pager, const pager_buffer *buffer, flap_lane lane);
-/* On the clock: the codec takes its time with the buffer, if that is the pool's, and hands it to the pump then. */
-bool pager_pool_simulate(flap_pager *pager, uint32_t index);
+/* On the clock: the codec takes its time with the buffer, if that is the pool's or shrinks on disk, and hands it to the
+ * pump then. */
+bool pager_codec_simulate(flap_pager *pager, uint32_t index);
 
 /* ---- jobs.c: work of the host's cores ------------------------------------------------------------------- */
 

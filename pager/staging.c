@@ -110,6 +110,8 @@ static void submit(flap_pager *pager, uint32_t index, flap_block_op op) {
     flap_assert(pager_disk_offset(&page[i]) == pager_disk_offset(page) + bytes && page[i].file == page->file);
     bytes += page[i].stored_bytes;
   }
+  if (pager_shrinks_on_disk(pager, buffer))
+    bytes = flap_units_round_up((uint64_t)(pager->disk_share * (double)bytes), FLAP_BLOCK_ALIGN);
   buffer->request = (flap_block_request){.op = op,
                                          .file = page->file,
                                          .offset = pager_disk_offset(page),

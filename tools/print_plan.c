@@ -104,8 +104,12 @@ static void print_choices(FILE *out, const flap_plan *plan) {
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
   if (plan->compression != FLAP_COMPRESSION_OFF)
-    fprintf(out, "compression of pages on disk: %s, by %u thread%s; all figures here are without it\n",
-            flap_print_compression(plan->compression), plan->workers, plan->workers == 1 ? "" : "s");
+    fprintf(out, "compression of pages on disk: %s, by %u thread%s; ", flap_print_compression(plan->compression),
+            plan->workers, plan->workers == 1 ? "" : "s");
+  if (plan->compression != FLAP_COMPRESSION_OFF && plan->disk_share < 1)
+    fprintf(out, "times are with %.2f of their bytes, all else is without it\n", plan->disk_share);
+  else if (plan->compression != FLAP_COMPRESSION_OFF)
+    fprintf(out, "all figures here are without it\n");
   if (plan->pooled_share > 0)
     fprintf(out,
             "   about %.0f%% of them in a pool of %s of ram instead, if they shrink as states mostly do: the step is\n"
@@ -372,6 +376,7 @@ static void add_sizes(json_t *object, const flap_run_config *config, const flap_
   set_integer(object, "ram_shared_bytes", plan->ram_shared_bytes);
   set_integer(object, "ram_staging_bytes", plan->ram_staging_bytes);
   set_integer(object, "ram_pool_bytes", plan->ram_pool_bytes);
+  set_number(object, "disk_share", plan->disk_share);
   set_number(object, "pooled_share", plan->pooled_share);
   set_integer(object, "ram_table_bytes", plan->ram_table_bytes);
   set_integer(object, "ram_other_bytes", plan->ram_other_bytes);

@@ -2,6 +2,7 @@
  * computes. As in a pool, a page passes through scratch memory of the thread's own. */
 #include "engine/machine/codec_rates.h"
 
+#include "base/duplex.h"
 #include "base/philox.h"
 #include "base/pool.h"
 #include "base/units.h"
@@ -12,10 +13,14 @@
 #include <string.h>
 
 #define PAGE_BYTES (4u << 20)
-#define PAGES 4u                                              /* of each thread, and as many that they are encoded to */
+#define PAGES \
+  5u /* of each thread, and as many that they are encoded to: as in states one of low halves, four of moments */
 #define THREAD_BYTES ((2 * PAGES + 2) * (uint64_t)PAGE_BYTES) /* pages, what they come to, scratch */
 #define MEMORY_PARTS 8                                        /* of what is free, one is taken at most */
+#define WORDS_BYTES 16u
 #define NS 1e9
+#define WORKERS_SHARE 0.5 /* of the cores that were measured work where nothing stands in a pool */
+#define GAIN_LEAST 0.95   /* at most this of the time is left, for it to pay */
 
 typedef struct bench {
   unsigned char *pages, *stored, *scratch; /* PAGES, PAGES, and one with what the codec needs: of each thread */
@@ -28,9 +33,17 @@ static void fill(void *context, uint64_t thread, uint32_t worker) {
   const flap_philox stream = flap_philox_stream(thread, "codec rates");
   unsigned char *pages = b->pages + thread * PAGES * PAGE_BYTES;
   (void)worker;
-  flap_philox_normals(&stream, 0, PAGE_BYTES / sizeof(float), (float *)(void *)pages);
-  for (uint32_t i = 1; i < PAGES; i++)
-    memcpy(pages + i * PAGE_BYTES, pages, PAGE_BYTES);
+  float *const normals = (float *)(void *)(pages + PAGE_BYTES);
+  flap_philox_normals(&stream, 0, PAGE_BYTES / sizeof(float), normals);
+  for (uint32_t i = 0; i < PAGE_BYTES / WORDS_BYTES; i++) { /* the low halves of floats: any number */
+    uint32_t words[4];
+    flap_philox_block(&stream, i, words);
+    memcpy(pages + i * WORDS_BYTES, words, WORDS_BYTES);
+  }
+  memcpy(pages + 2 * PAGE_BYTES, normals, PAGE_BYTES);
+  for (uint32_t i = 0; i < PAGE_BYTES / sizeof(float); i++)
+    normals[i + 2 * (PAGE_BYTES / sizeof(float))] = normals[i] * normals[i];
+  memcpy(pages + 4 * PAGE_BYTES, pages + 3 * PAGE_BYTES, PAGE_BYTES);
   memset(b->stored + thread * PAGES * PAGE_BYTES, 0, PAGES * PAGE_BYTES);
   memset(b->scratch + thread * b->scratch_bytes, 0, b->scratch_bytes);
 }
@@ -61,6 +74,19 @@ static double rate_of(flap_pool *pool, uint32_t threads, flap_pool_fn fn, bench 
   flap_pool_run(pool, threads, fn, b);
   const uint64_t took_ns = flap_units_now_ns() - started_ns;
   return took_ns > 0 ? (double)threads * PAGES * PAGE_BYTES / (double)took_ns * NS : 0;
+}
+
+double flap_codec_disk_share(const flap_machine *machine, flap_compression compression, flap_optim optim) {
+  const flap_duplex disk = {machine->disk_read_bytes, machine->disk_write_bytes, machine->disk_both_bytes};
+  if (machine->shared_cores > 0 || !(machine->encode_bytes > 0) || !(machine->decode_bytes > 0) ||
+      !(disk.alone_bytes > 0) || !(disk.other_alone_bytes > 0) || optim != FLAP_OPTIM_ADAMW)
+    return 1;
+  if (compression == FLAP_COMPRESSION_ZSTD)
+    return FLAP_PAGER_CODED_SHARE;
+  const double disk_seconds = flap_duplex_least_seconds(1, 1, &disk);
+  const double codec_seconds = (1 / machine->encode_bytes + 1 / machine->decode_bytes) / WORKERS_SHARE;
+  const bool pays = codec_seconds < GAIN_LEAST * disk_seconds;
+  return compression == FLAP_COMPRESSION_AUTO && pays ? FLAP_PAGER_CODED_SHARE : 1;
 }
 
 void flap_codec_measure(uint32_t threads, flap_machine *machine) {

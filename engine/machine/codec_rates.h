@@ -12,13 +12,17 @@ extern "C" {
 #endif
 
 /* Sets encode_bytes and decode_bytes, of so many threads at once; 0, not known, where there is no memory to measure
- * with: 40 MiB for each thread. */
+ * with: 48 MiB for each thread. */
 void flap_codec_measure(uint32_t threads, flap_machine *machine);
 
 /* How many threads fill a pool where the host has so many cores: two are left for those who launch and copy. */
 static inline uint32_t flap_codec_threads(uint32_t cores) {
   return cores > 3 ? cores - 2 : 1;
 }
+
+/* What pages on disk are expected to come to, as a share of what they are; 1 where that is not known (of other states
+ * than those of exact AdamW, or with another codec), or where `auto` would find that encoding them does not pay. */
+double flap_codec_disk_share(const flap_machine *machine, flap_compression compression, flap_optim optim);
 
 /* Share of the measured rates that so many workers reach while copies run; 0.9 at most. */
 static inline double flap_codec_share(uint32_t workers, uint32_t cores) {

@@ -3,6 +3,7 @@
 #include "base/units.h"
 #include "engine/planner/bound.h"
 #include "engine/planner/budgets.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/planner/prepare.h"
 #include "engine/planner/pressure.h"
 #include "engine/planner/wear.h"
@@ -112,6 +113,9 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
   plan->ram_shared_bytes -= setup->sizes.ram_home_bytes;
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
   plan->ram_pool_bytes = setup->sizes.pool_bytes;
+  plan->disk_share = plan->compression == FLAP_COMPRESSION_OFF
+                         ? 1
+                         : flap_codec_disk_share(&plan->machine, plan->compression, setup->spec.optim);
   plan->pooled_share = flap_pager_pooled_share(plan->ram_pool_bytes, setup->sizes.disk_bytes);
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;

@@ -1,6 +1,7 @@
 /* What a step of a setup costs: an estimate from bytes and operations, and a simulation by the code that runs steps. */
 #include "base/assert.h"
 #include "base/duplex.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/planner/planner_internal.h"
 #include "engine/run/runtime.h"
 
@@ -62,6 +63,9 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
   const flap_program *program = &setup->programs[setup->steady];
   uint64_t bytes[FLAP_LANE_COUNT];
   flap_pager_predict_part(&setup->pager, program->leases, w->first, w->end, bytes);
+  const double disk_share = flap_codec_disk_share(machine, setup->spec.compression, setup->spec.optim);
+  for (int lane = FLAP_LANE_DISK_READ; lane <= FLAP_LANE_DISK_WRITE; lane++)
+    bytes[lane] = (uint64_t)(disk_share * (double)bytes[lane]);
   const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,
                                          [FLAP_LANE_D2H] = machine->d2h_bytes,
                                          [FLAP_LANE_DISK_READ] = machine->disk_read_bytes,

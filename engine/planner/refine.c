@@ -491,7 +491,8 @@ static bool may_pool(const flap_planner *planner, const planner_contender *best,
          (read > write ? read : write) > PLANNER_POOL_BUSY * costs->step_seconds;
 }
 
-/* How much of ram is a pool, in parts of ram, with buffers enough for what it gives and takes beside the disks. */
+/* How much of ram is a pool, in parts of ram and then half a part more or less, with buffers enough for what it gives
+ * and takes beside the disks. */
 static flap_status refine_pool(const flap_planner *planner, const planner_candidates *c, const flap_budgets *budgets,
                                planner_contender *best, flap_plan_costs *costs) {
   planner_contender found = *best;
@@ -500,12 +501,20 @@ static flap_status refine_pool(const flap_planner *planner, const planner_candid
   if (!may_pool(planner, best, costs))
     return FLAP_OK;
   FLAP_TRY(staging_of(planner, c, budgets, best, &staging));
+  const uint64_t part_bytes = budgets->ram_bytes / PLANNER_POOL_PARTS;
+  planner_skeleton s = best->s;
+  s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : PLANNER_POOL_STAGING * staging;
   bool better = true;
   for (uint64_t part = 1; part < PLANNER_POOL_PARTS && better; part++) {
-    planner_skeleton s = best->s;
-    s.pool = budgets->ram_bytes / PLANNER_POOL_PARTS * part;
-    s.staging = planner->expert.staging_bytes > 0 ? planner->expert.staging_bytes : PLANNER_POOL_STAGING * staging;
+    s.pool = part_bytes * part;
     FLAP_TRY(look_at_one(planner, c, budgets, s, &found, &found_costs, &better));
+  }
+  const uint64_t pool = found.s.pool;
+  for (int more = 1; more >= 0 && pool > 0; more--) {
+    s.pool = more == 1 ? pool + part_bytes / 2 : pool - part_bytes / 2;
+    FLAP_TRY(look_at_one(planner, c, budgets, s, &found, &found_costs, &better));
+    if (better)
+      break;
   }
   if (found_costs.step_seconds < costs->step_seconds * PLANNER_POOL_GAIN) {
     *best = found;

@@ -269,7 +269,9 @@ START_TEST(ram_is_a_pool_where_that_spares_the_disk) {
   ck_assert_uint_eq(plan_pooled(0, 0, plenty, FLAP_COMPRESSION_AUTO).pool_bytes, 0);
   const pooled off = plan_pooled(10e9, FLAP_GIB, plenty, FLAP_COMPRESSION_OFF);
   ck_assert_uint_eq(off.pool_bytes, 0);
-  ck_assert_double_eq_tol(off.seconds, without.seconds, 0.05 * without.seconds);
+  ck_assert_double_lt(without.seconds, off.seconds * 0.92); /* disks move less of what is compressed, */
+  ck_assert_double_gt(without.seconds, off.seconds * 0.85);
+  ck_assert_double_eq_tol(slow.seconds, off.seconds, 0.02 * off.seconds); /* and nothing is, where that takes longer */
   const uint64_t little = without.disk_bytes + FLAP_GIB / 2;
   const pooled less = plan_pooled(10e9, FLAP_GIB, little, FLAP_COMPRESSION_AUTO);
   ck_assert(less.pool_bytes > FLAP_GIB / 8 && less.pool_bytes < FLAP_GIB);
