@@ -39,8 +39,7 @@ uint64_t flap_pager_worker_bytes(const flap_pager_config *config) {
 
 /* ---- whether it pays -------------------------------------------------------------------------------------- */
 
-/* For a byte that is read once and written once. */
-static double disk_seconds(const flap_duplex *rates) {
+double flap_pager_disk_seconds(const flap_duplex *rates) {
   const double longer =
       1 / (rates->alone_bytes < rates->other_alone_bytes ? rates->alone_bytes : rates->other_alone_bytes);
   const double both = flap_duplex_least_seconds(1, 1, rates);
@@ -50,7 +49,7 @@ static double disk_seconds(const flap_duplex *rates) {
 /* What such a byte takes of the disks, and of them and the codec together. Where compute wants the same cores the
  * codec's time comes on top; elsewhere it passes beside. */
 static bool pays(const flap_pager *pager, const pager_class *klass) {
-  const double disk_ns = 1e9 * disk_seconds(&pager->disk_rates);
+  const double disk_ns = 1e9 * flap_pager_disk_seconds(&pager->disk_rates);
   const double decode_ns = klass->decode_ns > 0 ? klass->decode_ns : DECODE_SHARE * klass->encode_ns;
   const double codec_ns = (klass->encode_ns + decode_ns) / (pager->worker_count > 0 ? pager->worker_count : 1);
   const double shorter_ns = klass->share * disk_ns;

@@ -231,8 +231,8 @@ void flap_progress_summary(flap_progress *progress, const flap_run_config *confi
               flap_text_seconds(result->median_step_seconds).text, flap_text_seconds(plan->step_seconds).text,
               flap_text_seconds(plan->bound_seconds).text, flap_print_bound_lane(plan),
               flap_text_percent(plan->bound_seconds, result->median_step_seconds).text);
-      if (result->median_step_seconds < plan->bound_seconds && plan->ram_pool_bytes > 0)
-        fputs("the bound counts every byte as it is, and what stands in the pool takes fewer\n", out);
+      if (result->median_step_seconds < plan->bound_seconds && plan->compression != FLAP_COMPRESSION_OFF)
+        fputs("the bound counts every byte as it is, and what is compressed takes fewer\n", out);
       else if (result->median_step_seconds < plan->bound_seconds)
         fprintf(out, "no step can be faster than the bound: the machine was busy when its rates were measured; "
                      "`flap bench machine` measures them again\n");

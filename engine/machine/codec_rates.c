@@ -2,7 +2,6 @@
  * computes. As in a pool, a page passes through scratch memory of the thread's own. */
 #include "engine/machine/codec_rates.h"
 
-#include "base/duplex.h"
 #include "base/philox.h"
 #include "base/pool.h"
 #include "base/units.h"
@@ -76,17 +75,18 @@ static double rate_of(flap_pool *pool, uint32_t threads, flap_pool_fn fn, bench 
   return took_ns > 0 ? (double)threads * PAGES * PAGE_BYTES / (double)took_ns * NS : 0;
 }
 
-double flap_codec_disk_share(const flap_machine *machine, flap_compression compression, flap_optim optim) {
+double flap_codec_disk_share(const flap_machine *machine, const flap_pager_config *pager, flap_optim optim) {
   const flap_duplex disk = {machine->disk_read_bytes, machine->disk_write_bytes, machine->disk_both_bytes};
   if (machine->shared_cores > 0 || !(machine->encode_bytes > 0) || !(machine->decode_bytes > 0) ||
-      !(disk.alone_bytes > 0) || !(disk.other_alone_bytes > 0) || optim != FLAP_OPTIM_ADAMW)
+      !(disk.alone_bytes > 0) || !(disk.other_alone_bytes > 0) || optim != FLAP_OPTIM_ADAMW ||
+      flap_pager_worker_bytes(pager) == 0) /* nothing is compressed */
     return 1;
-  if (compression == FLAP_COMPRESSION_ZSTD)
+  if (pager->compression == FLAP_COMPRESSION_ZSTD)
     return FLAP_PAGER_CODED_SHARE;
-  const double disk_seconds = flap_duplex_least_seconds(1, 1, &disk);
+  const double disk_seconds = flap_pager_disk_seconds(&disk);
   const double codec_seconds = (1 / machine->encode_bytes + 1 / machine->decode_bytes) / WORKERS_SHARE;
   const bool pays = codec_seconds < GAIN_LEAST * disk_seconds;
-  return compression == FLAP_COMPRESSION_AUTO && pays ? FLAP_PAGER_CODED_SHARE : 1;
+  return pager->compression == FLAP_COMPRESSION_AUTO && pays ? FLAP_PAGER_CODED_SHARE : 1;
 }
 
 void flap_codec_measure(uint32_t threads, flap_machine *machine) {

@@ -6,6 +6,7 @@
 #define FLAP_ENGINE_MACHINE_CODEC_RATES_H
 
 #include "engine/engine.h"
+#include "pager/pager.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -20,9 +21,10 @@ static inline uint32_t flap_codec_threads(uint32_t cores) {
   return cores > 3 ? cores - 2 : 1;
 }
 
-/* What pages on disk are expected to come to, as a share of what they are; 1 where that is not known (of other states
- * than those of exact AdamW, or with another codec), or where `auto` would find that encoding them does not pay. */
-double flap_codec_disk_share(const flap_machine *machine, flap_compression compression, flap_optim optim);
+/* What pages on disk are expected to come to in such a pager, as a share of what they are; 1 where that is not known
+ * (of other states than those of exact AdamW, or with another codec), or where `auto` would find that encoding them
+ * does not pay. */
+double flap_codec_disk_share(const flap_machine *machine, const flap_pager_config *pager, flap_optim optim);
 
 /* Share of the measured rates that so many workers reach while copies run; 0.9 at most. */
 static inline double flap_codec_share(uint32_t workers, uint32_t cores) {

@@ -239,6 +239,9 @@ static pooled plan_pooled(double codec_bytes, uint64_t forced_bytes, uint64_t di
   open_trial(&t, 0);
   t.planner.spec.micro_batches = 1;
   t.planner.spec.compression = compression;
+  t.planner.spec.disk_rates = (flap_duplex){.alone_bytes = t.machine.disk_read_bytes,
+                                            .other_alone_bytes = t.machine.disk_write_bytes,
+                                            .both_bytes = t.machine.disk_both_bytes};
   t.planner.spec.threads = 8;
   t.planner.expert.group_micro_batches = 1;
   t.planner.expert.pool_bytes = forced_bytes;

@@ -52,6 +52,7 @@ machine: rtx4090-64g-1nvme
         self.assertGreater(plan["vram_scratch_bytes"], 32 << 20)  # the cuda kernels', not the cpu's
         self.assertGreater(plan["disk_bytes"], 0)
         self.assertGreaterEqual(plan["step_seconds"], plan["bound_seconds"])
+        self.assertEqual(plan["disk_share"], 0.87)
         self.assertEqual(sorted(os.listdir(self.folder)), ["disk", "large.yaml", "run.yaml", "text.txt"])
 
     SLOW = """{"name": "slow", "device": "cpu", "ram_bytes": 1073741824, "threads": 1, "flops_bf16": 1e9, "flops_f32": 1e9,
@@ -100,6 +101,31 @@ machine: rtx4090-64g-1nvme
         stripes = even["disk_bytes"] // even["page_bytes"]  # in turn, from the first disk on
         self.assertAlmostEqual(even["machine"]["disk_write_bytes"], 5e6 * stripes / (stripes // 2), delta=2e5)
         self.assertGreater(even["step_seconds"], both["step_seconds"])
+
+    @long_when_sanitized
+    def test_plan_counts_on_compression_where_it_pays(self):
+        """Disks are what this waits for, so a step is about as much shorter as pages are; not with other codecs and states,
+        nor where encoding takes longer than the disk."""
+        large = ["model.hidden_size=256", "model.intermediate_size=1024", "model.num_hidden_layers=8", "max_grad_norm=0"]
+        machine = self.SLOW.replace('"flops_bf16": 1e9, "flops_f32": 1e9', '"flops_bf16": 1e12, "flops_f32": 1e12')
+
+        def plan(codec_bytes, *more):
+            codec = f'"encode_bytes": {codec_bytes}, "decode_bytes": {codec_bytes}, "disks"'
+            self.write("coding.json", machine.replace('"disks"', codec))
+            return json.loads(self.accept("plan", "run.yaml", "--json", "machine=coding.json", *large, "vram=32MiB", "ram=24MiB",
+                                          "disk=/no/such/folder", "expert.page_bytes=64KiB", "expert.pool_bytes=1", *more))
+
+        lz4, auto = plan("1e9", "compression=lz4"), plan("1e9")
+        self.assertEqual((lz4["disk_share"], auto["disk_share"]), (1, 0.87))
+        self.assertEqual(auto["lane_bytes"], lz4["lane_bytes"])
+        self.assertGreater(lz4["lane_seconds"]["disk_write"], 0.99 * lz4["step_seconds"])
+        for shorter in (auto, plan("1e9", "compression=zstd")):
+            self.assertAlmostEqual(shorter["lane_seconds"]["disk_write"] / lz4["lane_seconds"]["disk_write"], 0.87, delta=0.01)
+            self.assertAlmostEqual(shorter["step_seconds"] / lz4["step_seconds"], 0.87, delta=0.02)
+        for usual in (plan("1e7"), plan("1e9", "optim=adamw_8bit", "ram=12MiB"), plan("1e9", "compression=off")):
+            self.assertGreater(usual["disk_bytes"], 0)
+            self.assertEqual(usual["disk_share"], 1)
+        self.assertEqual(plan("1e7")["step_seconds"], lz4["step_seconds"])
 
     @long_when_sanitized
     def test_plan_finds_the_knee(self):
