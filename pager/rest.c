@@ -49,9 +49,10 @@ static flap_status copy_at_rest(flap_pager *pager, pager_lane *lane, void *to, c
   pager_copy copy = {.slot = PAGER_NONE, .buffer = PAGER_NONE, .region = region, .bytes = bytes};
   pager_lane_copy(pager, lane, to, from, &copy);
   pager_wait_until(pager, lanes_are_empty, 0, false);
-  pager->at_rest_ns[lane->lane == FLAP_LANE_H2D ? 0 : 1] += flap_device_busy_ns(pager->device, lane->stream) - before;
   FLAP_TRY(pager_error(pager));
-  return synchronize(pager);
+  const flap_status status = synchronize(pager); /* and the device has counted the copy */
+  pager->at_rest_ns[lane->lane == FLAP_LANE_H2D ? 0 : 1] += flap_device_busy_ns(pager->device, lane->stream) - before;
+  return status;
 }
 
 static piece resident_piece(const flap_pager *pager, const pager_region *region, uint64_t offset) {

@@ -283,8 +283,9 @@ void flap_limits_plan(flap_limits *limits, const flap_plan *plan, const flap_mac
     row = flap_limits_row_add(section, lane + 1, "%s: %s", flap_pager_lane_name((flap_lane)lane),
                               flap_text_bytes(plan->lane_bytes[lane]).text);
     row->cells[0] = certain(plan->lane_seconds[lane]);
+    const bool disk = lane == FLAP_LANE_DISK_READ || lane == FLAP_LANE_DISK_WRITE;
     if (rates[lane] > 0)
-      row->cells[1] = certain((double)plan->lane_bytes[lane] / rates[lane]);
+      row->cells[1] = certain((double)plan->lane_bytes[lane] * (disk ? plan->disk_share : 1) / rates[lane]);
   }
   flap_limits_end(limits, section);
 }

@@ -18,8 +18,7 @@
 #define MEMORY_PARTS 8                                        /* of what is free, one is taken at most */
 #define WORDS_BYTES 16u
 #define NS 1e9
-#define WORKERS_SHARE 0.5 /* of the cores that were measured work where nothing stands in a pool */
-#define GAIN_LEAST 0.95   /* at most this of the time is left, for it to pay */
+#define GAIN_LEAST 0.95 /* at most this of the time is left, for it to pay */
 
 typedef struct bench {
   unsigned char *pages, *stored, *scratch; /* PAGES, PAGES, and one with what the codec needs: of each thread */
@@ -75,7 +74,8 @@ static double rate_of(flap_pool *pool, uint32_t threads, flap_pool_fn fn, bench 
   return took_ns > 0 ? (double)threads * PAGES * PAGE_BYTES / (double)took_ns * NS : 0;
 }
 
-double flap_codec_disk_share(const flap_machine *machine, const flap_pager_config *pager, flap_optim optim) {
+double flap_codec_disk_share(const flap_machine *machine, const flap_pager_config *pager, uint32_t cores,
+                             flap_optim optim) {
   const flap_duplex disk = {machine->disk_read_bytes, machine->disk_write_bytes, machine->disk_both_bytes};
   if (machine->shared_cores > 0 || !(machine->encode_bytes > 0) || !(machine->decode_bytes > 0) ||
       !(disk.alone_bytes > 0) || !(disk.other_alone_bytes > 0) || optim != FLAP_OPTIM_ADAMW ||
@@ -84,7 +84,8 @@ double flap_codec_disk_share(const flap_machine *machine, const flap_pager_confi
   if (pager->compression == FLAP_COMPRESSION_ZSTD)
     return FLAP_PAGER_CODED_SHARE;
   const double disk_seconds = flap_pager_disk_seconds(&disk);
-  const double codec_seconds = (1 / machine->encode_bytes + 1 / machine->decode_bytes) / WORKERS_SHARE;
+  const double workers_share = flap_codec_share(flap_codec_workers(cores, pager->pool_bytes > 0), cores);
+  const double codec_seconds = (1 / machine->encode_bytes + 1 / machine->decode_bytes) / workers_share;
   const bool pays = codec_seconds < GAIN_LEAST * disk_seconds;
   return pager->compression == FLAP_COMPRESSION_AUTO && pays ? FLAP_PAGER_CODED_SHARE : 1;
 }

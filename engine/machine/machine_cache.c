@@ -115,8 +115,8 @@ static flap_status read_rates(const flap_json_object *entry, flap_machine *machi
                {"host_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->host_bytes}};
   for (size_t i = 0; i < sizeof rates / sizeof *rates; i++)
     FLAP_TRY(flap_json_get_number(entry, rates[i].name, rates[i].least, RATE_MAX, rates[i].rate));
-  FLAP_TRY(read_both(entry, "encode_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->encode_bytes));
-  FLAP_TRY(read_both(entry, "decode_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->decode_bytes));
+  FLAP_TRY(read_both(entry, "encode_states_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->encode_bytes));
+  FLAP_TRY(read_both(entry, "decode_states_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->decode_bytes));
   FLAP_TRY(read_both(entry, "h2d_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->h2d_both_bytes));
   return read_both(entry, "d2h_both_bytes", FLAP_MACHINE_MEMORY_MIN, &machine->d2h_both_bytes);
 }
@@ -324,8 +324,8 @@ static bool put_rates(json_t *entry, const flap_machine_key *key, const flap_mac
   }
   done &= flap_json_put(entry, "host_bytes", json_real(machine->host_bytes));
   if (machine->encode_bytes > 0 && machine->decode_bytes > 0) {
-    done &= flap_json_put(entry, "encode_bytes", json_real(machine->encode_bytes));
-    done &= flap_json_put(entry, "decode_bytes", json_real(machine->decode_bytes));
+    done &= flap_json_put(entry, "encode_states_bytes", json_real(machine->encode_bytes));
+    done &= flap_json_put(entry, "decode_states_bytes", json_real(machine->decode_bytes));
   }
   done &= flap_json_put(entry, "launch_ns", json_integer((json_int_t)machine->launch_ns));
   done &= flap_json_put(entry, "copy_ns", json_integer((json_int_t)machine->copy_ns));

@@ -47,7 +47,7 @@ typedef struct flap_op_times {
   double adamw_ns, adamw_embedding_ns; /* per element of a slice; the embedding's moments may be of another format */
   flap_host_ns host, host_embedding;   /* likewise, by the host's cores */
   double copies_beside_host;           /* how many times as long copies both ways take meanwhile; 1: as long */
-  /* How many times as long layers and head take where nothing else comes between for seconds, 1 where that is no
+  /* How many times as long layers take where nothing else comes between for seconds, 1 where that is no
    * matter: a card at its limit of power pays for each rest that it does not get. */
   double sustained;
 } flap_op_times;

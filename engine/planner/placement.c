@@ -7,7 +7,6 @@
 #include <string.h>
 
 #define BUFFERS_FEW 16u
-#define WORKERS_MAX 8u
 #define WORKERS_SHARE 64u /* their memory is at most this part of ram */
 #define TRACE_EVENTS_MAX 131072u
 #define TRACE_EVENT_BYTES 64u    /* about */
@@ -174,9 +173,7 @@ static uint64_t power_of_two_below(uint64_t value) {
   return power;
 }
 
-/* Half of the cores, for the others compute or launch and copy, but with a pool, which wants all that moves encoded and
- * decoded, nearly all; no more than can be at work for either way; and what they compress with must be a small part of
- * ram. */
+/* No more than can be at work for either way; and what they compress with must be a small part of ram. */
 static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice, uint64_t ram_bytes) {
   const flap_pager_config config = {.page_bytes = choice->page_bytes,
                                     .transfer_bytes = choice->transfer_bytes,
@@ -184,9 +181,7 @@ static uint32_t count_workers(const flap_setup *setup, const flap_choice *choice
                                     .pool_bytes = choice->pool_bytes,
                                     .disk_rates = setup->spec.disk_rates};
   const uint64_t each = flap_pager_worker_bytes(&config);
-  uint32_t workers = setup->spec.threads / 2 < WORKERS_MAX ? setup->spec.threads / 2 : WORKERS_MAX;
-  if (choice->pool_bytes > 0 && workers < flap_codec_threads(setup->spec.threads))
-    workers = flap_codec_threads(setup->spec.threads);
+  uint32_t workers = flap_codec_workers(setup->spec.threads, choice->pool_bytes > 0);
   if (workers > choice->read_buffers)
     workers = choice->read_buffers;
   while (workers > 1 && workers * each > ram_bytes / WORKERS_SHARE)

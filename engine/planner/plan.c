@@ -113,8 +113,9 @@ static void describe_sizes(const flap_prepared *p, flap_plan *plan) {
   plan->ram_shared_bytes -= setup->sizes.ram_home_bytes;
   plan->ram_staging_bytes = setup->sizes.staging_bytes;
   plan->ram_pool_bytes = setup->sizes.pool_bytes;
-  plan->disk_share =
-      setup->disk_bytes > 0 ? flap_codec_disk_share(&plan->machine, &setup->pager, setup->spec.optim) : 1;
+  plan->disk_share = setup->disk_bytes > 0
+                         ? flap_codec_disk_share(&plan->machine, &setup->pager, setup->spec.threads, setup->spec.optim)
+                         : 1;
   plan->pooled_share = flap_pager_pooled_share(plan->ram_pool_bytes, setup->sizes.disk_bytes);
   plan->ram_table_bytes = setup->sizes.table_bytes;
   plan->ram_other_bytes = setup->ram_other_bytes;

@@ -63,7 +63,7 @@ static double window_seconds(const flap_planner *planner, const flap_setup *setu
   const flap_program *program = &setup->programs[setup->steady];
   uint64_t bytes[FLAP_LANE_COUNT];
   flap_pager_predict_part(&setup->pager, program->leases, w->first, w->end, bytes);
-  const double disk_share = flap_codec_disk_share(machine, &setup->pager, setup->spec.optim);
+  const double disk_share = flap_codec_disk_share(machine, &setup->pager, setup->spec.threads, setup->spec.optim);
   for (int lane = FLAP_LANE_DISK_READ; lane <= FLAP_LANE_DISK_WRITE; lane++)
     bytes[lane] = (uint64_t)(disk_share * (double)bytes[lane]);
   const double rates[FLAP_LANE_COUNT] = {[FLAP_LANE_H2D] = machine->h2d_bytes,

@@ -64,7 +64,7 @@ static void configure_pager(flap_runtime *runtime, const flap_setup *setup, cons
     const double share = flap_codec_share(setup->choice.workers, setup->spec.threads);
     pager->encode_bytes = share * config->machine->encode_bytes;
     pager->decode_bytes = share * config->machine->decode_bytes;
-    pager->disk_share = flap_codec_disk_share(config->machine, &setup->pager, setup->spec.optim);
+    pager->disk_share = flap_codec_disk_share(config->machine, &setup->pager, setup->spec.threads, setup->spec.optim);
     pager->compression = pager->pool_bytes > 0 || pager->disk_share < 1 ? FLAP_COMPRESSION_ZSTD : FLAP_COMPRESSION_OFF;
     pager->workers = 0; /* there are no bytes to work on */
   }

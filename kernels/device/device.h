@@ -135,8 +135,8 @@ uint64_t flap_device_rested_ns(const flap_device *device);
 /* Such rests bear this label for the observer from here on, as work does; 0: it hears nothing of them. */
 void flap_device_label_rests(flap_device *device, uint64_t label);
 /* From here on busy times, rests and what the observer hears are exact, at the price of microseconds for each copy and
- * each rest. Else on cuda those of copies and of rests without a label are right on average, and one may be 100
- * microseconds off; elsewhere all are exact. From any thread. */
+ * each rest. Else on cuda those of copies and of rests without a label are right on average, one may be 100
+ * microseconds off, and rests of less may be missed; elsewhere all are exact. From any thread. */
 void flap_device_time_exactly(flap_device *device, bool exactly);
 /* Since when it has had nothing to do (flap_units_now_ns or virtual); UINT64_MAX: it has. 0 where its work runs on the
  * calling thread. On cuda only ends of what was launched before flap_device_expect_rest are sure to be known, and up to

@@ -10,13 +10,13 @@
  * 4. Labelled work of the compute stream is timed in intervals. One opens with the first launch after the last one was
  *    closed (flap_device_cuda_compute), and closes when an event is recorded there, when the stream has to wait, or
  *    when the label changes. Other work is not timed, for that would take longer than to launch what a slice needs.
- * 5. What an event costs its stream depends on its kind. While copies go both ways an H200 takes 12 microseconds for
- * one that is timed and that a thread can sleep by, 7 for one that is only timed, and nothing that can be measured for
+ * 5. What an event costs its stream depends on its kind. Beside copies both ways an H200 takes 12 microseconds for one
+ *    that is timed and that a thread can sleep by, 7 for one that is only timed, and nothing that can be measured for
  *    one that is neither; a slice is 10 to 90, a copy of 4 MiB 90. So slots end with plain events, at which their
- *    threads look every POLL_NS and, behind long waits, LOOK_NS; that of a copy first sleeps for most of the time that
- *    the last ones took. Of the compute stream what is behind LONG_THINGS, which take milliseconds, ends with an event
- *    to sleep by. Times are taken by events where somebody wants them exactly (flap_device_time_exactly), else from
- *    when the thread saw what was before end, or the copy launched, until it saw the end: right on average.
+ *    threads look every POLL_NS and, behind long waits, LOOK_NS; of the compute stream what is behind LONG_THINGS,
+ * which take milliseconds, with one to sleep by. Times are taken by events where somebody wants them exactly
+ *    (flap_device_time_exactly), else from when the thread saw what was before end, or the copy launched, until it saw
+ *    the end: right on average, but rests that are over before it looks count nothing.
  *    Of events to sleep by (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of launches 1,001;
  *    the next record or launch blocks its thread until the stream moves on. So at most SLEEPERS_MAX stand there, beside
  *    those of STAGES, and flap_device_limit_ahead keeps all things that do (launches, records, waits) far from the
@@ -52,8 +52,7 @@
 #define UNMARKED_MAX 16u /* things on the compute stream behind its last slot, where its thread limits itself */
 #define POLL_NS 20000u   /* an event that nobody sleeps by is looked at so often, */
 #define LOOK_NS 100000u  /* and so often, where it was waited for 16 times as long */
-#define COPY_ASLEEP 0.85 /* of the time that a copy is expected to take */
-#define COPY_WEIGHT 0.1  /* of the last copy, in how long a byte takes */
+#define BYTE_NS_MIN (1 / 128.0) /* of a copy: no bus is faster, so nobody looks for its end before that */
 
 /* By which kind of event a slot ends. */
 typedef enum end_kind { END_PLAIN, END_TIMED, END_SLEEPS, END_KINDS } end_kind;
@@ -92,7 +91,6 @@ typedef struct lane {
   uint64_t seen_ns;     /* the thread's: when it saw the last slot's end */
   uint64_t ended_ns;    /* the thread's: when the last timed slot ended */
   uint64_t last_timed;  /* the thread's: its number, 0 for none */
-  double byte_ns;       /* the thread's: what a byte takes, of a copy lane; 0 before it is known */
   bool waits;    /* the launching thread's: the stream waits, so the next copy's start is not known from outside */
   slot *copying; /* the launching thread's: of a copy that was enqueued, without its end; NULL for none */
   slot ring[RING_SLOTS];
@@ -254,10 +252,10 @@ static cudaError_t wait_for_end(const lane *l, const slot *s) {
   if (s->kind == END_SLEEPS)
     return cudaEventSynchronize(end_of(s));
   cudaError_t error = cudaEventQuery(end_of(s));
-  const uint64_t began_ns = flap_units_now_ns();
-  const uint64_t expected_ns = seen_start_ns(l, s) + (uint64_t)(COPY_ASLEEP * l->byte_ns * (double)s->bytes);
-  if (error == cudaErrorNotReady && l->byte_ns > 0 && expected_ns > began_ns)
-    sleep_ns(expected_ns - began_ns);
+  const bool copies = l->stream != FLAP_STREAM_COMPUTE;
+  const uint64_t began_ns = flap_units_now_ns(), least_ns = copies ? (uint64_t)(BYTE_NS_MIN * (double)s->bytes) : 0;
+  if (error == cudaErrorNotReady && seen_start_ns(l, s) + least_ns > began_ns)
+    sleep_ns(seen_start_ns(l, s) + least_ns - began_ns);
   while (error == cudaErrorNotReady && (error = cudaEventQuery(end_of(s))) == cudaErrorNotReady) {
     const uint64_t pause_ns = s->timed ? POLL_NS : (flap_units_now_ns() - began_ns) / 16;
     sleep_ns(pause_ns < POLL_NS ? POLL_NS : pause_ns < LOOK_NS ? pause_ns : LOOK_NS);
@@ -272,8 +270,7 @@ static void report_seen(lane *l, const slot *s, uint64_t seen_ns) {
     atomic_fetch_add_explicit(&l->device->base.rested_ns, took_ns, memory_order_relaxed);
     return;
   }
-  const double byte_ns = (double)took_ns / (double)s->bytes;
-  l->byte_ns = l->byte_ns > 0 ? l->byte_ns + COPY_WEIGHT * (byte_ns - l->byte_ns) : byte_ns;
+  l->ended_ns = seen_ns;
   flap_device_copied(&l->device->base, l->stream, since_ns, seen_ns, s->bytes);
 }
 
@@ -666,6 +663,7 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
     if (rest->timed)
       check(device, "cannot record an event", cudaEventRecord(rest->start, l->cuda));
   } else {
+    (void)end_copy(l, false); /* before the wait, not behind it */
     l->waits = true;
   }
   check(device, "cannot let a stream wait", cudaStreamWaitEvent(l->cuda, device->events[event], 0));

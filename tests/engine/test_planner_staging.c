@@ -1,7 +1,9 @@
 /* Plans where states live on disk. How deep staging is where they are updated in bursts: against a few buffers, which
  * `expert.staging_bytes` forces. When a second backward goes against gradients that are stored, which `expert.update`
- * forces. And when layers are computed again one by one, against segments as a whole: `expert.recompute`. */
+ * forces. And when layers are computed again one by one, against segments as a whole: `expert.recompute`. What
+ * compression shortens. */
 #include "base/units.h"
+#include "engine/machine/codec_rates.h"
 #include "engine/planner/planner.h"
 
 #include <check.h>
@@ -259,6 +261,41 @@ static pooled plan_pooled(double codec_bytes, uint64_t forced_bytes, uint64_t di
   return p;
 }
 
+START_TEST(compression_is_counted_where_it_pays) {
+  const flap_machine usual = {.disk_read_bytes = 4e9,
+                              .disk_write_bytes = 1e9,
+                              .disk_both_bytes = 3e9,
+                              .encode_bytes = 12e9,
+                              .decode_bytes = 18e9};
+  const flap_pager_config pager = {.page_bytes = FLAP_MIB,
+                                   .transfer_bytes = 4 * FLAP_MIB,
+                                   .compression = FLAP_COMPRESSION_AUTO,
+                                   .disk_rates = {4e9, 1e9, 3e9}};
+  flap_machine machine = usual;
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW), FLAP_PAGER_CODED_SHARE);
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW_8BIT), 1);
+  machine.disk_both_bytes = 0; /* the two ways do not slow each other */
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW), FLAP_PAGER_CODED_SHARE);
+  machine.shared_cores = 2;
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW), 1);
+  machine = usual, machine.encode_bytes = 0; /* not known */
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW), 1);
+  machine = usual, machine.encode_bytes = 1.5e9; /* by 8 of the 14 threads 0.77, and with decoding 0.7 GB/s both ways */
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &pager, 16, FLAP_OPTIM_ADAMW), 1);
+  flap_pager_config other = pager;
+  other.compression = FLAP_COMPRESSION_ZSTD; /* whether it pays or not */
+  ck_assert_double_eq(flap_codec_disk_share(&machine, &other, 16, FLAP_OPTIM_ADAMW), FLAP_PAGER_CODED_SHARE);
+  other.compression = FLAP_COMPRESSION_LZ4;
+  ck_assert_double_eq(flap_codec_disk_share(&usual, &other, 16, FLAP_OPTIM_ADAMW), 1);
+  other.compression = FLAP_COMPRESSION_OFF;
+  ck_assert_double_eq(flap_codec_disk_share(&usual, &other, 16, FLAP_OPTIM_ADAMW), 1);
+  other = pager, other.page_bytes = 4096;
+  ck_assert_double_eq(flap_codec_disk_share(&usual, &other, 16, FLAP_OPTIM_ADAMW), 1);
+  other = pager, other.page_bytes = other.transfer_bytes = 64 * FLAP_KIB;
+  ck_assert_double_eq(flap_codec_disk_share(&usual, &other, 16, FLAP_OPTIM_ADAMW), 1);
+}
+END_TEST
+
 START_TEST(ram_is_a_pool_where_that_spares_the_disk) {
   const uint64_t plenty = (uint64_t)20 * FLAP_GIB;
   const pooled without = plan_pooled(10e9, 1, plenty, FLAP_COMPRESSION_AUTO);
@@ -290,6 +327,7 @@ int main(void) {
   tcase_add_loop_test(tcase, gradients_are_computed_again_where_that_spares_the_disk, 0, KINDS);
   tcase_add_loop_test(tcase, plans_are_layerwise_where_disks_are_the_limit, 0, LAYERWISE_KINDS);
   tcase_add_loop_test(tcase, plans_are_not_layerwise_where_memory_is_plenty, 0, LAYERWISE_KINDS / 2);
+  tcase_add_test(tcase, compression_is_counted_where_it_pays);
   tcase_add_loop_test(tcase, ram_is_a_pool_where_that_spares_the_disk, 0, LAYERWISE_KINDS / 2);
   suite_add_tcase(suite, tcase);
   SRunner *runner = srunner_create(suite);

@@ -239,7 +239,7 @@ class Bits(unittest.TestCase):
                 self.assertGreater(plan["read_buffers"], 16, override)
             elif key == "expert.pool_bytes":
                 self.assertGreater(plan["ram_pool_bytes"], 0, override)
-                self.assertTrue(0 < plan["pooled_share"] <= 1, override)
+                self.assertTrue(0 < plan["pooled_share"] <= 1 and 0 < plan["disk_share"] <= 1, override)
             elif key == "compression":
                 self.assertEqual(plan["compression"], value)
             elif key == "expert.page_bytes":
