@@ -13,8 +13,8 @@
  * 5. What an event costs its stream depends on its kind. Beside copies both ways an H200 takes 12 microseconds for one
  *    that is timed and that a thread can sleep by, 7 for one that is only timed, and nothing that can be measured for
  *    one that is neither; a slice is 10 to 90, a copy of 4 MiB 90. So slots end with plain events, at which their
- *    threads look every POLL_NS and, behind long waits, LOOK_NS; of the compute stream what is behind LONG_THINGS,
- * which take milliseconds, with one to sleep by. Times are taken by events where somebody wants them exactly
+ *    threads look every POLL_NS and, behind long waits, LOOK_NS. What is behind LONG_THINGS on the compute stream takes
+ *    milliseconds, and ends with one to sleep by. Times are taken by events where somebody wants them exactly
  *    (flap_device_time_exactly), else from when the thread saw what was before end, or the copy launched, until it saw
  *    the end: right on average, but rests that are over before it looks count nothing.
  *    Of events to sleep by (cudaEventBlockingSync) CUDA 13 lets 55 stand on a stream of an H100, and of launches 1,001;
