@@ -39,22 +39,25 @@ uint64_t flap_pager_worker_bytes(const flap_pager_config *config) {
 
 /* ---- whether it pays -------------------------------------------------------------------------------------- */
 
-double flap_pager_disk_seconds(const flap_duplex *rates) {
+/* For a byte that is read once and written once. */
+static double disk_seconds_of(const flap_duplex *rates) {
   const double longer =
       1 / (rates->alone_bytes < rates->other_alone_bytes ? rates->alone_bytes : rates->other_alone_bytes);
   const double both = flap_duplex_least_seconds(1, 1, rates);
   return both > longer ? both : longer;
 }
 
-/* What such a byte takes of the disks, and of them and the codec together. Where compute wants the same cores the
- * codec's time comes on top; elsewhere it passes beside. */
+/* Where compute wants the same cores the codec's time comes on top; elsewhere it passes beside. */
+bool flap_pager_encoding_pays(const flap_duplex *disks, double share, double codec_seconds, bool shared_cores) {
+  const double disk_seconds = disk_seconds_of(disks), shorter = share * disk_seconds;
+  const double longer = codec_seconds > shorter ? codec_seconds : shorter;
+  return (shared_cores ? shorter + codec_seconds : longer) < GAIN_LEAST * disk_seconds;
+}
+
 static bool pays(const flap_pager *pager, const pager_class *klass) {
-  const double disk_ns = 1e9 * flap_pager_disk_seconds(&pager->disk_rates);
   const double decode_ns = klass->decode_ns > 0 ? klass->decode_ns : DECODE_SHARE * klass->encode_ns;
   const double codec_ns = (klass->encode_ns + decode_ns) / (pager->worker_count > 0 ? pager->worker_count : 1);
-  const double shorter_ns = klass->share * disk_ns;
-  const double longer_ns = codec_ns > shorter_ns ? codec_ns : shorter_ns;
-  return (pager->shared_cores ? shorter_ns + codec_ns : longer_ns) < GAIN_LEAST * disk_ns;
+  return flap_pager_encoding_pays(&pager->disk_rates, klass->share, 1e-9 * codec_ns, pager->shared_cores);
 }
 
 bool pager_shrinks_on_disk(const flap_pager *pager, const pager_buffer *buffer) {

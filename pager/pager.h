@@ -310,8 +310,9 @@ typedef struct flap_pager_stats {
 } flap_pager_stats;
 void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out);
 
-/* What disks take for a byte that is read once and written once. */
-double flap_pager_disk_seconds(const flap_duplex *rates);
+/* Whether `auto` encodes a byte that is read once and written once: it comes to `share` of one, for which the codec
+ * takes so many seconds, both ways; of cores that compute wants, or beside all else. */
+bool flap_pager_encoding_pays(const flap_duplex *disks, double share, double codec_seconds, bool shared_cores);
 /* What a chunk comes to until chunks were seen, of its bytes: states of exact AdamW, trained for a while. */
 #define FLAP_PAGER_CODED_SHARE 0.87
 /* Of the pages that live on disk what share a pool of so many bytes is expected to hold, if they shrink as states of

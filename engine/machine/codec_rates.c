@@ -12,13 +12,12 @@
 #include <string.h>
 
 #define PAGE_BYTES (4u << 20)
-#define PAGES \
-  5u /* of each thread, and as many that they are encoded to: as in states one of low halves, four of moments */
+/* Of each thread, and as many that they are encoded to: as in states one of low halves, four of moments. */
+#define PAGES 5u
 #define THREAD_BYTES ((2 * PAGES + 2) * (uint64_t)PAGE_BYTES) /* pages, what they come to, scratch */
 #define MEMORY_PARTS 8                                        /* of what is free, one is taken at most */
 #define WORDS_BYTES 16u
 #define NS 1e9
-#define GAIN_LEAST 0.95 /* at most this of the time is left, for it to pay */
 
 typedef struct bench {
   unsigned char *pages, *stored, *scratch; /* PAGES, PAGES, and one with what the codec needs: of each thread */
@@ -81,13 +80,12 @@ double flap_codec_disk_share(const flap_machine *machine, const flap_pager_confi
       !(disk.alone_bytes > 0) || !(disk.other_alone_bytes > 0) || optim != FLAP_OPTIM_ADAMW ||
       flap_pager_worker_bytes(pager) == 0) /* nothing is compressed */
     return 1;
-  if (pager->compression == FLAP_COMPRESSION_ZSTD)
-    return FLAP_PAGER_CODED_SHARE;
-  const double disk_seconds = flap_pager_disk_seconds(&disk);
   const double workers_share = flap_codec_share(flap_codec_workers(cores, pager->pool_bytes > 0), cores);
   const double codec_seconds = (1 / machine->encode_bytes + 1 / machine->decode_bytes) / workers_share;
-  const bool pays = codec_seconds < GAIN_LEAST * disk_seconds;
-  return pager->compression == FLAP_COMPRESSION_AUTO && pays ? FLAP_PAGER_CODED_SHARE : 1;
+  const bool encodes = pager->compression == FLAP_COMPRESSION_ZSTD ||
+                       (pager->compression == FLAP_COMPRESSION_AUTO &&
+                        flap_pager_encoding_pays(&disk, FLAP_PAGER_CODED_SHARE, codec_seconds, false));
+  return encodes ? FLAP_PAGER_CODED_SHARE : 1;
 }
 
 void flap_codec_measure(uint32_t threads, flap_machine *machine) {
