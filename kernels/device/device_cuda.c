@@ -651,8 +651,7 @@ static void cuda_stream_wait(flap_device *base, flap_stream stream, flap_event e
   if (cudaEventQuery(device->events[event]) == cudaSuccess)
     return; /* nothing to wait for, so no interval ends either */
   if (stream == FLAP_STREAM_COMPUTE) {
-    if (device->interval_open || device->things > device->things_marked)
-      put_mark(device, false);
+    cuda_expect_rest(base); /* the end of what is before it */
     rest = lane_take(l);
     rest->timed = base->rest_label != 0 || atomic_load_explicit(&base->exact, memory_order_relaxed);
     rest->rests = true;
