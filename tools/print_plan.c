@@ -103,13 +103,14 @@ static void print_choices(FILE *out, const flap_plan *plan) {
   if (plan->host_parts > 0)
     fprintf(out, ", of %u of %u parts by the host's cores", plan->host_parts, plan->part_count);
   fprintf(out, "; %u read and %u write buffers\n", plan->read_buffers, plan->write_buffers);
-  if (plan->compression != FLAP_COMPRESSION_OFF)
+  if (plan->compression != FLAP_COMPRESSION_OFF) {
     fprintf(out, "compression of pages on disk: %s, by %u thread%s; ", flap_print_compression(plan->compression),
             plan->workers, plan->workers == 1 ? "" : "s");
-  if (plan->compression != FLAP_COMPRESSION_OFF && plan->disk_share < 1)
-    fprintf(out, "times are with %.2f of their bytes, all else is without it\n", plan->disk_share);
-  else if (plan->compression != FLAP_COMPRESSION_OFF)
-    fprintf(out, "all figures here are without it\n");
+    if (plan->disk_share < 1)
+      fprintf(out, "times are with %.2f of their bytes, all else is without it\n", plan->disk_share);
+    else
+      fprintf(out, "all figures here are without it\n");
+  }
   if (plan->pooled_share > 0)
     fprintf(out,
             "   about %.0f%% of them in a pool of %s of ram instead, if they shrink as states mostly do: the step is\n"
