@@ -37,38 +37,48 @@ void pager_enter(flap_pager *pager) {
   entered(pager);
 }
 
-/* A mutex that is given back and taken again at once goes to the thread that never slept: so this one sleeps. */
-static void let_others_in(flap_pager *pager) {
-  while (!pager->clock && atomic_load(&pager->wanted) > 0)
+/* A mutex that is given back and taken again at once goes to the thread that never slept: so this one sleeps. True:
+ * somebody came, and what stood still may go on. */
+static bool let_others_in(flap_pager *pager) {
+  bool came = false;
+  for (; !pager->clock && atomic_load(&pager->wanted) > 0; came = true)
     pthread_cond_wait(&pager->let_in, &pager->lock);
+  return came;
 }
 
-/* What frees something comes before what needs it, so most rounds need no second one. After a failure only what is
- * under way is collected. */
+/* What others have ended. */
+static bool collect(flap_pager *pager) {
+  bool progress = pager_lane_retire(pager, &pager->h2d);
+  progress |= pager_lane_retire(pager, &pager->d2h);
+  progress |= pager_disk_poll(pager);
+  progress |= pager_jobs_collect(pager);
+  return progress;
+}
+
+/* What can begin. What frees something comes before what needs it; but checks, which take long, come last. True: they
+ * went on, and something before them may be free. */
+static bool begin(flap_pager *pager) {
+  (void)pager_rings_release(pager);
+  (void)pager_loans_open(pager);
+  (void)pager_snapshot_issue(pager);
+  (void)pager_stores_issue(pager);
+  (void)pager_jobs_start(pager);
+  (void)pager_rings_assign(pager);
+  (void)pager_loads_issue(pager);
+  (void)pager_loads_read_ahead(pager);
+  (void)pager_writes_issue(pager);
+  flush(pager);
+  pager_wait_look(pager);
+  return pager_checks_advance(pager);
+}
+
+/* After a failure only what is under way is collected. */
 void pager_pump(flap_pager *pager) {
-  bool progress;
-  do {
-    progress = pager_lane_retire(pager, &pager->h2d);
-    progress |= pager_lane_retire(pager, &pager->d2h);
-    progress |= pager_disk_poll(pager);
-    progress |= pager_jobs_collect(pager);
-    if (pager->error == FLAP_OK) {
-      progress |= pager_rings_release(pager);
-      progress |= pager_loans_open(pager);
-      progress |= pager_snapshot_issue(pager);
-      progress |= pager_stores_issue(pager);
-      progress |= pager_jobs_start(pager);
-      progress |= pager_rings_assign(pager);
-      progress |= pager_loads_issue(pager);
-      progress |= pager_loads_read_ahead(pager);
-      progress |= pager_writes_issue(pager);
-      flush(pager);
-      pager_wait_look(pager);
-      progress |= pager_checks_advance(pager);
-    }
-    if (progress)
-      let_others_in(pager);
-  } while (progress);
+  bool again = true;
+  while (collect(pager) || again) {
+    again = pager->error == FLAP_OK && begin(pager);
+    again |= let_others_in(pager);
+  }
   flush(pager);
   pager_assert_state(pager);
   pager_wait_look(pager);
@@ -92,17 +102,26 @@ static void *transfer_thread(void *context) {
   }
 }
 
+/* With a clock: only after a ring, for without one there is nothing to advance. */
+static void pump_if_rung(flap_pager *pager) {
+  if (!pager->rung)
+    return;
+  pager->rung = false;
+  pager_pump(pager);
+}
+
 static void pump_event(void *context) {
   flap_pager *pager = context;
   pager->pump_scheduled = false;
   pthread_mutex_lock(&pager->lock);
-  pager_pump(pager);
+  pump_if_rung(pager);
   pthread_mutex_unlock(&pager->lock);
 }
 
 void pager_ring_bell(void *context) {
   flap_pager *pager = context;
   if (pager->clock) {
+    pager->rung = true;
     if (pager->pump_scheduled || pager->closing)
       return;
     pager->pump_scheduled = true;
@@ -190,16 +209,15 @@ void pager_wait_look(flap_pager *pager) {
 }
 
 static void wait_on_clock(flap_pager *pager) {
-  for (;;) {
-    pager_pump(pager);
-    if (!pager->wait.ready)
-      return;
+  pager_pump(pager);
+  while (pager->wait.ready) {
     /* Events pump too, under the lock. */
     pthread_mutex_unlock(&pager->lock);
     bool advanced = flap_clock_advance(pager->clock);
     pthread_mutex_lock(&pager->lock);
     if (!advanced)
       pager_mistake(pager, "deadlock: somebody waits, and no event is left that could end it");
+    pump_if_rung(pager);
   }
 }
 
