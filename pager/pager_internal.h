@@ -409,7 +409,7 @@ struct flap_pager {
    * the device and the block files. */
   pthread_mutex_t bell_lock;
   pthread_cond_t bell;
-  bool rung, stop;
+  bool rung, stop; /* with clock: rung since the last pump, by whoever holds the lock or the clock */
   pthread_t thread;
   bool thread_started;
   bool pump_scheduled; /* with clock: a pump is among its events */
@@ -666,7 +666,7 @@ void pager_jobs_close(flap_pager *pager);
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
 /* Takes the lock on the engine thread, or on one that drains. The pump goes on for as long as anything moves, which
- * with both copy lanes busy may be for tens of milliseconds: between two of its rounds it lets in whoever entered here.
+ * with both copy lanes busy may be for tens of milliseconds: behind each of its rounds it lets in whoever entered here.
  */
 void pager_enter(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */
