@@ -179,9 +179,9 @@ bool pager_checks_advance(flap_pager *pager) {
     return progress;
   const uint32_t first = pager_heap_take(pager, &pager->checks);
   if (pager->has_bytes) {
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     work_here(pager, first);
-    pthread_mutex_lock(&pager->lock);
+    pager_lock(pager);
   }
   take_further(pager, first);
   return true;

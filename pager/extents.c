@@ -28,7 +28,7 @@
 static flap_status tell(flap_pager *pager, const flap_pager_extent *extents, uint32_t count,
                         flap_pager_extent_fn extent, void *context) {
   flap_status status = FLAP_OK;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   for (uint32_t i = 0; i < count && status == FLAP_OK; i++)
     status = extent(context, &extents[i]);
   pager_enter(pager);
@@ -57,7 +57,7 @@ void pager_extents_compared(flap_pager *pager, const pager_buffer *buffer) {
 bool flap_pager_kept_is_read(flap_pager *pager) {
   pager_enter(pager);
   const bool read = pager->kept_unread == 0;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return read;
 }
 
@@ -123,7 +123,7 @@ static void find_needed(flap_pager *pager, bool needed[FLAP_BLOCK_FILES_MAX + 1]
       page->kept_unread = false;
     }
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
 }
 
 bool flap_pager_can_keep(const flap_pager *pager) {

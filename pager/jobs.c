@@ -146,7 +146,7 @@ void flap_pager_run_job(flap_pager *pager, uint32_t first, uint32_t count, const
       .job = *job, .first_lease = program->first_lease + first, .count = count, .program = pager->program_first};
   program->pinned += count;
   program->in_jobs += count;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager_ring_bell(pager);
 }
 

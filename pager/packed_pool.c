@@ -261,11 +261,11 @@ static bool simulate_put(flap_pager *pager, pager_buffer *buffer) {
 
 static void coded(void *context) {
   flap_pager *pager = context;
-  pthread_mutex_lock(&pager->lock);
+  pager_lock(pager);
   pager->coding_count--;
   pager_heap_add(pager, &pager->checks, pager_queue_take(pager, &pager->coding));
   pager_pump(pager);
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
 }
 
 bool pager_codec_simulate(flap_pager *pager, uint32_t index) {

@@ -217,11 +217,11 @@ static void wind_down_clock(flap_pager *pager) {
     pager_pump(pager);
     if (nothing_under_way(pager) && !pager->pump_scheduled)
       break;
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     advanced = flap_clock_advance(pager->clock);
     pager_enter(pager);
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager->closing = true;
 }
 
@@ -284,7 +284,7 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
   pager_enter(pager);
   flap_status status = pager_error(pager);
   if (status != FLAP_OK) {
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     return status;
   }
   flap_assert(count <= pager->leases_max && pager->program_count < PAGER_PROGRAMS_MAX);
@@ -310,7 +310,7 @@ flap_status flap_pager_begin(flap_pager *pager, const flap_lease *leases, uint32
     else if (region->lends)
       pager_loan_queue(pager, region->loan, first + i);
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager_ring_bell(pager);
   return FLAP_OK;
 }
@@ -361,7 +361,7 @@ static void check_pin(flap_pager *pager, uint32_t index, const flap_lease *what,
  * the device tells how long the stream rested. */
 static void order_compute(flap_pager *pager, uint32_t slot) {
   const uint64_t started_ns = pager_now_ns(pager);
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   flap_device_stream_wait(pager->device, FLAP_STREAM_COMPUTE, pager_load_event(slot));
   pager_enter(pager);
   pager_stalled(pager, FLAP_LANE_H2D, started_ns, pager_now_ns(pager));
@@ -398,10 +398,10 @@ flap_status flap_pager_pin(flap_pager *pager, uint32_t index, void **memory_out)
   if (is_streaming(region) && pager_loads(what->mode))
     order_compute(pager, lease->slot);
   *memory_out = is_streaming(region) ? pager->slots[lease->slot].memory : region->home;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return FLAP_OK;
 fail:
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return status;
 }
 
@@ -440,7 +440,7 @@ void flap_pager_unpin(flap_pager *pager, uint32_t index) {
   } else if (region->lends) {
     pager_loan_unpinned(pager, region->loan);
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager_ring_bell(pager);
 }
 
@@ -465,7 +465,7 @@ flap_status flap_pager_end(flap_pager *pager) {
     pager->program_first = (pager->program_first + 1) % PAGER_PROGRAMS_MAX;
     pager->program_count--;
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return status;
 }
 
@@ -477,7 +477,7 @@ flap_status flap_pager_settle(flap_pager *pager) {
     pager_wait_until(pager, pager_is_idle, 0, false);
     status = pager_error(pager);
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return status == FLAP_OK ? flap_device_synchronize(pager->device) : status;
 }
 
@@ -494,5 +494,5 @@ void flap_pager_get_stats(flap_pager *pager, flap_pager_stats *stats_out) {
     stats_out->busy_ns[FLAP_LANE_DISK_READ] = pager->disk_ns[0] / pager->read_depth;
     stats_out->busy_ns[FLAP_LANE_DISK_WRITE] = pager->disk_ns[1] / pager->write_depth;
   }
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
 }

@@ -665,6 +665,15 @@ void pager_jobs_close(flap_pager *pager);
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
+/* The lock, for whoever pumps. With a clock there is one thread, and millions of times when it would be taken. */
+static inline void pager_lock(flap_pager *pager) {
+  if (pager->clock == NULL)
+    pthread_mutex_lock(&pager->lock);
+}
+static inline void pager_leave(flap_pager *pager) {
+  if (pager->clock == NULL)
+    pthread_mutex_unlock(&pager->lock);
+}
 /* Takes the lock on the engine thread, or on one that drains. The pump goes on for as long as anything moves, which
  * with both copy lanes busy may be for tens of milliseconds: behind each of its rounds it lets in whoever entered here.
  */

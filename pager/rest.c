@@ -22,7 +22,7 @@ static flap_status come_to_rest(flap_pager *pager, uint32_t region) {
 static flap_status leave(flap_pager *pager, flap_status status) {
   if (status == FLAP_OK)
     status = pager_error(pager);
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   return status;
 }
 
@@ -35,7 +35,7 @@ static bool lanes_are_empty(flap_pager *pager, uint32_t unused) {
 
 /* Waits for all streams, and tells whether the device failed. */
 static flap_status synchronize(flap_pager *pager) {
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   flap_status status = flap_device_synchronize(pager->device);
   pager_enter(pager);
   return status;
@@ -65,7 +65,7 @@ static flap_status fill_resident(flap_pager *pager, uint32_t index, flap_pager_f
   FLAP_TRY(synchronize(pager)); /* compute may still use the region */
   for (uint64_t offset = 0; offset < region->bytes;) {
     piece p = resident_piece(pager, region, offset);
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     flap_status status = fill(context, p.offset, p.bytes, pager->bounce);
     pager_enter(pager);
     FLAP_TRY(status);
@@ -81,7 +81,7 @@ static flap_status drain_resident(flap_pager *pager, uint32_t index, flap_pager_
   for (uint64_t offset = 0; offset < region->bytes;) {
     piece p = resident_piece(pager, region, offset);
     FLAP_TRY(copy_at_rest(pager, &pager->d2h, pager->bounce, region->home + offset, index, p.bytes));
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     flap_status status = drain(context, p.offset, p.bytes, pager->bounce);
     pager_enter(pager);
     FLAP_TRY(status);
@@ -99,7 +99,7 @@ static flap_status visit_ram(flap_pager *pager, uint32_t index, flap_pager_fill_
   for (uint32_t page = 0; page < region->ram_pages;) {
     uint32_t count = pager_chunk_pages(pager, region, page);
     uint64_t offset = page * pager->page_bytes, bytes = pager_chunk_bytes(pager, region, page, count);
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     flap_status status = fill ? fill(context, offset, bytes, region->home + offset)
                               : drain(context, offset, bytes, region->home + offset);
     pager_enter(pager);
@@ -153,7 +153,7 @@ static flap_status fill_disk(flap_pager *pager, uint32_t index, flap_pager_fill_
     uint32_t taken = pager_buffer_take(pager, true, index, page, count);
     pager->buffers[taken].at_rest = true;
     mark_storing(pager, region, page, count);
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     status = fill(context, page * pager->page_bytes, pager_chunk_bytes(pager, region, page, count),
                   pager->buffers[taken].memory);
     pager_enter(pager);
@@ -195,7 +195,7 @@ static flap_status drain_disk(flap_pager *pager, uint32_t index, flap_pager_drai
     FLAP_TRY(pager_error(pager));
     uint32_t taken = pager_queue_take(pager, &pager->at_rest), count = pager->buffers[taken].page_count;
     flap_assert(pager->buffers[taken].first_page == page);
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     status = drain(context, page * pager->page_bytes, pager_chunk_bytes(pager, region, page, count),
                    pager->buffers[taken].memory);
     pager_enter(pager);

@@ -87,13 +87,13 @@ void flap_pager_snapshot_begin(flap_pager *pager, uint32_t until) {
       pager->snapshot.changes += left;
   }
   record_mark(pager, 0);
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
 }
 
 void flap_pager_snapshot_cut_off(flap_pager *pager) {
   pager_enter(pager);
   pager->snapshot.cut_off = true;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager_ring_bell(pager);
 }
 
@@ -103,7 +103,7 @@ void flap_pager_snapshot_end(flap_pager *pager) {
   pager->snapshot.open = false;
   for (uint32_t i = 0; i < pager->region_count; i++)
     pager->regions[i].kept = false;
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   pager_ring_bell(pager);
 }
 
@@ -249,7 +249,7 @@ static bool nothing_is_under_way(flap_pager *pager, uint32_t unused) {
 /* The callback works without the lock. */
 static flap_status deliver(flap_pager *pager, flap_pager_drain_fn drain, void *context, uint64_t offset, uint64_t bytes,
                            const void *memory) {
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
   const flap_status status = drain(context, offset, bytes, memory);
   pager_enter(pager);
   return status;

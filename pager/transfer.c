@@ -32,8 +32,10 @@ static void entered(flap_pager *pager) {
 }
 
 void pager_enter(flap_pager *pager) {
+  if (pager->clock != NULL)
+    return;
   atomic_fetch_add(&pager->wanted, 1);
-  pthread_mutex_lock(&pager->lock);
+  pager_lock(pager);
   entered(pager);
 }
 
@@ -96,9 +98,9 @@ static void *transfer_thread(void *context) {
     pthread_mutex_unlock(&pager->bell_lock);
     if (stop)
       return NULL;
-    pthread_mutex_lock(&pager->lock);
+    pager_lock(pager);
     pager_pump(pager);
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
   }
 }
 
@@ -113,9 +115,9 @@ static void pump_if_rung(flap_pager *pager) {
 static void pump_event(void *context) {
   flap_pager *pager = context;
   pager->pump_scheduled = false;
-  pthread_mutex_lock(&pager->lock);
+  pager_lock(pager);
   pump_if_rung(pager);
-  pthread_mutex_unlock(&pager->lock);
+  pager_leave(pager);
 }
 
 void pager_ring_bell(void *context) {
@@ -212,9 +214,9 @@ static void wait_on_clock(flap_pager *pager) {
   pager_pump(pager);
   while (pager->wait.ready) {
     /* Events pump too, under the lock. */
-    pthread_mutex_unlock(&pager->lock);
+    pager_leave(pager);
     bool advanced = flap_clock_advance(pager->clock);
-    pthread_mutex_lock(&pager->lock);
+    pager_lock(pager);
     if (!advanced)
       pager_mistake(pager, "deadlock: somebody waits, and no event is left that could end it");
     pump_if_rung(pager);

@@ -26,13 +26,13 @@ static bool grow(void **list, uint32_t *max, uint32_t count, size_t element_byte
   return true;
 }
 
-static void append(program_builder *b, flap_op op) {
+flap_op *program_append_op(program_builder *b) {
   flap_program *p = b->program;
   if (b->failed || !grow((void **)&p->ops, &p->ops_max, p->op_count, sizeof *p->ops)) {
     b->failed = true;
-    return;
+    return NULL;
   }
-  p->ops[p->op_count++] = op;
+  return &p->ops[p->op_count++];
 }
 
 static bool streams(const program_builder *b, uint32_t region) {
@@ -76,13 +76,6 @@ void program_unpin(program_builder *b, flap_operand lease) {
   const uint32_t region = b->counts_only ? lease : b->program->leases[lease].region;
   if (streams(b, region))
     b->live[b->layout->regions[region].klass]--;
-}
-
-void program_op(program_builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_batch,
-                const flap_operand operand[FLAP_OP_OPERANDS]) {
-  flap_op new_op = {.kind = (uint8_t)kind, .index = index, .micro_batch = micro_batch};
-  memcpy(new_op.operand, operand, sizeof new_op.operand);
-  append(b, new_op);
 }
 
 void flap_program_place(flap_program *program, flap_arena *arena) {

@@ -62,8 +62,23 @@ static inline void program_count_op(program_builder *b) {
   b->program->op_count++;
 }
 
-void program_op(program_builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_batch,
-                const flap_operand operand[FLAP_OP_OPERANDS]);
+/* The next of the list, to be written; NULL: the builder has failed. */
+flap_op *program_append_op(program_builder *b);
+
+/* Inline, so that operands are written where they stay: plans make millions of operations. */
+static inline void program_op(program_builder *b, flap_op_kind kind, uint32_t index, uint32_t micro_batch,
+                              const flap_operand operand[FLAP_OP_OPERANDS]) {
+  flap_op *op = program_append_op(b);
+  if (op == NULL)
+    return;
+  op->kind = (uint8_t)kind;
+  op->fresh = false;
+  op->index = index;
+  op->micro_batch = micro_batch;
+  for (uint32_t i = 0; i < FLAP_OP_OPERANDS; i++)
+    op->operand[i] = operand[i];
+}
+
 /* For a job of the host's, which is no operation of its own. */
 flap_operand program_add_lease(program_builder *b, flap_lease lease);
 flap_operand program_pin(program_builder *b, uint32_t region, flap_lease_mode mode);
