@@ -27,7 +27,8 @@
  *
  * Threading: the engine thread begins, pins, unpins, ends. One transfer thread owns completions and the copy streams;
  * the engine thread never reaps I/O. Jobs run on a third, checksums on `workers` more. A thread of the caller's may
- * drain a snapshot. On the sim device there is no thread: whoever waits advances the clock. A completion never raises.
+ * drain a snapshot. On the sim device there is no thread: whoever waits advances the clock, and all calls come
+ * from one thread, for nothing is locked. A completion never raises.
  * A transfer that failed, or bytes that are not what was written even when they are read once more (FLAP_CORRUPT), make
  * the pager's error sticky, and from then on every call but close and stats returns it.
  */

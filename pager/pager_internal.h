@@ -4,11 +4,13 @@
  * and VRAM, and a buffer carries one disk request at a time. A copy lane is one of the device's two copy streams with a
  * bounded window of copies under way. A chunk is a run of adjacent pages that moves as one transfer.
  *
- * Everything here is called with pager->lock held, except where a comment says otherwise.
+ * Everything here is called with pager->lock held, except where a comment says otherwise. With a clock there is one
+ * thread, and the lock is not taken.
  */
 #ifndef FLAP_PAGER_PAGER_INTERNAL_H
 #define FLAP_PAGER_PAGER_INTERNAL_H
 
+#include "base/assert.h"
 #include "base/units.h"
 #include "pager/pager.h"
 
@@ -409,10 +411,11 @@ struct flap_pager {
    * the device and the block files. */
   pthread_mutex_t bell_lock;
   pthread_cond_t bell;
-  bool rung, stop; /* with clock: rung since the last pump, by whoever holds the lock or the clock */
+  bool rung, stop; /* with clock: rung since the last pump began, by its one thread */
   pthread_t thread;
   bool thread_started;
   bool pump_scheduled; /* with clock: a pump is among its events */
+  bool inside;         /* with clock: what holding the lock is without one */
   bool closing;
 };
 
@@ -665,14 +668,23 @@ void pager_jobs_close(flap_pager *pager);
 
 /* Advances everything that can advance. One thread at a time: the transfer thread, or whoever holds the clock. */
 void pager_pump(flap_pager *pager);
-/* The lock, for whoever pumps. With a clock there is one thread, and millions of times when it would be taken. */
+/* The lock, for those that pump; everybody leaves by the second. With a clock there is one thread, which would take it
+ * millions of times: only that nobody is inside twice is looked after. */
 static inline void pager_lock(flap_pager *pager) {
-  if (pager->clock == NULL)
+  if (pager->clock == NULL) {
     pthread_mutex_lock(&pager->lock);
+    return;
+  }
+  flap_assert(!pager->inside);
+  pager->inside = true;
 }
 static inline void pager_leave(flap_pager *pager) {
-  if (pager->clock == NULL)
+  if (pager->clock == NULL) {
     pthread_mutex_unlock(&pager->lock);
+    return;
+  }
+  flap_assert(pager->inside);
+  pager->inside = false;
 }
 /* Takes the lock on the engine thread, or on one that drains. The pump goes on for as long as anything moves, which
  * with both copy lanes busy may be for tens of milliseconds: behind each of its rounds it lets in whoever entered here.
