@@ -687,7 +687,8 @@ static inline void pager_leave(flap_pager *pager) {
   pager->inside = false;
 }
 /* Takes the lock on the engine thread, or on one that drains. The pump goes on for as long as anything moves, which
- * with both copy lanes busy may be for tens of milliseconds: behind each of its rounds it lets in whoever entered here.
+ * with both copy lanes busy may be for tens of milliseconds: behind each of these rounds it lets in whoever entered
+ * here.
  */
 void pager_enter(flap_pager *pager);
 /* Something may have become possible. From any thread, with or without the lock. */

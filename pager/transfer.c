@@ -58,20 +58,22 @@ static bool collect(flap_pager *pager) {
 }
 
 /* What can begin. What frees something comes before what needs it; but checks, which take long, come last. True: they
- * went on, and something before them may be free. */
-static bool begin(flap_pager *pager) {
-  (void)pager_rings_release(pager);
-  (void)pager_loans_open(pager);
-  (void)pager_snapshot_issue(pager);
-  (void)pager_stores_issue(pager);
-  (void)pager_jobs_start(pager);
-  (void)pager_rings_assign(pager);
-  (void)pager_loads_issue(pager);
-  (void)pager_loads_read_ahead(pager);
-  (void)pager_writes_issue(pager);
+ * went on, and something before them may be free. `progress_io`: anything moved. */
+static bool begin(flap_pager *pager, bool *progress_io) {
+  *progress_io |= pager_rings_release(pager);
+  *progress_io |= pager_loans_open(pager);
+  *progress_io |= pager_snapshot_issue(pager);
+  *progress_io |= pager_stores_issue(pager);
+  *progress_io |= pager_jobs_start(pager);
+  *progress_io |= pager_rings_assign(pager);
+  *progress_io |= pager_loads_issue(pager);
+  *progress_io |= pager_loads_read_ahead(pager);
+  *progress_io |= pager_writes_issue(pager);
   flush(pager);
   pager_wait_look(pager);
-  return pager_checks_advance(pager);
+  const bool checked = pager_checks_advance(pager);
+  *progress_io |= checked;
+  return checked;
 }
 
 /* For tests, behind a pump, which has not given the lock away since it last looked: nothing that can begin is left.
@@ -89,9 +91,10 @@ void pager_pump(flap_pager *pager) {
   bool again = true;
   if (pager->clock)
     pager->rung = false;
-  while (collect(pager) || again) {
-    again = pager->error == FLAP_OK && begin(pager);
-    again |= let_others_in(pager) && pager->error == FLAP_OK;
+  for (bool progress; (progress = collect(pager)) || again;) {
+    again = pager->error == FLAP_OK && begin(pager, &progress);
+    if (progress) /* a pump that moves nothing is over at once */
+      again |= let_others_in(pager) && pager->error == FLAP_OK;
   }
   flush(pager);
   flap_assert(has_begun_all(pager));
